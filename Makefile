@@ -1,0 +1,57 @@
+# make demo     build everything, then show the library at work
+# make test     build everything, then lint and test: what CI runs
+# make bench    build everything, then check and time every backend
+# make lint, make format, make clean
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet
+CPP_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# Also for what pip builds in environments of its own, and so that CMake and ninja come from ours.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test bench build lint format clean
+
+demo: build
+	$(BIN)/python -m implicit_steer demo
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+bench: build
+	$(BIN)/python -m bench
+
+build: $(VENV)/.native
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info implicit_steer/*.so
+
+# The environment: a Python of its own, what builds the package, what the package and its extras need.
+# escnn and py3nj are named first because py3nj, which has no wheel, needs the isolated build that the package avoids:
+# --no-build-isolation makes it build against the torch that is installed, not against another one.
+$(VENV)/.packages: pyproject.toml constraints.txt .ci/system-packages
+	PYTHON=$(PYTHON) .ci/system-packages
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools wheel pybind11 cmake ninja torch escnn py3nj
+	IMPLICIT_STEER_NATIVE=off $(PIP) --no-build-isolation --editable '.[escnn,train,test]'
+	touch $@
+
+# The native extension, in the source tree; CMake and ninja build what has changed.
+$(VENV)/.native: $(VENV)/.packages setup.py CMakeLists.txt $(shell find csrc -type f)
+	IMPLICIT_STEER_NATIVE=require $(PIP) --no-build-isolation --no-deps --editable .
+	touch $@

@@ -1,0 +1,17 @@
+"""Error messages of one form: the argument, what was expected, what came, what to do."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+
+def fail(name: str, expected: str, got: Any, remedy: str = "", kind: type[Exception] = ValueError) -> NoReturn:
+    """Raise ``kind`` with the message ``name: expected ..., got .... remedy``."""
+    message = f"{name}: expected {expected}, got {got}."
+    raise kind(f"{message} {remedy}" if remedy else message)
+
+
+def require(ok: bool, name: str, expected: str, got: Any, remedy: str = "", kind: type[Exception] = ValueError) -> None:
+    """:func:`fail` unless ``ok``."""
+    if not ok:
+        fail(name, expected, got, remedy, kind)

@@ -1,0 +1,203 @@
+"""The PyTorch Lightning side of :mod:`implicit_steer.train`; importing it needs the extra ``train``."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+
+from .data.qm9 import Batch, MoleculeSet
+
+MILESTONES = (25, 50, 75, 100, 125)  # epochs after which the learning rate is halved
+WEIGHT_DECAY = 1e-8
+SHOW_EVERY = 20  # steps between updates of the progress bar
+LOG_COLUMNS = ("epoch", "step", "lr", "train_mae", "val_mae", "seconds")
+
+
+class RunningMean:
+    """Mean of per-batch means, weighted by the batches' sizes; no synchronisation with the device until it is asked."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._sums: list[torch.Tensor] = []
+        self._count = 0
+
+    def add(self, mean: torch.Tensor, count: int) -> None:
+        """A batch of ``count`` values."""
+        self._sums.append(mean.detach() * count)
+        self._count += count
+
+    def value(self) -> float:
+        """The mean so far."""
+        return float(torch.stack(self._sums).cpu().double().sum()) / self._count
+
+
+class Regressor(pl.LightningModule):
+    """L1 regression of ``(y - mean) / std``; errors are reported in the unit of y.
+
+    ``model(batch)`` gives one number per molecule. ``options`` is stored in every checkpoint.
+    """
+
+    def __init__(self, model: torch.nn.Module, mean: float, std: float, lr: float, options: dict[str, Any]):
+        super().__init__()
+        self.model, self.mean, self.std, self.lr, self.options = model, mean, std, lr, options
+        self.train_error, self.error = RunningMean(), RunningMean()
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        target = ((batch.y - self.mean) / self.std).to(batch.pos.dtype)
+        return torch.nn.functional.l1_loss(self.model(batch), target)
+
+    def on_train_epoch_start(self) -> None:
+        """A fresh average."""
+        self.train_error.reset()
+
+    def training_step(self, batch: Batch, step: int) -> torch.Tensor:
+        """Mean absolute error of a batch, in standard deviations."""
+        loss = self._loss(batch)
+        self.train_error.add(loss, batch.num_graphs)
+        if step % SHOW_EVERY == 0:
+            self.log("loss", loss.detach(), prog_bar=True, batch_size=batch.num_graphs)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """A fresh average."""
+        self.error.reset()
+
+    def validation_step(self, batch: Batch, step: int) -> None:
+        """Collect the error of a batch."""
+        self.error.add(self._loss(batch), batch.num_graphs)
+
+    def on_validation_epoch_end(self) -> None:
+        """``val_mae``."""
+        self.log("val_mae", self.error.value() * self.std, prog_bar=True)
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+
+    def on_test_epoch_end(self) -> None:
+        """``test_mae``."""
+        self.log("test_mae", self.error.value() * self.std)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW; the learning rate is halved at each of :data:`MILESTONES`."""
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=WEIGHT_DECAY)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, MILESTONES, gamma=0.5),
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store what a resumed run is compared with."""
+        checkpoint["options"] = self.options
+
+
+class EpochShuffle(torch.utils.data.Sampler):
+    """A permutation of 0 .. count-1 that depends on seed and epoch alone, so a resumed run sees the same order."""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed, self.epoch = count, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(np.random.default_rng((self.seed, self.epoch)).permutation(self.count).tolist())
+
+
+def loader(data: MoleculeSet, batch_size: int, shuffle_seed: int | None = None) -> torch.utils.data.DataLoader:
+    """Batches of ``data``, in its order, or shuffled anew in each epoch.
+
+    A last batch of one molecule is dropped where it is shuffled: batch norm over one molecule is undefined.
+    """
+    if shuffle_seed is None:
+        return torch.utils.data.DataLoader(data, batch_size, collate_fn=_as_is)
+    sampler, alone = EpochShuffle(len(data), shuffle_seed), len(data) % batch_size == 1
+    return torch.utils.data.DataLoader(data, batch_size, sampler=sampler, drop_last=alone, collate_fn=_as_is)
+
+
+def _as_is(batch: Batch) -> Batch:
+    # A MoleculeSet gives whole batches.
+    return batch
+
+
+class EpochLog(pl.Callback):
+    """``log.csv``: a row per epoch. A resumed run drops the rows of epochs that it repeats.
+
+    Also saves ``last.ckpt`` before the first step, so that a run can be resumed whenever it is interrupted.
+    """
+
+    def __init__(self, out: Path):
+        self.path, self.first = out / "log.csv", out / "last.ckpt"
+
+    def on_train_start(self, trainer: pl.Trainer, module: Regressor) -> None:
+        """Cut the log to the epochs before this one."""
+        if not self.first.exists():
+            trainer.save_checkpoint(self.first)
+        rows = []
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < trainer.current_epoch]
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, LOG_COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: Regressor) -> None:
+        """Start the clock; note the learning rate of the epoch."""
+        self._start, self._lr = time.perf_counter(), trainer.optimizers[0].param_groups[0]["lr"]
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: Regressor) -> None:
+        """Append the epoch's row."""
+        val_mae = float(trainer.callback_metrics["val_mae"])
+        seconds = round(time.perf_counter() - self._start, 2)
+        train_mae = module.train_error.value() * module.std
+        with self.path.open("a", newline="") as file:
+            row = (trainer.current_epoch, trainer.global_step, self._lr, train_mae, val_mae, seconds)
+            csv.writer(file).writerow(row)
+
+    def on_exception(self, trainer: pl.Trainer, module: Regressor, exception: BaseException) -> None:
+        """Say how to go on after Ctrl-C."""
+        if isinstance(exception, KeyboardInterrupt):
+            print(f"\nInterrupted in epoch {trainer.current_epoch}; {self.first} is complete. Continue with --resume.")
+
+
+def trainer_for(out: Path, epochs: int, device: str, progress: bool) -> pl.Trainer:
+    """A trainer that validates, logs and saves once per epoch."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it announces hardware that is not there
+    # Batches are gathered faster than a worker process could send them; the folder is meant to be used again;
+    # Lightning 2.6 calls what torch 2.13 has deprecated.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.* is deprecated.*")
+    every_epoch = {"save_on_train_epoch_end": True, "enable_version_counter": False}
+    best = ModelCheckpoint(out, filename="best", monitor="val_mae", **every_epoch)
+    last = ModelCheckpoint(out, filename="last", **every_epoch)  # after best, whose state it holds
+    bar = [TQDMProgressBar(refresh_rate=SHOW_EVERY)] if progress else []
+    return pl.Trainer(
+        accelerator=device,
+        devices=1,
+        # Sums over edges and atoms have a fixed order on a CPU; on a GPU torch has to be asked.
+        deterministic="warn" if device != "cpu" and torch.cuda.is_available() else None,
+        max_epochs=epochs,
+        callbacks=[EpochLog(out), best, last, *bar],
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+        logger=False,
+        num_sanity_val_steps=0,
+    )

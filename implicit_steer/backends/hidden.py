@@ -1,0 +1,251 @@
+"""The kernel MLP per edge in plain PyTorch: frame, hidden layers, hidden features h. Shared by `reference` and `eager`.
+
+Near radius 0 a coefficient of order k ≥ 1 vanishes like r^k, and h = c · Y(x/r) would lose digits like eps / r in its
+derivative. Regular frames therefore carry g = c / r for every order ≥ 1: with u₀ the part of the samples A z that the
+orders 0 make and w = Σ_{k ≥ 1} A g, the samples are u₀ + r w and
+
+    d = (φ(u₀ + r w) − φ(u₀)) / r,    c₀ = A⁻ (φ(u₀) + r d),    g = A⁻ d,
+
+since A⁻ of orders ≥ 1 annihilates φ(u₀), which does not depend on the sample's angle. d is a difference quotient of φ.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..functions import difference_quotient, phi
+from ..packing import NormParameters, Weights, constant, fold_linear, fold_theta, norm_affine
+from ..plan import Activation, Frame, Plan
+
+# Radii below this take the difference quotient; above it the plain quotient is right to eps / radius.
+_NEAR = {torch.float32: 0.1, torch.float64: 0.01}
+# Squared radii below this count as 0: their square would underflow.
+_ZERO = {torch.float32: 1e-24, torch.float64: 1e-100}
+
+
+class Statistics(NamedTuple):
+    """Batch statistics of one norm in training: mean (channels, n_trivial), var (channels,)."""
+
+    mean: Tensor
+    var: Tensor
+
+
+class _Edge(NamedTuple):
+    """What the frame makes of E edges."""
+
+    inputs: Tensor  # (E, n_in); orders >= 1 divided by the radius where the frame is regular
+    radius: Tensor | None  # (E,) in regular frames
+    cosine: Tensor | None  # (E, d) zonal: factor of each hidden coordinate; planar: (radius ·) cos kφ
+    sine: Tensor | None  # (E, d) planar: (radius ·) sign · sin kφ
+
+
+def safe_norm(x: Tensor) -> Tensor:
+    """|x| along the last axis; exactly 0, with derivative 0, at the origin."""
+    squared = x.square().sum(-1)
+    nonzero = squared > _ZERO[x.dtype]
+    return torch.where(nonzero, squared, torch.ones_like(squared)).sqrt() * nonzero
+
+
+def _unit(x: Tensor, radius: Tensor) -> Tensor:
+    return x / torch.where(radius > 0, radius, torch.ones_like(radius))[:, None]
+
+
+def _monomials(u: Tensor, powers: np.ndarray) -> Tensor:
+    """(E, n_monomials)."""
+    table = [torch.ones_like(u)]
+    for _ in range(int(powers.max())):
+        table.append(table[-1] * u)
+    stacked = torch.stack(table, dim=-1)  # (E, 3, degree + 1)
+    columns = torch.tensor(powers, device=u.device)
+    return stacked[:, 0, columns[:, 0]] * stacked[:, 1, columns[:, 1]] * stacked[:, 2, columns[:, 2]]
+
+
+def _zonal_edge(frame: Frame, delta: Tensor, attributes: Tensor) -> _Edge:
+    radius = safe_norm(delta)
+    harmonics = constant(frame, "harmonics", delta)  # (d, n_monomials)
+    degree = torch.tensor(frame.order[frame.coefficient], device=delta.device)
+    y = _monomials(_unit(delta, radius), frame.powers) @ harmonics.T
+    linear = delta @ harmonics[:, torch.tensor(_linear_monomials(frame), device=delta.device)].T
+    # order 0: Y; order 1: r Y(x̂) = Y(x), exactly linear; above: r Y(x̂)
+    cosine = torch.where(degree == 0, y, torch.where(degree == 1, linear, radius[:, None] * y))
+    return _Edge(torch.cat([torch.ones_like(delta[:, :1]), attributes], 1), radius, cosine, None)
+
+
+@lru_cache(maxsize=64)
+def _linear_monomials(frame: Frame) -> list[int]:
+    """Positions of x, y, z among the monomials."""
+    rows = frame.powers.tolist()
+    return [rows.index(unit) for unit in ([1, 0, 0], [0, 1, 0], [0, 0, 1])]
+
+
+def _rotate(values: Tensor, cosine: Tensor, sine: Tensor, partner: Tensor) -> Tensor:
+    """cos · c[m] + sin · c[partner[m]] over the last axis."""
+    return cosine * values + sine * values.index_select(-1, partner)
+
+
+def _multiples(c: Tensor, s: Tensor, order: np.ndarray) -> tuple[Tensor, Tensor]:
+    """(E, n): cos kφ, sin kφ for each k in ``order``, from cos φ and sin φ (E,)."""
+    cosines, sines = [torch.ones_like(c)], [torch.zeros_like(s)]
+    for _ in range(int(order.max(initial=0))):
+        cosines.append(cosines[-1] * c - sines[-1] * s)
+        sines.append(sines[-1] * c + cosines[-2] * s)
+    pick = torch.tensor(order, device=c.device)
+    return torch.stack(cosines, -1)[:, pick], torch.stack(sines, -1)[:, pick]
+
+
+def _planar_edge(frame: Frame, delta: Tensor, attributes: Tensor) -> _Edge:
+    p = delta @ constant(frame, "plane", delta)
+    radius = safe_norm(p)
+    unit = _unit(p, radius)
+    at_axis = radius == 0
+    angle = torch.where(at_axis[:, None], _attribute_direction(frame, attributes), unit)
+    c, s = angle.unbind(-1)
+    cosine, sine = _multiples(c, s, frame.attribute_order)
+    turned = _rotate(
+        attributes,
+        cosine,
+        -sine * constant(frame, "attribute_sign", delta),
+        constant(frame, "attribute_partner", delta),
+    )
+    first = torch.ones_like(radius) if frame.regular else radius
+    inputs = torch.cat([first[:, None], delta @ constant(frame, "axis", delta), turned], 1)
+    cosine, sine = _multiples(c, s, frame.order)
+    if frame.regular:  # order 0 as it is; order 1 linear in x; above, radius times the unit vector's
+        order = torch.tensor(frame.order, device=delta.device)
+        first_order = order == 1
+        scale = torch.where(order == 0, torch.ones_like(cosine), radius[:, None])
+        cosine = torch.where(first_order, p[:, :1], scale * cosine)
+        sine = torch.where(first_order, p[:, 1:], scale * sine)
+    return _Edge(inputs, radius if frame.regular else None, cosine, sine * constant(frame, "sign", delta))
+
+
+def _attribute_direction(frame: Frame, attributes: Tensor) -> Tensor:
+    """(E, 2) frame for edges on the axis, whose azimuth is undefined: the first nonzero attribute of order 1."""
+    direction = attributes.new_zeros(len(attributes), 2)
+    direction[:, 0] = 1
+    for m in np.flatnonzero((frame.attribute_order == 1) & (frame.attribute_sign < 0))[::-1]:
+        vector = attributes[:, [m, frame.attribute_partner[m]]].detach()
+        norm = safe_norm(vector)
+        direction = torch.where((norm > 0)[:, None], _unit(vector, norm), direction)
+    return direction
+
+
+def edge_frame(plan: Plan, delta: Tensor, attributes: Tensor) -> _Edge:
+    """MLP inputs in the edge's frame, and the way back."""
+    frame = plan.frame
+    attributes = attributes @ constant(frame, "attribute", delta)
+    if frame.kind == "zonal":
+        return _zonal_edge(frame, delta, attributes)
+    if frame.kind == "planar":
+        return _planar_edge(frame, delta, attributes)
+    return _Edge(torch.cat([delta, attributes], 1), None, None, None)
+
+
+def _expand(frame: Frame, edge: _Edge, y: Tensor) -> Tensor:
+    """Coefficients (E, W, c) → full hidden features (E, W, d)."""
+    if frame.kind == "none":
+        return y
+    if frame.kind == "zonal":
+        return y.index_select(-1, constant(frame, "coefficient", y)) * edge.cosine[:, None]
+    return _rotate(y, edge.cosine[:, None], edge.sine[:, None], constant(frame, "partner", y))
+
+
+@lru_cache(maxsize=256)
+def _samples(act: Activation, merged: bool, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    pair = (act.samples, act.inverse) if merged else act.unmerged
+    return tuple(torch.tensor(m, dtype=dtype, device=device) for m in pair)
+
+
+@lru_cache(maxsize=256)
+def _order_zero(act: Activation, frame: Frame, merged: bool, dtype: torch.dtype, device: torch.device):
+    """Coefficients of order 0 and ≥ 1, each sample's row among the distinct rows of A's order 0, and these rows."""
+    zero, rest = np.flatnonzero(frame.order == 0), np.flatnonzero(frame.order > 0)
+    samples = act.samples if merged else act.unmerged[0]
+    rows, index = np.unique(np.round(samples[:, zero], 12), axis=0, return_inverse=True)
+    integer = [torch.tensor(v, device=device) for v in (zero, rest, index.reshape(-1))]
+    return *integer, torch.tensor(rows, dtype=dtype, device=device)
+
+
+def _regular_quotient(function: str, u0: Tensor, value0: Tensor, w: Tensor, radius: Tensor) -> Tensor:
+    """d = (φ(u₀ + r w) − φ(u₀)) / r for (E, W, S) samples."""
+    near = radius < _NEAR[radius.dtype]
+    r = torch.where(near, torch.ones_like(radius), radius)[:, None, None]
+    d = (phi(function, u0 + r * w) - value0) / r
+    rows = near.nonzero().squeeze(1)
+    if len(rows):
+        u0_near, w_near = u0.index_select(0, rows), w.index_select(0, rows)
+        r_near = radius.index_select(0, rows)[:, None, None]
+        d = d.index_copy(0, rows, w_near * difference_quotient(function, u0_near, r_near * w_near))
+    return d
+
+
+def _activate(plan: Plan, act: Activation, edge: _Edge, z: Tensor, merged: bool) -> Tensor:
+    """Fourier activation on (E, W, c) coefficients."""
+    samples, inverse = _samples(act, merged, z.dtype, z.device)
+    if edge.radius is None:
+        return phi(act.function, z @ samples.T) @ inverse.T
+    zero, rest, row, rows = _order_zero(act, plan.frame, merged, z.dtype, z.device)
+    u0 = z.index_select(-1, zero) @ rows.T  # (E, W, distinct rows)
+    value0 = phi(act.function, u0)
+    u0, value0 = (v if v.shape[-1] == 1 else v.index_select(-1, row) for v in (u0, value0))
+    w = z.index_select(-1, rest) @ samples.index_select(1, rest).T
+    d = _regular_quotient(act.function, u0, value0, w, edge.radius)
+    y_zero = (value0 + edge.radius[:, None, None] * d) @ inverse.index_select(0, zero).T
+    y = torch.cat([y_zero, d @ inverse.index_select(0, rest).T], -1)
+    return y.index_select(-1, torch.argsort(torch.cat([zero, rest])))
+
+
+def _statistics(norm, h: Tensor) -> Statistics:
+    """Batch statistics over the edges of full hidden features (E, W, d), detached as escnn's are."""
+    h = h.detach()
+    mean = h.index_select(2, constant(norm, "full_trivial", h)).mean(0)
+    return Statistics(mean, h.var(0, unbiased=True).mean(1))
+
+
+def hidden_features(
+    plan: Plan,
+    weights: Weights,
+    live: tuple[NormParameters, ...],
+    delta: Tensor,
+    attributes: Tensor,
+    merged: bool = True,
+) -> tuple[Tensor, Weights, list[Statistics]]:
+    """h (E, H) with the constant one last, the weights with all batch norms folded in, and the batch statistics.
+
+    ``live``: parameters of the batch norms whose statistics come from these edges (training); empty otherwise.
+    """
+    edge = edge_frame(plan, delta, attributes)
+    y, linears, theta, statistics = edge.inputs, list(weights.linears), weights.theta, []
+    for n, act in enumerate(plan.activations):
+        w, b = linears[n]
+        z = torch.nn.functional.linear(y, w, b).view(len(y), act.channels, -1)
+        y = _activate(plan, act, edge, z, merged)
+        if live:
+            norm = plan.norms[n]
+            statistics.append(_statistics(norm, _expand(plan.frame, edge, y)))
+            affine = norm_affine(norm, live[n], *statistics[-1])
+            if n + 1 < len(linears):
+                linears[n + 1] = fold_linear(norm, act, linears[n + 1], *affine)
+            else:
+                theta = fold_theta(plan, theta, *affine)
+        if n + 1 < len(linears):
+            y = y.flatten(1)
+    if plan.activations:
+        y = _expand(plan.frame, edge, y).flatten(1)
+    h = torch.cat([y, y.new_ones(len(y), 1)], 1)
+    return h, Weights(linears, theta, weights.shell_width), statistics
+
+
+def radial_factor(plan: Plan, shell_width: Tensor, delta: Tensor) -> Tensor:
+    """γ · s(|x|) (E,): the Gaussian shell exp(−½ (|x| / σ)²), times the smooth cutoff 1 − 10 t³ + 15 t⁴ − 6 t⁵,
+    t = min(|x| / cutoff, 1), whose value and first two derivatives vanish at the cutoff."""
+    factor = plan.gamma * torch.exp(-0.5 * delta.square().sum(-1) / shell_width.reshape(()).square())
+    if plan.cutoff is None:
+        return factor
+    t = (safe_norm(delta) / plan.cutoff).clamp(max=1)
+    return factor * (1 - t**3 * (10 - t * (15 - 6 * t)))

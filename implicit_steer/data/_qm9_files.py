@@ -1,0 +1,264 @@
+"""QM9's source files and cache chunks: reading, bond perception, atomic writing, and checks of damaged files."""
+
+from __future__ import annotations
+
+import csv
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .._check import fail, require
+from .._extras import load_extra
+
+ELEMENTS = ("H", "C", "N", "O", "F")
+HARTREE_MEV = 27211.386246
+
+
+class Target(NamedTuple):
+    """A property: its column in qm9pack's and in PyG's CSV files, its unit here, and the factor to that unit."""
+
+    packed: str
+    raw: str
+    unit: str
+    scale: float
+
+
+TARGETS = {
+    "mu": Target("Dipole_debye", "mu", "D", 1.0),
+    "alpha": Target("Polarizability_bohr3", "alpha", "bohr^3", 1.0),
+    "homo": Target("HOMO_au", "homo", "meV", HARTREE_MEV),
+    "lumo": Target("LUMO_au", "lumo", "meV", HARTREE_MEV),
+    "gap": Target("HOMO_LUMO_gap_au", "gap", "meV", HARTREE_MEV),
+    "r2": Target("R2_bohr2", "r2", "bohr^2", 1.0),
+    "zpve": Target("ZPVE_au", "zpve", "meV", HARTREE_MEV),
+    "U0": Target("InternalEnergy_0K_au", "u0", "meV", HARTREE_MEV),
+    "U": Target("InternalEnergy_298K_au", "u298", "meV", HARTREE_MEV),
+    "H": Target("Enthalphy_298K_au", "h298", "meV", HARTREE_MEV),
+    "G": Target("GibbsFreeEnergy_298K_au", "g298", "meV", HARTREE_MEV),
+    "Cv": Target("Heatcapacity_Cv_cal_mol_K", "cv", "cal/(mol K)", 1.0),
+}
+
+# Energies of the free atoms H, C, N, O, F in hartree (the data set's atomref.txt).
+FREE_ATOMS = {
+    "U0": (-0.500273, -37.846772, -54.583861, -75.064579, -99.718730),
+    "U": (-0.498857, -37.845355, -54.582445, -75.063163, -99.717314),
+    "H": (-0.497912, -37.844411, -54.581501, -75.062219, -99.716370),
+    "G": (-0.510927, -37.861317, -54.598897, -75.079532, -99.733544),
+}
+
+
+class Molecule(NamedTuple):
+    """element (n,) uint8; position (n, 3) Å; edge (2·bonds, 2) uint8, both directions, by target; bond (2·bonds,)."""
+
+    element: np.ndarray
+    position: np.ndarray
+    edge: np.ndarray
+    bond: np.ndarray
+    single_bonded: bool
+
+
+class PackedCsv:
+    """``qm9_part1.csv``, ``qm9_part2.csv``, ``qm9_part3.csv`` of the package ``qm9pack`` 1.0.3."""
+
+    ROWS = {"qm9_part1.csv": 43_610, "qm9_part2.csv": 43_611, "qm9_part3.csv": 43_610}  # noqa: RUF012 - constant
+    REMEDY = "The file is damaged or of another version. Run: pip install --force-reinstall --no-deps qm9pack==1.0.3"
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for path in self.files():
+            require(path.exists(), str(path), "a file of qm9pack 1.0.3", "no such file", self.REMEDY)
+
+    def files(self) -> list[Path]:
+        """The files that determine the data."""
+        return [self.folder / name for name in self.ROWS]
+
+    def count(self) -> int:
+        """Number of molecules."""
+        return sum(self.ROWS.values())
+
+    def read(self, rows: np.ndarray) -> dict[int, tuple]:
+        """row → (elements, positions, properties), as text."""
+        wanted, records, first = set(rows.tolist()), {}, 0
+        columns = ["Elements", "XYZ_Ang", *(target.packed for target in TARGETS.values())]
+        for path in self.files():
+            last = first
+            for fields in _csv_rows(path, columns, self.REMEDY):
+                if last in wanted:
+                    records[last] = (fields[0], fields[1], fields[2:])
+                last += 1
+            expected = self.ROWS[path.name]
+            require(last - first == expected, str(path), f"{expected} molecules", last - first, self.REMEDY)
+            first = last
+        return records
+
+    def parse(self, record: tuple) -> Molecule:
+        """Atoms from the text, bonds from the positions."""
+        symbols = record[0][2:-2].split("','")
+        position = np.array(record[1][2:-2].replace("],[", ",").split(","), dtype=np.float64).reshape(-1, 3)
+        expected = f"{len(symbols)} positions"
+        require(len(position) == len(symbols), str(self.folder), expected, len(position), self.REMEDY)
+        molecule, single_bonded = perceive_bonds(symbols, position)
+        return _molecule(molecule, position, single_bonded)
+
+    def properties(self, record: tuple) -> tuple[str, ...]:
+        """The twelve properties of a record, as text."""
+        return record[2]
+
+
+class RawSdf:
+    """PyG's raw files: ``gdb9.sdf``, ``gdb9.sdf.csv``, and the rows left out, ``uncharacterized.txt``."""
+
+    REMEDY = "The file is damaged or of another version: fetch the raw files of QM9 again."
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for path in self.files():
+            require(path.exists(), str(path), "one of QM9's three raw files", "no such file", self.REMEDY)
+        columns = [target.raw for target in TARGETS.values()]
+        self._properties = list(_csv_rows(folder / "gdb9.sdf.csv", columns, self.REMEDY))
+        self._kept = np.setdiff1d(np.arange(len(self._properties)), self._left_out())
+
+    def files(self) -> list[Path]:
+        """The files that determine the data."""
+        return [self.folder / name for name in ("gdb9.sdf", "gdb9.sdf.csv", "uncharacterized.txt")]
+
+    def count(self) -> int:
+        """Number of molecules."""
+        return len(self._kept)
+
+    def read(self, rows: np.ndarray) -> dict[int, tuple]:
+        """row → (record of the SDF, properties), as text."""
+        path = self.folder / "gdb9.sdf"
+        blocks = path.read_text().split("$$$$\n")
+        expected = f"{len(self._properties)} molecules, each closed by $$$$, as in gdb9.sdf.csv"
+        got = f"{len(blocks) - 1}" + (" and an unfinished one" if blocks[-1].strip() else "")
+        require(got == str(len(self._properties)), str(path), expected, got, self.REMEDY)
+        return {row: (blocks[self._kept[row]], self._properties[self._kept[row]]) for row in rows.tolist()}
+
+    def parse(self, record: tuple) -> Molecule:
+        """Atoms and bonds of the record."""
+        molecule = load_extra("rdkit.Chem").MolFromMolBlock(record[0], sanitize=False, removeHs=False)
+        title = record[0].partition("\n")[0]
+        require(molecule is not None, str(self.folder / "gdb9.sdf"), "a readable record", title, self.REMEDY)
+        return _molecule(molecule, molecule.GetConformer().GetPositions(), single_bonded=False)
+
+    def properties(self, record: tuple) -> tuple[str, ...]:
+        """The twelve properties of a record, as text."""
+        return record[1]
+
+    def _left_out(self) -> np.ndarray:
+        # Nine header lines, one molecule per line that starts with its number (from 1), one footer line.
+        path = self.folder / "uncharacterized.txt"
+        numbers = [line.split()[0] for line in path.read_text().splitlines()[9:-1]]
+        wrong = [number for number in numbers if not number.isdigit() or not 1 <= int(number) <= len(self._properties)]
+        expected = f"a number from 1 to {len(self._properties)} at the start of each line"
+        require(not wrong, str(path), expected, wrong[:1], self.REMEDY)
+        return np.array(numbers, dtype=np.int64) - 1
+
+
+def _csv_rows(path: Path, columns: list[str], remedy: str) -> Iterator[tuple[str, ...]]:
+    """The named columns of each row. ``ValueError`` on a missing column or a row that is not complete."""
+    with path.open(newline="") as file:
+        reader = csv.reader(file)
+        header = next(reader, [])
+        for column in columns:
+            require(column in header, str(path), f"a column {column}", header, remedy)
+        picked = [header.index(column) for column in columns]
+        for row in reader:
+            if len(row) != len(header):
+                fail(f"{path}, line {reader.line_num}", f"{len(header)} columns", len(row), remedy)
+            yield tuple(row[column] for column in picked)
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        require(file.read() == b"\n", str(path), "a last line that is complete", "one without its end", remedy)
+
+
+def perceive_bonds(symbols: list[str], position: np.ndarray):
+    """An RDKit molecule with bond orders for a neutral molecule, and whether they had to be left single.
+
+    Connectivity by connect-the-dots; where that finds no valid bond orders (1 molecule in 20: short contacts in cages
+    count as bonds), by covalent radii × 1.15; where that fails too, all bonds are single.
+    """
+    chem, perception = load_extra("rdkit.Chem"), load_extra("rdkit.Chem.rdDetermineBonds")
+    atoms = zip(symbols, position.tolist(), strict=True)
+    lines = (f"{symbol} {x:.10f} {y:.10f} {z:.10f}" for symbol, (x, y, z) in atoms)
+    block = "\n".join([str(len(symbols)), "", *lines, ""])
+    radii = {"useVdw": True, "covFactor": 1.15}
+    for connectivity in ({}, radii):
+        molecule = chem.MolFromXYZBlock(block)
+        try:
+            perception.DetermineBonds(molecule, charge=0, **connectivity)
+            return molecule, False
+        except ValueError:  # RDKit's word for "no valid bond orders"
+            continue
+    molecule = chem.MolFromXYZBlock(block)
+    perception.DetermineConnectivity(molecule, **radii)
+    return molecule, True
+
+
+def _molecule(molecule, position: np.ndarray, single_bonded: bool) -> Molecule:
+    chem = load_extra("rdkit.Chem")
+    kinds = {chem.BondType.SINGLE: 0, chem.BondType.DOUBLE: 1, chem.BondType.TRIPLE: 2, chem.BondType.AROMATIC: 3}
+    element = np.array([ELEMENTS.index(atom.GetSymbol()) for atom in molecule.GetAtoms()], dtype=np.uint8)
+    bonds = [(b.GetBeginAtomIdx(), b.GetEndAtomIdx(), kinds[b.GetBondType()]) for b in molecule.GetBonds()]
+    directed = sorted((target, source, kind) for i, j, kind in bonds for source, target in ((i, j), (j, i)))
+    table = np.array(directed, dtype=np.uint8).reshape(-1, 3)
+    return Molecule(element, position, table[:, [1, 0]], table[:, 2], single_bonded)
+
+
+def make_chunk(source: PackedCsv | RawSdf, records: dict[int, tuple], rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Molecules ``rows`` as flat arrays; the targets, in the order of :data:`TARGETS`, in their units."""
+    with _quiet():
+        molecules = [source.parse(records[row]) for row in rows.tolist()]
+    values = np.array([source.properties(records[row]) for row in rows.tolist()], dtype=np.float64)
+    counts = np.array([np.bincount(molecule.element, minlength=len(ELEMENTS)) for molecule in molecules])
+    for column, (name, target) in enumerate(TARGETS.items()):
+        free = counts @ np.array(FREE_ATOMS.get(name, np.zeros(len(ELEMENTS))))
+        values[:, column] = (values[:, column] - free) * target.scale
+    return {
+        "row": rows,
+        "atoms": np.array([len(molecule.element) for molecule in molecules], dtype=np.int32),
+        "edges": np.array([len(molecule.bond) for molecule in molecules], dtype=np.int32),
+        "element": np.concatenate([molecule.element for molecule in molecules]),
+        "position": np.concatenate([molecule.position for molecule in molecules]),
+        "edge": np.concatenate([molecule.edge for molecule in molecules]),
+        "bond": np.concatenate([molecule.bond for molecule in molecules]),
+        "single_bonded": np.array([molecule.single_bonded for molecule in molecules]),
+        "target": values,
+    }
+
+
+def _quiet() -> AbstractContextManager:
+    # RDKit prints a line for every molecule without valid bond orders.
+    return load_extra("rdkit.rdBase").BlockLogs()
+
+
+def save_chunk(path: Path, chunk: dict[str, np.ndarray]) -> None:
+    """Write ``chunk``; ``path`` appears complete or not at all."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
+        try:
+            np.savez(file, **chunk)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        finally:
+            Path(file.name).unlink(missing_ok=True)
+
+
+def load_chunk(path: Path, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Read a chunk of molecules ``rows``; ``ValueError`` where the file is not the one that was written."""
+    expected, remedy = f"the processed molecules {rows[0]}, ... ({len(rows)})", "Delete the file: it is made anew."
+    try:
+        with np.load(path) as file:  # a zip archive: every array has its checksum
+            chunk = {name: file[name] for name in file.files}
+    except (zipfile.BadZipFile, EOFError, ValueError, OSError) as error:
+        fail(str(path), expected, f"a damaged file ({error})", remedy)
+    intact = "row" in chunk and np.array_equal(chunk["row"], rows)
+    require(intact, str(path), expected, "other molecules", remedy)
+    return chunk

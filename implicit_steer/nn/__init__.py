@@ -1,0 +1,20 @@
+"""Modules that users build with: escnn field types in, escnn field types out. Needs the extra ``escnn``."""
+
+from .._extras import load_extra
+
+load_extra("escnn", "escnn")
+
+from .activation import FourierActivation  # noqa: E402
+from .grid_conv import ImplicitConv  # noqa: E402
+from .kernel import ImplicitKernel  # noqa: E402
+from .mlp import KernelMLP  # noqa: E402
+from .point_conv import ImplicitPointConv, ImplicitPointConvWithDownsampling  # noqa: E402
+
+__all__ = [
+    "FourierActivation",
+    "ImplicitConv",
+    "ImplicitKernel",
+    "ImplicitPointConv",
+    "ImplicitPointConvWithDownsampling",
+    "KernelMLP",
+]

@@ -1,0 +1,84 @@
+"""Fourier activation on node features and inside the kernel MLP, every distinct sample evaluated once."""
+
+from __future__ import annotations
+
+import torch
+from escnn.gspaces import GSpace
+from escnn.nn import EquivariantModule, FieldType, GeometricTensor
+from torch import Tensor
+
+from .. import sampling as sp
+from .._check import fail, require
+from ..functions import phi
+from ..lowering import parse_sampling
+from ..plan import FUNCTIONS
+
+
+class FourierActivation(EquivariantModule):
+    """y = A⁻ φ(A x) per field: sample a band-limited function on the group or the sphere, apply φ, transform back.
+
+    The same function as escnn's ``QuotientFourierELU`` / ``FourierELU`` on the authors' grids, but samples that
+    coincide are evaluated once (30 of the 120 icosahedral ones for O(3)).
+
+    Args:
+        gspace: its fibre group chooses the representation: functions on the sphere for SO(3) and O(3), else on the
+            group.
+        channels: number of fields.
+        max_frequency: band limit L (without effect for finite groups, which keep every irrep).
+        function: ``"elu" | "relu" | "silu" | "gelu" | "tanh"``.
+        sampling: ``"escnn"`` (the authors' grid; exact for finite groups) or ``"lebedev-N"`` (SO(3), O(3)).
+
+    Shape: x and y (N, channels · d, ...) as GeometricTensor of ``in_type == out_type``.
+
+    Raises:
+        ValueError: unknown function or sampling, or a continuous group without a known grid.
+        TypeError: input that is no GeometricTensor of ``in_type``.
+
+    Source: escnn's Fourier activations; Zhdanov, Hoffmann, Cesa, NeurIPS 2023 for the choice of grids.
+    """
+
+    def __init__(
+        self, gspace: GSpace, channels: int, max_frequency: int, function: str = "elu", sampling: str = "escnn"
+    ):
+        super().__init__()
+        require(function in FUNCTIONS, "function", f"one of {FUNCTIONS}", repr(function))
+        require(isinstance(channels, int) and channels > 0, "channels", "a positive integer", channels)
+        kind, n = parse_sampling(sampling)
+        space = sp.hidden_space(gspace.fibergroup, max_frequency)
+        if kind == "escnn":
+            a, inverse = sp.escnn_matrices(space)
+        elif kind == "lebedev":
+            a, inverse = sp.lebedev_matrices(space, n)
+        else:
+            fail("sampling", "'escnn' or 'lebedev-N'", repr(sampling))
+        self.function, self.sampling, self.band_limit = function, sampling, max_frequency
+        self.in_type = self.out_type = FieldType(gspace, [space.rho] * channels)
+        # the authors' buffers, kept for checkpoints; the merged matrices below are what is evaluated
+        self.register_buffer("A", torch.tensor(a, dtype=torch.get_default_dtype()))
+        self.register_buffer("Ainv", torch.tensor(inverse, dtype=torch.get_default_dtype()))
+        merged, merged_inverse, _ = sp.merge_samples(a, inverse)
+        self._merged = (torch.tensor(merged), torch.tensor(merged_inverse))
+        self._cast: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def _matrices(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        key = (x.dtype, x.device)
+        if key not in self._cast:
+            self._cast[key] = tuple(m.to(*reversed(key)) for m in self._merged)
+        return self._cast[key]
+
+    def forward(self, x: GeometricTensor) -> GeometricTensor:
+        """Apply the activation to every field."""
+        ok = isinstance(x, GeometricTensor) and x.type == self.in_type
+        require(ok, "x", f"a GeometricTensor of {self.in_type}", getattr(x, "type", type(x)), kind=TypeError)
+        samples, inverse = self._matrices(x.tensor)
+        fields = x.tensor.view(len(x.tensor), len(self.in_type), samples.shape[1], *x.tensor.shape[2:]).movedim(2, -1)
+        y = phi(self.function, fields @ samples.T) @ inverse.T
+        return GeometricTensor(y.movedim(-1, 2).reshape(x.tensor.shape), self.out_type, x.coords)
+
+    def evaluate_output_shape(self, input_shape: tuple) -> tuple:
+        """The input's shape."""
+        return tuple(input_shape)
+
+    def extra_repr(self) -> str:
+        """What distinguishes this activation."""
+        return f"{self.in_type}, function={self.function!r}, sampling={self.sampling!r}, {len(self._merged[0])} samples"

@@ -1,0 +1,249 @@
+"""The implicit kernel K(x, a): an equivariant MLP of position and attributes, its value read as a matrix."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from escnn.group import Representation, o2_group, o3_group
+from escnn.gspaces import GSpace
+from escnn.nn import FieldType
+from torch import Tensor
+
+from .. import op
+from .._check import require
+from ..lowering import KernelShape, lower
+from ..packing import Parameters
+from .mlp import KernelMLP, fiber_space
+
+
+def position_representation(gspace: GSpace) -> Representation:
+    """How positions transform: the space's own action, under the authors' name for it where the two agree."""
+    return _named_action(gspace.basespace_action)
+
+
+@lru_cache(maxsize=64)
+def _named_action(action: Representation) -> Representation:
+    full = o3_group() if action.size == 3 else o2_group()
+    if action.group == full:
+        standard = full.standard_representation()
+        if all(np.allclose(standard(g), action(g)) for g in full.testing_elements()):
+            return standard
+    return action
+
+
+@lru_cache(maxsize=1024)
+def _tensor(out: Representation, into: Representation) -> Representation:
+    """out ⊗ in; escnn computes it afresh at every call."""
+    return out.tensor(into)
+
+
+def check_type(name: str, value, gspace: GSpace | None = None) -> None:
+    """Raise unless ``value`` is a FieldType (of ``gspace``'s group, if given)."""
+    require(isinstance(value, FieldType), name, "an escnn FieldType", type(value).__name__, kind=TypeError)
+    if gspace is not None:
+        require(value.fibergroup == gspace.fibergroup, name, f"fields of {gspace.fibergroup}", value.fibergroup)
+
+
+def _lower_again(kernel: ImplicitKernel, _) -> None:
+    """After a checkpoint: its basis may have replaced a numerically found one."""
+    kernel.plan = lower(kernel.mlp, *kernel._lowering)
+
+
+class ImplicitKernel(torch.nn.Module):
+    """K(x, a) = γ exp(−½ (|x| / σ)²) · mat(MLP(x ⊕ a)), with K(gx, ρ_a(g) a) = ρ_out(g) K(x, a) ρ_in(g)⁻¹ for g in G.
+
+    Args:
+        conv_in_type, conv_out_type: fields the kernel maps between, uniform or not; dimension 2 or 3.
+        kernel_attr_type: fields of the attributes, or None.
+        n_layers: linear layers of the MLP; 1 gives a kernel linear in position and attributes.
+        n_channels: hidden fields of the MLP.
+        init_scheme: ``"he"`` or ``"deltaorthonormal"``.
+        sampling: ``"auto" | "exact" | "exact-N" | "escnn" | "lebedev-N"``: how the MLP's activations are sampled.
+            "exact" evaluates in the edge's own frame and is equivariant for every N; "escnn" is the authors' grid;
+            "auto" is exact where it exists.
+        norm: ``"batch"`` or None.
+        activation: ``"elu" | "relu" | "silu" | "gelu" | "tanh"``.
+        cutoff: radius beyond which the kernel is zero (smooth to second order), in the unit of the positions; or None.
+
+    Attributes:
+        shell_width: σ, learnable, (1, 1, 1), 0.5 at first, in the unit of the positions.
+        plan: the lowered :class:`~implicit_steer.plan.Plan`.
+
+    Example:
+        >>> gs = escnn.gspaces.flipRot3dOnR3()
+        >>> scalar, vector = gs.type(gs.trivial_repr), gs.type(gs.irrep(1, 1))
+        >>> ImplicitKernel(scalar, vector, n_layers=2, n_channels=4)(torch.randn(10, 3)).shape
+        torch.Size([10, 3, 1])
+
+    Source: Zhdanov, Hoffmann, Cesa, *Implicit Convolutional Kernels for Steerable CNNs*, NeurIPS 2023, section 3.
+    """
+
+    def __init__(
+        self,
+        conv_in_type: FieldType,
+        conv_out_type: FieldType,
+        kernel_attr_type: FieldType | None = None,
+        n_layers: int = 2,
+        n_channels: int = 16,
+        init_scheme: str = "he",
+        *,
+        sampling: str = "auto",
+        norm: str | None = "batch",
+        activation: str = "elu",
+        cutoff: float | None = None,
+        aggr: str = "sum",
+    ):
+        super().__init__()
+        check_type("conv_in_type", conv_in_type)
+        gspace = conv_in_type.gspace
+        require(gspace.dimensionality in (2, 3), "conv_in_type", "a space of dimension 2 or 3", gspace.dimensionality)
+        check_type("conv_out_type", conv_out_type, gspace)
+        attributes = []
+        if kernel_attr_type is not None:
+            check_type("kernel_attr_type", kernel_attr_type, gspace)
+            attributes = list(kernel_attr_type.representations)
+        shape = KernelShape(list(conv_out_type.representations), list(conv_in_type.representations), cutoff, aggr)
+        fiber = fiber_space(gspace.fibergroup, gspace.name)
+        tensor_reprs = [_tensor(out, into) for out in shape.out_reprs for into in shape.in_reprs]
+        self.mlp = KernelMLP(
+            fiber.type(position_representation(gspace), *attributes),
+            fiber.type(*tensor_reprs),
+            n_layers,
+            n_channels,
+            init_scheme,
+            norm,
+            activation,
+        )
+        self.shell_width = torch.nn.Parameter(0.5 * torch.ones(1, 1, 1))
+        self._lowering = (shape, sampling)
+        self.plan = lower(self.mlp, *self._lowering)
+        self.register_load_state_dict_post_hook(_lower_again)
+
+    def parameters_for_op(self) -> Parameters:
+        """The learned tensors as the operator takes them."""
+        trivial = [n.full_trivial.tolist() for n in self.plan.norms]
+        return Parameters(
+            tuple((layer.weights, layer.bias) for layer in self.mlp.linears),
+            tuple(self.mlp.norm_parameters(n, t) for n, t in zip(self.mlp.norms, trivial, strict=True)),
+            self.shell_width,
+        )
+
+    def uses_batch_statistics(self, n_points: int) -> bool:
+        """Whether batch norms take their statistics from these points (training mode).
+
+        Raises:
+            ValueError: one single point, which has no variance.
+        """
+        live = self.training and bool(self.plan.norms)
+        require(
+            not live or n_points != 1,
+            "edge_delta",
+            "at least 2 points in training mode with norm='batch'",
+            "1",
+            "Call .eval(), use larger graphs, or norm=None.",
+        )
+        return live
+
+    def update_running(self, statistics: list) -> None:
+        """Update the batch norms' running statistics after a training pass."""
+        for norm, plan, s in zip(self.mlp.norms, self.plan.norms, statistics, strict=False):
+            self.mlp.update_running(norm, plan.full_trivial.tolist(), s.mean, s.var)
+
+    def check_points(self, prefix: str, delta: Tensor, attributes: Tensor | None, n: int | None) -> Tensor:
+        """Validate positions and attributes; returns the attributes, (n, 0) where there are none."""
+        frame, dtype = self.plan.frame, self.shell_width.dtype
+        names = {"edge": ("edge_delta", "edge_attr"), "kernel": ("pos", "attrs")}[prefix]
+        check_tensor(names[0], delta, (n, frame.dim), dtype, self.shell_width.device)
+        if attributes is None:
+            require(
+                frame.n_attributes == 0,
+                names[1],
+                f"a tensor of {frame.n_attributes} attributes each",
+                None,
+                "The layer was built with an attribute type: pass the attributes.",
+            )
+            return delta.new_zeros(len(delta), 0)
+        require(
+            frame.n_attributes > 0 or attributes.shape[-1:] == (0,),
+            names[1],
+            "None",
+            f"a tensor of shape {tuple(attributes.shape)}",
+            "The layer was built without an attribute type: leave the attributes out, or build it with one.",
+        )
+        check_tensor(names[1], attributes, (len(delta), frame.n_attributes), dtype, self.shell_width.device)
+        return attributes
+
+    def forward(self, pos: Tensor, attrs: Tensor | None = None, *, batch_statistics: bool | None = None) -> Tensor:
+        """K at P points.
+
+        Args:
+            pos: (P, dim).
+            attrs: (P, A), or None without attributes.
+            batch_statistics: take batch statistics from these points; None: in training mode.
+
+        Returns:
+            (P, C_out, C_in).
+        """
+        attributes = self.check_points("kernel", pos, attrs, None)
+        live = self.uses_batch_statistics(len(pos)) if batch_statistics is None else batch_statistics
+        k, statistics = op.implicit_kernel(self.plan, self.parameters_for_op(), pos, attributes, batch_statistics=live)
+        if self.training:
+            self.update_running(statistics)
+        return k
+
+    def extra_repr(self) -> str:
+        """The kernel in one line."""
+        p = self.plan
+        return f"{p.group}, {p.out_size} x {p.in_size}, sampling={p.sampling!r}, frame={p.frame.kind!r}"
+
+
+def check_tensor(name: str, value, shape: tuple, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise unless ``value`` is a tensor of ``shape`` (None: any), of ``dtype`` or a 16-bit float, on ``device``."""
+    require(isinstance(value, Tensor), name, "a torch.Tensor", type(value).__name__, kind=TypeError)
+    expected = "(" + ", ".join("*" if s is None else str(s) for s in shape) + ")"
+    ok = value.dim() == len(shape) and all(s is None or s == v for s, v in zip(shape, value.shape, strict=True))
+    require(ok, name, f"shape {expected}", tuple(value.shape))
+    halves = (torch.float16, torch.bfloat16)
+    remedy = "Convert the input, or the layer with .float() / .double()."
+    require(value.dtype in (dtype, *halves), name, f"dtype {dtype} or a 16-bit float", value.dtype, remedy, TypeError)
+    require(value.device == device, name, f"device {device}", value.device, "Move it with .to().")
+
+
+def trivial_bias(out_type: FieldType) -> Tensor:
+    """(C_out, n) columns that add a constant to each trivial irrep of the output."""
+    columns, start = [], 0
+    for r in out_type.representations:
+        position = 0
+        for ident in r.irreps:
+            irrep = r.group.irrep(*ident)
+            if irrep.is_trivial():
+                column = torch.zeros(out_type.size)
+                column[start : start + r.size] = torch.tensor(r.change_of_basis[:, position], dtype=column.dtype)
+                columns.append(column)
+            position += irrep.size
+        start += r.size
+    return torch.stack(columns, 1) if columns else torch.zeros(out_type.size, 0)
+
+
+class BiasedModule(torch.nn.Module):
+    """Holds the equivariant bias of a convolution under the authors' names (``bias``, ``bias_expansion``)."""
+
+    _derived = ("expanded_bias", "filter")  # in checkpoints written in evaluation mode
+
+    def _register_bias(self, out_type: FieldType) -> None:
+        expansion = trivial_bias(out_type)
+        self.bias = None
+        if expansion.shape[1]:
+            self.register_buffer("bias_expansion", expansion)
+            self.bias = torch.nn.Parameter(torch.zeros(expansion.shape[1]))
+
+    def expand_bias(self) -> Tensor | None:
+        """(C_out,) or None."""
+        return None if self.bias is None else self.bias_expansion @ self.bias
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for derived in self._derived:
+            state_dict.pop(prefix + derived, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)

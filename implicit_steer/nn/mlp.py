@@ -1,0 +1,196 @@
+"""The equivariant MLP whose value is the kernel, laid out and named as the authors' module is."""
+
+from __future__ import annotations
+
+import copy
+
+import escnn.nn
+import torch
+from escnn.group import O3, SO2, SO3, CyclicGroup, Group
+from escnn.gspaces import GSpace0D, no_base_space
+from escnn.nn import FieldType
+
+from .. import sampling as sp
+from .._check import fail, require
+from ..lowering import polished_blocks
+from ..packing import NormParameters
+from ..plan import FUNCTIONS
+from .activation import FourierActivation
+
+_INIT = ("he", "deltaorthonormal")
+# Suffixes of the buffers that fix what weights mean; escnn derives them from the group's Clebsch-Gordan coefficients.
+_BASIS = (".sampled_basis", ".A", ".Ainv", ".bias_expansion", "_avg", "_change_of_basis")
+
+
+@sp.identity_cache
+def fiber_space(group: Group, name: str) -> GSpace0D:
+    """The gspace of the kernel MLPs on the space ``name``: one object, so that all layers share escnn's cache of bases.
+
+    One per space, not per group: that cache goes by names of representations, and the actions of one group on two
+    spaces may share theirs.
+    """
+    return no_base_space(group)
+
+
+class Linear(escnn.nn.Linear):
+    """escnn's equivariant Linear without its expanded matrix: one ``state_dict`` in training and evaluation mode."""
+
+    def __init__(self, in_type: FieldType, out_type: FieldType):
+        super().__init__(in_type, out_type, bias=True, initialize=False)
+        del self.matrix
+        if self.bias is not None:
+            del self.expanded_bias
+        for name, block in list(self.basisexpansion.named_children()):  # escnn shares these between layers
+            own = copy.copy(block)
+            own._buffers = {"sampled_basis": block.sampled_basis.clone()}
+            setattr(self.basisexpansion, name, own)
+
+    def forward(self, x: escnn.nn.GeometricTensor) -> escnn.nn.GeometricTensor:
+        """W x + b."""
+        return escnn.nn.GeometricTensor(
+            torch.nn.functional.linear(x.tensor, *self.expand_parameters()), self.out_type, x.coords
+        )
+
+    def train(self, mode: bool = True):
+        """Set the mode; nothing is expanded or dropped."""
+        return torch.nn.Module.train(self, mode)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for derived in ("matrix", "expanded_bias"):  # in checkpoints that escnn wrote in evaluation mode
+            state_dict.pop(prefix + derived, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class KernelMLP(torch.nn.Module):
+    """Equivariant MLP: Linear, Fourier activation (and batch norm) ``n_layers − 1`` times, then a Linear.
+
+    Args:
+        in_type, out_type: field types on a :func:`fiber_space`, the position first.
+        n_layers: linear layers, ≥ 1.
+        n_channels: hidden fields.
+        init_scheme: ``"he"`` or ``"deltaorthonormal"`` (escnn.nn.init).
+        norm: ``"batch"`` (``IIDBatchNorm1d`` after each activation) or None.
+        activation: φ. ``"elu"`` means the paper's choice: ELU, but ReLU on groups of order 1 and 2.
+
+    Attributes:
+        mlp: the escnn modules; called on a GeometricTensor of ``in_type`` it is the authors' function, layer by layer.
+
+    Source: Zhdanov, Hoffmann, Cesa, NeurIPS 2023, section 3; band limit = highest frequency of ``out_type`` + 1.
+    """
+
+    def __init__(
+        self,
+        in_type: FieldType,
+        out_type: FieldType,
+        n_layers: int = 2,
+        n_channels: int = 16,
+        init_scheme: str = "he",
+        norm: str | None = "batch",
+        activation: str = "elu",
+    ):
+        super().__init__()
+        for name, value in (("n_layers", n_layers), ("n_channels", n_channels)):
+            ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            require(ok, name, "an integer >= 1", repr(value))
+        require(init_scheme in _INIT, "init_scheme", f"one of {_INIT}", repr(init_scheme))
+        require(norm in ("batch", None), "norm", "'batch' or None", repr(norm))
+        require(activation in FUNCTIONS, "activation", f"one of {FUNCTIONS}", repr(activation))
+        self.in_type, self.out_type, self.n_channels = in_type, out_type, n_channels
+        group, gspace = in_type.fibergroup, in_type.gspace
+        if activation == "elu" and not group.continuous and group.order() <= 2:
+            activation = "relu"
+        modules, hidden = [], in_type
+        if n_layers > 1:
+            band_limit = sp.max_frequency(out_type.representations) + 1
+        for _ in range(n_layers - 1):
+            act = FourierActivation(gspace, n_channels, band_limit, activation)
+            modules += [Linear(hidden, act.in_type), act]
+            if norm == "batch":
+                modules.append(escnn.nn.IIDBatchNorm1d(act.out_type))
+            hidden = act.out_type
+        self.mlp = escnn.nn.SequentialModule(*modules, Linear(hidden, out_type))
+        for layer in self.linears:
+            _initialise(layer, init_scheme)
+
+    @property
+    def linears(self) -> list[Linear]:
+        """The linear layers in order."""
+        return [m for m in self.mlp if isinstance(m, Linear)]
+
+    @property
+    def norms(self) -> list[escnn.nn.IIDBatchNorm1d]:
+        """The batch norms in order."""
+        return [m for m in self.mlp if isinstance(m, escnn.nn.IIDBatchNorm1d)]
+
+    def norm_parameters(self, norm: escnn.nn.IIDBatchNorm1d, trivial: list[int]) -> NormParameters:
+        """One batch norm's tensors, trivial coefficients only."""
+        get = _norm_getter(norm)
+        return NormParameters(
+            get("weight").view(-1), get("bias"), get("running_mean")[:, trivial], get("running_var").view(-1)
+        )
+
+    def update_running(self, norm: escnn.nn.IIDBatchNorm1d, trivial: list[int], mean, var) -> None:
+        """Move one batch norm's running statistics towards those of a batch, as escnn does in its forward pass."""
+        get = _norm_getter(norm)
+        with torch.no_grad():
+            norm.num_batches_tracked += 1
+            get("running_var").lerp_(var.to(get("running_var").dtype)[:, None], norm.momentum)
+            running = get("running_mean")
+            target = torch.zeros_like(running)
+            target[:, trivial] = mean.to(running.dtype)
+            running.lerp_(target, norm.momentum)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        _check_basis(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _norm_getter(norm: escnn.nn.IIDBatchNorm1d):
+    name = norm._escape_name(norm.in_type.representations[0].name)
+    return lambda what: getattr(norm, f"{name}_{what}")
+
+
+def _check_basis(mlp: KernelMLP, state_dict: dict, prefix: str) -> None:
+    """Refuse a checkpoint whose basis would make its weights mean another function.
+
+    The basis buffers are the fingerprint. Where Clebsch-Gordan coefficients have a closed form, they must be this
+    installation's. Elsewhere escnn finds them numerically, with arbitrary signs on every installation: there the
+    checkpoint's own basis is taken over, if it consists of intertwiners.
+    """
+    closed_form = isinstance(mlp.in_type.fibergroup, SO2 | SO3 | O3 | CyclicGroup)
+    for name, own in mlp.named_buffers():
+        theirs = state_dict.get(prefix + name)
+        if theirs is None or not name.endswith(_BASIS):
+            continue
+        if theirs.shape == own.shape and torch.allclose(theirs.to(own), own, atol=1e-4, rtol=0):
+            state_dict[prefix + name] = own.detach().clone()
+        elif closed_form or theirs.shape != own.shape or not name.endswith((".sampled_basis", ".bias_expansion")):
+            fail(
+                prefix + name,
+                "the fingerprint of this installation's basis",
+                "another basis",
+                "Clebsch-Gordan coefficients differ in sign with and without py3nj and between escnn versions, so the "
+                "checkpoint's weights would mean another function here. Load it where it was written (see "
+                "implicit_steer.info()), or install the same escnn and py3nj.",
+                RuntimeError,
+            )
+    for n, layer in enumerate(mlp.mlp):
+        if isinstance(layer, Linear):
+            polished_blocks(layer, lambda key, n=n: state_dict.get(f"{prefix}mlp.{n}.{key}"))
+
+
+_HE_DEVIATION: dict[tuple, torch.Tensor] = {}  # (n_weights,) of escnn's generalised He scheme; slow to collect
+
+
+def _initialise(layer: Linear, scheme: str) -> None:
+    if layer.weights.numel() == 0:
+        return
+    if scheme == "he":
+        key = tuple(tuple(r.name for r in t.representations) for t in (layer.in_type, layer.out_type))
+        key = (layer.in_type.fibergroup.name, *key)
+        if key not in _HE_DEVIATION:
+            _HE_DEVIATION[key] = escnn.nn.init._generalized_he_init_variances(layer.basisexpansion)
+        with torch.no_grad():
+            layer.weights.copy_(_HE_DEVIATION[key] * torch.randn_like(layer.weights))
+    else:
+        escnn.nn.init.deltaorthonormal_init(layer.weights.data, layer.basisexpansion)

@@ -1,0 +1,202 @@
+"""Steerable convolution on point clouds and graphs with an implicit kernel."""
+
+from __future__ import annotations
+
+import torch
+from escnn.nn import FieldType, GeometricTensor
+from torch import Tensor
+
+from .. import backends, op
+from .._check import fail, require
+from ..graph import Graph
+from .kernel import BiasedModule, ImplicitKernel, check_tensor, check_type
+
+
+class ImplicitPointConv(BiasedModule):
+    """out_i = bias + Σ_{e: j→i} γ s(|x_e|) K(x_e, a_e) f_j, equivariant for the group of ``in_type``.
+
+    Args:
+        in_type, out_type: field types on one gspace (R² or R³), uniform or not.
+        edge_attr_type: fields of the edge attributes, or None.
+        n_layers, n_channels, init_scheme: the kernel's MLP.
+        sampling, norm, activation, cutoff: see :class:`ImplicitKernel`.
+        aggr: ``"sum"`` or ``"mean"`` over the edges of a node (0 at isolated nodes).
+        backend: ``"auto" | "reference" | "eager"``; a backend asked for by name runs or raises.
+
+    Raises:
+        ValueError, TypeError: wrong argument, naming it, what was expected and what came.
+
+    Example:
+        >>> gs = escnn.gspaces.flipRot3dOnR3()
+        >>> t = gs.type(*[gs.trivial_repr] * 4, *[gs.irrep(1, 1)] * 4)
+        >>> conv = ImplicitPointConv(t, t, None, n_layers=3, n_channels=8)
+        >>> pos = torch.randn(100, 3)
+        >>> edges = implicit_steer.knn_graph(pos, k=8)
+        >>> x = t(torch.randn(100, t.size), pos)
+        >>> conv(x, edges, pos[edges[1]] - pos[edges[0]]).shape
+        torch.Size([100, 16])
+
+    Source: Zhdanov, Hoffmann, Cesa, NeurIPS 2023, section 3.4.
+    """
+
+    def __init__(
+        self,
+        in_type: FieldType,
+        out_type: FieldType,
+        edge_attr_type: FieldType | None,
+        n_layers: int,
+        n_channels: int,
+        init_scheme: str = "he",
+        *,
+        sampling: str = "auto",
+        norm: str | None = "batch",
+        activation: str = "elu",
+        cutoff: float | None = None,
+        aggr: str = "sum",
+        backend: str = "auto",
+    ):
+        super().__init__()
+        check_type("in_type", in_type)
+        check_type("out_type", out_type, in_type.gspace)
+        require(in_type.gspace == out_type.gspace, "out_type", f"fields on {in_type.gspace}", out_type.gspace)
+        self.in_type, self.out_type, self.edge_attr_type = in_type, out_type, edge_attr_type
+        self._register_bias(out_type)
+        self.implicit_kernel = ImplicitKernel(
+            in_type,
+            out_type,
+            edge_attr_type,
+            n_layers,
+            n_channels,
+            init_scheme,
+            sampling=sampling,
+            norm=norm,
+            activation=activation,
+            cutoff=cutoff,
+            aggr=aggr,
+        )
+        self.backend = backend
+        self._select()  # an unknown name fails here
+
+    def _select(self):
+        width = self.implicit_kernel.shell_width
+        return backends.select(self.backend, self.implicit_kernel.plan, width.device, width.dtype)
+
+    def explain(self) -> str:
+        """Group, sampling, frame, costs, and which backend runs and why."""
+        return f"{self.implicit_kernel.plan}\n  backend    {self._select()[1]}"
+
+    def forward(
+        self,
+        x: GeometricTensor | tuple,
+        edge_index: Tensor | Graph,
+        edge_delta: Tensor,
+        edge_attr: Tensor | None = None,
+    ) -> GeometricTensor:
+        """Convolve.
+
+        Args:
+            x: features of ``in_type``, (N, C_in); or a pair (source features, target features or number of targets).
+            edge_index: (2, E) integers, row 0 = source j, row 1 = target i, in any order; or a :class:`Graph`, sorted
+                once and shared by every layer.
+            edge_delta: (E, dim), position of the target minus that of the source.
+            edge_attr: (E, A), plain or a GeometricTensor; None if the layer has no attribute type.
+
+        Returns:
+            (N_target, C_out) of ``out_type``, at the targets' coordinates (NaN where only their number is known).
+        """
+        source, coords, n_target = self._nodes(x)
+        graph = self._graph(edge_index, len(source), n_target)
+        return self._convolve(source, graph, edge_delta, edge_attr, coords)
+
+    def _nodes(self, x) -> tuple[Tensor, Tensor, int]:
+        target = x
+        if isinstance(x, tuple):
+            require(len(x) == 2, "x", "a GeometricTensor or a pair (source, target)", f"{len(x)} entries")
+            x, target = x
+        ok = isinstance(x, GeometricTensor) and x.type == self.in_type
+        got = x.type if isinstance(x, GeometricTensor) else type(x).__name__
+        require(
+            ok, "x", f"a GeometricTensor of type {self.in_type}", got, "Wrap it: in_type(tensor, coords).", TypeError
+        )
+        width = self.implicit_kernel.shell_width
+        check_tensor("x", x.tensor, (None, self.in_type.size), width.dtype, width.device)
+        if isinstance(target, GeometricTensor):
+            return x.tensor, target.coords, len(target.tensor)
+        if isinstance(target, int) and target >= 0:
+            unknown = x.tensor.new_full((target, self.in_type.gspace.dimensionality), float("nan"))
+            return x.tensor, unknown, target
+        fail("x", "a GeometricTensor or a number of nodes as target", type(target).__name__, kind=TypeError)
+
+    @staticmethod
+    def _graph(edge_index, n_source: int, n_target: int) -> Graph:
+        if not isinstance(edge_index, Graph):
+            return Graph(edge_index, (n_source, n_target))
+        sizes = (edge_index.num_src, edge_index.num_dst)
+        expected = f"a graph on {n_source} source and {n_target} target nodes (the rows of x)"
+        require(sizes == (n_source, n_target), "edge_index", expected, f"one on {sizes[0]} and {sizes[1]}")
+        return edge_index
+
+    def _convolve(self, source: Tensor, graph: Graph, edge_delta, edge_attr, coords) -> GeometricTensor:
+        kernel = self.implicit_kernel
+        if isinstance(edge_attr, GeometricTensor):
+            edge_attr = edge_attr.tensor
+        attributes = kernel.check_points("edge", edge_delta, edge_attr, graph.num_edges)
+        require(graph.device == source.device, "edge_index", f"device {source.device}", graph.device)
+        out, statistics = op.implicit_conv(
+            kernel.plan,
+            kernel.parameters_for_op(),
+            graph,
+            source,
+            edge_delta,
+            attributes,
+            batch_statistics=kernel.uses_batch_statistics(graph.num_edges),
+            backend=self.backend,
+        )
+        kernel.update_running(statistics)
+        bias = self.expand_bias()
+        if bias is not None:
+            out = out + bias.to(out.dtype)
+        return GeometricTensor(out, self.out_type, coords)
+
+    def extra_repr(self) -> str:
+        """What distinguishes this layer."""
+        return f"{self.in_type} -> {self.out_type}, backend={self.backend!r}"
+
+
+class ImplicitPointConvWithDownsampling(ImplicitPointConv):
+    """:class:`ImplicitPointConv` whose output lives on a subset of the nodes."""
+
+    def forward(
+        self,
+        x: GeometricTensor,
+        edge_index: Tensor | Graph,
+        edge_delta: Tensor,
+        edge_attr: Tensor | None = None,
+        idx_downsampled: Tensor | None = None,
+    ) -> GeometricTensor:
+        """Convolve onto the nodes ``idx_downsampled``.
+
+        Args:
+            x, edge_delta, edge_attr: as in :class:`ImplicitPointConv`.
+            edge_index: (2, E); row 0 indexes all nodes, row 1 the chosen ones (0 … M − 1); or a Graph of (N, M) nodes.
+            idx_downsampled: (M,) integers: which nodes are kept; None keeps all.
+
+        Returns:
+            (M, C_out), with the chosen nodes' coordinates.
+        """
+        if idx_downsampled is None:
+            return super().forward(x, edge_index, edge_delta, edge_attr)
+        ok = isinstance(idx_downsampled, Tensor) and idx_downsampled.dim() == 1
+        ok = (
+            ok
+            and not idx_downsampled.is_floating_point()
+            and idx_downsampled.dtype not in (torch.bool, torch.complex64)
+        )
+        got = getattr(idx_downsampled, "dtype", type(idx_downsampled).__name__)
+        require(ok, "idx_downsampled", "a 1-D integer tensor", got, kind=TypeError)
+        source, coords, n = self._nodes(x)
+        if len(idx_downsampled):
+            low, high = int(idx_downsampled.min()), int(idx_downsampled.max())
+            require(low >= 0 and high < n, "idx_downsampled", f"indices in 0..{n - 1}", f"{low}..{high}")
+        graph = self._graph(edge_index, n, len(idx_downsampled))
+        return self._convolve(source, graph, edge_delta, edge_attr, coords.index_select(0, idx_downsampled.long()))

@@ -1,0 +1,79 @@
+"""The one operator: out_i = Σ_{e: j→i} γ s(|x_e|) K(x_e, a_e) f_j, and the kernel K alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends import reference
+from .backends.hidden import Statistics
+from .graph import Graph
+from .packing import Parameters, pack
+from .plan import Plan
+
+
+def _compute_dtype(parameters: Parameters) -> torch.dtype:
+    """float64 with float64 parameters, else float32."""
+    return torch.promote_types(parameters.shell_width.dtype, torch.float32)
+
+
+def _cast(parameters: Parameters, dtype: torch.dtype) -> Parameters:
+    if parameters.shell_width.dtype == dtype:
+        return parameters
+    return Parameters(
+        tuple((w.to(dtype), None if b is None else b.to(dtype)) for w, b in parameters.linears),
+        tuple(type(n)(*(t.to(dtype) for t in n)) for n in parameters.norms),
+        parameters.shell_width.to(dtype),
+    )
+
+
+def implicit_conv(
+    plan: Plan,
+    parameters: Parameters,
+    graph: Graph,
+    x: Tensor,
+    edge_delta: Tensor,
+    edge_attr: Tensor,
+    *,
+    batch_statistics: bool,
+    backend: str = "auto",
+) -> tuple[Tensor, list[Statistics]]:
+    """Convolve node features with the implicit kernel; arguments are taken as valid (``nn`` checks them).
+
+    Args:
+        plan: what to compute.
+        parameters: what was learned.
+        graph: N_src, N_dst nodes and E edges.
+        x: (N_src, C_in) features, any floating dtype; the arithmetic is the parameters' (at least float32).
+        edge_delta: (E, dim).
+        edge_attr: (E, A), A = 0 without attributes.
+        batch_statistics: take the batch norms' statistics from these edges (training) instead of the running ones.
+        backend: name, or "auto".
+
+    Returns:
+        (N_dst, C_out) in the dtype of ``x``, and one :class:`Statistics` per batch norm (empty unless
+        ``batch_statistics``).
+    """
+    dtype = _compute_dtype(parameters)
+    engine, _ = backends.select(backend, plan, x.device, dtype)
+    parameters = _cast(parameters, dtype)
+    live = parameters.norms if batch_statistics and graph.num_edges else ()
+    weights = pack(plan, parameters, fold=not live)
+    out, statistics = engine.forward(plan, weights, live, graph, x.to(dtype), edge_delta.to(dtype), edge_attr.to(dtype))
+    if plan.aggr == "mean":
+        out = out / graph.degree.clamp(min=1).to(dtype)[:, None]
+    return out.to(x.dtype), statistics
+
+
+def implicit_kernel(
+    plan: Plan, parameters: Parameters, delta: Tensor, attributes: Tensor, *, batch_statistics: bool
+) -> tuple[Tensor, list[Statistics]]:
+    """K (P, C_out, C_in) at P points: delta (P, dim), attributes (P, A)."""
+    dtype = _compute_dtype(parameters)
+    parameters = _cast(parameters, dtype)
+    live = parameters.norms if batch_statistics and len(delta) else ()
+    k, statistics = reference.kernel(
+        plan, pack(plan, parameters, fold=not live), live, delta.to(dtype), attributes.to(dtype)
+    )
+    return k.to(delta.dtype), statistics

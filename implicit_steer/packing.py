@@ -1,0 +1,157 @@
+"""Parameters → the dense tensors a backend multiplies with. Differentiable, torch only, one small matmul per layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .plan import Activation, Coupling, Linear, Norm, Plan
+
+
+class NormParameters(NamedTuple):
+    """Affine parameters and running statistics of one batch norm, trivial coefficients only."""
+
+    weight: Tensor  # (channels,)
+    bias: Tensor  # (channels, n_trivial)
+    mean: Tensor  # (channels, n_trivial)
+    var: Tensor  # (channels,)
+
+
+class Parameters(NamedTuple):
+    """What a layer learns, as its modules hold it."""
+
+    linears: tuple[tuple[Tensor, Tensor | None], ...]  # (weights, bias) of every linear map, the last one included
+    norms: tuple[NormParameters, ...]
+    shell_width: Tensor  # σ, any shape with one element
+
+
+@dataclass
+class Weights:
+    """Dense weights in frame coordinates. ``linears[n]``: W (out, in), b (out,); ``theta[k]``: (U, V, W, n_b)."""
+
+    linears: list[tuple[Tensor, Tensor]]
+    theta: list[Tensor]
+    shell_width: Tensor
+
+
+@lru_cache(maxsize=256)
+def _constant(plan, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    array = getattr(plan, name)
+    integer = array.dtype.kind == "i"
+    return torch.tensor(array, dtype=torch.int64 if integer else dtype, device=device)
+
+
+def constant(owner, name: str, like: Tensor) -> Tensor:
+    """The array ``owner.name`` of a piece of the plan as a tensor with the dtype and device of ``like``; cached."""
+    return _constant(owner, name, like.dtype, like.device)
+
+
+@lru_cache(maxsize=256)
+def _linear_index(layer: Linear, device: torch.device) -> Tensor:
+    """Position in the flat (out, in) matrix of every value that the blocks produce, in their (U, V, o, i) order."""
+    parts = []
+    for block in layer.blocks:
+        _, o, i = block.basis.shape
+        rows = torch.tensor(block.out_start)[:, None, None, None] + torch.arange(o)[None, None, :, None]
+        columns = torch.tensor(block.in_start)[None, :, None, None] + torch.arange(i)
+        parts.append((rows * layer.in_size + columns).reshape(-1))
+    return torch.cat(parts).to(device) if parts else torch.zeros(0, dtype=torch.int64, device=device)
+
+
+def dense_linear(layer: Linear, weights: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """W (out, in) and b (out,) of one hidden layer."""
+    values = []
+    for block in layer.blocks:
+        n_b = block.basis.shape[0]
+        u = len(block.out_start)
+        theta = weights[block.offset : block.offset + u * block.n_in * n_b].view(u, block.n_in, n_b)
+        theta = theta.index_select(1, constant(block, "columns", weights))
+        values.append((theta @ constant(block, "basis", weights).reshape(n_b, -1)).reshape(-1))
+    dense = weights.new_zeros(layer.out_size * layer.in_size)
+    if values:
+        dense = dense.index_copy(0, _linear_index(layer, weights.device), torch.cat(values))
+    shift = weights.new_zeros(layer.out_size) if bias is None else constant(layer, "bias", weights) @ bias
+    return dense.view(layer.out_size, layer.in_size), shift
+
+
+@lru_cache(maxsize=256)
+def _theta_index(coupling: Coupling, device: torch.device) -> Tensor:
+    """(U·V·W·n_b,) position in the parameter vector."""
+    per_row = len(coupling.hidden_start) * coupling.basis.shape[0]
+    return (torch.tensor(coupling.row)[..., None] + torch.arange(per_row)).reshape(-1).to(device)
+
+
+def mixing_weights(coupling: Coupling, weights: Tensor, bias: Tensor | None) -> Tensor:
+    """θ (U, V, W, n_b)."""
+    parameter = weights if coupling.parameter == "weights" else bias
+    shape = (*coupling.row.shape, len(coupling.hidden_start), coupling.basis.shape[0])
+    return parameter.index_select(0, _theta_index(coupling, parameter.device)).view(shape)
+
+
+@lru_cache(maxsize=256)
+def _kernel_index(plan: Plan, device: torch.device) -> Tensor:
+    """Position in the flat (C_out, C_in, H) kernel matrix of every θ·B value, in (U, o, V, i, W, m) order."""
+    parts = []
+    for c in plan.couplings:
+        _, o, i, m = c.basis.shape
+        out = (torch.tensor(c.out_start)[:, None] + torch.arange(o)).reshape(-1, 1, 1)
+        into = (torch.tensor(c.in_start)[:, None] + torch.arange(i)).reshape(1, -1, 1)
+        hidden = (torch.tensor(c.hidden_start)[:, None] + torch.arange(m)).reshape(1, 1, -1)
+        parts.append(((out * plan.in_size + into) * plan.hidden_size + hidden).reshape(-1))
+    return torch.cat(parts).to(device)
+
+
+def dense_kernel(plan: Plan, weights: Weights) -> Tensor:
+    """(C_out, C_in, H): K[o, i] = Σ_m dense[o, i, m] h[m], γ and shell left out."""
+    values = [
+        torch.einsum("uvwb,boim->uoviwm", t, constant(c, "basis", t)).reshape(-1)
+        for c, t in zip(plan.couplings, weights.theta, strict=True)
+    ]
+    dense = weights.shell_width.new_zeros(plan.out_size * plan.in_size * plan.hidden_size)
+    if values:
+        dense = dense.index_copy(0, _kernel_index(plan, dense.device), torch.cat(values))
+    return dense.view(plan.out_size, plan.in_size, plan.hidden_size)
+
+
+def norm_affine(norm: Norm, p: NormParameters, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Batch norm as ``y → scale · y + shift``: scale (channels,), shift (channels, n_trivial)."""
+    scale = p.weight / (var + norm.eps).sqrt()
+    return scale, p.bias - mean * scale[:, None]
+
+
+def fold_linear(
+    norm: Norm, act: Activation, linear: tuple[Tensor, Tensor], scale: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The linear map after a batch norm, with that norm folded in: W · diag(scale), b + W · shift."""
+    w, b = linear
+    per_channel = w.view(w.shape[0], act.channels, -1)
+    trivial = per_channel.index_select(2, constant(norm, "trivial", w))
+    return (per_channel * scale[:, None]).reshape(w.shape), b + torch.einsum("ows,ws->o", trivial, shift)
+
+
+def fold_theta(plan: Plan, theta: list[Tensor], scale: Tensor, shift: Tensor) -> list[Tensor]:
+    """The mixing weights after the last batch norm: θ · scale, and the shift moved into the biases' couplings."""
+    folded = [t * scale[:, None] if c.parameter == "weights" else t for c, t in zip(plan.couplings, theta, strict=True)]
+    for c, t in zip(plan.couplings, theta, strict=True):
+        if c.fold_into >= 0:
+            moved = torch.einsum("uvwb,bts,wt->uvs", t, constant(c, "fold", t), shift)
+            folded[c.fold_into] = folded[c.fold_into] + moved[:, :, None]
+    return folded
+
+
+def pack(plan: Plan, parameters: Parameters, fold: bool) -> Weights:
+    """Dense weights from parameters; with ``fold`` the batch norms' running statistics are folded in (eval mode)."""
+    linears = [dense_linear(layer, w, b) for layer, (w, b) in zip(plan.linears, parameters.linears[:-1], strict=True)]
+    theta = [mixing_weights(c, *parameters.linears[-1]) for c in plan.couplings]
+    if fold:
+        for n, (norm, p) in enumerate(zip(plan.norms, parameters.norms, strict=True)):
+            affine = norm_affine(norm, p, p.mean, p.var)
+            if n + 1 < len(linears):
+                linears[n + 1] = fold_linear(norm, plan.activations[n], linears[n + 1], *affine)
+            else:
+                theta = fold_theta(plan, theta, *affine)
+    return Weights(linears, theta, parameters.shell_width)

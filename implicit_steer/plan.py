@@ -1,0 +1,302 @@
+"""The plan of an implicit kernel: immutable, hashable, printable data. It is all that a backend gets to know.
+
+A plan describes ``K(x, a) = γ s(|x|) · mat(MLP(x ⊕ a))`` in *frame coordinates*: the MLP's hidden fields are expressed
+by the few numbers that survive in the edge's own frame ("exact" sampling) or, without a frame, by all of them.
+
+Names used throughout (one edge e):
+
+====  =====================================================================================================
+y     (n_in,) MLP input, then (W·c,) hidden coefficients: W channels of c coefficients each
+z     W y + b: pre-activation coefficients; the activation is A⁻ φ(A z) per channel
+h     (W·d,) full hidden features in the coupling's basis, d the size of one hidden field; h[-1] = 1 carries the biases
+θ     the mixing weights of the last layer; B[b, o, i, m] its intertwiners
+====  =====================================================================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import numpy as np
+
+from ._check import require
+
+FUNCTIONS = ("elu", "relu", "silu", "gelu", "tanh")
+
+
+def _freeze(value):
+    """Float arrays become read-only float64, integer arrays read-only int64; other values pass."""
+    if isinstance(value, np.ndarray):
+        value = np.array(value, dtype=np.int64 if value.dtype.kind in "iub" else np.float64, order="C")
+        value.flags.writeable = False
+    return value
+
+
+class _Data:
+    """Value semantics for frozen dataclasses that hold arrays: equality and hash by content."""
+
+    def __post_init__(self):
+        for f in fields(self):
+            object.__setattr__(self, f.name, _freeze(getattr(self, f.name)))
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise ``ValueError`` where the fields contradict each other."""
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the class name and every field."""
+        sha = hashlib.sha256(type(self).__name__.encode())
+
+        def feed(value):
+            if isinstance(value, np.ndarray):
+                sha.update(repr((value.shape, value.dtype.str)).encode())
+                sha.update(value.tobytes())
+            elif isinstance(value, tuple):
+                sha.update(f"({len(value)}".encode())
+                for item in value:
+                    feed(item)
+            elif isinstance(value, _Data):
+                sha.update(value.digest.encode())
+            else:
+                sha.update(repr(value).encode())
+
+        for f in fields(self):
+            feed(getattr(self, f.name))
+        return sha.hexdigest()
+
+    def __eq__(self, other) -> bool:
+        return type(self) is type(other) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return int(self.digest[:15], 16)
+
+
+@dataclass(frozen=True, eq=False)
+class Frame(_Data):
+    """Where the MLP is evaluated, and how its hidden features return from there.
+
+    ``kind``:
+
+    - ``"none"``: at (x, a) itself.
+    - ``"zonal"`` (O(3), SO(3), invariant attributes): at x₀ = r e; hidden field ψ of degree l keeps one coefficient and
+      ``h[m] = c[coefficient[m]] · Y_m(x̂)``, Y the unit-norm solid harmonics ``harmonics`` (d, n_monomials) over the
+      monomials x^i y^j z^k listed in ``powers``.
+    - ``"planar"`` (one continuous rotation): x and a are rotated by −φ, φ the azimuth of x in ``plane`` (dim, 2);
+      coefficients of order k return by a rotation by kφ: ``h[m] = cos(kφ) c[m] + sign[m] sin(kφ) c[partner[m]]``.
+
+    ``order`` (c,) is the degree l or the order k of each hidden coefficient. Where ``regular``, coefficients of
+    order > 0 vanish at radius 0 and are carried divided by the radius, so that values and derivatives are right there.
+    """
+
+    kind: str
+    dim: int
+    attribute: np.ndarray  # (A, A) orthogonal: attributes to frame coordinates, a' = attributeᵀ a
+    order: np.ndarray  # (c,)
+    regular: bool = False
+    # zonal
+    coefficient: np.ndarray | None = None  # (d,)
+    powers: np.ndarray | None = None  # (n_monomials, 3)
+    harmonics: np.ndarray | None = None  # (d, n_monomials)
+    # planar
+    plane: np.ndarray | None = None  # (dim, 2) orthonormal; azimuth 0 along the first column
+    axis: np.ndarray | None = None  # (dim, dim - 2) the rest of position space
+    partner: np.ndarray | None = None  # (c,)
+    sign: np.ndarray | None = None  # (c,)
+    attribute_order: np.ndarray | None = None  # (A,)
+    attribute_partner: np.ndarray | None = None  # (A,)
+    attribute_sign: np.ndarray | None = None  # (A,)
+
+    def validate(self):
+        require(self.kind in ("none", "zonal", "planar"), "kind", "'none', 'zonal' or 'planar'", repr(self.kind))
+        require(
+            self.attribute.ndim == 2 and self.attribute.shape[0] == self.attribute.shape[1],
+            "attribute",
+            "a square matrix",
+            self.attribute.shape,
+        )
+
+    @property
+    def n_attributes(self) -> int:
+        """Size of the edge attributes."""
+        return self.attribute.shape[0]
+
+    @property
+    def n_position(self) -> int:
+        """Numbers that the position contributes to the MLP's input: all of x, (r,) or (ρ, axis)."""
+        return {"none": self.dim, "zonal": 1, "planar": self.dim - 1}[self.kind]
+
+    @property
+    def input_order(self) -> np.ndarray:
+        """(n_position + A,) order of each MLP input, as ``order`` for the hidden coefficients."""
+        if self.kind == "none":
+            return np.zeros(self.dim + self.n_attributes, dtype=np.int64)
+        rest = self.attribute_order if self.kind == "planar" else np.zeros(self.n_attributes, dtype=np.int64)
+        return np.concatenate([[1], np.zeros(self.n_position - 1, dtype=np.int64), rest])
+
+
+@dataclass(frozen=True, eq=False)
+class Block(_Data):
+    """``W[out_start[u] + o, in_start[v] + i] = Σ_b weights[offset + (u n_in + columns[v]) n_b + b] basis[b, o, i]``."""
+
+    offset: int
+    n_in: int  # input fields in the parameter's layout, of which this block uses ``columns``
+    columns: np.ndarray  # (V,)
+    out_start: np.ndarray  # (U,)
+    in_start: np.ndarray  # (V,)
+    basis: np.ndarray  # (n_b, o, i)
+
+
+@dataclass(frozen=True, eq=False)
+class Linear(_Data):
+    """A hidden equivariant linear layer in frame coordinates, ``z = W y + bias @ b``: blocks, a static pattern."""
+
+    in_size: int
+    out_size: int
+    blocks: tuple[Block, ...]
+    bias: np.ndarray  # (out_size, n_bias)
+
+    @cached_property
+    def n_nonzeros(self) -> int:
+        """Structural nonzeros of W (multiply-adds per edge)."""
+        return sum(int((np.abs(b.basis) > 0).any(0).sum()) * len(b.out_start) * len(b.in_start) for b in self.blocks)
+
+
+@dataclass(frozen=True, eq=False)
+class Activation(_Data):
+    """``y = inverse · φ(samples · z)`` per channel, equal samples merged; ``index``: which one each original was."""
+
+    channels: int
+    function: str
+    samples: np.ndarray  # (S, c)
+    inverse: np.ndarray  # (c, S)
+    index: np.ndarray  # (S_original,) values in 0..S-1
+
+    def validate(self):
+        require(self.function in FUNCTIONS, "activation", f"one of {FUNCTIONS}", repr(self.function))
+        s, c = self.samples.shape
+        require(self.inverse.shape == (c, s), "inverse", f"shape {(c, s)}", self.inverse.shape)
+
+    @cached_property
+    def unmerged(self) -> tuple[np.ndarray, np.ndarray]:
+        """(S_original, c) and (c, S_original): the same function with every sample written out."""
+        count = np.bincount(self.index, minlength=len(self.samples))
+        return self.samples[self.index], (self.inverse / count)[:, self.index]
+
+
+@dataclass(frozen=True, eq=False)
+class Norm(_Data):
+    """escnn's ``IIDBatchNorm1d``: one variance per channel, means and shifts on the trivial coefficients only."""
+
+    channels: int
+    trivial: np.ndarray  # (n_trivial,) coefficients of a channel in frame coordinates
+    full_trivial: np.ndarray  # (n_trivial,) the same among the d coordinates of a full hidden field
+    eps: float
+    momentum: float
+
+
+@dataclass(frozen=True, eq=False)
+class Coupling(_Data):
+    """One type of output field, one of input field, one of hidden field: U × V × W fields share the intertwiners B.
+
+    ``K[out_start[u] + o, in_start[v] + i] += Σ_{b,w,m} θ[u, v, w, b] B[b, o, i, m] h[hidden_start[w] + m]`` with
+    ``θ[u, v, w, b] = parameter[row[u, v] + w n_b + b]``; the parameter is the last layer's ``weights`` or its ``bias``.
+    """
+
+    parameter: str
+    row: np.ndarray  # (U, V)
+    out_start: np.ndarray  # (U,)
+    in_start: np.ndarray  # (V,)
+    hidden_start: np.ndarray  # (W,)
+    basis: np.ndarray  # (n_b, o, i, m)
+    # where a shift of the hidden trivial coefficients goes: B[b, :, :, trivial t] = Σ_b' fold[b, t, b'] B_bias[b']
+    fold: np.ndarray  # (n_b, n_trivial, n_b') for "weights" blocks, else empty
+    fold_into: int  # position of that bias coupling in Plan.couplings, or -1
+
+    @cached_property
+    def nonzeros(self) -> tuple[tuple[int, int, int, int, float], ...]:
+        """(b, o, i, m, value) of every nonzero of B."""
+        index = np.argwhere(self.basis != 0)
+        return tuple((*map(int, row), float(self.basis[tuple(row)])) for row in index)
+
+    @cached_property
+    def slots(self) -> tuple[tuple[int, int], ...]:
+        """(b, o) pairs that occur: T[slot, v, w] is what a node accumulates."""
+        return tuple(sorted({(b, o) for b, o, *_ in self.nonzeros}))
+
+
+@dataclass(frozen=True, eq=False)
+class Plan(_Data):
+    """Everything that defines the operator but its weights. See the module's text for the notation."""
+
+    group: str
+    sampling: str
+    frame: Frame
+    linears: tuple[Linear, ...]
+    activations: tuple[Activation, ...]
+    norms: tuple[Norm, ...]  # one per activation, or ()
+    couplings: tuple[Coupling, ...]
+    out_size: int
+    in_size: int
+    hidden_size: int  # columns of h, the constant one included
+    gamma: float
+    cutoff: float | None
+    aggr: str
+
+    def validate(self):
+        require(self.aggr in ("sum", "mean"), "aggr", "'sum' or 'mean'", repr(self.aggr))
+        require(
+            self.cutoff is None or 0 < self.cutoff < float("inf"), "cutoff", "a positive radius or None", self.cutoff
+        )
+        require(
+            len(self.linears) == len(self.activations) and len(self.norms) in (0, len(self.activations)),
+            "linears",
+            "one hidden layer per activation and norm",
+            (len(self.linears), len(self.activations), len(self.norms)),
+        )
+
+    def cost(self) -> dict[str, int]:
+        """Multiply-adds and evaluations of φ, per edge and per node, of the factored form (counted, not measured)."""
+        mlp = sum(layer.n_nonzeros for layer in self.linears)
+        mlp += sum(2 * a.channels * int((np.abs(a.samples) > 0).sum()) for a in self.activations)
+        phi = sum(a.channels * len(a.samples) for a in self.activations)
+        sparse_edge = sparse_node = 0
+        for c in self.couplings:
+            fields_vw = len(c.in_start) * len(c.hidden_start)
+            sparse_edge += (len(c.nonzeros) if c.parameter == "weights" else 0) * fields_vw
+            sparse_node += len(c.slots) * fields_vw * len(c.out_start)
+        return {
+            "mlp per edge": mlp,
+            "φ per edge": phi,
+            "coupling nonzeros per edge": sparse_edge,
+            "mixing per node": sparse_node,
+            "outer product per edge": self.in_size * self.hidden_size,
+            "dense mixing per node": self.in_size * self.hidden_size * self.out_size,
+            "materialised kernel per edge": self.in_size * self.hidden_size * self.out_size,
+        }
+
+    def __str__(self) -> str:
+        frame = self.frame
+        lines = [
+            f"Plan {self.digest[:12]}: {self.group}, sampling {self.sampling!r}",
+            f"  frame      {frame.kind}{' (regular at the origin)' if frame.regular else ''}, "
+            f"x in R^{frame.dim}, {frame.n_attributes} attributes",
+        ]
+        for n, (layer, act) in enumerate(zip(self.linears, self.activations, strict=True)):
+            lines.append(
+                f"  layer {n}    {layer.in_size} -> {layer.out_size}, {layer.n_nonzeros} nonzeros; {act.function} on "
+                f"{len(act.samples)} samples ({len(act.index)} before merging) x {act.channels} channels"
+                + ("; batch norm" if self.norms else "")
+            )
+        for c in self.couplings:
+            lines.append(
+                f"  coupling   {len(c.out_start)} x {len(c.in_start)} x {len(c.hidden_start)} fields ({c.parameter}), "
+                f"{c.basis.shape[0]} intertwiners, {len(c.nonzeros)} nonzeros, {len(c.slots)} slots"
+            )
+        lines.append(
+            f"  kernel     {self.out_size} x {self.in_size}, γ = {self.gamma:.4g}, cutoff {self.cutoff}, {self.aggr}"
+        )
+        lines += [f"  cost       {name}: {value:,}" for name, value in self.cost().items()]
+        return "\n".join(lines)

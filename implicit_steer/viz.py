@@ -1,0 +1,202 @@
+"""Pictures: kernels on a slice, times as bars, learning curves, convergence. Each returns a matplotlib ``Figure``.
+
+The figures are made without pyplot: they need no display, and nothing has to be closed. Needs the extra ``train``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ._check import require
+from ._extras import load_extra
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from .nn import ImplicitKernel
+
+Entry = tuple[int | tuple[int, int], int]
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_ARROWS = 15  # arrows along each side of a slice
+_INK, _GRID = "#333333", "#dddddd"
+
+
+def _figure(width: float, height: float) -> Figure:
+    return load_extra("matplotlib.figure").Figure(figsize=(width, height), layout="constrained", dpi=150)
+
+
+def _plain_axes(axes: Axes, grid: str) -> None:
+    """No frame at the top and right, a faint grid behind the data."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, which="major", color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def kernel_slice(
+    kernel: ImplicitKernel,
+    *,
+    plane: str = "xy",
+    extent: float = 1.5,
+    resolution: int = 81,
+    attributes: torch.Tensor | None = None,
+    entries: Mapping[str, Entry] | None = None,
+    title: str = "",
+) -> Figure:
+    """Entries K[o, i] of a kernel on a plane through the origin, all in one colour scale.
+
+    Args:
+        kernel: its value at (P, dim) positions and (P, A) attributes is (P, C_out, C_in).
+        plane: the two axes that are shown, ``"xy"`` (the only one in R²), ``"xz"``, ``"yz"``, ...; the other
+            coordinate is 0.
+        extent: half the side of the square, in the unit of the positions.
+        resolution: points along each side.
+        attributes: (A,), the same at every point; None for a kernel without attributes.
+        entries: a caption for each panel → (o, i), a heat map of K[o, i]; or ((o₁, o₂), i), a vector field with the
+            components K[o₁, i] along the first and K[o₂, i] along the second axis, over its length. None: the first
+            four rows of the first three columns.
+        title: above the panels.
+
+    Raises:
+        ValueError: a plane that is not two different axes of the kernel's space.
+    """
+    dim, n_out, n_in = kernel.plan.frame.dim, kernel.plan.out_size, kernel.plan.in_size
+    names = "xyz"[:dim]
+    ok = len(plane) == 2 and plane[0] != plane[1] and set(plane) <= set(names)
+    require(ok, "plane", f"two different axes among {', '.join(names)}", repr(plane))
+    if entries is None:
+        entries = {f"K[{o}, {i}]": (o, i) for i in range(min(3, n_in)) for o in range(min(4, n_out))}
+    ticks, values = _on_slice(kernel, [names.index(axis) for axis in plane], extent, resolution, attributes)
+
+    columns = min(4, len(entries))
+    rows = -(-len(entries) // columns)
+    figure = _figure(2.5 * columns + 1.1, 2.5 * rows + 0.6)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    limit = max(np.abs(_component(values, entry)).max() for entry in entries.values()) or 1.0
+    image = None
+    for panel, (caption, entry) in zip(axes.flat, entries.items(), strict=False):
+        image = panel.imshow(
+            _component(values, entry),
+            origin="lower",
+            extent=(-extent, extent, -extent, extent),
+            cmap="RdBu_r",
+            vmin=-limit,
+            vmax=limit,
+        )
+        if isinstance(entry[0], tuple):
+            _arrows(panel, ticks, values, entry)
+        panel.set_title(caption, fontsize=9)
+    for panel in axes.flat[len(entries) :]:
+        panel.set_visible(False)
+    for panel in axes[-1]:
+        panel.set_xlabel(plane[0])
+    for panel in axes[:, 0]:
+        panel.set_ylabel(plane[1])
+    figure.colorbar(image, ax=axes, shrink=0.9, label="K (vector fields: length)")
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _on_slice(kernel, axes: list[int], extent: float, resolution: int, attributes) -> tuple[np.ndarray, np.ndarray]:
+    """(R,) ticks, and K (R, R, C_out, C_in): rows along the second axis, columns along the first."""
+    width = kernel.shell_width
+    ticks = torch.linspace(-extent, extent, resolution, dtype=torch.float64)
+    pos = torch.zeros(resolution, resolution, kernel.plan.frame.dim, dtype=torch.float64)
+    pos[..., axes[0]], pos[..., axes[1]] = ticks, ticks[:, None]
+    pos = pos.flatten(0, 1).to(width)
+    if attributes is not None:
+        attributes = attributes.to(width).expand(len(pos), -1)
+    with torch.no_grad():
+        values = kernel(pos, attributes, batch_statistics=False)
+    return ticks.numpy(), values.double().cpu().numpy().reshape(resolution, resolution, *values.shape[1:])
+
+
+def _component(values: np.ndarray, entry: Entry) -> np.ndarray:
+    """(R, R): K[o, i], or the length of (K[o₁, i], K[o₂, i])."""
+    out, into = entry
+    if isinstance(out, tuple):
+        return np.linalg.norm(values[:, :, list(out), into], axis=-1)
+    return values[:, :, out, into]
+
+
+def _arrows(panel: Axes, ticks: np.ndarray, values: np.ndarray, entry: Entry) -> None:
+    step = max(1, len(ticks) // _ARROWS)
+    chosen = np.arange(len(ticks) % step // 2, len(ticks), step)
+    (first, second), into = entry
+    sparse = values[np.ix_(chosen, chosen)]
+    panel.quiver(ticks[chosen], ticks[chosen], sparse[..., first, into], sparse[..., second, into], color=_INK)
+
+
+def time_bars(
+    times: Mapping[str, Mapping[str, float]], *, unit: str = "ms", title: str = "", log: bool = False
+) -> Figure:
+    """Horizontal bars: ``times[group][label]``, one group of bars per measure, one colour per label, values written."""
+    labels = list(dict.fromkeys(label for group in times.values() for label in group))
+    height = 0.8 / max(1, len(labels))
+    figure = _figure(7.5, 1.3 + max(1, len(times)) * (0.3 + 0.24 * len(labels)))
+    axes = figure.subplots()
+    for n, label in enumerate(labels):
+        here = [(row, group[label]) for row, group in enumerate(times.values()) if label in group]
+        at = [row + (n - (len(labels) - 1) / 2) * height for row, _ in here]
+        bars = axes.barh(at, [t for _, t in here], 0.92 * height, label=label, color=_COLOURS[n % len(_COLOURS)])
+        axes.bar_label(bars, [f"{t:.3g}" for _, t in here], padding=3, fontsize=8, color=_INK)
+    axes.set_yticks(range(len(times)), list(times))
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    if log:
+        axes.set_xscale("log")
+    axes.set_xlabel(f"time / {unit}" + (" (logarithmic)" if log else ""))
+    _plain_axes(axes, "x")
+    axes.set_title(title, fontsize=11)
+    figure.legend(loc="outside lower center", ncols=min(2, len(labels)), frameon=False, fontsize=9)
+    return figure
+
+
+def learning_curve(
+    epochs: Sequence[int], errors: Mapping[str, Sequence[float]], *, unit: str, title: str = ""
+) -> Figure:
+    """``errors[name]``, one value per epoch, for example of the training and of the validation set."""
+    locator = load_extra("matplotlib.ticker").MaxNLocator(integer=True)
+    figure = _figure(6, 4)
+    axes = figure.subplots()
+    for (name, values), colour in zip(errors.items(), _COLOURS, strict=False):
+        axes.plot(epochs, values, marker="o", markersize=4, color=colour, label=name)
+    axes.xaxis.set_major_locator(locator)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(f"mean absolute error / {unit}")
+    axes.set_ylim(bottom=0)
+    _plain_axes(axes, "both")
+    axes.set_title(title, fontsize=11)
+    axes.legend(frameon=False)
+    return figure
+
+
+def convergence(
+    counts: Sequence[int],
+    errors: Mapping[str, Sequence[float]],
+    *,
+    xlabel: str = "samples",
+    ylabel: str = "relative error",
+    title: str = "",
+    marks: Mapping[str, int] | None = None,
+) -> Figure:
+    """``errors[name]``, one value per entry of ``counts``, both axes logarithmic; ``marks``: vertical lines by name."""
+    figure = _figure(6.5, 4.2)
+    axes = figure.subplots()
+    for n, (name, values) in enumerate(errors.items()):
+        axes.loglog(counts, values, marker="o", markersize=4, color=_COLOURS[n % len(_COLOURS)], label=name)
+    for name, count in (marks or {}).items():
+        axes.axvline(count, color=_INK, linestyle=":", linewidth=1)
+        axes.annotate(name, (count, 0.01), xycoords=("data", "axes fraction"), rotation=90, ha="right", fontsize=8)
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    _plain_axes(axes, "both")
+    axes.set_title(title, fontsize=11)
+    axes.legend(frameon=False, fontsize=9)
+    return figure

@@ -1,0 +1,96 @@
+"""Builds the native extension with CMake and ninja.
+
+``IMPLICIT_STEER_NATIVE`` decides what happens: ``auto`` (default) builds it where a compiler, CMake and ninja are
+found and otherwise installs pure Python with a warning; ``require`` fails instead; ``off`` never builds it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = "implicit_steer"
+OPS = "_ops.so"  # torch operators: independent of Python, so without its suffix
+BUILD_INFO = "_build_info" + sysconfig.get_config_var("EXT_SUFFIX")
+
+
+def missing_tools() -> list[str]:
+    """What building needs and this machine lacks."""
+    missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
+    compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    if not any(shutil.which(compiler) for compiler in compilers):
+        missing.append(f"a C++17 compiler ({' or '.join(compilers)})")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        missing.append("Python.h (Debian: python3-dev)")
+    return missing + [
+        f"the Python package {name}" for name in ("torch", "pybind11") if not importlib.util.find_spec(name)
+    ]
+
+
+class CMakeBuild(build_ext):
+    """One CMake run builds both shared objects into the package folder."""
+
+    def run(self) -> None:
+        mode = os.environ.get("IMPLICIT_STEER_NATIVE", "auto")
+        if mode not in ("auto", "require", "off"):
+            raise SystemExit(f"IMPLICIT_STEER_NATIVE: expected auto, require or off, got {mode!r}.")
+        for stale in self.outputs():  # of an earlier build: neither shipped nor loaded by a build without them
+            stale.unlink(missing_ok=True)
+        if mode == "off":
+            return
+        if missing := missing_tools():
+            message = f"native extension: not built, this machine lacks {', '.join(missing)}."
+            if mode == "require":
+                raise SystemExit(f"{message} IMPLICIT_STEER_NATIVE=require asks for it.")
+            self.warn(f"{message} {PACKAGE} is installed as pure Python; install what is missing and reinstall.")
+            return
+        self.build_native()
+
+    def build_native(self) -> None:
+        import pybind11
+        import torch
+
+        build = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        definitions = {
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": self.package_folder(),
+            "PACKAGE_VERSION": self.distribution.get_version(),
+            "Python_EXECUTABLE": sys.executable,
+            "TORCH_DIR": Path(torch.__file__).parent,
+            "TORCH_VERSION": torch.__version__,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+        }
+        configure = [f"-D{name}={value}" for name, value in definitions.items()]
+        try:
+            subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *configure], check=True)
+            subprocess.run(["cmake", "--build", build], check=True)
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(
+                "native extension: the build failed, see above. IMPLICIT_STEER_NATIVE=off installs without it."
+            ) from error
+
+    def package_folder(self) -> Path:
+        return (ROOT if self.inplace else Path(self.build_lib).resolve()) / PACKAGE
+
+    def outputs(self) -> list[Path]:
+        return [self.package_folder() / name for name in (OPS, BUILD_INFO)]
+
+    def get_outputs(self) -> list[str]:
+        return [str(path) for path in self.outputs() if path.exists()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+    def get_source_files(self) -> list[str]:
+        return [str(path.relative_to(ROOT)) for path in (ROOT / "CMakeLists.txt", *sorted(ROOT.glob("csrc/**/*.*")))]
+
+
+setup(ext_modules=[Extension(f"{PACKAGE}._ops", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -1,0 +1,374 @@
+"""Graph, the native sort behind it, and the two ways to build edges, against plain PyTorch and brute force."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from implicit_steer import Graph, knn_graph, native, radius_graph
+from implicit_steer.graph import sort_by_key
+
+INDEX_TYPES = [torch.int32, torch.int64]
+
+
+def torch_sort(key, n):
+    """What sort_by_key promises, in plain PyTorch."""
+    order = torch.argsort(key, stable=True)
+    counts = torch.bincount(key, minlength=n)
+    return order.to(key.dtype), torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)]).to(key.dtype)
+
+
+def random_edges(num_edges, num_src, num_dst, dtype=torch.int64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(n, (num_edges,), generator=generator) for n in (num_src, num_dst)]
+    return torch.stack(rows).to(dtype)
+
+
+@pytest.fixture(params=["native", "torch"])
+def any_sort(request, monkeypatch):
+    """Runs a test with the native sort and with the one that stands in for it."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "available", lambda: (False, "switched off by a test"))
+
+
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# ---- sorting
+
+
+@pytest.mark.usefixtures("any_sort")
+@pytest.mark.parametrize("dtype", INDEX_TYPES)
+@pytest.mark.parametrize(("num_edges", "n"), [(0, 0), (0, 5), (1, 1), (7, 3), (7, 100), (1_001, 13), (300_007, 1_001)])
+def test_sort_is_the_stable_sort(num_edges, n, dtype):
+    key = random_edges(num_edges, max(n, 1), max(n, 1), dtype)[0]
+    for got, expected in zip(sort_by_key(key, n), torch_sort(key, n), strict=True):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", INDEX_TYPES)
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_native_sort_is_the_same_for_every_thread_count(set_threads, threads, dtype):
+    key = random_edges(400_003, 1_001, 1, dtype)[0]
+    set_threads(threads)
+    for got, expected in zip(torch.ops.implicit_steer.sort_by_key(key, 1_001), torch_sort(key, 1_001), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_native_sort_keeps_one_key_in_order(set_threads):
+    set_threads(4)
+    order, offsets = torch.ops.implicit_steer.sort_by_key(torch.full((300_000,), 2), 4)
+    assert torch.equal(order, torch.arange(300_000))
+    assert offsets.tolist() == [0, 0, 0, 300_000, 300_000]
+
+
+def test_native_sort_takes_strided_keys():
+    key = random_edges(101, 9, 9).t().contiguous().t()[1]
+    assert not key.is_contiguous()
+    assert torch.equal(torch.ops.implicit_steer.sort_by_key(key, 9)[0], torch_sort(key, 9)[0])
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("dtype", INDEX_TYPES)
+@pytest.mark.parametrize("bad", ["below", "above", "lowest", "highest"])
+def test_native_operators_see_one_bad_index(set_threads, threads, dtype, bad):
+    set_threads(threads)
+    limits = torch.iinfo(dtype)
+    edge_index = random_edges(200_001, 50, 50, dtype)
+    assert torch.ops.implicit_steer.edges_in_range(edge_index, 50, 50)
+    edge_index[1, 150_000] = {"below": -1, "above": 50, "lowest": limits.min, "highest": limits.max}[bad]
+    assert not torch.ops.implicit_steer.edges_in_range(edge_index, 50, 50)
+    with pytest.raises(RuntimeError, match=r"key: expected values from 0 to n - 1 with n = 50"):
+        torch.ops.implicit_steer.sort_by_key(edge_index[1], 50)
+
+
+@pytest.mark.parametrize(
+    ("key", "n", "message"),
+    [
+        (torch.zeros(2, 2, dtype=torch.long), 1, r"shape \(E,\), got rank 2"),
+        (torch.zeros(2), 1, "int32 or int64"),
+        (torch.zeros(2, dtype=torch.long), -1, "count >= 0, got -1"),
+        (torch.zeros(2, dtype=torch.long), 0, "with n = 0"),
+    ],
+)
+def test_native_sort_refuses(key, n, message):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.implicit_steer.sort_by_key(key, n)
+
+
+def test_native_range_check_refuses_another_shape():
+    with pytest.raises(RuntimeError, match=r"shape \(2, E\)"):
+        torch.ops.implicit_steer.edges_in_range(torch.zeros(3, 2, dtype=torch.long), 1, 1)
+
+
+def test_native_operators_pass_opcheck():
+    edge_index = random_edges(20, 5, 5)
+    torch.library.opcheck(torch.ops.implicit_steer.sort_by_key.default, (edge_index[0], 5))
+    torch.library.opcheck(torch.ops.implicit_steer.edges_in_range.default, (edge_index, 5, 5))
+
+
+# ---- Graph
+
+
+@st.composite
+def graphs(draw):
+    num_src, num_dst = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    edges = draw(st.lists(st.tuples(st.integers(0, num_src - 1), st.integers(0, num_dst - 1)), max_size=40))
+    dtype = draw(st.sampled_from(INDEX_TYPES))
+    return torch.tensor(edges, dtype=dtype).reshape(-1, 2).t(), num_src, num_dst
+
+
+@settings(deadline=None)
+@given(graphs())
+def test_graph_of_random_edges(case):
+    edge_index, num_src, num_dst = case
+    graph = Graph(edge_index, (num_src, num_dst))
+    assert (graph.num_edges, graph.num_src, graph.num_dst) == (edge_index.shape[1], num_src, num_dst)
+    assert torch.equal(graph.edge_index, edge_index)
+    assert torch.equal(torch.stack([graph.src, graph.dst]), edge_index)
+    for pair, (key, n) in {
+        (graph.order, graph.rowptr): (graph.dst, num_dst),
+        (graph.order_by_source, graph.colptr): (graph.src, num_src),
+    }.items():
+        for got, expected in zip(pair, torch_sort(key, n), strict=True):
+            assert got.dtype == edge_index.dtype
+            assert torch.equal(got, expected)
+    assert torch.equal(graph.degree, torch.bincount(graph.dst, minlength=num_dst).to(edge_index.dtype))
+
+
+@pytest.mark.usefixtures("any_sort")
+@pytest.mark.parametrize("num_nodes", [0, 1, 4, (0, 3), (3, 0)])
+def test_graph_without_edges(num_nodes):
+    graph = Graph(torch.empty(2, 0, dtype=torch.int32), num_nodes)
+    num_src, num_dst = num_nodes if isinstance(num_nodes, tuple) else (num_nodes, num_nodes)
+    assert graph.num_edges == 0
+    assert graph.order.tolist() == graph.order_by_source.tolist() == []
+    assert graph.rowptr.tolist() == [0] * (num_dst + 1)
+    assert graph.colptr.tolist() == [0] * (num_src + 1)
+    assert graph.degree.tolist() == [0] * num_dst
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.uint64])
+def test_graph_takes_any_integer_type(dtype):
+    graph = Graph(torch.tensor([[0, 1, 1], [1, 0, 1]]).to(dtype), 2)
+    assert graph.dst.dtype == graph.order.dtype == graph.rowptr.dtype == torch.int64
+    assert graph.order.tolist() == [1, 0, 2]
+
+
+def test_graph_takes_self_loops_repeats_and_numpy_counts():
+    graph = Graph(torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]), np.int64(3))
+    assert graph.order.tolist() == [2, 3, 0, 1]
+    assert graph.degree.tolist() == [2, 2, 0]
+
+
+def test_graph_of_a_transposed_tensor_is_contiguous():
+    edge_index = random_edges(11, 4, 4).t().contiguous().t()
+    graph = Graph(edge_index, 4)
+    assert graph.edge_index.is_contiguous()
+    assert torch.equal(graph.edge_index, edge_index)
+
+
+def test_graph_pickles_small_and_whole():
+    graph = Graph(random_edges(1_000, 30, 40), (30, 40))
+    plain = len(pickle.dumps((graph.edge_index, graph.order, graph.rowptr)))
+    assert graph.colptr.shape == (31,)
+    data = pickle.dumps(graph)
+    copy = pickle.loads(data)
+    assert len(data) < plain + 1_000
+    for name in ("edge_index", "src", "dst", "order", "rowptr", "degree", "order_by_source", "colptr"):
+        assert torch.equal(getattr(copy, name), getattr(graph, name)), name
+    assert repr(copy) == repr(graph)
+
+
+def test_graph_moves():
+    graph = Graph(random_edges(10, 3, 3), 3)
+    assert graph.to("cpu") is graph
+    moved = graph.to("meta")
+    tensors = (moved.edge_index, moved.src, moved.dst, moved.order, moved.rowptr, moved.degree)
+    assert {t.device.type for t in tensors} == {"meta"} == {moved.device.type}
+    assert moved.num_edges == 10
+
+
+def test_graph_prints():
+    edge_index = torch.tensor([[0], [1]])
+    assert repr(Graph(edge_index, 2)) == "Graph(num_nodes=2, num_edges=1, dtype=int64, device=cpu)"
+    assert "num_nodes=(1, 2), num_edges=1, dtype=int32" in repr(Graph(edge_index.int(), (1, 2)))
+
+
+EDGES = torch.tensor([[0, 1], [1, 2]])
+BAD_GRAPHS = {
+    "list": ([[0], [1]], 3, TypeError, "edge_index: expected a torch.Tensor of integers, got list"),
+    "float": (EDGES.float(), 3, TypeError, r"edge_index: .* got torch.float32. Convert it"),
+    "bool": (EDGES.bool(), 3, TypeError, "got torch.bool"),
+    "rank": (EDGES[0], 3, ValueError, r"edge_index: expected a tensor of shape \(2, E\), got \(2,\)"),
+    "rows": (torch.zeros(3, 2).long(), 3, ValueError, r"got \(3, 2\). Row 0 holds the sources"),
+    "source too large": (EDGES.flip(0), 2, ValueError, r"edge_index\[0\]: expected sources in 0 .. 1, got index 2"),
+    "target too large": (EDGES, 2, ValueError, r"edge_index\[1\]: expected targets in 0 .. 1, got index 2"),
+    "negative source": (EDGES - 1, 3, ValueError, r"edge_index\[0\]: .* got index -1"),
+    "negative target": (EDGES.flip(0) - 1, 3, ValueError, r"edge_index\[1\]: .* got index -1"),
+    "wraps": (torch.tensor([[0], [2**63]], dtype=torch.uint64), 3, ValueError, r"edge_index\[1\]: .* got index -9223"),
+    "bipartite swapped": (EDGES, (3, 2), ValueError, r"edge_index\[1\]: expected targets in 0 .. 1, got index 2"),
+    "no nodes": (EDGES, 0, ValueError, "expected no edges, as there are no sources, got index 1"),
+    "no targets": (EDGES, (2, 0), ValueError, "expected no edges, as there are no targets, got index 2"),
+    "negative count": (EDGES, -1, ValueError, r"num_nodes: expected an integer >= 0 or a pair .* got -1"),
+    "negative pair": (EDGES, (3, -1), ValueError, r"got \(3, -1\)"),
+    "three counts": (EDGES, (3, 3, 3), ValueError, "got 3 numbers"),
+    "float count": (EDGES, 3.0, TypeError, "num_nodes: .* got 3.0"),
+    "bool count": (EDGES, True, TypeError, "got True"),
+    "no count": (EDGES, None, TypeError, "got None"),
+    "tensor count": (EDGES, torch.tensor(3), TypeError, r"got tensor\(3\)"),
+}
+
+
+@pytest.mark.usefixtures("any_sort")
+@pytest.mark.parametrize("case", BAD_GRAPHS)
+def test_graph_refuses(case):
+    edge_index, num_nodes, error, message = BAD_GRAPHS[case]
+    with pytest.raises(error, match=message):
+        Graph(edge_index, num_nodes)
+
+
+# ---- radius_graph and knn_graph
+
+
+def distances(pos, batch):
+    """(N, N) distances in float64, infinite between segments."""
+    far = torch.cdist(pos.detach().double(), pos.detach().double(), compute_mode="donot_use_mm_for_euclid_dist")
+    return far if batch is None else far.masked_fill(batch[:, None] != batch[None, :], float("inf"))
+
+
+def brute_radius(pos, r, batch, loop):
+    near = distances(pos, batch) <= r
+    if not loop:
+        near.fill_diagonal_(False)
+    centre, neighbour = near.nonzero().t()
+    return torch.stack([neighbour, centre])
+
+
+def check_knn(edge_index, pos, k, batch, loop):
+    """Right number, no doubles, right centre order and the brute-force distances in ascending order."""
+    far = distances(pos, batch)
+    far.fill_diagonal_(-1.0 if loop else float("inf"))  # itself: always first, or never
+    expected = far.sort(dim=1).values[:, :k]
+    expected = expected[expected.isfinite()]
+    neighbour, centre = edge_index
+    assert torch.equal(centre, centre.sort().values)
+    assert len(edge_index.unique(dim=1).t()) == edge_index.shape[1]
+    torch.testing.assert_close(far[centre, neighbour], expected, rtol=0, atol=0)
+
+
+@st.composite
+def clouds(draw):
+    """Points on a coarse lattice (many duplicates and ties), any number of dimensions, batched in any order."""
+    num_points, dim = draw(st.integers(0, 14)), draw(st.integers(1, 4))
+    coordinates = st.integers(-2, 2)
+    values = draw(st.lists(coordinates, min_size=num_points * dim, max_size=num_points * dim))
+    dtype = draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
+    pos = torch.tensor(values, dtype=dtype).reshape(num_points, dim) / 2
+    label = st.integers(-3, 3)
+    labels = draw(st.none() | st.lists(label, min_size=num_points, max_size=num_points))
+    batch = None if labels is None else torch.tensor(labels, dtype=draw(st.sampled_from(INDEX_TYPES)))
+    return pos, batch, draw(st.booleans())
+
+
+@settings(deadline=None)
+@given(clouds(), st.sampled_from([0.25, 0.5, 1.0, 1.2, float("inf")]))
+def test_radius_graph_is_brute_force(cloud, r):
+    pos, batch, loop = cloud
+    edge_index = radius_graph(pos, r, batch, loop)
+    assert edge_index.dtype == torch.int64
+    expected = brute_radius(pos, r, batch, loop)
+    if r == float("inf") and batch is not None:
+        expected = expected[:, batch[expected[0]] == batch[expected[1]]]
+    assert torch.equal(edge_index, expected)
+
+
+@settings(deadline=None)
+@given(clouds(), st.integers(1, 20))
+def test_knn_graph_is_brute_force(cloud, k):
+    pos, batch, loop = cloud
+    edge_index = knn_graph(pos, k, batch, loop)
+    assert edge_index.dtype == torch.int64
+    check_knn(edge_index, pos, k, batch, loop)
+
+
+@pytest.mark.usefixtures("any_sort")
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("loop", [False, True])
+def test_graphs_of_many_random_points(batched, loop):
+    generator = torch.Generator().manual_seed(1)
+    pos = torch.randn(200, 3, generator=generator, requires_grad=True)
+    batch = torch.randint(3, (200,), generator=generator) if batched else None
+    assert torch.equal(radius_graph(pos, 0.9, batch, loop), brute_radius(pos, 0.9, batch, loop))
+    check_knn(knn_graph(pos, 7, batch, loop), pos, 7, batch, loop)
+
+
+def test_copies_of_one_point_exclude_only_the_point_itself():
+    pos = torch.zeros(6, 2)
+    everyone = ~torch.eye(6, dtype=torch.bool)
+    assert torch.equal(radius_graph(pos, 0.1), everyone.nonzero().t().flip(0))
+    neighbour, centre = knn_graph(pos, 2)
+    assert (neighbour != centre).all()
+    assert centre.tolist() == [i for i in range(6) for _ in range(2)]
+    assert torch.equal(knn_graph(pos, 1, loop=True), torch.arange(6).expand(2, 6))
+
+
+@pytest.mark.parametrize("build", [lambda *a, **k: radius_graph(*a, 1.0, **k), lambda *a, **k: knn_graph(*a, 3, **k)])
+@pytest.mark.parametrize("num_points", [0, 1])
+def test_no_point_and_one_point(build, num_points):
+    pos = torch.zeros(num_points, 3)
+    batch = torch.zeros(num_points, dtype=torch.uint8)
+    assert build(pos).shape == build(pos, batch=batch).shape == (2, 0)
+    assert build(pos, loop=True).shape == (2, num_points)
+    assert Graph(build(pos, loop=True), num_points).num_edges == num_points
+
+
+POS = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
+NAN = torch.tensor([[0.0, float("nan")], [float("inf"), 0.0], [0.0, 0.0]])
+BAD_POINTS = {
+    "list": ([[0.0]], {}, TypeError, "pos: expected a floating point tensor .* got list"),
+    "integers": (POS.long(), {}, TypeError, "pos: .* got torch.int64"),
+    "complex": (POS.to(torch.complex64), {}, TypeError, "pos: .* got torch.complex64"),
+    "rank": (POS[0], {}, ValueError, r"pos: expected .* \(N, D\), D >= 1, got \(2,\)"),
+    "no dimension": (POS[:, :0], {}, ValueError, r"got \(3, 0\)"),
+    "not finite": (NAN, {}, ValueError, "pos: expected finite positions, got NaN or Inf in 2 of 3 rows"),
+    "short batch": (POS, {"batch": torch.zeros(2).long()}, ValueError, r"batch: expected shape \(3,\).* got \(2,\)"),
+    "batch rank": (POS, {"batch": torch.zeros(3, 1).long()}, ValueError, r"batch: .* got \(3, 1\)"),
+    "float batch": (POS, {"batch": torch.zeros(3)}, TypeError, "batch: expected a torch.Tensor of integers"),
+    "list batch": (POS, {"batch": [0, 0, 0]}, TypeError, "batch: .* got list"),
+}
+BAD_SIZES = {
+    "k 0": (knn_graph, 0, ValueError, "k: expected an integer >= 1, got 0"),
+    "k negative": (knn_graph, -2, ValueError, "k: .* got -2"),
+    "k float": (knn_graph, 2.0, TypeError, "k: .* got 2.0"),
+    "k bool": (knn_graph, True, TypeError, "k: .* got True"),
+    "k none": (knn_graph, None, TypeError, "k: .* got None"),
+    "r 0": (radius_graph, 0, ValueError, "r: expected a number > 0, got 0"),
+    "r negative": (radius_graph, -1.0, ValueError, "r: .* got -1.0"),
+    "r nan": (radius_graph, float("nan"), ValueError, "r: .* got nan"),
+    "r text": (radius_graph, "1", TypeError, "r: expected a number > 0, got '1'"),
+    "r none": (radius_graph, None, TypeError, "r: .* got None"),
+}
+
+
+@pytest.mark.parametrize("build", [knn_graph, radius_graph])
+@pytest.mark.parametrize("case", BAD_POINTS)
+def test_points_are_refused(build, case):
+    pos, options, error, message = BAD_POINTS[case]
+    with pytest.raises(error, match=message):
+        build(pos, 1, **options)
+
+
+@pytest.mark.parametrize("case", BAD_SIZES)
+def test_sizes_are_refused(case):
+    build, size, error, message = BAD_SIZES[case]
+    with pytest.raises(error, match=message):
+        build(POS, size)

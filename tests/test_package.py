@@ -1,0 +1,153 @@
+"""The package around the mathematics: what it imports, what it tells about itself, and life without the extension."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import implicit_steer as ist
+from implicit_steer import native
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(ist.__file__).parent
+
+
+def run(code, cwd=ROOT, **environment):
+    """Standard output of a fresh Python process that runs ``code``."""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=cwd, env=os.environ | environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def pure_python(tmp_path):
+    """A folder that holds the package as a pure Python install leaves it: without its shared objects."""
+    shutil.copytree(PACKAGE, tmp_path / "implicit_steer", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return tmp_path
+
+
+# ---- imports
+
+
+def test_import_is_light():
+    code = "import sys, implicit_steer; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    loaded = set(run(code).split())
+    assert "torch" in loaded
+    assert not loaded & {"escnn", "py3nj", "triton", "scipy", "lightning", "rdkit", "pandas", "matplotlib"}
+
+
+def test_public_names():
+    assert all(hasattr(ist, name) for name in ist.__all__)
+    assert re.fullmatch(r"\d+\.\d+\.\d+", ist.__version__)
+
+
+# ---- info
+
+
+def test_info_with_the_native_extension():
+    facts = ist.info()
+    assert facts.native == (True, f"loaded from {PACKAGE / '_ops.so'}")
+    assert facts.versions["implicit_steer"] == ist.__version__ == facts.build["version"]
+    assert facts.versions["torch"] == torch.__version__
+    assert facts.backends["reference"][0]
+    assert facts.backends["eager"][0]
+    assert all(isinstance(ok, bool) and reason for ok, reason in facts.backends.values())
+    assert facts.instruction_set in ("baseline", "AVX2", "AVX-512")
+    assert "baseline" in facts.instruction_sets
+    assert facts.build["compiler"]
+    assert facts.build["openmp"]
+
+
+def test_info_prints_every_fact():
+    facts = ist.info()
+    text = str(facts)
+    named = [f"{name} {version}" for name, version in facts.versions.items()]
+    named += [f"backend {name}" for name in facts.backends] + [reason for _, reason in facts.backends.values()]
+    named += [facts.instruction_set, facts.native[1], facts.cuda_device, "CUDA architectures", facts.build["compiler"]]
+    assert [part for part in named if part not in text] == []
+
+
+def test_info_names_what_is_not_installed(monkeypatch):
+    # sys.modules: the package's attribute of that name is the function.
+    monkeypatch.setattr(sys.modules["implicit_steer.info"], "_PACKAGES", ("numpy", "no-such-package"))
+    assert ist.info().versions["no-such-package"] == "not installed"
+
+
+def test_instruction_set_is_torchs():
+    widest = {"AVX512": "AVX-512", "AVX2": "AVX2"}.get(torch.backends.cpu.get_cpu_capability(), "baseline")
+    assert native.build_info().cpu_instruction_set() == widest
+
+
+# ---- without the native extension
+
+
+def test_pure_python_install_says_so_and_works(pure_python):
+    code = """
+import torch, implicit_steer as ist
+graph = ist.Graph(torch.tensor([[0, 1, 2, 2], [1, 2, 1, 0]]), 3)
+assert graph.order.tolist() == [3, 0, 2, 1] and graph.colptr.tolist() == [0, 1, 2, 4]
+assert ist.knn_graph(torch.eye(4), 2).shape == (2, 8)
+facts = ist.info()
+assert facts.build == {} and facts.instruction_sets == () and facts.instruction_set == "unknown"
+assert facts.backends["eager"][0]
+print(facts)
+"""
+    text = run(code, cwd=pure_python, PYTHONPATH=str(pure_python))
+    assert re.search(r"native extension +no \(not built: _ops.so is not in .*reinstall", text)
+
+
+def test_a_library_that_does_not_load_gives_its_reason(pure_python):
+    (pure_python / "implicit_steer" / "_ops.so").write_bytes(b"not a library")
+    text = run("import implicit_steer as ist; print(ist.info().native)", pure_python, PYTHONPATH=str(pure_python))
+    assert text.startswith("(False, 'not loaded: ")
+    assert "_ops.so" in text
+
+
+# ---- building
+
+
+@pytest.fixture
+def build(tmp_path):
+    """Runs setup.py in a copy of the source tree, on a machine without compiler, CMake and ninja."""
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "implicit_steer").mkdir()
+    shutil.copy(PACKAGE / "__init__.py", tmp_path / "implicit_steer")
+
+    def build(mode):
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        environment = {k: v for k, v in os.environ.items() if k != "CXX"}
+        environment |= {"PATH": str(tmp_path), "IMPLICIT_STEER_NATIVE": mode}
+        return subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("mode", "succeeds", "message"),
+    [
+        ("auto", True, r"not built, this machine lacks cmake, ninja, a C\+\+17 compiler .* installed as pure Python"),
+        ("require", False, "this machine lacks cmake, ninja.* IMPLICIT_STEER_NATIVE=require"),
+        ("off", True, ""),
+        ("yes", False, "expected auto, require or off, got 'yes'"),
+    ],
+)
+def test_setup_without_a_compiler(build, mode, succeeds, message):
+    done = build(mode)
+    output = done.stdout + done.stderr
+    assert (done.returncode == 0) == succeeds, output
+    assert re.search(message, output), output
+
+
+def test_setup_without_the_extension_removes_an_old_one(build, tmp_path):
+    old = tmp_path / "implicit_steer" / "_ops.so"
+    old.touch()
+    build("off")
+    assert not old.exists()
