@@ -183,7 +183,10 @@ def _bias_basis(linear: escnn.nn.Linear, field: int) -> np.ndarray:
     start = _starts(reprs)[field]
     here = np.s_[start : start + reprs[field].size, counts[field] : counts[field + 1]]
     columns = linear.bias_expansion.detach().cpu().double().numpy()[here]
-    return invariant @ np.linalg.lstsq(invariant, columns, rcond=None)[0]
+    exact = invariant @ np.linalg.lstsq(invariant, columns, rcond=None)[0]
+    error = np.abs(exact - columns).max()
+    require(error < 1e-4, "bias_expansion", "invariant vectors", f"a deviation of {error:.1e}", kind=RuntimeError)
+    return exact
 
 
 def _starts(reprs) -> np.ndarray:

@@ -52,7 +52,7 @@ def implicit_conv(
         backend: name, or "auto".
 
     Returns:
-        (N_dst, C_out) in the dtype of ``x``, and one :class:`Statistics` per batch norm (empty unless
+        (N_dst, C_out) in the arithmetic's dtype, and one :class:`Statistics` per batch norm (empty unless
         ``batch_statistics``).
     """
     dtype = _compute_dtype(parameters)
@@ -63,7 +63,7 @@ def implicit_conv(
     out, statistics = engine.forward(plan, weights, live, graph, x.to(dtype), edge_delta.to(dtype), edge_attr.to(dtype))
     if plan.aggr == "mean":
         out = out / graph.degree.clamp(min=1).to(dtype)[:, None]
-    return out.to(x.dtype), statistics
+    return out, statistics
 
 
 def implicit_kernel(

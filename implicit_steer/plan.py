@@ -87,8 +87,9 @@ class Frame(_Data):
     - ``"planar"`` (one continuous rotation): x and a are rotated by −φ, φ the azimuth of x in ``plane`` (dim, 2);
       coefficients of order k return by a rotation by kφ: ``h[m] = cos(kφ) c[m] + sign[m] sin(kφ) c[partner[m]]``.
 
-    ``order`` (c,) is the degree l or the order k of each hidden coefficient. Where ``regular``, coefficients of
-    order > 0 vanish at radius 0 and are carried divided by the radius, so that values and derivatives are right there.
+    ``order`` (c,) is the degree l or the order k of each hidden coefficient, ascending. Where ``regular``, coefficients
+    of order > 0 vanish at radius 0 and are carried divided by the radius, so that values and derivatives are right
+    there.
     """
 
     kind: str
@@ -117,6 +118,7 @@ class Frame(_Data):
             "a square matrix",
             self.attribute.shape,
         )
+        require(bool(np.all(np.diff(self.order) >= 0)), "order", "ascending", self.order)
 
     @property
     def n_attributes(self) -> int:

@@ -243,7 +243,9 @@ def zonal_frame(space: HiddenSpace, attribute_basis: np.ndarray, n_nodes: int):
     for n, (size, _) in enumerate(irreps):
         z[start : start + size, n] = space.dirac[start : start + size] / norms[n]
         start += size
-    order = np.array([(size - 1) // 2 for size, _ in irreps])
+    degree = np.array([(size - 1) // 2 for size, _ in irreps])
+    first = np.argsort(degree, kind="stable")  # coefficients by degree
+    z, order, norms = z[:, first], degree[first], norms[first]
     require(n_nodes > order.max(), "sampling", f"'exact-N' with N > {order.max()}", f"'exact-{n_nodes}'")
     t, w = np.polynomial.legendre.leggauss(n_nodes)
     a = norms * np.stack([np.polynomial.legendre.Legendre.basis(int(n))(t) for n in order], axis=1)
@@ -254,7 +256,7 @@ def zonal_frame(space: HiddenSpace, attribute_basis: np.ndarray, n_nodes: int):
         attribute=attribute_basis,
         order=order,
         regular=True,
-        coefficient=np.repeat(np.arange(len(irreps)), [size for size, _ in irreps]),
+        coefficient=np.repeat(np.argsort(first), [size for size, _ in irreps]),
         powers=powers,
         harmonics=harmonics,
     )
@@ -313,6 +315,8 @@ def planar_frame(space: HiddenSpace, position: Representation, attributes: list[
         plane = plane @ np.array([[first[0], -first[1]], [first[1], first[0]]])
     attribute, a_order, a_partner, a_sign = _block([rotation_basis(r) for r in attributes])
     z, h_order, h_partner, h_sign = rotation_basis(space.rho)
+    first = np.argsort(h_order, kind="stable")  # coefficients by order
+    z, h_order, h_partner, h_sign = z[:, first], h_order[first], np.argsort(first)[h_partner[first]], h_sign[first]
     frame = Frame(
         kind="planar",
         dim=position.size,

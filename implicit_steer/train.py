@@ -15,13 +15,13 @@ import torch
 
 from ._check import fail, require
 from ._extras import load_extra
+from .backends import NAMES as BACKEND_NAMES
 from .data.qm9 import EDGE_ATTRIBUTES, QM9
 from .data.qm9 import TARGETS as QM9_TARGETS
 
 log = logging.getLogger(__name__)
 
 SAMPLINGS = "auto, exact, exact-N, escnn or lebedev-N"
-BACKENDS = ("auto", "reference", "eager", "cpu", "triton", "cuda")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,12 @@ class QM9Options:
     progress: bool = True
 
     def __post_init__(self):
-        choices = {"edge_attr": EDGE_ATTRIBUTES, "norm": ("batch", "none"), "backend": BACKENDS, "target": QM9_TARGETS}
+        choices = {
+            "edge_attr": EDGE_ATTRIBUTES,
+            "norm": ("batch", "none"),
+            "backend": BACKEND_NAMES,
+            "target": QM9_TARGETS,
+        }
         for name, allowed in choices.items():
             require(getattr(self, name) in allowed, name, f"one of {list(allowed)}", repr(getattr(self, name)))
         least_values = {"epochs": 1, "batch_size": 2, "limit": 2, "blocks": 0, "channels": 1, "num_threads": 1}
@@ -100,7 +105,7 @@ def add_qm9_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--channels", type=int, metavar="N", default=default.channels, help=channels)
     machine = parser.add_argument_group("machine and output")
     machine.add_argument(
-        "--backend", choices=BACKENDS, default=default.backend, help="of the convolutions (%(default)s)"
+        "--backend", choices=BACKEND_NAMES, default=default.backend, help="of the convolutions (%(default)s)"
     )
     machine.add_argument(
         "--device",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .nn import ImplicitKernel
 
 Entry = tuple[int | tuple[int, int], int]
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999", "#f0e442")
 _ARROWS = 15  # arrows along each side of a slice
 _INK, _GRID = "#333333", "#dddddd"
 
@@ -131,9 +131,7 @@ def _arrows(panel: Axes, ticks: np.ndarray, values: np.ndarray, entry: Entry) ->
     panel.quiver(ticks[chosen], ticks[chosen], sparse[..., first, into], sparse[..., second, into], color=_INK)
 
 
-def time_bars(
-    times: Mapping[str, Mapping[str, float]], *, unit: str = "ms", title: str = "", log: bool = False
-) -> Figure:
+def time_bars(times: Mapping[str, Mapping[str, float]], *, unit: str = "ms", title: str = "") -> Figure:
     """Horizontal bars: ``times[group][label]``, one group of bars per measure, one colour per label, values written."""
     labels = list(dict.fromkeys(label for group in times.values() for label in group))
     height = 0.8 / max(1, len(labels))
@@ -147,9 +145,7 @@ def time_bars(
     axes.set_yticks(range(len(times)), list(times))
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    if log:
-        axes.set_xscale("log")
-    axes.set_xlabel(f"time / {unit}" + (" (logarithmic)" if log else ""))
+    axes.set_xlabel(f"time / {unit}")
     _plain_axes(axes, "x")
     axes.set_title(title, fontsize=11)
     figure.legend(loc="outside lower center", ncols=min(2, len(labels)), frameon=False, fontsize=9)

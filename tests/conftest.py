@@ -1,15 +1,13 @@
-"""Every test runs on 2 threads from the same seeds."""
+"""Every test runs on 2 threads, from the same seeds."""
 
 import numpy as np
 import pytest
 import torch
+
+torch.set_num_threads(2)
 
 
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)
     np.random.seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)

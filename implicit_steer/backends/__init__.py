@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from .._check import fail
+from .._check import fail, require
 from ..plan import Plan
 from . import eager, reference
 
 BACKENDS = {"reference": reference, "eager": eager}
 _PREFERENCE = ("eager",)  # "auto": the first that supports the plan, fastest first
+_ABSENT = dict.fromkeys(("cpu", "triton", "cuda"), "not part of this version of implicit_steer")
+NAMES = ("auto", *BACKENDS, *_ABSENT)
 
 
 def availability() -> dict[str, tuple[bool, str]]:
@@ -17,6 +19,7 @@ def availability() -> dict[str, tuple[bool, str]]:
     return {
         "reference": (True, "plain PyTorch; materialises the kernel of every edge (the oracle)"),
         "eager": (True, "plain PyTorch; factored"),
+        **{name: (False, reason) for name, reason in _ABSENT.items()},
     }
 
 
@@ -25,15 +28,16 @@ def select(name: str, plan: Plan, device: torch.device, dtype: torch.dtype):
 
     Raises:
         ValueError: unknown name.
-        RuntimeError: a backend asked for by name that does not support the plan, with its reason.
+        RuntimeError: a backend asked for by name that is not there or does not support the plan, with its reason.
     """
     if name == "auto":
         for candidate in _PREFERENCE:
             ok, reason = BACKENDS[candidate].supports(plan, device, dtype)
             if ok:
                 return BACKENDS[candidate], f"{candidate}: {reason}"
-    if name not in BACKENDS:
-        fail("backend", f"'auto' or one of {sorted(BACKENDS)}", repr(name), "See implicit_steer.info().")
+    require(name in NAMES, "backend", f"one of {NAMES}", repr(name), "See implicit_steer.info().")
+    if name in _ABSENT:
+        fail("backend", "one that is available", f"{name!r} ({_ABSENT[name]})", "Use backend='auto'.", RuntimeError)
     ok, reason = BACKENDS[name].supports(plan, device, dtype)
     if not ok:
         fail("backend", f"a plan that {name!r} supports", reason, "Use backend='auto'.", RuntimeError)

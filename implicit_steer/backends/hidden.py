@@ -12,6 +12,7 @@ since A⁻ of orders ≥ 1 annihilates φ(u₀), which does not depend on the sa
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -151,7 +152,12 @@ def _expand(frame: Frame, edge: _Edge, y: Tensor) -> Tensor:
     if frame.kind == "none":
         return y
     if frame.kind == "zonal":
-        return y.index_select(-1, constant(frame, "coefficient", y)) * edge.cosine[:, None]
+        parts, start = [], 0
+        for coefficient, run in groupby(frame.coefficient.tolist()):
+            end = start + len(list(run))
+            parts.append(y[:, :, coefficient : coefficient + 1] * edge.cosine[:, None, start:end])
+            start = end
+        return torch.cat(parts, -1)
     return _rotate(y, edge.cosine[:, None], edge.sine[:, None], constant(frame, "partner", y))
 
 
@@ -162,13 +168,11 @@ def _samples(act: Activation, merged: bool, dtype: torch.dtype, device: torch.de
 
 
 @lru_cache(maxsize=256)
-def _order_zero(act: Activation, frame: Frame, merged: bool, dtype: torch.dtype, device: torch.device):
-    """Coefficients of order 0 and ≥ 1, each sample's row among the distinct rows of A's order 0, and these rows."""
-    zero, rest = np.flatnonzero(frame.order == 0), np.flatnonzero(frame.order > 0)
+def _order_zero(act: Activation, n: int, merged: bool, dtype: torch.dtype, device: torch.device):
+    """The distinct rows of A restricted to its first n coefficients (order 0), and each sample's row among them."""
     samples = act.samples if merged else act.unmerged[0]
-    rows, index = np.unique(np.round(samples[:, zero], 12), axis=0, return_inverse=True)
-    integer = [torch.tensor(v, device=device) for v in (zero, rest, index.reshape(-1))]
-    return *integer, torch.tensor(rows, dtype=dtype, device=device)
+    rows, index = np.unique(np.round(samples[:, :n], 12), axis=0, return_inverse=True)
+    return torch.tensor(rows, dtype=dtype, device=device), torch.tensor(index.reshape(-1), device=device)
 
 
 def _regular_quotient(function: str, u0: Tensor, value0: Tensor, w: Tensor, radius: Tensor) -> Tensor:
@@ -189,15 +193,15 @@ def _activate(plan: Plan, act: Activation, edge: _Edge, z: Tensor, merged: bool)
     samples, inverse = _samples(act, merged, z.dtype, z.device)
     if edge.radius is None:
         return phi(act.function, z @ samples.T) @ inverse.T
-    zero, rest, row, rows = _order_zero(act, plan.frame, merged, z.dtype, z.device)
-    u0 = z.index_select(-1, zero) @ rows.T  # (E, W, distinct rows)
+    n = int(np.searchsorted(plan.frame.order, 1))  # coefficients of order 0 come first
+    rows, row = _order_zero(act, n, merged, z.dtype, z.device)
+    u0 = z[..., :n] @ rows.T  # (E, W, distinct rows)
     value0 = phi(act.function, u0)
-    u0, value0 = (v if v.shape[-1] == 1 else v.index_select(-1, row) for v in (u0, value0))
-    w = z.index_select(-1, rest) @ samples.index_select(1, rest).T
-    d = _regular_quotient(act.function, u0, value0, w, edge.radius)
-    y_zero = (value0 + edge.radius[:, None, None] * d) @ inverse.index_select(0, zero).T
-    y = torch.cat([y_zero, d @ inverse.index_select(0, rest).T], -1)
-    return y.index_select(-1, torch.argsort(torch.cat([zero, rest])))
+    if len(rows) > 1:
+        u0, value0 = u0.index_select(-1, row), value0.index_select(-1, row)
+    d = _regular_quotient(act.function, u0, value0, z[..., n:] @ samples[:, n:].T, edge.radius)
+    y_zero = (value0 + edge.radius[:, None, None] * d) @ inverse[:n].T
+    return torch.cat([y_zero, d @ inverse[n:].T], -1)
 
 
 def _statistics(norm, h: Tensor) -> Statistics:
@@ -223,7 +227,7 @@ def hidden_features(
     y, linears, theta, statistics = edge.inputs, list(weights.linears), weights.theta, []
     for n, act in enumerate(plan.activations):
         w, b = linears[n]
-        z = torch.nn.functional.linear(y, w, b).view(len(y), act.channels, -1)
+        z = torch.nn.functional.linear(y, w, b).unflatten(1, (act.channels, -1))
         y = _activate(plan, act, edge, z, merged)
         if live:
             norm = plan.norms[n]

@@ -156,7 +156,7 @@ class ImplicitPointConv(BiasedModule):
         bias = self.expand_bias()
         if bias is not None:
             out = out + bias.to(out.dtype)
-        return GeometricTensor(out, self.out_type, coords)
+        return GeometricTensor(out.to(source.dtype), self.out_type, coords)  # 16-bit features: rounded once, here
 
     def extra_repr(self) -> str:
         """What distinguishes this layer."""

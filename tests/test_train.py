@@ -1,0 +1,221 @@
+"""The training command and its network: loss, resumption, reproducibility, messages."""
+
+import csv
+import json
+import signal
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from escnn import gspaces
+
+from implicit_steer import _lightning
+from implicit_steer.__main__ import main
+from implicit_steer._lightning import EpochShuffle, Regressor, loader
+from implicit_steer.data import QM9
+from implicit_steer.models import QM9Net
+from implicit_steer.train import QM9Options, train_qm9
+
+# One result per seed AND number of threads: the number is part of every run.
+SMALL = {"limit": 200, "blocks": 1, "epochs": 3, "progress": False, "num_threads": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment(tmp_path_factory):
+    """A cache of processed molecules of its own, and what training changes in the process put back."""
+    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IMPLICIT_STEER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture(scope="module")
+def data():
+    """200 molecules."""
+    return QM9(limit=SMALL["limit"], progress=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """An uninterrupted run whose learning rate is halved after the first and the second epoch: folder, result."""
+    out = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_lightning, "MILESTONES", (1, 2))
+        return out, train_qm9(QM9Options(out=str(out), **SMALL))
+
+
+def rows(out):
+    """The log without the clock."""
+    with (out / "log.csv").open(newline="") as file:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+def test_loss_falls(run):
+    out, result = run
+    log = rows(out)
+    assert [(row["epoch"], row["step"], row["lr"]) for row in log] == [
+        ("0", "7", "0.001"),
+        ("1", "14", "0.0005"),
+        ("2", "21", "0.00025"),
+    ]
+    errors = [float(row["train_mae"]) for row in log]
+    assert errors[0] > errors[1] > errors[2]
+    assert result["val_mae"] == min(float(row["val_mae"]) for row in log)
+    assert 0 < result["test_mae"] < 1000
+    assert result["unit"] == "meV"
+    assert json.loads((out / "result.json").read_text()) == result
+
+
+def test_same_seed_same_result(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(_lightning, "MILESTONES", (1, 2))
+    again = train_qm9(QM9Options(out=str(tmp_path / "a"), **SMALL))
+    assert again["test_mae"] == run[1]["test_mae"]
+    assert rows(tmp_path / "a") == rows(run[0])
+    other = train_qm9(QM9Options(out=str(tmp_path / "b"), seed=1, **SMALL))
+    assert other["test_mae"] != run[1]["test_mae"]
+
+
+@pytest.mark.parametrize(("epoch", "step"), [(0, 2), (2, 3)])
+def test_interrupted_and_resumed(run, tmp_path, monkeypatch, capsys, epoch, step):
+    monkeypatch.setattr(_lightning, "MILESTONES", (1, 2))
+    training_step = Regressor.training_step
+
+    def interrupted(self, batch, index):
+        if (self.current_epoch, index) == (epoch, step):
+            raise KeyboardInterrupt
+        return training_step(self, batch, index)
+
+    monkeypatch.setattr(Regressor, "training_step", interrupted)
+    with pytest.raises(SystemExit):
+        train_qm9(QM9Options(out=str(tmp_path), **SMALL))
+    monkeypatch.setattr(Regressor, "training_step", training_step)
+    assert f"Interrupted in epoch {epoch}" in capsys.readouterr().out
+    assert len(rows(tmp_path)) == epoch
+    resumed = train_qm9(QM9Options(out=str(tmp_path), resume=True, **SMALL))
+    assert rows(tmp_path) == rows(run[0])
+    assert resumed["test_mae"] == run[1]["test_mae"]
+    states = [torch.load(out / "last.ckpt", weights_only=True)["state_dict"] for out in (tmp_path, run[0])]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_command_line(tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = f"train qm9 --target mu --limit 40 --epochs 1 --blocks 0 --norm none --edge-attr bonds --out {out}"
+    main([*arguments.split(), "--num-threads", "1"])
+    captured = capsys.readouterr()
+    result = json.loads((out / "result.json").read_text())
+    assert f"test MAE mu: {result['test_mae']:.4f} D" in captured.out
+    assert "deprecated" not in captured.err
+    assert "Epoch 0: 100%" in captured.out + captured.err
+    with pytest.raises(ValueError, match=r"out: expected a folder without a run, .*--resume.*--overwrite"):
+        main(arguments.split())
+    main([*arguments.split(), "--overwrite", "--no-progress"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 3}, r"seed: expected 0 as in the run to resume, got 3"),
+        ({"target": "lumo"}, r"target: expected 'homo' as in the run to resume, got 'lumo'"),
+        ({"limit": None}, r"limit: expected 200 as in the run to resume, got None"),
+        ({"out": "nowhere"}, r"resume: expected a checkpoint .*nowhere/last.ckpt"),
+    ],
+)
+def test_resume_of_another_run(run, changes, message):
+    options = {**SMALL, "out": str(run[0]), **changes}
+    with pytest.raises(ValueError, match=message):
+        train_qm9(QM9Options(resume=True, **options))
+
+
+def test_damaged_checkpoint(run, tmp_path):
+    (tmp_path / "last.ckpt").write_bytes((run[0] / "last.ckpt").read_bytes()[:10_000])
+    with pytest.raises(ValueError, match=r"last.ckpt: expected a checkpoint of a training run.*--overwrite"):
+        train_qm9(QM9Options(out=str(tmp_path), resume=True, **SMALL))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("epochs", 0, "epochs: expected at least 1, got 0"),
+        ("batch_size", 1, "batch_size: expected at least 2, got 1"),
+        ("limit", 1, "limit: expected at least 2, got 1"),
+        ("target", "x", "target: expected one of"),
+        ("edge_attr", "x", "edge_attr: expected one of"),
+        ("norm", "x", "norm: expected one of"),
+        ("backend", "x", "backend: expected one of"),
+    ],
+)
+def test_wrong_option(option, value, message):
+    with pytest.raises(ValueError, match=message):
+        QM9Options(**{option: value})
+
+
+@pytest.mark.parametrize(("module", "extra"), [("lightning.pytorch", "train"), ("escnn", "escnn")])
+def test_missing_extra(tmp_path, monkeypatch, module, extra):
+    monkeypatch.setitem(sys.modules, module, None)
+    package = module.partition(".")[0]
+    message = rf"{package}: expected an installed package, got none. Run: pip install implicit_steer\[{extra}\]"
+    with pytest.raises(RuntimeError, match=message):
+        train_qm9(QM9Options(out=str(tmp_path), **SMALL))
+
+
+def test_shuffling():
+    sampler = EpochShuffle(50, seed=1)
+    first = list(sampler)
+    assert sorted(first) == list(range(50))
+    assert list(sampler) == first
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+
+
+def test_no_training_batch_of_one_molecule(data):
+    assert [batch.num_graphs for batch in loader(data.train, 199, shuffle_seed=0)] == [199]
+    assert [batch.num_graphs for batch in loader(data.train, 199)] == [199, 1]
+
+
+def double(batch):
+    """``batch`` in float64."""
+    return replace(batch, x=batch.x.double(), pos=batch.pos.double(), edge_attr=batch.edge_attr.double())
+
+
+@pytest.fixture(scope="module")
+def model(data):
+    """A float64 model in evaluation, with the statistics of 32 molecules: its predictions differ between them."""
+    torch.manual_seed(0)
+    model = QM9Net(blocks=1).double()
+    batch = double(data.train.__getitems__(range(32)))
+    with torch.no_grad():
+        for _ in range(30):  # momentum 0.1: the statistics are there to 5 %
+            model(batch)
+        model.eval()
+        assert model(batch).std() > 0.02
+    return model
+
+
+@torch.no_grad()
+def test_molecules_of_a_batch_do_not_meet(data, model):
+    together = model(double(data.train.__getitems__([0, 1, 2])))
+    alone = torch.cat([model(double(data.train[i])) for i in range(3)])
+    # float64 rounding of sums in another order
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-11)
+
+
+@torch.no_grad()
+def test_prediction_is_invariant(data, model):
+    batch = double(data.train.__getitems__(range(8)))
+    base = model(batch)
+    group = gspaces.flipRot3dOnR3().fibergroup
+
+    def error(element):
+        rotation = torch.tensor(group.standard_representation()(element))
+        moved = replace(batch, pos=batch.pos @ rotation.T + 0.3)
+        return float((model(moved) - base).detach().norm() / base.detach().norm())
+
+    # The grid of the node activations is closed under the icosahedral group: only float64 rounding remains.
+    assert max(error(element) for element in list(group.testing_elements())[::10]) < 1e-12
+    # Elsewhere its 30 points leave an error: 1.5e-4 measured.
+    assert max(error(group.sample()) for _ in range(5)) < 1e-3
