@@ -30,7 +30,7 @@ def _field(group, text):
         elif name == "vector":
             parts.append(group.standard_representation())
         elif name == "pseudo":
-            parts.append(group.irrep(1, 0))
+            parts.append(group.irrep(1, 0) if group.name.startswith("O") else group.trivial_representation)
         else:
             parts += FourierActivation(gspaces.no_base_space(group), 1, int(name[6:])).in_type.representations
     return parts[0] if len(parts) == 1 else directsum(parts)

@@ -36,17 +36,17 @@ def node_blocks(graph: Graph, per_edge: int, per_node: int) -> list[tuple[Tensor
         if end > start and (end - start + 1) * (degrees[end] * per_edge + per_node) > _WORKSPACE:
             blocks.append((nodes[start:end], degrees[end - 1]))
             start = end
-    if start < len(degrees):
-        blocks.append((nodes[start:], degrees[-1]))
+    if start < len(degrees) or not blocks:  # without edges one empty block keeps the output differentiable
+        blocks.append((nodes[start:], degrees[-1] if start < len(degrees) else 0))
     return blocks
 
 
 def _block(x: Tensor, h: Tensor, kernel: Tensor, sources: Tensor, edges: Tensor, inside: Tensor) -> Tensor:
     """(n, C_out) of one block; sources, edges, inside: (n, k), padded."""
     n, k = edges.shape
-    f = x.index_select(0, sources.reshape(-1)).view(n, k, -1)
-    h = h.index_select(0, edges.reshape(-1)).view(n, k, -1) * inside[..., None]
-    return torch.bmm(f.transpose(1, 2), h).view(n, -1) @ kernel
+    f = x.index_select(0, sources.reshape(-1)).view(n, k, x.shape[1])
+    h = h.index_select(0, edges.reshape(-1)).view(n, k, h.shape[1]) * inside[..., None]
+    return torch.bmm(f.transpose(1, 2), h).view(n, len(kernel)) @ kernel
 
 
 def forward(
@@ -73,6 +73,4 @@ def forward(
         outputs.append(checkpoint(_block, *args, use_reentrant=False, preserve_rng_state=False))
         indices.append(nodes)
     out = x.new_zeros(graph.num_dst, plan.out_size)
-    if outputs:
-        out = out.index_copy(0, torch.cat(indices), torch.cat(outputs))
-    return out, statistics
+    return out.index_copy(0, torch.cat(indices), torch.cat(outputs)), statistics

@@ -7,6 +7,8 @@ orders 0 make and w = Σ_{k ≥ 1} A g, the samples are u₀ + r w and
     d = (φ(u₀ + r w) − φ(u₀)) / r,    c₀ = A⁻ (φ(u₀) + r d),    g = A⁻ d,
 
 since A⁻ of orders ≥ 1 annihilates φ(u₀), which does not depend on the sample's angle. d is a difference quotient of φ.
+c₀ and g / r^{k−1} are smooth functions of r², so r² + ε² may stand for r² (an error of ε²), and with it no derivative
+meets a division by zero: the second derivatives at the origin come out right to rounding / ε.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from ..plan import Activation, Frame, Plan
 
 # Radii below this take the difference quotient; above it the plain quotient is right to eps / radius.
 _NEAR = {torch.float32: 0.1, torch.float64: 0.01}
-# Squared radii below this count as 0: their square would underflow.
+# ε² of regular frames, in the squared unit of the positions.
+_SOFTENING = {torch.float32: 1e-10, torch.float64: 1e-18}
+# Squared lengths below this count as 0 elsewhere: their square would underflow.
 _ZERO = {torch.float32: 1e-24, torch.float64: 1e-100}
 
 
@@ -52,7 +56,13 @@ def safe_norm(x: Tensor) -> Tensor:
     return torch.where(nonzero, squared, torch.ones_like(squared)).sqrt() * nonzero
 
 
+def _soft_norm(x: Tensor) -> Tensor:
+    """sqrt(|x|² + ε²) along the last axis."""
+    return (x.square().sum(-1) + _SOFTENING[x.dtype]).sqrt()
+
+
 def _unit(x: Tensor, radius: Tensor) -> Tensor:
+    """x / radius, 0 where the radius is 0."""
     return x / torch.where(radius > 0, radius, torch.ones_like(radius))[:, None]
 
 
@@ -67,10 +77,10 @@ def _monomials(u: Tensor, powers: np.ndarray) -> Tensor:
 
 
 def _zonal_edge(frame: Frame, delta: Tensor, attributes: Tensor) -> _Edge:
-    radius = safe_norm(delta)
+    radius = _soft_norm(delta)
     harmonics = constant(frame, "harmonics", delta)  # (d, n_monomials)
     degree = torch.tensor(frame.order[frame.coefficient], device=delta.device)
-    y = _monomials(_unit(delta, radius), frame.powers) @ harmonics.T
+    y = _monomials(delta / radius[:, None], frame.powers) @ harmonics.T
     linear = delta @ harmonics[:, torch.tensor(_linear_monomials(frame), device=delta.device)].T
     # order 0: Y; order 1: r Y(x̂) = Y(x), exactly linear; above: r Y(x̂)
     cosine = torch.where(degree == 0, y, torch.where(degree == 1, linear, radius[:, None] * y))
@@ -101,11 +111,13 @@ def _multiples(c: Tensor, s: Tensor, order: np.ndarray) -> tuple[Tensor, Tensor]
 
 def _planar_edge(frame: Frame, delta: Tensor, attributes: Tensor) -> _Edge:
     p = delta @ constant(frame, "plane", delta)
-    radius = safe_norm(p)
-    unit = _unit(p, radius)
-    at_axis = radius == 0
-    angle = torch.where(at_axis[:, None], _attribute_direction(frame, attributes), unit)
-    c, s = angle.unbind(-1)
+    if frame.regular:
+        radius = _soft_norm(p)
+        c, s = (p / radius[:, None]).unbind(-1)
+    else:
+        radius = safe_norm(p)
+        direction = torch.where(radius[:, None] > 0, _unit(p, radius), _attribute_direction(frame, attributes))
+        c, s = direction.unbind(-1)
     cosine, sine = _multiples(c, s, frame.attribute_order)
     turned = _rotate(
         attributes,
