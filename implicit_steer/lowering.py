@@ -255,10 +255,13 @@ def _trivial(rep: Representation) -> np.ndarray:
     )
 
 
+def _frame_trivial(sampled: _Sampled, rho: Representation) -> np.ndarray:
+    """The trivial coordinates of a hidden field among its coefficients in frame coordinates."""
+    return np.array([int(np.flatnonzero(np.abs(sampled.hidden[m]) > 0.5)[0]) for m in _trivial(rho)], dtype=int)
+
+
 def _lower_norm(norm: escnn.nn.IIDBatchNorm1d, sampled: _Sampled, rho: Representation) -> Norm:
-    full = _trivial(rho)
-    trivial = np.array([int(np.flatnonzero(np.abs(sampled.hidden[m]) > 0.5)[0]) for m in full], dtype=int)
-    return Norm(len(norm.in_type), trivial, full, float(norm.eps), float(norm.momentum))
+    return Norm(len(norm.in_type), _frame_trivial(sampled, rho), _trivial(rho), float(norm.eps), float(norm.momentum))
 
 
 @dataclass(frozen=True)
@@ -354,7 +357,7 @@ def lower(mlp, shape: KernelShape, sampling: str) -> Plan:
         space = sp.hidden_space(mlp.in_type.fibergroup, activations[0].band_limit)
         sampled = _sampled(space, position, attributes, sampling)
         full = [np.eye(space.rho.size) if sampled.frame.kind == "zonal" else sampled.hidden] * mlp.n_channels
-        trivial = _trivial(space.rho)
+        trivial = _trivial(space.rho) if sampled.frame.kind == "zonal" else _frame_trivial(sampled, space.rho)
     else:  # a linear kernel: the last layer reads x ⊕ a itself, exactly equivariant without any sample
         n = sum(r.size for r in attributes)
         frame = Frame(kind="none", dim=position.size, attribute=np.eye(n), order=np.zeros(0, dtype=int))

@@ -92,6 +92,7 @@ def kernel_slice(
         panel.set_title(caption, fontsize=9)
     for panel in axes.flat[len(entries) :]:
         panel.set_visible(False)
+    axes[0, 0].set(xticks=(-extent, 0, extent), yticks=(-extent, 0, extent))  # shared by all panels
     for panel in axes[-1]:
         panel.set_xlabel(plane[0])
     for panel in axes[:, 0]:
@@ -141,7 +142,9 @@ def time_bars(times: Mapping[str, Mapping[str, float]], *, unit: str = "ms", tit
         here = [(row, group[label]) for row, group in enumerate(times.values()) if label in group]
         at = [row + (n - (len(labels) - 1) / 2) * height for row, _ in here]
         bars = axes.barh(at, [t for _, t in here], 0.92 * height, label=label, color=_COLOURS[n % len(_COLOURS)])
-        axes.bar_label(bars, [f"{t:.3g}" for _, t in here], padding=3, fontsize=8, color=_INK)
+        axes.bar_label(
+            bars, [f"{t:.3g}" if t < 100 else f"{t:,.0f}" for _, t in here], padding=3, fontsize=8, color=_INK
+        )
     axes.set_yticks(range(len(times)), list(times))
     axes.invert_yaxis()
     axes.margins(x=0.12)
@@ -186,8 +189,7 @@ def convergence(
     for n, (name, values) in enumerate(errors.items()):
         axes.loglog(counts, values, marker="o", markersize=4, color=_COLOURS[n % len(_COLOURS)], label=name)
     for name, count in (marks or {}).items():
-        axes.axvline(count, color=_INK, linestyle=":", linewidth=1)
-        axes.annotate(name, (count, 0.01), xycoords=("data", "axes fraction"), rotation=90, ha="right", fontsize=8)
+        axes.axvline(count, color=_INK, linestyle=":", linewidth=1, label=name)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
     axes.set_xlabel(xlabel)

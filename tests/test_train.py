@@ -219,3 +219,12 @@ def test_prediction_is_invariant(data, model):
     assert max(error(element) for element in list(group.testing_elements())[::10]) < 1e-12
     # Elsewhere its 30 points leave an error: 1.5e-4 measured.
     assert max(error(group.sample()) for _ in range(5)) < 1e-3
+
+
+@torch.no_grad()
+def test_weights_loaded_in_evaluation_mode_count(data, model):
+    other = QM9Net(blocks=1).double().eval()
+    batch = double(data.train.__getitems__(range(8)))
+    assert not torch.equal(other(batch), model(batch))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(batch), model(batch))

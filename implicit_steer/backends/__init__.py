@@ -35,6 +35,7 @@ def select(name: str, plan: Plan, device: torch.device, dtype: torch.dtype):
             ok, reason = BACKENDS[candidate].supports(plan, device, dtype)
             if ok:
                 return BACKENDS[candidate], f"{candidate}: {reason}"
+        fail("backend", "one that supports the plan", "none", "See implicit_steer.info().", RuntimeError)
     require(name in NAMES, "backend", f"one of {NAMES}", repr(name), "See implicit_steer.info().")
     if name in _ABSENT:
         fail("backend", "one that is available", f"{name!r} ({_ABSENT[name]})", "Use backend='auto'.", RuntimeError)

@@ -25,7 +25,7 @@ from ..functions import difference_quotient, phi
 from ..packing import NormParameters, Weights, constant, fold_linear, fold_theta, norm_affine
 from ..plan import Activation, Frame, Plan
 
-# Radii below this take the difference quotient; above it the plain quotient is right to eps / radius.
+# Radii below this take the difference quotient; above it A⁻ φ(u₀ + r w) / r is right to eps / r.
 _NEAR = {torch.float32: 0.1, torch.float64: 0.01}
 # ε² of regular frames, in the squared unit of the positions.
 _SOFTENING = {torch.float32: 1e-10, torch.float64: 1e-18}
@@ -179,25 +179,13 @@ def _samples(act: Activation, merged: bool, dtype: torch.dtype, device: torch.de
     return tuple(torch.tensor(m, dtype=dtype, device=device) for m in pair)
 
 
-@lru_cache(maxsize=256)
-def _order_zero(act: Activation, n: int, merged: bool, dtype: torch.dtype, device: torch.device):
-    """The distinct rows of A restricted to its first n coefficients (order 0), and each sample's row among them."""
-    samples = act.samples if merged else act.unmerged[0]
-    rows, index = np.unique(np.round(samples[:, :n], 12), axis=0, return_inverse=True)
-    return torch.tensor(rows, dtype=dtype, device=device), torch.tensor(index.reshape(-1), device=device)
-
-
-def _regular_quotient(function: str, u0: Tensor, value0: Tensor, w: Tensor, radius: Tensor) -> Tensor:
-    """d = (φ(u₀ + r w) − φ(u₀)) / r for (E, W, S) samples."""
-    near = radius < _NEAR[radius.dtype]
-    r = torch.where(near, torch.ones_like(radius), radius)[:, None, None]
-    d = (phi(function, u0 + r * w) - value0) / r
-    rows = near.nonzero().squeeze(1)
-    if len(rows):
-        u0_near, w_near = u0.index_select(0, rows), w.index_select(0, rows)
-        r_near = radius.index_select(0, rows)[:, None, None]
-        d = d.index_copy(0, rows, w_near * difference_quotient(function, u0_near, r_near * w_near))
-    return d
+def _near_origin(act: Activation, n: int, z: Tensor, radius: Tensor, samples: Tensor, inverse: Tensor) -> Tensor:
+    """The activation on (E, W, c) coefficients, n of them of order 0, by difference quotients."""
+    r = radius[:, None, None]
+    u0 = z[..., :n] @ samples[:, :n].T  # (E, W, S)
+    w = z[..., n:] @ samples[:, n:].T
+    d = w * difference_quotient(act.function, u0, r * w)
+    return torch.cat([(phi(act.function, u0) + r * d) @ inverse[:n].T, d @ inverse[n:].T], -1)
 
 
 def _activate(plan: Plan, act: Activation, edge: _Edge, z: Tensor, merged: bool) -> Tensor:
@@ -205,22 +193,23 @@ def _activate(plan: Plan, act: Activation, edge: _Edge, z: Tensor, merged: bool)
     samples, inverse = _samples(act, merged, z.dtype, z.device)
     if edge.radius is None:
         return phi(act.function, z @ samples.T) @ inverse.T
+    near = edge.radius < _NEAR[z.dtype]
+    rows = near.nonzero().squeeze(1)
     n = int(np.searchsorted(plan.frame.order, 1))  # coefficients of order 0 come first
-    rows, row = _order_zero(act, n, merged, z.dtype, z.device)
-    u0 = z[..., :n] @ rows.T  # (E, W, distinct rows)
-    value0 = phi(act.function, u0)
-    if len(rows) > 1:
-        u0, value0 = u0.index_select(-1, row), value0.index_select(-1, row)
-    d = _regular_quotient(act.function, u0, value0, z[..., n:] @ samples[:, n:].T, edge.radius)
-    y_zero = (value0 + edge.radius[:, None, None] * d) @ inverse[:n].T
-    return torch.cat([y_zero, d @ inverse[n:].T], -1)
+    r = torch.where(near, torch.ones_like(edge.radius), edge.radius)[:, None, None]
+    scale = torch.cat([torch.ones_like(r).expand(-1, -1, n), r.expand(-1, -1, z.shape[2] - n)], -1)
+    y = phi(act.function, (z * scale) @ samples.T) @ inverse.T / scale
+    if len(rows):
+        z_near, r_near = z.index_select(0, rows), edge.radius.index_select(0, rows)
+        y = y.index_copy(0, rows, _near_origin(act, n, z_near, r_near, samples, inverse))
+    return y
 
 
-def _statistics(norm, h: Tensor) -> Statistics:
-    """Batch statistics over the edges of full hidden features (E, W, d), detached as escnn's are."""
-    h = h.detach()
-    mean = h.index_select(2, constant(norm, "full_trivial", h)).mean(0)
-    return Statistics(mean, h.var(0, unbiased=True).mean(1))
+def _statistics(norm, y: Tensor, h: Tensor) -> Statistics:
+    """Batch statistics over the edges, detached as escnn's are: means of the trivial ones among the coefficients y
+    (E, W, c), variances of the full hidden features h (E, W, d)."""
+    mean = y.detach().index_select(2, constant(norm, "trivial", y)).mean(0)
+    return Statistics(mean, h.detach().var(0, unbiased=True).mean(1))
 
 
 def hidden_features(
@@ -243,7 +232,7 @@ def hidden_features(
         y = _activate(plan, act, edge, z, merged)
         if live:
             norm = plan.norms[n]
-            statistics.append(_statistics(norm, _expand(plan.frame, edge, y)))
+            statistics.append(_statistics(norm, y, _expand(plan.frame, edge, y)))
             affine = norm_affine(norm, live[n], *statistics[-1])
             if n + 1 < len(linears):
                 linears[n + 1] = fold_linear(norm, act, linears[n + 1], *affine)

@@ -16,6 +16,28 @@ from ..nn import FourierActivation, ImplicitPointConv
 ATOM_FEATURES = 5  # one-hot of H, C, N, O, F
 
 
+class TensorProduct(enn.TensorProductModule):
+    """escnn's product of every field with itself, without its expanded matrix: escnn builds that at ``.eval()``, so
+    that weights loaded afterwards have no effect."""
+
+    def __init__(self, in_type: enn.FieldType, out_type: enn.FieldType):
+        super().__init__(in_type, out_type, initialize=False)
+        del self.matrix
+        enn.init.deltaorthonormal_init(self.weights.data, self.basisexpansion)
+
+    def forward(self, x: enn.GeometricTensor) -> enn.GeometricTensor:
+        """x (N, C_in) → (N, C_out): per field ``W vec(x xᵀ)``."""
+        n, fields = len(x.tensor), len(self.in_type)
+        x_field = x.tensor.view(n, fields, -1)
+        product = torch.einsum("nfi,nfj->nfij", x_field, x_field).flatten(2)
+        matrix = self.expand_parameters().view(fields, -1, product.shape[2])
+        return enn.GeometricTensor(torch.einsum("foh,nfh->nfo", matrix, product).flatten(1), self.out_type, x.coords)
+
+    def train(self, mode: bool = True):
+        """Set the mode; nothing is expanded or dropped."""
+        return torch.nn.Module.train(self, mode)
+
+
 class ResidualBlock(torch.nn.Module):
     """``ELU(x + norm(conv(ELU(norm(conv(x))))))`` on fields of sphere functions.
 
@@ -81,8 +103,7 @@ class QM9Net(torch.nn.Module):
         activation = FourierActivation(gspace, channels, max_frequency)
         self.scalar_type = gspace.type(*channels * [gspace.trivial_repr])
         self.linear = torch.nn.Linear(ATOM_FEATURES, channels)
-        self.product = enn.TensorProductModule(self.scalar_type, activation.in_type, initialize=False)
-        enn.init.deltaorthonormal_init(self.product.weights.data, self.product.basisexpansion)
+        self.product = TensorProduct(self.scalar_type, activation.in_type)
         self.activation = activation
         self.blocks = torch.nn.ModuleList(ResidualBlock(activation, conv) for _ in range(blocks))
         self.to_invariants = conv(activation.out_type, gspace.type(*invariants * [gspace.trivial_repr]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from escnn.gspaces import GSpace
 from escnn.nn import EquivariantModule, FieldType, GeometricTensor
@@ -10,11 +12,23 @@ from torch import Tensor
 from .. import sampling as sp
 from .._check import fail, require
 from ..functions import phi
-from ..lowering import parse_sampling
-from ..plan import FUNCTIONS
+from ..lowering import KernelShape, parse_sampling
+from ..plan import FUNCTIONS, Plan
 
 
-class FourierActivation(EquivariantModule):
+class SharedTypes:
+    """Mixin of modules: copies share what is immutable, the plan and escnn's types (whose groups cannot be copied)."""
+
+    def __deepcopy__(self, memo: dict):
+        shared = (FieldType, GSpace, Plan, KernelShape)
+        for module in self.modules():
+            memo |= {id(value): value for value in vars(module).values() if isinstance(value, shared)}
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__setstate__({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return twin
+
+
+class FourierActivation(SharedTypes, EquivariantModule):
     """y = A⁻ φ(A x) per field: sample a band-limited function on the group or the sphere, apply φ, transform back.
 
     The same function as escnn's ``QuotientFourierELU`` / ``FourierELU`` on the authors' grids, but samples that
@@ -42,7 +56,8 @@ class FourierActivation(EquivariantModule):
     ):
         super().__init__()
         require(function in FUNCTIONS, "function", f"one of {FUNCTIONS}", repr(function))
-        require(isinstance(channels, int) and channels > 0, "channels", "a positive integer", channels)
+        whole = isinstance(channels, int) and not isinstance(channels, bool)
+        require(whole and channels > 0, "channels", "a positive integer", repr(channels))
         kind, n = parse_sampling(sampling)
         space = sp.hidden_space(gspace.fibergroup, max_frequency)
         if kind == "escnn":

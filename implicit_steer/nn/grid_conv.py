@@ -79,6 +79,9 @@ class ImplicitConv(BiasedModule):
             norm=norm,
             activation=activation,
         )
+        ok = kernel_size > 1 or kernel_attr_type is not None or not self.implicit_kernel.plan.norms
+        remedy = "The statistics of one point have no variance: use norm=None."
+        require(ok, "kernel_size", "at least 2 with norm='batch' and no attributes", kernel_size, remedy)
         self.register_buffer("grid", kernel_grid(kernel_size, self.dim), persistent=False)
 
     def filters(self, attr: Tensor | None = None) -> Tensor:
@@ -89,9 +92,13 @@ class ImplicitConv(BiasedModule):
         """
         rows, batch_statistics = 1, True
         pos = self.grid.to(self.implicit_kernel.shell_width.dtype)
+        n = self.implicit_kernel.plan.frame.n_attributes
+        expected, got = f"a tensor of {n} attributes per sample" if n else "None", type(attr).__name__
+        remedy = "A layer takes attributes exactly if it was built with an attribute type."
+        require((attr is None) == (n == 0), "attr", expected, got, remedy)
         if attr is not None:
             width = self.implicit_kernel.shell_width
-            check_tensor("attr", attr, (None, self.implicit_kernel.plan.frame.n_attributes), width.dtype, width.device)
+            check_tensor("attr", attr, (None, n), width.dtype, width.device)
             rows, batch_statistics = len(attr), None
             attr = attr.repeat_interleave(len(pos), dim=0)
         k = self.implicit_kernel(pos.repeat(rows, 1), attr, batch_statistics=batch_statistics)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from numbers import Real
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from .. import op
 from .._check import require
 from ..lowering import KernelShape, lower
 from ..packing import Parameters
-from .mlp import KernelMLP, fiber_space
+from .activation import SharedTypes
+from .mlp import KernelMLP, check_basis, fiber_space
 
 
 def position_representation(gspace: GSpace) -> Representation:
@@ -48,10 +50,10 @@ def check_type(name: str, value, gspace: GSpace | None = None) -> None:
 
 def _lower_again(kernel: ImplicitKernel, _) -> None:
     """After a checkpoint: its basis may have replaced a numerically found one."""
-    kernel.plan = lower(kernel.mlp, *kernel._lowering)
+    kernel.plan = lower(kernel.mlp, kernel._shape, kernel._sampling)
 
 
-class ImplicitKernel(torch.nn.Module):
+class ImplicitKernel(SharedTypes, torch.nn.Module):
     """K(x, a) = γ exp(−½ (|x| / σ)²) · mat(MLP(x ⊕ a)), with K(gx, ρ_a(g) a) = ρ_out(g) K(x, a) ρ_in(g)⁻¹ for g in G.
 
     Args:
@@ -100,6 +102,8 @@ class ImplicitKernel(torch.nn.Module):
         gspace = conv_in_type.gspace
         require(gspace.dimensionality in (2, 3), "conv_in_type", "a space of dimension 2 or 3", gspace.dimensionality)
         check_type("conv_out_type", conv_out_type, gspace)
+        number = isinstance(cutoff, Real) and not isinstance(cutoff, bool)
+        require(cutoff is None or number, "cutoff", "a positive radius or None", repr(cutoff), kind=TypeError)
         attributes = []
         if kernel_attr_type is not None:
             check_type("kernel_attr_type", kernel_attr_type, gspace)
@@ -117,8 +121,8 @@ class ImplicitKernel(torch.nn.Module):
             activation,
         )
         self.shell_width = torch.nn.Parameter(0.5 * torch.ones(1, 1, 1))
-        self._lowering = (shape, sampling)
-        self.plan = lower(self.mlp, *self._lowering)
+        self._shape, self._sampling = shape, sampling
+        self.plan = lower(self.mlp, shape, sampling)
         self.register_load_state_dict_post_hook(_lower_again)
 
     def parameters_for_op(self) -> Parameters:
@@ -130,7 +134,7 @@ class ImplicitKernel(torch.nn.Module):
             self.shell_width,
         )
 
-    def uses_batch_statistics(self, n_points: int) -> bool:
+    def uses_batch_statistics(self, n_points: int, argument: str = "edge_delta") -> bool:
         """Whether batch norms take their statistics from these points (training mode).
 
         Raises:
@@ -139,7 +143,7 @@ class ImplicitKernel(torch.nn.Module):
         live = self.training and bool(self.plan.norms)
         require(
             not live or n_points != 1,
-            "edge_delta",
+            argument,
             "at least 2 points in training mode with norm='batch'",
             "1",
             "Call .eval(), use larger graphs, or norm=None.",
@@ -166,10 +170,10 @@ class ImplicitKernel(torch.nn.Module):
             )
             return delta.new_zeros(len(delta), 0)
         require(
-            frame.n_attributes > 0 or attributes.shape[-1:] == (0,),
+            frame.n_attributes > 0 or getattr(attributes, "shape", ())[-1:] == (0,),
             names[1],
             "None",
-            f"a tensor of shape {tuple(attributes.shape)}",
+            f"{type(attributes).__name__} of shape {tuple(getattr(attributes, 'shape', ()))}",
             "The layer was built without an attribute type: leave the attributes out, or build it with one.",
         )
         check_tensor(names[1], attributes, (len(delta), frame.n_attributes), dtype, self.shell_width.device)
@@ -187,11 +191,15 @@ class ImplicitKernel(torch.nn.Module):
             (P, C_out, C_in).
         """
         attributes = self.check_points("kernel", pos, attrs, None)
-        live = self.uses_batch_statistics(len(pos)) if batch_statistics is None else batch_statistics
+        live = self.uses_batch_statistics(len(pos), "pos") if batch_statistics is None else batch_statistics
         k, statistics = op.implicit_kernel(self.plan, self.parameters_for_op(), pos, attributes, batch_statistics=live)
         if self.training:
             self.update_running(statistics)
         return k
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        check_basis(self.mlp, state_dict, prefix + "mlp.")  # before anything is copied
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """The kernel in one line."""
@@ -227,7 +235,7 @@ def trivial_bias(out_type: FieldType) -> Tensor:
     return torch.stack(columns, 1) if columns else torch.zeros(out_type.size, 0)
 
 
-class BiasedModule(torch.nn.Module):
+class BiasedModule(SharedTypes, torch.nn.Module):
     """Holds the equivariant bias of a convolution under the authors' names (``bias``, ``bias_expansion``)."""
 
     _derived = ("expanded_bias", "filter")  # in checkpoints written in evaluation mode
@@ -244,6 +252,7 @@ class BiasedModule(torch.nn.Module):
         return None if self.bias is None else self.bias_expansion @ self.bias
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
+        check_basis(self.implicit_kernel.mlp, state_dict, prefix + "implicit_kernel.mlp.")  # before anything is copied
         for derived in self._derived:
             state_dict.pop(prefix + derived, None)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -44,6 +44,10 @@ class Linear(escnn.nn.Linear):
             own = copy.copy(block)
             own._buffers = {"sampled_basis": block.sampled_basis.clone()}
             setattr(self.basisexpansion, name, own)
+        for name, index in list(
+            self.basisexpansion.named_buffers(recurse=False)
+        ):  # expanded views cannot be loaded into
+            setattr(self.basisexpansion, name, index.clone(memory_format=torch.contiguous_format))
 
     def forward(self, x: escnn.nn.GeometricTensor) -> escnn.nn.GeometricTensor:
         """W x + b."""
@@ -141,7 +145,7 @@ class KernelMLP(torch.nn.Module):
             running.lerp_(target, norm.momentum)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        _check_basis(self, state_dict, prefix)
+        check_basis(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -150,7 +154,7 @@ def _norm_getter(norm: escnn.nn.IIDBatchNorm1d):
     return lambda what: getattr(norm, f"{name}_{what}")
 
 
-def _check_basis(mlp: KernelMLP, state_dict: dict, prefix: str) -> None:
+def check_basis(mlp: KernelMLP, state_dict: dict, prefix: str) -> None:
     """Refuse a checkpoint whose basis would make its weights mean another function.
 
     The basis buffers are the fingerprint. Where Clebsch-Gordan coefficients have a closed form, they must be this

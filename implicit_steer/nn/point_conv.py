@@ -59,6 +59,8 @@ class ImplicitPointConv(BiasedModule):
         check_type("in_type", in_type)
         check_type("out_type", out_type, in_type.gspace)
         require(in_type.gspace == out_type.gspace, "out_type", f"fields on {in_type.gspace}", out_type.gspace)
+        if edge_attr_type is not None:
+            check_type("edge_attr_type", edge_attr_type, in_type.gspace)
         self.in_type, self.out_type, self.edge_attr_type = in_type, out_type, edge_attr_type
         self._register_bias(out_type)
         self.implicit_kernel = ImplicitKernel(
@@ -122,10 +124,11 @@ class ImplicitPointConv(BiasedModule):
         check_tensor("x", x.tensor, (None, self.in_type.size), width.dtype, width.device)
         if isinstance(target, GeometricTensor):
             return x.tensor, target.coords, len(target.tensor)
-        if isinstance(target, int) and target >= 0:
+        if isinstance(target, int) and not isinstance(target, bool) and target >= 0:
             unknown = x.tensor.new_full((target, self.in_type.gspace.dimensionality), float("nan"))
             return x.tensor, unknown, target
-        fail("x", "a GeometricTensor or a number of nodes as target", type(target).__name__, kind=TypeError)
+        got = target if isinstance(target, int) else type(target).__name__
+        fail("x", "a GeometricTensor or a number of nodes as target", got, kind=TypeError)
 
     @staticmethod
     def _graph(edge_index, n_source: int, n_target: int) -> Graph:
@@ -139,6 +142,8 @@ class ImplicitPointConv(BiasedModule):
     def _convolve(self, source: Tensor, graph: Graph, edge_delta, edge_attr, coords) -> GeometricTensor:
         kernel = self.implicit_kernel
         if isinstance(edge_attr, GeometricTensor):
+            expected = f"a tensor or a GeometricTensor of type {self.edge_attr_type}"
+            require(edge_attr.type == self.edge_attr_type, "edge_attr", expected, edge_attr.type, kind=TypeError)
             edge_attr = edge_attr.tensor
         attributes = kernel.check_points("edge", edge_delta, edge_attr, graph.num_edges)
         require(graph.device == source.device, "edge_index", f"device {source.device}", graph.device)

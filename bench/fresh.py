@@ -1,0 +1,84 @@
+"""What can only be measured in a process of its own: peak memory, and the first construction of a model.
+
+``python -m bench.fresh memory CASE BACKEND SAMPLING THREADS``, ``python -m bench.fresh lowering THREADS``: print JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+# glibc: blocks from 64 kB on come from the system and return to it, so that what is resident is what is in use.
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def measures_memory() -> bool:
+    """Whether this system tells the peak of the resident memory (Linux)."""
+    return _CLEAR.exists()
+
+
+def ask(*arguments: str | int) -> dict[str, Any]:
+    """Run this module with ``arguments`` in a fresh process; what it prints.
+
+    Raises ``subprocess.CalledProcessError`` where it fails; its errors go to this process's standard error.
+    """
+    command = [sys.executable, "-m", "bench.fresh", *map(str, arguments)]
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, cwd=root, env=os.environ | _MALLOC, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def peak_memory(run: Callable[[], Any]) -> int:
+    """Bytes by which the resident memory of this process rises at most during ``run()``."""
+    _CLEAR.write_text("5")  # resets the high-water mark
+    before = _resident("VmRSS")
+    result = run()
+    peak = _resident("VmHWM") - before
+    del result
+    return peak
+
+
+def _resident(field: str) -> int:
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text())[1])
+
+
+def memory(case: str, backend: str, sampling: str) -> dict[str, float]:
+    """Peak memory in MB of each measure, beyond the layer and its inputs."""
+    from implicit_steer import cases
+
+    from .steps import MEASURES, Candidate, step
+
+    peaks, named = {}, cases.SMALL | cases.LARGE
+    for measure in MEASURES:
+        run = step(named[case], Candidate(backend, sampling), measure)
+        run()  # what is made once and kept does not count
+        peaks[measure] = peak_memory(run) / 1e6
+    return peaks
+
+
+def lowering() -> dict[str, float]:
+    """Seconds to construct the paper's QM9 network (4 blocks, 9 convolutions), the first and the second time."""
+    from implicit_steer.models import QM9Net
+
+    seconds = {}
+    for name in ("first", "second"):
+        start = time.perf_counter()
+        QM9Net()
+        seconds[name] = time.perf_counter() - start
+    return seconds
+
+
+if __name__ == "__main__":
+    what, *arguments, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    print(json.dumps({"memory": memory, "lowering": lowering}[what](*arguments)))

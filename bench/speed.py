@@ -1,0 +1,92 @@
+"""The sections of ``python -m bench``: the gate, times, peak memory, sorting of edges, construction of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from implicit_steer.cases import Case
+from implicit_steer.graph import sort_by_key
+
+from . import fresh
+from .steps import MATERIALISE, MEASURES, Candidate, Check, gate, step
+from .timing import interleaved, summary
+
+SORTED_EDGES = (1_200, 32_000, 1_000_000)
+_SORT_DEGREE = 32  # edges per node
+
+Chosen = dict[Case, list[Candidate]]
+
+
+def check_all(chosen: Chosen) -> list[Check]:
+    """The gate, case by case, until one check is red."""
+    checks = []
+    for case, candidates in tqdm(chosen.items(), desc="gate", unit="case"):
+        for check in gate(case, candidates):
+            checks.append(check)
+            if not check.ok:
+                return checks
+    return checks
+
+
+def times(chosen: Chosen, rounds: int, budget: float) -> list[dict[str, Any]]:
+    """A record per case, measure and candidate: median, quartiles, and the ratio to `materialise`."""
+    records = []
+    with tqdm(total=len(chosen) * len(MEASURES), desc="times", unit="measure") as progress:
+        for case, candidates in chosen.items():
+            for measure in MEASURES:
+                runs = {candidate: step(case, candidate, measure) for candidate in candidates}
+                found = {c: summary(t) for c, t in interleaved(runs, rounds, budget, progress=progress).items()}
+                baseline = found[MATERIALISE]["median_ms"]
+                for candidate, values in found.items():
+                    record = _record(case, candidate, measure)
+                    records.append(record | values | {"ratio": baseline / values["median_ms"]})
+                progress.update()
+    return records
+
+
+def memory(chosen: Chosen, threads: int) -> list[dict[str, Any]]:
+    """A record per case, measure and candidate: peak memory in MB, each case and candidate in a process of its own."""
+    records = []
+    with tqdm(total=sum(map(len, chosen.values())), desc="memory", unit="process") as progress:
+        for case, candidates in chosen.items():
+            peaks = {}
+            for c in candidates:
+                peaks[c] = fresh.ask("memory", case.name, c.backend, c.sampling, threads)
+                progress.update()
+            for measure in MEASURES:
+                baseline = peaks[MATERIALISE][measure]
+                for candidate, peak in peaks.items():
+                    ratio = baseline / peak[measure] if peak[measure] else None
+                    record = _record(case, candidate, measure)
+                    records.append(record | {"peak_mb": peak[measure], "ratio": ratio})
+    return records
+
+
+def _record(case: Case, candidate: Candidate, measure: str) -> dict[str, Any]:
+    return {
+        "case": case.name,
+        "measure": measure,
+        "candidate": candidate.label,
+        "backend": candidate.backend,
+        "sampling": candidate.sampling,
+    }
+
+
+def sorting(rounds: int, budget: float) -> list[dict[str, Any]]:
+    """``sort_by_key``, which also gives the offsets of the nodes, against a stable ``torch.argsort`` alone."""
+    records = []
+    for edges in tqdm(SORTED_EDGES, desc="sorting", unit="size"):
+        nodes = edges // _SORT_DEGREE
+        key = torch.randint(0, nodes, (edges,), generator=torch.Generator().manual_seed(0))
+        runs = {
+            "sort_by_key": lambda key=key, nodes=nodes: sort_by_key(key, nodes),
+            "argsort": lambda key=key: torch.argsort(key, stable=True),
+        }
+        number = max(1, 100_000 // edges)
+        found = {name: summary(t) for name, t in interleaved(runs, rounds, budget, number=number).items()}
+        ours, theirs = (found[name]["median_ms"] for name in runs)
+        records.append({"edges": edges, "nodes": nodes, "ratio": theirs / ours} | found)
+    return records
