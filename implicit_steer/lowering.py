@@ -52,6 +52,7 @@ def parse_sampling(name: str) -> tuple[str, int | None]:
     if match is None:
         fail("sampling", "'auto', 'exact', 'exact-N', 'escnn' or 'lebedev-N'", repr(name))
     number = match["exact"] or match["lebedev"]
+    require(number is None or int(number) > 0, "sampling", "'exact-N' or 'lebedev-N' with N >= 1", repr(name))
     return name.split("-")[0], None if number is None else int(number)
 
 
@@ -200,7 +201,7 @@ def _input_fields(sampled: _Sampled, in_reprs: list[Representation]) -> tuple[li
     if frame.kind == "zonal":
         position = np.eye(3)[:, 2:]
     elif frame.kind == "planar":
-        position = np.concatenate([frame.plane[:, :1], frame.axis], axis=1)
+        position = np.concatenate([frame.plane[:, : 2 - frame.regular], frame.axis], axis=1)
     else:
         position = np.eye(frame.dim)
     starts = _starts(in_reprs[1:])

@@ -67,6 +67,9 @@ class _Data:
             feed(getattr(self, f.name))
         return sha.hexdigest()
 
+    def __reduce__(self):  # copies and unpickled plans are validated and read-only too
+        return type(self), tuple(getattr(self, f.name) for f in fields(self))
+
     def __eq__(self, other) -> bool:
         return type(self) is type(other) and self.digest == other.digest
 
@@ -127,16 +130,9 @@ class Frame(_Data):
 
     @property
     def n_position(self) -> int:
-        """Numbers that the position contributes to the MLP's input: all of x, (r,) or (ρ, axis)."""
-        return {"none": self.dim, "zonal": 1, "planar": self.dim - 1}[self.kind]
-
-    @property
-    def input_order(self) -> np.ndarray:
-        """(n_position + A,) order of each MLP input, as ``order`` for the hidden coefficients."""
-        if self.kind == "none":
-            return np.zeros(self.dim + self.n_attributes, dtype=np.int64)
-        rest = self.attribute_order if self.kind == "planar" else np.zeros(self.n_attributes, dtype=np.int64)
-        return np.concatenate([[1], np.zeros(self.n_position - 1, dtype=np.int64), rest])
+        """Numbers that the position contributes to the MLP's input: all of x; (r,); (ρ, axis); or, in a planar frame
+        that is not regular, (ρ, 0, axis), where the 0 has a derivative at ρ = 0."""
+        return {"none": self.dim, "zonal": 1, "planar": self.dim - self.regular}[self.kind]
 
 
 @dataclass(frozen=True, eq=False)

@@ -129,10 +129,22 @@ def _equispaced(group: Group, n: int) -> list[GroupElement]:
     return group.grid(n)
 
 
-def _sample(space: HiddenSpace, grid: list[GroupElement], eps: float) -> tuple[np.ndarray, np.ndarray]:
-    """A (S, d) and A⁻ = (AᵀA + eps)⁻¹ Aᵀ (d, S) over the elements of ``grid``."""
-    a = np.stack([space.rho(g) @ space.dirac for g in grid])
-    return a, np.linalg.inv(a.T @ a + eps * np.eye(a.shape[1])) @ a.T
+def _inverse(a: np.ndarray, weights: np.ndarray | float = 1.0, eps: float = 0.0, name: str = "escnn") -> np.ndarray:
+    """A⁻ = (Aᵀ diag(weights) A + eps)⁻¹ Aᵀ diag(weights), (d, S), of samples A (S, d).
+
+    Raises:
+        ValueError: fewer samples than coefficients, unless eps helps (as on the authors' grids of high degree).
+    """
+    size = a.shape[1]
+    enough = eps > 0 or np.linalg.matrix_rank(a) == size
+    require(enough, "sampling", f"enough samples for {size} coefficients", repr(name))
+    weighted = a.T * weights
+    return np.linalg.inv(weighted @ a + eps * np.eye(size)) @ weighted
+
+
+def _samples(space: HiddenSpace, grid: list[GroupElement]) -> np.ndarray:
+    """A (S, d) over the elements of ``grid``."""
+    return np.stack([space.rho(g) @ space.dirac for g in grid])
 
 
 @identity_cache
@@ -145,18 +157,21 @@ def escnn_matrices(space: HiddenSpace) -> tuple[np.ndarray, np.ndarray]:
         grid = _equispaced(space.group, 40 if space.band_limit == 3 else 125)
     else:
         grid = list(space.group.elements)
-    return _sample(space, grid, eps=1e-8)
+    a = _samples(space, grid)
+    return a, _inverse(a, eps=1e-8)
 
 
 @identity_cache
 def group_matrices(space: HiddenSpace) -> tuple[np.ndarray, np.ndarray]:
     """A and A⁻ over all elements of a finite group."""
-    return _sample(space, list(space.group.elements), eps=0.0)
+    a = _samples(space, list(space.group.elements))
+    return a, _inverse(a)
 
 
 @identity_cache
 def _rotation_matrices(space: HiddenSpace, n: int) -> tuple[np.ndarray, np.ndarray]:
-    return _sample(space, _equispaced(space.group, n), eps=0.0)
+    a = _samples(space, _equispaced(space.group, n))
+    return a, _inverse(a, name=f"exact-{n}")
 
 
 def merge_samples(a: np.ndarray, inverse: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -181,8 +196,7 @@ def lebedev_matrices(space: HiddenSpace, n: int) -> tuple[np.ndarray, np.ndarray
     powers, harmonics = solid_harmonics(space)
     norms = _irrep_norms(space)
     a = (_monomials(points.T, powers) @ harmonics.T) * np.repeat(norms, [s for s, _ in _irreps(space)])
-    weighted = a.T * (weights / weights.sum())
-    return a, np.linalg.inv(weighted @ a) @ weighted
+    return a, _inverse(a, weights / weights.sum(), name=f"lebedev-{n}")
 
 
 def _lebedev_degrees() -> list[int]:
@@ -249,7 +263,6 @@ def zonal_frame(space: HiddenSpace, attribute_basis: np.ndarray, n_nodes: int):
     require(n_nodes > order.max(), "sampling", f"'exact-N' with N > {order.max()}", f"'exact-{n_nodes}'")
     t, w = np.polynomial.legendre.leggauss(n_nodes)
     a = norms * np.stack([np.polynomial.legendre.Legendre.basis(int(n))(t) for n in order], axis=1)
-    weighted = a.T * (w / 2)
     frame = Frame(
         kind="zonal",
         dim=3,
@@ -260,7 +273,7 @@ def zonal_frame(space: HiddenSpace, attribute_basis: np.ndarray, n_nodes: int):
         powers=powers,
         harmonics=harmonics,
     )
-    return frame, z, a, np.linalg.inv(weighted @ a) @ weighted
+    return frame, z, a, _inverse(a, w / 2)
 
 
 def rotation_basis(rep: Representation) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -313,6 +326,7 @@ def planar_frame(space: HiddenSpace, position: Representation, attributes: list[
         _, vectors = np.linalg.eigh(plane.T @ position(flip) @ plane)
         first = vectors[:, 1]
         plane = plane @ np.array([[first[0], -first[1]], [first[1], first[0]]])
+    plane[np.abs(plane) < 1e-12] = 0  # rounding there would look like a tiny azimuth to edges on the axis
     attribute, a_order, a_partner, a_sign = _block([rotation_basis(r) for r in attributes])
     z, h_order, h_partner, h_sign = rotation_basis(space.rho)
     first = np.argsort(h_order, kind="stable")  # coefficients by order

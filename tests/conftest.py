@@ -1,5 +1,10 @@
 """Every test runs on 2 threads, from the same seeds."""
 
+import os
+
+# Threads that wait by spinning slow everything down where the cores are shared; read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import numpy as np
 import pytest
 import torch

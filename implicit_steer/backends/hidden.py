@@ -125,8 +125,11 @@ def _planar_edge(frame: Frame, delta: Tensor, attributes: Tensor) -> _Edge:
         -sine * constant(frame, "attribute_sign", delta),
         constant(frame, "attribute_partner", delta),
     )
-    first = torch.ones_like(radius) if frame.regular else radius
-    inputs = torch.cat([first[:, None], delta @ constant(frame, "axis", delta), turned], 1)
+    if frame.regular:
+        turned_p = torch.ones_like(p[:, :1])
+    else:  # (ρ, 0); on the axis x itself in the constant frame, which keeps its derivative there
+        turned_p = torch.stack([c * p[:, 0] + s * p[:, 1], c * p[:, 1] - s * p[:, 0]], 1)
+    inputs = torch.cat([turned_p, delta @ constant(frame, "axis", delta), turned], 1)
     cosine, sine = _multiples(c, s, frame.order)
     if frame.regular:  # order 0 as it is; order 1 linear in x; above, radius times the unit vector's
         order = torch.tensor(frame.order, device=delta.device)

@@ -4,11 +4,14 @@ from .._extras import load_extra
 
 load_extra("escnn", "escnn")
 
+from .. import _escnn_pickle  # noqa: E402
 from .activation import FourierActivation  # noqa: E402
 from .grid_conv import ImplicitConv  # noqa: E402
 from .kernel import ImplicitKernel  # noqa: E402
 from .mlp import KernelMLP  # noqa: E402
 from .point_conv import ImplicitPointConv, ImplicitPointConvWithDownsampling  # noqa: E402
+
+_escnn_pickle.register()
 
 __all__ = [
     "FourierActivation",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from escnn.gspaces import GSpace
 from escnn.nn import EquivariantModule, FieldType, GeometricTensor
@@ -12,23 +10,11 @@ from torch import Tensor
 from .. import sampling as sp
 from .._check import fail, require
 from ..functions import phi
-from ..lowering import KernelShape, parse_sampling
-from ..plan import FUNCTIONS, Plan
+from ..lowering import parse_sampling
+from ..plan import FUNCTIONS
 
 
-class SharedTypes:
-    """Mixin of modules: copies share what is immutable, the plan and escnn's types (whose groups cannot be copied)."""
-
-    def __deepcopy__(self, memo: dict):
-        shared = (FieldType, GSpace, Plan, KernelShape)
-        for module in self.modules():
-            memo |= {id(value): value for value in vars(module).values() if isinstance(value, shared)}
-        twin = memo[id(self)] = type(self).__new__(type(self))
-        twin.__setstate__({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
-        return twin
-
-
-class FourierActivation(SharedTypes, EquivariantModule):
+class FourierActivation(EquivariantModule):
     """y = A⁻ φ(A x) per field: sample a band-limited function on the group or the sphere, apply φ, transform back.
 
     The same function as escnn's ``QuotientFourierELU`` / ``FourierELU`` on the authors' grids, but samples that

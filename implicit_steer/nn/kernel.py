@@ -16,7 +16,6 @@ from .. import op
 from .._check import require
 from ..lowering import KernelShape, lower
 from ..packing import Parameters
-from .activation import SharedTypes
 from .mlp import KernelMLP, check_basis, fiber_space
 
 
@@ -53,7 +52,7 @@ def _lower_again(kernel: ImplicitKernel, _) -> None:
     kernel.plan = lower(kernel.mlp, kernel._shape, kernel._sampling)
 
 
-class ImplicitKernel(SharedTypes, torch.nn.Module):
+class ImplicitKernel(torch.nn.Module):
     """K(x, a) = γ exp(−½ (|x| / σ)²) · mat(MLP(x ⊕ a)), with K(gx, ρ_a(g) a) = ρ_out(g) K(x, a) ρ_in(g)⁻¹ for g in G.
 
     Args:
@@ -235,7 +234,7 @@ def trivial_bias(out_type: FieldType) -> Tensor:
     return torch.stack(columns, 1) if columns else torch.zeros(out_type.size, 0)
 
 
-class BiasedModule(SharedTypes, torch.nn.Module):
+class BiasedModule(torch.nn.Module):
     """Holds the equivariant bias of a convolution under the authors' names (``bias``, ``bias_expansion``)."""
 
     _derived = ("expanded_bias", "filter")  # in checkpoints written in evaluation mode

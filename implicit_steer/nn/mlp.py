@@ -44,9 +44,7 @@ class Linear(escnn.nn.Linear):
             own = copy.copy(block)
             own._buffers = {"sampled_basis": block.sampled_basis.clone()}
             setattr(self.basisexpansion, name, own)
-        for name, index in list(
-            self.basisexpansion.named_buffers(recurse=False)
-        ):  # expanded views cannot be loaded into
+        for name, index in list(self.basisexpansion.named_buffers(recurse=False)):  # no checkpoint loads into a view
             setattr(self.basisexpansion, name, index.clone(memory_format=torch.contiguous_format))
 
     def forward(self, x: escnn.nn.GeometricTensor) -> escnn.nn.GeometricTensor:
