@@ -180,9 +180,9 @@ def test_losers_are_listed():
 
 
 def test_exact_sampling_is_equivariant_and_the_grid_is_not():
-    case = accuracy._case("O(3)")
-    assert accuracy.equivariance_error(case, "exact", torch.float64) < 1e-13
-    assert 1e-5 < accuracy.equivariance_error(case, "escnn", torch.float64) < 1
+    (record,) = accuracy.equivariance(["O(3)"])
+    assert record["exact, float64"] < 1e-13
+    assert 1e-5 < record["escnn, float64"] < 1
 
 
 def test_accuracy_tables_and_plot(tmp_path):
