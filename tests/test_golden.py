@@ -58,7 +58,7 @@ def _module(case, backend):
 def _combinations():
     for name in NAMES:
         kind = json.loads((FOLDER / f"{name}.json").read_text())["kind"]
-        for backend in ("reference", "eager") if kind == "point" else ("reference",):
+        for backend in ("reference", "eager", "cpu") if kind == "point" else ("reference",):
             yield name, backend
 
 

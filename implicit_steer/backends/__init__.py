@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from .. import native
 from .._check import fail, require
 from ..plan import Plan
-from . import eager, reference
+from . import cpu, eager, reference
 
-BACKENDS = {"reference": reference, "eager": eager}
+BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu}
 _PREFERENCE = ("eager",)  # "auto": the first that supports the plan, fastest first
-_ABSENT = dict.fromkeys(("cpu", "triton", "cuda"), "not part of this version of implicit_steer")
+_ABSENT = dict.fromkeys(("triton", "cuda"), "not part of this version of implicit_steer")
 NAMES = ("auto", *BACKENDS, *_ABSENT)
 
 
@@ -19,6 +20,7 @@ def availability() -> dict[str, tuple[bool, str]]:
     return {
         "reference": (True, "plain PyTorch; materialises the kernel of every edge (the oracle)"),
         "eager": (True, "plain PyTorch; factored"),
+        "cpu": native.available(),
         **{name: (False, reason) for name, reason in _ABSENT.items()},
     }
 

@@ -1,0 +1,253 @@
+// Backward: per node dT = θᵀ g, per tile the forward again and its reverse sweep.
+#pragma once
+
+#include "worker.h"
+
+namespace implicit_steer::IST_ISA {
+
+template <typename R>
+struct Backward : Worker<R> {
+  using Base = Worker<R>;
+  using V = typename Lane<R>::V;
+  using Base::a, Base::p, Base::theta, Base::sums, Base::ring, Base::n_ring, Base::size, Base::e, Base::mlp;
+  using Base::d_theta, Base::d_sums, Base::d_sums_t, Base::d_terms, Base::d_rows, Base::rows, Base::row_at;
+  using Base::n_edges, Base::edge, Base::shell;
+  using Base::t, Base::d_t, Base::f, Base::f_raw, Base::d_f, Base::g, Base::d_g, Base::hidden, Base::d_hidden;
+  static constexpr int L = Lane<R>::L;
+  bool need_geometry, need_weights, need_hidden;
+
+  Backward(const ConvArgs<R>& args, const CouplingSizes& sizes) : Base(args, sizes, true) {
+    need_geometry = a.grad_delta || a.grad_attr;
+    need_weights = a.grad_weights;
+    need_hidden = need_geometry || need_weights;
+    for (int k = 0; k < p.n_couplings; ++k) copy_theta(p.couplings[k], a.weights, theta, false);
+    e.d_shell = V{};
+  }
+
+  // θ [u, v, w, b] -> [b][u][v, w], or back
+  template <typename Weights>
+  void copy_theta(const CouplingView& q, Weights weights, R* packed, bool back) {
+    auto* flat = weights + q.theta;
+    for (int u = 0; u < q.n_out; ++u)
+      for (int v = 0; v < q.n_in; ++v)
+        for (int w = 0; w < q.n_hidden; ++w)
+          for (int b = 0; b < q.n_basis; ++b, ++flat) {
+            R& here = packed[q.at_theta + (int64_t{b} * q.n_out + u) * q.slot_size + v * q.hidden_padded + w];
+            if constexpr (std_is_const<Weights>::value)
+              here = *flat;
+            else if (back)
+              *flat = here;
+          }
+  }
+  template <typename T>
+  struct std_is_const {
+    static constexpr bool value = false;
+  };
+  template <typename T>
+  struct std_is_const<const T*> {
+    static constexpr bool value = true;
+  };
+
+  // d_sums [slot][v, w] = Σ_u θ[b, u, v, w] g[u, o], and its transpose [slot][w][v]
+  void start(int64_t node) {
+    const R* grad = a.grad_out + node * p.out_size;
+    memset(d_sums, 0, sizeof(R) * size.sums);
+    for (int k = 0; k < p.n_couplings; ++k) {
+      const CouplingView& q = p.couplings[k];
+      for (int slot = 0; slot < q.n_slots; ++slot) {
+        R* d = d_sums + q.at_sums + slot * q.slot_size;
+        sum_outputs(q, slot, grad, d);
+        if (q.constant) continue;
+        R* transposed = d_sums_t + q.at_sums_t + int64_t{slot} * q.n_hidden * q.in_padded;
+        transpose_rows(q.n_in, q.n_hidden, d, q.hidden_padded, transposed, q.in_padded);
+      }
+    }
+    if (need_weights) memset(sums + n_ring * size.sums, 0, sizeof(R) * size.sums);
+  }
+
+  void sum_outputs(const CouplingView& q, int slot, const R* grad, R* d) {
+    using Q = typename Lane<R>::Q;
+    const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
+    const R* weight = theta + q.at_theta + int64_t{b} * q.n_out * q.slot_size;
+    constexpr int N = 4;
+    int64_t x = 0;
+    for (; x + N * Lane<R>::QL <= q.slot_size; x += N * Lane<R>::QL) {
+      Q acc[N] = {};
+      for (int u = 0; u < q.n_out; ++u)
+        for (int n = 0; n < N; ++n)
+          acc[n] += load_row(weight + u * q.slot_size + x + n * Lane<R>::QL) * grad[q.out_start[u] + o];
+      for (int n = 0; n < N; ++n) store_row(d + x + n * Lane<R>::QL, acc[n]);
+    }
+    for (; x < q.slot_size; x += Lane<R>::QL) {
+      Q acc{};
+      for (int u = 0; u < q.n_out; ++u) acc += load_row(weight + u * q.slot_size + x) * grad[q.out_start[u] + o];
+      store_row(d + x, acc);
+    }
+  }
+
+  // dt [term][edge][v] and d_rows [row][edge][w] of the lanes l0 .. l1-1, all into one node.
+  void run(int l0, int l1) {
+    if (need_weights) this->accumulate(sums + n_ring * size.sums, l0, l1);
+    for (int k = 0; k < p.n_couplings; ++k) {
+      const CouplingView& q = p.couplings[k];
+      const R* terms = reinterpret_cast<const R*>(t + q.at_terms);
+      for (int n = 0; n < q.n_terms; ++n) {
+        const int slot = q.terms[4 * n], row = q.terms[4 * n + 1];
+        const R* d = d_sums + q.at_sums + slot * q.slot_size;
+        R* d_term = d_terms + q.at_d_terms + (int64_t{n} * L + l0) * q.in_padded;
+        if (q.constant) {
+          for (int l = l0; l < l1; ++l, d_term += q.in_padded) memcpy(d_term, d, sizeof(R) * q.n_in);
+          continue;
+        }
+        const int64_t pad = q.hidden_padded;
+        const int64_t at = row_at[row] + l0 * pad;
+        memset(d_term, 0, sizeof(R) * (l1 - l0) * q.in_padded);
+        rank_updates(l1 - l0, d_term, q.in_padded, rows + at, pad, 1,
+                     d_sums_t + q.at_sums_t + int64_t{slot} * q.n_hidden * q.in_padded, q.in_padded, 0, q.n_hidden,
+                     q.in_padded);
+        if (need_hidden)
+          rank_updates(l1 - l0, d_rows + at, pad, terms + int64_t{n} * q.n_in * L + l0, 1, L, d, pad, 0, q.n_in, pad);
+      }
+    }
+  }
+
+  // dθ [b][u][v, w] += Σ_n g_n[u, o] T_n[slot][v, w] over the nodes in the ring
+  void flush() {
+    for (int k = 0; k < p.n_couplings && need_weights; ++k) {
+      const CouplingView& q = p.couplings[k];
+      for (int slot = 0; slot < q.n_slots; ++slot) {
+        const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
+        R* d = d_theta + q.at_theta + int64_t{b} * q.n_out * q.slot_size;
+        R grad[8 * kNodes];
+        for (int u0 = 0; u0 < q.n_out; u0 += 8) {
+          const int n_u = q.n_out - u0 < 8 ? q.n_out - u0 : 8;
+          for (int n = 0; n < n_ring; ++n)
+            for (int u = 0; u < n_u; ++u)
+              grad[u * kNodes + n] = a.grad_out[ring[n] * p.out_size + q.out_start[u0 + u] + o];
+          rank_updates(n_u, d + u0 * q.slot_size, q.slot_size, grad, kNodes, 1, sums + q.at_sums + slot * q.slot_size,
+                       size.sums, 0, n_ring, q.slot_size);
+        }
+      }
+    }
+    n_ring = 0;
+  }
+
+  // ---- the reverse sweep of one tile
+
+  // df and dG from dt; zero in lanes past the end.
+  void couplings() {
+    const bool harmonics = p.kind == kZonal && need_geometry;
+    for (int k = 0; k < p.in_size; ++k) d_f[k] = V{};
+    for (int k = 0; k < p.n_g; ++k) d_g[k] = V{};
+    for (int64_t k = 0; k < size.terms; ++k) d_t[k] = V{};
+    if (n_edges < L) clear_padding();
+    units_to_lanes<R>(this->n_term_units, this->term_units, d_terms, d_t);
+    for (int k = 0; k < p.n_couplings; ++k) {
+      const CouplingView& q = p.couplings[k];
+      for (int n = 0; n < q.n_terms; ++n) {
+        const int32_t* term = q.terms + 4 * n;
+        const V* d = d_t + q.at_terms + n * q.n_in;
+        int v = 0;
+        for (; v + 8 <= q.n_in; v += 8) term_backward<8>(term, q.in_start + v, d + v, harmonics);
+        for (; v + 2 <= q.n_in; v += 2) term_backward<2>(term, q.in_start + v, d + v, harmonics);
+        for (; v < q.n_in; ++v) term_backward<1>(term, q.in_start + v, d + v, harmonics);
+      }
+    }
+  }
+
+  template <int N>
+  IST_INLINE void term_backward(const int32_t* term, const int32_t* in_start, const V* d_term, bool harmonics) {
+    V d[N];
+    for (int v = 0; v < N; ++v) d[v] = d_term[v];
+    for (int i = term[2]; i < term[3]; ++i) {
+      const V factor = g[i];
+      V* d_input = d_f + p.g_input[i];
+      for (int v = 0; v < N; ++v) d_input[in_start[v]] += d[v] * factor;
+      if (!harmonics) continue;
+      const V* input = f + p.g_input[i];
+      V sum{};
+      for (int v = 0; v < N; ++v) sum += d[v] * input[in_start[v]];
+      d_g[i] += sum;
+    }
+  }
+
+  // Rows past the last edge of an incomplete tile hold what an earlier tile left there.
+  void clear_padding() {
+    for (int k = 0; k < p.n_couplings; ++k) {
+      const CouplingView& q = p.couplings[k];
+      for (int n = 0; n < q.n_terms; ++n)
+        memset(d_terms + q.at_d_terms + (int64_t{n} * L + n_edges) * q.in_padded, 0,
+               sizeof(R) * (L - n_edges) * q.in_padded);
+    }
+  }
+
+  void hidden_features() {
+    for (int k = 0; k < p.hidden_flat; ++k) d_hidden[k] = V{};
+    units_to_lanes<R>(this->n_row_units, this->row_units, d_rows, d_hidden);
+    memset(d_rows, 0, sizeof(R) * this->n_row_units * L * Lane<R>::QL);
+    e.d_radius = V{};
+    for (int m = 0; m < p.d; ++m) e.d_cosine[m] = e.d_sine[m] = V{};
+    if (p.kind == kPlanar) {
+      const V* y = mlp.y + mlp.size_z - p.hidden_flat;
+      expand_backward(p, e, y, d_hidden, mlp.d_y);
+    } else {
+      V* d_y = p.n_layers ? mlp.d_y : e.d_inputs;
+      for (int k = 0; k < p.hidden_flat; ++k) d_y[k] = d_hidden[k];
+    }
+    if (p.n_layers) mlp.backward(e, need_weights, need_geometry);
+  }
+
+  void store(const V* lanes, int n, R* rows_out) {
+    lanes_to_rows<R>(n, lanes, [&](int l) { return rows_out + edge[l] * n; }, n_edges);
+  }
+
+  void end_tile() {
+    couplings();
+    e.d_factor = V{};
+    for (int k = 0; k < p.in_size; ++k) {
+      e.d_factor += d_f[k] * f_raw[k];
+      d_f[k] *= e.factor;
+    }
+    if (a.grad_edge) store(d_f, p.in_size, a.grad_edge);
+    if (!need_hidden) return;
+    hidden_features();
+    if (!need_geometry) {
+      e.d_shell += e.d_factor * e.factor * e.squared;
+      return;
+    }
+    if (p.kind == kZonal)
+      for (int k = 0; k < p.n_g; ++k)
+        for (int z = p.g_first[k]; z < p.g_first[k + 1]; ++z)
+          if (p.nz_harmonic[z] >= 0) e.d_cosine[p.nz_harmonic[z]] += d_g[k] * p.nz_value[z];
+    frame_backward(p, shell, e);
+    if (a.grad_delta) store(e.d_delta, p.dim, a.grad_delta);
+    if (a.grad_attr) store(e.d_attr, p.n_attr, a.grad_attr);
+  }
+
+  void nodes(int64_t first, int64_t last, R* grad_weights) {
+    this->walk(
+        first, last, [&](int64_t i) { start(i); }, [&](int64_t, int l0, int l1) { run(l0, l1); },
+        [&](int64_t i) {
+          ring[n_ring++] = i;
+          if (n_ring == kNodes) flush();
+        },
+        [](int64_t) {}, [&] { end_tile(); });
+    flush();
+    if (need_weights) write_weights(grad_weights);
+  }
+
+  void write_weights(R* out) {
+    memset(out, 0, sizeof(R) * p.n_weights);
+    const V *d_w = mlp.d_w, *d_b = mlp.d_b;
+    for (int n = 0; n < p.n_layers; ++n) {
+      const LayerView<R>& layer = p.layers[n];
+      for (int k = 0; k < layer.n_values; ++k) out[layer.weight + k] = lane_sum(d_w[k]);
+      for (int k = 0; k < layer.out; ++k) out[layer.bias + k] = lane_sum(d_b[k]);
+      d_w += layer.n_values, d_b += layer.out;
+    }
+    for (int k = 0; k < p.n_couplings; ++k) copy_theta(p.couplings[k], out, d_theta, true);
+    out[p.shell] = lane_sum(e.d_shell) / (shell * shell * shell);
+  }
+};
+
+}  // namespace implicit_steer::IST_ISA

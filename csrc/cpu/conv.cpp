@@ -1,0 +1,100 @@
+// The entry points of one instruction set. CMake compiles this file once for each, with IST_ISA and its flags.
+
+#include "conv.h"
+
+#include "backward.h"
+#include "forward.h"
+#include "statistics.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace implicit_steer::IST_ISA {
+
+namespace {
+
+template <typename F>
+void in_threads(int threads, F f) {
+  if (threads == 1) return f(0);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int t = 0; t < threads; ++t) f(t);
+}
+
+template <typename R>
+void forward(const ConvArgs<R>& a) {
+  const CouplingSizes sizes = place_couplings(*a.plan);
+  in_threads(a.threads, [&](int t) {
+    const int64_t first = first_node(a, t), last = first_node(a, t + 1);
+    if (first < last) Forward<R>(a, sizes).nodes(first, last);
+  });
+}
+
+// grad_x[j] = Σ grad_edge[e] over the edges out of j
+template <typename R>
+void sum_by_source(const ConvArgs<R>& a, int64_t first, int64_t last) {
+  const int64_t n = a.plan->in_size;
+  for (int64_t j = first; j < last; ++j) {
+    R* out = a.grad_x + j * n;
+    for (int64_t k = 0; k < n; ++k) out[k] = 0;
+    const int64_t end = a.index(a.colptr, j + 1);
+    for (int64_t at = a.index(a.colptr, j); at < end; ++at) {
+      const R* in = a.grad_edge + a.index(a.order_by_source, at) * n;
+      for (int64_t k = 0; k < n; ++k) out[k] += in[k];
+    }
+  }
+}
+
+template <typename R>
+void backward(const ConvArgs<R>& a) {
+  const CouplingSizes sizes = place_couplings(*a.plan);
+  const int64_t n_weights = a.plan->n_weights;
+  in_threads(a.threads, [&](int t) {
+    const int64_t first = first_node(a, t), last = first_node(a, t + 1);
+    R* grad_weights = a.grad_weights ? a.grad_weights + t * n_weights : nullptr;
+    if (first < last)
+      Backward<R>(a, sizes).nodes(first, last, grad_weights);
+    else if (grad_weights)
+      memset(grad_weights, 0, sizeof(R) * n_weights);
+  });
+  for (int t = 1; t < a.threads && a.grad_weights; ++t)
+    for (int64_t k = 0; k < n_weights; ++k) a.grad_weights[k] += a.grad_weights[t * n_weights + k];
+  if (a.grad_edge)
+    in_threads(a.threads, [&](int t) { sum_by_source(a, a.n_src * t / a.threads, a.n_src * (t + 1) / a.threads); });
+}
+
+template <typename R>
+void statistics(const ConvArgs<R>& a) {
+  const CouplingSizes sizes = place_couplings(*a.plan);
+  const int n = a.plan->layers[a.layer].out / a.plan->c * a.plan->d;
+  in_threads(a.threads, [&](int t) {
+    Statistics<R>(a, sizes, n).run(a.n_edges * t / a.threads, a.n_edges * (t + 1) / a.threads, a.sums + 2 * n * t);
+  });
+  for (int t = 1; t < a.threads; ++t)
+    for (int64_t k = 0; k < 2 * n; ++k) a.sums[k] += a.sums[2 * n * t + k];
+}
+
+template <typename R>
+void function(int which, const R* x, R* y, int64_t n) {
+  using V = typename Lane<R>::V;
+  for (int64_t at = 0; at < n; at += Lane<R>::L) {
+    V in{};
+    const int64_t inside = n - at < Lane<R>::L ? n - at : Lane<R>::L;
+    for (int64_t l = 0; l < inside; ++l) in[l] = x[at + l];
+    V out{};
+    if (which == 5)
+      out = lane_exp(in);
+    else
+      with_function<R>(which, [&](auto f) { out = decltype(f)::value(in); });
+    for (int64_t l = 0; l < inside; ++l) y[at + l] = out[l];
+  }
+}
+
+}  // namespace
+
+extern const ConvTable<float> kConvFloat;
+extern const ConvTable<double> kConvDouble;
+const ConvTable<float> kConvFloat{forward<float>, backward<float>, statistics<float>, function<float>};
+const ConvTable<double> kConvDouble{forward<double>, backward<double>, statistics<double>, function<double>};
+
+}  // namespace implicit_steer::IST_ISA

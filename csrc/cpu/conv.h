@@ -1,0 +1,55 @@
+// What the torch binding hands to the loops of cpu/conv.inl, and the table of entry points of one instruction set.
+#pragma once
+
+#include "../plan.h"
+
+namespace implicit_steer {
+
+template <typename R>
+struct ConvArgs {
+  PlanView<R>* plan;
+  const R* weights;                      // packed
+  const R *x, *delta, *attr;             // [N_src, C_in], [E, dim], [E, A]
+  const void *src, *order, *rowptr;      // [E], [E] edges by target, [N_dst + 1]
+  const void *order_by_source, *colptr;  // [E], [N_src + 1]
+  bool wide;                             // indices are int64, else int32
+  int64_t n_src, n_dst, n_edges;
+  int threads;
+  void* (*scratch)(int64_t bytes);  // 64-byte aligned memory of the calling thread, valid until its next call
+  R* out;                           // [N_dst, C_out]
+  // backward
+  const R* grad_out;          // [N_dst, C_out]
+  R* grad_edge;               // [E, C_in] features' gradient edge by edge, or null
+  R* grad_x;                  // [N_src, C_in]
+  R *grad_delta, *grad_attr;  // as delta and attr, or null
+  R* grad_weights;            // [threads, n_weights]; the sum over threads lands in the first; or null
+  // statistics
+  int layer;
+  double* sums;   // [threads, 2, channels * d] sums and sums of squares of h - shift
+  double* shift;  // [channels * d]
+
+  int64_t index(const void* p, int64_t n) const {
+    return wide ? static_cast<const int64_t*>(p)[n] : static_cast<const int32_t*>(p)[n];
+  }
+};
+
+template <typename R>
+struct ConvTable {
+  void (*forward)(const ConvArgs<R>&);
+  void (*backward)(const ConvArgs<R>&);
+  void (*statistics)(const ConvArgs<R>&);
+  void (*function)(int which, const R* x, R* y, int64_t n);  // 0 .. 4: φ of Function; 5: exp. For tests.
+};
+
+// Entry points per instruction set; only those that CMake compiles exist.
+#define IST_DECLARE(ISA)                      \
+  namespace ISA {                             \
+  extern const ConvTable<float> kConvFloat;   \
+  extern const ConvTable<double> kConvDouble; \
+  }
+IST_DECLARE(baseline)
+IST_DECLARE(avx2)
+IST_DECLARE(avx512)
+#undef IST_DECLARE
+
+}  // namespace implicit_steer

@@ -1,0 +1,76 @@
+// Batch statistics of one hidden activation: sums and sums of squares of the full hidden field over all edges.
+#pragma once
+
+#include "worker.h"
+
+namespace implicit_steer::IST_ISA {
+
+// Edges in their given order, so that only the edges and the number of threads decide about the bits.
+template <typename R>
+struct Statistics : Worker<R> {
+  using Base = Worker<R>;
+  using V = typename Lane<R>::V;
+  using Base::a, Base::p, Base::e, Base::mlp, Base::edge, Base::n_edges, Base::hidden;
+  static constexpr int L = Lane<R>::L;
+  static constexpr int kTiles = 32;  // whose sums are kept in R before they go to double
+  int n_values;
+  V *partial, *partial_squares, *shift;  // [channels * d]
+
+  Statistics(const ConvArgs<R>& args, const CouplingSizes& sizes, int n)
+      : Base(args, sizes, false, 3 * n), n_values(n) {
+    partial = this->extra, partial_squares = partial + n, shift = partial + 2 * n;
+  }
+
+  // Full hidden coordinate m of channel w from the activations y.
+  V coordinate(const V* y, int w, int m) const {
+    if (p.kind == kZonal) {
+      const int k = p.coefficient[m];
+      return y[w * p.c + k] * e.cosine[m];
+    }
+    if (p.kind == kPlanar) return e.cosine[m] * y[w * p.c + m] + e.sine[m] * y[w * p.c + p.partner[m]];
+    return y[w * p.c + m];
+  }
+
+  const V* tile(int64_t begin, int64_t end) {
+    n_edges = end - begin < L ? static_cast<int>(end - begin) : L;
+    for (int l = 0; l < L; ++l) edge[l] = begin + (l < n_edges ? l : n_edges - 1);
+    this->load_geometry();
+    frame_forward(p, this->shell, e, true);
+    return mlp.forward(e, a.layer, true);
+  }
+
+  void flush(double* sums) {
+    for (int k = 0; k < n_values; ++k) {
+      double sum = 0, squares = 0;
+      for (int l = 0; l < L; ++l) sum += partial[k][l], squares += partial_squares[k][l];
+      sums[k] += sum, sums[n_values + k] += squares;
+      partial[k] = partial_squares[k] = V{};
+    }
+  }
+
+  // The values at edge 0 are subtracted: less cancellation in the variance.
+  void run(int64_t begin, int64_t end, double* sums) {
+    const V* first = tile(0, a.n_edges);
+    for (int w = 0, k = 0; k < n_values; ++w)
+      for (int m = 0; m < p.d; ++m, ++k) {
+        const R value = coordinate(first, w, m)[0];
+        shift[k] = splat<V>(value), a.shift[k] = value;
+        partial[k] = partial_squares[k] = V{}, sums[k] = sums[n_values + k] = 0;
+      }
+    int tiles = 0;
+    for (int64_t at = begin; at < end; at += L) {
+      const V* y = tile(at, end);
+      V inside;
+      for (int l = 0; l < L; ++l) inside[l] = l < n_edges ? 1 : 0;
+      for (int w = 0, k = 0; k < n_values; ++w)
+        for (int m = 0; m < p.d; ++m, ++k) {
+          const V h = (coordinate(y, w, m) - shift[k]) * inside;
+          partial[k] += h, partial_squares[k] += h * h;
+        }
+      if (++tiles % kTiles == 0) flush(sums);
+    }
+    flush(sums);
+  }
+};
+
+}  // namespace implicit_steer::IST_ISA

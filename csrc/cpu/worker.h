@@ -1,0 +1,270 @@
+// One thread's buffers, and what both directions do with a tile: L edges, consecutive in target order.
+#pragma once
+
+#include "../edge_mlp.h"
+#include "conv.h"
+#include "rows.h"
+
+namespace implicit_steer::IST_ISA {
+
+constexpr int kNodes = 8;  // nodes whose sums T are mixed together
+
+// Sets the couplings' positions in a worker's buffers. Rows of channels are padded to whole Q:
+//   T [slot][v, w] with w padded, or [slot][v] where the hidden feature is the constant one
+//   Tᵀ [slot][w][v] with v padded
+template <typename R>
+CouplingSizes place_couplings(PlanView<R>& p) {
+  CouplingSizes size;
+  for (int k = 0; k < p.n_couplings; ++k) {
+    CouplingView& q = p.couplings[k];
+    q.hidden_padded = q.constant ? 1 : static_cast<int32_t>(padded<R>(q.n_hidden));
+    q.in_padded = static_cast<int32_t>(padded<R>(q.n_in));
+    q.out_padded = static_cast<int32_t>(padded<R>(q.n_out));
+    q.slot_size = padded<R>(int64_t{q.n_in} * q.hidden_padded);
+    q.at_terms = size.terms, q.at_sums = size.sums, q.at_sums_t = size.sums_t, q.at_d_terms = size.d_terms;
+    q.at_theta = size.theta;
+    size.terms += int64_t{q.n_terms} * q.n_in;
+    size.sums += q.n_slots * q.slot_size;
+    size.sums_t += int64_t{q.n_slots} * q.n_hidden * q.in_padded;
+    size.d_terms += int64_t{q.n_terms} * Lane<R>::L * q.in_padded;
+    // the larger of [b][v][w][u] and [b][u][v, w]
+    const int64_t by_out = int64_t{q.n_basis} * q.n_in * q.n_hidden * q.out_padded;
+    const int64_t by_in = q.n_basis * q.n_out * q.slot_size;
+    size.theta += by_out > by_in ? by_out : by_in;
+  }
+  return size;
+}
+
+template <typename R>
+struct Worker {
+  using V = typename Lane<R>::V;
+  static constexpr int L = Lane<R>::L;
+
+  const ConvArgs<R>& a;
+  PlanView<R>& p;
+  bool backward;
+  int64_t n_extra;
+  V* extra;  // [n_extra] for derived classes
+  CouplingSizes size;
+  Edges<R> e;
+  Mlp<R> mlp;
+  R shell;
+  V *hidden, *d_hidden;            // [flat hidden size] in the couplings' coordinates
+  V *f, *f_raw, *d_f;              // [C_in] neighbour features: times the radial factor; as they are
+  V *g, *d_g;                      // [n_g]
+  V *t, *d_t;                      // [size.terms] f · G, per (term, v)
+  R *rows, *d_rows;                // per row [L, padded W]
+  R* d_terms;                      // per coupling [term][L, padded V]
+  R* sums;                         // T [kNodes, size.sums]
+  R* theta;                        // forward [b][v][w][u]; backward [b][u][v, w]
+  R *d_theta, *d_sums, *d_sums_t;  // [b][u][v, w]; ∂L/∂T of the node, [slot][v, w] and [slot][w][v]
+  R* mixed;                        // [kNodes, C_out]
+  int64_t* row_at;                 // [n_rows] positions in rows
+  Unit<R>* row_units;              // all rows' channels
+  Unit<R>* term_units;             // all terms' (term, v), in t and d_terms
+  int n_row_units = 0, n_term_units = 0;
+  int64_t edge[L];       // edge numbers; padding repeats the last
+  int n_edges;           // of the tile
+  int64_t ring[kNodes];  // nodes whose T are complete
+  int n_ring = 0;
+
+  Worker(const ConvArgs<R>& args, const CouplingSizes& sizes, bool is_backward, int64_t n_extra = 0)
+      : a(args), p(*args.plan), backward(is_backward), n_extra(n_extra), size(sizes) {
+    shell = a.weights[p.shell];
+    Arena count{nullptr};
+    place(count);
+    Arena arena{static_cast<char*>(a.scratch(count.used))};
+    memset(static_cast<void*>(arena.base), 0, count.used);
+    place(arena);
+    list_units();
+    for (int k = 0; k < p.n_g; ++k) {
+      g[k] = V{};
+      for (int z = p.g_first[k]; z < p.g_first[k + 1]; ++z) g[k] += p.nz_value[z];
+    }
+  }
+
+  void list_units() {
+    constexpr int QL = Lane<R>::QL;
+    int64_t at = 0;
+    for (int r = 0; r < p.n_rows; ++r) {
+      const int n = p.row_start[r + 1] - p.row_start[r];
+      const int64_t pad = padded<R>(n);
+      row_at[r] = at;
+      for (int w = 0; w < n; w += QL) {
+        Unit<R>& unit = row_units[n_row_units++];
+        unit.at = at + w, unit.pad = pad;
+        for (int j = 0; j < QL; ++j) unit.position[j] = w + j < n ? p.row[p.row_start[r] + w + j] : -1;
+      }
+      at += L * pad;
+    }
+    for (int k = 0; k < p.n_couplings && backward; ++k) {
+      const CouplingView& q = p.couplings[k];
+      for (int n = 0; n < q.n_terms; ++n)
+        for (int v = 0; v < q.n_in; v += QL) {
+          Unit<R>& unit = term_units[n_term_units++];
+          unit.at = q.at_d_terms + int64_t{n} * L * q.in_padded + v, unit.pad = q.in_padded;
+          for (int j = 0; j < QL; ++j)
+            unit.position[j] = v + j < q.n_in ? static_cast<int32_t>(q.at_terms + n * q.n_in + v + j) : -1;
+        }
+    }
+  }
+
+  void place(Arena& arena) {
+    e.place(arena, p, backward), mlp.place(arena, p, a.weights, backward);
+    int64_t row_size = 0;
+    for (int r = 0; r < p.n_rows; ++r) row_size += L * padded<R>(p.row_start[r + 1] - p.row_start[r]);
+    arena.take(row_units, row_size / (L * Lane<R>::QL)), arena.take(row_at, p.n_rows), arena.take(rows, row_size),
+        arena.take(hidden, p.hidden_flat);
+    arena.take(f, p.in_size), arena.take(g, p.n_g), arena.take(t, size.terms);
+    arena.take(sums, kNodes * size.sums), arena.take(theta, size.theta), arena.take(mixed, kNodes * p.out_size);
+    arena.take(extra, n_extra);
+    if (!backward) return;
+    arena.take(term_units, size.d_terms / (L * Lane<R>::QL)), arena.take(d_hidden, p.hidden_flat),
+        arena.take(f_raw, p.in_size), arena.take(d_f, p.in_size);
+    arena.take(d_g, p.n_g), arena.take(d_t, size.terms), arena.take(d_rows, row_size);
+    arena.take(d_terms, size.d_terms), arena.take(d_theta, size.theta);
+    arena.take(d_sums, size.sums), arena.take(d_sums_t, size.sums_t);
+  }
+
+  // ---- one tile
+
+  void load_geometry() {
+    const auto row = [&](const R* of, int n) { return [=](int l) { return of + edge[l] * n; }; };
+    const auto inside = [&](int n) { return [=](int l, int at) { return edge[l] * n + at + L <= a.n_edges * n; }; };
+    rows_to_lanes<R>(p.dim, row(a.delta, p.dim), inside(p.dim), e.delta);
+    if (p.n_attr) rows_to_lanes<R>(p.n_attr, row(a.attr, p.n_attr), inside(p.n_attr), e.attr);
+  }
+
+  // Edges order[begin ..]; lanes past the end repeat the last edge, with features 0.
+  void load(int64_t begin, int64_t end) {
+    n_edges = end - begin < L ? static_cast<int>(end - begin) : L;
+    const int64_t n = p.in_size;
+    int64_t source[L];
+    for (int l = 0; l < L; ++l) {
+      edge[l] = a.index(a.order, begin + (l < n_edges ? l : n_edges - 1));
+      source[l] = a.index(a.src, edge[l]) * n;
+    }
+    load_geometry();
+    V* features = backward ? f_raw : f;
+    rows_to_lanes<R>(
+        p.in_size, [&](int l) { return a.x + source[l]; },
+        [&](int l, int at) { return source[l] + at + L <= a.n_src * n; }, features);
+    if (n_edges == L) return;
+    V lanes{};
+    for (int l = 0; l < n_edges; ++l) lanes[l] = 1;
+    for (int k = 0; k < p.in_size; ++k) features[k] = lanes > 0 ? features[k] : V{};
+  }
+
+  // Hidden features, in the couplings' coordinates, as rows of channels per edge; G and t.
+  void evaluate() {
+    frame_forward(p, shell, e, false);
+    const V* y = p.n_layers ? mlp.forward(e, p.n_layers - 1, false) : e.inputs;
+    if (p.kind == kPlanar) {
+      expand_forward(p, e, y, hidden);
+      y = hidden;
+    }
+    units_to_rows<R>(n_row_units, row_units, y, rows);
+    const V* features = backward ? f_raw : f;
+    for (int k = 0; k < p.in_size; ++k) f[k] = features[k] * e.factor;
+    if (p.kind == kZonal)
+      for (int k = 0; k < p.n_g; ++k) {
+        if (p.nz_harmonic[p.g_first[k]] < 0) continue;  // constant
+        V sum{};
+        for (int z = p.g_first[k]; z < p.g_first[k + 1]; ++z) sum += e.cosine[p.nz_harmonic[z]] * p.nz_value[z];
+        g[k] = sum;
+      }
+    for (int k = 0; k < p.n_couplings; ++k) {
+      const CouplingView& q = p.couplings[k];
+      for (int n = 0; n < q.n_terms; ++n) {
+        const int32_t* term = q.terms + 4 * n;
+        V* out = t + q.at_terms + n * q.n_in;
+        int v = 0;
+        for (; v + 8 <= q.n_in; v += 8) term_forward<8>(term, q.in_start + v, out + v);
+        for (; v + 2 <= q.n_in; v += 2) term_forward<2>(term, q.in_start + v, out + v);
+        for (; v < q.n_in; ++v) term_forward<1>(term, q.in_start + v, out + v);
+      }
+    }
+  }
+
+  // t[v] = Σ_g f[v, i_g] G_g for N fields
+  template <int N>
+  IST_INLINE void term_forward(const int32_t* term, const int32_t* in_start, V* out) {
+    V sum[N] = {};
+    for (int i = term[2]; i < term[3]; ++i) {
+      const V factor = g[i];
+      const V* input = f + p.g_input[i];
+      for (int v = 0; v < N; ++v) sum[v] += input[in_start[v]] * factor;
+    }
+    for (int v = 0; v < N; ++v) out[v] = sum[v];
+  }
+
+  // T += Σ t ⊗ h over the lanes l0 .. l1-1, all into one node.
+  void accumulate(R* node, int l0, int l1) {
+    for (int k = 0; k < p.n_couplings; ++k) {
+      const CouplingView& q = p.couplings[k];
+      for (int n = 0; n < q.n_terms; ++n) {
+        const int slot = q.terms[4 * n], row = q.terms[4 * n + 1];
+        R* sum = node + q.at_sums + slot * q.slot_size;
+        const V* terms = t + q.at_terms + n * q.n_in;
+        if (q.constant) {
+          for (int v = 0; v < q.n_in; ++v) sum[v] += run_sum(terms[v], l0, l1);
+          continue;
+        }
+        rank_updates(q.n_in, sum, q.hidden_padded, reinterpret_cast<const R*>(terms), L, 1, rows + row_at[row],
+                     q.hidden_padded, l0, l1, q.hidden_padded);
+      }
+    }
+  }
+
+  static R run_sum(V x, int l0, int l1) {
+    if (l0 == 0 && l1 == L) return lane_sum(x);
+    R sum = 0;
+    for (int l = l0; l < l1; ++l) sum += x[l];
+    return sum;
+  }
+
+  // Walks the nodes first .. last-1: start(i) before a node's first edge, run(i, l0, l1) for the lanes of a tile that
+  // belong to it, finish(i) after its last, empty(i) instead where it has none; tile() and end_tile() around each tile.
+  template <typename Start, typename Run, typename Finish, typename Empty, typename EndTile>
+  void walk(int64_t first, int64_t last, Start start, Run run, Finish finish, Empty empty, EndTile end_tile) {
+    int64_t node = first, next = first < last ? a.index(a.rowptr, first) : 0;
+    const int64_t end = first < last ? a.index(a.rowptr, last) : 0;
+    int64_t node_end = first < last ? a.index(a.rowptr, first + 1) : 0;
+    bool started = false;
+    for (; next < end; next += n_edges) {
+      load(next, end);
+      evaluate();
+      for (int l = 0; l < n_edges;) {
+        while (node_end <= next + l) {
+          started ? finish(node) : empty(node);
+          started = false;
+          node_end = a.index(a.rowptr, ++node + 1);
+        }
+        if (!started) start(node);
+        started = true;
+        const int stop = node_end - next < n_edges ? static_cast<int>(node_end - next) : n_edges;
+        run(node, l, stop);
+        l = stop;
+      }
+      end_tile();
+    }
+    for (; node < last; ++node, started = false) started ? finish(node) : empty(node);
+  }
+};
+
+// First node of thread t: edges plus nodes are shared out evenly, whole nodes to one thread.
+template <typename R>
+int64_t first_node(const ConvArgs<R>& a, int t) {
+  const int64_t target = (a.n_edges + a.n_dst) * t / a.threads;
+  int64_t low = 0, high = a.n_dst;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (a.index(a.rowptr, middle) + middle < target)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+}  // namespace implicit_steer::IST_ISA

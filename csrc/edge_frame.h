@@ -1,0 +1,365 @@
+// L edges: their frame, the MLP's inputs in it, the way back of the hidden features, the radial factor; and the reverse
+// sweep of each. The mathematics and its names are those of backends/hidden.py.
+#pragma once
+
+#include "plan.h"
+#include "simd.h"
+
+namespace implicit_steer::IST_ISA {
+
+// Hands out pieces of one block of memory, 64-byte aligned; with a null base it only counts.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+  template <typename T>
+  void take(T*& pointer, int64_t n) {
+    pointer = reinterpret_cast<T*>(base + used);
+    used += (n * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+  }
+};
+
+template <typename R>
+struct Limits;
+template <>
+struct Limits<float> {
+  static constexpr float near = 0.1f, softening = 1e-10f, zero = 1e-24f, quotient = 0.5f;
+};
+template <>
+struct Limits<double> {
+  static constexpr double near = 0.01, softening = 1e-18, zero = 1e-100, quotient = 0.05;
+};
+
+constexpr int kMaxDim = 3;
+
+template <typename R>
+struct Edges {
+  using V = typename Lane<R>::V;
+  V delta[kMaxDim];
+  V *attr, *rotated;  // [A] as given; times the frame's matrix
+  V* inputs;          // [n_inputs]
+  V squared;          // |x|²
+  V radius, inverse;  // softened, or safe_norm in planar frames that are not regular; 1 / radius (0 at 0)
+  V unit[kMaxDim];    // zonal: x / radius; planar: cos φ, sin φ
+  V plane[2];         // planar: x in the plane
+  V factor;           // γ s(|x|)
+  V* power;           // zonal: [3, max_power + 1]; planar: cos kφ, sin kφ [2, max_power + 1]
+  V* monomial;        // [n_monomials]
+  V *cosine, *sine;   // [d]
+  // gradients
+  V *d_inputs, *d_cosine, *d_sine, *d_monomial, *d_rotated;
+  V d_radius, d_factor, d_delta[kMaxDim];
+  V* d_attr;  // [A]
+  V d_shell;  // σ³ times the gradient of σ, summed over all tiles of a thread
+
+  void place(Arena& arena, const PlanView<R>& p, bool backward) {
+    arena.take(attr, p.n_attr), arena.take(rotated, p.n_attr), arena.take(inputs, p.n_inputs);
+    arena.take(power, 3 * (p.max_power + 1)), arena.take(monomial, p.n_monomials);
+    arena.take(cosine, p.d), arena.take(sine, p.d);
+    if (!backward) return;
+    arena.take(d_inputs, p.n_inputs), arena.take(d_cosine, p.d), arena.take(d_sine, p.d);
+    arena.take(d_monomial, p.n_monomials), arena.take(d_rotated, p.n_attr), arena.take(d_attr, p.n_attr);
+  }
+};
+
+// |x|, exactly 0 (as its inverse) where |x|² would underflow.
+template <typename R, typename V>
+IST_INLINE void safe_norm(V squared, V& norm, V& inverse) {
+  const auto nonzero = squared > Limits<R>::zero;
+  norm = lane_sqrt(nonzero ? squared : V{} + 1);
+  inverse = nonzero ? 1 / norm : V{};
+  norm = nonzero ? norm : (squared != squared ? squared : V{});  // NaN stays
+}
+
+// γ times the Gaussian shell times the cutoff 1 − 10 t³ + 15 t⁴ − 6 t⁵.
+template <typename R>
+void radial_forward(const PlanView<R>& p, R shell, Edges<R>& e) {
+  using V = typename Lane<R>::V;
+  e.factor = p.gamma * lane_exp(e.squared * (R(-0.5) / (shell * shell)));
+  if (!p.has_cutoff) return;
+  V norm, inverse;
+  safe_norm<R>(e.squared, norm, inverse);
+  const V t = lane_min(V{} + 1, norm * (1 / p.cutoff));
+  e.factor *= 1 - t * t * t * (10 - t * (15 - 6 * t));
+}
+
+template <typename R>
+void radial_backward(const PlanView<R>& p, R shell, Edges<R>& e) {
+  using V = typename Lane<R>::V;
+  V slope = e.d_factor * e.factor * (-1 / (shell * shell));  // ∂L/∂(|x|²/2) of the shell
+  e.d_shell += e.d_factor * e.factor * e.squared;
+  if (p.has_cutoff) {
+    V norm, inverse;
+    safe_norm<R>(e.squared, norm, inverse);
+    const V t = lane_min(V{} + 1, norm * (1 / p.cutoff));
+    const V gauss = p.gamma * lane_exp(e.squared * (R(-0.5) / (shell * shell)));
+    slope += e.d_factor * gauss * (-30 * t * t * (1 - t) * (1 - t)) * (1 / p.cutoff) * inverse;
+  }
+  for (int k = 0; k < p.dim; ++k) e.d_delta[k] += slope * e.delta[k];
+}
+
+// ---- attributes
+
+// rotated = attributeᵀ attr
+template <typename R>
+void attributes_forward(const PlanView<R>& p, Edges<R>& e) {
+  for (int j = 0; j < p.n_attr; ++j) {
+    if (*p.attribute_identity) {
+      e.rotated[j] = e.attr[j];
+      continue;
+    }
+    e.rotated[j] = typename Lane<R>::V{};
+    for (int i = 0; i < p.n_attr; ++i) e.rotated[j] += e.attr[i] * p.attribute[i * p.n_attr + j];
+  }
+}
+
+template <typename R>
+void attributes_backward(const PlanView<R>& p, Edges<R>& e) {
+  for (int i = 0; i < p.n_attr; ++i) {
+    if (*p.attribute_identity) {
+      e.d_attr[i] = e.d_rotated[i];
+      continue;
+    }
+    e.d_attr[i] = typename Lane<R>::V{};
+    for (int j = 0; j < p.n_attr; ++j) e.d_attr[i] += e.d_rotated[j] * p.attribute[i * p.n_attr + j];
+  }
+}
+
+// ---- zonal: solid harmonics
+
+template <typename R>
+void zonal_forward(const PlanView<R>& p, Edges<R>& e, bool all) {
+  using V = typename Lane<R>::V;
+  const int n_monomials = all ? p.n_monomials : p.used_monomials;
+  const int n_harmonics = all ? p.n_harmonics : p.used_harmonics;
+  const int width = p.max_power + 1;
+  e.radius = lane_sqrt(e.squared + Limits<R>::softening), e.inverse = 1 / e.radius;
+  for (int k = 0; k < 3; ++k) {
+    e.unit[k] = e.delta[k] * e.inverse;
+    e.power[k * width] = V{} + 1;
+    for (int n = 1; n < width; ++n) e.power[k * width + n] = e.power[k * width + n - 1] * e.unit[k];
+  }
+  for (int j = 0; j < n_monomials; ++j) {
+    const int32_t* n = p.powers + 3 * j;
+    e.monomial[j] = e.power[n[0]] * e.power[width + n[1]] * e.power[2 * width + n[2]];
+  }
+  for (int m = 0; m < p.d; ++m) e.cosine[m] = V{};
+  for (int j = 0; j < n_harmonics; ++j) {
+    const int m = p.harmonic[2 * j], mono = p.harmonic[2 * j + 1];
+    const int32_t* n = p.powers + 3 * mono;
+    const V y = p.degree[m] == 1 ? e.delta[n[1] + 2 * n[2]] : e.monomial[mono];  // degree 1: linear in x
+    e.cosine[m] += y * p.harmonic_value[j];
+  }
+  for (int m = 0; m < p.d; ++m)
+    if (p.degree[m] > 1) e.cosine[m] *= e.radius;
+  e.inputs[0] = V{} + 1;
+  for (int j = 0; j < p.n_attr; ++j) e.inputs[1 + j] = e.rotated[j];
+}
+
+template <typename R>
+void zonal_backward(const PlanView<R>& p, Edges<R>& e) {
+  using V = typename Lane<R>::V;
+  const int width = p.max_power + 1;
+  for (int j = 0; j < p.n_attr; ++j) e.d_rotated[j] = e.d_inputs[1 + j];
+  for (int j = 0; j < p.used_monomials; ++j) e.d_monomial[j] = V{};
+  for (int m = 0; m < p.d; ++m)
+    if (p.degree[m] > 1) {
+      e.d_radius += e.d_cosine[m] * e.cosine[m] * e.inverse;
+      e.d_cosine[m] *= e.radius;
+    }
+  for (int j = 0; j < p.used_harmonics; ++j) {
+    const int m = p.harmonic[2 * j], mono = p.harmonic[2 * j + 1];
+    const int32_t* n = p.powers + 3 * mono;
+    const V g = e.d_cosine[m] * p.harmonic_value[j];
+    if (p.degree[m] == 1) {
+      e.d_delta[n[1] + 2 * n[2]] += g;
+    } else if (p.degree[m] > 1) {
+      e.d_monomial[mono] += g;
+    }
+  }
+  V d_unit[3] = {};
+  for (int j = 0; j < p.used_monomials; ++j) {
+    const int32_t* n = p.powers + 3 * j;
+    for (int k = 0; k < 3; ++k) {
+      if (n[k] == 0) continue;
+      const int a = (k + 1) % 3, b = (k + 2) % 3;
+      d_unit[k] += e.d_monomial[j] * R(n[k]) * e.power[k * width + n[k] - 1] * e.power[a * width + n[a]] *
+                   e.power[b * width + n[b]];
+    }
+  }
+  for (int k = 0; k < 3; ++k) e.d_radius -= d_unit[k] * e.unit[k] * e.inverse;
+  for (int k = 0; k < 3; ++k) e.d_delta[k] += d_unit[k] * e.inverse + e.d_radius * e.unit[k];
+}
+
+// ---- planar: rotation by the azimuth
+
+// cos kφ, sin kφ for k = 0 .. max_power from unit = (cos φ, sin φ), in power[0 ..] and power[width ..].
+template <typename R>
+void multiples(const PlanView<R>& p, Edges<R>& e) {
+  using V = typename Lane<R>::V;
+  V *cosines = e.power, *sines = e.power + p.max_power + 1;
+  cosines[0] = V{} + 1, sines[0] = V{};
+  for (int k = 1; k <= p.max_power; ++k) {
+    cosines[k] = cosines[k - 1] * e.unit[0] - sines[k - 1] * e.unit[1];
+    sines[k] = sines[k - 1] * e.unit[0] + cosines[k - 1] * e.unit[1];
+  }
+}
+
+// On the axis the azimuth is that of the first nonzero attribute of order 1 (a constant), or 0.
+template <typename R>
+void attribute_direction(const PlanView<R>& p, Edges<R>& e) {
+  using V = typename Lane<R>::V;
+  V direction[2] = {V{} + 1, V{}};
+  for (int m = p.n_attr - 1; m >= 0; --m) {
+    if (p.attribute_order[m] != 1 || !(p.attribute_sign[m] < 0)) continue;
+    const V a = e.rotated[m], b = e.rotated[p.attribute_partner[m]];
+    V norm, inverse;
+    safe_norm<R>(a * a + b * b, norm, inverse);
+    direction[0] = norm > 0 ? a * inverse : direction[0];
+    direction[1] = norm > 0 ? b * inverse : direction[1];
+  }
+  e.unit[0] = e.radius > 0 ? e.unit[0] : direction[0];
+  e.unit[1] = e.radius > 0 ? e.unit[1] : direction[1];
+}
+
+template <typename R>
+void planar_forward(const PlanView<R>& p, Edges<R>& e) {
+  using V = typename Lane<R>::V;
+  for (int k = 0; k < 2; ++k) {
+    e.plane[k] = V{};
+    for (int i = 0; i < p.dim; ++i) e.plane[k] += e.delta[i] * p.plane[2 * i + k];
+  }
+  const V squared = e.plane[0] * e.plane[0] + e.plane[1] * e.plane[1];
+  if (p.regular) {
+    e.radius = lane_sqrt(squared + Limits<R>::softening), e.inverse = 1 / e.radius;
+  } else {
+    safe_norm<R>(squared, e.radius, e.inverse);
+  }
+  for (int k = 0; k < 2; ++k) e.unit[k] = e.plane[k] * e.inverse;
+  if (!p.regular) attribute_direction(p, e);
+  multiples(p, e);
+  const V *cosines = e.power, *sines = e.power + p.max_power + 1;
+  V* next = e.inputs;
+  if (p.regular) {
+    *next++ = V{} + 1;
+  } else {  // (radius, 0); on the axis x itself in the constant frame
+    *next++ = e.unit[0] * e.plane[0] + e.unit[1] * e.plane[1];
+    *next++ = e.unit[0] * e.plane[1] - e.unit[1] * e.plane[0];
+  }
+  for (int k = 0; k < p.dim - 2; ++k, ++next) {
+    *next = V{};
+    for (int i = 0; i < p.dim; ++i) *next += e.delta[i] * p.axis[i * (p.dim - 2) + k];
+  }
+  V* turned = next;
+  for (int m = 0; m < p.n_attr; ++m) {
+    const int k = p.attribute_order[m];
+    turned[m] = cosines[k] * e.rotated[m] - sines[k] * p.attribute_sign[m] * e.rotated[p.attribute_partner[m]];
+  }
+  for (int m = 0; m < p.c; ++m) {
+    const int k = p.order[m];
+    const V scale = p.regular && k > 0 ? e.radius : V{} + 1;
+    e.cosine[m] = p.regular && k == 1 ? e.plane[0] : scale * cosines[k];
+    e.sine[m] = (p.regular && k == 1 ? e.plane[1] : scale * sines[k]) * p.sign[m];
+  }
+}
+
+template <typename R>
+void planar_backward(const PlanView<R>& p, Edges<R>& e) {
+  using V = typename Lane<R>::V;
+  const V *cosines = e.power, *sines = e.power + p.max_power + 1;
+  V d_plane[2] = {}, d_unit[2] = {};
+  // cos kφ + i sin kφ = (c + i s)^k, of derivative k (c + i s)^(k − 1)
+  const auto reverse = [&](int k, V d_cos, V d_sin) {
+    if (k == 0) return;
+    d_unit[0] += R(k) * (d_cos * cosines[k - 1] + d_sin * sines[k - 1]);
+    d_unit[1] += R(k) * (d_sin * cosines[k - 1] - d_cos * sines[k - 1]);
+  };
+  for (int m = 0; m < p.c; ++m) {
+    const int k = p.order[m];
+    V d_cos = e.d_cosine[m], d_sin = e.d_sine[m] * p.sign[m];
+    if (p.regular && k == 1) {
+      d_plane[0] += d_cos, d_plane[1] += d_sin;
+      continue;
+    }
+    if (p.regular && k > 0) {
+      e.d_radius += d_cos * cosines[k] + d_sin * sines[k];
+      d_cos *= e.radius, d_sin *= e.radius;
+    }
+    reverse(k, d_cos, d_sin);
+  }
+  const V *d_axis = e.d_inputs + (p.regular ? 1 : 2), *d_turned = d_axis + p.dim - 2;
+  for (int m = 0; m < p.n_attr; ++m) e.d_rotated[m] = V{};
+  for (int m = 0; m < p.n_attr; ++m) {
+    const int k = p.attribute_order[m], other = p.attribute_partner[m];
+    const R sign = p.attribute_sign[m];
+    e.d_rotated[m] += cosines[k] * d_turned[m];
+    e.d_rotated[other] -= sines[k] * sign * d_turned[m];
+    reverse(k, d_turned[m] * e.rotated[m], d_turned[m] * e.rotated[other] * -sign);
+  }
+  for (int k = 0; k < p.dim - 2; ++k)
+    for (int i = 0; i < p.dim; ++i) e.d_delta[i] += d_axis[k] * p.axis[i * (p.dim - 2) + k];
+  if (!p.regular) {  // the second input's derivative: 0 off the axis, where the frame turns with x
+    const V second = e.radius > 0 ? V{} : e.d_inputs[1];
+    d_plane[0] += e.unit[0] * e.d_inputs[0] - e.unit[1] * second;
+    d_plane[1] += e.unit[1] * e.d_inputs[0] + e.unit[0] * second;
+  }
+  // e.inverse is 0 where the direction is not that of x
+  e.d_radius -= (d_unit[0] * e.unit[0] + d_unit[1] * e.unit[1]) * e.inverse;
+  for (int k = 0; k < 2; ++k) d_plane[k] += d_unit[k] * e.inverse + e.d_radius * e.plane[k] * e.inverse;
+  for (int i = 0; i < p.dim; ++i) e.d_delta[i] += d_plane[0] * p.plane[2 * i] + d_plane[1] * p.plane[2 * i + 1];
+}
+
+// ---- all frames
+
+// From delta and attr; with `all`, every harmonic, not only those that the couplings read.
+template <typename R>
+void frame_forward(const PlanView<R>& p, R shell, Edges<R>& e, bool all) {
+  e.squared = typename Lane<R>::V{};
+  for (int k = 0; k < p.dim; ++k) e.squared += e.delta[k] * e.delta[k];
+  radial_forward(p, shell, e);
+  attributes_forward(p, e);
+  if (p.kind == kZonal) return zonal_forward(p, e, all);
+  if (p.kind == kPlanar) return planar_forward(p, e);
+  for (int k = 0; k < p.dim; ++k) e.inputs[k] = e.delta[k];
+  for (int j = 0; j < p.n_attr; ++j) e.inputs[p.dim + j] = e.rotated[j];
+}
+
+// d_delta and d_attr from d_inputs, d_cosine, d_sine, d_radius and d_factor.
+template <typename R>
+void frame_backward(const PlanView<R>& p, R shell, Edges<R>& e) {
+  for (int k = 0; k < p.dim; ++k) e.d_delta[k] = typename Lane<R>::V{};
+  radial_backward(p, shell, e);
+  if (p.kind == kZonal) {
+    zonal_backward(p, e);
+  } else if (p.kind == kPlanar) {
+    planar_backward(p, e);
+  } else {
+    for (int k = 0; k < p.dim; ++k) e.d_delta[k] += e.d_inputs[k];
+    for (int j = 0; j < p.n_attr; ++j) e.d_rotated[j] = e.d_inputs[p.dim + j];
+  }
+  attributes_backward(p, e);
+}
+
+// Planar: hidden coordinates h[w, m] = cosine[m] y[w, m] + sine[m] y[w, partner[m]].
+template <typename R>
+void expand_forward(const PlanView<R>& p, const Edges<R>& e, const typename Lane<R>::V* y, typename Lane<R>::V* h) {
+  for (int w = 0; w < p.channels; ++w)
+    for (int m = 0; m < p.c; ++m) h[w * p.c + m] = e.cosine[m] * y[w * p.c + m] + e.sine[m] * y[w * p.c + p.partner[m]];
+}
+
+template <typename R>
+void expand_backward(const PlanView<R>& p, Edges<R>& e, const typename Lane<R>::V* y, const typename Lane<R>::V* d_h,
+                     typename Lane<R>::V* d_y) {
+  using V = typename Lane<R>::V;
+  for (int m = 0; m < p.c; ++m) e.d_cosine[m] = e.d_sine[m] = V{};
+  for (int k = 0; k < p.channels * p.c; ++k) d_y[k] = V{};
+  for (int w = 0; w < p.channels; ++w)
+    for (int m = 0; m < p.c; ++m) {
+      const int here = w * p.c + m, other = w * p.c + p.partner[m];
+      e.d_cosine[m] += d_h[here] * y[here];
+      e.d_sine[m] += d_h[here] * y[other];
+      d_y[here] += d_h[here] * e.cosine[m];
+      d_y[other] += d_h[here] * e.sine[m];
+    }
+}
+
+}  // namespace implicit_steer::IST_ISA

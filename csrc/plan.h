@@ -1,0 +1,162 @@
+// A plan and the arguments of one call as plain views. The numbers lie in two flat arrays that backends/cpu.py writes
+// and plan_view() reads in the same order. No torch, nothing that depends on the instruction set.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace implicit_steer {
+
+enum FrameKind : int32_t { kNone = 0, kZonal = 1, kPlanar = 2 };
+enum Function : int32_t { kElu = 0, kRelu = 1, kSilu = 2, kGelu = 3, kTanh = 4 };
+
+// One hidden layer: z = W y + b, then per channel y = inverse · φ(samples · z).
+template <typename R>
+struct LayerView {
+  int32_t in, out;
+  int32_t active;         // coefficients of a channel that z can have: 0 .. active-1
+  int32_t used;           // coefficients of the activation that anything reads: 0 .. used-1
+  int32_t n_samples;      // S
+  int32_t weight, bias;   // positions in the packed weights
+  int32_t n_values;       // structural nonzeros of W
+  int32_t n_groups;       // rows that share their columns; W is packed group by group, [row][column]
+  const int32_t* groups;  // per group: n_rows, n_columns, rows, columns
+  const R* samples;       // [S, c]
+  const R* inverse_t;     // [S, c]
+};
+
+// U x V x W fields that share intertwiners. Hidden features enter by `rows`: one coefficient of all W channels.
+// Term t adds Σ_g f[v, i_g] G_g to T[slot_t, v, w] with row_t[w]; G_g is a constant or Σ value · Y[m].
+struct CouplingView {
+  int32_t n_out, n_in, n_hidden, n_basis;  // U, V, W, n_b
+  int32_t constant;                        // reads the constant-one feature: W = 1, no row
+  int32_t n_slots, n_terms, theta;         // theta: position of θ [U, V, W, n_b] in the packed weights
+  const int32_t* out_start;                // [U]
+  const int32_t* in_start;                 // [V]
+  const int32_t* slots;                    // [n_slots, 2] b, o
+  const int32_t* terms;                    // [n_terms, 4] slot, row, first g, one past the last g
+  // positions in a worker's buffers, set by place()
+  int32_t hidden_padded, in_padded, out_padded;
+  int64_t slot_size;  // numbers of T[slot]
+  int64_t at_terms, at_theta, at_sums, at_sums_t, at_d_terms;
+};
+
+// Sizes of a worker's buffers over all couplings.
+struct CouplingSizes {
+  int64_t terms = 0, sums = 0, sums_t = 0, d_terms = 0, theta = 0;
+};
+
+template <typename R>
+struct PlanView {
+  int32_t kind, dim, n_attr, regular, n_inputs, in_size, out_size, n_layers, d, c, channels, order_zero, function;
+  int32_t n_couplings, n_rows, n_g, n_weights, has_cutoff, shell, hidden_flat;
+  R gamma, cutoff;
+  // frame
+  const int32_t* attribute_identity;  // [1]
+  const R* attribute;                 // [A, A]
+  int32_t n_harmonics, n_monomials, max_power;
+  int32_t used_harmonics, used_monomials;                   // those that the couplings read come first
+  const int32_t *degree, *powers, *harmonic, *coefficient;  // [d], [n_mon, 3], [n_harmonics, 2] m and monomial, [d]
+  const R* harmonic_value;
+  const R *plane, *axis, *sign, *attribute_sign;  // [dim, 2], [dim, dim-2], [c], [A]
+  const int32_t *order, *partner, *attribute_order, *attribute_partner;
+  // rows: W channels' positions among the flat hidden coefficients; coupling structure
+  const int32_t* row_start;    // [n_rows + 1]
+  const int32_t* row;          // positions
+  const int32_t* g_input;      // [n_g] i
+  const int32_t* g_first;      // [n_g + 1] nonzeros of G_g
+  const int32_t* nz_harmonic;  // [n_nz] m, -1 without a factor Y
+  const R* nz_value;
+  std::vector<LayerView<R>> layer_storage;
+  std::vector<CouplingView> coupling_storage;
+  const LayerView<R>* layers;
+  CouplingView* couplings;
+};
+
+// Reads consecutive numbers.
+template <typename T>
+struct Reader {
+  const T* next;
+  const T* end;
+  bool valid = true;
+  const T* take(int64_t n) {
+    if (n < 0 || n > end - next) {
+      valid = false;
+      return nullptr;
+    }
+    const T* result = next;
+    next += n;
+    return result;
+  }
+  T one() {
+    const T* p = take(1);
+    return p ? *p : T{};
+  }
+};
+
+template <typename R>
+void read_frame(PlanView<R>& p, Reader<int32_t>& ints, Reader<R>& reals) {
+  p.attribute_identity = ints.take(1);
+  p.attribute = reals.take(int64_t{p.n_attr} * p.n_attr);
+  if (p.kind == kZonal) {
+    p.n_harmonics = ints.one(), p.n_monomials = ints.one(), p.max_power = ints.one();
+    p.used_harmonics = ints.one(), p.used_monomials = ints.one();
+    p.degree = ints.take(p.d), p.coefficient = ints.take(p.d);
+    p.powers = ints.take(int64_t{3} * p.n_monomials), p.harmonic = ints.take(int64_t{2} * p.n_harmonics);
+    p.harmonic_value = reals.take(p.n_harmonics);
+  } else if (p.kind == kPlanar) {
+    p.max_power = ints.one();
+    p.order = ints.take(p.c), p.partner = ints.take(p.c);
+    p.attribute_order = ints.take(p.n_attr), p.attribute_partner = ints.take(p.n_attr);
+    p.plane = reals.take(int64_t{2} * p.dim), p.axis = reals.take(int64_t{p.dim} * (p.dim - 2));
+    p.sign = reals.take(p.c), p.attribute_sign = reals.take(p.n_attr);
+  }
+}
+
+template <typename R>
+void read_layer(PlanView<R>& p, Reader<int32_t>& ints, Reader<R>& reals) {
+  LayerView<R> layer{};
+  layer.in = ints.one(), layer.out = ints.one(), layer.active = ints.one(), layer.used = ints.one();
+  layer.n_samples = ints.one(), layer.weight = ints.one(), layer.bias = ints.one(), layer.n_values = ints.one();
+  layer.n_groups = ints.one();
+  layer.groups = ints.take(ints.one());
+  layer.samples = reals.take(int64_t{layer.n_samples} * p.c);
+  layer.inverse_t = reals.take(int64_t{layer.n_samples} * p.c);
+  p.layer_storage.push_back(layer);
+}
+
+inline CouplingView read_coupling(Reader<int32_t>& ints) {
+  CouplingView q{};
+  q.n_out = ints.one(), q.n_in = ints.one(), q.n_hidden = ints.one(), q.n_basis = ints.one();
+  q.constant = ints.one(), q.n_slots = ints.one(), q.n_terms = ints.one(), q.theta = ints.one();
+  q.out_start = ints.take(q.n_out), q.in_start = ints.take(q.n_in);
+  q.slots = ints.take(int64_t{2} * q.n_slots), q.terms = ints.take(int64_t{4} * q.n_terms);
+  return q;
+}
+
+// False when the arrays are not what backends/cpu.py writes.
+template <typename R>
+bool plan_view(PlanView<R>& p, const int32_t* ints_begin, int64_t n_ints, const R* reals_begin, int64_t n_reals) {
+  Reader<int32_t> ints{ints_begin, ints_begin + n_ints};
+  Reader<R> reals{reals_begin, reals_begin + n_reals};
+  int32_t* const header[] = {&p.kind,     &p.dim,        &p.n_attr,   &p.regular,     &p.n_inputs,
+                             &p.in_size,  &p.out_size,   &p.n_layers, &p.d,           &p.c,
+                             &p.channels, &p.order_zero, &p.function, &p.n_couplings, &p.n_rows,
+                             &p.n_g,      &p.n_weights,  &p.shell,    &p.has_cutoff,  &p.hidden_flat};
+  for (int32_t* field : header) *field = ints.one();
+  p.gamma = reals.one(), p.cutoff = reals.one();
+  read_frame(p, ints, reals);
+  for (int n = 0; n < p.n_layers && ints.valid; ++n) read_layer(p, ints, reals);
+  p.row_start = ints.take(p.n_rows + 1);
+  if (!ints.valid) return false;
+  p.row = ints.take(p.row_start[p.n_rows]);
+  p.g_input = ints.take(p.n_g), p.g_first = ints.take(p.n_g + 1);
+  if (!ints.valid) return false;
+  const int32_t n_nz = p.g_first[p.n_g];
+  p.nz_harmonic = ints.take(n_nz), p.nz_value = reals.take(n_nz);
+  for (int q = 0; q < p.n_couplings && ints.valid; ++q) p.coupling_storage.push_back(read_coupling(ints));
+  p.layers = p.layer_storage.data(), p.couplings = p.coupling_storage.data();
+  return ints.valid && reals.valid && ints.next == ints.end && reals.next == reals.end;
+}
+
+}  // namespace implicit_steer

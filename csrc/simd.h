@@ -1,0 +1,293 @@
+// Lanes: GCC/Clang vectors of R = float or double, one edge per lane, and the functions of the kernel MLP on them.
+//
+// Compiled once per instruction set (IST_ISA names it) into a namespace of its own, so that no inline function of one
+// set can replace that of another at link time. For the same reason this code and what includes it uses no std::
+// template. Everything passes NaN on.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define IST_LANE_BYTES 64
+#define IST_ROW_BYTES 32
+#elif defined(__AVX2__)
+#define IST_LANE_BYTES 32
+#define IST_ROW_BYTES 32
+#else
+#define IST_LANE_BYTES 16
+#define IST_ROW_BYTES 16
+#endif
+#define IST_INLINE inline __attribute__((always_inline))
+
+namespace implicit_steer::IST_ISA {
+
+// V: L edges. Q: QL neighbouring channels of one edge or node.
+template <typename R>
+struct Lane;
+template <>
+struct Lane<float> {
+  typedef float V __attribute__((vector_size(IST_LANE_BYTES)));
+  typedef int32_t I __attribute__((vector_size(IST_LANE_BYTES)));
+  typedef float Q __attribute__((vector_size(IST_ROW_BYTES)));
+  static constexpr int L = IST_LANE_BYTES / 4, QL = IST_ROW_BYTES / 4;
+};
+template <>
+struct Lane<double> {
+  typedef double V __attribute__((vector_size(IST_LANE_BYTES)));
+  typedef int64_t I __attribute__((vector_size(IST_LANE_BYTES)));
+  typedef double Q __attribute__((vector_size(IST_ROW_BYTES)));
+  static constexpr int L = IST_LANE_BYTES / 8, QL = IST_ROW_BYTES / 8;
+};
+using VF = Lane<float>::V;
+using VD = Lane<double>::V;
+
+template <typename V, typename R>
+IST_INLINE V splat(R value) {
+  return V{} + value;
+}
+
+#if IST_LANE_BYTES == 64
+IST_INLINE VF lane_sqrt(VF x) { return (VF)_mm512_sqrt_ps((__m512)x); }
+IST_INLINE VD lane_sqrt(VD x) { return (VD)_mm512_sqrt_pd((__m512d)x); }
+IST_INLINE VF lane_max(VF bound, VF x) { return (VF)_mm512_max_ps((__m512)bound, (__m512)x); }
+IST_INLINE VD lane_max(VD bound, VD x) { return (VD)_mm512_max_pd((__m512d)bound, (__m512d)x); }
+IST_INLINE VF lane_min(VF bound, VF x) { return (VF)_mm512_min_ps((__m512)bound, (__m512)x); }
+IST_INLINE VD lane_min(VD bound, VD x) { return (VD)_mm512_min_pd((__m512d)bound, (__m512d)x); }
+IST_INLINE float lane_sum(VF x) { return _mm512_reduce_add_ps((__m512)x); }
+IST_INLINE double lane_sum(VD x) { return _mm512_reduce_add_pd((__m512d)x); }
+#else
+#if IST_LANE_BYTES == 32
+IST_INLINE VF lane_sqrt(VF x) { return (VF)_mm256_sqrt_ps((__m256)x); }
+IST_INLINE VD lane_sqrt(VD x) { return (VD)_mm256_sqrt_pd((__m256d)x); }
+#else
+template <typename V>
+IST_INLINE V lane_sqrt(V x) {
+  for (unsigned l = 0; l < sizeof(V) / sizeof(x[0]); ++l)
+    x[l] = sizeof(x[0]) == 4 ? __builtin_sqrtf(x[l]) : __builtin_sqrt(x[l]);
+  return x;
+}
+#endif
+// The second operand where either is NaN.
+template <typename V>
+IST_INLINE V lane_max(V bound, V x) {
+  return bound > x ? bound : x;
+}
+template <typename V>
+IST_INLINE V lane_min(V bound, V x) {
+  return bound < x ? bound : x;
+}
+template <typename V>
+IST_INLINE auto lane_sum(V x) {
+  auto sum = x[0];
+  for (unsigned l = 1; l < sizeof(V) / sizeof(x[0]); ++l) sum += x[l];
+  return sum;
+}
+#endif
+
+// One step of a transposition: blocks of S x S numbers of the rows a and b (S rows further down) change places.
+template <int S, typename V, int... K>
+IST_INLINE void exchange(V& a, V& b, std::integer_sequence<int, K...>) {
+  constexpr int L = sizeof...(K);
+  const V upper = __builtin_shufflevector(a, b, (K & S ? L + K - S : K)...);
+  b = __builtin_shufflevector(a, b, (K & S ? L + K : K + S)...);
+  a = upper;
+}
+// rows[L] of L numbers each, in place
+template <int L, int S = L / 2, typename V>
+IST_INLINE void transpose(V* rows) {
+  for (int i = 0; i < L; ++i)
+    if (!(i & S)) exchange<S>(rows[i], rows[i + S], std::make_integer_sequence<int, L>{});
+  if constexpr (S > 1) transpose<L, S / 2>(rows);
+}
+
+template <typename V>
+IST_INLINE V lane_abs(V x) {
+  return x < 0 ? -x : x;
+}
+
+// e^x, at most 2 ulp from -86.6 to 88.3 (float) and -707 to 709 (double); arguments outside count as the bound.
+// x = n ln 2 + r with |r| <= ln 2 / 2; adding a large `magic` leaves n in the lowest bits of a mantissa.
+IST_INLINE VF lane_exp(VF x) {
+  constexpr float magic = 12582912.0f;  // 1.5 * 2^23
+  x = lane_min(splat<VF>(88.3f), lane_max(splat<VF>(-86.6f), x));
+  const VF shifted = x * 1.44269504089f + magic;
+  const VF n = shifted - magic;
+  VF r = x - n * 0.693359375f;  // 10 bits of ln 2: the product is exact without FMA, too
+  r = r + n * 2.12194440e-4f;
+  VF p = r * 0.001381459878757596f + 0.008368716575205326f;
+  p = p * r + 0.04166838899254799f;
+  p = p * r + 0.1666652113199234f;
+  p = p * r + 0.4999999403953552f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  using I = Lane<float>::I;
+  return (VF)((I)p + ((I)shifted << 23));
+}
+IST_INLINE VD lane_exp(VD x) {
+  constexpr double magic = 6755399441055744.0;  // 1.5 * 2^52
+  constexpr double taylor[] = {
+      1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040,
+      1.0 / 720,        1.0 / 120,       1.0 / 24,       1.0 / 6,       0.5,          1.0,         1.0};
+  x = lane_min(splat<VD>(709.0), lane_max(splat<VD>(-707.0), x));
+  const VD shifted = x * 1.4426950408889634 + magic;
+  const VD n = shifted - magic;
+  VD r = x - n * 6.93145751953125e-1;  // 21 bits of ln 2
+  r = r - n * 1.42860682030941723212e-6;
+  VD p = splat<VD>(taylor[0]);
+  for (int k = 1; k < 14; ++k) p = p * r + taylor[k];
+  using I = Lane<double>::I;
+  return (VD)((I)p + ((I)shifted << 52));
+}
+
+template <typename V>
+IST_INLINE V lane_erf(V x) {
+  for (unsigned l = 0; l < sizeof(V) / sizeof(x[0]); ++l)
+    x[l] = sizeof(x[0]) == 4 ? __builtin_erff(x[l]) : __builtin_erf(x[l]);
+  return x;
+}
+
+template <typename V>
+IST_INLINE V sigmoid(V x) {
+  return 1 / (1 + lane_exp(-x));
+}
+
+// ---- φ, φ′ and φ″, and φ with φ′ together; `kinked`: φ, φ′ or φ″ jumps at 0
+
+struct Elu {
+  static constexpr bool kinked = true;
+  static constexpr bool is_elu = true;
+  template <typename V>
+  static IST_INLINE V value(V x) {
+    const V e = lane_exp(lane_min(V{}, x)) - 1;
+    return x > 0 ? x : e;
+  }
+  template <typename V>
+  static IST_INLINE V prime(V x) {
+    return lane_exp(lane_min(V{}, x));
+  }
+  template <typename V>
+  static IST_INLINE V both(V x, V& slope) {
+    const V e = lane_exp(lane_min(V{}, x)), negative = e - 1;
+    slope = e;  // 1 where x > 0
+    return x > 0 ? x : negative;
+  }
+  template <typename V>
+  static IST_INLINE V second(V x) {
+    const V e = lane_exp(lane_min(V{}, x));
+    return x > 0 ? V{} : e;
+  }
+};
+
+struct Relu {
+  static constexpr bool kinked = true;
+  static constexpr bool is_elu = false;
+  template <typename V>
+  static IST_INLINE V value(V x) {
+    return lane_max(V{}, x);
+  }
+  template <typename V>
+  static IST_INLINE V prime(V x) {
+    return x > 0 ? V{} + 1 : V{};
+  }
+  template <typename V>
+  static IST_INLINE V both(V x, V& slope) {
+    slope = prime(x);
+    return value(x);
+  }
+  template <typename V>
+  static IST_INLINE V second(V) {
+    return V{};
+  }
+};
+
+struct Silu {
+  static constexpr bool kinked = false;
+  static constexpr bool is_elu = false;
+  template <typename V>
+  static IST_INLINE V value(V x) {
+    return x * sigmoid(x);
+  }
+  template <typename V>
+  static IST_INLINE V prime(V x) {
+    const V s = sigmoid(x);
+    return s * (1 + x * (1 - s));
+  }
+  template <typename V>
+  static IST_INLINE V both(V x, V& slope) {
+    const V s = sigmoid(x);
+    slope = s * (1 + x * (1 - s));
+    return x * s;
+  }
+  template <typename V>
+  static IST_INLINE V second(V x) {
+    const V s = sigmoid(x);
+    return s * (1 - s) * (2 + x * (1 - 2 * s));
+  }
+};
+
+struct Gelu {
+  static constexpr bool kinked = false;
+  static constexpr bool is_elu = false;
+  template <typename V>
+  static IST_INLINE V normal(V x) {  // standard normal density
+    using R = decltype(x[0] + x[0]);
+    return R(0.3989422804014326779) * lane_exp(R(-0.5) * x * x);
+  }
+  template <typename V>
+  static IST_INLINE V cumulative(V x) {
+    using R = decltype(x[0] + x[0]);
+    return R(0.5) * (1 + lane_erf(x * R(0.70710678118654752440)));
+  }
+  template <typename V>
+  static IST_INLINE V value(V x) {
+    return x * cumulative(x);
+  }
+  template <typename V>
+  static IST_INLINE V prime(V x) {
+    return cumulative(x) + x * normal(x);
+  }
+  template <typename V>
+  static IST_INLINE V both(V x, V& slope) {
+    const V c = cumulative(x);
+    slope = c + x * normal(x);
+    return x * c;
+  }
+  template <typename V>
+  static IST_INLINE V second(V x) {
+    return normal(x) * (2 - x * x);
+  }
+};
+
+struct Tanh {
+  static constexpr bool kinked = false;
+  static constexpr bool is_elu = false;
+  template <typename V>
+  static IST_INLINE V value(V x) {
+    const V e = lane_exp(-2 * lane_abs(x));
+    const V t = (1 - e) / (1 + e);
+    return x < 0 ? -t : t;
+  }
+  template <typename V>
+  static IST_INLINE V prime(V x) {
+    const V t = value(x);
+    return 1 - t * t;
+  }
+  template <typename V>
+  static IST_INLINE V both(V x, V& slope) {
+    const V t = value(x);
+    slope = 1 - t * t;
+    return t;
+  }
+  template <typename V>
+  static IST_INLINE V second(V x) {
+    const V t = value(x);
+    return -2 * t * (1 - t * t);
+  }
+};
+
+}  // namespace implicit_steer::IST_ISA

@@ -1,0 +1,300 @@
+"""Backend `cpu` is `reference`, to rounding: every case, dtype, instruction set, thread count and kind of graph."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import CONFIGURATIONS, SAMPLED, assert_close, deviations, layer, outcome, random_edges, with_edges
+
+from implicit_steer import Graph, native
+from implicit_steer.backends import cpu
+from implicit_steer.cases import SMALL, Case
+from implicit_steer.functions import phi
+from implicit_steer.plan import FUNCTIONS
+
+pytestmark = pytest.mark.skipif(not native.available()[0], reason=native.available()[1])
+
+# Largest deviation over SAMPLED x CONFIGURATIONS, gradients included: 6.2e-14; 1.7e-5 for the shell width, a single
+# number in which most digits cancel (3.8e-5 in the worst case), 3.5e-6 for everything else.
+BOUND = {torch.float32: 2e-5, torch.float64: 1e-11}
+SHELL_WIDTH = "grad implicit_kernel.shell_width"
+
+
+def machine_sets():
+    """The instruction sets that this build and this machine have."""
+    info = native.build_info()
+    if info is None:
+        return []
+    built = info.build_facts()["instruction_sets"].split()
+    widest = {"baseline": 1, "AVX2": 2, "AVX-512": 3}[info.cpu_instruction_set()]
+    return [name for name in built if cpu.INSTRUCTION_SETS[name] <= widest]
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, and undoes it."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def assert_is_reference(conv, problem, bound=None):
+    bound = bound or BOUND[conv.implicit_kernel.shell_width.dtype]
+    ours, expected = outcome(conv, problem, "cpu"), outcome(conv, problem, "reference")
+    assert expected["out"].isfinite().all()
+    if conv.implicit_kernel.shell_width.dtype == torch.float32:
+        single = {SHELL_WIDTH: ours.pop(SHELL_WIDTH)}, {SHELL_WIDTH: expected.pop(SHELL_WIDTH)}
+        floor = 1e-2 * max(float(v.norm()) for k, v in expected.items() if k.startswith("grad"))
+        assert abs(float(single[0][SHELL_WIDTH] - single[1][SHELL_WIDTH])) <= 1e-4 * max(
+            floor, float(single[1][SHELL_WIDTH].abs())
+        )
+    assert_close(ours, expected, bound)
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+@pytest.mark.parametrize(("name", "sampling"), SAMPLED)
+def test_is_reference(name, sampling, configuration, dtype):
+    conv = layer(SMALL[name], configuration, dtype, sampling=sampling)
+    assert_is_reference(conv, SMALL[name].inputs(conv))
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("isa", machine_sets())
+@pytest.mark.parametrize("name", ["o3", "o3-l2", "o3-mixed", "o3-vector-attr", "o2", "so2", "full-cylinder-r3", "d4"])
+def test_every_instruction_set(name, isa, dtype, monkeypatch):
+    monkeypatch.setenv("IMPLICIT_STEER_ISA", isa)
+    conv = layer(SMALL[name], "train", dtype)
+    assert_is_reference(conv, SMALL[name].inputs(conv))
+
+
+def test_an_unknown_instruction_set_is_an_error(monkeypatch):
+    monkeypatch.setenv("IMPLICIT_STEER_ISA", "mmx")
+    conv = layer(SMALL["o3"], backend="cpu")
+    with pytest.raises(ValueError, match="IMPLICIT_STEER_ISA"):
+        SMALL["o3"].inputs(conv).run(conv)
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("name", ["o3", "o2", "so2", "c4"])
+def test_activations(name, function, dtype):
+    conv = layer(SMALL[name], "train", dtype, activation=function)
+    assert_is_reference(conv, SMALL[name].inputs(conv))
+
+
+@pytest.mark.parametrize("options", [{"aggr": "mean"}, {"cutoff": 1.5}, {"aggr": "mean", "cutoff": 0.7}], ids=str)
+@pytest.mark.parametrize("name", ["o3", "o3-vector-attr", "so2-r3"])
+def test_options(name, options):
+    conv = layer(SMALL[name], "train", **options)
+    assert_is_reference(conv, SMALL[name].inputs(conv))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("radius", [0.0, 1e-6, 1e-3, 0.00999, 0.01001])
+@pytest.mark.parametrize("name", ["o3", "o3-l2", "o2", "so2", "so2-r3", "full-cylinder-r3", "o3-vector-attr"])
+def test_near_the_origin(name, radius, function):
+    conv = layer(SMALL[name], "no norm", activation=function)
+    problem = SMALL[name].inputs(conv)
+    problem.delta = problem.delta / problem.delta.norm(dim=1, keepdim=True).clamp(min=1e-3)
+    problem.delta[::3] *= radius  # tiles with edges of both kinds
+    # frames that are not regular divide by the radius: both backends are right to eps / radius
+    regular = conv.implicit_kernel.plan.frame.regular
+    assert_is_reference(conv, problem, None if regular or radius != 1e-6 else 1e-8)
+
+
+# ---- kinds of graph
+
+
+@pytest.mark.parametrize("name", ["o3", "so2-mixed", "c4"])
+def test_no_edges(name):
+    conv = layer(SMALL[name])
+    assert_is_reference(conv, with_edges(SMALL[name].inputs(conv), slice(0)))
+
+
+def of_graph(conv, edges, sizes, seed=0):
+    """A problem of the o3 case on these edges."""
+    problem, generator = SMALL["o3"].inputs(conv), torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(problem.x)
+
+    e = edges.shape[1]
+    x = normal(sizes[0], problem.x.shape[1])
+    return replace(problem, x=x, pos=x[:, :3], graph=Graph(edges, sizes), delta=normal(e, 3), attributes=normal(e, 1))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_hub(count, threads):
+    threads(count)
+    conv = layer(SMALL["o3"])
+    edges = random_edges(5000, 12, 12)
+    edges[1] = 3
+    assert_is_reference(conv, of_graph(conv, edges, (12, 12)))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+def test_isolated_nodes(index, count, threads):
+    threads(count)
+    conv = layer(SMALL["o3"])
+    edges = random_edges(2000, 1500, 1500, dtype=index)
+    assert_is_reference(conv, of_graph(conv, edges, (1500, 1500)))
+
+
+def bipartite(problem, conv):
+    """The layer's output where sources and targets are different sets."""
+    x = conv.in_type(problem.x, problem.pos), problem.graph.num_dst
+    return conv(x, problem.graph, problem.delta, problem.attributes).tensor
+
+
+@pytest.mark.parametrize("sizes", [(7, 40), (40, 7), (40, 3000)])
+def test_bipartite(sizes):
+    conv = layer(SMALL["o3"])
+    problem = of_graph(conv, random_edges(900, *sizes), sizes)
+    expected = outcome(conv, problem, "reference", run=bipartite)
+    assert_close(outcome(conv, problem, "cpu", run=bipartite), expected, BOUND[torch.float64])
+
+
+# ---- reproducibility, derivatives
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+def test_same_bits(configuration, count, threads):
+    threads(count)
+    conv = layer(SMALL["o3"], configuration, torch.float32, backend="cpu")
+    problem = of_graph(conv, random_edges(4000, 100, 100), (100, 100))
+    first = outcome(conv, problem)
+    for _ in range(3):
+        again = outcome(conv, problem)
+        assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+
+def test_the_order_of_edges_only_rounds():
+    conv = layer(SMALL["o3"], "train", backend="cpu")
+    problem = of_graph(conv, random_edges(700, 30, 30), (30, 30))
+    order = torch.randperm(700, generator=torch.Generator().manual_seed(0))
+    ours, permuted = outcome(conv, problem), outcome(conv, with_edges(problem, order))
+    for name in ("grad delta", "grad attributes"):
+        ours[name] = ours[name][order]
+    assert_close(permuted, ours, 1e-12)
+
+
+def test_only_what_is_needed():
+    conv = layer(SMALL["o3"], "no norm")
+    problem = SMALL["o3"].inputs(conv)
+    names = ["x", "delta", "attributes"]
+    expected = outcome(conv, problem, "reference")
+    conv.backend = "cpu"
+    for name in names:
+        p = copy.copy(problem)
+        leaf = getattr(p, name).clone().requires_grad_()
+        setattr(p, name, leaf)
+        for parameter in conv.parameters():
+            parameter.requires_grad_(False)
+        out = p.run(conv)
+        weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        (grad,) = torch.autograd.grad((out * weight).sum(), leaf)
+        assert_close({"grad": grad}, {"grad": expected[f"grad {name}"]}, 1e-12)
+    for parameter in conv.parameters():
+        parameter.requires_grad_(True)
+    with torch.no_grad():
+        assert not problem.run(conv).requires_grad
+    frozen = outcome(conv, problem, "cpu", run=lambda p, c: replace(p, delta=p.delta.detach(), x=p.x.detach()).run(c))
+    for name in ("out", "grad attributes", *(f"grad {n}" for n, _ in conv.named_parameters())):
+        assert deviations({"": frozen[name]}, {"": expected[name]})[""] <= 1e-12, name
+
+
+@pytest.mark.parametrize("name", ["x", "delta", "attributes"])
+def test_second_derivatives_raise(name):
+    conv = layer(SMALL["o3"], "no norm", backend="cpu", activation="silu")
+    problem = SMALL["o3"].inputs(conv)
+    problem.requires_grad()
+    (first,) = torch.autograd.grad(problem.run(conv).square().sum(), getattr(problem, name), create_graph=True)
+    with pytest.raises(RuntimeError, match="backend='eager'"):
+        first.square().sum().backward()
+
+
+@pytest.mark.parametrize("configuration", ["no norm", "eval"])
+def test_gradcheck(configuration):
+    case = Case("", "O(3)", "1 scalar+vector", "1 scalar, 1 vector", "1 scalar", 3, 2, nodes=3, degree=2)
+    conv = layer(case, configuration, backend="cpu", activation="silu")
+    problem = case.inputs(conv)
+    problem.delta = torch.randn(problem.delta.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    leaves = problem.requires_grad()
+
+    def run(x, delta, attributes):
+        return replace(problem, x=x, delta=delta, attributes=attributes).run(conv)
+
+    assert torch.autograd.gradcheck(run, leaves)
+
+
+def test_strided_inputs():
+    conv = layer(SMALL["o3"])
+    problem = SMALL["o3"].inputs(conv)
+    strided = copy.copy(problem)
+    for name in ("x", "delta", "attributes"):
+        tensor = getattr(problem, name)
+        setattr(strided, name, torch.stack([tensor, tensor], -1)[..., 0])
+    conv.backend = "cpu"
+    with torch.no_grad():
+        assert torch.equal(strided.run(conv), problem.run(conv))
+
+
+def test_nan_stays_with_its_edge():
+    conv = layer(SMALL["o3"], backend="cpu")
+    problem = of_graph(conv, random_edges(200, 50, 50), (50, 50))
+    problem.delta[17, 1] = float("nan")
+    with torch.no_grad():
+        out = problem.run(conv)
+    hit = out.isnan().any(1)
+    assert hit.tolist() == [i == int(problem.graph.dst[17]) for i in range(50)]
+
+
+# ---- the functions on lanes
+
+
+def ulps(actual, expected):
+    """Largest distance in units of the last place of ``expected`` (float64 or wider), which is no subnormal."""
+    dtype = actual.dtype.type
+    spacing = np.spacing(np.abs(expected).astype(dtype)).astype(np.longdouble)
+    return float((np.abs(actual.astype(np.longdouble) - expected) / spacing).max())
+
+
+@pytest.mark.parametrize("isa", machine_sets())
+@pytest.mark.parametrize(("dtype", "low", "high"), [(np.float32, -86.6, 88.2), (np.float64, -706, 708)])
+def test_exp_to_two_ulp(dtype, low, high, isa):
+    generator = np.random.default_rng(0)
+    x = np.concatenate([generator.uniform(low, high, 200_000), generator.normal(0, 1, 200_000), [0.0, low, high]])
+    x = x.astype(dtype)
+    ours = torch.ops.implicit_steer.lane_function(torch.from_numpy(x), 5, cpu.INSTRUCTION_SETS[isa]).numpy()
+    assert ulps(ours, np.exp(x.astype(np.longdouble))) <= 2
+
+
+@pytest.mark.parametrize("isa", machine_sets())
+def test_exp_beyond_its_range(isa):
+    for dtype in (torch.float32, torch.float64):
+        x = torch.tensor([-1e30, -torch.inf, 1e30, torch.inf, torch.nan], dtype=dtype)
+        y = torch.ops.implicit_steer.lane_function(x, 5, cpu.INSTRUCTION_SETS[isa])
+        tiny = 2 * torch.finfo(dtype).tiny * 2**6
+        assert (y[:2] >= 0).all()
+        assert (y[:2] <= tiny).all()
+        assert (y[2:4] > torch.finfo(dtype).max / 10).all()
+        assert y[4].isnan()
+
+
+@pytest.mark.parametrize("isa", machine_sets())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("which", range(len(FUNCTIONS)))
+def test_functions(which, dtype, isa):
+    x = torch.cat([torch.linspace(-30, 30, 20_001), torch.logspace(-30, 1, 500), -torch.logspace(-30, 1, 500)]).to(
+        dtype
+    )
+    function, isa = torch.ops.implicit_steer.lane_function, cpu.INSTRUCTION_SETS[isa]
+    ours = function(x, which, isa)
+    eps = torch.finfo(dtype).eps
+    assert ((ours - phi(FUNCTIONS[which], x.double())).abs() <= 4 * eps * (1 + x.abs())).all()
+    assert function(torch.tensor([torch.nan], dtype=dtype), which, isa).isnan().all()
