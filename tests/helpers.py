@@ -9,7 +9,8 @@ from escnn.nn import GeometricTensor
 from implicit_steer import Graph
 from implicit_steer.cases import SMALL
 
-BACKENDS = ["reference", "eager"]
+BACKENDS = ["reference", "eager", "cpu"]
+TWICE_DIFFERENTIABLE = ["reference", "eager", "auto"]
 CONFIGURATIONS = ["train", "eval", "no norm"]
 # Where "auto" is the authors' grid, or the whole group as theirs is.
 _ONE_SAMPLING = [

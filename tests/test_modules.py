@@ -14,6 +14,7 @@ from escnn.group import directsum
 from escnn.nn import FourierELU, IIDBatchNorm1d, QuotientFourierELU
 from helpers import BACKENDS, SAMPLED, escnn_forward, layer, relative
 
+from implicit_steer import native
 from implicit_steer.cases import SMALL, SPACES, Case, fields
 from implicit_steer.nn import FourierActivation, ImplicitConv, ImplicitPointConv, KernelMLP
 from implicit_steer.nn.mlp import Linear
@@ -254,10 +255,19 @@ def test_explanation(name, sampling):
     assert str(plan) in text
     for word in (plan.group, repr(plan.sampling), plan.frame.kind, "per edge", "per node", "samples", "batch norm"):
         assert word in text
-    assert "eager: factored plain PyTorch" in text
+    assert "cpu: native" in text
+    assert "second derivatives by eager" in text
     reference = SMALL[name].layer(sampling=sampling, backend="reference").explain()
     assert "reference: " in reference
     assert "sampling=" in repr(conv)
+
+
+def test_auto_picks_what_is_fast_and_there(monkeypatch):
+    regular = dataclasses.replace(SMALL["octa-r3"], into="1 regular", out="1 regular").layer()
+    assert "eager: factored" in regular.explain()  # dense intertwiners
+    conv = SMALL["o3"].layer()
+    monkeypatch.setattr(native, "available", lambda: (False, "not built"))
+    assert "eager: factored" in conv.explain()
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -1,11 +1,13 @@
 """Backend `cpu`: one native pass per tile of edges (``csrc/cpu``): MLP, coupling, sum per node; backward likewise.
 
 Nothing is stored per edge but one gradient of the gathered features, E × C_in. The hidden values are recomputed in the
-backward pass. First derivatives only: differentiating a gradient raises.
+backward pass. First derivatives only: asked for by name, differentiating a gradient raises; under "auto", gradients
+that are to be differentiated again come from `eager`.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from functools import lru_cache
 from typing import NamedTuple
@@ -19,6 +21,7 @@ from .._check import require
 from ..graph import Graph
 from ..packing import NormParameters, Weights, fold_linear, fold_theta, norm_affine
 from ..plan import FUNCTIONS, Coupling, Linear, Norm, Plan
+from . import eager
 from .hidden import Statistics
 
 INSTRUCTION_SETS = {"auto": 0, "baseline": 1, "avx2": 2, "avx512": 3}
@@ -252,6 +255,22 @@ def _pack(prepared: _Prepared, weights: Weights) -> Tensor:
     return torch.cat([*parts, weights.shell_width.reshape(1)])
 
 
+def _unpack(plan: Plan, prepared: _Prepared, packed: Tensor) -> Weights:
+    """The inverse of :func:`_pack`."""
+    linears, position = [], 0
+
+    def take(count: int) -> Tensor:
+        nonlocal position
+        position += count
+        return packed[position - count : position]
+
+    for layer, index in zip(plan.linears, prepared.values, strict=True):
+        dense = packed.new_zeros(layer.out_size * layer.in_size).index_copy(0, index, take(len(index)))
+        linears.append((dense.view(layer.out_size, layer.in_size), take(layer.out_size)))
+    shapes = [(*c.row.shape, len(c.hidden_start), c.basis.shape[0]) for c in plan.couplings]
+    return Weights(linears, [take(math.prod(shape)).view(shape) for shape in shapes], take(1))
+
+
 # ---- the operator
 
 
@@ -275,18 +294,32 @@ class _Gradients(torch.autograd.Function):
         raise RuntimeError(_NO_SECOND_DERIVATIVES)
 
 
+def _eager_gradients(plan: Plan, graph: Graph, needs: tuple[bool, ...], grad: Tensor, *inputs: Tensor) -> list:
+    """Gradients that can be differentiated again: those of `eager` at the same packed weights, x, delta, attributes."""
+    packed, *rest = inputs
+    with torch.enable_grad():
+        out, _ = eager.forward(plan, _unpack(plan, _prepare(plan), packed), (), graph, *rest)
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, materialize_grads=True))
+    return [next(found) if need else None for need in needs]
+
+
 class _Conv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan_tensors, graph, isa, weights, x, delta, attributes):
+    def forward(ctx, plan, plan_tensors, graph, isa, weights, x, delta, attributes):
         ctx.save_for_backward(weights, x, delta, attributes)
-        ctx.rest = plan_tensors, graph, isa
+        ctx.plan, ctx.rest = plan, (plan_tensors, graph, isa)
         edges = (graph.src, graph.order, graph.rowptr)
         return torch.ops.implicit_steer.conv_forward(*plan_tensors, weights, x, delta, attributes, *edges, isa)
 
     @staticmethod
     def backward(ctx, grad):
-        needs = ctx.needs_input_grad[3:]
-        return (None, None, None, *_Gradients.apply(needs, *ctx.rest, grad, *ctx.saved_tensors))
+        needs = ctx.needs_input_grad[4:]
+        if ctx.plan is not None and torch.is_grad_enabled():  # create_graph=True
+            gradients = _eager_gradients(ctx.plan, ctx.rest[1], needs, grad, *ctx.saved_tensors)
+        else:
+            gradients = _Gradients.apply(needs, *ctx.rest, grad, *ctx.saved_tensors)
+        return None, None, None, None, *gradients
 
 
 @lru_cache(maxsize=256)
@@ -332,12 +365,18 @@ def forward(
     x: Tensor,
     delta: Tensor,
     attributes: Tensor,
+    *,
+    eager_second_order: bool = False,
 ) -> tuple[Tensor, list[Statistics]]:
-    """out_i = Σ_{e: j→i} K(x_e, a_e) f_j, shape (N, C_out)."""
+    """out_i = Σ_{e: j→i} K(x_e, a_e) f_j, shape (N, C_out).
+
+    With ``eager_second_order``, gradients asked for with ``create_graph=True`` are those of `eager`.
+    """
     prepared, isa, statistics = _prepare(plan), instruction_set(), []
     x, delta, attributes = x.contiguous(), delta.contiguous(), attributes.contiguous()
     if live:
         weights, statistics = _with_statistics(plan, prepared, weights, live, delta, attributes, isa)
     packed = _pack(prepared, weights)
     tensors = prepared.ints, prepared.reals[packed.dtype]
-    return _Conv.apply(tensors, graph, isa, packed, x, delta, attributes), statistics
+    plan_if_twice = plan if eager_second_order else None
+    return _Conv.apply(plan_if_twice, tensors, graph, isa, packed, x, delta, attributes), statistics
