@@ -40,6 +40,7 @@ class CMakeBuild(build_ext):
     """One CMake run builds both shared objects into the package folder."""
 
     def run(self) -> None:
+        """Build, or not, as ``IMPLICIT_STEER_NATIVE`` says."""
         mode = os.environ.get("IMPLICIT_STEER_NATIVE", "auto")
         if mode not in ("auto", "require", "off"):
             raise SystemExit(f"IMPLICIT_STEER_NATIVE: expected auto, require or off, got {mode!r}.")
@@ -56,6 +57,7 @@ class CMakeBuild(build_ext):
         self.build_native()
 
     def build_native(self) -> None:
+        """Configure and build; ``SystemExit`` where that fails."""
         import pybind11
         import torch
 

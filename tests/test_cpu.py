@@ -14,8 +14,6 @@ from implicit_steer.cases import SMALL, Case
 from implicit_steer.functions import phi
 from implicit_steer.plan import FUNCTIONS
 
-pytestmark = pytest.mark.skipif(not native.available()[0], reason=native.available()[1])
-
 # Largest deviation over SAMPLED x CONFIGURATIONS, gradients included: 6.2e-14; 1.7e-5 for the shell width, a single
 # number in which most digits cancel (3.8e-5 in the worst case), 3.5e-6 for everything else.
 BOUND = {torch.float32: 2e-5, torch.float64: 1e-11}

@@ -21,7 +21,7 @@ class ImplicitPointConv(BiasedModule):
         n_layers, n_channels, init_scheme: the kernel's MLP.
         sampling, norm, activation, cutoff: see :class:`ImplicitKernel`.
         aggr: ``"sum"`` or ``"mean"`` over the edges of a node (0 at isolated nodes).
-        backend: ``"auto" | "reference" | "eager"``; a backend asked for by name runs or raises.
+        backend: ``"auto" | "reference" | "eager" | "cpu"``; a backend asked for by name runs or raises.
 
     Raises:
         ValueError, TypeError: wrong argument, naming it, what was expected and what came.
