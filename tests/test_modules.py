@@ -264,10 +264,10 @@ def test_explanation(name, sampling):
 
 def test_auto_picks_what_is_fast_and_there(monkeypatch):
     regular = dataclasses.replace(SMALL["octa-r3"], into="1 regular", out="1 regular").layer()
-    assert "eager: factored" in regular.explain()  # dense intertwiners
+    assert "eager: factored plain PyTorch; not cpu: dense intertwiners" in regular.explain()
     conv = SMALL["o3"].layer()
     monkeypatch.setattr(native, "available", lambda: (False, "not built"))
-    assert "eager: factored" in conv.explain()
+    assert "eager: factored plain PyTorch; not cpu: the native extension is missing" in conv.explain()
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -53,11 +53,13 @@ def select(name: str, plan: Plan, device: torch.device, dtype: torch.dtype):
         RuntimeError: a backend asked for by name that is not there or does not support the plan, with its reason.
     """
     if name == "auto":
+        refused = ""
         for candidate, engine in _PREFERENCE.items():
             ok, reason = engine.supports(plan, device, dtype)
             if ok:
-                return engine, f"{candidate}: {reason}"
-        fail("backend", "one that supports the plan", "none", "See implicit_steer.info().", RuntimeError)
+                return engine, f"{candidate}: {reason}{refused}"
+            refused += f"; not {candidate}: {reason}"
+        fail("backend", "one that supports the plan", f"none{refused}", "See implicit_steer.info().", RuntimeError)
     require(name in NAMES, "backend", f"one of {NAMES}", repr(name), "See implicit_steer.info().")
     if name in _ABSENT:
         fail("backend", "one that is available", f"{name!r} ({_ABSENT[name]})", "Use backend='auto'.", RuntimeError)
