@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 
@@ -255,7 +255,6 @@ class Plan(_Data):
             (len(self.linears), len(self.activations), len(self.norms)),
         )
 
-    @lru_cache(maxsize=256)  # noqa: B019 - plans are few, immutable and compared by content
     def cost(self) -> dict[str, int]:
         """Multiply-adds and evaluations of φ, per edge and per node, of the factored form (counted, not measured)."""
         mlp = sum(layer.n_nonzeros for layer in self.linears)

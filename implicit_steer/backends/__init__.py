@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from types import SimpleNamespace
 
 import torch
@@ -18,9 +18,14 @@ BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu}
 _SPARSE_LIMIT = 20
 
 
-def _auto_supports(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+@lru_cache(maxsize=256)
+def _has_dense_intertwiners(plan: Plan) -> bool:
     cost = plan.cost()
-    if cost["coupling nonzeros per edge"] > _SPARSE_LIMIT * cost["outer product per edge"]:
+    return cost["coupling nonzeros per edge"] > _SPARSE_LIMIT * cost["outer product per edge"]
+
+
+def _auto_supports(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    if _has_dense_intertwiners(plan):
         return False, "dense intertwiners"
     ok, reason = cpu.supports(plan, device, dtype)
     return ok, f"{reason}; second derivatives by eager"
