@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/conv.h"
+#include "packing.h"
 
 namespace {
 
@@ -108,12 +109,21 @@ R* mutable_data(Tensor& t) {
 }
 
 template <typename R>
-void read_plan(PlanView<R>& plan, const Tensor& ints, const Tensor& reals, const Tensor& weights) {
+void read_plan(PlanView<R>& plan, const Tensor& ints, const Tensor& reals) {
   STD_TORCH_CHECK(ints.scalar_type() == ScalarType::Int && ints.is_contiguous(), "plan_ints: expected int32.");
-  check(reals, "plan_reals", weights.scalar_type(), reals.numel());
+  STD_TORCH_CHECK(reals.is_contiguous(), "plan_reals: expected a contiguous tensor.");
   const bool valid = plan_view(plan, data<int32_t>(ints), ints.numel(), data<R>(reals), reals.numel());
-  STD_TORCH_CHECK(valid, "plan_ints, plan_reals: not what backends/cpu.py writes.");
-  check(weights, "weights", weights.scalar_type(), plan.n_weights);
+  STD_TORCH_CHECK(valid, "plan_ints, plan_reals: not what backends/cpu_plan.py writes.");
+}
+
+// The sparse matrix from parameters to packed weights.
+template <typename R>
+SparseMatrix<R> read_matrix(const PlanView<R>& plan, const Tensor& reals, const Tensor& rowptr, const Tensor& column,
+                            const Tensor& value) {
+  check(rowptr, "pack_rowptr", ScalarType::Int, int64_t{plan.n_weights} + 1);
+  check(column, "pack_column", ScalarType::Int, column.numel());
+  check(value, "pack_value", reals.scalar_type(), column.numel());
+  return {plan.n_weights, data<int32_t>(rowptr), data<int32_t>(column), data<R>(value)};
 }
 
 // The part of the arguments that forward and backward share.
@@ -123,6 +133,7 @@ ConvArgs<R> graph_arguments(PlanView<R>& plan, const Tensor& weights, const Tens
   ConvArgs<R> a{};
   const ScalarType real = weights.scalar_type(), index = src.scalar_type();
   a.n_edges = src.numel(), a.n_src = x.size(0), a.n_dst = rowptr.numel() - 1;
+  check(weights, "weights", real, plan.n_weights);
   check(x, "x", real, a.n_src * plan.in_size);
   check(delta, "delta", real, a.n_edges * plan.dim);
   check(attr, "attr", real, a.n_edges * plan.n_attr);
@@ -143,7 +154,7 @@ Tensor conv_forward(const Tensor& ints, const Tensor& reals, const Tensor& weigh
   dispatch_real(weights, "weights", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
     PlanView<R> plan{};
-    read_plan(plan, ints, reals, weights);
+    read_plan(plan, ints, reals);
     ConvArgs<R> a = graph_arguments(plan, weights, x, delta, attr, src, order, rowptr);
     out = torch::stable::new_empty(x, {a.n_dst, plan.out_size});
     a.out = mutable_data<R>(out);
@@ -163,14 +174,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& ints, con
   dispatch_real(weights, "weights", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
     PlanView<R> plan{};
-    read_plan(plan, ints, reals, weights);
+    read_plan(plan, ints, reals);
     ConvArgs<R> a = graph_arguments(plan, weights, x, delta, attr, src, order, rowptr);
     check(grad_out, "grad_out", weights.scalar_type(), a.n_dst * plan.out_size);
     a.grad_out = data<R>(grad_out);
     grad_x = torch::stable::new_empty(x, {need_x ? a.n_src : 0, plan.in_size});
     grad_delta = torch::stable::new_empty(x, {need_delta ? a.n_edges : 0, plan.dim});
     grad_attr = torch::stable::new_empty(x, {need_attr ? a.n_edges : 0, plan.n_attr});
-    grad_weights = torch::stable::new_empty(x, {need_weights ? a.threads : 0, plan.n_weights});
+    grad_weights = torch::stable::new_empty(x, {need_weights ? a.threads : 0, plan.n_grad});
     a.grad_delta = mutable_data<R>(grad_delta), a.grad_attr = mutable_data<R>(grad_attr);
     a.grad_weights = mutable_data<R>(grad_weights), a.grad_x = mutable_data<R>(grad_x);
     Tensor grad_edge = torch::stable::new_empty(x, {need_x ? std::max<int64_t>(a.n_edges, 1) : 0, plan.in_size});
@@ -185,38 +196,96 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& ints, con
   return {grad_x, grad_delta, grad_attr, grad_weights};
 }
 
-// -> mean and unbiased variance over the edges of every coordinate of the hidden field after activation `layer`,
-// (channels * d,) float64 each.
-std::tuple<Tensor, Tensor> conv_statistics(const Tensor& ints, const Tensor& reals, const Tensor& weights,
-                                           const Tensor& delta, const Tensor& attr, int64_t layer, int64_t isa) {
-  Tensor mean, variance;
-  dispatch_real(weights, "weights", [&](auto* tag) {
+// Mean of the trivial coefficients and unbiased variance of all, over the edges, of batch norm n's input.
+template <typename R>
+void batch_statistics(ConvArgs<R>& a, int n, int64_t isa, R* statistics) {
+  const PlanView<R>& plan = *a.plan;
+  const int channels = plan.layers[n].out / plan.c, size = channels * plan.d;
+  std::vector<double> sums(2 * size * a.threads), shift(size);
+  a.layer = n, a.sums = sums.data(), a.shift = shift.data();
+  table<R>(isa).statistics(a);
+  const double count = static_cast<double>(a.n_edges);
+  for (int w = 0; w < channels; ++w) {
+    double variance = 0;
+    for (int k = w * plan.d; k < (w + 1) * plan.d; ++k)
+      variance += std::max(sums[size + k] - sums[k] / count * sums[k], 0.0) / (count - 1);
+    statistics[channels * plan.n_trivial + w] = static_cast<R>(variance / plan.d);
+    for (int k = 0; k < plan.n_trivial; ++k) {
+      const int m = w * plan.d + plan.measured[k];
+      statistics[w * plan.n_trivial + k] = static_cast<R>(shift[m] + sums[m] / count);
+    }
+  }
+}
+
+// -> statistics of all batch norms over these edges, (n_layers, W · (n_trivial + 1)): mean [W, n_trivial], variance [W]
+Tensor conv_statistics(const Tensor& ints, const Tensor& reals, const Tensor& rowptr, const Tensor& column,
+                       const Tensor& value, const Tensor& p, const Tensor& delta, const Tensor& attr, int64_t isa) {
+  Tensor statistics;
+  dispatch_real(p, "p", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
     PlanView<R> plan{};
-    read_plan(plan, ints, reals, weights);
+    read_plan(plan, ints, reals);
+    const SparseMatrix<R> matrix = read_matrix(plan, reals, rowptr, column, value);
+    check(p, "p", reals.scalar_type(), plan.n_parameters);
     ConvArgs<R> a{};
     a.n_edges = delta.size(0);
     STD_TORCH_CHECK(a.n_edges > 0, "delta: expected at least one edge.");
-    STD_TORCH_CHECK(layer >= 0 && layer < plan.n_layers, "layer: expected 0 .. ", plan.n_layers - 1, ".");
-    check(delta, "delta", weights.scalar_type(), a.n_edges * plan.dim);
-    check(attr, "attr", weights.scalar_type(), a.n_edges * plan.n_attr);
-    a.plan = &plan, a.weights = data<R>(weights), a.delta = data<R>(delta), a.attr = data<R>(attr);
-    a.threads = threads_for(a.n_edges), a.scratch = scratch, a.layer = static_cast<int>(layer);
-    const int64_t n = int64_t{plan.layers[layer].out} / plan.c * plan.d;
-    std::vector<double> sums(2 * n * a.threads);
-    mean = torch::stable::new_empty(delta, {n}, ScalarType::Double);
-    variance = torch::stable::new_empty(delta, {n}, ScalarType::Double);
-    double *m = mutable_data<double>(mean), *v = mutable_data<double>(variance);
-    a.sums = sums.data(), a.shift = m;
-    table<R>(isa).statistics(a);
-    const double count = static_cast<double>(a.n_edges);
-    for (int64_t k = 0; k < n; ++k) {
-      const double shifted = sums[k] / count;
-      m[k] += shifted;
-      v[k] = std::max(sums[n + k] - shifted * sums[k], 0.0) / (count - 1);
+    STD_TORCH_CHECK(plan.has_norms, "plan: expected one with batch norms.");
+    check(delta, "delta", p.scalar_type(), a.n_edges * plan.dim);
+    check(attr, "attr", p.scalar_type(), a.n_edges * plan.n_attr);
+    std::vector<R> packed(plan.n_weights);
+    matrix.multiply(data<R>(p), packed.data());
+    a.plan = &plan, a.weights = packed.data(), a.delta = data<R>(delta), a.attr = data<R>(attr);
+    a.threads = threads_for(a.n_edges), a.scratch = scratch;
+    statistics = torch::stable::new_empty(delta, {plan.n_layers, statistics_size(plan)});
+    R* out = mutable_data<R>(statistics);
+    for (int n = 0; n < plan.n_layers; ++n) {
+      batch_statistics(a, n, isa, out + n * statistics_size(plan));
+      pack_affine(plan, n, data<R>(p), out, packed.data());
     }
   });
-  return {mean, variance};
+  return statistics;
+}
+
+// Parameters and statistics -> packed weights.
+Tensor conv_pack(const Tensor& ints, const Tensor& reals, const Tensor& rowptr, const Tensor& column,
+                 const Tensor& value, const Tensor& p, const Tensor& statistics) {
+  Tensor packed;
+  dispatch_real(p, "p", [&](auto* tag) {
+    using R = std::remove_pointer_t<decltype(tag)>;
+    PlanView<R> plan{};
+    read_plan(plan, ints, reals);
+    const SparseMatrix<R> matrix = read_matrix(plan, reals, rowptr, column, value);
+    check(p, "p", reals.scalar_type(), plan.n_parameters);
+    check(statistics, "statistics", p.scalar_type(), plan.n_layers * statistics_size(plan));
+    packed = torch::stable::new_empty(p, {plan.n_weights});
+    R* out = mutable_data<R>(packed);
+    matrix.multiply(data<R>(p), out);
+    for (int n = 0; n < plan.n_layers && plan.has_norms; ++n)
+      pack_affine(plan, n, data<R>(p), data<R>(statistics), out);
+  });
+  return packed;
+}
+
+// grad_packed [n_grad] -> the gradient of p
+Tensor conv_pack_backward(const Tensor& ints, const Tensor& reals, const Tensor& rowptr, const Tensor& column,
+                          const Tensor& value, const Tensor& p, const Tensor& statistics, const Tensor& grad_packed) {
+  Tensor grad;
+  dispatch_real(p, "p", [&](auto* tag) {
+    using R = std::remove_pointer_t<decltype(tag)>;
+    PlanView<R> plan{};
+    read_plan(plan, ints, reals);
+    const SparseMatrix<R> matrix = read_matrix(plan, reals, rowptr, column, value);
+    check(p, "p", reals.scalar_type(), plan.n_parameters);
+    check(statistics, "statistics", p.scalar_type(), plan.n_layers * statistics_size(plan));
+    check(grad_packed, "grad_packed", p.scalar_type(), plan.n_grad);
+    grad = torch::stable::new_zeros(p, {p.numel()});
+    R* out = mutable_data<R>(grad);
+    matrix.multiply_transposed(plan.n_grad, data<R>(grad_packed), out);
+    for (int n = 0; n < plan.n_layers && plan.has_norms; ++n)
+      pack_affine_backward(plan, n, data<R>(statistics), data<R>(grad_packed), out);
+  });
+  return grad;
 }
 
 // φ (0 .. 4, Function) or exp (5) of every number of x: for tests of the lanes.
@@ -241,8 +310,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(implicit_steer, m) {
       "Tensor src, Tensor order, Tensor rowptr, Tensor grad_out, Tensor order_by_source, Tensor colptr, "
       "bool need_x, bool need_delta, bool need_attr, bool need_weights, int isa) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "conv_statistics(Tensor plan_ints, Tensor plan_reals, Tensor weights, Tensor delta, Tensor attr, int layer, "
-      "int isa) -> (Tensor, Tensor)");
+      "conv_statistics(Tensor plan_ints, Tensor plan_reals, Tensor pack_rowptr, Tensor pack_column, Tensor pack_value, "
+      "Tensor p, Tensor delta, Tensor attr, int isa) -> Tensor");
+  m.def(
+      "conv_pack(Tensor plan_ints, Tensor plan_reals, Tensor pack_rowptr, Tensor pack_column, Tensor pack_value, "
+      "Tensor p, Tensor statistics) -> Tensor");
+  m.def(
+      "conv_pack_backward(Tensor plan_ints, Tensor plan_reals, Tensor pack_rowptr, Tensor pack_column, "
+      "Tensor pack_value, Tensor p, Tensor statistics, Tensor grad_packed) -> Tensor");
   m.def("lane_function(Tensor x, int which, int isa) -> Tensor");
 }
 
@@ -250,5 +325,7 @@ STABLE_TORCH_LIBRARY_IMPL(implicit_steer, CPU, m) {
   m.impl("conv_forward", TORCH_BOX(&conv_forward));
   m.impl("conv_backward", TORCH_BOX(&conv_backward));
   m.impl("conv_statistics", TORCH_BOX(&conv_statistics));
+  m.impl("conv_pack", TORCH_BOX(&conv_pack));
+  m.impl("conv_pack_backward", TORCH_BOX(&conv_pack_backward));
   m.impl("lane_function", TORCH_BOX(&lane_function));
 }

@@ -68,54 +68,98 @@ void linear_backward(const LayerView<R>& layer, const R* weights, const typename
   }
 }
 
-// ---- activations of one channel, N samples at a time; a, inv: [N, c]; slopes [N]: φ′, kept for the reverse sweep
+// ---- activations of one channel, N pairs or N single samples at a time; z [n_in] and y [n_out] in the order of the
+// layer's columns; slopes [2 N] or [N]: φ′, kept for the reverse sweep
 
-template <typename F, int N, typename R, typename V>
-IST_INLINE void samples_forward(const R* a, const R* inv, int c, int active, int used, const V* z, V* y, V* slopes) {
-  V x[N];
-  for (int j = 0; j < N; ++j) x[j] = z[0] * a[j * c];
-  for (int k = 1; k < active; ++k) {
+// x[j] = Σ_{k0 <= k < k1} z[k] a[j, k]
+template <int N, typename R, typename V>
+IST_INLINE void products(const R* a, int stride, int k0, int k1, const V* z, V* x) {
+  for (int j = 0; j < N; ++j) x[j] = V{};
+  for (int k = k0; k < k1; ++k) {
     const V in = z[k];
-    for (int j = 0; j < N; ++j) x[j] += in * a[j * c + k];
+    for (int j = 0; j < N; ++j) x[j] += in * a[j * stride + k];
   }
-  if (slopes)
-    for (int j = 0; j < N; ++j) x[j] = F::both(x[j], slopes[j]);
-  else
-    for (int j = 0; j < N; ++j) x[j] = F::value(x[j]);
-  for (int k = 0; k < used; ++k) {
+}
+
+// y[k] += Σ_j x[j] a[j, k] for k0 <= k < k1
+template <int N, typename R, typename V>
+IST_INLINE void add_products(const R* a, int stride, int k0, int k1, const V* x, V* y) {
+  for (int k = k0; k < k1; ++k) {
     V acc = y[k];
-    for (int j = 0; j < N; ++j) acc += x[j] * inv[j * c + k];
+    for (int j = 0; j < N; ++j) acc += x[j] * a[j * stride + k];
     y[k] = acc;
   }
 }
 
-template <int N, typename R, typename V>
-IST_INLINE void samples_backward(const R* a, const R* inv, int c, int active, int used, const V* slopes, const V* d_y,
-                                 V* d_z) {
-  V g[N];
-  for (int j = 0; j < N; ++j) g[j] = d_y[0] * inv[j * c];
-  for (int k = 1; k < used; ++k) {
-    const V in = d_y[k];
-    for (int j = 0; j < N; ++j) g[j] += in * inv[j * c + k];
-  }
-  for (int j = 0; j < N; ++j) g[j] *= slopes[j];
-  for (int k = 0; k < active; ++k) {
-    V acc = d_z[k];
-    for (int j = 0; j < N; ++j) acc += g[j] * a[j * c + k];
-    d_z[k] = acc;
+// E, O -> E + O, E - O
+template <int N, typename V>
+IST_INLINE void butterfly(V* even, V* odd) {
+  for (int j = 0; j < N; ++j) {
+    const V sum = even[j] + odd[j];
+    odd[j] = even[j] - odd[j], even[j] = sum;
   }
 }
 
-// Calls f with blocks of at most 5 samples: f(constant of the block's size, first sample).
+template <typename F, int N, typename V>
+IST_INLINE void apply(V* x, V* slopes) {
+  if (slopes)
+    for (int j = 0; j < N; ++j) x[j] = F::both(x[j], slopes[j]);
+  else
+    for (int j = 0; j < N; ++j) x[j] = F::value(x[j]);
+}
+
+template <typename F, int N, typename R, typename V>
+IST_INLINE void pairs_forward(const LayerView<R>& layer, int row, const V* z, V* y, V* slopes) {
+  const R *a = layer.pair_samples + row * layer.n_in, *inverse = layer.pair_inverse + row * layer.n_out;
+  V x[2 * N];  // even parts, odd parts; then the samples; then their sums and differences
+  products<N>(a, layer.n_in, 0, layer.in_even, z, x);
+  products<N>(a, layer.n_in, layer.in_even, layer.n_in, z, x + N);
+  butterfly<N>(x, x + N);
+  apply<F, 2 * N>(x, slopes);
+  butterfly<N>(x, x + N);
+  add_products<N>(inverse, layer.n_out, 0, layer.out_even, x, y);
+  add_products<N>(inverse, layer.n_out, layer.out_even, layer.n_out, x + N, y);
+}
+
+template <int N, typename R, typename V>
+IST_INLINE void pairs_backward(const LayerView<R>& layer, int row, const V* slopes, const V* d_y, V* d_z) {
+  const R *a = layer.pair_samples + row * layer.n_in, *inverse = layer.pair_inverse + row * layer.n_out;
+  V g[2 * N];
+  products<N>(inverse, layer.n_out, 0, layer.out_even, d_y, g);
+  products<N>(inverse, layer.n_out, layer.out_even, layer.n_out, d_y, g + N);
+  butterfly<N>(g, g + N);
+  for (int j = 0; j < 2 * N; ++j) g[j] *= slopes[j];
+  butterfly<N>(g, g + N);
+  add_products<N>(a, layer.n_in, 0, layer.in_even, g, d_z);
+  add_products<N>(a, layer.n_in, layer.in_even, layer.n_in, g + N, d_z);
+}
+
+template <typename F, int N, typename R, typename V>
+IST_INLINE void singles_forward(const LayerView<R>& layer, int row, const V* z, V* y, V* slopes) {
+  V x[N];
+  products<N>(layer.pair_samples + row * layer.n_in, layer.n_in, 0, layer.n_in, z, x);
+  apply<F, N>(x, slopes);
+  add_products<N>(layer.pair_inverse + row * layer.n_out, layer.n_out, 0, layer.n_out, x, y);
+}
+
+template <int N, typename R, typename V>
+IST_INLINE void singles_backward(const LayerView<R>& layer, int row, const V* slopes, const V* d_y, V* d_z) {
+  V g[N];
+  products<N>(layer.pair_inverse + row * layer.n_out, layer.n_out, 0, layer.n_out, d_y, g);
+  for (int j = 0; j < N; ++j) g[j] *= slopes[j];
+  add_products<N>(layer.pair_samples + row * layer.n_in, layer.n_in, 0, layer.n_in, g, d_z);
+}
+
+// Calls f with blocks of at most 5 rows: f(constant of the block's size, first row).
 template <int N>
 struct Count {
   static constexpr int value = N;
 };
 template <typename F>
-IST_INLINE void sample_blocks(int n_samples, F f) {
-  int s = 0;
-  for (; s + 5 <= n_samples; s += 5) f(Count<5>{}, s);
-  switch (n_samples - s) {
+IST_INLINE void row_blocks(int begin, int end, F f) {
+  int s = begin;
+  for (; s + 5 <= end; s += 5) f(Count<5>{}, s);
+  switch (end - s) {
     case 4:
       return f(Count<4>{}, s);
     case 3:
@@ -225,31 +269,41 @@ template <typename R>
 struct Activation {
   using V = typename Lane<R>::V;
   const LayerView<R>& layer;
-  int channels, c, zero, used;  // zero: coefficients of order 0, or c where nothing is divided by the radius
-  V radius, inverse;            // in regular frames
-  bool near;                    // some lane's radius is small
-  V* scratch;                   // [c]
-  V* slopes;                    // [channels, n_samples] φ′, or null
+  int channels, c, zero;  // zero: coefficients of order 0, or c where nothing is divided by the radius
+  V radius, inverse;      // in regular frames
+  bool near;              // the tile's radii are small
+  V* scratch;             // [2, c]
+  V* slopes;              // [channels, n_samples] φ′, or null
 };
 
 template <typename F, typename R>
 void activation_forward(const Activation<R>& t, const typename Lane<R>::V* z, typename Lane<R>::V* y) {
   using V = typename Lane<R>::V;
   const LayerView<R>& layer = t.layer;
+  const int rows = layer.n_samples - layer.n_pairs;
+  V *in = t.scratch, *out = t.scratch + t.c, *slopes = t.slopes;
   for (int w = 0; w < t.channels; ++w, z += t.c, y += t.c) {
-    for (int k = t.used; k < t.c; ++k) y[k] = V{};
+    for (int k = layer.used; k < t.c; ++k) y[k] = V{};
     if (t.near) {
-      near_forward<F>(layer, t.c, t.zero, t.used, t.radius, z, y);
+      near_forward<F>(layer, t.c, t.zero, layer.used, t.radius, z, y);
       continue;
     }
-    V* in = t.scratch;
-    for (int k = 0; k < layer.active; ++k) in[k] = k < t.zero ? z[k] : z[k] * t.radius;
-    for (int k = 0; k < t.used; ++k) y[k] = V{};
-    sample_blocks(layer.n_samples, [&](auto n, int s) {
-      samples_forward<F, decltype(n)::value>(layer.samples + s * t.c, layer.inverse_t + s * t.c, t.c, layer.active,
-                                             t.used, in, y, t.slopes ? t.slopes + w * layer.n_samples + s : nullptr);
+    for (int k = 0; k < layer.n_in; ++k) {
+      const int column = layer.in_columns[k];
+      in[k] = column < t.zero ? z[column] : z[column] * t.radius;
+    }
+    for (int k = 0; k < layer.n_out; ++k) out[k] = V{};
+    row_blocks(0, layer.n_pairs, [&](auto n, int row) {
+      pairs_forward<F, decltype(n)::value>(layer, row, in, out, slopes ? slopes + 2 * row : nullptr);
     });
-    for (int k = t.zero; k < t.used; ++k) y[k] *= t.inverse;
+    row_blocks(layer.n_pairs, rows, [&](auto n, int row) {
+      singles_forward<F, decltype(n)::value>(layer, row, in, out, slopes ? slopes + layer.n_pairs + row : nullptr);
+    });
+    if (slopes) slopes += layer.n_samples;
+    for (int k = 0; k < layer.n_out; ++k) {
+      const int column = layer.out_columns[k];
+      y[column] = column < t.zero ? out[k] : out[k] * t.inverse;
+    }
   }
 }
 
@@ -259,23 +313,61 @@ void activation_backward(const Activation<R>& t, const typename Lane<R>::V* z, c
                          const typename Lane<R>::V* d_y, typename Lane<R>::V* d_z, typename Lane<R>::V& d_r) {
   using V = typename Lane<R>::V;
   const LayerView<R>& layer = t.layer;
-  for (int w = 0; w < t.channels; ++w, z += t.c, y += t.c, d_y += t.c, d_z += t.c) {
+  const int rows = layer.n_samples - layer.n_pairs;
+  V *d_in = t.scratch, *d_out = t.scratch + t.c;
+  const V* slopes = t.slopes;
+  for (int w = 0; w < t.channels; ++w, z += t.c, y += t.c, d_y += t.c, d_z += t.c, slopes += layer.n_samples) {
     for (int k = layer.active; k < t.c; ++k) d_z[k] = V{};
     if (t.near) {
-      near_backward<F>(layer, t.c, t.zero, t.used, t.radius, z, d_y, d_z, d_r);
+      near_backward<F>(layer, t.c, t.zero, layer.used, t.radius, z, d_y, d_z, d_r);
       continue;
     }
-    V* d_out = t.scratch;
-    for (int k = 0; k < layer.active; ++k) d_z[k] = V{};
-    for (int k = 0; k < t.used; ++k) d_out[k] = k < t.zero ? d_y[k] : d_y[k] * t.inverse;
-    sample_blocks(layer.n_samples, [&](auto n, int s) {
-      samples_backward<decltype(n)::value>(layer.samples + s * t.c, layer.inverse_t + s * t.c, t.c, layer.active,
-                                           t.used, t.slopes + w * layer.n_samples + s, d_out, d_z);
+    for (int k = 0; k < layer.n_out; ++k) {
+      const int column = layer.out_columns[k];
+      d_out[k] = d_y[column];
+      if (column < t.zero) continue;
+      d_out[k] *= t.inverse;
+      d_r -= d_out[k] * y[column];
+    }
+    for (int k = 0; k < layer.n_in; ++k) d_in[k] = V{};
+    row_blocks(0, layer.n_pairs, [&](auto n, int row) {
+      pairs_backward<decltype(n)::value>(layer, row, slopes + 2 * row, d_out, d_in);
     });
-    for (int k = t.zero; k < t.used; ++k) d_r -= d_out[k] * y[k];
-    for (int k = t.zero; k < layer.active; ++k) {
-      d_r += d_z[k] * z[k];
-      d_z[k] *= t.radius;
+    row_blocks(layer.n_pairs, rows, [&](auto n, int row) {
+      singles_backward<decltype(n)::value>(layer, row, slopes + layer.n_pairs + row, d_out, d_in);
+    });
+    for (int k = 0; k < layer.n_in; ++k) {
+      const int column = layer.in_columns[k];
+      d_z[column] = d_in[k];
+      if (column < t.zero) continue;
+      d_r += d_in[k] * z[column];
+      d_z[column] *= t.radius;
+    }
+  }
+}
+
+// ---- batch norms: scale [W] times y, plus shift [W, n_trivial] on the trivial coefficients
+
+template <typename R>
+void norm_forward(const PlanView<R>& p, const R* affine, int channels, const typename Lane<R>::V* y,
+                  typename Lane<R>::V* normed) {
+  const R* shift = affine + channels;
+  for (int w = 0; w < channels; ++w, y += p.c, normed += p.c, shift += p.n_trivial) {
+    for (int k = 0; k < p.c; ++k) normed[k] = y[k] * affine[w];
+    for (int k = 0; k < p.n_trivial; ++k) normed[p.trivial[k]] += shift[k];
+  }
+}
+
+// d_y in place, from the gradient of the output; d_affine += its gradient, lane by lane (unless null).
+template <typename R>
+void norm_backward(const PlanView<R>& p, const R* affine, int channels, const typename Lane<R>::V* y,
+                   typename Lane<R>::V* d_y, typename Lane<R>::V* d_affine) {
+  for (int w = 0; w < channels; ++w, y += p.c, d_y += p.c) {
+    if (d_affine)
+      for (int k = 0; k < p.n_trivial; ++k) d_affine[channels + w * p.n_trivial + k] += d_y[p.trivial[k]];
+    for (int k = 0; k < p.c; ++k) {
+      if (d_affine) d_affine[w] += d_y[k] * y[k];
+      d_y[k] *= affine[w];
     }
   }
 }
@@ -303,12 +395,13 @@ struct Mlp {
   using V = typename Lane<R>::V;
   const PlanView<R>* p;
   const R* weights;
-  V *z, *y;      // per layer: [out] pre-activations and activations, one layer after the other
-  V *d_z, *d_y;  // one layer each, the widest
-  V *d_w, *d_b;  // per layer, summed over all tiles of a thread
-  V* scratch;
-  V* slopes;  // per layer [channels, n_samples]; null in the forward direction
-  int64_t size_z, size_w, size_slopes;
+  V *z, *y, *normed;            // per layer: [out] pre-activations, activations, after the batch norm (or y again)
+  V *d_z, *d_y;                 // one layer each, the widest
+  V *d_w, *d_b, *d_affine;      // per layer, summed over all tiles of a thread
+  V* scratch;                   // [2, c]
+  V* slopes;                    // per layer [channels, n_samples]; null in the forward direction
+  bool near = false;            // the tile's radii are small
+  int64_t size_z, size_w, size_slopes, size_affine;
 
   void place(Arena& arena, const PlanView<R>& plan, const R* packed, bool backward) {
     p = &plan, weights = packed, size_z = size_w = size_slopes = 0, slopes = nullptr;
@@ -319,57 +412,67 @@ struct Mlp {
       size_slopes += out / p->c * p->layers[n].n_samples;
       widest = out > widest ? out : widest;
     }
-    arena.take(z, size_z), arena.take(y, size_z), arena.take(scratch, p->c);
+    size_affine = p->n_layers ? int64_t{p->n_layers} * affine_size() : 0;
+    arena.take(z, size_z), arena.take(y, size_z), arena.take(scratch, 2 * p->c);
+    normed = y;
+    if (p->has_norms) arena.take(normed, size_z);
     if (!backward) return;
     arena.take(d_z, widest), arena.take(d_y, widest), arena.take(d_w, size_w), arena.take(d_b, size_z);
     arena.take(slopes, size_slopes);
+    if (p->has_norms) arena.take(d_affine, size_affine);
   }
 
-  Activation<R> activation(int n, const Edges<R>& e, bool all, V* layer_slopes) const {
+  // Numbers of one batch norm; every hidden layer has the same channels.
+  int affine_size() const { return p->layers[0].out / p->c * (1 + p->n_trivial); }
+
+  Activation<R> activation(int n, const Edges<R>& e, V* layer_slopes) const {
     const LayerView<R>& layer = p->layers[n];
-    bool near = false;
-    if (p->regular)
-      for (int l = 0; l < Lane<R>::L; ++l) near |= !(e.radius[l] >= Limits<R>::near);
-    return {layer,
-            layer.out / p->c,
-            p->c,
-            p->regular ? p->order_zero : p->c,
-            all ? p->c : layer.used,
-            e.radius,
-            e.inverse,
-            near,
-            scratch,
-            layer_slopes};
+    const int zero = p->regular ? p->order_zero : p->c;
+    return {layer, layer.out / p->c, p->c, zero, e.radius, e.inverse, near, scratch, layer_slopes};
   }
 
-  // Activations of layers 0 .. last; with `all`, every coefficient of each. Returns those of the last one.
-  const V* forward(const Edges<R>& e, int last, bool all) {
+  // Layers 0 .. last: the last one's activations, before its batch norm if it has one.
+  const V* forward(const Edges<R>& e, int last) {
     const V* in = e.inputs;
-    V *z_n = z, *y_n = y, *slopes_n = slopes;
-    for (int n = 0; n <= last; ++n) {
+    V *z_n = z, *y_n = y, *normed_n = normed, *slopes_n = slopes;
+    for (int n = 0;; ++n) {
       const LayerView<R>& layer = p->layers[n];
       linear_forward(layer, weights, in, z_n);
-      const Activation<R> act = activation(n, e, all, slopes_n);
+      const Activation<R> act = activation(n, e, slopes_n);
       with_function<R>(p->function, [&](auto f) { activation_forward<decltype(f)>(act, z_n, y_n); });
-      in = y_n;
-      z_n += layer.out, y_n += layer.out;
+      if (n == last) return y_n;
+      if (p->has_norms) norm_forward(*p, weights + layer.affine, act.channels, y_n, normed_n);
+      in = normed_n;
+      z_n += layer.out, y_n += layer.out, normed_n += layer.out;
       if (slopes) slopes_n += act.channels * layer.n_samples;
     }
-    return in;
   }
 
-  // From d_y of the last layer (in this->d_y): d_w, d_b, and with `inputs` e.d_inputs and e.d_radius.
+  // What the couplings read: all layers and batch norms.
+  const V* hidden(const Edges<R>& e) {
+    if (!p->n_layers) return e.inputs;
+    const V* y_last = forward(e, p->n_layers - 1);
+    const LayerView<R>& layer = p->layers[p->n_layers - 1];
+    V* out = normed + size_z - layer.out;
+    if (p->has_norms) norm_forward(*p, weights + layer.affine, layer.out / p->c, y_last, out);
+    return out;
+  }
+
+  // From the gradient of hidden() (in this->d_y): d_w, d_b, d_affine, and with `need_inputs` e.d_inputs and e.d_radius.
   void backward(Edges<R>& e, bool need_weights, bool need_inputs) {
-    V *z_n = z + size_z, *y_n = y + size_z, *d_w_n = d_w + size_w, *d_b_n = d_b + size_z;
-    V* slopes_n = slopes + size_slopes;
+    V *z_n = z + size_z, *y_n = y + size_z, *normed_n = normed + size_z;
+    V *d_w_n = d_w + size_w, *d_b_n = d_b + size_z, *slopes_n = slopes + size_slopes;
     for (int n = p->n_layers - 1; n >= 0; --n) {
       const LayerView<R>& layer = p->layers[n];
-      z_n -= layer.out, y_n -= layer.out, d_w_n -= layer.n_values, d_b_n -= layer.out;
+      z_n -= layer.out, y_n -= layer.out, normed_n -= layer.out, d_w_n -= layer.n_values, d_b_n -= layer.out;
       slopes_n -= layer.out / p->c * layer.n_samples;
-      const Activation<R> act = activation(n, e, false, slopes_n);
+      const Activation<R> act = activation(n, e, slopes_n);
+      if (p->has_norms)
+        norm_backward(*p, weights + layer.affine, act.channels, y_n, d_y,
+                      need_weights ? d_affine + n * affine_size() : nullptr);
       with_function<R>(p->function,
                        [&](auto f) { activation_backward<decltype(f)>(act, z_n, y_n, d_y, d_z, e.d_radius); });
-      const V* in = n > 0 ? y_n - p->layers[n - 1].out : e.inputs;
+      const V* in = n > 0 ? normed_n - p->layers[n - 1].out : e.inputs;
       V* d_in = n > 0 ? d_y : need_inputs ? e.d_inputs : nullptr;
       if (d_in)
         for (int k = 0; k < layer.in; ++k) d_in[k] = V{};

@@ -8,9 +8,15 @@
 namespace implicit_steer {
 
 enum FrameKind : int32_t { kNone = 0, kZonal = 1, kPlanar = 2 };
+// Rows of channels in the packed weights, and in what is multiplied with them, are padded to whole multiples of this.
+constexpr int64_t kChannels = 8;
+
 enum Function : int32_t { kElu = 0, kRelu = 1, kSilu = 2, kGelu = 3, kTanh = 4 };
 
-// One hidden layer: z = W y + b, then per channel y = inverse · φ(samples · z).
+// One hidden layer: z = W y + b, then per channel y = inverse · φ(samples · z), then, with batch norms, scale · y + shift.
+//
+// Pairs of samples differ only in the sign of the odd coefficients, in A as in A⁻. Of each pair one is kept: with E the
+// even and O the odd part of its row's sum, the two samples are E + O and E − O. Samples without a partner follow.
 template <typename R>
 struct LayerView {
   int32_t in, out;
@@ -18,11 +24,16 @@ struct LayerView {
   int32_t used;           // coefficients of the activation that anything reads: 0 .. used-1
   int32_t n_samples;      // S
   int32_t weight, bias;   // positions in the packed weights
+  int32_t affine;         // position of the batch norm's scale [W] and shift [W, n_trivial], or -1
+  int32_t norm_weight, norm_bias;  // positions of the batch norm's parameters in the unpacked vector, or -1
   int32_t n_values;       // structural nonzeros of W
   int32_t n_groups;       // rows that share their columns; W is packed group by group, [row][column]
   const int32_t* groups;  // per group: n_rows, n_columns, rows, columns
   const R* samples;       // [S, c]
   const R* inverse_t;     // [S, c]
+  int32_t n_pairs, n_in, in_even, n_out, out_even;
+  const int32_t *in_columns, *out_columns;  // [n_in] active and [n_out] used coefficients, even ones first
+  const R *pair_samples, *pair_inverse;     // [n_pairs + singles, n_in], [.., n_out]
 };
 
 // U x V x W fields that share intertwiners. Hidden features enter by `rows`: one coefficient of all W channels.
@@ -30,27 +41,29 @@ struct LayerView {
 struct CouplingView {
   int32_t n_out, n_in, n_hidden, n_basis;  // U, V, W, n_b
   int32_t constant;                        // reads the constant-one feature: W = 1, no row
-  int32_t n_slots, n_terms, theta;         // theta: position of θ [U, V, W, n_b] in the packed weights
+  int32_t n_slots, n_terms;
+  int32_t theta, theta_forward;            // positions in the packed weights of θ [b][u][v, w] and [b][v][w][u]
   const int32_t* out_start;                // [U]
   const int32_t* in_start;                 // [V]
   const int32_t* slots;                    // [n_slots, 2] b, o
   const int32_t* terms;                    // [n_terms, 4] slot, row, first g, one past the last g
   // positions in a worker's buffers, set by place()
-  int32_t hidden_padded, in_padded, out_padded;
+  int32_t hidden_padded, in_padded, out_padded;  // rows of channels: whole kChannels
   int64_t slot_size;  // numbers of T[slot]
-  int64_t at_terms, at_theta, at_sums, at_sums_t, at_d_terms;
+  int64_t at_terms, at_sums, at_sums_t, at_d_terms;
 };
 
 // Sizes of a worker's buffers over all couplings.
 struct CouplingSizes {
-  int64_t terms = 0, sums = 0, sums_t = 0, d_terms = 0, theta = 0;
+  int64_t terms = 0, sums = 0, sums_t = 0, d_terms = 0;
 };
 
 template <typename R>
 struct PlanView {
   int32_t kind, dim, n_attr, regular, n_inputs, in_size, out_size, n_layers, d, c, channels, order_zero, function;
-  int32_t n_couplings, n_rows, n_g, n_weights, has_cutoff, shell, hidden_flat;
-  R gamma, cutoff;
+  int32_t n_couplings, n_rows, n_g, n_weights, n_grad, has_cutoff, shell, hidden_flat, has_norms, n_trivial, n_parameters;
+  R gamma, cutoff, eps;  // eps: of the batch norms
+  const int32_t *trivial, *measured;  // [n_trivial] trivial coefficients; the same among the d coordinates of h
   // frame
   const int32_t* attribute_identity;  // [1]
   const R* attribute;                 // [A, A]
@@ -116,19 +129,24 @@ void read_frame(PlanView<R>& p, Reader<int32_t>& ints, Reader<R>& reals) {
 template <typename R>
 void read_layer(PlanView<R>& p, Reader<int32_t>& ints, Reader<R>& reals) {
   LayerView<R> layer{};
-  layer.in = ints.one(), layer.out = ints.one(), layer.active = ints.one(), layer.used = ints.one();
-  layer.n_samples = ints.one(), layer.weight = ints.one(), layer.bias = ints.one(), layer.n_values = ints.one();
-  layer.n_groups = ints.one();
+  int32_t* const header[] = {&layer.in,     &layer.out,      &layer.active,  &layer.used, &layer.n_samples,
+                             &layer.weight, &layer.bias,     &layer.affine,  &layer.norm_weight, &layer.norm_bias, &layer.n_values, &layer.n_pairs,
+                             &layer.n_in,   &layer.in_even,  &layer.n_out,   &layer.out_even, &layer.n_groups};
+  for (int32_t* field : header) *field = ints.one();
   layer.groups = ints.take(ints.one());
+  layer.in_columns = ints.take(layer.n_in), layer.out_columns = ints.take(layer.n_out);
   layer.samples = reals.take(int64_t{layer.n_samples} * p.c);
   layer.inverse_t = reals.take(int64_t{layer.n_samples} * p.c);
+  const int64_t rows = layer.n_samples - layer.n_pairs;
+  layer.pair_samples = reals.take(rows * layer.n_in), layer.pair_inverse = reals.take(rows * layer.n_out);
   p.layer_storage.push_back(layer);
 }
 
 inline CouplingView read_coupling(Reader<int32_t>& ints) {
   CouplingView q{};
   q.n_out = ints.one(), q.n_in = ints.one(), q.n_hidden = ints.one(), q.n_basis = ints.one();
-  q.constant = ints.one(), q.n_slots = ints.one(), q.n_terms = ints.one(), q.theta = ints.one();
+  q.constant = ints.one(), q.n_slots = ints.one(), q.n_terms = ints.one();
+  q.theta = ints.one(), q.theta_forward = ints.one();
   q.out_start = ints.take(q.n_out), q.in_start = ints.take(q.n_in);
   q.slots = ints.take(int64_t{2} * q.n_slots), q.terms = ints.take(int64_t{4} * q.n_terms);
   return q;
@@ -142,9 +160,11 @@ bool plan_view(PlanView<R>& p, const int32_t* ints_begin, int64_t n_ints, const 
   int32_t* const header[] = {&p.kind,     &p.dim,        &p.n_attr,   &p.regular,     &p.n_inputs,
                              &p.in_size,  &p.out_size,   &p.n_layers, &p.d,           &p.c,
                              &p.channels, &p.order_zero, &p.function, &p.n_couplings, &p.n_rows,
-                             &p.n_g,      &p.n_weights,  &p.shell,    &p.has_cutoff,  &p.hidden_flat};
+                             &p.n_g,      &p.n_weights,  &p.n_grad,   &p.shell,       &p.has_cutoff,
+                             &p.hidden_flat, &p.has_norms, &p.n_trivial, &p.n_parameters};
   for (int32_t* field : header) *field = ints.one();
-  p.gamma = reals.one(), p.cutoff = reals.one();
+  p.gamma = reals.one(), p.cutoff = reals.one(), p.eps = reals.one();
+  p.trivial = ints.take(p.n_trivial), p.measured = ints.take(p.n_trivial);
   read_frame(p, ints, reals);
   for (int n = 0; n < p.n_layers && ints.valid; ++n) read_layer(p, ints, reals);
   p.row_start = ints.take(p.n_rows + 1);

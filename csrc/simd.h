@@ -110,23 +110,84 @@ IST_INLINE V lane_abs(V x) {
   return x < 0 ? -x : x;
 }
 
-// e^x, at most 2 ulp from -86.6 to 88.3 (float) and -707 to 709 (double); arguments outside count as the bound.
-// x = n ln 2 + r with |r| <= ln 2 / 2; adding a large `magic` leaves n in the lowest bits of a mantissa.
-IST_INLINE VF lane_exp(VF x) {
+// e^x = scale + rest, where rest is small at small |x|, so that e^x - 1 keeps its digits there.
+struct ExpParts {
+  VF scale, rest;
+};
+
+// x in -86.6 .. 88.3. x = n ln 2 + r with n a multiple of 1 / kTable; adding a large `magic` leaves n in the lowest bits
+// of a mantissa, whence a permutation looks up 2^fraction and a shift makes the exponent; rest = scale (e^r - 1).
+// Without kPrecise ln 2 is one float: relative error up to n 2e-9.
+#if IST_LANE_BYTES >= 32
+#if IST_LANE_BYTES == 64
+constexpr int kTableBits = 4;
+constexpr float kExpSecond = 0.5000162107f, kExpThird = 0.1666702566f;
+#else
+constexpr int kTableBits = 3;
+constexpr float kExpSecond = 0.5000648179f, kExpThird = 0.166681373f;
+#endif
+// 2^(k / 16) as bits, less what the shift of k adds
+alignas(64) constexpr int32_t kExpTable[16] = {0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532,
+                                               0x3f75fed7, 0x3f75583f, 0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c,
+                                               0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
+IST_INLINE Lane<float>::I look_up(Lane<float>::I index) {
+  using I = Lane<float>::I;
+#if IST_LANE_BYTES == 64
+  I table;
+  memcpy(&table, kExpTable, sizeof table);
+  return (I)_mm512_permutexvar_epi32((__m512i)index, (__m512i)table);
+#else
+  const I table = {kExpTable[0], kExpTable[2],  kExpTable[4],  kExpTable[6],
+                   kExpTable[8], kExpTable[10], kExpTable[12], kExpTable[14]};
+  return (I)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)index);
+#endif
+}
+template <bool kPrecise>
+IST_INLINE ExpParts exp_parts(VF x) {
+  using I = Lane<float>::I;
+  constexpr float magic = 12582912.0f / (1 << kTableBits);  // 1.5 * 2^23 / kTable
+  const VF shifted = x * 1.44269504089f + magic;
+  const VF n = shifted - magic;
+  VF r = x - n * 0.693147182464599609f;
+  if (kPrecise) r = r + n * 1.904654299957768e-9f;
+  const VF scale = (VF)(look_up((I)shifted) + ((I)shifted << (23 - kTableBits)));
+  VF p = r * kExpThird + kExpSecond;
+  p = p * r + 1.0f;
+  return {scale, (scale * r) * p};
+}
+#else
+template <bool>
+IST_INLINE ExpParts exp_parts(VF x) {
+  using I = Lane<float>::I;
   constexpr float magic = 12582912.0f;  // 1.5 * 2^23
-  x = lane_min(splat<VF>(88.3f), lane_max(splat<VF>(-86.6f), x));
   const VF shifted = x * 1.44269504089f + magic;
   const VF n = shifted - magic;
   VF r = x - n * 0.693359375f;  // 10 bits of ln 2: the product is exact without FMA, too
   r = r + n * 2.12194440e-4f;
+  const VF scale = (VF)(((I)shifted << 23) + 0x3f800000);
   VF p = r * 0.001381459878757596f + 0.008368716575205326f;
   p = p * r + 0.04166838899254799f;
   p = p * r + 0.1666652113199234f;
   p = p * r + 0.4999999403953552f;
   p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  using I = Lane<float>::I;
-  return (VF)((I)p + ((I)shifted << 23));
+  return {scale, (scale * r) * p};
+}
+#endif
+
+// e^x, at most 2 ulp from -86.6 to 88.3 (float) and -707 to 709 (double); arguments outside count as the bound.
+IST_INLINE VF lane_exp(VF x) {
+  const ExpParts e = exp_parts<true>(lane_min(splat<VF>(88.3f), lane_max(splat<VF>(-86.6f), x)));
+  return e.scale + e.rest;
+}
+// e^x - 1 where x <= 0, anything elsewhere but NaN for NaN; e^x into `exp`.
+IST_INLINE VF lane_expm1_below(VF x, VF& exp) {
+  const ExpParts e = exp_parts<true>(lane_max(splat<VF>(-86.6f), x));
+  exp = e.scale + e.rest;
+  return (e.scale - 1) + e.rest;
+}
+IST_INLINE VF lane_expm1_below(VF x) {
+  const ExpParts e = exp_parts<false>(lane_max(splat<VF>(-86.6f), x));
+  return (e.scale - 1) + e.rest;
 }
 IST_INLINE VD lane_exp(VD x) {
   constexpr double magic = 6755399441055744.0;  // 1.5 * 2^52
@@ -143,6 +204,12 @@ IST_INLINE VD lane_exp(VD x) {
   using I = Lane<double>::I;
   return (VD)((I)p + ((I)shifted << 52));
 }
+
+IST_INLINE VD lane_expm1_below(VD x, VD& exp) {
+  exp = lane_exp(x);
+  return exp - 1;
+}
+IST_INLINE VD lane_expm1_below(VD x) { return lane_exp(x) - 1; }
 
 template <typename V>
 IST_INLINE V lane_erf(V x) {
@@ -163,8 +230,8 @@ struct Elu {
   static constexpr bool is_elu = true;
   template <typename V>
   static IST_INLINE V value(V x) {
-    const V e = lane_exp(lane_min(V{}, x)) - 1;
-    return x > 0 ? x : e;
+    const V negative = lane_expm1_below(x);
+    return x > 0 ? x : negative;
   }
   template <typename V>
   static IST_INLINE V prime(V x) {
@@ -172,8 +239,9 @@ struct Elu {
   }
   template <typename V>
   static IST_INLINE V both(V x, V& slope) {
-    const V e = lane_exp(lane_min(V{}, x)), negative = e - 1;
-    slope = e;  // 1 where x > 0
+    V e;
+    const V negative = lane_expm1_below(x, e);
+    slope = x > 0 ? V{} + 1 : e;
     return x > 0 ? x : negative;
   }
   template <typename V>

@@ -261,8 +261,9 @@ def _frame_trivial(sampled: _Sampled, rho: Representation) -> np.ndarray:
     return np.array([int(np.flatnonzero(np.abs(sampled.hidden[m]) > 0.5)[0]) for m in _trivial(rho)], dtype=int)
 
 
-def _lower_norm(norm: escnn.nn.IIDBatchNorm1d, sampled: _Sampled, rho: Representation) -> Norm:
-    return Norm(len(norm.in_type), _frame_trivial(sampled, rho), _trivial(rho), float(norm.eps), float(norm.momentum))
+def _lower_norm(norm: escnn.nn.IIDBatchNorm1d, sampled: _Sampled, rho: Representation, measured: np.ndarray) -> Norm:
+    trivial = _frame_trivial(sampled, rho), _trivial(rho), measured
+    return Norm(len(norm.in_type), *trivial, float(norm.eps), float(norm.momentum))
 
 
 @dataclass(frozen=True)
@@ -371,7 +372,7 @@ def lower(mlp, shape: KernelShape, sampling: str) -> Plan:
         frame=sampled.frame,
         linears=tuple(_lower_linear(layer, sampled, n == 0) for n, layer in enumerate(linears[:-1])),
         activations=tuple(_lower_activation(a, sampled) for a in activations),
-        norms=tuple(_lower_norm(m, sampled, space.rho) for m in norms),
+        norms=tuple(_lower_norm(m, sampled, space.rho, trivial) for m in norms),
         couplings=_lower_last(linears[-1], shape, full, hidden_start, trivial if norms else trivial[:0]),
         out_size=sum(r.size for r in shape.out_reprs),
         in_size=sum(r.size for r in shape.in_reprs),

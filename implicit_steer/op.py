@@ -9,7 +9,7 @@ from . import backends
 from .backends import reference
 from .backends.hidden import Statistics
 from .graph import Graph
-from .packing import Parameters, pack
+from .packing import Parameters
 from .plan import Plan
 
 
@@ -58,9 +58,9 @@ def implicit_conv(
     dtype = _compute_dtype(parameters)
     engine, _ = backends.select(backend, plan, x.device, dtype)
     parameters = _cast(parameters, dtype)
-    live = parameters.norms if batch_statistics and graph.num_edges else ()
-    weights = pack(plan, parameters, fold=not live)
-    out, statistics = engine.forward(plan, weights, live, graph, x.to(dtype), edge_delta.to(dtype), edge_attr.to(dtype))
+    live = batch_statistics and bool(plan.norms) and graph.num_edges > 0
+    geometry = edge_delta.to(dtype), edge_attr.to(dtype)
+    out, statistics = engine.forward(plan, parameters, live, graph, x.to(dtype), *geometry)
     if plan.aggr == "mean":
         out = out / graph.degree.clamp(min=1).to(dtype)[:, None]
     return out, statistics
@@ -72,8 +72,6 @@ def implicit_kernel(
     """K (P, C_out, C_in) at P points: delta (P, dim), attributes (P, A)."""
     dtype = _compute_dtype(parameters)
     parameters = _cast(parameters, dtype)
-    live = parameters.norms if batch_statistics and len(delta) else ()
-    k, statistics = reference.kernel(
-        plan, pack(plan, parameters, fold=not live), live, delta.to(dtype), attributes.to(dtype)
-    )
+    live = batch_statistics and bool(plan.norms) and len(delta) > 0
+    k, statistics = reference.kernel(plan, parameters, live, delta.to(dtype), attributes.to(dtype))
     return k.to(delta.dtype), statistics

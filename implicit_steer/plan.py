@@ -190,7 +190,8 @@ class Norm(_Data):
 
     channels: int
     trivial: np.ndarray  # (n_trivial,) coefficients of a channel in frame coordinates
-    full_trivial: np.ndarray  # (n_trivial,) the same among the d coordinates of a full hidden field
+    full_trivial: np.ndarray  # (n_trivial,) the same among the coordinates of escnn's hidden field
+    measured: np.ndarray  # (n_trivial,) the same among the coordinates of h
     eps: float
     momentum: float
 
@@ -260,20 +261,32 @@ class Plan(_Data):
         mlp = sum(layer.n_nonzeros for layer in self.linears)
         mlp += sum(2 * a.channels * int((np.abs(a.samples) > 0).sum()) for a in self.activations)
         phi = sum(a.channels * len(a.samples) for a in self.activations)
-        sparse_edge = sparse_node = 0
+        nonzeros = coupling = mixing = 0
         for c in self.couplings:
-            fields_vw = len(c.in_start) * len(c.hidden_start)
-            sparse_edge += (len(c.nonzeros) if c.parameter == "weights" else 0) * fields_vw
-            sparse_node += len(c.slots) * fields_vw * len(c.out_start)
+            n_in, n_hidden = len(c.in_start), len(c.hidden_start)
+            nonzeros += (len(c.nonzeros) if c.parameter == "weights" else 0) * n_in * n_hidden
+            products = {(b, o, m) for b, o, _, m, _ in c.nonzeros}
+            coupling += len(c.nonzeros) * n_in + len(products) * n_in * n_hidden
+            mixing += len(c.slots) * n_in * n_hidden * len(c.out_start)
         return {
             "mlp per edge": mlp,
             "φ per edge": phi,
-            "coupling nonzeros per edge": sparse_edge,
-            "mixing per node": sparse_node,
+            "coupling nonzeros per edge": nonzeros,
+            "sparse coupling per edge": coupling,
+            "mixing per node": mixing,
             "outer product per edge": self.in_size * self.hidden_size,
             "dense mixing per node": self.in_size * self.hidden_size * self.out_size,
             "materialised kernel per edge": self.in_size * self.hidden_size * self.out_size,
         }
+
+    @cached_property
+    def dense_coupling(self) -> bool:
+        """Whether the outer product f ⊗ h of whole features, mixed by one dense matrix per node, takes fewer
+        multiply-adds than the sparse coupling, at 16 edges per node. In zonal frames h is never written out."""
+        cost, edges = self.cost(), 16
+        sparse = edges * cost["sparse coupling per edge"] + cost["mixing per node"]
+        dense = edges * cost["outer product per edge"] + cost["dense mixing per node"]
+        return self.frame.kind != "zonal" and dense < sparse
 
     def __str__(self) -> str:
         frame = self.frame
@@ -296,5 +309,7 @@ class Plan(_Data):
         lines.append(
             f"  kernel     {self.out_size} x {self.in_size}, γ = {self.gamma:.4g}, cutoff {self.cutoff}, {self.aggr}"
         )
+        form = "dense outer product" if self.dense_coupling else "sparse intertwiners"
+        lines.append(f"  coupled by {form} (backend cpu)")
         lines += [f"  cost       {name}: {value:,}" for name, value in self.cost().items()]
         return "\n".join(lines)

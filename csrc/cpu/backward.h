@@ -9,79 +9,68 @@ template <typename R>
 struct Backward : Worker<R> {
   using Base = Worker<R>;
   using V = typename Lane<R>::V;
-  using Base::a, Base::p, Base::theta, Base::sums, Base::ring, Base::n_ring, Base::size, Base::e, Base::mlp;
+  using Base::a, Base::p, Base::sums, Base::ring, Base::n_ring, Base::size, Base::e, Base::mlp;
   using Base::d_theta, Base::d_sums, Base::d_sums_t, Base::d_terms, Base::d_rows, Base::rows, Base::row_at;
-  using Base::n_edges, Base::edge, Base::shell;
+  using Base::n_edges, Base::edge, Base::shell, Base::near_pass;
   using Base::t, Base::d_t, Base::f, Base::f_raw, Base::d_f, Base::g, Base::d_g, Base::hidden, Base::d_hidden;
   static constexpr int L = Lane<R>::L;
   bool need_geometry, need_weights, need_hidden;
+  int64_t last_node = 0;
+  int64_t prepared[kNodes];  // nodes whose ∂L/∂T stand in d_sums
+  int n_prepared = 0, current = 0;
 
-  Backward(const ConvArgs<R>& args, const CouplingSizes& sizes) : Base(args, sizes, true) {
+  Backward(const ConvArgs<R>& args, const CouplingSizes& sizes, int64_t own_edges)
+      : Base(args, sizes, true, own_edges) {
     need_geometry = a.grad_delta || a.grad_attr;
     need_weights = a.grad_weights;
     need_hidden = need_geometry || need_weights;
-    for (int k = 0; k < p.n_couplings; ++k) copy_theta(p.couplings[k], a.weights, theta, false);
     e.d_shell = V{};
   }
 
-  // θ [u, v, w, b] -> [b][u][v, w], or back
-  template <typename Weights>
-  void copy_theta(const CouplingView& q, Weights weights, R* packed, bool back) {
-    auto* flat = weights + q.theta;
-    for (int u = 0; u < q.n_out; ++u)
-      for (int v = 0; v < q.n_in; ++v)
-        for (int w = 0; w < q.n_hidden; ++w)
-          for (int b = 0; b < q.n_basis; ++b, ++flat) {
-            R& here = packed[q.at_theta + (int64_t{b} * q.n_out + u) * q.slot_size + v * q.hidden_padded + w];
-            if constexpr (std_is_const<Weights>::value)
-              here = *flat;
-            else if (back)
-              *flat = here;
-          }
+  // Position of θ [b][u] of a coupling in d_theta.
+  R* theta_gradient(const CouplingView& q, int b) const {
+    return d_theta + (q.theta - p.couplings[0].theta) + int64_t{b} * q.n_out * q.slot_size;
   }
-  template <typename T>
-  struct std_is_const {
-    static constexpr bool value = false;
-  };
-  template <typename T>
-  struct std_is_const<const T*> {
-    static constexpr bool value = true;
-  };
 
-  // d_sums [slot][v, w] = Σ_u θ[b, u, v, w] g[u, o], and its transpose [slot][w][v]
+  // d_sums of the node, and its transpose [slot][w][v]
   void start(int64_t node) {
-    const R* grad = a.grad_out + node * p.out_size;
-    memset(d_sums, 0, sizeof(R) * size.sums);
+    if (++current >= n_prepared || prepared[current] != node) prepare(node);
+    const R* d_node = d_sums + current * size.sums;
     for (int k = 0; k < p.n_couplings; ++k) {
       const CouplingView& q = p.couplings[k];
-      for (int slot = 0; slot < q.n_slots; ++slot) {
-        R* d = d_sums + q.at_sums + slot * q.slot_size;
-        sum_outputs(q, slot, grad, d);
-        if (q.constant) continue;
+      for (int slot = 0; slot < q.n_slots && !q.constant; ++slot) {
         R* transposed = d_sums_t + q.at_sums_t + int64_t{slot} * q.n_hidden * q.in_padded;
-        transpose_rows(q.n_in, q.n_hidden, d, q.hidden_padded, transposed, q.in_padded);
+        transpose_rows(q.n_in, q.n_hidden, d_node + q.at_sums + slot * q.slot_size, q.hidden_padded, transposed,
+                       q.in_padded);
       }
     }
     if (need_weights) memset(sums + n_ring * size.sums, 0, sizeof(R) * size.sums);
   }
 
-  void sum_outputs(const CouplingView& q, int slot, const R* grad, R* d) {
+  // d_sums [slot][v, w] = Σ_u θ[b, u, v, w] g[u, o] for this node and the next ones that have edges
+  void prepare(int64_t node) {
+    n_prepared = current = 0;
+    prepared[n_prepared++] = node;
+    for (int64_t i = node + 1; i < last_node && n_prepared < kNodes && !near_pass; ++i)
+      if (a.index(a.rowptr, i) < a.index(a.rowptr, i + 1)) prepared[n_prepared++] = i;
+    for (int n = n_prepared; n < kNodes; ++n) prepared[n] = node;
+    for (int k = 0; k < p.n_couplings; ++k)
+      for (int slot = 0; slot < p.couplings[k].n_slots; ++slot) sum_outputs(p.couplings[k], slot);
+  }
+
+  void sum_outputs(const CouplingView& q, int slot) {
     using Q = typename Lane<R>::Q;
     const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
-    const R* weight = theta + q.at_theta + int64_t{b} * q.n_out * q.slot_size;
-    constexpr int N = 4;
-    int64_t x = 0;
-    for (; x + N * Lane<R>::QL <= q.slot_size; x += N * Lane<R>::QL) {
-      Q acc[N] = {};
-      for (int u = 0; u < q.n_out; ++u)
-        for (int n = 0; n < N; ++n)
-          acc[n] += load_row(weight + u * q.slot_size + x + n * Lane<R>::QL) * grad[q.out_start[u] + o];
-      for (int n = 0; n < N; ++n) store_row(d + x + n * Lane<R>::QL, acc[n]);
-    }
-    for (; x < q.slot_size; x += Lane<R>::QL) {
-      Q acc{};
-      for (int u = 0; u < q.n_out; ++u) acc += load_row(weight + u * q.slot_size + x) * grad[q.out_start[u] + o];
-      store_row(d + x, acc);
+    const R* weight = a.weights + q.theta + int64_t{b} * q.n_out * q.slot_size;
+    R* d = d_sums + q.at_sums + slot * q.slot_size;
+    for (int64_t x = 0; x < q.slot_size; x += Lane<R>::QL) {
+      Q acc[kNodes] = {};
+      for (int u = 0; u < q.n_out; ++u) {
+        const Q row = load_row(weight + u * q.slot_size + x);
+        const R* grad = a.grad_out + q.out_start[u] + o;
+        for (int n = 0; n < kNodes; ++n) acc[n] += row * grad[prepared[n] * p.out_size];
+      }
+      for (int n = 0; n < n_prepared; ++n) store_row(d + n * size.sums + x, acc[n]);
     }
   }
 
@@ -93,7 +82,7 @@ struct Backward : Worker<R> {
       const R* terms = reinterpret_cast<const R*>(t + q.at_terms);
       for (int n = 0; n < q.n_terms; ++n) {
         const int slot = q.terms[4 * n], row = q.terms[4 * n + 1];
-        const R* d = d_sums + q.at_sums + slot * q.slot_size;
+        const R* d = d_sums + current * size.sums + q.at_sums + slot * q.slot_size;
         R* d_term = d_terms + q.at_d_terms + (int64_t{n} * L + l0) * q.in_padded;
         if (q.constant) {
           for (int l = l0; l < l1; ++l, d_term += q.in_padded) memcpy(d_term, d, sizeof(R) * q.n_in);
@@ -117,7 +106,7 @@ struct Backward : Worker<R> {
       const CouplingView& q = p.couplings[k];
       for (int slot = 0; slot < q.n_slots; ++slot) {
         const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
-        R* d = d_theta + q.at_theta + int64_t{b} * q.n_out * q.slot_size;
+        R* d = theta_gradient(q, b);
         R grad[8 * kNodes];
         for (int u0 = 0; u0 < q.n_out; u0 += 8) {
           const int n_u = q.n_out - u0 < 8 ? q.n_out - u0 : 8;
@@ -184,11 +173,11 @@ struct Backward : Worker<R> {
   void hidden_features() {
     for (int k = 0; k < p.hidden_flat; ++k) d_hidden[k] = V{};
     units_to_lanes<R>(this->n_row_units, this->row_units, d_rows, d_hidden);
-    memset(d_rows, 0, sizeof(R) * this->n_row_units * L * Lane<R>::QL);
+    memset(d_rows, 0, sizeof(R) * this->row_size);
     e.d_radius = V{};
     for (int m = 0; m < p.d; ++m) e.d_cosine[m] = e.d_sine[m] = V{};
     if (p.kind == kPlanar) {
-      const V* y = mlp.y + mlp.size_z - p.hidden_flat;
+      const V* y = mlp.normed + mlp.size_z - p.hidden_flat;
       expand_backward(p, e, y, d_hidden, mlp.d_y);
     } else {
       V* d_y = p.n_layers ? mlp.d_y : e.d_inputs;
@@ -225,27 +214,34 @@ struct Backward : Worker<R> {
   }
 
   void nodes(int64_t first, int64_t last, R* grad_weights) {
-    this->walk(
-        first, last, [&](int64_t i) { start(i); }, [&](int64_t, int l0, int l1) { run(l0, l1); },
-        [&](int64_t i) {
-          ring[n_ring++] = i;
-          if (n_ring == kNodes) flush();
-        },
-        [](int64_t) {}, [&] { end_tile(); });
+    last_node = last;
+    const auto begin = [&](int64_t i) { start(i); };
+    const auto lanes = [&](int l0, int l1) { run(l0, l1); };
+    const auto finish = [&](int64_t i) {
+      ring[n_ring++] = i;
+      if (n_ring == kNodes) flush();
+    };
+    const auto sweep = [&] { end_tile(); };
+    this->walk(first, last, begin, lanes, finish, [](int64_t) {}, sweep);
+    flush();
+    this->walk_near(begin, lanes, finish, sweep);
     flush();
     if (need_weights) write_weights(grad_weights);
   }
 
   void write_weights(R* out) {
-    memset(out, 0, sizeof(R) * p.n_weights);
-    const V *d_w = mlp.d_w, *d_b = mlp.d_b;
+    memset(out, 0, sizeof(R) * p.n_grad);
+    const V *d_w = mlp.d_w, *d_b = mlp.d_b, *d_affine = mlp.d_affine;
     for (int n = 0; n < p.n_layers; ++n) {
       const LayerView<R>& layer = p.layers[n];
       for (int k = 0; k < layer.n_values; ++k) out[layer.weight + k] = lane_sum(d_w[k]);
       for (int k = 0; k < layer.out; ++k) out[layer.bias + k] = lane_sum(d_b[k]);
       d_w += layer.n_values, d_b += layer.out;
+      if (!p.has_norms) continue;
+      for (int k = 0; k < mlp.affine_size(); ++k) out[layer.affine + k] = lane_sum(d_affine[k]);
+      d_affine += mlp.affine_size();
     }
-    for (int k = 0; k < p.n_couplings; ++k) copy_theta(p.couplings[k], out, d_theta, true);
+    if (p.n_couplings) memcpy(out + p.couplings[0].theta, d_theta, sizeof(R) * this->theta_size());
     out[p.shell] = lane_sum(e.d_shell) / (shell * shell * shell);
   }
 };

@@ -21,12 +21,18 @@ void in_threads(int threads, F f) {
   for (int t = 0; t < threads; ++t) f(t);
 }
 
+// Edges into the nodes first .. last-1
+template <typename R>
+int64_t own_edges(const ConvArgs<R>& a, int64_t first, int64_t last) {
+  return a.index(a.rowptr, last) - a.index(a.rowptr, first);
+}
+
 template <typename R>
 void forward(const ConvArgs<R>& a) {
   const CouplingSizes sizes = place_couplings(*a.plan);
   in_threads(a.threads, [&](int t) {
     const int64_t first = first_node(a, t), last = first_node(a, t + 1);
-    if (first < last) Forward<R>(a, sizes).nodes(first, last);
+    if (first < last) Forward<R>(a, sizes, own_edges(a, first, last)).nodes(first, last);
   });
 }
 
@@ -48,17 +54,17 @@ void sum_by_source(const ConvArgs<R>& a, int64_t first, int64_t last) {
 template <typename R>
 void backward(const ConvArgs<R>& a) {
   const CouplingSizes sizes = place_couplings(*a.plan);
-  const int64_t n_weights = a.plan->n_weights;
+  const int64_t n_grad = a.plan->n_grad;
   in_threads(a.threads, [&](int t) {
     const int64_t first = first_node(a, t), last = first_node(a, t + 1);
-    R* grad_weights = a.grad_weights ? a.grad_weights + t * n_weights : nullptr;
+    R* grad_weights = a.grad_weights ? a.grad_weights + t * n_grad : nullptr;
     if (first < last)
-      Backward<R>(a, sizes).nodes(first, last, grad_weights);
+      Backward<R>(a, sizes, own_edges(a, first, last)).nodes(first, last, grad_weights);
     else if (grad_weights)
-      memset(grad_weights, 0, sizeof(R) * n_weights);
+      memset(grad_weights, 0, sizeof(R) * n_grad);
   });
   for (int t = 1; t < a.threads && a.grad_weights; ++t)
-    for (int64_t k = 0; k < n_weights; ++k) a.grad_weights[k] += a.grad_weights[t * n_weights + k];
+    for (int64_t k = 0; k < n_grad; ++k) a.grad_weights[k] += a.grad_weights[t * n_grad + k];
   if (a.grad_edge)
     in_threads(a.threads, [&](int t) { sum_by_source(a, a.n_src * t / a.threads, a.n_src * (t + 1) / a.threads); });
 }
@@ -68,7 +74,8 @@ void statistics(const ConvArgs<R>& a) {
   const CouplingSizes sizes = place_couplings(*a.plan);
   const int n = a.plan->layers[a.layer].out / a.plan->c * a.plan->d;
   in_threads(a.threads, [&](int t) {
-    Statistics<R>(a, sizes, n).run(a.n_edges * t / a.threads, a.n_edges * (t + 1) / a.threads, a.sums + 2 * n * t);
+    const int64_t begin = a.n_edges * t / a.threads, end = a.n_edges * (t + 1) / a.threads;
+    Statistics<R>(a, sizes, n, end - begin).run(begin, end, a.sums + 2 * n * t);
   });
   for (int t = 1; t < a.threads; ++t)
     for (int64_t k = 0; k < 2 * n; ++k) a.sums[k] += a.sums[2 * n * t + k];

@@ -22,7 +22,7 @@ struct ConvArgs {
   R* grad_edge;               // [E, C_in] features' gradient edge by edge, or null
   R* grad_x;                  // [N_src, C_in]
   R *grad_delta, *grad_attr;  // as delta and attr, or null
-  R* grad_weights;            // [threads, n_weights]; the sum over threads lands in the first; or null
+  R* grad_weights;            // [threads, n_grad]; the sum over threads lands in the first; or null
   // statistics
   int layer;
   double* sums;   // [threads, 2, channels * d] sums and sums of squares of h - shift

@@ -2,6 +2,7 @@
 // a row of channels in memory.
 #pragma once
 
+#include "../plan.h"
 #include "../simd.h"
 
 namespace implicit_steer::IST_ISA {
@@ -16,10 +17,7 @@ template <typename R>
 IST_INLINE void store_row(R* p, typename Lane<R>::Q q) {
   memcpy(p, &q, sizeof q);
 }
-template <typename R>
-IST_INLINE int64_t padded(int64_t n) {
-  return (n + Lane<R>::QL - 1) / Lane<R>::QL * Lane<R>::QL;
-}
+IST_INLINE int64_t padded(int64_t n) { return (n + kChannels - 1) / kChannels * kChannels; }
 
 // y[j, :] += Σ_{k0 <= k < k1} a[j * a_stride + k * a_step] b[k, :] for j < N; rows of `pad` channels, y's `y_stride`
 template <int N, typename R>

@@ -16,8 +16,8 @@ struct Statistics : Worker<R> {
   int n_values;
   V *partial, *partial_squares, *shift;  // [channels * d]
 
-  Statistics(const ConvArgs<R>& args, const CouplingSizes& sizes, int n)
-      : Base(args, sizes, false, 3 * n), n_values(n) {
+  Statistics(const ConvArgs<R>& args, const CouplingSizes& sizes, int n, int64_t own_edges)
+      : Base(args, sizes, false, own_edges, 3 * n), n_values(n) {
     partial = this->extra, partial_squares = partial + n, shift = partial + 2 * n;
   }
 
@@ -31,12 +31,26 @@ struct Statistics : Worker<R> {
     return y[w * p.c + m];
   }
 
+  // Edges begin .. or, in the near pass, of the list of near edges.
   const V* tile(int64_t begin, int64_t end) {
     n_edges = end - begin < L ? static_cast<int>(end - begin) : L;
-    for (int l = 0; l < L; ++l) edge[l] = begin + (l < n_edges ? l : n_edges - 1);
+    for (int l = 0; l < L; ++l) {
+      const int64_t at = begin + (l < n_edges ? l : n_edges - 1);
+      edge[l] = this->near_pass ? this->near_edge[at] : at;
+    }
     this->load_geometry();
-    frame_forward(p, this->shell, e, true);
-    return mlp.forward(e, a.layer, true);
+    this->enter_frame(true);
+    return mlp.forward(e, a.layer);
+  }
+
+  void add(const V* y) {
+    V inside;
+    for (int l = 0; l < L; ++l) inside[l] = this->counts(l);
+    for (int w = 0, k = 0; k < n_values; ++w)
+      for (int m = 0; m < p.d; ++m, ++k) {
+        const V h = (coordinate(y, w, m) - shift[k]) * inside;
+        partial[k] += h, partial_squares[k] += h * h;
+      }
   }
 
   void flush(double* sums) {
@@ -48,28 +62,29 @@ struct Statistics : Worker<R> {
     }
   }
 
+  void add_range(int64_t begin, int64_t end, double* sums) {
+    int tiles = 0;
+    for (int64_t at = begin; at < end; at += L) {
+      add(tile(at, end));
+      if (this->near_lanes) this->defer(0, 0, n_edges);
+      if (++tiles % kTiles == 0) flush(sums);
+    }
+    flush(sums);
+  }
+
   // The values at edge 0 are subtracted: less cancellation in the variance.
   void run(int64_t begin, int64_t end, double* sums) {
     const V* first = tile(0, a.n_edges);
     for (int w = 0, k = 0; k < n_values; ++w)
       for (int m = 0; m < p.d; ++m, ++k) {
         const R value = coordinate(first, w, m)[0];
-        shift[k] = splat<V>(value), a.shift[k] = value;
+        shift[k] = splat<V>(value);
+        if (begin == 0) a.shift[k] = value;
         partial[k] = partial_squares[k] = V{}, sums[k] = sums[n_values + k] = 0;
       }
-    int tiles = 0;
-    for (int64_t at = begin; at < end; at += L) {
-      const V* y = tile(at, end);
-      V inside;
-      for (int l = 0; l < L; ++l) inside[l] = l < n_edges ? 1 : 0;
-      for (int w = 0, k = 0; k < n_values; ++w)
-        for (int m = 0; m < p.d; ++m, ++k) {
-          const V h = (coordinate(y, w, m) - shift[k]) * inside;
-          partial[k] += h, partial_squares[k] += h * h;
-        }
-      if (++tiles % kTiles == 0) flush(sums);
-    }
-    flush(sums);
+    add_range(begin, end, sums);
+    this->near_pass = true;
+    add_range(0, this->n_near, sums);
   }
 };
 

@@ -9,7 +9,7 @@ namespace implicit_steer::IST_ISA {
 
 constexpr int kNodes = 8;  // nodes whose sums T are mixed together
 
-// Sets the couplings' positions in a worker's buffers. Rows of channels are padded to whole Q:
+// Sets the couplings' positions in a worker's buffers. Rows of channels are padded:
 //   T [slot][v, w] with w padded, or [slot][v] where the hidden feature is the constant one
 //   Tᵀ [slot][w][v] with v padded
 template <typename R>
@@ -17,20 +17,15 @@ CouplingSizes place_couplings(PlanView<R>& p) {
   CouplingSizes size;
   for (int k = 0; k < p.n_couplings; ++k) {
     CouplingView& q = p.couplings[k];
-    q.hidden_padded = q.constant ? 1 : static_cast<int32_t>(padded<R>(q.n_hidden));
-    q.in_padded = static_cast<int32_t>(padded<R>(q.n_in));
-    q.out_padded = static_cast<int32_t>(padded<R>(q.n_out));
-    q.slot_size = padded<R>(int64_t{q.n_in} * q.hidden_padded);
+    q.hidden_padded = q.constant ? 1 : static_cast<int32_t>(padded(q.n_hidden));
+    q.in_padded = static_cast<int32_t>(padded(q.n_in));
+    q.out_padded = static_cast<int32_t>(padded(q.n_out));
+    q.slot_size = padded(int64_t{q.n_in} * q.hidden_padded);
     q.at_terms = size.terms, q.at_sums = size.sums, q.at_sums_t = size.sums_t, q.at_d_terms = size.d_terms;
-    q.at_theta = size.theta;
     size.terms += int64_t{q.n_terms} * q.n_in;
     size.sums += q.n_slots * q.slot_size;
     size.sums_t += int64_t{q.n_slots} * q.n_hidden * q.in_padded;
     size.d_terms += int64_t{q.n_terms} * Lane<R>::L * q.in_padded;
-    // the larger of [b][v][w][u] and [b][u][v, w]
-    const int64_t by_out = int64_t{q.n_basis} * q.n_in * q.n_hidden * q.out_padded;
-    const int64_t by_in = q.n_basis * q.n_out * q.slot_size;
-    size.theta += by_out > by_in ? by_out : by_in;
   }
   return size;
 }
@@ -45,6 +40,7 @@ struct Worker {
   bool backward;
   int64_t n_extra;
   V* extra;  // [n_extra] for derived classes
+  int64_t capacity;  // of the list of near edges: all edges that are this worker's
   CouplingSizes size;
   Edges<R> e;
   Mlp<R> mlp;
@@ -56,10 +52,10 @@ struct Worker {
   R *rows, *d_rows;                // per row [L, padded W]
   R* d_terms;                      // per coupling [term][L, padded V]
   R* sums;                         // T [kNodes, size.sums]
-  R* theta;                        // forward [b][v][w][u]; backward [b][u][v, w]
-  R *d_theta, *d_sums, *d_sums_t;  // [b][u][v, w]; ∂L/∂T of the node, [slot][v, w] and [slot][w][v]
+  R *d_theta, *d_sums, *d_sums_t;  // [b][u][v, w]; ∂L/∂T [kNodes, size.sums]; of one node, [slot][w][v]
   R* mixed;                        // [kNodes, C_out]
   int64_t* row_at;                 // [n_rows] positions in rows
+  int64_t row_size;                // of all rows together
   Unit<R>* row_units;              // all rows' channels
   Unit<R>* term_units;             // all terms' (term, v), in t and d_terms
   int n_row_units = 0, n_term_units = 0;
@@ -67,15 +63,24 @@ struct Worker {
   int n_edges;           // of the tile
   int64_t ring[kNodes];  // nodes whose T are complete
   int n_ring = 0;
+  // Edges near the origin in regular frames: the tile in which they come counts them as absent and puts them into this
+  // list, which is gone through afterwards, so that no other edge takes the slow way.
+  bool near_pass = false;
+  uint32_t near_lanes = 0;           // of the tile
+  int64_t *near_edge, *near_node;    // [capacity]
+  int64_t n_near = 0;
 
-  Worker(const ConvArgs<R>& args, const CouplingSizes& sizes, bool is_backward, int64_t n_extra = 0)
-      : a(args), p(*args.plan), backward(is_backward), n_extra(n_extra), size(sizes) {
+  Worker(const ConvArgs<R>& args, const CouplingSizes& sizes, bool is_backward, int64_t own_edges, int64_t n_extra = 0)
+      : a(args), p(*args.plan), backward(is_backward), n_extra(n_extra), capacity(p.regular ? own_edges : 0), size(sizes) {
     shell = a.weights[p.shell];
     Arena count{nullptr};
     place(count);
+    const int64_t zeroed = count.used;
+    place_list(count);
     Arena arena{static_cast<char*>(a.scratch(count.used))};
-    memset(static_cast<void*>(arena.base), 0, count.used);
+    memset(static_cast<void*>(arena.base), 0, zeroed);  // the list is written before it is read: no page of it is touched
     place(arena);
+    place_list(arena);
     list_units();
     for (int k = 0; k < p.n_g; ++k) {
       g[k] = V{};
@@ -88,7 +93,7 @@ struct Worker {
     int64_t at = 0;
     for (int r = 0; r < p.n_rows; ++r) {
       const int n = p.row_start[r + 1] - p.row_start[r];
-      const int64_t pad = padded<R>(n);
+      const int64_t pad = padded(n);
       row_at[r] = at;
       for (int w = 0; w < n; w += QL) {
         Unit<R>& unit = row_units[n_row_units++];
@@ -111,20 +116,25 @@ struct Worker {
 
   void place(Arena& arena) {
     e.place(arena, p, backward), mlp.place(arena, p, a.weights, backward);
-    int64_t row_size = 0;
-    for (int r = 0; r < p.n_rows; ++r) row_size += L * padded<R>(p.row_start[r + 1] - p.row_start[r]);
+    row_size = 0;
+    for (int r = 0; r < p.n_rows; ++r) row_size += L * padded(p.row_start[r + 1] - p.row_start[r]);
     arena.take(row_units, row_size / (L * Lane<R>::QL)), arena.take(row_at, p.n_rows), arena.take(rows, row_size),
         arena.take(hidden, p.hidden_flat);
     arena.take(f, p.in_size), arena.take(g, p.n_g), arena.take(t, size.terms);
-    arena.take(sums, kNodes * size.sums), arena.take(theta, size.theta), arena.take(mixed, kNodes * p.out_size);
+    arena.take(sums, kNodes * size.sums), arena.take(mixed, kNodes * p.out_size);
     arena.take(extra, n_extra);
     if (!backward) return;
     arena.take(term_units, size.d_terms / (L * Lane<R>::QL)), arena.take(d_hidden, p.hidden_flat),
         arena.take(f_raw, p.in_size), arena.take(d_f, p.in_size);
     arena.take(d_g, p.n_g), arena.take(d_t, size.terms), arena.take(d_rows, row_size);
-    arena.take(d_terms, size.d_terms), arena.take(d_theta, size.theta);
-    arena.take(d_sums, size.sums), arena.take(d_sums_t, size.sums_t);
+    arena.take(d_terms, size.d_terms), arena.take(d_theta, theta_size());
+    arena.take(d_sums, kNodes * size.sums), arena.take(d_sums_t, size.sums_t);
   }
+
+  void place_list(Arena& arena) { arena.take(near_edge, capacity), arena.take(near_node, capacity); }
+
+  // θ [b][u][v, w] of all couplings, one after the other in the packed weights
+  int64_t theta_size() const { return p.n_couplings ? p.n_grad - p.couplings[0].theta : 0; }
 
   // ---- one tile
 
@@ -135,36 +145,49 @@ struct Worker {
     if (p.n_attr) rows_to_lanes<R>(p.n_attr, row(a.attr, p.n_attr), inside(p.n_attr), e.attr);
   }
 
-  // Edges order[begin ..]; lanes past the end repeat the last edge, with features 0.
+  // Edges order[begin ..] or, in the near pass, near_edge[begin ..]; lanes past the end repeat the last edge, with
+  // features 0.
   void load(int64_t begin, int64_t end) {
     n_edges = end - begin < L ? static_cast<int>(end - begin) : L;
     const int64_t n = p.in_size;
     int64_t source[L];
     for (int l = 0; l < L; ++l) {
-      edge[l] = a.index(a.order, begin + (l < n_edges ? l : n_edges - 1));
+      const int64_t at = begin + (l < n_edges ? l : n_edges - 1);
+      edge[l] = near_pass ? near_edge[at] : a.index(a.order, at);
       source[l] = a.index(a.src, edge[l]) * n;
     }
     load_geometry();
-    V* features = backward ? f_raw : f;
     rows_to_lanes<R>(
         p.in_size, [&](int l) { return a.x + source[l]; },
-        [&](int l, int at) { return source[l] + at + L <= a.n_src * n; }, features);
-    if (n_edges == L) return;
-    V lanes{};
-    for (int l = 0; l < n_edges; ++l) lanes[l] = 1;
-    for (int k = 0; k < p.in_size; ++k) features[k] = lanes > 0 ? features[k] : V{};
+        [&](int l, int at) { return source[l] + at + L <= a.n_src * n; }, backward ? f_raw : f);
   }
+
+  // The frame, and which lanes count: those of edges of this tile, but for near ones outside the near pass.
+  void enter_frame(bool all_harmonics) {
+    frame_forward(p, shell, e, all_harmonics);
+    mlp.near = near_pass;
+    near_lanes = 0;
+    if (!p.regular || near_pass) return;
+    const auto small = e.radius < Limits<R>::near;
+    for (int l = 0; l < n_edges; ++l) near_lanes |= static_cast<uint32_t>(small[l] != 0) << l;
+  }
+  bool counts(int l) const { return l < n_edges && !(near_lanes >> l & 1); }
 
   // Hidden features, in the couplings' coordinates, as rows of channels per edge; G and t.
   void evaluate() {
-    frame_forward(p, shell, e, false);
-    const V* y = p.n_layers ? mlp.forward(e, p.n_layers - 1, false) : e.inputs;
+    enter_frame(false);
+    V* features = backward ? f_raw : f;
+    if (near_lanes || n_edges < L) {
+      V lanes;
+      for (int l = 0; l < L; ++l) lanes[l] = counts(l);
+      for (int k = 0; k < p.in_size; ++k) features[k] = lanes > 0 ? features[k] : V{};
+    }
+    const V* y = mlp.hidden(e);
     if (p.kind == kPlanar) {
       expand_forward(p, e, y, hidden);
       y = hidden;
     }
     units_to_rows<R>(n_row_units, row_units, y, rows);
-    const V* features = backward ? f_raw : f;
     for (int k = 0; k < p.in_size; ++k) f[k] = features[k] * e.factor;
     if (p.kind == kZonal)
       for (int k = 0; k < p.n_g; ++k) {
@@ -223,13 +246,13 @@ struct Worker {
     return sum;
   }
 
-  // Walks the nodes first .. last-1: start(i) before a node's first edge, run(i, l0, l1) for the lanes of a tile that
-  // belong to it, finish(i) after its last, empty(i) instead where it has none; tile() and end_tile() around each tile.
+  // Walks the nodes first .. last-1: start(i) before a node's first edge, run(l0, l1) for the lanes of a tile that
+  // belong to it, finish(i) after its last, empty(i) instead where it has none; end_tile() after each tile. Then, in the
+  // near pass, the nodes with near edges once more.
   template <typename Start, typename Run, typename Finish, typename Empty, typename EndTile>
   void walk(int64_t first, int64_t last, Start start, Run run, Finish finish, Empty empty, EndTile end_tile) {
-    int64_t node = first, next = first < last ? a.index(a.rowptr, first) : 0;
-    const int64_t end = first < last ? a.index(a.rowptr, last) : 0;
-    int64_t node_end = first < last ? a.index(a.rowptr, first + 1) : 0;
+    int64_t node = first, next = a.index(a.rowptr, first), node_end = a.index(a.rowptr, first + 1);
+    const int64_t end = a.index(a.rowptr, last);
     bool started = false;
     for (; next < end; next += n_edges) {
       load(next, end);
@@ -243,12 +266,35 @@ struct Worker {
         if (!started) start(node);
         started = true;
         const int stop = node_end - next < n_edges ? static_cast<int>(node_end - next) : n_edges;
-        run(node, l, stop);
+        run(l, stop);
+        if (near_lanes) defer(node, l, stop);
         l = stop;
       }
       end_tile();
     }
     for (; node < last; ++node, started = false) started ? finish(node) : empty(node);
+  }
+
+  void defer(int64_t node, int l0, int l1) {
+    for (int l = l0; l < l1; ++l)
+      if (near_lanes >> l & 1) near_edge[n_near] = edge[l], near_node[n_near++] = node;
+  }
+
+  template <typename Start, typename Run, typename Finish, typename EndTile>
+  void walk_near(Start start, Run run, Finish finish, EndTile end_tile) {
+    near_pass = true;
+    for (int64_t next = 0; next < n_near; next += n_edges) {
+      load(next, n_near);
+      evaluate();
+      for (int l = 0; l < n_edges;) {
+        const int64_t node = near_node[next + l];
+        int stop = l + 1;
+        while (stop < n_edges && near_node[next + stop] == node) ++stop;
+        start(node), run(l, stop), finish(node);
+        l = stop;
+      }
+      end_tile();
+    }
   }
 };
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -13,20 +13,9 @@ from ..plan import Plan
 from . import cpu, eager, reference
 
 BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu}
-# Above this ratio of coupling nonzeros to the outer product's size (regular representations of larger groups) the dense
-# matrix products of `eager` beat the sparse coupling of `cpu`: measured, 14 is 1.8x faster, 55 is 1.8x slower.
-_SPARSE_LIMIT = 20
-
-
-@lru_cache(maxsize=256)
-def _has_dense_intertwiners(plan: Plan) -> bool:
-    cost = plan.cost()
-    return cost["coupling nonzeros per edge"] > _SPARSE_LIMIT * cost["outer product per edge"]
 
 
 def _auto_supports(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    if _has_dense_intertwiners(plan):
-        return False, "dense intertwiners"
     ok, reason = cpu.supports(plan, device, dtype)
     return ok, f"{reason}; second derivatives by eager"
 

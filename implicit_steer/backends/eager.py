@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..graph import Graph
-from ..packing import NormParameters, Weights, dense_kernel
+from ..packing import Parameters, dense_kernel
 from ..plan import Plan
 from .hidden import Statistics, hidden_features, radial_factor
 
@@ -51,15 +51,15 @@ def _block(x: Tensor, h: Tensor, kernel: Tensor, sources: Tensor, edges: Tensor,
 
 def forward(
     plan: Plan,
-    weights: Weights,
-    live: tuple[NormParameters, ...],
+    parameters: Parameters,
+    batch_statistics: bool,
     graph: Graph,
     x: Tensor,
     delta: Tensor,
     attributes: Tensor,
 ) -> tuple[Tensor, list[Statistics]]:
     """out_i = Σ_{e: j→i} K(x_e, a_e) f_j, shape (N, C_out)."""
-    h, weights, statistics = hidden_features(plan, weights, live, delta, attributes)
+    h, weights, statistics = hidden_features(plan, parameters, batch_statistics, delta, attributes)
     h = h * radial_factor(plan, weights.shell_width, delta)[:, None]
     kernel = dense_kernel(plan, weights).permute(1, 2, 0).reshape(-1, plan.out_size)
     outputs, indices = [], []

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..functions import difference_quotient, phi
-from ..packing import NormParameters, Weights, constant, fold_linear, fold_theta, norm_affine
+from ..packing import Parameters, Weights, constant, fold_linear, fold_theta, norm_affine, pack
 from ..plan import Activation, Frame, Plan
 
 # Radii below this take the difference quotient; above it A⁻ φ(u₀ + r w) / r is right to eps / r.
@@ -217,16 +217,18 @@ def _statistics(norm, y: Tensor, h: Tensor) -> Statistics:
 
 def hidden_features(
     plan: Plan,
-    weights: Weights,
-    live: tuple[NormParameters, ...],
+    parameters: Parameters,
+    batch_statistics: bool,
     delta: Tensor,
     attributes: Tensor,
     merged: bool = True,
 ) -> tuple[Tensor, Weights, list[Statistics]]:
     """h (E, H) with the constant one last, the weights with all batch norms folded in, and the batch statistics.
 
-    ``live``: parameters of the batch norms whose statistics come from these edges (training); empty otherwise.
+    With ``batch_statistics`` those of the batch norms come from these edges (training), else they are the running ones.
     """
+    weights = pack(plan, parameters, fold=not batch_statistics)
+    live = parameters.norms if batch_statistics else ()
     edge = edge_frame(plan, delta, attributes)
     y, linears, theta, statistics = edge.inputs, list(weights.linears), weights.theta, []
     for n, act in enumerate(plan.activations):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..graph import Graph
-from ..packing import NormParameters, Weights, dense_kernel
+from ..packing import Parameters, dense_kernel
 from ..plan import Plan
 from .hidden import Statistics, hidden_features, radial_factor
 
@@ -17,24 +17,24 @@ def supports(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[bool
 
 
 def kernel(
-    plan: Plan, weights: Weights, live: tuple[NormParameters, ...], delta: Tensor, attributes: Tensor
+    plan: Plan, parameters: Parameters, batch_statistics: bool, delta: Tensor, attributes: Tensor
 ) -> tuple[Tensor, list[Statistics]]:
     """K(x, a) = γ s(|x|) · mat(MLP(x ⊕ a)), shape (E, C_out, C_in); every sample evaluated, none merged."""
-    h, weights, statistics = hidden_features(plan, weights, live, delta, attributes, merged=False)
+    h, weights, statistics = hidden_features(plan, parameters, batch_statistics, delta, attributes, merged=False)
     k = (h @ dense_kernel(plan, weights).flatten(0, 1).T).view(len(h), plan.out_size, plan.in_size)
     return k * radial_factor(plan, weights.shell_width, delta)[:, None, None], statistics
 
 
 def forward(
     plan: Plan,
-    weights: Weights,
-    live: tuple[NormParameters, ...],
+    parameters: Parameters,
+    batch_statistics: bool,
     graph: Graph,
     x: Tensor,
     delta: Tensor,
     attributes: Tensor,
 ) -> tuple[Tensor, list[Statistics]]:
     """out_i = Σ_{e: j→i} K(x_e, a_e) f_j, shape (N, C_out)."""
-    k, statistics = kernel(plan, weights, live, delta, attributes)
+    k, statistics = kernel(plan, parameters, batch_statistics, delta, attributes)
     messages = torch.einsum("eoi,ei->eo", k, x.index_select(0, graph.src))
     return x.new_zeros(graph.num_dst, plan.out_size).index_add(0, graph.dst, messages), statistics

@@ -1,0 +1,385 @@
+"""A plan as the native operator reads it: two flat arrays of numbers, and a sparse matrix that packs the parameters.
+
+The counterparts in C++ are ``csrc/plan.h`` and ``csrc/packing.h``.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from ..plan import FUNCTIONS, Activation, Coupling, Linear, Plan
+
+_CHANNELS = 8  # kChannels of csrc/plan.h
+
+
+def hidden_field_size(plan: Plan) -> int:
+    """d: coordinates of one hidden field."""
+    if not plan.activations:
+        return 1
+    return len(plan.frame.coefficient) if plan.frame.kind == "zonal" else len(plan.frame.order)
+
+
+def reads_one(plan: Plan, c: Coupling) -> bool:
+    return len(c.hidden_start) == 1 and c.basis.shape[3] == 1 and c.hidden_start[0] == plan.hidden_size - 1
+
+
+# ---- the plan as two flat arrays, in the order in which csrc/plan.h reads them
+
+
+class _Flat:
+    """Two growing lists of numbers."""
+
+    def __init__(self):
+        self.ints: list[int] = []
+        self.reals: list[float] = []
+
+    def i(self, *values) -> None:
+        for value in values:
+            self.ints += np.asarray(value).reshape(-1).tolist()
+
+    def r(self, *values) -> None:
+        for value in values:
+            self.reals += np.asarray(value, dtype=np.float64).reshape(-1).tolist()
+
+
+class _Groups(NamedTuple):
+    """Structural nonzeros of a linear layer: rows with equal columns together."""
+
+    ints: list[int]  # per group: n_rows, n_columns, rows, columns
+    count: int
+    index: np.ndarray  # position in the flat (out, in) matrix of every packed value
+    active: int  # coefficients of a channel that can differ from 0
+
+
+def _groups(layer: Linear, coefficients: int) -> _Groups:
+    pattern = np.zeros((layer.out_size, layer.in_size), dtype=bool)
+    for block in layer.blocks:
+        o, i = np.nonzero(np.abs(block.basis).sum(0))
+        rows, columns = block.out_start[:, None, None] + o, block.in_start[None, :, None] + i
+        pattern[np.broadcast_arrays(rows, columns)[0], np.broadcast_arrays(rows, columns)[1]] = True
+    by_columns: dict[tuple, list[int]] = {}
+    for row in range(layer.out_size):
+        if pattern[row].any():
+            by_columns.setdefault(tuple(np.flatnonzero(pattern[row])), []).append(row)
+    ints, index = [], []
+    for columns, rows in by_columns.items():
+        ints += [len(rows), len(columns), *rows, *map(int, columns)]
+        index.append((np.array(rows)[:, None] * layer.in_size + np.array(columns)).reshape(-1))
+    nonzero = pattern.any(1) | (np.abs(layer.bias).sum(1) > 0)
+    active = 1 + int((np.flatnonzero(nonzero) % coefficients).max(initial=0))
+    return _Groups(ints, len(by_columns), np.concatenate([*index, np.zeros(0, dtype=np.int64)]), active)
+
+
+class _Terms:
+    """The couplings as terms ``T[slot, v, w] += t[v] · row[w]``, with ``t[v] = Σ_g f[v, i_g] G_g`` and
+    ``G = Σ value · Y[m]``."""
+
+    def __init__(self, plan: Plan, couplings: tuple[Coupling, ...]):
+        self.plan = plan
+        self.rows: dict[tuple[int, ...], int] = {}  # positions of the channels → number
+        self.g_input, self.g_first, self.nz_harmonic, self.nz_value = [], [0], [], []
+        self.couplings = [self._coupling(c) for c in couplings]
+        # what the couplings read of a channel's coefficients
+        coefficients = max(len(plan.frame.order), 1)
+        used = max((p % coefficients for row in self.rows for p in row), default=0)
+        self.used = coefficients if plan.frame.kind == "planar" else used + 1
+
+    def _read(self, c: Coupling, m: int) -> tuple[int, int]:
+        """Row (−1: the constant one) and harmonic (−1: none) of coordinate m of the coupling's hidden fields."""
+        if reads_one(self.plan, c):
+            return -1, -1
+        positions, harmonic = c.hidden_start + m, -1
+        if self.plan.frame.kind == "zonal":
+            d, coefficient = hidden_field_size(self.plan), self.plan.frame.coefficient
+            harmonic = m
+            positions = c.hidden_start // d * len(self.plan.frame.order) + coefficient[m]
+        return self.rows.setdefault(tuple(map(int, positions)), len(self.rows)), harmonic
+
+    def _coupling(self, c: Coupling) -> list[int]:
+        """The coupling's numbers but for its θ, which is put in front."""
+        slots = {slot: n for n, slot in enumerate(c.slots)}
+        terms: dict[tuple[int, int], dict[int, list[tuple[int, float]]]] = {}
+        for b, o, i, m, value in c.nonzeros:
+            row, harmonic = self._read(c, m)
+            terms.setdefault((slots[b, o], row), {}).setdefault(i, []).append((harmonic, value))
+        flat = []
+        for (slot, row), inputs in terms.items():
+            first = len(self.g_input)
+            for i, products in inputs.items():
+                self.g_input.append(i)
+                self.nz_harmonic += [harmonic for harmonic, _ in products]
+                self.nz_value += [value for _, value in products]
+                self.g_first.append(len(self.nz_value))
+            flat += [slot, max(row, 0), first, len(self.g_input)]
+        sizes = [
+            len(c.out_start),
+            len(c.in_start),
+            len(c.hidden_start),
+            c.basis.shape[0],
+            int(reads_one(self.plan, c)),
+        ]
+        starts = [*c.out_start.tolist(), *c.in_start.tolist()]
+        return [*sizes, len(slots), len(terms), *starts, *(n for slot in slots for n in slot), *flat]
+
+
+def _flatten_frame(plan: Plan, flat: _Flat, terms: _Terms) -> None:
+    frame = plan.frame
+    flat.i(int(np.array_equal(frame.attribute, np.eye(frame.n_attributes))))
+    flat.r(frame.attribute)
+    if frame.kind == "zonal":
+        used = set(terms.nz_harmonic)
+        entries = [(m, j) for m, j in zip(*np.nonzero(np.abs(frame.harmonics) > 1e-14), strict=True)]
+        entries.sort(key=lambda entry: entry[0] not in used)
+        monomials = list(dict.fromkeys(int(j) for _, j in entries))
+        n_used = sum(m in used for m, _ in entries)
+        n_used_monomials = len({j for _, j in entries[:n_used]})
+        flat.i(len(entries), len(monomials), int(frame.powers.max()), n_used, n_used_monomials)
+        flat.i(frame.order[frame.coefficient], frame.coefficient, frame.powers[monomials])
+        flat.i([(m, monomials.index(j)) for m, j in entries])
+        flat.r([frame.harmonics[m, j] for m, j in entries])
+    elif frame.kind == "planar":
+        flat.i(max(frame.order.max(initial=0), frame.attribute_order.max(initial=0)))
+        flat.i(frame.order, frame.partner, frame.attribute_order, frame.attribute_partner)
+        flat.r(frame.plane, frame.axis, frame.sign, frame.attribute_sign)
+
+
+def _match_pairs(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """A sign per coefficient (c,) and a permutation (S,) with ``samples[permutation] = samples · sign``, if the samples
+    have such a symmetry (an inversion, a half turn); None otherwise."""
+    size = np.abs(samples).max(initial=0)
+    for partner in range(1, len(samples)):
+        if not np.allclose(np.abs(samples[partner]), np.abs(samples[0]), rtol=0, atol=1e-9 * size):
+            continue
+        sign = np.where(np.abs(samples[0]) > 1e-6 * size, np.sign(samples[0] * samples[partner]), 0.0)
+        permutation = np.full(len(samples), -1)
+        # rows that tell most about signs first; a zero sign is still unknown
+        for row in np.argsort(-(np.abs(samples) > 1e-6 * size).sum(1), kind="stable"):
+            known = sign != 0
+            same = np.abs(samples[:, known] - samples[row, known] * sign[known]).max(1, initial=0) < 1e-9 * size
+            same &= np.abs(np.abs(samples) - np.abs(samples[row])).max(1) < 1e-9 * size
+            if not same.any():
+                break
+            permutation[row] = np.flatnonzero(same)[0]
+            found = np.sign(samples[row] * samples[permutation[row]]) * (np.abs(samples[row]) > 1e-6 * size)
+            sign = np.where(known, sign, found)
+        if (permutation >= 0).all() and (sign < 0).any():
+            sign[sign == 0] = 1
+            if np.allclose(samples[permutation], samples * sign, rtol=0, atol=1e-9 * size):
+                return sign, permutation
+    return None
+
+
+class _Pairs(NamedTuple):
+    """Samples in pairs that differ by the sign of the odd coefficients; then those without a partner."""
+
+    first: list[int]
+    single: list[int]
+    odd: np.ndarray  # (c,) bool
+
+
+@lru_cache(maxsize=256)
+def _pairs(act: Activation) -> _Pairs:
+    none = _Pairs([], list(range(len(act.samples))), np.zeros(act.samples.shape[1], dtype=bool))
+    found = _match_pairs(act.samples)
+    if found is None:
+        return none
+    sign, permutation = found
+    size = np.abs(act.inverse).max(initial=0)
+    if not np.allclose(act.inverse.T[permutation], act.inverse.T * sign, rtol=0, atol=1e-9 * size):
+        return none
+    rows = range(len(permutation))
+    return _Pairs([s for s in rows if s < permutation[s]], [s for s in rows if s == permutation[s]], sign < 0)
+
+
+class _Position:
+    """Hands out positions in a vector."""
+
+    def __init__(self):
+        self.next = 0
+
+    def take(self, size: int) -> int:
+        self.next += size
+        return self.next - size
+
+
+class Prepared(NamedTuple):
+    """A plan ready for the native code."""
+
+    ints: Tensor  # int32
+    reals: dict[torch.dtype, Tensor]
+    rowptr: Tensor  # the packing matrix in compressed rows, int32
+    column: Tensor
+    values: dict[torch.dtype, Tensor]
+
+    def tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The plan."""
+        return self.ints, self.reals[dtype]
+
+    def matrix(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """What packs the parameters."""
+        return self.rowptr, self.column, self.values[dtype]
+
+
+def _linear_matrix(layer: Linear, index: np.ndarray, at: int, n_parameters: int) -> sparse.csr_matrix:
+    """(values of W in packed order, n_parameters); the layer's weights start at parameter ``at``."""
+    rows, columns, values = [], [], []
+    for block in layer.blocks:
+        n_b, o, i = block.basis.shape
+        u, v, b, o, i = np.ix_(range(len(block.out_start)), range(len(block.in_start)), range(n_b), range(o), range(i))
+        row = (block.out_start[u] + o) * layer.in_size + block.in_start[v] + i
+        column = at + block.offset + (u * block.n_in + block.columns[v]) * n_b + b
+        value = block.basis[b, o, i]
+        row, column, value = np.broadcast_arrays(row, column, value)
+        rows.append(row[value != 0]), columns.append(column[value != 0]), values.append(value[value != 0])
+    entries = (np.concatenate([*values, [0.0]]), (np.concatenate([*rows, [0]]), np.concatenate([*columns, [0]])))
+    dense = sparse.coo_matrix(entries, shape=(layer.out_size * layer.in_size, n_parameters)).tocsr()
+    return dense[index]
+
+
+def _selection(columns: np.ndarray, n_parameters: int) -> sparse.csr_matrix:
+    """Rows that copy one parameter each; column −1: an empty row."""
+    inside = np.flatnonzero(columns >= 0)
+    entries = (np.ones(len(inside)), (inside, columns[inside]))
+    return sparse.coo_matrix(entries, shape=(len(columns), n_parameters)).tocsr()
+
+
+def _pad(array: np.ndarray, axis: int, size: int) -> np.ndarray:
+    width = [(0, 0)] * array.ndim
+    width[axis] = (0, size - array.shape[axis])
+    return np.pad(array, width, constant_values=-1)
+
+
+def _padded(n: int) -> int:
+    return -(-n // _CHANNELS) * _CHANNELS
+
+
+def _theta_layouts(columns: np.ndarray, constant: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Parameter numbers (U, V, W, b) of θ in the order [b][u][v, w] of the backward and [b][v][w][u] of the forward
+    direction, rows of channels padded with −1."""
+    n_out, n_in, n_hidden, n_b = columns.shape
+    by_in = columns.transpose(3, 0, 1, 2)
+    by_in = by_in[..., 0] if constant else _pad(by_in, 3, _padded(n_hidden)).reshape(n_b, n_out, -1)
+    by_out = _pad(columns.transpose(3, 1, 2, 0), 3, _padded(n_out))
+    return _pad(by_in, 2, _padded(by_in.shape[2])).reshape(-1), by_out.reshape(-1)
+
+
+def _dense_couplings(plan: Plan) -> tuple[Coupling, ...]:
+    """The outer product f ⊗ h, mixed by the whole kernel tensor (C_out, C_in, H): coordinates count as fields."""
+    n_out, n_in, n_hidden = plan.out_size, plan.in_size, plan.hidden_size
+    row = np.arange(n_out * n_in).reshape(n_out, n_in) * n_hidden
+    parts = (np.arange(n_hidden - 1), np.array([n_hidden - 1]))
+    return tuple(
+        Coupling(
+            parameter="kernel",
+            row=row + part[0],
+            out_start=np.arange(n_out),
+            in_start=np.arange(n_in),
+            hidden_start=part,
+            basis=np.ones((1, 1, 1, 1)),
+            fold=np.zeros((0, 0, 0)),
+            fold_into=-1,
+        )
+        for part in parts
+        if len(part)
+    )
+
+
+@lru_cache(maxsize=256)
+def prepare(plan: Plan, sizes: tuple[int, ...]) -> Prepared:
+    """``sizes``: of the parameters, in the order in which backends/cpu.py puts them into one vector."""
+    frame, flat, place = plan.frame, _Flat(), _Position()
+    couplings = _dense_couplings(plan) if plan.dense_coupling else plan.couplings
+    terms = _Terms(plan, couplings)
+    starts, n_parameters = iter(np.cumsum([0, *sizes]).tolist()), sum(sizes)
+    coefficients, n_trivial = max(len(frame.order), 1), len(plan.norms[0].trivial) if plan.norms else 0
+    groups = [_groups(layer, coefficients) for layer in plan.linears]
+    layers, matrices = [], []
+    for layer, group in zip(plan.linears, groups, strict=True):
+        layers.append([place.take(len(group.index)), place.take(layer.out_size), -1, -1, -1])
+        matrices.append(_linear_matrix(layer, group.index, next(starts), n_parameters))
+        bias = sparse.lil_matrix((layer.out_size, n_parameters))
+        if layer.bias.shape[1]:
+            start = next(starts)
+            bias[:, start : start + layer.bias.shape[1]] = layer.bias
+        matrices.append(bias.tocsr())
+    for numbers, norm in zip(layers, plan.norms, strict=False):
+        size = norm.channels * (1 + n_trivial)
+        numbers[2:] = [place.take(size), next(starts), next(starts) if n_trivial else -1]
+        matrices.append(_selection(np.full(size, -1), n_parameters))
+    shell = place.take(1)
+    matrices.append(_selection(np.array([next(starts)]), n_parameters))
+    begin = dict(zip(("kernel",) if plan.dense_coupling else ("weights", "bias"), starts, strict=False))
+    backward, forward = [], []
+    for c in couplings:
+        per_row = np.arange(len(c.hidden_start) * c.basis.shape[0]).reshape(len(c.hidden_start), -1)
+        columns = begin[c.parameter] + c.row[:, :, None, None] + per_row
+        by_in, by_out = _theta_layouts(columns, reads_one(plan, c))
+        backward.append(by_in), forward.append(by_out)
+    theta = [[place.take(len(columns))] for columns in backward]
+    n_grad = place.next
+    for position, columns in zip(theta, forward, strict=True):
+        position.append(place.take(len(columns)))
+    matrices += [_selection(columns, n_parameters) for columns in (*backward, *forward)]
+    _flatten_header(plan, flat, terms, (len(couplings), place.next, n_grad, shell, n_trivial, n_parameters))
+    _flatten_frame(plan, flat, terms)
+    for n, (layer, group, act) in enumerate(zip(plan.linears, groups, plan.activations, strict=True)):
+        used = terms.used if n + 1 == len(plan.linears) and not plan.norms else coefficients
+        _flatten_layer(flat, layer, group, act, used, layers[n])
+    flat.i(0, np.cumsum([len(row) for row in terms.rows]), [p for row in terms.rows for p in row])
+    flat.i(terms.g_input, terms.g_first, terms.nz_harmonic)
+    flat.r(terms.nz_value)
+    for numbers, at in zip(terms.couplings, theta, strict=True):
+        flat.i(numbers[:7], at, numbers[7:])
+    return _as_tensors(flat, sparse.vstack(matrices).tocsr() if matrices else None)
+
+
+def _as_tensors(flat: _Flat, matrix: sparse.csr_matrix) -> Prepared:
+    def by_dtype(numbers) -> dict[torch.dtype, Tensor]:
+        return {dtype: torch.tensor(numbers, dtype=dtype) for dtype in (torch.float32, torch.float64)}
+
+    def int32(numbers) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int32)
+
+    return Prepared(
+        int32(flat.ints), by_dtype(flat.reals), int32(matrix.indptr), int32(matrix.indices), by_dtype(matrix.data)
+    )
+
+
+def _flatten_header(plan: Plan, flat: _Flat, terms: _Terms, sizes: tuple[int, ...]) -> None:
+    frame, (n_couplings, n_weights, n_grad, shell, n_trivial, n_parameters) = plan.frame, sizes
+    coefficients = max(len(frame.order), 1)
+    n_inputs = frame.n_position + frame.n_attributes
+    hidden = plan.linears[-1].out_size if plan.linears else n_inputs
+    kind = ("none", "zonal", "planar").index(frame.kind)
+    function = FUNCTIONS.index(plan.activations[0].function) if plan.activations else 0
+    order_zero = int(np.searchsorted(frame.order, 1))
+    flat.i(kind, frame.dim, frame.n_attributes, int(frame.regular), n_inputs, plan.in_size, plan.out_size)
+    flat.i(len(plan.linears), hidden_field_size(plan), coefficients, hidden // coefficients, order_zero, function)
+    flat.i(n_couplings, len(terms.rows), len(terms.g_input), n_weights, n_grad, shell)
+    flat.i(int(plan.cutoff is not None), hidden, int(bool(plan.norms)), n_trivial, n_parameters)
+    flat.r(plan.gamma, plan.cutoff or 1.0, plan.norms[0].eps if plan.norms else 0.0)
+    if plan.norms:
+        flat.i(plan.norms[0].trivial, plan.norms[0].measured)
+
+
+def _flatten_layer(
+    flat: _Flat, layer: Linear, group: _Groups, act: Activation, used: int, positions: list[int]
+) -> None:
+    pairs, weight, rest = _pairs(act), positions[:2], positions[2:]
+    into, out = (_parity_order(pairs.odd, count) for count in (group.active, used))
+    rows = [*pairs.first, *pairs.single]
+    flat.i(layer.in_size, layer.out_size, group.active, used, len(act.samples), *weight, *rest, len(group.index))
+    flat.i(len(pairs.first), len(into), int((~pairs.odd[into]).sum()), len(out), int((~pairs.odd[out]).sum()))
+    flat.i(group.count, len(group.ints), group.ints, into, out)
+    flat.r(act.samples, act.inverse.T, act.samples[np.ix_(rows, into)], act.inverse.T[np.ix_(rows, out)])
+
+
+def _parity_order(odd: np.ndarray, count: int) -> np.ndarray:
+    """Coefficients 0 .. count − 1, the even ones first."""
+    return np.argsort(odd[:count], kind="stable")
