@@ -38,6 +38,7 @@ struct Edges {
   V *attr, *rotated;  // [A] as given; times the frame's matrix
   V* inputs;          // [n_inputs]
   V squared;          // |x|²
+  bool near = false;  // regular frames: hidden coefficients of orders >= 1 are carried divided by the radius
   V radius, inverse;  // softened, or safe_norm in planar frames that are not regular; 1 / radius (0 at 0)
   V unit[kMaxDim];    // zonal: x / radius; planar: cos φ, sin φ
   V plane[2];         // planar: x in the plane
@@ -146,12 +147,12 @@ void zonal_forward(const PlanView<R>& p, Edges<R>& e, bool all) {
   for (int j = 0; j < n_harmonics; ++j) {
     const int m = p.harmonic[2 * j], mono = p.harmonic[2 * j + 1];
     const int32_t* n = p.powers + 3 * mono;
-    const V y = p.degree[m] == 1 ? e.delta[n[1] + 2 * n[2]] : e.monomial[mono];  // degree 1: linear in x
+    const V y = e.near && p.degree[m] == 1 ? e.delta[n[1] + 2 * n[2]] : e.monomial[mono];  // radius times: linear in x
     e.cosine[m] += y * p.harmonic_value[j];
   }
-  for (int m = 0; m < p.d; ++m)
+  for (int m = 0; m < p.d && e.near; ++m)
     if (p.degree[m] > 1) e.cosine[m] *= e.radius;
-  e.inputs[0] = V{} + 1;
+  e.inputs[0] = e.near ? V{} + 1 : e.radius;
   for (int j = 0; j < p.n_attr; ++j) e.inputs[1 + j] = e.rotated[j];
 }
 
@@ -161,7 +162,8 @@ void zonal_backward(const PlanView<R>& p, Edges<R>& e) {
   const int width = p.max_power + 1;
   for (int j = 0; j < p.n_attr; ++j) e.d_rotated[j] = e.d_inputs[1 + j];
   for (int j = 0; j < p.used_monomials; ++j) e.d_monomial[j] = V{};
-  for (int m = 0; m < p.d; ++m)
+  if (!e.near) e.d_radius += e.d_inputs[0];
+  for (int m = 0; m < p.d && e.near; ++m)
     if (p.degree[m] > 1) {
       e.d_radius += e.d_cosine[m] * e.cosine[m] * e.inverse;
       e.d_cosine[m] *= e.radius;
@@ -170,9 +172,9 @@ void zonal_backward(const PlanView<R>& p, Edges<R>& e) {
     const int m = p.harmonic[2 * j], mono = p.harmonic[2 * j + 1];
     const int32_t* n = p.powers + 3 * mono;
     const V g = e.d_cosine[m] * p.harmonic_value[j];
-    if (p.degree[m] == 1) {
+    if (e.near && p.degree[m] == 1) {
       e.d_delta[n[1] + 2 * n[2]] += g;
-    } else if (p.degree[m] > 1) {
+    } else if (p.degree[m] > 0) {
       e.d_monomial[mono] += g;
     }
   }
@@ -240,7 +242,7 @@ void planar_forward(const PlanView<R>& p, Edges<R>& e) {
   const V *cosines = e.power, *sines = e.power + p.max_power + 1;
   V* next = e.inputs;
   if (p.regular) {
-    *next++ = V{} + 1;
+    *next++ = e.near ? V{} + 1 : e.radius;
   } else {  // (radius, 0); on the axis x itself in the constant frame
     *next++ = e.unit[0] * e.plane[0] + e.unit[1] * e.plane[1];
     *next++ = e.unit[0] * e.plane[1] - e.unit[1] * e.plane[0];
@@ -256,9 +258,9 @@ void planar_forward(const PlanView<R>& p, Edges<R>& e) {
   }
   for (int m = 0; m < p.c; ++m) {
     const int k = p.order[m];
-    const V scale = p.regular && k > 0 ? e.radius : V{} + 1;
-    e.cosine[m] = p.regular && k == 1 ? e.plane[0] : scale * cosines[k];
-    e.sine[m] = (p.regular && k == 1 ? e.plane[1] : scale * sines[k]) * p.sign[m];
+    const V scale = e.near && k > 0 ? e.radius : V{} + 1;
+    e.cosine[m] = e.near && k == 1 ? e.plane[0] : scale * cosines[k];
+    e.sine[m] = (e.near && k == 1 ? e.plane[1] : scale * sines[k]) * p.sign[m];
   }
 }
 
@@ -276,11 +278,11 @@ void planar_backward(const PlanView<R>& p, Edges<R>& e) {
   for (int m = 0; m < p.c; ++m) {
     const int k = p.order[m];
     V d_cos = e.d_cosine[m], d_sin = e.d_sine[m] * p.sign[m];
-    if (p.regular && k == 1) {
+    if (e.near && k == 1) {
       d_plane[0] += d_cos, d_plane[1] += d_sin;
       continue;
     }
-    if (p.regular && k > 0) {
+    if (e.near && k > 0) {
       e.d_radius += d_cos * cosines[k] + d_sin * sines[k];
       d_cos *= e.radius, d_sin *= e.radius;
     }
@@ -297,6 +299,7 @@ void planar_backward(const PlanView<R>& p, Edges<R>& e) {
   }
   for (int k = 0; k < p.dim - 2; ++k)
     for (int i = 0; i < p.dim; ++i) e.d_delta[i] += d_axis[k] * p.axis[i * (p.dim - 2) + k];
+  if (p.regular && !e.near) e.d_radius += e.d_inputs[0];
   if (!p.regular) {  // the second input's derivative: 0 off the axis, where the frame turns with x
     const V second = e.radius > 0 ? V{} : e.d_inputs[1];
     d_plane[0] += e.unit[0] * e.d_inputs[0] - e.unit[1] * second;

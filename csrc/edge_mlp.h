@@ -8,11 +8,12 @@ namespace implicit_steer::IST_ISA {
 
 // ---- linear layers: groups of rows that share their columns, values [row][column] in the packed weights
 
-// acc[j] += Σ_col W[j, col] y[col] for N rows
+// z[row] = b[row] + Σ_col W[j, col] y[col] for N rows
 template <int N, typename R, typename V>
-IST_INLINE void linear_rows(const R* w, int n_columns, const int32_t* columns, const int32_t* rows, const V* y, V* z) {
+IST_INLINE void linear_rows(const R* w, const R* bias, int n_columns, const int32_t* columns, const int32_t* rows,
+                            const V* y, V* z) {
   V acc[N];
-  for (int j = 0; j < N; ++j) acc[j] = z[rows[j]];
+  for (int j = 0; j < N; ++j) acc[j] = splat<V>(bias[rows[j]]);
   for (int i = 0; i < n_columns; ++i) {
     const V in = y[columns[i]];
     for (int j = 0; j < N; ++j) acc[j] += in * w[j * n_columns + i];
@@ -22,17 +23,15 @@ IST_INLINE void linear_rows(const R* w, int n_columns, const int32_t* columns, c
 
 template <typename R>
 void linear_forward(const LayerView<R>& layer, const R* weights, const typename Lane<R>::V* y, typename Lane<R>::V* z) {
-  using V = typename Lane<R>::V;
-  for (int o = 0; o < layer.out; ++o) z[o] = splat<V>(weights[layer.bias + o]);
-  const R* w = weights + layer.weight;
+  const R *w = weights + layer.weight, *bias = weights + layer.bias;
   const int32_t* g = layer.groups;
   for (int n = 0; n < layer.n_groups; ++n) {
     const int n_rows = g[0], n_columns = g[1];
     const int32_t *rows = g + 2, *columns = rows + n_rows;
     int r = 0;
-    for (; r + 8 <= n_rows; r += 8) linear_rows<8>(w + r * n_columns, n_columns, columns, rows + r, y, z);
-    for (; r + 4 <= n_rows; r += 4) linear_rows<4>(w + r * n_columns, n_columns, columns, rows + r, y, z);
-    for (; r < n_rows; ++r) linear_rows<1>(w + r * n_columns, n_columns, columns, rows + r, y, z);
+    for (; r + 8 <= n_rows; r += 8) linear_rows<8>(w + r * n_columns, bias, n_columns, columns, rows + r, y, z);
+    for (; r + 4 <= n_rows; r += 4) linear_rows<4>(w + r * n_columns, bias, n_columns, columns, rows + r, y, z);
+    for (; r < n_rows; ++r) linear_rows<1>(w + r * n_columns, bias, n_columns, columns, rows + r, y, z);
     w += n_rows * n_columns;
     g = columns + n_columns;
   }
@@ -68,8 +67,8 @@ void linear_backward(const LayerView<R>& layer, const R* weights, const typename
   }
 }
 
-// ---- activations of one channel, N pairs or N single samples at a time; z [n_in] and y [n_out] in the order of the
-// layer's columns; slopes [2 N] or [N]: φ′, kept for the reverse sweep
+// ---- activations of one channel, N pairs or N single samples at a time; `even`: where its odd coefficients start;
+// slopes [2 N] or [N]: φ′, kept for the reverse sweep
 
 // x[j] = Σ_{k0 <= k < k1} z[k] a[j, k]
 template <int N, typename R, typename V>
@@ -109,45 +108,46 @@ IST_INLINE void apply(V* x, V* slopes) {
 }
 
 template <typename F, int N, typename R, typename V>
-IST_INLINE void pairs_forward(const LayerView<R>& layer, int row, const V* z, V* y, V* slopes) {
-  const R *a = layer.pair_samples + row * layer.n_in, *inverse = layer.pair_inverse + row * layer.n_out;
+IST_INLINE void pairs_forward(const LayerView<R>& layer, int row, int c, int even, const V* z, V* y, V* slopes) {
+  const R *a = layer.pair_samples + row * c, *inverse = layer.pair_inverse + row * c;
   V x[2 * N];  // even parts, odd parts; then the samples; then their sums and differences
-  products<N>(a, layer.n_in, 0, layer.in_even, z, x);
-  products<N>(a, layer.n_in, layer.in_even, layer.n_in, z, x + N);
+  products<N>(a, c, 0, layer.in_even, z, x);
+  products<N>(a, c, even, even + layer.in_odd, z, x + N);
   butterfly<N>(x, x + N);
   apply<F, 2 * N>(x, slopes);
   butterfly<N>(x, x + N);
-  add_products<N>(inverse, layer.n_out, 0, layer.out_even, x, y);
-  add_products<N>(inverse, layer.n_out, layer.out_even, layer.n_out, x + N, y);
+  add_products<N>(inverse, c, 0, layer.out_even, x, y);
+  add_products<N>(inverse, c, even, even + layer.out_odd, x + N, y);
 }
 
 template <int N, typename R, typename V>
-IST_INLINE void pairs_backward(const LayerView<R>& layer, int row, const V* slopes, const V* d_y, V* d_z) {
-  const R *a = layer.pair_samples + row * layer.n_in, *inverse = layer.pair_inverse + row * layer.n_out;
+IST_INLINE void pairs_backward(const LayerView<R>& layer, int row, int c, int even, const V* slopes, const V* d_y,
+                               V* d_z) {
+  const R *a = layer.pair_samples + row * c, *inverse = layer.pair_inverse + row * c;
   V g[2 * N];
-  products<N>(inverse, layer.n_out, 0, layer.out_even, d_y, g);
-  products<N>(inverse, layer.n_out, layer.out_even, layer.n_out, d_y, g + N);
+  products<N>(inverse, c, 0, layer.out_even, d_y, g);
+  products<N>(inverse, c, even, even + layer.out_odd, d_y, g + N);
   butterfly<N>(g, g + N);
   for (int j = 0; j < 2 * N; ++j) g[j] *= slopes[j];
   butterfly<N>(g, g + N);
-  add_products<N>(a, layer.n_in, 0, layer.in_even, g, d_z);
-  add_products<N>(a, layer.n_in, layer.in_even, layer.n_in, g + N, d_z);
+  add_products<N>(a, c, 0, layer.in_even, g, d_z);
+  add_products<N>(a, c, even, even + layer.in_odd, g + N, d_z);
 }
 
 template <typename F, int N, typename R, typename V>
-IST_INLINE void singles_forward(const LayerView<R>& layer, int row, const V* z, V* y, V* slopes) {
+IST_INLINE void singles_forward(const LayerView<R>& layer, int row, int c, const V* z, V* y, V* slopes) {
   V x[N];
-  products<N>(layer.pair_samples + row * layer.n_in, layer.n_in, 0, layer.n_in, z, x);
+  products<N>(layer.pair_samples + row * c, c, 0, c, z, x);
   apply<F, N>(x, slopes);
-  add_products<N>(layer.pair_inverse + row * layer.n_out, layer.n_out, 0, layer.n_out, x, y);
+  add_products<N>(layer.pair_inverse + row * c, c, 0, c, x, y);
 }
 
 template <int N, typename R, typename V>
-IST_INLINE void singles_backward(const LayerView<R>& layer, int row, const V* slopes, const V* d_y, V* d_z) {
+IST_INLINE void singles_backward(const LayerView<R>& layer, int row, int c, const V* slopes, const V* d_y, V* d_z) {
   V g[N];
-  products<N>(layer.pair_inverse + row * layer.n_out, layer.n_out, 0, layer.n_out, d_y, g);
+  products<N>(layer.pair_inverse + row * c, c, 0, c, d_y, g);
   for (int j = 0; j < N; ++j) g[j] *= slopes[j];
-  add_products<N>(layer.pair_samples + row * layer.n_in, layer.n_in, 0, layer.n_in, g, d_z);
+  add_products<N>(layer.pair_samples + row * c, c, 0, c, g, d_z);
 }
 
 // Calls f with blocks of at most 5 rows: f(constant of the block's size, first row).
@@ -232,117 +232,77 @@ IST_INLINE Quotient<V> quotient(V b, V k) {
 
 // One channel near the origin: z and y of orders >= 1 (from coefficient `zero` on) divided by the radius r.
 template <typename F, typename R, typename V>
-void near_forward(const LayerView<R>& layer, int c, int zero, int used, V r, const V* z, V* y) {
-  for (int k = 0; k < used; ++k) y[k] = V{};
+void near_forward(const LayerView<R>& layer, int c, int zero, V r, const V* z, V* y) {
+  for (int k = 0; k < c; ++k) y[k] = V{};
   for (int s = 0; s < layer.n_samples; ++s) {
     const R *a = layer.samples + s * c, *inv = layer.inverse_t + s * c;
     V u0{}, w{};
     for (int k = 0; k < zero; ++k) u0 += z[k] * a[k];
-    for (int k = zero; k < layer.active; ++k) w += z[k] * a[k];
+    for (int k = zero; k < c; ++k) w += z[k] * a[k];
     const V d = w * quotient<F, R, V, false>(u0, r * w).q;
     const V value = F::value(u0) + r * d;
-    for (int k = 0; k < used; ++k) y[k] += (k < zero ? value : d) * inv[k];
+    for (int k = 0; k < c; ++k) y[k] += (k < zero ? value : d) * inv[k];
   }
 }
 
 template <typename F, typename R, typename V>
-void near_backward(const LayerView<R>& layer, int c, int zero, int used, V r, const V* z, const V* d_y, V* d_z,
-                   V& d_r) {
-  for (int k = 0; k < layer.active; ++k) d_z[k] = V{};
+void near_backward(const LayerView<R>& layer, int c, int zero, V r, const V* z, const V* d_y, V* d_z, V& d_r) {
+  for (int k = 0; k < c; ++k) d_z[k] = V{};
   for (int s = 0; s < layer.n_samples; ++s) {
     const R *a = layer.samples + s * c, *inv = layer.inverse_t + s * c;
     V u0{}, w{}, g0{}, g1{};
     for (int k = 0; k < zero; ++k) u0 += z[k] * a[k];
-    for (int k = zero; k < layer.active; ++k) w += z[k] * a[k];
-    for (int k = 0; k < used; ++k) (k < zero ? g0 : g1) += d_y[k] * inv[k];
+    for (int k = zero; k < c; ++k) w += z[k] * a[k];
+    for (int k = 0; k < c; ++k) (k < zero ? g0 : g1) += d_y[k] * inv[k];
     const Quotient<V> q = quotient<F, R, V, true>(u0, r * w);
     const V d_d = r * g0 + g1;
     d_r += w * q.q * g0 + d_d * w * w * q.q_k;
     const V d_u0 = F::prime(u0) * g0 + d_d * w * q.q_b, d_w = d_d * (q.q + r * w * q.q_k);
-    for (int k = 0; k < layer.active; ++k) d_z[k] += (k < zero ? d_u0 : d_w) * a[k];
+    for (int k = 0; k < c; ++k) d_z[k] += (k < zero ? d_u0 : d_w) * a[k];
   }
 }
 
 // ---- activations of all channels
 
-template <typename R>
-struct Activation {
-  using V = typename Lane<R>::V;
-  const LayerView<R>& layer;
-  int channels, c, zero;  // zero: coefficients of order 0, or c where nothing is divided by the radius
-  V radius, inverse;      // in regular frames
-  bool near;              // the tile's radii are small
-  V* scratch;             // [2, c]
-  V* slopes;              // [channels, n_samples] φ′, or null
-};
-
 template <typename F, typename R>
-void activation_forward(const Activation<R>& t, const typename Lane<R>::V* z, typename Lane<R>::V* y) {
+void activation_forward(const PlanView<R>& p, const LayerView<R>& layer, const Edges<R>& e, const typename Lane<R>::V* z,
+                        typename Lane<R>::V* y, typename Lane<R>::V* slopes) {
   using V = typename Lane<R>::V;
-  const LayerView<R>& layer = t.layer;
-  const int rows = layer.n_samples - layer.n_pairs;
-  V *in = t.scratch, *out = t.scratch + t.c, *slopes = t.slopes;
-  for (int w = 0; w < t.channels; ++w, z += t.c, y += t.c) {
-    for (int k = layer.used; k < t.c; ++k) y[k] = V{};
-    if (t.near) {
-      near_forward<F>(layer, t.c, t.zero, layer.used, t.radius, z, y);
+  const int c = p.c, rows = layer.n_samples - layer.n_pairs;
+  for (int w = 0; w < layer.out; w += c, z += c, y += c) {
+    if (e.near) {
+      near_forward<F>(layer, c, p.order_zero, e.radius, z, y);
       continue;
     }
-    for (int k = 0; k < layer.n_in; ++k) {
-      const int column = layer.in_columns[k];
-      in[k] = column < t.zero ? z[column] : z[column] * t.radius;
-    }
-    for (int k = 0; k < layer.n_out; ++k) out[k] = V{};
+    for (int k = 0; k < c; ++k) y[k] = V{};
     row_blocks(0, layer.n_pairs, [&](auto n, int row) {
-      pairs_forward<F, decltype(n)::value>(layer, row, in, out, slopes ? slopes + 2 * row : nullptr);
+      pairs_forward<F, decltype(n)::value>(layer, row, c, p.n_even, z, y, slopes ? slopes + 2 * row : nullptr);
     });
     row_blocks(layer.n_pairs, rows, [&](auto n, int row) {
-      singles_forward<F, decltype(n)::value>(layer, row, in, out, slopes ? slopes + layer.n_pairs + row : nullptr);
+      singles_forward<F, decltype(n)::value>(layer, row, c, z, y, slopes ? slopes + layer.n_pairs + row : nullptr);
     });
     if (slopes) slopes += layer.n_samples;
-    for (int k = 0; k < layer.n_out; ++k) {
-      const int column = layer.out_columns[k];
-      y[column] = column < t.zero ? out[k] : out[k] * t.inverse;
-    }
   }
 }
 
-// d_z from d_y; d_r += the radius' gradient in regular frames.
+// d_z from d_y; near the origin d_r += the radius' gradient.
 template <typename F, typename R>
-void activation_backward(const Activation<R>& t, const typename Lane<R>::V* z, const typename Lane<R>::V* y,
-                         const typename Lane<R>::V* d_y, typename Lane<R>::V* d_z, typename Lane<R>::V& d_r) {
+void activation_backward(const PlanView<R>& p, const LayerView<R>& layer, Edges<R>& e, const typename Lane<R>::V* z,
+                         const typename Lane<R>::V* d_y, const typename Lane<R>::V* slopes, typename Lane<R>::V* d_z) {
   using V = typename Lane<R>::V;
-  const LayerView<R>& layer = t.layer;
-  const int rows = layer.n_samples - layer.n_pairs;
-  V *d_in = t.scratch, *d_out = t.scratch + t.c;
-  const V* slopes = t.slopes;
-  for (int w = 0; w < t.channels; ++w, z += t.c, y += t.c, d_y += t.c, d_z += t.c, slopes += layer.n_samples) {
-    for (int k = layer.active; k < t.c; ++k) d_z[k] = V{};
-    if (t.near) {
-      near_backward<F>(layer, t.c, t.zero, layer.used, t.radius, z, d_y, d_z, d_r);
+  const int c = p.c, rows = layer.n_samples - layer.n_pairs;
+  for (int w = 0; w < layer.out; w += c, z += c, d_y += c, d_z += c, slopes += layer.n_samples) {
+    if (e.near) {
+      near_backward<F>(layer, c, p.order_zero, e.radius, z, d_y, d_z, e.d_radius);
       continue;
     }
-    for (int k = 0; k < layer.n_out; ++k) {
-      const int column = layer.out_columns[k];
-      d_out[k] = d_y[column];
-      if (column < t.zero) continue;
-      d_out[k] *= t.inverse;
-      d_r -= d_out[k] * y[column];
-    }
-    for (int k = 0; k < layer.n_in; ++k) d_in[k] = V{};
+    for (int k = 0; k < c; ++k) d_z[k] = V{};
     row_blocks(0, layer.n_pairs, [&](auto n, int row) {
-      pairs_backward<decltype(n)::value>(layer, row, slopes + 2 * row, d_out, d_in);
+      pairs_backward<decltype(n)::value>(layer, row, c, p.n_even, slopes + 2 * row, d_y, d_z);
     });
     row_blocks(layer.n_pairs, rows, [&](auto n, int row) {
-      singles_backward<decltype(n)::value>(layer, row, slopes + layer.n_pairs + row, d_out, d_in);
+      singles_backward<decltype(n)::value>(layer, row, c, slopes + layer.n_pairs + row, d_y, d_z);
     });
-    for (int k = 0; k < layer.n_in; ++k) {
-      const int column = layer.in_columns[k];
-      d_z[column] = d_in[k];
-      if (column < t.zero) continue;
-      d_r += d_in[k] * z[column];
-      d_z[column] *= t.radius;
-    }
   }
 }
 
@@ -398,9 +358,7 @@ struct Mlp {
   V *z, *y, *normed;            // per layer: [out] pre-activations, activations, after the batch norm (or y again)
   V *d_z, *d_y;                 // one layer each, the widest
   V *d_w, *d_b, *d_affine;      // per layer, summed over all tiles of a thread
-  V* scratch;                   // [2, c]
   V* slopes;                    // per layer [channels, n_samples]; null in the forward direction
-  bool near = false;            // the tile's radii are small
   int64_t size_z, size_w, size_slopes, size_affine;
 
   void place(Arena& arena, const PlanView<R>& plan, const R* packed, bool backward) {
@@ -413,7 +371,7 @@ struct Mlp {
       widest = out > widest ? out : widest;
     }
     size_affine = p->n_layers ? int64_t{p->n_layers} * affine_size() : 0;
-    arena.take(z, size_z), arena.take(y, size_z), arena.take(scratch, 2 * p->c);
+    arena.take(z, size_z), arena.take(y, size_z);
     normed = y;
     if (p->has_norms) arena.take(normed, size_z);
     if (!backward) return;
@@ -425,12 +383,6 @@ struct Mlp {
   // Numbers of one batch norm; every hidden layer has the same channels.
   int affine_size() const { return p->layers[0].out / p->c * (1 + p->n_trivial); }
 
-  Activation<R> activation(int n, const Edges<R>& e, V* layer_slopes) const {
-    const LayerView<R>& layer = p->layers[n];
-    const int zero = p->regular ? p->order_zero : p->c;
-    return {layer, layer.out / p->c, p->c, zero, e.radius, e.inverse, near, scratch, layer_slopes};
-  }
-
   // Layers 0 .. last: the last one's activations, before its batch norm if it has one.
   const V* forward(const Edges<R>& e, int last) {
     const V* in = e.inputs;
@@ -438,13 +390,13 @@ struct Mlp {
     for (int n = 0;; ++n) {
       const LayerView<R>& layer = p->layers[n];
       linear_forward(layer, weights, in, z_n);
-      const Activation<R> act = activation(n, e, slopes_n);
-      with_function<R>(p->function, [&](auto f) { activation_forward<decltype(f)>(act, z_n, y_n); });
+      with_function<R>(p->function,
+                       [&](auto f) { activation_forward<decltype(f)>(*p, layer, e, z_n, y_n, slopes_n); });
       if (n == last) return y_n;
-      if (p->has_norms) norm_forward(*p, weights + layer.affine, act.channels, y_n, normed_n);
+      if (p->has_norms) norm_forward(*p, weights + layer.affine, layer.out / p->c, y_n, normed_n);
       in = normed_n;
       z_n += layer.out, y_n += layer.out, normed_n += layer.out;
-      if (slopes) slopes_n += act.channels * layer.n_samples;
+      if (slopes) slopes_n += layer.out / p->c * layer.n_samples;
     }
   }
 
@@ -466,12 +418,11 @@ struct Mlp {
       const LayerView<R>& layer = p->layers[n];
       z_n -= layer.out, y_n -= layer.out, normed_n -= layer.out, d_w_n -= layer.n_values, d_b_n -= layer.out;
       slopes_n -= layer.out / p->c * layer.n_samples;
-      const Activation<R> act = activation(n, e, slopes_n);
       if (p->has_norms)
-        norm_backward(*p, weights + layer.affine, act.channels, y_n, d_y,
+        norm_backward(*p, weights + layer.affine, layer.out / p->c, y_n, d_y,
                       need_weights ? d_affine + n * affine_size() : nullptr);
       with_function<R>(p->function,
-                       [&](auto f) { activation_backward<decltype(f)>(act, z_n, y_n, d_y, d_z, e.d_radius); });
+                       [&](auto f) { activation_backward<decltype(f)>(*p, layer, e, z_n, d_y, slopes_n, d_z); });
       const V* in = n > 0 ? normed_n - p->layers[n - 1].out : e.inputs;
       V* d_in = n > 0 ? d_y : need_inputs ? e.d_inputs : nullptr;
       if (d_in)

@@ -16,24 +16,23 @@ enum Function : int32_t { kElu = 0, kRelu = 1, kSilu = 2, kGelu = 3, kTanh = 4 }
 // One hidden layer: z = W y + b, then per channel y = inverse · φ(samples · z), then, with batch norms, scale · y + shift.
 //
 // Pairs of samples differ only in the sign of the odd coefficients, in A as in A⁻. Of each pair one is kept: with E the
-// even and O the odd part of its row's sum, the two samples are E + O and E − O. Samples without a partner follow.
+// even and O the odd part of its row's sum, the two samples are E + O and E − O. Samples without a partner follow. The
+// even coefficients of a channel come first.
 template <typename R>
 struct LayerView {
   int32_t in, out;
-  int32_t active;         // coefficients of a channel that z can have: 0 .. active-1
-  int32_t used;           // coefficients of the activation that anything reads: 0 .. used-1
-  int32_t n_samples;      // S
-  int32_t weight, bias;   // positions in the packed weights
-  int32_t affine;         // position of the batch norm's scale [W] and shift [W, n_trivial], or -1
+  int32_t n_samples;               // S
+  int32_t weight, bias;            // positions in the packed weights
+  int32_t affine;                  // position of the batch norm's scale [W] and shift [W, n_trivial], or -1
   int32_t norm_weight, norm_bias;  // positions of the batch norm's parameters in the unpacked vector, or -1
-  int32_t n_values;       // structural nonzeros of W
-  int32_t n_groups;       // rows that share their columns; W is packed group by group, [row][column]
-  const int32_t* groups;  // per group: n_rows, n_columns, rows, columns
-  const R* samples;       // [S, c]
-  const R* inverse_t;     // [S, c]
-  int32_t n_pairs, n_in, in_even, n_out, out_even;
-  const int32_t *in_columns, *out_columns;  // [n_in] active and [n_out] used coefficients, even ones first
-  const R *pair_samples, *pair_inverse;     // [n_pairs + singles, n_in], [.., n_out]
+  int32_t n_values;                // structural nonzeros of W
+  int32_t n_pairs;
+  int32_t in_even, in_odd;    // coefficients that z can have: the first of the even, the first of the odd ones
+  int32_t out_even, out_odd;  // coefficients of the activation that anything reads
+  int32_t n_groups;           // rows that share their columns; W is packed group by group, [row][column]
+  const int32_t* groups;      // per group: n_rows, n_columns, rows, columns; every row is in one
+  const R *samples, *inverse_t;             // [S, c] all of them, for edges near the origin
+  const R *pair_samples, *pair_inverse;     // [n_pairs + singles, c]
 };
 
 // U x V x W fields that share intertwiners. Hidden features enter by `rows`: one coefficient of all W channels.
@@ -43,8 +42,7 @@ struct CouplingView {
   int32_t constant;                        // reads the constant-one feature: W = 1, no row
   int32_t n_slots, n_terms;
   int32_t theta, theta_forward;            // positions in the packed weights of θ [b][u][v, w] and [b][v][w][u]
-  const int32_t* out_start;                // [U]
-  const int32_t* in_start;                 // [V]
+  int32_t in_at, out_at;                   // positions of component 0: the V inputs; the U outputs, padded
   const int32_t* slots;                    // [n_slots, 2] b, o
   const int32_t* terms;                    // [n_terms, 4] slot, row, first g, one past the last g
   // positions in a worker's buffers, set by place()
@@ -61,7 +59,13 @@ struct CouplingSizes {
 template <typename R>
 struct PlanView {
   int32_t kind, dim, n_attr, regular, n_inputs, in_size, out_size, n_layers, d, c, channels, order_zero, function;
+  int32_t n_even;  // coefficients of a channel that come first, see LayerView
   int32_t n_couplings, n_rows, n_g, n_weights, n_grad, has_cutoff, shell, hidden_flat, has_norms, n_trivial, n_parameters;
+  // Inputs and outputs are gathered by field type, component by component: all channels of one side by side.
+  int32_t n_gathered, n_mixed;      // gathered inputs; places for outputs, rows of channels padded
+  const int32_t* input;             // [n_gathered] number of the input
+  const int32_t* place;             // [C_out] place of the output, or -1: always 0
+
   R gamma, cutoff, eps;  // eps: of the batch norms
   const int32_t *trivial, *measured;  // [n_trivial] trivial coefficients; the same among the d coordinates of h
   // frame
@@ -129,16 +133,15 @@ void read_frame(PlanView<R>& p, Reader<int32_t>& ints, Reader<R>& reals) {
 template <typename R>
 void read_layer(PlanView<R>& p, Reader<int32_t>& ints, Reader<R>& reals) {
   LayerView<R> layer{};
-  int32_t* const header[] = {&layer.in,     &layer.out,      &layer.active,  &layer.used, &layer.n_samples,
-                             &layer.weight, &layer.bias,     &layer.affine,  &layer.norm_weight, &layer.norm_bias, &layer.n_values, &layer.n_pairs,
-                             &layer.n_in,   &layer.in_even,  &layer.n_out,   &layer.out_even, &layer.n_groups};
+  int32_t* const header[] = {&layer.in,        &layer.out,      &layer.n_samples, &layer.weight,  &layer.bias,
+                             &layer.affine,    &layer.norm_weight, &layer.norm_bias, &layer.n_values, &layer.n_pairs,
+                             &layer.in_even,   &layer.in_odd,   &layer.out_even,  &layer.out_odd, &layer.n_groups};
   for (int32_t* field : header) *field = ints.one();
   layer.groups = ints.take(ints.one());
-  layer.in_columns = ints.take(layer.n_in), layer.out_columns = ints.take(layer.n_out);
   layer.samples = reals.take(int64_t{layer.n_samples} * p.c);
   layer.inverse_t = reals.take(int64_t{layer.n_samples} * p.c);
   const int64_t rows = layer.n_samples - layer.n_pairs;
-  layer.pair_samples = reals.take(rows * layer.n_in), layer.pair_inverse = reals.take(rows * layer.n_out);
+  layer.pair_samples = reals.take(rows * p.c), layer.pair_inverse = reals.take(rows * p.c);
   p.layer_storage.push_back(layer);
 }
 
@@ -147,7 +150,7 @@ inline CouplingView read_coupling(Reader<int32_t>& ints) {
   q.n_out = ints.one(), q.n_in = ints.one(), q.n_hidden = ints.one(), q.n_basis = ints.one();
   q.constant = ints.one(), q.n_slots = ints.one(), q.n_terms = ints.one();
   q.theta = ints.one(), q.theta_forward = ints.one();
-  q.out_start = ints.take(q.n_out), q.in_start = ints.take(q.n_in);
+  q.in_at = ints.one(), q.out_at = ints.one();
   q.slots = ints.take(int64_t{2} * q.n_slots), q.terms = ints.take(int64_t{4} * q.n_terms);
   return q;
 }
@@ -161,10 +164,11 @@ bool plan_view(PlanView<R>& p, const int32_t* ints_begin, int64_t n_ints, const 
                              &p.in_size,  &p.out_size,   &p.n_layers, &p.d,           &p.c,
                              &p.channels, &p.order_zero, &p.function, &p.n_couplings, &p.n_rows,
                              &p.n_g,      &p.n_weights,  &p.n_grad,   &p.shell,       &p.has_cutoff,
-                             &p.hidden_flat, &p.has_norms, &p.n_trivial, &p.n_parameters};
+                             &p.hidden_flat, &p.has_norms, &p.n_trivial, &p.n_parameters, &p.n_even, &p.n_gathered, &p.n_mixed};
   for (int32_t* field : header) *field = ints.one();
   p.gamma = reals.one(), p.cutoff = reals.one(), p.eps = reals.one();
   p.trivial = ints.take(p.n_trivial), p.measured = ints.take(p.n_trivial);
+  p.input = ints.take(p.n_gathered), p.place = ints.take(p.out_size);
   read_frame(p, ints, reals);
   for (int n = 0; n < p.n_layers && ints.valid; ++n) read_layer(p, ints, reals);
   p.row_start = ints.take(p.n_rows + 1);

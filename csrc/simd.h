@@ -48,7 +48,7 @@ using VD = Lane<double>::V;
 
 template <typename V, typename R>
 IST_INLINE V splat(R value) {
-  return V{} + value;
+  return value - V{};  // not a sum: -0 stays, and nothing is computed
 }
 
 #if IST_LANE_BYTES == 64
@@ -103,6 +103,19 @@ IST_INLINE void transpose(V* rows) {
   for (int i = 0; i < L; ++i)
     if (!(i & S)) exchange<S>(rows[i], rows[i + S], std::make_integer_sequence<int, L>{});
   if constexpr (S > 1) transpose<L, S / 2>(rows);
+}
+
+// Of L vectors, which it overwrites: lane j of the result is the sum over the lanes of rows[j].
+template <int L, int S = L / 2, typename V>
+IST_INLINE V lane_sums(V* rows) {
+  for (int i = 0; i < S; ++i) {
+    exchange<S>(rows[i], rows[i + S], std::make_integer_sequence<int, L>{});
+    rows[i] += rows[i + S];
+  }
+  if constexpr (S > 1)
+    return lane_sums<L, S / 2>(rows);
+  else
+    return rows[0];
 }
 
 template <typename V>

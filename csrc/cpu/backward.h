@@ -9,10 +9,10 @@ template <typename R>
 struct Backward : Worker<R> {
   using Base = Worker<R>;
   using V = typename Lane<R>::V;
-  using Base::a, Base::p, Base::sums, Base::ring, Base::n_ring, Base::size, Base::e, Base::mlp;
+  using Base::a, Base::p, Base::mixed, Base::grads, Base::sums, Base::ring, Base::n_ring, Base::size, Base::e, Base::mlp;
   using Base::d_theta, Base::d_sums, Base::d_sums_t, Base::d_terms, Base::d_rows, Base::rows, Base::row_at;
   using Base::n_edges, Base::edge, Base::shell, Base::near_pass;
-  using Base::t, Base::d_t, Base::f, Base::f_raw, Base::d_f, Base::g, Base::d_g, Base::hidden, Base::d_hidden;
+  using Base::t, Base::d_t, Base::f, Base::d_f, Base::f_raw, Base::d_f_raw, Base::g, Base::d_g, Base::hidden, Base::d_hidden;
   static constexpr int L = Lane<R>::L;
   bool need_geometry, need_weights, need_hidden;
   int64_t last_node = 0;
@@ -44,16 +44,20 @@ struct Backward : Worker<R> {
                        q.in_padded);
       }
     }
-    if (need_weights) memset(sums + n_ring * size.sums, 0, sizeof(R) * size.sums);
+    if (!need_weights) return;
+    memset(sums + n_ring * size.sums, 0, sizeof(R) * size.sums);
+    memcpy(grads + n_ring * p.n_mixed, mixed + current * p.n_mixed, sizeof(R) * p.n_mixed);
   }
 
-  // d_sums [slot][v, w] = Σ_u θ[b, u, v, w] g[u, o] for this node and the next ones that have edges
+  // d_sums [slot][v, w] = Σ_u θ[b, u, v, w] g[o, u] for this node and the next ones that have edges
   void prepare(int64_t node) {
     n_prepared = current = 0;
     prepared[n_prepared++] = node;
     for (int64_t i = node + 1; i < last_node && n_prepared < kNodes && !near_pass; ++i)
       if (a.index(a.rowptr, i) < a.index(a.rowptr, i + 1)) prepared[n_prepared++] = i;
-    for (int n = n_prepared; n < kNodes; ++n) prepared[n] = node;
+    for (int n = 0; n < n_prepared; ++n)
+      for (int k = 0; k < p.out_size; ++k)
+        if (p.place[k] >= 0) mixed[n * p.n_mixed + p.place[k]] = a.grad_out[prepared[n] * p.out_size + k];
     for (int k = 0; k < p.n_couplings; ++k)
       for (int slot = 0; slot < p.couplings[k].n_slots; ++slot) sum_outputs(p.couplings[k], slot);
   }
@@ -61,14 +65,17 @@ struct Backward : Worker<R> {
   void sum_outputs(const CouplingView& q, int slot) {
     using Q = typename Lane<R>::Q;
     const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
-    const R* weight = a.weights + q.theta + int64_t{b} * q.n_out * q.slot_size;
+    const R *weight = a.weights + q.theta + int64_t{b} * q.n_out * q.slot_size;
+    const R *low = mixed + q.out_at + o * q.out_padded, *high = low + 4 * p.n_mixed;  // nodes 0 .. 3 and 4 .. 7
+    const int64_t s1 = p.n_mixed, s2 = 2 * s1, s3 = 3 * s1;
     R* d = d_sums + q.at_sums + slot * q.slot_size;
     for (int64_t x = 0; x < q.slot_size; x += Lane<R>::QL) {
       Q acc[kNodes] = {};
       for (int u = 0; u < q.n_out; ++u) {
         const Q row = load_row(weight + u * q.slot_size + x);
-        const R* grad = a.grad_out + q.out_start[u] + o;
-        for (int n = 0; n < kNodes; ++n) acc[n] += row * grad[prepared[n] * p.out_size];
+        const R *g0 = low + u, *g4 = high + u;
+        acc[0] += row * g0[0], acc[1] += row * g0[s1], acc[2] += row * g0[s2], acc[3] += row * g0[s3];
+        acc[4] += row * g4[0], acc[5] += row * g4[s1], acc[6] += row * g4[s2], acc[7] += row * g4[s3];
       }
       for (int n = 0; n < n_prepared; ++n) store_row(d + n * size.sums + x, acc[n]);
     }
@@ -106,16 +113,8 @@ struct Backward : Worker<R> {
       const CouplingView& q = p.couplings[k];
       for (int slot = 0; slot < q.n_slots; ++slot) {
         const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
-        R* d = theta_gradient(q, b);
-        R grad[8 * kNodes];
-        for (int u0 = 0; u0 < q.n_out; u0 += 8) {
-          const int n_u = q.n_out - u0 < 8 ? q.n_out - u0 : 8;
-          for (int n = 0; n < n_ring; ++n)
-            for (int u = 0; u < n_u; ++u)
-              grad[u * kNodes + n] = a.grad_out[ring[n] * p.out_size + q.out_start[u0 + u] + o];
-          rank_updates(n_u, d + u0 * q.slot_size, q.slot_size, grad, kNodes, 1, sums + q.at_sums + slot * q.slot_size,
-                       size.sums, 0, n_ring, q.slot_size);
-        }
+        rank_updates(q.n_out, theta_gradient(q, b), q.slot_size, grads + q.out_at + o * q.out_padded, 1, p.n_mixed,
+                     sums + q.at_sums + slot * q.slot_size, size.sums, 0, n_ring, q.slot_size);
       }
     }
     n_ring = 0;
@@ -126,7 +125,7 @@ struct Backward : Worker<R> {
   // df and dG from dt; zero in lanes past the end.
   void couplings() {
     const bool harmonics = p.kind == kZonal && need_geometry;
-    for (int k = 0; k < p.in_size; ++k) d_f[k] = V{};
+    for (int k = 0; k < p.n_gathered; ++k) d_f[k] = V{};
     for (int k = 0; k < p.n_g; ++k) d_g[k] = V{};
     for (int64_t k = 0; k < size.terms; ++k) d_t[k] = V{};
     if (n_edges < L) clear_padding();
@@ -137,25 +136,25 @@ struct Backward : Worker<R> {
         const int32_t* term = q.terms + 4 * n;
         const V* d = d_t + q.at_terms + n * q.n_in;
         int v = 0;
-        for (; v + 8 <= q.n_in; v += 8) term_backward<8>(term, q.in_start + v, d + v, harmonics);
-        for (; v + 2 <= q.n_in; v += 2) term_backward<2>(term, q.in_start + v, d + v, harmonics);
-        for (; v < q.n_in; ++v) term_backward<1>(term, q.in_start + v, d + v, harmonics);
+        for (; v + 8 <= q.n_in; v += 8) term_backward<8>(term, q.n_in, q.in_at + v, d + v, harmonics);
+        for (; v + 2 <= q.n_in; v += 2) term_backward<2>(term, q.n_in, q.in_at + v, d + v, harmonics);
+        for (; v < q.n_in; ++v) term_backward<1>(term, q.n_in, q.in_at + v, d + v, harmonics);
       }
     }
   }
 
   template <int N>
-  IST_INLINE void term_backward(const int32_t* term, const int32_t* in_start, const V* d_term, bool harmonics) {
+  IST_INLINE void term_backward(const int32_t* term, int n_in, int at, const V* d_term, bool harmonics) {
     V d[N];
     for (int v = 0; v < N; ++v) d[v] = d_term[v];
     for (int i = term[2]; i < term[3]; ++i) {
       const V factor = g[i];
-      V* d_input = d_f + p.g_input[i];
-      for (int v = 0; v < N; ++v) d_input[in_start[v]] += d[v] * factor;
+      V* d_input = d_f + at + p.g_input[i] * n_in;
+      for (int v = 0; v < N; ++v) d_input[v] += d[v] * factor;
       if (!harmonics) continue;
-      const V* input = f + p.g_input[i];
+      const V* input = f + at + p.g_input[i] * n_in;
       V sum{};
-      for (int v = 0; v < N; ++v) sum += d[v] * input[in_start[v]];
+      for (int v = 0; v < N; ++v) sum += d[v] * input[v];
       d_g[i] += sum;
     }
   }
@@ -193,11 +192,12 @@ struct Backward : Worker<R> {
   void end_tile() {
     couplings();
     e.d_factor = V{};
-    for (int k = 0; k < p.in_size; ++k) {
-      e.d_factor += d_f[k] * f_raw[k];
-      d_f[k] *= e.factor;
+    for (int k = 0; k < p.in_size && p.n_gathered < p.in_size; ++k) d_f_raw[k] = V{};  // inputs that no coupling reads
+    for (int k = 0; k < p.n_gathered; ++k) {
+      e.d_factor += d_f[k] * f_raw[p.input[k]];
+      d_f_raw[p.input[k]] = d_f[k] * e.factor;
     }
-    if (a.grad_edge) store(d_f, p.in_size, a.grad_edge);
+    if (a.grad_edge) store(d_f_raw, p.in_size, a.grad_edge);
     if (!need_hidden) return;
     hidden_features();
     if (!need_geometry) {

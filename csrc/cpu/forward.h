@@ -14,32 +14,38 @@ struct Forward : Worker<R> {
   Forward(const ConvArgs<R>& args, const CouplingSizes& sizes, int64_t own_edges)
       : Base(args, sizes, false, own_edges) {}
 
-  // mixed[n, out_start[u] + o] += Σ_{v, w} θ[b, v, w, u] T_n[slot, v, w] for the nodes in the ring
+  // mixed[n, o, u] += Σ_{v, w} θ[b, v, w, u] T_n[slot, v, w] for the nodes in the ring
   void mix_slot(const CouplingView& q, int slot) {
+    static_assert(kNodes == 8);
     const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
     const R* t = sums + q.at_sums + slot * q.slot_size;
+    const int64_t s1 = size.sums, s2 = 2 * s1, s3 = 3 * s1;
     for (int u0 = 0; u0 < q.n_out; u0 += Lane<R>::QL) {
       const R* weight = a.weights + q.theta_forward + int64_t{b} * q.n_in * q.n_hidden * q.out_padded + u0;
       Q acc[kNodes] = {};
-      for (int v = 0; v < q.n_in; ++v)
-        for (int w = 0; w < q.n_hidden; ++w, weight += q.out_padded) {
+      for (int v = 0; v < q.n_in; ++v) {
+        const R *low = t + v * q.hidden_padded, *high = low + 4 * s1;  // nodes 0 .. 3 and 4 .. 7
+        for (int w = 0; w < q.n_hidden; ++w, weight += q.out_padded, ++low, ++high) {
           const Q row = load_row(weight);
-          const R* value = t + v * q.hidden_padded + w;
-          for (int n = 0; n < kNodes; ++n) acc[n] += row * value[n * size.sums];
+          acc[0] += row * low[0], acc[1] += row * low[s1], acc[2] += row * low[s2], acc[3] += row * low[s3];
+          acc[4] += row * high[0], acc[5] += row * high[s1], acc[6] += row * high[s2], acc[7] += row * high[s3];
         }
-      const int n_u = q.n_out - u0 < Lane<R>::QL ? q.n_out - u0 : Lane<R>::QL;
-      for (int n = 0; n < n_ring; ++n)
-        for (int u = 0; u < n_u; ++u) mixed[n * p.out_size + q.out_start[u0 + u] + o] += acc[n][u];
+      }
+      R* out = mixed + q.out_at + o * q.out_padded + u0;
+      for (int n = 0; n < kNodes; ++n, out += p.n_mixed) store_row(out, load_row(out) + acc[n]);
     }
   }
 
   void flush() {
-    memset(mixed, 0, sizeof(R) * n_ring * p.out_size);
+    memset(mixed, 0, sizeof(R) * kNodes * p.n_mixed);
     for (int k = 0; k < p.n_couplings; ++k)
       for (int slot = 0; slot < p.couplings[k].n_slots; ++slot) mix_slot(p.couplings[k], slot);
     for (int n = 0; n < n_ring; ++n) {
-      R* out = a.out + ring[n] * p.out_size;
-      for (int k = 0; k < p.out_size; ++k) out[k] = mixed[n * p.out_size + k] + (near_pass ? out[k] : R{});
+      R *out = a.out + ring[n] * p.out_size, *in = mixed + n * p.n_mixed;
+      for (int k = 0; k < p.out_size; ++k) {
+        const R value = p.place[k] < 0 ? R{} : in[p.place[k]];
+        out[k] = near_pass ? out[k] + value : value;
+      }
     }
     n_ring = 0;
   }

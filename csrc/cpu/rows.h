@@ -68,6 +68,12 @@ template <typename R, typename Row, typename Inside>
 IST_INLINE void rows_to_lanes(int n, Row row, Inside inside, typename Lane<R>::V* lanes) {
   using V = typename Lane<R>::V;
   constexpr int L = Lane<R>::L;
+  if (n <= 4) {  // one by one is less work than a transposition
+    R* out = reinterpret_cast<R*>(lanes);
+    for (int l = 0; l < L; ++l)
+      for (int k = 0; k < n; ++k) out[k * L + l] = row(l)[k];
+    return;
+  }
   for (int k = 0; k < n; k += L) {
     const int at = n >= L && k + L > n ? n - L : k;  // the last block overlaps the one before
     const int width = n - at < L ? n - at : L;

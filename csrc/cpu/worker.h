@@ -46,14 +46,16 @@ struct Worker {
   Mlp<R> mlp;
   R shell;
   V *hidden, *d_hidden;            // [flat hidden size] in the couplings' coordinates
-  V *f, *f_raw, *d_f;              // [C_in] neighbour features: times the radial factor; as they are
+  V *f_raw, *d_f_raw;              // [C_in] neighbour features
+  V *f, *d_f;                      // [n_gathered] the same gathered by field type, times the radial factor
   V *g, *d_g;                      // [n_g]
   V *t, *d_t;                      // [size.terms] f · G, per (term, v)
   R *rows, *d_rows;                // per row [L, padded W]
   R* d_terms;                      // per coupling [term][L, padded V]
   R* sums;                         // T [kNodes, size.sums]
   R *d_theta, *d_sums, *d_sums_t;  // [b][u][v, w]; ∂L/∂T [kNodes, size.sums]; of one node, [slot][w][v]
-  R* mixed;                        // [kNodes, C_out]
+  R* mixed;                        // [kNodes, n_mixed] outputs or their gradients, by field type
+  R* grads;                        // [kNodes, n_mixed] of the nodes in the ring
   int64_t* row_at;                 // [n_rows] positions in rows
   int64_t row_size;                // of all rows together
   Unit<R>* row_units;              // all rows' channels
@@ -120,12 +122,12 @@ struct Worker {
     for (int r = 0; r < p.n_rows; ++r) row_size += L * padded(p.row_start[r + 1] - p.row_start[r]);
     arena.take(row_units, row_size / (L * Lane<R>::QL)), arena.take(row_at, p.n_rows), arena.take(rows, row_size),
         arena.take(hidden, p.hidden_flat);
-    arena.take(f, p.in_size), arena.take(g, p.n_g), arena.take(t, size.terms);
-    arena.take(sums, kNodes * size.sums), arena.take(mixed, kNodes * p.out_size);
+    arena.take(f_raw, p.in_size), arena.take(f, p.n_gathered), arena.take(g, p.n_g), arena.take(t, size.terms);
+    arena.take(sums, kNodes * size.sums), arena.take(mixed, kNodes * p.n_mixed);
     arena.take(extra, n_extra);
     if (!backward) return;
     arena.take(term_units, size.d_terms / (L * Lane<R>::QL)), arena.take(d_hidden, p.hidden_flat),
-        arena.take(f_raw, p.in_size), arena.take(d_f, p.in_size);
+        arena.take(d_f_raw, p.in_size), arena.take(d_f, p.n_gathered), arena.take(grads, kNodes * p.n_mixed);
     arena.take(d_g, p.n_g), arena.take(d_t, size.terms), arena.take(d_rows, row_size);
     arena.take(d_terms, size.d_terms), arena.take(d_theta, theta_size());
     arena.take(d_sums, kNodes * size.sums), arena.take(d_sums_t, size.sums_t);
@@ -159,13 +161,13 @@ struct Worker {
     load_geometry();
     rows_to_lanes<R>(
         p.in_size, [&](int l) { return a.x + source[l]; },
-        [&](int l, int at) { return source[l] + at + L <= a.n_src * n; }, backward ? f_raw : f);
+        [&](int l, int at) { return source[l] + at + L <= a.n_src * n; }, f_raw);
   }
 
   // The frame, and which lanes count: those of edges of this tile, but for near ones outside the near pass.
   void enter_frame(bool all_harmonics) {
+    e.near = near_pass;
     frame_forward(p, shell, e, all_harmonics);
-    mlp.near = near_pass;
     near_lanes = 0;
     if (!p.regular || near_pass) return;
     const auto small = e.radius < Limits<R>::near;
@@ -176,11 +178,10 @@ struct Worker {
   // Hidden features, in the couplings' coordinates, as rows of channels per edge; G and t.
   void evaluate() {
     enter_frame(false);
-    V* features = backward ? f_raw : f;
     if (near_lanes || n_edges < L) {
       V lanes;
       for (int l = 0; l < L; ++l) lanes[l] = counts(l);
-      for (int k = 0; k < p.in_size; ++k) features[k] = lanes > 0 ? features[k] : V{};
+      for (int k = 0; k < p.in_size; ++k) f_raw[k] = lanes > 0 ? f_raw[k] : V{};
     }
     const V* y = mlp.hidden(e);
     if (p.kind == kPlanar) {
@@ -188,7 +189,7 @@ struct Worker {
       y = hidden;
     }
     units_to_rows<R>(n_row_units, row_units, y, rows);
-    for (int k = 0; k < p.in_size; ++k) f[k] = features[k] * e.factor;
+    for (int k = 0; k < p.n_gathered; ++k) f[k] = f_raw[p.input[k]] * e.factor;
     if (p.kind == kZonal)
       for (int k = 0; k < p.n_g; ++k) {
         if (p.nz_harmonic[p.g_first[k]] < 0) continue;  // constant
@@ -200,23 +201,24 @@ struct Worker {
       const CouplingView& q = p.couplings[k];
       for (int n = 0; n < q.n_terms; ++n) {
         const int32_t* term = q.terms + 4 * n;
+        const V* in = f + q.in_at;
         V* out = t + q.at_terms + n * q.n_in;
         int v = 0;
-        for (; v + 8 <= q.n_in; v += 8) term_forward<8>(term, q.in_start + v, out + v);
-        for (; v + 2 <= q.n_in; v += 2) term_forward<2>(term, q.in_start + v, out + v);
-        for (; v < q.n_in; ++v) term_forward<1>(term, q.in_start + v, out + v);
+        for (; v + 8 <= q.n_in; v += 8) term_forward<8>(term, q.n_in, in + v, out + v);
+        for (; v + 2 <= q.n_in; v += 2) term_forward<2>(term, q.n_in, in + v, out + v);
+        for (; v < q.n_in; ++v) term_forward<1>(term, q.n_in, in + v, out + v);
       }
     }
   }
 
-  // t[v] = Σ_g f[v, i_g] G_g for N fields
+  // t[v] = Σ_g f[i_g, v] G_g for N fields
   template <int N>
-  IST_INLINE void term_forward(const int32_t* term, const int32_t* in_start, V* out) {
+  IST_INLINE void term_forward(const int32_t* term, int n_in, const V* in, V* out) {
     V sum[N] = {};
     for (int i = term[2]; i < term[3]; ++i) {
       const V factor = g[i];
-      const V* input = f + p.g_input[i];
-      for (int v = 0; v < N; ++v) sum[v] += input[in_start[v]] * factor;
+      const V* input = in + p.g_input[i] * n_in;
+      for (int v = 0; v < N; ++v) sum[v] += input[v] * factor;
     }
     for (int v = 0; v < N; ++v) out[v] = sum[v];
   }
@@ -230,7 +232,7 @@ struct Worker {
         R* sum = node + q.at_sums + slot * q.slot_size;
         const V* terms = t + q.at_terms + n * q.n_in;
         if (q.constant) {
-          for (int v = 0; v < q.n_in; ++v) sum[v] += run_sum(terms[v], l0, l1);
+          for (int v = 0; v < q.n_in; v += L) add_lane_sums(terms + v, q.n_in - v < L ? q.n_in - v : L, l0, l1, sum + v);
           continue;
         }
         rank_updates(q.n_in, sum, q.hidden_padded, reinterpret_cast<const R*>(terms), L, 1, rows + row_at[row],
@@ -239,11 +241,18 @@ struct Worker {
     }
   }
 
-  static R run_sum(V x, int l0, int l1) {
-    if (l0 == 0 && l1 == L) return lane_sum(x);
-    R sum = 0;
-    for (int l = l0; l < l1; ++l) sum += x[l];
-    return sum;
+  // sum[k] += Σ x[k] over the lanes l0 .. l1-1 for k < n <= L
+  static void add_lane_sums(const V* x, int n, int l0, int l1, R* sum) {
+    if (l1 - l0 < L / 2) {
+      for (int k = 0; k < n; ++k)
+        for (int l = l0; l < l1; ++l) sum[k] += x[k][l];
+      return;
+    }
+    V rows[L], inside;
+    for (int l = 0; l < L; ++l) inside[l] = l0 <= l && l < l1;
+    for (int k = 0; k < L; ++k) rows[k] = k >= n ? V{} : inside > 0 ? x[k] : V{};
+    const V total = lane_sums<L>(rows);
+    for (int k = 0; k < n; ++k) sum[k] += total[k];
   }
 
   // Walks the nodes first .. last-1: start(i) before a node's first edge, run(l0, l1) for the lanes of a tile that

@@ -5,6 +5,7 @@ The counterparts in C++ are ``csrc/plan.h`` and ``csrc/packing.h``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -57,7 +58,8 @@ class _Groups(NamedTuple):
     active: int  # coefficients of a channel that can differ from 0
 
 
-def _groups(layer: Linear, coefficients: int) -> _Groups:
+def _groups(layer: Linear, coefficients: int, into: np.ndarray, out: np.ndarray) -> _Groups:
+    """``into`` (in_size,), ``out`` (out_size,): where the native code keeps each input and output."""
     pattern = np.zeros((layer.out_size, layer.in_size), dtype=bool)
     for block in layer.blocks:
         o, i = np.nonzero(np.abs(block.basis).sum(0))
@@ -65,40 +67,59 @@ def _groups(layer: Linear, coefficients: int) -> _Groups:
         pattern[np.broadcast_arrays(rows, columns)[0], np.broadcast_arrays(rows, columns)[1]] = True
     by_columns: dict[tuple, list[int]] = {}
     for row in range(layer.out_size):
-        if pattern[row].any():
-            by_columns.setdefault(tuple(np.flatnonzero(pattern[row])), []).append(row)
+        by_columns.setdefault(tuple(np.flatnonzero(pattern[row])), []).append(row)
     ints, index = [], []
-    for columns, rows in by_columns.items():
-        ints += [len(rows), len(columns), *rows, *map(int, columns)]
-        index.append((np.array(rows)[:, None] * layer.in_size + np.array(columns)).reshape(-1))
+    for key, rows in by_columns.items():
+        columns = np.array(key, dtype=int)
+        ints += [len(rows), len(columns), *out[rows].tolist(), *into[columns].tolist()]
+        index.append((np.array(rows)[:, None] * layer.in_size + columns).reshape(-1))
     nonzero = pattern.any(1) | (np.abs(layer.bias).sum(1) > 0)
     active = 1 + int((np.flatnonzero(nonzero) % coefficients).max(initial=0))
     return _Groups(ints, len(by_columns), np.concatenate([*index, np.zeros(0, dtype=np.int64)]), active)
+
+
+class _Gathered:
+    """Channels by field type: for each tuple of field starts, component by component, all fields side by side."""
+
+    def __init__(self, row_size: Callable[[int], int]):
+        self.row_size = row_size  # of a row of so many fields
+        self.at: dict[tuple[int, ...], int] = {}
+        self.channel: list[int] = []  # number of the channel at each place, −1 in padding
+
+    def add(self, starts: np.ndarray, size: int) -> int:
+        """The place of component 0 of the fields at ``starts``, of ``size`` components each."""
+        key = tuple(starts.tolist())
+        if key not in self.at:
+            self.at[key] = len(self.channel)
+            padding = [-1] * (self.row_size(len(key)) - len(key))
+            self.channel += [c for component in range(size) for c in [*(start + component for start in key), *padding]]
+        return self.at[key]
 
 
 class _Terms:
     """The couplings as terms ``T[slot, v, w] += t[v] · row[w]``, with ``t[v] = Σ_g f[v, i_g] G_g`` and
     ``G = Σ value · Y[m]``."""
 
-    def __init__(self, plan: Plan, couplings: tuple[Coupling, ...]):
-        self.plan = plan
+    def __init__(self, plan: Plan, couplings: tuple[Coupling, ...], position: np.ndarray):
+        self.plan, self.position = plan, position
+        self.inputs, self.outputs = _Gathered(lambda n: n), _Gathered(_padded)
         self.rows: dict[tuple[int, ...], int] = {}  # positions of the channels → number
         self.g_input, self.g_first, self.nz_harmonic, self.nz_value = [], [0], [], []
         self.couplings = [self._coupling(c) for c in couplings]
-        # what the couplings read of a channel's coefficients
-        coefficients = max(len(plan.frame.order), 1)
-        used = max((p % coefficients for row in self.rows for p in row), default=0)
-        self.used = coefficients if plan.frame.kind == "planar" else used + 1
+        # what the couplings read of a channel's coefficients: the first ones, by degree
+        order = np.argsort(position)
+        used = max((int(order[p % len(order)]) for row in self.rows for p in row), default=0)
+        self.used = len(order) if plan.frame.kind == "planar" else used + 1
 
     def _read(self, c: Coupling, m: int) -> tuple[int, int]:
         """Row (−1: the constant one) and harmonic (−1: none) of coordinate m of the coupling's hidden fields."""
         if reads_one(self.plan, c):
             return -1, -1
-        positions, harmonic = c.hidden_start + m, -1
+        field, coefficient = np.divmod(c.hidden_start + m, hidden_field_size(self.plan))
+        harmonic = -1
         if self.plan.frame.kind == "zonal":
-            d, coefficient = hidden_field_size(self.plan), self.plan.frame.coefficient
-            harmonic = m
-            positions = c.hidden_start // d * len(self.plan.frame.order) + coefficient[m]
+            harmonic, coefficient = m, self.plan.frame.coefficient[coefficient]
+        positions = field * len(self.position) + self.position[coefficient]
         return self.rows.setdefault(tuple(map(int, positions)), len(self.rows)), harmonic
 
     def _coupling(self, c: Coupling) -> list[int]:
@@ -124,11 +145,12 @@ class _Terms:
             c.basis.shape[0],
             int(reads_one(self.plan, c)),
         ]
-        starts = [*c.out_start.tolist(), *c.in_start.tolist()]
-        return [*sizes, len(slots), len(terms), *starts, *(n for slot in slots for n in slot), *flat]
+        _, n_out, n_in, _ = c.basis.shape
+        places = [self.inputs.add(c.in_start, n_in), self.outputs.add(c.out_start, n_out)]
+        return [*sizes, len(slots), len(terms), *places, *(n for slot in slots for n in slot), *flat]
 
 
-def _flatten_frame(plan: Plan, flat: _Flat, terms: _Terms) -> None:
+def _flatten_frame(plan: Plan, flat: _Flat, terms: _Terms, position: np.ndarray) -> None:
     frame = plan.frame
     flat.i(int(np.array_equal(frame.attribute, np.eye(frame.n_attributes))))
     flat.r(frame.attribute)
@@ -140,13 +162,14 @@ def _flatten_frame(plan: Plan, flat: _Flat, terms: _Terms) -> None:
         n_used = sum(m in used for m, _ in entries)
         n_used_monomials = len({j for _, j in entries[:n_used]})
         flat.i(len(entries), len(monomials), int(frame.powers.max()), n_used, n_used_monomials)
-        flat.i(frame.order[frame.coefficient], frame.coefficient, frame.powers[monomials])
+        flat.i(frame.order[frame.coefficient], position[frame.coefficient], frame.powers[monomials])
         flat.i([(m, monomials.index(j)) for m, j in entries])
         flat.r([frame.harmonics[m, j] for m, j in entries])
     elif frame.kind == "planar":
         flat.i(max(frame.order.max(initial=0), frame.attribute_order.max(initial=0)))
-        flat.i(frame.order, frame.partner, frame.attribute_order, frame.attribute_partner)
-        flat.r(frame.plane, frame.axis, frame.sign, frame.attribute_sign)
+        order = np.argsort(position)
+        flat.i(frame.order[order], position[frame.partner[order]], frame.attribute_order, frame.attribute_partner)
+        flat.r(frame.plane, frame.axis, frame.sign[order], frame.attribute_sign)
 
 
 def _match_pairs(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
@@ -184,14 +207,22 @@ class _Pairs(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _pairs(act: Activation) -> _Pairs:
+def _pairs(plan: Plan) -> _Pairs:
+    """Of the samples of a plan, which are the same in every layer; none where they are not, or where an odd coefficient
+    of order 0 would not come first."""
+    if not plan.activations:
+        return _Pairs([], [], np.zeros(1, dtype=bool))
+    act = plan.activations[0]
     none = _Pairs([], list(range(len(act.samples))), np.zeros(act.samples.shape[1], dtype=bool))
-    found = _match_pairs(act.samples)
+    equal = all(np.array_equal(act.samples, other.samples) for other in plan.activations)
+    found = _match_pairs(act.samples) if equal else None
     if found is None:
         return none
     sign, permutation = found
     size = np.abs(act.inverse).max(initial=0)
     if not np.allclose(act.inverse.T[permutation], act.inverse.T * sign, rtol=0, atol=1e-9 * size):
+        return none
+    if plan.frame.regular and (sign[plan.frame.order == 0] < 0).any():
         return none
     rows = range(len(permutation))
     return _Pairs([s for s in rows if s < permutation[s]], [s for s in rows if s == permutation[s]], sign < 0)
@@ -293,20 +324,25 @@ def _dense_couplings(plan: Plan) -> tuple[Coupling, ...]:
 @lru_cache(maxsize=256)
 def prepare(plan: Plan, sizes: tuple[int, ...]) -> Prepared:
     """``sizes``: of the parameters, in the order in which backends/cpu.py puts them into one vector."""
-    frame, flat, place = plan.frame, _Flat(), _Position()
+    frame, flat, place, pairs = plan.frame, _Flat(), _Position(), _pairs(plan)
     couplings = _dense_couplings(plan) if plan.dense_coupling else plan.couplings
-    terms = _Terms(plan, couplings)
+    position = np.argsort(np.argsort(pairs.odd, kind="stable"))  # of each coefficient in a channel: even ones first
+    terms = _Terms(plan, couplings, position)
     starts, n_parameters = iter(np.cumsum([0, *sizes]).tolist()), sum(sizes)
     coefficients, n_trivial = max(len(frame.order), 1), len(plan.norms[0].trivial) if plan.norms else 0
-    groups = [_groups(layer, coefficients) for layer in plan.linears]
-    layers, matrices = [], []
-    for layer, group in zip(plan.linears, groups, strict=True):
+    groups, layers, matrices, into = [], [], [], np.arange(frame.n_position + frame.n_attributes)
+    for layer in plan.linears:
+        channels = np.arange(layer.out_size // coefficients)
+        out = (channels[:, None] * coefficients + position).reshape(-1)
+        group = _groups(layer, coefficients, into, out)
+        groups.append(group)
+        into = out
         layers.append([place.take(len(group.index)), place.take(layer.out_size), -1, -1, -1])
         matrices.append(_linear_matrix(layer, group.index, next(starts), n_parameters))
         bias = sparse.lil_matrix((layer.out_size, n_parameters))
         if layer.bias.shape[1]:
             start = next(starts)
-            bias[:, start : start + layer.bias.shape[1]] = layer.bias
+            bias[:, start : start + layer.bias.shape[1]] = layer.bias[np.argsort(out)]
         matrices.append(bias.tocsr())
     for numbers, norm in zip(layers, plan.norms, strict=False):
         size = norm.channels * (1 + n_trivial)
@@ -323,14 +359,15 @@ def prepare(plan: Plan, sizes: tuple[int, ...]) -> Prepared:
         backward.append(by_in), forward.append(by_out)
     theta = [[place.take(len(columns))] for columns in backward]
     n_grad = place.next
-    for position, columns in zip(theta, forward, strict=True):
-        position.append(place.take(len(columns)))
+    for starts_at, columns in zip(theta, forward, strict=True):
+        starts_at.append(place.take(len(columns)))
     matrices += [_selection(columns, n_parameters) for columns in (*backward, *forward)]
-    _flatten_header(plan, flat, terms, (len(couplings), place.next, n_grad, shell, n_trivial, n_parameters))
-    _flatten_frame(plan, flat, terms)
+    sizes = (len(couplings), place.next, n_grad, shell, n_trivial, n_parameters)
+    _flatten_header(plan, flat, terms, position, sizes)
+    _flatten_frame(plan, flat, terms, position)
     for n, (layer, group, act) in enumerate(zip(plan.linears, groups, plan.activations, strict=True)):
         used = terms.used if n + 1 == len(plan.linears) and not plan.norms else coefficients
-        _flatten_layer(flat, layer, group, act, used, layers[n])
+        _flatten_layer(flat, layer, group, act, pairs, used, layers[n])
     flat.i(0, np.cumsum([len(row) for row in terms.rows]), [p for row in terms.rows for p in row])
     flat.i(terms.g_input, terms.g_first, terms.nz_harmonic)
     flat.r(terms.nz_value)
@@ -351,7 +388,7 @@ def _as_tensors(flat: _Flat, matrix: sparse.csr_matrix) -> Prepared:
     )
 
 
-def _flatten_header(plan: Plan, flat: _Flat, terms: _Terms, sizes: tuple[int, ...]) -> None:
+def _flatten_header(plan: Plan, flat: _Flat, terms: _Terms, position: np.ndarray, sizes: tuple[int, ...]) -> None:
     frame, (n_couplings, n_weights, n_grad, shell, n_trivial, n_parameters) = plan.frame, sizes
     coefficients = max(len(frame.order), 1)
     n_inputs = frame.n_position + frame.n_attributes
@@ -362,24 +399,26 @@ def _flatten_header(plan: Plan, flat: _Flat, terms: _Terms, sizes: tuple[int, ..
     flat.i(kind, frame.dim, frame.n_attributes, int(frame.regular), n_inputs, plan.in_size, plan.out_size)
     flat.i(len(plan.linears), hidden_field_size(plan), coefficients, hidden // coefficients, order_zero, function)
     flat.i(n_couplings, len(terms.rows), len(terms.g_input), n_weights, n_grad, shell)
+    place = np.full(plan.out_size, -1)
+    inside = np.array(terms.outputs.channel, dtype=int)
+    place[inside[inside >= 0]] = np.flatnonzero(inside >= 0)
     flat.i(int(plan.cutoff is not None), hidden, int(bool(plan.norms)), n_trivial, n_parameters)
+    flat.i(int((~_pairs(plan).odd).sum()), len(terms.inputs.channel), len(terms.outputs.channel))
     flat.r(plan.gamma, plan.cutoff or 1.0, plan.norms[0].eps if plan.norms else 0.0)
     if plan.norms:
-        flat.i(plan.norms[0].trivial, plan.norms[0].measured)
+        measured = plan.norms[0].measured  # coordinates of h: those of the frame's coefficients but for zonal frames
+        flat.i(position[plan.norms[0].trivial], measured if frame.kind == "zonal" else position[measured])
+    flat.i(terms.inputs.channel, place)
 
 
 def _flatten_layer(
-    flat: _Flat, layer: Linear, group: _Groups, act: Activation, used: int, positions: list[int]
+    flat: _Flat, layer: Linear, group: _Groups, act: Activation, pairs: _Pairs, used: int, positions: list[int]
 ) -> None:
-    pairs, weight, rest = _pairs(act), positions[:2], positions[2:]
-    into, out = (_parity_order(pairs.odd, count) for count in (group.active, used))
-    rows = [*pairs.first, *pairs.single]
-    flat.i(layer.in_size, layer.out_size, group.active, used, len(act.samples), *weight, *rest, len(group.index))
-    flat.i(len(pairs.first), len(into), int((~pairs.odd[into]).sum()), len(out), int((~pairs.odd[out]).sum()))
-    flat.i(group.count, len(group.ints), group.ints, into, out)
-    flat.r(act.samples, act.inverse.T, act.samples[np.ix_(rows, into)], act.inverse.T[np.ix_(rows, out)])
-
-
-def _parity_order(odd: np.ndarray, count: int) -> np.ndarray:
-    """Coefficients 0 .. count − 1, the even ones first."""
-    return np.argsort(odd[:count], kind="stable")
+    rows, order = [*pairs.first, *pairs.single], np.argsort(pairs.odd, kind="stable")
+    flat.i(layer.in_size, layer.out_size, len(act.samples), *positions, len(group.index), len(pairs.first))
+    for count in (group.active, used):
+        odd = int(pairs.odd[:count].sum())
+        flat.i(count - odd, odd)
+    flat.i(group.count, len(group.ints), group.ints)
+    samples, inverse = act.samples[:, order], act.inverse.T[:, order]
+    flat.r(samples, inverse, samples[rows], inverse[rows])
