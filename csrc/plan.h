@@ -36,7 +36,8 @@ struct LayerView {
 };
 
 // U x V x W fields that share intertwiners. Hidden features enter by `rows`: one coefficient of all W channels.
-// Term t adds Σ_g f[v, i_g] G_g to T[slot_t, v, w] with row_t[w]; G_g is a constant or Σ value · Y[m].
+// A product is t[v] = Σ_g f[i_g, v] G_g, where G_g is a constant or Σ value · Y[m]; a term adds a product t[v] row[w] to
+// T[slot, v, w].
 struct CouplingView {
   int32_t n_out, n_in, n_hidden, n_basis;  // U, V, W, n_b
   int32_t constant;                        // reads the constant-one feature: W = 1, no row
@@ -44,16 +45,16 @@ struct CouplingView {
   int32_t theta, theta_forward;            // positions in the packed weights of θ [b][u][v, w] and [b][v][w][u]
   int32_t in_at, out_at;                   // positions of component 0: the V inputs; the U outputs, padded
   const int32_t* slots;                    // [n_slots, 2] b, o
-  const int32_t* terms;                    // [n_terms, 4] slot, row, first g, one past the last g
+  const int32_t* terms;                    // [n_terms, 3] slot, row, position of the product
   // positions in a worker's buffers, set by place()
   int32_t hidden_padded, in_padded, out_padded;  // rows of channels: whole kChannels
   int64_t slot_size;  // numbers of T[slot]
-  int64_t at_terms, at_sums, at_sums_t, at_d_terms;
+  int64_t at_sums, at_sums_t, at_d_terms;
 };
 
 // Sizes of a worker's buffers over all couplings.
 struct CouplingSizes {
-  int64_t terms = 0, sums = 0, sums_t = 0, d_terms = 0;
+  int64_t sums = 0, sums_t = 0, d_terms = 0;
 };
 
 template <typename R>
@@ -80,6 +81,8 @@ struct PlanView {
   // rows: W channels' positions among the flat hidden coefficients; coupling structure
   const int32_t* row_start;    // [n_rows + 1]
   const int32_t* row;          // positions
+  int32_t n_products, product_size;
+  const int32_t* products;     // [n_products, 5] position of the inputs' component 0, V, first g, one past the last, position
   const int32_t* g_input;      // [n_g] i
   const int32_t* g_first;      // [n_g + 1] nonzeros of G_g
   const int32_t* nz_harmonic;  // [n_nz] m, -1 without a factor Y
@@ -151,7 +154,7 @@ inline CouplingView read_coupling(Reader<int32_t>& ints) {
   q.constant = ints.one(), q.n_slots = ints.one(), q.n_terms = ints.one();
   q.theta = ints.one(), q.theta_forward = ints.one();
   q.in_at = ints.one(), q.out_at = ints.one();
-  q.slots = ints.take(int64_t{2} * q.n_slots), q.terms = ints.take(int64_t{4} * q.n_terms);
+  q.slots = ints.take(int64_t{2} * q.n_slots), q.terms = ints.take(int64_t{3} * q.n_terms);
   return q;
 }
 
@@ -174,6 +177,7 @@ bool plan_view(PlanView<R>& p, const int32_t* ints_begin, int64_t n_ints, const 
   p.row_start = ints.take(p.n_rows + 1);
   if (!ints.valid) return false;
   p.row = ints.take(p.row_start[p.n_rows]);
+  p.n_products = ints.one(), p.product_size = ints.one(), p.products = ints.take(int64_t{5} * p.n_products);
   p.g_input = ints.take(p.n_g), p.g_first = ints.take(p.n_g + 1);
   if (!ints.valid) return false;
   const int32_t n_nz = p.g_first[p.n_g];

@@ -46,6 +46,14 @@ struct Lane<double> {
 using VF = Lane<float>::V;
 using VD = Lane<double>::V;
 
+// The same pointer, but not to be taken apart: its neighbours are then addressed by constant offsets instead of one
+// register each.
+template <typename T>
+IST_INLINE T* whole(T* pointer) {
+  asm("" : "+r"(pointer));
+  return pointer;
+}
+
 template <typename V, typename R>
 IST_INLINE V splat(R value) {
   return value - V{};  // not a sum: -0 stays, and nothing is computed

@@ -86,9 +86,9 @@ struct Backward : Worker<R> {
     if (need_weights) this->accumulate(sums + n_ring * size.sums, l0, l1);
     for (int k = 0; k < p.n_couplings; ++k) {
       const CouplingView& q = p.couplings[k];
-      const R* terms = reinterpret_cast<const R*>(t + q.at_terms);
       for (int n = 0; n < q.n_terms; ++n) {
-        const int slot = q.terms[4 * n], row = q.terms[4 * n + 1];
+        const int slot = q.terms[3 * n], row = q.terms[3 * n + 1];
+        const R* product = reinterpret_cast<const R*>(t + q.terms[3 * n + 2]);
         const R* d = d_sums + current * size.sums + q.at_sums + slot * q.slot_size;
         R* d_term = d_terms + q.at_d_terms + (int64_t{n} * L + l0) * q.in_padded;
         if (q.constant) {
@@ -102,7 +102,7 @@ struct Backward : Worker<R> {
                      d_sums_t + q.at_sums_t + int64_t{slot} * q.n_hidden * q.in_padded, q.in_padded, 0, q.n_hidden,
                      q.in_padded);
         if (need_hidden)
-          rank_updates(l1 - l0, d_rows + at, pad, terms + int64_t{n} * q.n_in * L + l0, 1, L, d, pad, 0, q.n_in, pad);
+          rank_updates(l1 - l0, d_rows + at, pad, product + l0, 1, L, d, pad, 0, q.n_in, pad);
       }
     }
   }
@@ -127,32 +127,31 @@ struct Backward : Worker<R> {
     const bool harmonics = p.kind == kZonal && need_geometry;
     for (int k = 0; k < p.n_gathered; ++k) d_f[k] = V{};
     for (int k = 0; k < p.n_g; ++k) d_g[k] = V{};
-    for (int64_t k = 0; k < size.terms; ++k) d_t[k] = V{};
+    for (int k = 0; k < p.product_size; ++k) d_t[k] = V{};
     if (n_edges < L) clear_padding();
     units_to_lanes<R>(this->n_term_units, this->term_units, d_terms, d_t);
-    for (int k = 0; k < p.n_couplings; ++k) {
-      const CouplingView& q = p.couplings[k];
-      for (int n = 0; n < q.n_terms; ++n) {
-        const int32_t* term = q.terms + 4 * n;
-        const V* d = d_t + q.at_terms + n * q.n_in;
-        int v = 0;
-        for (; v + 8 <= q.n_in; v += 8) term_backward<8>(term, q.n_in, q.in_at + v, d + v, harmonics);
-        for (; v + 2 <= q.n_in; v += 2) term_backward<2>(term, q.n_in, q.in_at + v, d + v, harmonics);
-        for (; v < q.n_in; ++v) term_backward<1>(term, q.n_in, q.in_at + v, d + v, harmonics);
-      }
+    for (int n = 0; n < p.n_products; ++n) {
+      const int32_t* product = p.products + 5 * n;
+      const int n_in = product[1];
+      const V* d = d_t + product[4];
+      int v = 0;
+      for (; v + 8 <= n_in; v += 8) product_backward<8>(product, v, d + v, harmonics);
+      for (; v + 2 <= n_in; v += 2) product_backward<2>(product, v, d + v, harmonics);
+      for (; v < n_in; ++v) product_backward<1>(product, v, d + v, harmonics);
     }
   }
 
   template <int N>
-  IST_INLINE void term_backward(const int32_t* term, int n_in, int at, const V* d_term, bool harmonics) {
+  IST_INLINE void product_backward(const int32_t* product, int first, const V* d_product, bool harmonics) {
     V d[N];
-    for (int v = 0; v < N; ++v) d[v] = d_term[v];
-    for (int i = term[2]; i < term[3]; ++i) {
+    for (int v = 0; v < N; ++v) d[v] = d_product[v];
+    for (int i = product[2]; i < product[3]; ++i) {
       const V factor = g[i];
-      V* d_input = d_f + at + p.g_input[i] * n_in;
+      const int at = product[0] + p.g_input[i] * product[1] + first;
+      V* d_input = whole(d_f + at);
       for (int v = 0; v < N; ++v) d_input[v] += d[v] * factor;
       if (!harmonics) continue;
-      const V* input = f + at + p.g_input[i] * n_in;
+      const V* input = whole(f + at);
       V sum{};
       for (int v = 0; v < N; ++v) sum += d[v] * input[v];
       d_g[i] += sum;

@@ -21,8 +21,7 @@ CouplingSizes place_couplings(PlanView<R>& p) {
     q.in_padded = static_cast<int32_t>(padded(q.n_in));
     q.out_padded = static_cast<int32_t>(padded(q.n_out));
     q.slot_size = padded(int64_t{q.n_in} * q.hidden_padded);
-    q.at_terms = size.terms, q.at_sums = size.sums, q.at_sums_t = size.sums_t, q.at_d_terms = size.d_terms;
-    size.terms += int64_t{q.n_terms} * q.n_in;
+    q.at_sums = size.sums, q.at_sums_t = size.sums_t, q.at_d_terms = size.d_terms;
     size.sums += q.n_slots * q.slot_size;
     size.sums_t += int64_t{q.n_slots} * q.n_hidden * q.in_padded;
     size.d_terms += int64_t{q.n_terms} * Lane<R>::L * q.in_padded;
@@ -49,7 +48,7 @@ struct Worker {
   V *f_raw, *d_f_raw;              // [C_in] neighbour features
   V *f, *d_f;                      // [n_gathered] the same gathered by field type, times the radial factor
   V *g, *d_g;                      // [n_g]
-  V *t, *d_t;                      // [size.terms] f · G, per (term, v)
+  V *t, *d_t;                      // [product_size] products f · G
   R *rows, *d_rows;                // per row [L, padded W]
   R* d_terms;                      // per coupling [term][L, padded V]
   R* sums;                         // T [kNodes, size.sums]
@@ -111,7 +110,7 @@ struct Worker {
           Unit<R>& unit = term_units[n_term_units++];
           unit.at = q.at_d_terms + int64_t{n} * L * q.in_padded + v, unit.pad = q.in_padded;
           for (int j = 0; j < QL; ++j)
-            unit.position[j] = v + j < q.n_in ? static_cast<int32_t>(q.at_terms + n * q.n_in + v + j) : -1;
+            unit.position[j] = v + j < q.n_in ? q.terms[3 * n + 2] + v + j : -1;
         }
     }
   }
@@ -122,13 +121,13 @@ struct Worker {
     for (int r = 0; r < p.n_rows; ++r) row_size += L * padded(p.row_start[r + 1] - p.row_start[r]);
     arena.take(row_units, row_size / (L * Lane<R>::QL)), arena.take(row_at, p.n_rows), arena.take(rows, row_size),
         arena.take(hidden, p.hidden_flat);
-    arena.take(f_raw, p.in_size), arena.take(f, p.n_gathered), arena.take(g, p.n_g), arena.take(t, size.terms);
+    arena.take(f_raw, p.in_size), arena.take(f, p.n_gathered), arena.take(g, p.n_g), arena.take(t, p.product_size);
     arena.take(sums, kNodes * size.sums), arena.take(mixed, kNodes * p.n_mixed);
     arena.take(extra, n_extra);
     if (!backward) return;
     arena.take(term_units, size.d_terms / (L * Lane<R>::QL)), arena.take(d_hidden, p.hidden_flat),
         arena.take(d_f_raw, p.in_size), arena.take(d_f, p.n_gathered), arena.take(grads, kNodes * p.n_mixed);
-    arena.take(d_g, p.n_g), arena.take(d_t, size.terms), arena.take(d_rows, row_size);
+    arena.take(d_g, p.n_g), arena.take(d_t, p.product_size), arena.take(d_rows, row_size);
     arena.take(d_terms, size.d_terms), arena.take(d_theta, theta_size());
     arena.take(d_sums, kNodes * size.sums), arena.take(d_sums_t, size.sums_t);
   }
@@ -197,27 +196,25 @@ struct Worker {
         for (int z = p.g_first[k]; z < p.g_first[k + 1]; ++z) sum += e.cosine[p.nz_harmonic[z]] * p.nz_value[z];
         g[k] = sum;
       }
-    for (int k = 0; k < p.n_couplings; ++k) {
-      const CouplingView& q = p.couplings[k];
-      for (int n = 0; n < q.n_terms; ++n) {
-        const int32_t* term = q.terms + 4 * n;
-        const V* in = f + q.in_at;
-        V* out = t + q.at_terms + n * q.n_in;
-        int v = 0;
-        for (; v + 8 <= q.n_in; v += 8) term_forward<8>(term, q.n_in, in + v, out + v);
-        for (; v + 2 <= q.n_in; v += 2) term_forward<2>(term, q.n_in, in + v, out + v);
-        for (; v < q.n_in; ++v) term_forward<1>(term, q.n_in, in + v, out + v);
-      }
+    for (int n = 0; n < p.n_products; ++n) {
+      const int32_t* product = p.products + 5 * n;
+      const int n_in = product[1];
+      const V* in = f + product[0];
+      V* out = t + product[4];
+      int v = 0;
+      for (; v + 8 <= n_in; v += 8) product_forward<8>(product, in + v, out + v);
+      for (; v + 2 <= n_in; v += 2) product_forward<2>(product, in + v, out + v);
+      for (; v < n_in; ++v) product_forward<1>(product, in + v, out + v);
     }
   }
 
   // t[v] = Σ_g f[i_g, v] G_g for N fields
   template <int N>
-  IST_INLINE void term_forward(const int32_t* term, int n_in, const V* in, V* out) {
+  IST_INLINE void product_forward(const int32_t* product, const V* in, V* out) {
     V sum[N] = {};
-    for (int i = term[2]; i < term[3]; ++i) {
+    for (int i = product[2]; i < product[3]; ++i) {
       const V factor = g[i];
-      const V* input = in + p.g_input[i] * n_in;
+      const V* input = whole(in + p.g_input[i] * product[1]);
       for (int v = 0; v < N; ++v) sum[v] += input[v] * factor;
     }
     for (int v = 0; v < N; ++v) out[v] = sum[v];
@@ -227,32 +224,43 @@ struct Worker {
   void accumulate(R* node, int l0, int l1) {
     for (int k = 0; k < p.n_couplings; ++k) {
       const CouplingView& q = p.couplings[k];
+      if (q.constant) {
+        accumulate_constant(q, node + q.at_sums, l0, l1);
+        continue;
+      }
       for (int n = 0; n < q.n_terms; ++n) {
-        const int slot = q.terms[4 * n], row = q.terms[4 * n + 1];
-        R* sum = node + q.at_sums + slot * q.slot_size;
-        const V* terms = t + q.at_terms + n * q.n_in;
-        if (q.constant) {
-          for (int v = 0; v < q.n_in; v += L) add_lane_sums(terms + v, q.n_in - v < L ? q.n_in - v : L, l0, l1, sum + v);
-          continue;
-        }
-        rank_updates(q.n_in, sum, q.hidden_padded, reinterpret_cast<const R*>(terms), L, 1, rows + row_at[row],
-                     q.hidden_padded, l0, l1, q.hidden_padded);
+        const int32_t* term = q.terms + 3 * n;
+        rank_updates(q.n_in, node + q.at_sums + term[0] * q.slot_size, q.hidden_padded,
+                     reinterpret_cast<const R*>(t + term[2]), L, 1, rows + row_at[term[1]], q.hidden_padded, l0, l1,
+                     q.hidden_padded);
       }
     }
   }
 
-  // sum[k] += Σ x[k] over the lanes l0 .. l1-1 for k < n <= L
-  static void add_lane_sums(const V* x, int n, int l0, int l1, R* sum) {
-    if (l1 - l0 < L / 2) {
-      for (int k = 0; k < n; ++k)
-        for (int l = l0; l < l1; ++l) sum[k] += x[k][l];
-      return;
-    }
-    V rows[L], inside;
+  // The same where the hidden feature is the constant one: sums over lanes, L of them at a time.
+  void accumulate_constant(const CouplingView& q, R* sums_of_node, int l0, int l1) {
+    V block[L], inside;
+    R* target[L];
     for (int l = 0; l < L; ++l) inside[l] = l0 <= l && l < l1;
-    for (int k = 0; k < L; ++k) rows[k] = k >= n ? V{} : inside > 0 ? x[k] : V{};
-    const V total = lane_sums<L>(rows);
-    for (int k = 0; k < n; ++k) sum[k] += total[k];
+    const bool whole_tile = l0 == 0 && l1 == L;
+    int count = 0;
+    const auto reduce = [&] {
+      const V total = lane_sums<L>(block);
+      for (int k = 0; k < count; ++k) *target[k] += total[k];
+      count = 0;
+    };
+    for (int n = 0; n < q.n_terms; ++n) {
+      const int32_t* term = q.terms + 3 * n;
+      for (int v = 0; v < q.n_in; ++v) {
+        const V x = t[term[2] + v];
+        block[count] = whole_tile ? x : inside > 0 ? x : V{};
+        target[count++] = sums_of_node + term[0] * q.slot_size + v;
+        if (count == L) reduce();
+      }
+    }
+    if (count == 0) return;
+    for (int k = count; k < L; ++k) block[k] = V{};
+    reduce();
   }
 
   // Walks the nodes first .. last-1: start(i) before a node's first edge, run(l0, l1) for the lanes of a tile that

@@ -97,11 +97,12 @@ class _Gathered:
 
 
 class _Terms:
-    """The couplings as terms ``T[slot, v, w] += t[v] · row[w]``, with ``t[v] = Σ_g f[v, i_g] G_g`` and
+    """The couplings as terms ``T[slot, v, w] += t[v] · row[w]``, with products ``t[v] = Σ_g f[i_g, v] G_g`` and
     ``G = Σ value · Y[m]``."""
 
     def __init__(self, plan: Plan, couplings: tuple[Coupling, ...], position: np.ndarray):
         self.plan, self.position = plan, position
+        self.products, self.product_at, self.product_size = [], {}, 0
         self.inputs, self.outputs = _Gathered(lambda n: n), _Gathered(_padded)
         self.rows: dict[tuple[int, ...], int] = {}  # positions of the channels → number
         self.g_input, self.g_first, self.nz_harmonic, self.nz_value = [], [0], [], []
@@ -129,25 +130,29 @@ class _Terms:
         for b, o, i, m, value in c.nonzeros:
             row, harmonic = self._read(c, m)
             terms.setdefault((slots[b, o], row), {}).setdefault(i, []).append((harmonic, value))
-        flat = []
-        for (slot, row), inputs in terms.items():
-            first = len(self.g_input)
-            for i, products in inputs.items():
-                self.g_input.append(i)
-                self.nz_harmonic += [harmonic for harmonic, _ in products]
-                self.nz_value += [value for _, value in products]
-                self.g_first.append(len(self.nz_value))
-            flat += [slot, max(row, 0), first, len(self.g_input)]
-        sizes = [
-            len(c.out_start),
-            len(c.in_start),
-            len(c.hidden_start),
-            c.basis.shape[0],
-            int(reads_one(self.plan, c)),
-        ]
         _, n_out, n_in, _ = c.basis.shape
-        places = [self.inputs.add(c.in_start, n_in), self.outputs.add(c.out_start, n_out)]
-        return [*sizes, len(slots), len(terms), *places, *(n for slot in slots for n in slot), *flat]
+        inputs, outputs = self.inputs.add(c.in_start, n_in), self.outputs.add(c.out_start, n_out)
+        flat = []
+        for (slot, row), factors in terms.items():
+            flat += [slot, max(row, 0), self._product(inputs, len(c.in_start), factors)]
+        sizes = [len(c.out_start), len(c.in_start), len(c.hidden_start), c.basis.shape[0], int(reads_one(self.plan, c))]
+        return [*sizes, len(slots), len(terms), inputs, outputs, *(n for slot in slots for n in slot), *flat]
+
+    def _product(self, inputs: int, n_in: int, factors: dict[int, list[tuple[int, float]]]) -> int:
+        """The position of a product, which terms share where it is the same."""
+        key = (inputs, tuple((i, tuple(g)) for i, g in factors.items()))
+        if key in self.product_at:
+            return self.product_at[key]
+        first = len(self.g_input)
+        for i, g in factors.items():
+            self.g_input.append(i)
+            self.nz_harmonic += [harmonic for harmonic, _ in g]
+            self.nz_value += [value for _, value in g]
+            self.g_first.append(len(self.nz_value))
+        self.products += [inputs, n_in, first, len(self.g_input), self.product_size]
+        self.product_at[key] = self.product_size
+        self.product_size += n_in
+        return self.product_at[key]
 
 
 def _flatten_frame(plan: Plan, flat: _Flat, terms: _Terms, position: np.ndarray) -> None:
@@ -369,6 +374,7 @@ def prepare(plan: Plan, sizes: tuple[int, ...]) -> Prepared:
         used = terms.used if n + 1 == len(plan.linears) and not plan.norms else coefficients
         _flatten_layer(flat, layer, group, act, pairs, used, layers[n])
     flat.i(0, np.cumsum([len(row) for row in terms.rows]), [p for row in terms.rows for p in row])
+    flat.i(len(terms.products) // 5, terms.product_size, terms.products)
     flat.i(terms.g_input, terms.g_first, terms.nz_harmonic)
     flat.r(terms.nz_value)
     for numbers, at in zip(terms.couplings, theta, strict=True):
