@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <tuple>
 #include <vector>
@@ -97,6 +98,21 @@ void check(const Tensor& t, const char* name, ScalarType type, int64_t numel) {
   STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous(), name,
                   ": expected a contiguous tensor of another dtype.");
   STD_TORCH_CHECK(t.numel() == numel, name, ": expected ", numel, " numbers, got ", t.numel(), ".");
+}
+
+// The parameters as one vector.
+template <typename R>
+std::vector<R> gather(const std::vector<Tensor>& parameters, int64_t n_parameters) {
+  std::vector<R> vector;
+  vector.reserve(n_parameters);
+  for (const Tensor& t : parameters) {
+    check(t, "parameters", sizeof(R) == 4 ? ScalarType::Float : ScalarType::Double, t.numel());
+    const R* values = static_cast<const R*>(t.const_data_ptr());
+    vector.insert(vector.end(), values, values + t.numel());
+  }
+  STD_TORCH_CHECK(static_cast<int64_t>(vector.size()) == n_parameters, "parameters: expected ", n_parameters,
+                  " numbers, got ", vector.size(), ".");
+  return vector;
 }
 
 template <typename R>
@@ -219,29 +235,30 @@ void batch_statistics(ConvArgs<R>& a, int n, int64_t isa, R* statistics) {
 
 // -> statistics of all batch norms over these edges, (n_layers, W · (n_trivial + 1)): mean [W, n_trivial], variance [W]
 Tensor conv_statistics(const Tensor& ints, const Tensor& reals, const Tensor& rowptr, const Tensor& column,
-                       const Tensor& value, const Tensor& p, const Tensor& delta, const Tensor& attr, int64_t isa) {
+                       const Tensor& value, const std::vector<Tensor>& parameters, const Tensor& delta,
+                       const Tensor& attr, int64_t isa) {
   Tensor statistics;
-  dispatch_real(p, "p", [&](auto* tag) {
+  dispatch_real(delta, "delta", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
     PlanView<R> plan{};
     read_plan(plan, ints, reals);
     const SparseMatrix<R> matrix = read_matrix(plan, reals, rowptr, column, value);
-    check(p, "p", reals.scalar_type(), plan.n_parameters);
+    const std::vector<R> p = gather<R>(parameters, plan.n_parameters);
     ConvArgs<R> a{};
     a.n_edges = delta.size(0);
     STD_TORCH_CHECK(a.n_edges > 0, "delta: expected at least one edge.");
     STD_TORCH_CHECK(plan.has_norms, "plan: expected one with batch norms.");
-    check(delta, "delta", p.scalar_type(), a.n_edges * plan.dim);
-    check(attr, "attr", p.scalar_type(), a.n_edges * plan.n_attr);
+    check(delta, "delta", delta.scalar_type(), a.n_edges * plan.dim);
+    check(attr, "attr", delta.scalar_type(), a.n_edges * plan.n_attr);
     std::vector<R> packed(plan.n_weights);
-    matrix.multiply(data<R>(p), packed.data());
+    matrix.multiply(p.data(), packed.data());
     a.plan = &plan, a.weights = packed.data(), a.delta = data<R>(delta), a.attr = data<R>(attr);
     a.threads = threads_for(a.n_edges), a.scratch = scratch;
     statistics = torch::stable::new_empty(delta, {plan.n_layers, statistics_size(plan)});
     R* out = mutable_data<R>(statistics);
     for (int n = 0; n < plan.n_layers; ++n) {
       batch_statistics(a, n, isa, out + n * statistics_size(plan));
-      pack_affine(plan, n, data<R>(p), out, packed.data());
+      pack_affine(plan, n, p.data(), out, packed.data());
     }
   });
   return statistics;
@@ -249,43 +266,54 @@ Tensor conv_statistics(const Tensor& ints, const Tensor& reals, const Tensor& ro
 
 // Parameters and statistics -> packed weights.
 Tensor conv_pack(const Tensor& ints, const Tensor& reals, const Tensor& rowptr, const Tensor& column,
-                 const Tensor& value, const Tensor& p, const Tensor& statistics) {
+                 const Tensor& value, const std::vector<Tensor>& parameters, const Tensor& statistics) {
   Tensor packed;
-  dispatch_real(p, "p", [&](auto* tag) {
+  dispatch_real(statistics, "statistics", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
     PlanView<R> plan{};
     read_plan(plan, ints, reals);
     const SparseMatrix<R> matrix = read_matrix(plan, reals, rowptr, column, value);
-    check(p, "p", reals.scalar_type(), plan.n_parameters);
-    check(statistics, "statistics", p.scalar_type(), plan.n_layers * statistics_size(plan));
-    packed = torch::stable::new_empty(p, {plan.n_weights});
+    const std::vector<R> p = gather<R>(parameters, plan.n_parameters);
+    check(statistics, "statistics", statistics.scalar_type(), plan.n_layers * statistics_size(plan));
+    packed = torch::stable::new_empty(statistics, {plan.n_weights});
     R* out = mutable_data<R>(packed);
-    matrix.multiply(data<R>(p), out);
+    matrix.multiply(p.data(), out);
     for (int n = 0; n < plan.n_layers && plan.has_norms; ++n)
-      pack_affine(plan, n, data<R>(p), data<R>(statistics), out);
+      pack_affine(plan, n, p.data(), data<R>(statistics), out);
   });
   return packed;
 }
 
-// grad_packed [n_grad] -> the gradient of p
+// grad_packed [n_grad] -> the gradient of the parameters, one vector
 Tensor conv_pack_backward(const Tensor& ints, const Tensor& reals, const Tensor& rowptr, const Tensor& column,
-                          const Tensor& value, const Tensor& p, const Tensor& statistics, const Tensor& grad_packed) {
+                          const Tensor& value, const Tensor& statistics, const Tensor& grad_packed) {
   Tensor grad;
-  dispatch_real(p, "p", [&](auto* tag) {
+  dispatch_real(grad_packed, "grad_packed", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
     PlanView<R> plan{};
     read_plan(plan, ints, reals);
     const SparseMatrix<R> matrix = read_matrix(plan, reals, rowptr, column, value);
-    check(p, "p", reals.scalar_type(), plan.n_parameters);
-    check(statistics, "statistics", p.scalar_type(), plan.n_layers * statistics_size(plan));
-    check(grad_packed, "grad_packed", p.scalar_type(), plan.n_grad);
-    grad = torch::stable::new_zeros(p, {p.numel()});
+    check(statistics, "statistics", grad_packed.scalar_type(), plan.n_layers * statistics_size(plan));
+    check(grad_packed, "grad_packed", grad_packed.scalar_type(), plan.n_grad);
+    grad = torch::stable::new_zeros(grad_packed, {plan.n_parameters});
     R* out = mutable_data<R>(grad);
     matrix.multiply_transposed(plan.n_grad, data<R>(grad_packed), out);
     for (int n = 0; n < plan.n_layers && plan.has_norms; ++n)
       pack_affine_backward(plan, n, data<R>(statistics), data<R>(grad_packed), out);
   });
   return grad;
+}
+
+// Whether the tensors, one after the other, hold the same bytes as `copy`.
+bool same_values(const std::vector<Tensor>& tensors, const Tensor& copy) {
+  const char *next = static_cast<const char*>(copy.const_data_ptr()), *end = next + copy.numel() * copy.element_size();
+  for (const Tensor& t : tensors) {
+    const int64_t bytes = t.numel() * t.element_size();
+    if (!t.is_contiguous() || t.scalar_type() != copy.scalar_type() || end - next < bytes) return false;
+    if (bytes && std::memcmp(t.const_data_ptr(), next, bytes) != 0) return false;
+    next += bytes;
+  }
+  return next == end;
 }
 
 // φ (0 .. 4, Function) or exp (5) of every number of x: for tests of the lanes.
@@ -311,13 +339,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(implicit_steer, m) {
       "bool need_x, bool need_delta, bool need_attr, bool need_weights, int isa) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "conv_statistics(Tensor plan_ints, Tensor plan_reals, Tensor pack_rowptr, Tensor pack_column, Tensor pack_value, "
-      "Tensor p, Tensor delta, Tensor attr, int isa) -> Tensor");
+      "Tensor[] parameters, Tensor delta, Tensor attr, int isa) -> Tensor");
   m.def(
       "conv_pack(Tensor plan_ints, Tensor plan_reals, Tensor pack_rowptr, Tensor pack_column, Tensor pack_value, "
-      "Tensor p, Tensor statistics) -> Tensor");
+      "Tensor[] parameters, Tensor statistics) -> Tensor");
   m.def(
       "conv_pack_backward(Tensor plan_ints, Tensor plan_reals, Tensor pack_rowptr, Tensor pack_column, "
-      "Tensor pack_value, Tensor p, Tensor statistics, Tensor grad_packed) -> Tensor");
+      "Tensor pack_value, Tensor statistics, Tensor grad_packed) -> Tensor");
+  m.def("same_values(Tensor[] tensors, Tensor copy) -> bool");
   m.def("lane_function(Tensor x, int which, int isa) -> Tensor");
 }
 
@@ -325,6 +354,7 @@ STABLE_TORCH_LIBRARY_IMPL(implicit_steer, CPU, m) {
   m.impl("conv_forward", TORCH_BOX(&conv_forward));
   m.impl("conv_backward", TORCH_BOX(&conv_backward));
   m.impl("conv_statistics", TORCH_BOX(&conv_statistics));
+  m.impl("same_values", TORCH_BOX(&same_values));
   m.impl("conv_pack", TORCH_BOX(&conv_pack));
   m.impl("conv_pack_backward", TORCH_BOX(&conv_pack_backward));
   m.impl("lane_function", TORCH_BOX(&lane_function));

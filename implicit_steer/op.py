@@ -25,6 +25,7 @@ def _cast(parameters: Parameters, dtype: torch.dtype) -> Parameters:
         tuple((w.to(dtype), None if b is None else b.to(dtype)) for w, b in parameters.linears),
         tuple(type(n)(*(t.to(dtype) for t in n)) for n in parameters.norms),
         parameters.shell_width.to(dtype),
+        parameters.kept,
     )
 
 
@@ -59,8 +60,8 @@ def implicit_conv(
     engine, _ = backends.select(backend, plan, x.device, dtype)
     parameters = _cast(parameters, dtype)
     live = batch_statistics and bool(plan.norms) and graph.num_edges > 0
-    geometry = edge_delta.to(dtype), edge_attr.to(dtype)
-    out, statistics = engine.forward(plan, parameters, live, graph, x.to(dtype), *geometry)
+    tensors = (t if t.dtype == dtype else t.to(dtype) for t in (x, edge_delta, edge_attr))
+    out, statistics = engine.forward(plan, parameters, live, graph, *tensors)
     if plan.aggr == "mean":
         out = out / graph.degree.clamp(min=1).to(dtype)[:, None]
     return out, statistics

@@ -13,12 +13,24 @@ from .plan import Activation, Coupling, Linear, Norm, Plan
 
 
 class NormParameters(NamedTuple):
-    """Affine parameters and running statistics of one batch norm, trivial coefficients only."""
+    """Affine parameters and running statistics of one batch norm, as escnn holds them."""
 
-    weight: Tensor  # (channels,)
+    weight: Tensor  # (channels, 1)
     bias: Tensor  # (channels, n_trivial)
-    mean: Tensor  # (channels, n_trivial)
-    var: Tensor  # (channels,)
+    mean: Tensor  # (channels, d) in the coordinates of escnn's hidden field; 0 but for the trivial ones
+    var: Tensor  # (channels, 1)
+
+
+class Kept:
+    """What a backend made of a layer's parameters. It is used again while these hold the same bits: changes of every
+    kind are noticed, also those that leave no trace in a tensor's version (``.data``, another process's writes). Copies
+    and pickles start empty."""
+
+    def __init__(self):
+        self.entry = None
+
+    def __reduce__(self):
+        return Kept, ()
 
 
 class Parameters(NamedTuple):
@@ -27,6 +39,7 @@ class Parameters(NamedTuple):
     linears: tuple[tuple[Tensor, Tensor | None], ...]  # (weights, bias) of every linear map, the last one included
     norms: tuple[NormParameters, ...]
     shell_width: Tensor  # σ, any shape with one element
+    kept: Kept | None = None
 
 
 @dataclass
@@ -117,9 +130,14 @@ def dense_kernel(plan: Plan, weights: Weights) -> Tensor:
     return dense.view(plan.out_size, plan.in_size, plan.hidden_size)
 
 
+def running(norm: Norm, p: NormParameters) -> tuple[Tensor, Tensor]:
+    """The statistics that a batch norm keeps: mean (channels, n_trivial), var (channels,)."""
+    return p.mean.index_select(1, constant(norm, "full_trivial", p.mean)), p.var.view(-1)
+
+
 def norm_affine(norm: Norm, p: NormParameters, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
     """Batch norm as ``y → scale · y + shift``: scale (channels,), shift (channels, n_trivial)."""
-    scale = p.weight / (var + norm.eps).sqrt()
+    scale = p.weight.view(-1) / (var + norm.eps).sqrt()
     return scale, p.bias - mean * scale[:, None]
 
 
@@ -149,7 +167,7 @@ def pack(plan: Plan, parameters: Parameters, fold: bool) -> Weights:
     theta = [mixing_weights(c, *parameters.linears[-1]) for c in plan.couplings]
     if fold:
         for n, (norm, p) in enumerate(zip(plan.norms, parameters.norms, strict=True)):
-            affine = norm_affine(norm, p, p.mean, p.var)
+            affine = norm_affine(norm, p, *running(norm, p))
             if n + 1 < len(linears):
                 linears[n + 1] = fold_linear(norm, plan.activations[n], linears[n + 1], *affine)
             else:

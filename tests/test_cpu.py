@@ -31,6 +31,19 @@ def machine_sets():
 
 
 @pytest.fixture
+def use_isa(monkeypatch):
+    """Sets the instruction set, and undoes it."""
+
+    def use(name):
+        monkeypatch.setenv("IMPLICIT_STEER_ISA", name)
+        cpu.instruction_set.cache_clear()
+
+    yield use
+    monkeypatch.undo()
+    cpu.instruction_set.cache_clear()
+
+
+@pytest.fixture
 def threads():
     """Sets the number of threads, and undoes it."""
     before = torch.get_num_threads()
@@ -62,14 +75,14 @@ def test_is_reference(name, sampling, configuration, dtype):
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("isa", machine_sets())
 @pytest.mark.parametrize("name", ["o3", "o3-l2", "o3-mixed", "o3-vector-attr", "o2", "so2", "full-cylinder-r3", "d4"])
-def test_every_instruction_set(name, isa, dtype, monkeypatch):
-    monkeypatch.setenv("IMPLICIT_STEER_ISA", isa)
+def test_every_instruction_set(name, isa, dtype, use_isa):
+    use_isa(isa)
     conv = layer(SMALL[name], "train", dtype)
     assert_is_reference(conv, SMALL[name].inputs(conv))
 
 
-def test_an_unknown_instruction_set_is_an_error(monkeypatch):
-    monkeypatch.setenv("IMPLICIT_STEER_ISA", "mmx")
+def test_an_unknown_instruction_set_is_an_error(use_isa):
+    use_isa("mmx")
     conv = layer(SMALL["o3"], backend="cpu")
     with pytest.raises(ValueError, match="IMPLICIT_STEER_ISA"):
         SMALL["o3"].inputs(conv).run(conv)

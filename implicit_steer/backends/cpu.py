@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import native
 from .._check import require
 from ..graph import Graph
-from ..packing import NormParameters, Parameters, Weights, dense_kernel, mixing_weights
+from ..packing import NormParameters, Parameters, Weights, dense_kernel, mixing_weights, running
 from ..plan import Plan
 from . import eager
 from .cpu_plan import Prepared, hidden_field_size, prepare, reads_one
@@ -31,8 +31,10 @@ _NO_SECOND_DERIVATIVES = (
 )
 
 
+@cache
 def instruction_set() -> int:
-    """Number of the instruction set to run, from the environment variable ``IMPLICIT_STEER_ISA``; 0: the widest."""
+    """Number of the instruction set to run, from the environment variable ``IMPLICIT_STEER_ISA`` as it is at the first
+    call; 0: the widest."""
     name = os.environ.get("IMPLICIT_STEER_ISA", "auto")
     require(name in INSTRUCTION_SETS, "IMPLICIT_STEER_ISA", f"one of {tuple(INSTRUCTION_SETS)}", repr(name))
     return INSTRUCTION_SETS[name]
@@ -84,12 +86,12 @@ def _tensors(plan: Plan, parameters: Parameters) -> list[Tensor]:
 
 def _parameters(plan: Plan, tensors: Sequence[Tensor], statistics: Tensor) -> Parameters:
     """The inverse of :func:`_tensors`; the batch norms have these statistics."""
-    rest, found = iter(tensors), _split_statistics(plan, statistics)
+    rest, norms = iter(tensors), []
     linears = [(next(rest), next(rest) if layer.bias.shape[1] else None) for layer in plan.linears]
-    norms = [
-        NormParameters(next(rest), next(rest) if len(norm.trivial) else s.mean, s.mean, s.var)
-        for norm, s in zip(plan.norms, found, strict=True)
-    ]
+    for norm, (mean, var) in zip(plan.norms, _split_statistics(plan, statistics), strict=True):
+        full = mean.new_zeros(norm.channels, int(norm.full_trivial.max(initial=0)) + 1)
+        full[:, norm.full_trivial.tolist()] = mean
+        norms.append(NormParameters(next(rest), next(rest) if len(norm.trivial) else mean, full, var))
     shell_width = next(rest)
     return Parameters((*linears, (next(rest), next(rest, None))), tuple(norms), shell_width)
 
@@ -105,23 +107,23 @@ def _n_last(parameters: Parameters) -> int:
     return 2 - (parameters.linears[-1][1] is None)
 
 
-def _vector(plan: Plan, tensors: Sequence[Tensor], n_last: int) -> Tensor:
-    """One vector of all parameters; a dense coupling has its kernel for the last layer."""
+def _learned(plan: Plan, tensors: Sequence[Tensor], n_last: int) -> list[Tensor]:
+    """The tensors that are packed; a dense coupling has its kernel for the last layer."""
     if plan.dense_coupling:
         kernel = _kernel(plan, tensors[-n_last - 1], tensors[-n_last:])
         tensors = [*tensors[:-n_last], kernel]
-    return torch.cat([t.reshape(-1) for t in tensors])
+    return [t.contiguous() for t in tensors]
 
 
-def _vector_sizes(plan: Plan, tensors: Sequence[Tensor], n_last: int) -> tuple[int, ...]:
+def _sizes(plan: Plan, tensors: Sequence[Tensor], n_last: int) -> tuple[int, ...]:
     if plan.dense_coupling:
         return (*(t.numel() for t in tensors[:-n_last]), plan.out_size * plan.in_size * plan.hidden_size)
     return tuple(t.numel() for t in tensors)
 
 
-def _split_vector(plan: Plan, grad: Tensor, tensors: Sequence[Tensor], n_last: int) -> list[Tensor]:
-    """The gradients of the parameters from that of their vector."""
-    parts = grad.split(_vector_sizes(plan, tensors, n_last))
+def _split_gradient(plan: Plan, grad: Tensor, tensors: Sequence[Tensor], n_last: int) -> list[Tensor]:
+    """The gradients of the tensors from that of what is packed, one vector."""
+    parts = grad.split(_sizes(plan, tensors, n_last))
     if not plan.dense_coupling:
         return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
     with torch.enable_grad():
@@ -138,7 +140,8 @@ def _running(plan: Plan, parameters: Parameters) -> Tensor:
     """The statistics that the batch norms keep, (n_layers, W (n_trivial + 1)), as the native code takes them."""
     if not plan.norms:
         return parameters.shell_width.new_empty(0)
-    return torch.cat([t.reshape(-1) for norm in parameters.norms for t in (norm.mean, norm.var)])
+    found = [running(norm, p) for norm, p in zip(plan.norms, parameters.norms, strict=True)]
+    return torch.cat([t.reshape(-1) for pair in found for t in pair])
 
 
 def _split_statistics(plan: Plan, statistics: Tensor) -> list[Statistics]:
@@ -162,25 +165,20 @@ class _Call(NamedTuple):
     n_last: int  # tensors of the last layer: with or without a bias
     eager_second_order: bool
 
-    def pack(self, vector: Tensor, statistics: Tensor) -> Tensor:
-        dtype = vector.dtype
-        plan, matrix = self.prepared.tensors(dtype), self.prepared.matrix(dtype)
-        return torch.ops.implicit_steer.conv_pack(*plan, *matrix, vector, statistics)
-
     def forward(self, packed: Tensor, x: Tensor, delta: Tensor, attributes: Tensor) -> Tensor:
         edges = self.graph.src, self.graph.order, self.graph.rowptr
         plan = self.prepared.tensors(packed.dtype)
         return torch.ops.implicit_steer.conv_forward(*plan, packed, x, delta, attributes, *edges, self.isa)
 
-    def gradients(self, needs: Sequence[bool], grad: Tensor, statistics: Tensor, *tensors: Tensor) -> list:
+    def gradients(self, needs: Sequence[bool], grad: Tensor, packed: Tensor, statistics: Tensor, *tensors: Tensor):
         """Of x, delta, attributes and the parameters; None where not needed."""
         x, delta, attributes, *parameters = tensors
-        graph, dtype, need_weights = self.graph, x.dtype, any(needs[3:])
-        vector = _vector(self.plan, parameters, self.n_last)
+        graph, need_weights = self.graph, any(needs[3:])
         by_source = (graph.order_by_source, graph.colptr) if needs[0] else (graph.order, graph.rowptr)
-        *grads, grad_packed = torch.ops.implicit_steer.conv_backward(
-            *self.prepared.tensors(dtype),
-            self.pack(vector, statistics),
+        plan, operator = self.prepared.tensors(x.dtype), torch.ops.implicit_steer
+        *grads, grad_packed = operator.conv_backward(
+            *plan,
+            packed,
             x,
             delta,
             attributes,
@@ -191,11 +189,9 @@ class _Call(NamedTuple):
             self.isa,
         )
         if need_weights:
-            matrix = self.prepared.matrix(dtype)
-            grad_vector = torch.ops.implicit_steer.conv_pack_backward(
-                *self.prepared.tensors(dtype), *matrix, vector, statistics, grad_packed[0]
-            )
-            grads += _split_vector(self.plan, grad_vector, parameters, self.n_last)
+            matrix = self.prepared.matrix(x.dtype)
+            of_packed = operator.conv_pack_backward(*plan, *matrix, statistics, grad_packed[0])
+            grads += _split_gradient(self.plan, of_packed, parameters, self.n_last)
         else:
             grads += [None] * len(parameters)
         return [g if need else None for g, need in zip(grads, needs, strict=True)]
@@ -224,23 +220,54 @@ class _Gradients(torch.autograd.Function):
 
 
 class _Conv(torch.autograd.Function):
+    """``packed`` is a function of the parameters; their gradients are returned, not its."""
+
     @staticmethod
-    def forward(ctx, call, statistics, x, delta, attributes, *parameters):
-        ctx.save_for_backward(statistics, x, delta, attributes, *parameters)
+    def forward(ctx, call, packed, statistics, x, delta, attributes, *parameters):
+        ctx.save_for_backward(packed, statistics, x, delta, attributes, *parameters)
         ctx.call = call
-        packed = call.pack(_vector(call.plan, parameters, call.n_last), statistics)
         return call.forward(packed, x, delta, attributes)
 
     @staticmethod
     def backward(ctx, grad):
-        call, needs = ctx.call, ctx.needs_input_grad[2:]
+        call, needs, (packed, *tensors) = ctx.call, ctx.needs_input_grad[3:], ctx.saved_tensors
         if not torch.is_grad_enabled():
-            gradients = call.gradients(needs, grad, *ctx.saved_tensors)
+            gradients = call.gradients(needs, grad, packed, *tensors)
         elif call.eager_second_order:  # create_graph=True
-            gradients = call.eager_gradients(needs, grad, *ctx.saved_tensors)
+            gradients = call.eager_gradients(needs, grad, *tensors)
         else:
-            gradients = _Gradients.apply(call, needs, grad, *ctx.saved_tensors)
-        return None, None, *gradients
+            gradients = _Gradients.apply(call, needs, grad, packed, *tensors)
+        return None, None, None, *gradients
+
+
+class _Packed(NamedTuple):
+    prepared: Prepared
+    weights: Tensor
+    statistics: Tensor  # of the batch norms, see _running
+
+
+def _pack(plan: Plan, parameters: Parameters, tensors: Sequence[Tensor], n_last: int, geometry=None) -> _Packed:
+    """With ``geometry`` (delta, attributes, isa), the batch norms' statistics come from these edges."""
+    prepared, operator = prepare(plan, _sizes(plan, tensors, n_last)), torch.ops.implicit_steer
+    dtype = parameters.shell_width.dtype
+    arguments = *prepared.tensors(dtype), *prepared.matrix(dtype), _learned(plan, tensors, n_last)
+    statistics = _running(plan, parameters) if geometry is None else operator.conv_statistics(*arguments, *geometry)
+    return _Packed(prepared, operator.conv_pack(*arguments, statistics), statistics)
+
+
+def _kept_or_packed(plan: Plan, parameters: Parameters, tensors: list[Tensor], n_last: int) -> _Packed:
+    """What was packed last time, if plan, parameters and running statistics are still the same."""
+    kept = parameters.kept
+    if kept is None:
+        return _pack(plan, parameters, tensors, n_last)
+    sources = [*tensors, *(t for norm in parameters.norms for t in (norm.mean, norm.var))]
+    if kept.entry is not None:
+        of_plan, copy, packed = kept.entry
+        if of_plan is plan and torch.ops.implicit_steer.same_values(sources, copy):
+            return packed
+    packed = _pack(plan, parameters, tensors, n_last)
+    kept.entry = plan, torch.cat([t.reshape(-1) for t in sources]), packed
+    return packed
 
 
 def forward(
@@ -259,17 +286,14 @@ def forward(
     With ``eager_second_order``, gradients asked for with ``create_graph=True`` are those of `eager`.
     """
     tensors, n_last, isa = _tensors(plan, parameters), _n_last(parameters), instruction_set()
-    prepared = prepare(plan, _vector_sizes(plan, tensors, n_last))
-    call = _Call(plan, prepared, graph, isa, n_last, eager_second_order)
     x, delta, attributes = x.contiguous(), delta.contiguous(), attributes.contiguous()
-    measured = []
-    if batch_statistics:
-        with torch.no_grad():
-            vector = _vector(plan, tensors, n_last)
-            statistics = torch.ops.implicit_steer.conv_statistics(
-                *prepared.tensors(x.dtype), *prepared.matrix(x.dtype), vector, delta, attributes, isa
-            )
-        measured = _split_statistics(plan, statistics)
-    else:
-        statistics = _running(plan, parameters)
-    return _Conv.apply(call, statistics, x, delta, attributes, *tensors), measured
+    with torch.no_grad():
+        if batch_statistics:
+            packed = _pack(plan, parameters, tensors, n_last, (delta, attributes, isa))
+        else:
+            packed = _kept_or_packed(plan, parameters, tensors, n_last)
+    call = _Call(plan, packed.prepared, graph, isa, n_last, eager_second_order)
+    measured = _split_statistics(plan, packed.statistics) if batch_statistics else []
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, delta, attributes, *tensors)):
+        return _Conv.apply(call, packed.weights, packed.statistics, x, delta, attributes, *tensors), measured
+    return call.forward(packed.weights, x, delta, attributes), measured

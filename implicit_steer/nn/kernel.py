@@ -13,10 +13,10 @@ from escnn.nn import FieldType
 from torch import Tensor
 
 from .. import op
-from .._check import require
+from .._check import fail, require
 from ..lowering import KernelShape, lower
-from ..packing import Parameters
-from .mlp import KernelMLP, check_basis, fiber_space
+from ..packing import Kept, Parameters
+from .mlp import KernelMLP, check_basis, fiber_space, stored
 
 
 def position_representation(gspace: GSpace) -> Representation:
@@ -121,16 +121,17 @@ class ImplicitKernel(torch.nn.Module):
         )
         self.shell_width = torch.nn.Parameter(0.5 * torch.ones(1, 1, 1))
         self._shape, self._sampling = shape, sampling
+        self._linears, self._norms, self._kept = self.mlp.linears, self.mlp.norms, Kept()
         self.plan = lower(self.mlp, shape, sampling)
         self.register_load_state_dict_post_hook(_lower_again)
 
     def parameters_for_op(self) -> Parameters:
         """The learned tensors as the operator takes them."""
-        trivial = [n.full_trivial.tolist() for n in self.plan.norms]
         return Parameters(
-            tuple((layer.weights, layer.bias) for layer in self.mlp.linears),
-            tuple(self.mlp.norm_parameters(n, t) for n, t in zip(self.mlp.norms, trivial, strict=True)),
+            tuple((stored(layer, "weights"), stored(layer, "bias")) for layer in self._linears),
+            tuple(self.mlp.norm_parameters(norm) for norm in self._norms),
             self.shell_width,
+            self._kept,
         )
 
     def uses_batch_statistics(self, n_points: int, argument: str = "edge_delta") -> bool:
@@ -140,42 +141,32 @@ class ImplicitKernel(torch.nn.Module):
             ValueError: one single point, which has no variance.
         """
         live = self.training and bool(self.plan.norms)
-        require(
-            not live or n_points != 1,
-            argument,
-            "at least 2 points in training mode with norm='batch'",
-            "1",
-            "Call .eval(), use larger graphs, or norm=None.",
-        )
+        if live and n_points == 1:
+            expected = "at least 2 points in training mode with norm='batch'"
+            fail(argument, expected, "1", "Call .eval(), use larger graphs, or norm=None.")
         return live
 
     def update_running(self, statistics: list) -> None:
         """Update the batch norms' running statistics after a training pass."""
-        for norm, plan, s in zip(self.mlp.norms, self.plan.norms, statistics, strict=False):
+        for norm, plan, s in zip(self._norms, self.plan.norms, statistics, strict=False):
             self.mlp.update_running(norm, plan.full_trivial.tolist(), s.mean, s.var)
 
     def check_points(self, prefix: str, delta: Tensor, attributes: Tensor | None, n: int | None) -> Tensor:
         """Validate positions and attributes; returns the attributes, (n, 0) where there are none."""
-        frame, dtype = self.plan.frame, self.shell_width.dtype
-        names = {"edge": ("edge_delta", "edge_attr"), "kernel": ("pos", "attrs")}[prefix]
-        check_tensor(names[0], delta, (n, frame.dim), dtype, self.shell_width.device)
+        frame, width = self.plan.frame, self.shell_width
+        position, attribute = {"edge": ("edge_delta", "edge_attr"), "kernel": ("pos", "attrs")}[prefix]
+        size = frame.n_attributes
+        check_tensor(position, delta, (n, frame.dim), width.dtype, width.device)
         if attributes is None:
-            require(
-                frame.n_attributes == 0,
-                names[1],
-                f"a tensor of {frame.n_attributes} attributes each",
-                None,
-                "The layer was built with an attribute type: pass the attributes.",
-            )
+            if size:
+                remedy = "The layer was built with an attribute type: pass the attributes."
+                fail(attribute, f"a tensor of {size} attributes each", None, remedy)
             return delta.new_zeros(len(delta), 0)
-        require(
-            frame.n_attributes > 0 or getattr(attributes, "shape", ())[-1:] == (0,),
-            names[1],
-            "None",
-            f"{type(attributes).__name__} of shape {tuple(getattr(attributes, 'shape', ()))}",
-            "The layer was built without an attribute type: leave the attributes out, or build it with one.",
-        )
-        check_tensor(names[1], attributes, (len(delta), frame.n_attributes), dtype, self.shell_width.device)
+        if size == 0 and getattr(attributes, "shape", ())[-1:] != (0,):
+            got = f"{type(attributes).__name__} of shape {tuple(getattr(attributes, 'shape', ()))}"
+            remedy = "The layer was built without an attribute type: leave the attributes out, or build it with one."
+            fail(attribute, "None", got, remedy)
+        check_tensor(attribute, attributes, (len(delta), size), width.dtype, width.device)
         return attributes
 
     def forward(self, pos: Tensor, attrs: Tensor | None = None, *, batch_statistics: bool | None = None) -> Tensor:
@@ -206,16 +197,20 @@ class ImplicitKernel(torch.nn.Module):
         return f"{p.group}, {p.out_size} x {p.in_size}, sampling={p.sampling!r}, frame={p.frame.kind!r}"
 
 
+_HALVES = (torch.float16, torch.bfloat16)
+
+
 def check_tensor(name: str, value, shape: tuple, dtype: torch.dtype, device: torch.device) -> None:
     """Raise unless ``value`` is a tensor of ``shape`` (None: any), of ``dtype`` or a 16-bit float, on ``device``."""
-    require(isinstance(value, Tensor), name, "a torch.Tensor", type(value).__name__, kind=TypeError)
-    expected = "(" + ", ".join("*" if s is None else str(s) for s in shape) + ")"
-    ok = value.dim() == len(shape) and all(s is None or s == v for s, v in zip(shape, value.shape, strict=True))
-    require(ok, name, f"shape {expected}", tuple(value.shape))
-    halves = (torch.float16, torch.bfloat16)
-    remedy = "Convert the input, or the layer with .float() / .double()."
-    require(value.dtype in (dtype, *halves), name, f"dtype {dtype} or a 16-bit float", value.dtype, remedy, TypeError)
-    require(value.device == device, name, f"device {device}", value.device, "Move it with .to().")
+    if not isinstance(value, Tensor):
+        fail(name, "a torch.Tensor", type(value).__name__, kind=TypeError)
+    if value.dim() != len(shape) or any(s is not None and s != v for s, v in zip(shape, value.shape, strict=True)):
+        fail(name, f"shape ({', '.join('*' if s is None else str(s) for s in shape)})", tuple(value.shape))
+    if value.dtype != dtype and value.dtype not in _HALVES:
+        remedy = "Convert the input, or the layer with .float() / .double()."
+        fail(name, f"dtype {dtype} or a 16-bit float", value.dtype, remedy, TypeError)
+    if value.device != device:
+        fail(name, f"device {device}", value.device, "Move it with .to().")
 
 
 def trivial_bias(out_type: FieldType) -> Tensor:

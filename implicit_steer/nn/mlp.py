@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import lru_cache
 
 import escnn.nn
 import torch
@@ -124,20 +125,16 @@ class KernelMLP(torch.nn.Module):
         """The batch norms in order."""
         return [m for m in self.mlp if isinstance(m, escnn.nn.IIDBatchNorm1d)]
 
-    def norm_parameters(self, norm: escnn.nn.IIDBatchNorm1d, trivial: list[int]) -> NormParameters:
-        """One batch norm's tensors, trivial coefficients only."""
-        get = _norm_getter(norm)
-        return NormParameters(
-            get("weight").view(-1), get("bias"), get("running_mean")[:, trivial], get("running_var").view(-1)
-        )
+    def norm_parameters(self, norm: escnn.nn.IIDBatchNorm1d) -> NormParameters:
+        """One batch norm's tensors."""
+        return NormParameters(*(stored(norm, name) for name in _norm_names(norm.in_type.representations[0].name)))
 
     def update_running(self, norm: escnn.nn.IIDBatchNorm1d, trivial: list[int], mean, var) -> None:
         """Move one batch norm's running statistics towards those of a batch, as escnn does in its forward pass."""
-        get = _norm_getter(norm)
+        _, _, running, running_var = self.norm_parameters(norm)
         with torch.no_grad():
             norm.num_batches_tracked += 1
-            get("running_var").lerp_(var.to(get("running_var").dtype)[:, None], norm.momentum)
-            running = get("running_mean")
+            running_var.lerp_(var.to(running_var.dtype)[:, None], norm.momentum)
             target = torch.zeros_like(running)
             target[:, trivial] = mean.to(running.dtype)
             running.lerp_(target, norm.momentum)
@@ -147,9 +144,20 @@ class KernelMLP(torch.nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _norm_getter(norm: escnn.nn.IIDBatchNorm1d):
-    name = norm._escape_name(norm.in_type.representations[0].name)
-    return lambda what: getattr(norm, f"{name}_{what}")
+def stored(module: torch.nn.Module, name: str) -> torch.Tensor | None:
+    """``module.name``, a parameter or buffer, without the detour over ``Module.__getattr__`` where it is stored plainly
+    (a parametrised one is not)."""
+    for tensors in (module._parameters, module._buffers):
+        if name in tensors:
+            return tensors[name]
+    return getattr(module, name)
+
+
+@lru_cache(maxsize=256)
+def _norm_names(representation: str) -> tuple[str, ...]:
+    """The names of a batch norm's tensors on fields of one representation, in the order of :class:`NormParameters`."""
+    name = representation.replace(".", "^")  # as escnn escapes it
+    return tuple(f"{name}_{what}" for what in ("weight", "bias", "running_mean", "running_var"))
 
 
 def check_basis(mlp: KernelMLP, state_dict: dict, prefix: str) -> None:

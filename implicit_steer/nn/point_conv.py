@@ -115,11 +115,10 @@ class ImplicitPointConv(BiasedModule):
         if isinstance(x, tuple):
             require(len(x) == 2, "x", "a GeometricTensor or a pair (source, target)", f"{len(x)} entries")
             x, target = x
-        ok = isinstance(x, GeometricTensor) and x.type == self.in_type
-        got = x.type if isinstance(x, GeometricTensor) else type(x).__name__
-        require(
-            ok, "x", f"a GeometricTensor of type {self.in_type}", got, "Wrap it: in_type(tensor, coords).", TypeError
-        )
+        if not (isinstance(x, GeometricTensor) and (x.type is self.in_type or x.type == self.in_type)):
+            got = x.type if isinstance(x, GeometricTensor) else type(x).__name__
+            remedy = "Wrap it: in_type(tensor, coords)."
+            fail("x", f"a GeometricTensor of type {self.in_type}", got, remedy, TypeError)
         width = self.implicit_kernel.shell_width
         check_tensor("x", x.tensor, (None, self.in_type.size), width.dtype, width.device)
         if isinstance(target, GeometricTensor):
@@ -135,8 +134,9 @@ class ImplicitPointConv(BiasedModule):
         if not isinstance(edge_index, Graph):
             return Graph(edge_index, (n_source, n_target))
         sizes = (edge_index.num_src, edge_index.num_dst)
-        expected = f"a graph on {n_source} source and {n_target} target nodes (the rows of x)"
-        require(sizes == (n_source, n_target), "edge_index", expected, f"one on {sizes[0]} and {sizes[1]}")
+        if sizes != (n_source, n_target):
+            expected = f"a graph on {n_source} source and {n_target} target nodes (the rows of x)"
+            fail("edge_index", expected, f"one on {sizes[0]} and {sizes[1]}")
         return edge_index
 
     def _convolve(self, source: Tensor, graph: Graph, edge_delta, edge_attr, coords) -> GeometricTensor:
@@ -146,7 +146,8 @@ class ImplicitPointConv(BiasedModule):
             require(edge_attr.type == self.edge_attr_type, "edge_attr", expected, edge_attr.type, kind=TypeError)
             edge_attr = edge_attr.tensor
         attributes = kernel.check_points("edge", edge_delta, edge_attr, graph.num_edges)
-        require(graph.device == source.device, "edge_index", f"device {source.device}", graph.device)
+        if graph.device != source.device:
+            fail("edge_index", f"device {source.device}", graph.device)
         out, statistics = op.implicit_conv(
             kernel.plan,
             kernel.parameters_for_op(),
@@ -160,8 +161,10 @@ class ImplicitPointConv(BiasedModule):
         kernel.update_running(statistics)
         bias = self.expand_bias()
         if bias is not None:
-            out = out + bias.to(out.dtype)
-        return GeometricTensor(out.to(source.dtype), self.out_type, coords)  # 16-bit features: rounded once, here
+            out = out + bias
+        if out.dtype != source.dtype:
+            out = out.to(source.dtype)  # 16-bit features: rounded once, here
+        return GeometricTensor(out, self.out_type, coords)
 
     def extra_repr(self) -> str:
         """What distinguishes this layer."""
