@@ -262,9 +262,13 @@ def test_explanation(name, sampling):
     assert "sampling=" in repr(conv)
 
 
-def test_auto_picks_what_is_fast_and_there(monkeypatch):
+def test_dense_intertwiners_are_coupled_by_an_outer_product():
     regular = dataclasses.replace(SMALL["octa-r3"], into="1 regular", out="1 regular").layer()
-    assert "eager: factored plain PyTorch; not cpu: dense intertwiners" in regular.explain()
+    assert "coupled by dense outer product" in regular.explain()
+    assert "coupled by sparse intertwiners" in SMALL["o3"].layer().explain()
+
+
+def test_auto_picks_what_is_there(monkeypatch):
     conv = SMALL["o3"].layer()
     monkeypatch.setattr(native, "available", lambda: (False, "not built"))
     assert "eager: factored plain PyTorch; not cpu: the native extension is missing" in conv.explain()
