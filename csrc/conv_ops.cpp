@@ -13,7 +13,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/conv.h"
+#include "cpu/entry.h"
 
 namespace {
 
@@ -46,37 +46,12 @@ int threads_for(int64_t edges) {
   return static_cast<int>(std::clamp<int64_t>(edges / kTileEdgesPerThread, 1, most));
 }
 
-// The widest set that this build and this machine have, or the one asked for: 0 any, 1 baseline, 2 AVX2, 3 AVX-512.
-int instruction_set(int64_t wanted) {
-  int best = 1;
-#if defined(IST_HAVE_X86)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = 2;
-  if (best == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    best = 3;
-#endif
-  STD_TORCH_CHECK(wanted >= 0 && wanted <= best, "isa: expected 0 .. ", best, " on this machine, got ", wanted, ".");
-  return wanted == 0 ? best : static_cast<int>(wanted);
-}
-
+// The entry points of the set asked for: 0 the widest, 1 baseline, 2 AVX2, 3 AVX-512.
 template <typename R>
 const ConvTable<R>& table(int64_t wanted) {
-  [[maybe_unused]] const int isa = instruction_set(wanted);
-  constexpr bool single = sizeof(R) == 4;
-#if defined(IST_HAVE_X86)
-  if constexpr (single) {
-    if (isa == 3) return avx512::kConvFloat;
-    if (isa == 2) return avx2::kConvFloat;
-  } else {
-    if (isa == 3) return avx512::kConvDouble;
-    if (isa == 2) return avx2::kConvDouble;
-  }
-#endif
-  if constexpr (single)
-    return baseline::kConvFloat;
-  else
-    return baseline::kConvDouble;
+  const int best = widest_instruction_set();
+  STD_TORCH_CHECK(wanted >= 0 && wanted <= best, "isa: expected 0 .. ", best, " on this machine, got ", wanted, ".");
+  return conv_table<R>(wanted == 0 ? best : static_cast<int>(wanted));
 }
 
 // Calls f with a null pointer of the tensor's floating type.
@@ -209,12 +184,7 @@ std::tuple<Tensor, Tensor> conv_statistics(const Tensor& ints, const Tensor& rea
     double *m = mutable_data<double>(mean), *v = mutable_data<double>(variance);
     a.sums = sums.data(), a.shift = m;
     table<R>(isa).statistics(a);
-    const double count = static_cast<double>(a.n_edges);
-    for (int64_t k = 0; k < n; ++k) {
-      const double shifted = sums[k] / count;
-      m[k] += shifted;
-      v[k] = std::max(sums[n + k] - shifted * sums[k], 0.0) / (count - 1);
-    }
+    moments(n, a.n_edges, sums.data(), m, v);
   });
   return {mean, variance};
 }
