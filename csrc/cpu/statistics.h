@@ -54,7 +54,8 @@ struct Statistics : Worker<R> {
     for (int w = 0, k = 0; k < n_values; ++w)
       for (int m = 0; m < p.d; ++m, ++k) {
         const R value = coordinate(first, w, m)[0];
-        shift[k] = splat<V>(value), a.shift[k] = value;
+        shift[k] = splat<V>(value);
+        if (sums == a.sums) a.shift[k] = value;  // all threads have the same one; the first writes it
         partial[k] = partial_squares[k] = V{}, sums[k] = sums[n_values + k] = 0;
       }
     int tiles = 0;
