@@ -1,5 +1,7 @@
 # make demo     build everything, then show the library at work
 # make test     build everything, then lint and test: what CI runs
+# make test-native   the native code alone: plain, and under AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer
+# make test-arm      the same for 64-bit ARM, with a cross compiler and an emulator
 # make bench    build everything, then check and time every backend
 # make lint, make format, make clean
 SHELL := /bin/bash
@@ -7,7 +9,7 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
-CPP_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP_SOURCES := $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # Also for what pip builds in environments of its own, and so that CMake and ninja come from ours.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -15,13 +17,42 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test bench build lint format clean
+.PHONY: demo test test-native test-arm native-cases arm-tools bench build lint format clean
 
 demo: build
 	$(BIN)/python -m implicit_steer demo
 
-test: lint
+test: lint test-native
 	$(BIN)/python -m pytest -q
+
+# Programs without torch and Python (tests/native), on inputs and expected results that native-cases writes.
+NATIVE_TESTS := build/native-tests
+OPTIONS_address := -DSANITIZE=address,undefined
+OPTIONS_thread := -DSANITIZE=thread
+OPTIONS_arm := -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+  "-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64-static;-L;/usr/aarch64-linux-gnu"
+
+test-native: native-plain native-address native-thread
+
+native-cases: build
+	PYTHONPATH=.:tests $(BIN)/python tests/native/write_cases.py $(NATIVE_TESTS)/cases
+
+native-%: native-cases
+	cmake -S tests/native -B $(NATIVE_TESTS)/$* -G Ninja -DCASES=$(CURDIR)/$(NATIVE_TESTS)/cases $(OPTIONS_$*)
+	cmake --build $(NATIVE_TESTS)/$*
+	ctest --test-dir $(NATIVE_TESTS)/$* --output-on-failure
+
+native-arm: arm-tools
+
+arm-tools:
+	.ci/system-packages arm
+
+# Beside right results, the forward pass must hold vector instructions: multiply-adds of four floats.
+test-arm: native-arm
+	aarch64-linux-gnu-objdump -dC $(NATIVE_TESTS)/arm/conv_test | awk \
+	  '/^[0-9a-f]+ <.*[Ff]orward<.*float/ { inside = 1 } /^$$/ { inside = 0 } inside && /fmla.*\.4s/ { n++ } \
+	  END { print n + 0, "fmla .4s in the forward pass"; exit !n }'
 
 bench: build
 	$(BIN)/python -m bench

@@ -14,8 +14,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/conv.h"
-#include "packing.h"
+#include "cpu/entry.h"
 
 namespace {
 
@@ -48,37 +47,12 @@ int threads_for(int64_t edges) {
   return static_cast<int>(std::clamp<int64_t>(edges / kTileEdgesPerThread, 1, most));
 }
 
-// The widest set that this build and this machine have, or the one asked for: 0 any, 1 baseline, 2 AVX2, 3 AVX-512.
-int instruction_set(int64_t wanted) {
-  int best = 1;
-#if defined(IST_HAVE_X86)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = 2;
-  if (best == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    best = 3;
-#endif
-  STD_TORCH_CHECK(wanted >= 0 && wanted <= best, "isa: expected 0 .. ", best, " on this machine, got ", wanted, ".");
-  return wanted == 0 ? best : static_cast<int>(wanted);
-}
-
+// The entry points of the set asked for: 0 the widest, 1 baseline, 2 AVX2, 3 AVX-512.
 template <typename R>
 const ConvTable<R>& table(int64_t wanted) {
-  [[maybe_unused]] const int isa = instruction_set(wanted);
-  constexpr bool single = sizeof(R) == 4;
-#if defined(IST_HAVE_X86)
-  if constexpr (single) {
-    if (isa == 3) return avx512::kConvFloat;
-    if (isa == 2) return avx2::kConvFloat;
-  } else {
-    if (isa == 3) return avx512::kConvDouble;
-    if (isa == 2) return avx2::kConvDouble;
-  }
-#endif
-  if constexpr (single)
-    return baseline::kConvFloat;
-  else
-    return baseline::kConvDouble;
+  const int best = widest_instruction_set();
+  STD_TORCH_CHECK(wanted >= 0 && wanted <= best, "isa: expected 0 .. ", best, " on this machine, got ", wanted, ".");
+  return conv_table<R>(wanted == 0 ? best : static_cast<int>(wanted));
 }
 
 // Calls f with a null pointer of the tensor's floating type.
@@ -212,27 +186,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& ints, con
   return {grad_x, grad_delta, grad_attr, grad_weights};
 }
 
-// Mean of the trivial coefficients and unbiased variance of all, over the edges, of batch norm n's input.
-template <typename R>
-void batch_statistics(ConvArgs<R>& a, int n, int64_t isa, R* statistics) {
-  const PlanView<R>& plan = *a.plan;
-  const int channels = plan.layers[n].out / plan.c, size = channels * plan.d;
-  std::vector<double> sums(2 * size * a.threads), shift(size);
-  a.layer = n, a.sums = sums.data(), a.shift = shift.data();
-  table<R>(isa).statistics(a);
-  const double count = static_cast<double>(a.n_edges);
-  for (int w = 0; w < channels; ++w) {
-    double variance = 0;
-    for (int k = w * plan.d; k < (w + 1) * plan.d; ++k)
-      variance += std::max(sums[size + k] - sums[k] / count * sums[k], 0.0) / (count - 1);
-    statistics[channels * plan.n_trivial + w] = static_cast<R>(variance / plan.d);
-    for (int k = 0; k < plan.n_trivial; ++k) {
-      const int m = w * plan.d + plan.measured[k];
-      statistics[w * plan.n_trivial + k] = static_cast<R>(shift[m] + sums[m] / count);
-    }
-  }
-}
-
 // -> statistics of all batch norms over these edges, (n_layers, W · (n_trivial + 1)): mean [W, n_trivial], variance [W]
 Tensor conv_statistics(const Tensor& ints, const Tensor& reals, const Tensor& rowptr, const Tensor& column,
                        const Tensor& value, const std::vector<Tensor>& parameters, const Tensor& delta,
@@ -255,11 +208,7 @@ Tensor conv_statistics(const Tensor& ints, const Tensor& reals, const Tensor& ro
     a.plan = &plan, a.weights = packed.data(), a.delta = data<R>(delta), a.attr = data<R>(attr);
     a.threads = threads_for(a.n_edges), a.scratch = scratch;
     statistics = torch::stable::new_empty(delta, {plan.n_layers, statistics_size(plan)});
-    R* out = mutable_data<R>(statistics);
-    for (int n = 0; n < plan.n_layers; ++n) {
-      batch_statistics(a, n, isa, out + n * statistics_size(plan));
-      pack_affine(plan, n, p.data(), out, packed.data());
-    }
+    batch_statistics(table<R>(isa), a, p.data(), packed.data(), mutable_data<R>(statistics));
   });
   return statistics;
 }

@@ -79,7 +79,7 @@ struct Statistics : Worker<R> {
       for (int m = 0; m < p.d; ++m, ++k) {
         const R value = coordinate(first, w, m)[0];
         shift[k] = splat<V>(value);
-        if (begin == 0) a.shift[k] = value;
+        if (sums == a.sums) a.shift[k] = value;  // all threads have the same one; the first writes it
         partial[k] = partial_squares[k] = V{}, sums[k] = sums[n_values + k] = 0;
       }
     add_range(begin, end, sums);

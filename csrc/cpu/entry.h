@@ -1,0 +1,73 @@
+// What every caller of the loops needs: the table of an instruction set, and the statistics of batch norms. No torch.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "../packing.h"
+#include "conv.h"
+
+namespace implicit_steer {
+
+// The widest set that this build and this machine have: 1 baseline, 2 AVX2, 3 AVX-512.
+inline int widest_instruction_set() {
+#if defined(IST_HAVE_X86)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 1;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return avx512 ? 3 : 2;
+#else
+  return 1;
+#endif
+}
+
+// The entry points of the set `isa`, 1 .. widest_instruction_set().
+template <typename R>
+const ConvTable<R>& conv_table([[maybe_unused]] int isa) {
+  constexpr bool single = std::is_same_v<R, float>;
+#if defined(IST_HAVE_X86)
+  if constexpr (single) {
+    if (isa == 3) return avx512::kConvFloat;
+    if (isa == 2) return avx2::kConvFloat;
+  } else {
+    if (isa == 3) return avx512::kConvDouble;
+    if (isa == 2) return avx2::kConvDouble;
+  }
+#endif
+  if constexpr (single)
+    return baseline::kConvFloat;
+  else
+    return baseline::kConvDouble;
+}
+
+// Means of the trivial coefficients [W, n_trivial] and variance [W] (unbiased, the mean over a field's coordinates) of
+// every batch norm's input over a.n_edges edges, one norm after the other into `statistics`; the packed weights get the
+// norms' scales and shifts. p: the unpacked parameters.
+template <typename R>
+void batch_statistics(const ConvTable<R>& table, ConvArgs<R>& a, const R* p, R* packed, R* statistics) {
+  const PlanView<R>& plan = *a.plan;
+  const double count = static_cast<double>(a.n_edges);
+  std::vector<double> sums, shift;
+  for (int n = 0; n < plan.n_layers; ++n) {
+    const int channels = plan.layers[n].out / plan.c, size = channels * plan.d;
+    R *mean = statistics + n * statistics_size(plan), *variance = mean + channels * plan.n_trivial;
+    sums.resize(int64_t{2} * size * a.threads), shift.resize(size);
+    a.layer = n, a.sums = sums.data(), a.shift = shift.data();
+    table.statistics(a);
+    for (int w = 0; w < channels; ++w) {
+      double sum = 0;
+      for (int k = w * plan.d; k < (w + 1) * plan.d; ++k)
+        sum += std::max(sums[size + k] - sums[k] / count * sums[k], 0.0) / (count - 1);
+      variance[w] = static_cast<R>(sum / plan.d);
+      for (int k = 0; k < plan.n_trivial; ++k) {
+        const int m = w * plan.d + plan.measured[k];
+        mean[w * plan.n_trivial + k] = static_cast<R>(shift[m] + sums[m] / count);
+      }
+    }
+    pack_affine(plan, n, p, statistics, packed);
+  }
+}
+
+}  // namespace implicit_steer

@@ -1,0 +1,207 @@
+// conv_test DIR: every case file of DIR through the loops of csrc/cpu, in float and double, with every instruction set
+// that this machine has, on one and several threads, against the expected results in the files. No torch, no Python.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <limits>
+#include <memory>
+
+#include "../../csrc/cpu/entry.h"
+#include "arrays.h"
+
+namespace {
+
+using namespace implicit_steer;
+using native_test::Case;
+using native_test::numbers;
+using Results = std::map<std::string, std::vector<double>>;
+
+// ‖actual − expected‖ / ‖expected‖ allowed; measured: at most 1.6e-6 (float), 4e-15 (double).
+template <typename R>
+constexpr double kBound = sizeof(R) == 4 ? 1e-5 : 1e-13;
+
+constexpr const char* kSets[] = {"", "baseline", "avx2", "avx512"};
+
+// What is never written, or read before it is written, shows as NaN.
+template <typename R>
+std::vector<R> unwritten(int64_t n) {
+  return std::vector<R>(n, std::numeric_limits<R>::quiet_NaN());
+}
+
+// As ConvArgs asks; a new block of exactly `bytes` at every call, all bits set (NaN).
+void* scratch(int64_t bytes) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  static thread_local std::unique_ptr<void, Free> memory;
+  memory.reset(std::aligned_alloc(64, bytes));
+  return std::memset(memory.get(), 0xff, bytes);
+}
+
+// The inputs of one case.
+template <typename R>
+struct Problem {
+  const Case& file;
+  std::vector<int32_t> ints;
+  std::vector<R> reals, weights, x, delta, attr, grad_out;
+  PlanView<R> plan{};
+
+  explicit Problem(const Case& c)
+      : file(c),
+        ints(numbers<int32_t>(c["plan_ints"])),
+        reals(numbers<R>(c["plan_reals"])),
+        weights(numbers<R>(c["weights"])),
+        x(numbers<R>(c["x"])),
+        delta(numbers<R>(c["delta"])),
+        attr(numbers<R>(c["attr"])),
+        grad_out(numbers<R>(c["grad_out"])) {
+    if (!plan_view(plan, ints.data(), ints.size(), reals.data(), reals.size())) throw std::runtime_error("plan");
+    if (plan.n_weights != static_cast<int64_t>(weights.size())) throw std::runtime_error("weights");
+  }
+
+  ConvArgs<R> arguments(int threads) {
+    ConvArgs<R> a{};
+    a.plan = &plan, a.weights = weights.data(), a.x = x.data(), a.delta = delta.data(), a.attr = attr.data();
+    a.src = file["src"].bytes.data(), a.order = file["order"].bytes.data(), a.rowptr = file["rowptr"].bytes.data();
+    a.order_by_source = file["order_by_source"].bytes.data(), a.colptr = file["colptr"].bytes.data();
+    a.wide = file["src"].dtype == "int64";
+    a.n_src = file["x"].shape[0], a.n_dst = file["rowptr"].size() - 1, a.n_edges = file["src"].size();
+    a.threads = threads, a.scratch = scratch, a.grad_out = grad_out.data();
+    return a;
+  }
+};
+
+template <typename R>
+std::vector<double> widened(const std::vector<R>& numbers) {
+  return {numbers.begin(), numbers.end()};
+}
+
+template <typename R>
+void run_forward(Problem<R>& p, const ConvTable<R>& table, int threads, Results& results) {
+  ConvArgs<R> a = p.arguments(threads);
+  auto out = unwritten<R>(a.n_dst * p.plan.out_size);
+  a.out = out.data();
+  table.forward(a);
+  results["out"] = widened(out);
+}
+
+// The gradients asked for, each under its name followed by `suffix`; that of the weights along the file's directions.
+struct Needs {
+  bool x, delta, attr, weights;
+  const char* suffix;
+};
+
+template <typename R>
+void run_backward(Problem<R>& p, const ConvTable<R>& table, int threads, const Needs& needs, Results& results) {
+  ConvArgs<R> a = p.arguments(threads);
+  auto grad_edge = unwritten<R>(needs.x ? std::max<int64_t>(a.n_edges, 1) * p.plan.in_size : 0);
+  auto grad_x = unwritten<R>(needs.x ? p.x.size() : 0), grad_delta = unwritten<R>(needs.delta ? p.delta.size() : 0);
+  auto grad_attr = unwritten<R>(needs.attr ? p.attr.size() : 0);
+  auto grad_weights = unwritten<R>(needs.weights ? int64_t{threads} * p.plan.n_weights : 0);
+  const auto place = [](std::vector<R>& v) { return v.empty() ? nullptr : v.data(); };
+  a.grad_edge = place(grad_edge), a.grad_x = place(grad_x), a.grad_delta = place(grad_delta);
+  a.grad_attr = place(grad_attr), a.grad_weights = place(grad_weights);
+  table.backward(a);
+  const std::string suffix = needs.suffix;
+  if (needs.x) results["grad_x" + suffix] = widened(grad_x);
+  if (needs.delta) results["grad_delta" + suffix] = widened(grad_delta);
+  if (needs.attr) results["grad_attr" + suffix] = widened(grad_attr);
+  if (!needs.weights || !p.file.has("direction")) return;
+  const auto direction = numbers<double>(p.file["direction"]);  // [n_directions, n_weights]
+  std::vector<double>& slope = results["slope" + suffix];
+  slope.assign(p.file["slope"].size(), 0);
+  for (size_t n = 0; n < slope.size(); ++n)
+    for (int64_t k = 0; k < p.plan.n_weights; ++k) slope[n] += direction[n * p.plan.n_weights + k] * grad_weights[k];
+}
+
+template <typename R>
+void run_statistics(Problem<R>& p, const ConvTable<R>& table, int threads, Results& results) {
+  for (int layer = 0; p.file.has("mean_" + std::to_string(layer)); ++layer) {
+    const std::string number = std::to_string(layer);
+    const auto weights = numbers<R>(p.file["statistics_" + number + "_weights"]);
+    const int64_t n = p.file["mean_" + number].size();
+    auto sums = unwritten<double>(2 * n * threads), mean = unwritten<double>(n), variance = unwritten<double>(n);
+    ConvArgs<R> a = p.arguments(threads);
+    a.weights = weights.data(), a.layer = layer, a.sums = sums.data(), a.shift = mean.data();
+    table.statistics(a);
+    moments(n, a.n_edges, sums.data(), mean.data(), variance.data());
+    results["mean_" + number] = mean, results["variance_" + number] = variance;
+  }
+}
+
+template <typename R>
+Results run_all(const Case& file, const ConvTable<R>& table, int threads) {
+  Problem<R> p(file);
+  Results results;
+  run_forward(p, table, threads, results);
+  for (const Needs& needs : {Needs{true, true, true, true, ""}, Needs{true, false, false, false, "/alone"},
+                             Needs{false, true, false, false, "/alone"}, Needs{false, false, true, false, "/alone"},
+                             Needs{false, false, false, true, "/alone"}})
+    run_backward(p, table, threads, needs, results);
+  run_statistics(p, table, threads, results);
+  return results;
+}
+
+// ‖actual − expected‖ / ‖expected‖; where nothing is expected but zeros, ‖actual‖.
+double deviation(const std::vector<double>& actual, const std::vector<double>& expected) {
+  if (actual.size() != expected.size()) return std::numeric_limits<double>::infinity();
+  double difference = 0, scale = 0;
+  for (size_t k = 0; k < actual.size(); ++k) {
+    difference += (actual[k] - expected[k]) * (actual[k] - expected[k]);
+    scale += expected[k] * expected[k];
+  }
+  return std::sqrt(difference / (scale > 0 ? scale : 1));
+}
+
+bool same_bits(const Results& a, const Results& b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const auto& x, const auto& y) {
+    const std::vector<double>&first = x.second, &second = y.second;
+    if (first.size() != second.size()) return false;
+    return first.empty() || std::memcmp(first.data(), second.data(), first.size() * sizeof(double)) == 0;
+  });
+}
+
+// Number of failures; prints each, and the largest deviation.
+template <typename R>
+int check(const std::string& name, const Case& file, int isa) {
+  int failures = 0;
+  double largest = 0;
+  std::string where;
+  const std::string what = name + ", " + kSets[isa] + (sizeof(R) == 4 ? ", float" : ", double");
+  for (int threads : {1, 2, 5}) {
+    const Results results = run_all<R>(file, conv_table<R>(isa), threads);
+    for (const auto& [tensor, actual] : results) {
+      const double error = deviation(actual, numbers<double>(file[tensor.substr(0, tensor.find('/'))]));
+      if (!(error <= kBound<R>)) {
+        std::printf("FAILED %s, %d threads: %s deviates by %.2g\n", what.c_str(), threads, tensor.c_str(), error);
+        ++failures;
+      }
+      if (error > largest) largest = error, where = tensor;
+    }
+    if (!same_bits(results, run_all<R>(file, conv_table<R>(isa), threads))) {
+      std::printf("FAILED %s: two runs on %d threads differ\n", what.c_str(), threads);
+      ++failures;
+    }
+  }
+  std::printf("%s: at most %.2g (%s)\n", what.c_str(), largest, where.c_str());
+  return failures;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  int failures = 0, cases = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(argc > 1 ? argv[1] : ".")) {
+    if (entry.path().extension() != ".case") continue;
+    const Case file(entry.path().string());
+    for (int isa = 1; isa <= widest_instruction_set(); ++isa) {
+      failures += check<float>(entry.path().stem(), file, isa);
+      failures += check<double>(entry.path().stem(), file, isa);
+    }
+    ++cases;
+  }
+  std::printf("%d cases, instruction sets up to %s, %d failures\n", cases, kSets[widest_instruction_set()], failures);
+  return failures > 0 || cases == 0;
+}

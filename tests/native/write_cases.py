@@ -1,0 +1,178 @@
+"""Writes the case files of the native tests: ``PYTHONPATH=.:tests python tests/native/write_cases.py DIR``.
+
+A case file is a sequence of arrays, each a line of text ``name dtype size size ...\\n`` (one size per axis) followed by
+the numbers, C order, little endian, and nothing else. dtype: int32, int64 or float64.
+
+Inputs are what the native operators are called with, recorded. Expected results, always in float64, come from backend
+`reference`: the output, the gradients of features, positions and attributes, and the mean and variance of hidden
+features. The gradient of the packed weights w is compared along directions: packing is linear in each single parameter
+θ, so with w₊ and w₋ recorded at θ ± v, ⟨∂L/∂w, (w₊ − w₋) / 2⟩ = ⟨∂L/∂θ, v⟩, the latter from `reference`.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from helpers import layer, outcome, random_edges, unchanged, with_edges
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from implicit_steer import Graph
+from implicit_steer.backends.hidden import hidden_features
+from implicit_steer.cases import SMALL, Case, Problem
+from implicit_steer.packing import Weights, pack
+
+
+class Recorder(TorchDispatchMode):
+    """The arguments, by name, of every call of a native operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "implicit_steer":
+            names = [argument.name for argument in func._schema.arguments]
+            self.calls.append((func._opname, dict(zip(names, args, strict=False))))
+        return func(*args, **(kwargs or {}))
+
+    def of(self, name):
+        """The arguments of each call of the operator ``name``."""
+        return [arguments for called, arguments in self.calls if called == name]
+
+
+def run(problem, conv):
+    """The layer's output; sources and targets may be different sets."""
+    x = conv.in_type(problem.x, problem.pos), problem.graph.num_dst
+    return conv(x, problem.graph, problem.delta, problem.attributes).tensor
+
+
+def directions(conv, problem, gradients):
+    """Direction (n_parameters, n_weights) of the packed weights along each parameter, slope (n_parameters,) of L."""
+    generator, steps, slopes = torch.Generator().manual_seed(0), [], []
+    for name, parameter in conv.implicit_kernel.named_parameters():
+        v = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        packed = []
+        for sign in (1, -1):
+            with torch.no_grad(), unchanged(conv), Recorder() as recorder:
+                conv.backend = "cpu"
+                parameter += sign * v
+                run(problem, conv)
+            packed.append(recorder.of("conv_forward")[0]["weights"])
+        steps.append((packed[0] - packed[1]) / 2)
+        assert steps[-1].any(), name
+        slopes.append((gradients[f"grad implicit_kernel.{name}"] * v).sum())
+    return {"direction": torch.stack(steps), "slope": torch.stack(slopes)}
+
+
+def statistics(conv, delta, attributes, calls):
+    """For every activation n the packed weights, and mean and variance over the edges of the whole hidden field."""
+    kernel, arrays = conv.implicit_kernel, {}
+    parameters = kernel.parameters_for_op()
+    weights = pack(kernel.plan, parameters, fold=False)
+    for n, call in enumerate(calls):
+        first = {name: getattr(kernel.plan, name)[: n + 1] for name in ("linears", "activations", "norms")}
+        mlp = replace(kernel.plan, couplings=(), **first), Weights(weights.linears[: n + 1], [], weights.shell_width)
+        h, _, _ = hidden_features(*mlp, parameters.norms, delta, attributes, merged=False)
+        h = h[:, :-1]  # without the constant one
+        arrays |= {f"statistics_{n}_weights": call["weights"], f"mean_{n}": h.mean(0), f"variance_{n}": h.var(0)}
+    return arrays
+
+
+def arrays_of(conv, problem):
+    """Everything a case file holds, by name."""
+    if conv.bias is not None:
+        torch.nn.init.zeros_(conv.bias)  # added outside the operator
+    with Recorder() as recorder:
+        outcome(conv, problem, "cpu", run)
+    expected = outcome(conv, problem, "reference", run)
+    (call,) = recorder.of("conv_backward")
+    arrays = {name: value for name, value in call.items() if isinstance(value, torch.Tensor)}
+    arrays |= {"out": expected["out"], "grad_x": expected["grad x"], "grad_delta": expected["grad delta"]}
+    arrays["grad_attr"] = expected.get("grad attributes", call["attr"])  # without attributes (E, 0)
+    if conv.training:
+        arrays |= statistics(conv, call["delta"], call["attr"], recorder.of("conv_statistics"))
+    else:
+        arrays |= directions(conv, problem, expected)
+    return arrays
+
+
+def write(path, arrays):
+    """One case file."""
+    with open(path, "wb") as file:
+        for name, tensor in arrays.items():
+            array = tensor.detach().numpy()
+            file.write(f"{' '.join(map(str, (name, array.dtype, *array.shape)))}\n".encode())
+            file.write(np.ascontiguousarray(array).tobytes())
+
+
+# ---- the cases
+
+
+def on(problem, edges, sizes):
+    """The problem with other edges between ``sizes`` nodes, everything else drawn again."""
+    generator, (sources, _), e = torch.Generator().manual_seed(0), sizes, edges.shape[1]
+
+    def normal(like, rows):
+        return None if like is None else torch.randn(rows, like.shape[1], generator=generator, dtype=like.dtype)
+
+    x, pos = normal(problem.x, sources), normal(problem.pos, sources)
+    return Problem(x, pos, Graph(edges, sizes), normal(problem.delta, e), normal(problem.attributes, e))
+
+
+def skewed_edges():
+    """1000 edges, int32; the degrees of 60 targets fall from 250 to a few, some sources have none."""
+    u = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    return torch.stack([(40 * u.roll(1) ** 2).int(), (60 * u**3).int()])
+
+
+def near_origin(problem):
+    """Every third edge shortened to about 1e-3, edge 0 to 0: tiles with edges of both kinds."""
+    problem.delta[::3] *= 1e-3
+    problem.delta[0] = 0
+    return problem
+
+
+def cases():
+    """Name → layer, problem: all frames, all activations, with and without batch statistics, kinds of graph."""
+
+    def made(case, configuration="eval", change=lambda problem: problem, **options):
+        case = SMALL.get(case, case)
+        conv = layer(case, configuration, **options)
+        return conv, change(case.inputs(conv))
+
+    wide = Case("wide", "O(3)", "9 scalar+vector", "11 scalar, 2 vector", "1 scalar", n_layers=2, n_channels=9)
+
+    return {
+        "zonal": made("o3"),
+        "zonal-wide": made(wide),
+        "zonal-odd-sizes-train": made("o3-mixed", "train", activation="gelu"),
+        "zonal-cutoff": made("o3-l2", activation="silu", cutoff=1.5),
+        "zonal-near-origin": made("o3-l2", "no norm", near_origin),
+        "zonal-near-origin-gelu": made("o3", "no norm", near_origin, activation="gelu"),
+        "planar": made("o2", activation="tanh"),
+        "planar-odd-sizes-train": made("so2-mixed", "train"),
+        "planar-axis-train": made("so2-r3", "train", activation="silu"),
+        "planar-cylinder-near-origin": made("full-cylinder-r3", "eval", near_origin),
+        "none-grid-cutoff": made("o3-vector-attr", cutoff=2.0, activation="relu"),
+        "none-regular-train": made("c4", "train"),
+        "none-no-attributes": made("trivial-r3", activation="tanh"),
+        "no-edges": made("o3", "eval", lambda problem: with_edges(problem, slice(0))),
+        "isolated-nodes": made("o3", "eval", lambda problem: on(problem, random_edges(150, 30, 400), (30, 400))),
+        "skewed": made("o3", "eval", lambda problem: on(problem, skewed_edges(), (50, 60))),
+        "skewed-train": made("so2", "train", lambda problem: on(problem, skewed_edges(), (50, 60))),
+    }
+
+
+def main():
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("*.case"):
+        stale.unlink()
+    for name, (conv, problem) in cases().items():
+        write(folder / f"{name}.case", arrays_of(conv, problem))
+
+
+if __name__ == "__main__":
+    main()
