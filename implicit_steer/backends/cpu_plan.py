@@ -179,28 +179,30 @@ def _flatten_frame(plan: Plan, flat: _Flat, terms: _Terms, position: np.ndarray)
 
 def _match_pairs(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """A sign per coefficient (c,) and a permutation (S,) with ``samples[permutation] = samples · sign``, if the samples
-    have such a symmetry (an inversion, a half turn); None otherwise."""
-    size = np.abs(samples).max(initial=0)
-    for partner in range(1, len(samples)):
-        if not np.allclose(np.abs(samples[partner]), np.abs(samples[0]), rtol=0, atol=1e-9 * size):
-            continue
-        sign = np.where(np.abs(samples[0]) > 1e-6 * size, np.sign(samples[0] * samples[partner]), 0.0)
-        permutation = np.full(len(samples), -1)
-        # rows that tell most about signs first; a zero sign is still unknown
-        for row in np.argsort(-(np.abs(samples) > 1e-6 * size).sum(1), kind="stable"):
-            known = sign != 0
-            same = np.abs(samples[:, known] - samples[row, known] * sign[known]).max(1, initial=0) < 1e-9 * size
-            same &= np.abs(np.abs(samples) - np.abs(samples[row])).max(1) < 1e-9 * size
-            if not same.any():
-                break
-            permutation[row] = np.flatnonzero(same)[0]
-            found = np.sign(samples[row] * samples[permutation[row]]) * (np.abs(samples[row]) > 1e-6 * size)
-            sign = np.where(known, sign, found)
-        if (permutation >= 0).all() and (sign < 0).any():
-            sign[sign == 0] = 1
-            if np.allclose(samples[permutation], samples * sign, rtol=0, atol=1e-9 * size):
-                return sign, permutation
-    return None
+    have such a symmetry (an inversion, a half turn), with as few fixed samples as there are; None otherwise."""
+    found = [match for partner in range(1, len(samples)) if (match := _match_to(samples, partner)) is not None]
+    return min(found, key=lambda match: int((match[1] == np.arange(len(samples))).sum()), default=None)
+
+
+def _match_to(samples: np.ndarray, partner: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """The same with sample 0 taken to ``partner``."""
+    tolerance = 1e-9 * np.abs(samples).max()
+    present = np.abs(samples) > 1e3 * tolerance
+    if not np.allclose(np.abs(samples[partner]), np.abs(samples[0]), rtol=0, atol=tolerance):
+        return None
+    sign = np.sign(samples[0] * samples[partner]) * present[0]  # 0: still unknown
+    permutation = np.zeros(len(samples), dtype=int)
+    for row in np.argsort(-present.sum(1), kind="stable"):  # those that tell most about signs first
+        known = sign != 0
+        same = np.abs(samples[:, known] - samples[row, known] * sign[known]).max(1, initial=0) < tolerance
+        same &= np.abs(np.abs(samples) - np.abs(samples[row])).max(1) < tolerance
+        if not same.any():
+            return None
+        permutation[row] = np.flatnonzero(same)[0]
+        sign = np.where(known, sign, np.sign(samples[row] * samples[permutation[row]]) * present[row])
+    sign[sign == 0] = 1
+    symmetric = np.allclose(samples[permutation], samples * sign, rtol=0, atol=tolerance)
+    return (sign, permutation) if symmetric and (sign < 0).any() else None
 
 
 class _Pairs(NamedTuple):
