@@ -179,30 +179,43 @@ def _flatten_frame(plan: Plan, flat: _Flat, terms: _Terms, position: np.ndarray)
 
 def _match_pairs(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """A sign per coefficient (c,) and a permutation (S,) with ``samples[permutation] = samples · sign``, if the samples
-    have such a symmetry (an inversion, a half turn), with as few fixed samples as there are; None otherwise."""
-    found = [match for partner in range(1, len(samples)) if (match := _match_to(samples, partner)) is not None]
-    return min(found, key=lambda match: int((match[1] == np.arange(len(samples))).sum()), default=None)
+    have such a symmetry (an inversion, a half turn); the first one that leaves fewest samples fixed."""
+    tolerance, best = 1e-9 * np.abs(samples).max(initial=0), None
+    magnitude = np.abs(samples)
+    equal = np.abs(magnitude[:, None] - magnitude).max(2) < tolerance  # (S, S)
+    for partner in np.flatnonzero(equal[0])[1:]:
+        found = _complete(samples, equal, tolerance, np.zeros(samples.shape[1]), {0: partner})
+        if found is None or not (found[0] < 0).any():
+            continue
+        if best is None or (found[1] == np.arange(len(samples))).sum() < (best[1] == np.arange(len(samples))).sum():
+            best = found
+        if not (best[1] == np.arange(len(samples))).any():
+            break
+    return best
 
 
-def _match_to(samples: np.ndarray, partner: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """The same with sample 0 taken to ``partner``."""
-    tolerance = 1e-9 * np.abs(samples).max()
-    present = np.abs(samples) > 1e3 * tolerance
-    if not np.allclose(np.abs(samples[partner]), np.abs(samples[0]), rtol=0, atol=tolerance):
-        return None
-    sign = np.sign(samples[0] * samples[partner]) * present[0]  # 0: still unknown
-    permutation = np.zeros(len(samples), dtype=int)
-    for row in np.argsort(-present.sum(1), kind="stable"):  # those that tell most about signs first
-        known = sign != 0
-        same = np.abs(samples[:, known] - samples[row, known] * sign[known]).max(1, initial=0) < tolerance
-        same &= np.abs(np.abs(samples) - np.abs(samples[row])).max(1) < tolerance
-        if not same.any():
-            return None
-        permutation[row] = np.flatnonzero(same)[0]
-        sign = np.where(known, sign, np.sign(samples[row] * samples[permutation[row]]) * present[row])
-    sign[sign == 0] = 1
-    symmetric = np.allclose(samples[permutation], samples * sign, rtol=0, atol=tolerance)
-    return (sign, permutation) if symmetric and (sign < 0).any() else None
+def _complete(
+    samples: np.ndarray, equal: np.ndarray, tolerance: float, sign: np.ndarray, image: dict[int, int]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The signs (0: not known) and images of samples completed, or None. Depth first over a sample's possible images,
+    the sample with fewest first, itself last."""
+    for row, other in image.items():
+        sign = np.where(sign != 0, sign, np.sign(samples[row] * samples[other]) * (np.abs(samples[row]) > 1e3 * tolerance))
+    if (sign != 0).all():
+        permutation = [np.flatnonzero(np.abs(samples - row * sign).max(1) < tolerance) for row in samples]
+        return (sign, np.array([p[0] for p in permutation])) if all(len(p) for p in permutation) else None
+    left = [row for row in range(len(samples)) if row not in image]
+    if not left:  # coefficients that are 0 in all samples
+        return _complete(samples, equal, tolerance, np.where(sign == 0, 1.0, sign), image)
+    known = sign != 0
+    distance = np.abs(samples[left][:, None, known] * sign[known] - samples[:, known]).max(2, initial=0)
+    possible = equal[left] & (distance < tolerance)
+    at = int(possible.sum(1).argmin())
+    for other in sorted(np.flatnonzero(possible[at]), key=lambda other: other == left[at]):
+        found = _complete(samples, equal, tolerance, sign, {**image, left[at]: other})
+        if found is not None:
+            return found
+    return None
 
 
 class _Pairs(NamedTuple):
