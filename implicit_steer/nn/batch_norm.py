@@ -1,0 +1,92 @@
+"""Batch norm of node features: escnn's module in few tensor operations on all channels together."""
+
+from __future__ import annotations
+
+import escnn.nn
+import torch
+from escnn.nn import FieldType, GeometricTensor
+from torch import Tensor
+
+from .._check import require
+
+
+class IIDBatchNorm1d(escnn.nn.IIDBatchNorm1d):
+    """y = w · (x − mean) / sqrt(var + eps) + b of every field: escnn's ``IIDBatchNorm1d``, to rounding.
+
+    Per field, mean (d,) is the part of the mean over all points that lies in trivial irreps, b (d,) lies there too, var
+    is the unbiased variance averaged over the d coordinates, w a number. As in escnn, no gradient flows through the
+    statistics. Arguments, parameters, buffers and running statistics are escnn's.
+
+    Shape: x and y (N, C, ...) as GeometricTensor of ``in_type == out_type``.
+
+    Raises ``TypeError`` for input that is no GeometricTensor of ``in_type``.
+    """
+
+    def __init__(self, in_type: FieldType, *args, **options):
+        super().__init__(in_type, *args, **options)
+        channels = [getattr(self, f"{self._escape_name(name)}_indices") for name, _ in self._sizes]
+        channels = torch.cat([torch.arange(*c) if isinstance(c, list) else c for c in channels])
+        # channels sorted by kind of field, and back; None where they are
+        mixed = len(self._sizes) > 1
+        self.register_buffer("_by_kind", channels if mixed else None, persistent=False)
+        self.register_buffer("_in_place", channels.argsort() if mixed else None, persistent=False)
+
+    def forward(self, x: GeometricTensor) -> GeometricTensor:
+        """Normalise with the batch's statistics in training mode, which also move the running ones, else with those."""
+        ok = isinstance(x, GeometricTensor) and x.type == self.in_type
+        require(ok, "x", f"a GeometricTensor of {self.in_type}", getattr(x, "type", type(x)), kind=TypeError)
+        if self.training:
+            self.num_batches_tracked += 1
+        if self.training or not self.track_running_stats:
+            statistics = self._batch_statistics(x.tensor)
+        else:
+            statistics = [self._get_running_stats(name) for name, _ in self._sizes]
+        if self.training and self.track_running_stats:
+            self._update_running(statistics)
+        kinds = [self._affine(name, size, *s) for (name, size), s in zip(self._sizes, statistics, strict=True)]
+        each_channel = (-1, *(1,) * (x.tensor.dim() - 2))
+        mean, scale, shift = (self._joined(parts).view(each_channel) for parts in zip(*kinds, strict=True))
+        return GeometricTensor(torch.addcmul(shift, x.tensor - mean, scale), self.out_type, x.coords)
+
+    @torch.no_grad()
+    def _batch_statistics(self, x: Tensor) -> list[tuple[Tensor | None, Tensor]]:
+        """Per kind of field: mean (fields, d), or None without trivial irreps, and variance (fields, 1)."""
+        points = (0, *range(2, x.dim()))
+        mean = x.mean(points, keepdim=True)
+        var = (x - mean).square_().sum(points) / (x.numel() // max(x.shape[1], 1) - 1)
+        mean = mean.flatten()
+        if self._by_kind is not None:
+            mean, var = mean[self._by_kind], var[self._by_kind]
+        statistics, start = [], 0
+        for name, size in self._sizes:
+            part = slice(start, start := start + self._nfields[name] * size)
+            trivial = mean[part].view(-1, size) @ self._of(name, "avg").T if self._has_trivial[name] else None
+            statistics.append((trivial, var[part].view(-1, size).mean(1, keepdim=True)))
+        return statistics
+
+    @torch.no_grad()
+    def _update_running(self, statistics: list[tuple[Tensor | None, Tensor]]) -> None:
+        factor = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        for (name, _), batch in zip(self._sizes, statistics, strict=True):
+            for running, value in zip(self._get_running_stats(name), batch, strict=True):
+                if value is not None:
+                    running.lerp_(value, factor)
+
+    def _affine(self, name: str, size: int, mean: Tensor | None, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """mean, scale and shift of a kind's channels, (fields, d) each."""
+        scale = (var + self.eps).rsqrt()
+        shift = zeros = scale.new_zeros(()).expand(len(scale), size)
+        if self.affine:
+            scale = self._of(name, "weight") * scale
+            if self._has_trivial[name]:
+                shift = self._of(name, "bias") @ self._of(name, "change_of_basis").T
+        return zeros if mean is None else mean, scale.expand(-1, size), shift
+
+    def _joined(self, parts: tuple[Tensor, ...]) -> Tensor:
+        """(C,) from the kinds' (fields, d), in the order of the channels."""
+        if self._in_place is None:
+            return parts[0].reshape(-1)
+        return torch.cat([part.reshape(-1) for part in parts])[self._in_place]
+
+    def _of(self, name: str, what: str) -> Tensor:
+        return getattr(self, f"{self._escape_name(name)}_{what}")
