@@ -19,7 +19,8 @@ class IIDBatchNorm1d(escnn.nn.IIDBatchNorm1d):
 
     Shape: x and y (N, C, ...) as GeometricTensor of ``in_type == out_type``.
 
-    Raises ``TypeError`` for input that is no GeometricTensor of ``in_type``.
+    Raises ``TypeError`` for input that is no GeometricTensor of ``in_type``, ``ValueError`` for statistics of
+    fewer than 2 points.
     """
 
     def __init__(self, in_type: FieldType, *args, **options):
@@ -35,13 +36,11 @@ class IIDBatchNorm1d(escnn.nn.IIDBatchNorm1d):
         """Normalise with the batch's statistics in training mode, which also move the running ones, else with those."""
         ok = isinstance(x, GeometricTensor) and x.type == self.in_type
         require(ok, "x", f"a GeometricTensor of {self.in_type}", getattr(x, "type", type(x)), kind=TypeError)
-        if self.training:
-            self.num_batches_tracked += 1
         if self.training or not self.track_running_stats:
             statistics = self._batch_statistics(x.tensor)
         else:
             statistics = [self._get_running_stats(name) for name, _ in self._sizes]
-        if self.training and self.track_running_stats:
+        if self.training:
             self._update_running(statistics)
         kinds = [self._affine(name, size, *s) for (name, size), s in zip(self._sizes, statistics, strict=True)]
         each_channel = (-1, *(1,) * (x.tensor.dim() - 2))
@@ -51,9 +50,10 @@ class IIDBatchNorm1d(escnn.nn.IIDBatchNorm1d):
     @torch.no_grad()
     def _batch_statistics(self, x: Tensor) -> list[tuple[Tensor | None, Tensor]]:
         """Per kind of field: mean (fields, d), or None without trivial irreps, and variance (fields, 1)."""
-        points = (0, *range(2, x.dim()))
+        points, count = (0, *range(2, x.dim())), x.numel() // self.in_type.size
+        require(count > 1, "x", "at least 2 points in training mode", count, "Call .eval(), or use larger batches.")
         mean = x.mean(points, keepdim=True)
-        var = (x - mean).square_().sum(points) / (x.numel() // max(x.shape[1], 1) - 1)
+        var = (x - mean).square_().sum(points) / (count - 1)
         mean = mean.flatten()
         if self._by_kind is not None:
             mean, var = mean[self._by_kind], var[self._by_kind]
@@ -66,6 +66,9 @@ class IIDBatchNorm1d(escnn.nn.IIDBatchNorm1d):
 
     @torch.no_grad()
     def _update_running(self, statistics: list[tuple[Tensor | None, Tensor]]) -> None:
+        self.num_batches_tracked += 1
+        if not self.track_running_stats:
+            return
         factor = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
         for (name, _), batch in zip(self._sizes, statistics, strict=True):
             for running, value in zip(self._get_running_stats(name), batch, strict=True):
