@@ -89,6 +89,17 @@ def test_trailing_dimensions():
         assert not {k: v for k, v in deviations(actual, expected).items() if not v <= 2e-7}
 
 
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_features(dtype, mode):
+    _, ours = pair("functions on the sphere")
+    norm, x = ours.float().train(mode), torch.randn(40, 32).to(dtype)
+    twin = copy.deepcopy(norm)
+    out, expected = (n(GeometricTensor(t, n.in_type, torch.zeros(40, 3))) for n, t in ((norm, x), (twin, x.float())))
+    assert torch.equal(out.tensor, expected.tensor.to(dtype))
+    assert all(torch.equal(a, b) for a, b in zip(norm.buffers(), twin.buffers(), strict=True))
+
+
 @pytest.mark.parametrize("points", [0, 1])
 def test_too_few_points(points):
     _, ours = pair("functions on the sphere")

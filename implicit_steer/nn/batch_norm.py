@@ -36,32 +36,32 @@ class IIDBatchNorm1d(escnn.nn.IIDBatchNorm1d):
         """Normalise with the batch's statistics in training mode, which also move the running ones, else with those."""
         ok = isinstance(x, GeometricTensor) and x.type == self.in_type
         require(ok, "x", f"a GeometricTensor of {self.in_type}", getattr(x, "type", type(x)), kind=TypeError)
+        tensor = x.tensor.to(torch.promote_types(x.tensor.dtype, self._get_running_stats(self._sizes[0][0])[1].dtype))
         if self.training or not self.track_running_stats:
-            statistics = self._batch_statistics(x.tensor)
+            statistics = self._batch_statistics(tensor)
         else:
             statistics = [self._get_running_stats(name) for name, _ in self._sizes]
         if self.training:
             self._update_running(statistics)
         kinds = [self._affine(name, size, *s) for (name, size), s in zip(self._sizes, statistics, strict=True)]
-        each_channel = (-1, *(1,) * (x.tensor.dim() - 2))
-        mean, scale, shift = (self._joined(parts).view(each_channel) for parts in zip(*kinds, strict=True))
-        return GeometricTensor(torch.addcmul(shift, x.tensor - mean, scale), self.out_type, x.coords)
+        mean, scale, shift = (_on_channels(self._joined(parts), tensor) for parts in zip(*kinds, strict=True))
+        y = torch.addcmul(shift, tensor - mean, scale)
+        return GeometricTensor(y.to(x.tensor.dtype), self.out_type, x.coords)
 
     @torch.no_grad()
     def _batch_statistics(self, x: Tensor) -> list[tuple[Tensor | None, Tensor]]:
         """Per kind of field: mean (fields, d), or None without trivial irreps, and variance (fields, 1)."""
         points, count = (0, *range(2, x.dim())), x.numel() // self.in_type.size
         require(count > 1, "x", "at least 2 points in training mode", count, "Call .eval(), or use larger batches.")
-        mean = x.mean(points, keepdim=True)
-        var = (x - mean).square_().sum(points) / (count - 1)
-        mean = mean.flatten()
+        mean = x.mean(points)
+        squares = (x - _on_channels(mean, x)).square_().sum(points)
         if self._by_kind is not None:
-            mean, var = mean[self._by_kind], var[self._by_kind]
-        statistics, start = [], 0
-        for name, size in self._sizes:
-            part = slice(start, start := start + self._nfields[name] * size)
-            trivial = mean[part].view(-1, size) @ self._of(name, "avg").T if self._has_trivial[name] else None
-            statistics.append((trivial, var[part].view(-1, size).mean(1, keepdim=True)))
+            mean, squares = mean[self._by_kind], squares[self._by_kind]
+        lengths = [self._nfields[name] * size for name, size in self._sizes]
+        statistics = []
+        for (name, size), m, s in zip(self._sizes, mean.split(lengths), squares.split(lengths), strict=True):
+            trivial = m.view(-1, size) @ self._of(name, "avg").T if self._has_trivial[name] else None
+            statistics.append((trivial, s.view(-1, size).mean(1, keepdim=True) / (count - 1)))
         return statistics
 
     @torch.no_grad()
@@ -78,12 +78,15 @@ class IIDBatchNorm1d(escnn.nn.IIDBatchNorm1d):
     def _affine(self, name: str, size: int, mean: Tensor | None, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """mean, scale and shift of a kind's channels, (fields, d) each."""
         scale = (var + self.eps).rsqrt()
-        shift = zeros = scale.new_zeros(()).expand(len(scale), size)
         if self.affine:
             scale = self._of(name, "weight") * scale
-            if self._has_trivial[name]:
-                shift = self._of(name, "bias") @ self._of(name, "change_of_basis").T
-        return zeros if mean is None else mean, scale.expand(-1, size), shift
+        if self.affine and self._has_trivial[name]:
+            shift = self._of(name, "bias") @ self._of(name, "change_of_basis").T
+        else:
+            shift = torch.zeros_like(scale).expand(-1, size)
+        if mean is None:
+            mean = torch.zeros_like(scale).expand(-1, size)
+        return mean, scale.expand(-1, size), shift
 
     def _joined(self, parts: tuple[Tensor, ...]) -> Tensor:
         """(C,) from the kinds' (fields, d), in the order of the channels."""
@@ -93,3 +96,8 @@ class IIDBatchNorm1d(escnn.nn.IIDBatchNorm1d):
 
     def _of(self, name: str, what: str) -> Tensor:
         return getattr(self, f"{self._escape_name(name)}_{what}")
+
+
+def _on_channels(values: Tensor, x: Tensor) -> Tensor:
+    """values (C,), in a shape that broadcasts to the channels of x (N, C, ...)."""
+    return values.view(-1, *(1,) * (x.dim() - 2)) if x.dim() > 2 else values
