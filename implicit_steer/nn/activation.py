@@ -69,8 +69,8 @@ class FourierActivation(EquivariantModule):
 
     def forward(self, x: GeometricTensor) -> GeometricTensor:
         """Apply the activation to every field."""
-        ok = isinstance(x, GeometricTensor) and x.type == self.in_type
-        require(ok, "x", f"a GeometricTensor of {self.in_type}", getattr(x, "type", type(x)), kind=TypeError)
+        if not isinstance(x, GeometricTensor) or x.type != self.in_type:
+            fail("x", f"a GeometricTensor of {self.in_type}", getattr(x, "type", type(x)), kind=TypeError)
         y = fourier(self.function, x.tensor, *self._matrices(x.tensor))
         return GeometricTensor(y, self.out_type, x.coords)
 

@@ -7,7 +7,7 @@ import torch
 from escnn.nn import FieldType, GeometricTensor
 from torch import Tensor
 
-from .._check import require
+from .._check import fail, require
 
 
 class IIDBatchNorm1d(escnn.nn.IIDBatchNorm1d):
@@ -34,8 +34,8 @@ class IIDBatchNorm1d(escnn.nn.IIDBatchNorm1d):
 
     def forward(self, x: GeometricTensor) -> GeometricTensor:
         """Normalise with the batch's statistics in training mode, which also move the running ones, else with those."""
-        ok = isinstance(x, GeometricTensor) and x.type == self.in_type
-        require(ok, "x", f"a GeometricTensor of {self.in_type}", getattr(x, "type", type(x)), kind=TypeError)
+        if not isinstance(x, GeometricTensor) or x.type != self.in_type:
+            fail("x", f"a GeometricTensor of {self.in_type}", getattr(x, "type", type(x)), kind=TypeError)
         tensor = x.tensor.to(torch.promote_types(x.tensor.dtype, self._get_running_stats(self._sizes[0][0])[1].dtype))
         if self.training or not self.track_running_stats:
             statistics = self._batch_statistics(tensor)
