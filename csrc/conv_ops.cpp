@@ -1,11 +1,6 @@
 // The torch operators of cpu/, through torch's stable ABI: checks, memory, the choice of the instruction set.
 // Their callers (backends/cpu.py) have validated shapes and indices; what is checked here keeps memory safe.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -15,11 +10,10 @@
 #include <vector>
 
 #include "cpu/entry.h"
+#include "op_arguments.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using namespace implicit_steer;
 
 // Below this many edges per thread, waking a second thread costs more than it saves.
@@ -47,31 +41,9 @@ int threads_for(int64_t edges) {
   return static_cast<int>(std::clamp<int64_t>(edges / kTileEdgesPerThread, 1, most));
 }
 
-// The entry points of the set asked for: 0 the widest, 1 baseline, 2 AVX2, 3 AVX-512.
 template <typename R>
 const ConvTable<R>& table(int64_t wanted) {
-  const int best = widest_instruction_set();
-  STD_TORCH_CHECK(wanted >= 0 && wanted <= best, "isa: expected 0 .. ", best, " on this machine, got ", wanted, ".");
-  return conv_table<R>(wanted == 0 ? best : static_cast<int>(wanted));
-}
-
-// Calls f with a null pointer of the tensor's floating type.
-template <typename F>
-void dispatch_real(const Tensor& t, const char* name, F f) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return f(static_cast<float*>(nullptr));
-    case ScalarType::Double:
-      return f(static_cast<double*>(nullptr));
-    default:
-      STD_TORCH_CHECK(false, name, ": expected a float32 or float64 tensor, got another dtype.");
-  }
-}
-
-void check(const Tensor& t, const char* name, ScalarType type, int64_t numel) {
-  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous(), name,
-                  ": expected a contiguous tensor of another dtype.");
-  STD_TORCH_CHECK(t.numel() == numel, name, ": expected ", numel, " numbers, got ", t.numel(), ".");
+  return conv_table<R>(instruction_set(wanted));
 }
 
 // The parameters as one vector.
@@ -87,15 +59,6 @@ std::vector<R> gather(const std::vector<Tensor>& parameters, int64_t n_parameter
   STD_TORCH_CHECK(static_cast<int64_t>(vector.size()) == n_parameters, "parameters: expected ", n_parameters,
                   " numbers, got ", vector.size(), ".");
   return vector;
-}
-
-template <typename R>
-const R* data(const Tensor& t) {
-  return static_cast<const R*>(t.const_data_ptr());
-}
-template <typename R>
-R* mutable_data(Tensor& t) {
-  return t.numel() ? static_cast<R*>(t.mutable_data_ptr()) : nullptr;
 }
 
 template <typename R>
