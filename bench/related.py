@@ -43,9 +43,14 @@ def irreps(field_type: FieldType):
 
 
 class Layer(torch.nn.Module):
-    """One of ``FORMS``: ``"fully connected"``: out_i = Σ_e TP(f_j, Y(x_e); w_e), all paths between all channels;
-    ``"NequIP form"``: out_i = Linear(Σ_e TP_uvu(f_j, Y(x_e); w_e)), one weight per channel and path, channels mixed per
-    node. Features (N, C_in) and outputs (N, C_out) are in e3nn's order of irreps."""
+    """One of ``FORMS``, on graphs without self-loops, by whose radius its basis divides.
+
+    ``"fully connected"``: out_i = Σ_e TP(f_j, Y(x_e); w_e), a weight for every pair of channels on every path.
+    ``"NequIP form"``: out_i = Linear(Σ_e TP_uvu(f_j, Y(x_e); w_e)), a weight for every channel on every path; the
+    channels are mixed per node.
+
+    Features (N, C_in) and outputs (N, C_out) are in e3nn's order of irreps.
+    """
 
     def __init__(self, into: FieldType, out: FieldType, n_attributes: int, form: str):
         from e3nn import nn, o3

@@ -197,9 +197,9 @@ def log_lines(
     it does."""
     figure, axes = _log_lines(curves, 7, 4.5)
     for line in axes.lines:
-        text, (x, y) = (notes or {}).get(line.get_label(), ""), line.get_xydata()[-1]
-        style = {"fontsize": 8, "color": line.get_color(), "va": "center"}
-        axes.annotate(text, (x, y), (6, 0), textcoords="offset points", **style)
+        if text := (notes or {}).get(line.get_label()):
+            style = {"fontsize": 8, "color": line.get_color(), "va": "center", "textcoords": "offset points"}
+            axes.annotate(text, tuple(line.get_xydata()[-1]), (6, 0), **style)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.set_title(title, fontsize=11)
