@@ -19,6 +19,7 @@ _NAMED = SMALL | LARGE | GROUPS
 _QUICK = {"rounds": 3, "budget": 0.0}
 _QUICK_CASES, _QUICK_EDGES = ["molecules"], [1_000, 10_000]
 _COMPILED = ["cloud", "molecules"]  # each takes minutes to compile
+_MEMORY = ["cloud", "molecules", "materials", "cloud-l2"]  # where nothing else is asked for: a process per candidate
 _SORT_BUDGET = 3.0  # seconds per number of edges
 
 
@@ -40,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--repeats", type=int, metavar="N", default=15, help="rounds per measure at most (%(default)s)")
     budget = "for the rounds of a measure; at least 3 are made (%(default)s)"
-    top.add_argument("--seconds", type=float, metavar="S", default=4.0, help=budget)
+    top.add_argument("--seconds", type=float, metavar="S", default=3.0, help=budget)
     top.add_argument("--threads", type=int, metavar="N", default=2, help="(%(default)s)")
     top.add_argument("--out", type=Path, metavar="DIR", default=Path("bench/results"), help="(%(default)s)")
     return top
@@ -80,8 +81,8 @@ def run_speed(args: argparse.Namespace, names: list[str]) -> int:
     bounded = [case for case, found in chosen.items() if bound.CANDIDATE in found]
     results["bound"] = bound.measure(bounded, rounds, budget)
     results["sorting"] = speed.sorting(rounds, min(budget, _SORT_BUDGET))
-    large = {case: found for case, found in chosen.items() if case.name not in GROUPS}
-    results["memory"] = speed.memory(large, args.threads) if whole and fresh.measures_memory() else []
+    weighed = {case: found for case, found in chosen.items() if case.name in (args.cases or _MEMORY)}
+    results["memory"] = speed.memory(weighed, args.threads) if whole and fresh.measures_memory() else []
     results["lowering"] = fresh.ask("lowering", args.threads) if whole else {}
     text = "\n\n".join([report.speed_text(results), bound.text(results["bound"])])
     print("\n" + text)

@@ -59,7 +59,7 @@ def memory(case: str, backend: str, sampling: str) -> dict[str, float]:
 
     from .steps import Candidate, step
 
-    candidate, named = Candidate(backend, sampling), cases.SMALL | cases.LARGE
+    candidate, named = Candidate(backend, sampling), cases.SMALL | cases.LARGE | cases.GROUPS
     peaks = {}
     for measure in candidate.measures:
         run = step(named[case], candidate, measure)

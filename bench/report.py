@@ -72,9 +72,7 @@ def gate_text(checks: list[dict[str, Any]]) -> str:
     worst = red[0] if red else max(checks, key=lambda c: c["error"])
     place = f"{worst['case']}, {worst['backend']}, sampling {worst['sampling']}, {worst['measure']}: {worst['tensor']}"
     verdict = "RED: nothing was timed" if red else "green"
-    count = (
-        f"{len(checks)} comparison{'s' if len(checks) > 1 else ''} with `reference` (`eager` where that is too large)"
-    )
+    count = f"{len(checks)} comparison{'s' if len(checks) > 1 else ''} with `reference` (large cases: on fewer nodes)"
     return (
         f"Gate: {verdict}. {count}, tolerance {TOLERANCE:.0e}; largest relative error {worst['error']:.1e} ({place})."
     )
