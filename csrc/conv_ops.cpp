@@ -2,6 +2,7 @@
 // Their callers (backends/cpu.py) have validated shapes and indices; what is checked here keeps memory safe.
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -239,6 +240,23 @@ Tensor lane_function(const Tensor& x, int64_t which, int64_t isa) {
   return out;
 }
 
+// Multiply-adds (one per lane and vector instruction) per second in float32 with torch's number of threads, the best of
+// several runs: what the arithmetic of this machine can reach.
+double fma_peak(int64_t isa) {
+  constexpr int64_t kRounds = 2'000'000;  // about 10 ms
+  constexpr int kRuns = 8;
+  const int threads = static_cast<int>(torch::stable::get_num_threads());
+  std::vector<float> sums(threads);
+  double best = 0;
+  for (int n = 0; n < kRuns; ++n) {
+    const auto start = std::chrono::steady_clock::now();
+    const int64_t made = table<float>(isa).peak(threads, kRounds, sums.data());
+    const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+    best = std::max(best, static_cast<double>(made) / taken.count());
+  }
+  return best;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(implicit_steer, m) {
@@ -260,6 +278,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(implicit_steer, m) {
       "Tensor pack_value, Tensor statistics, Tensor grad_packed) -> Tensor");
   m.def("same_values(Tensor[] tensors, Tensor copy) -> bool");
   m.def("lane_function(Tensor x, int which, int isa) -> Tensor");
+  m.def("fma_peak(int isa) -> float");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(implicit_steer, CPU, m) {
@@ -271,3 +290,5 @@ STABLE_TORCH_LIBRARY_IMPL(implicit_steer, CPU, m) {
   m.impl("conv_pack_backward", TORCH_BOX(&conv_pack_backward));
   m.impl("lane_function", TORCH_BOX(&lane_function));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(implicit_steer, CompositeExplicitAutograd, m) { m.impl("fma_peak", TORCH_BOX(&fma_peak)); }
