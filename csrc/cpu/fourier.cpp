@@ -40,7 +40,7 @@ void tile_forward(const FourierArgs<R>& a, const V* x, V* y) {
     V u[N];
     products<N>(a.samples + s * d, d, 0, d, x, u);
     apply<F, N>(u, static_cast<V*>(nullptr));
-    add_products<N>(a.inverse_t + s * d, d, 0, d, u, y);
+    add_products<N>(s == 0, a.inverse_t + s * d, d, 0, d, u, y);
   });
 }
 
@@ -55,7 +55,7 @@ void tile_backward(const FourierArgs<R>& a, const V* x, const V* d_y, V* d_x) {
     apply<F, N>(u, slopes);
     products<N>(a.inverse_t + s * d, d, 0, d, d_y, g);
     for (int j = 0; j < N; ++j) g[j] *= slopes[j];
-    add_products<N>(a.samples + s * d, d, 0, d, g, d_x);
+    add_products<N>(s == 0, a.samples + s * d, d, 0, d, g, d_x);
   });
 }
 
@@ -69,7 +69,6 @@ void part(const FourierArgs<R>& a, int thread) {
     const Tile<R> tile(a, first, last);
     tile.load(a.x, x);
     if constexpr (BACKWARD) tile.load(a.grad, grad);
-    for (int64_t k = 0; k < a.d; ++k) out[k] = V{};
     with_function<R>(a.function, [&](auto f) {
       if constexpr (BACKWARD)
         tile_backward<decltype(f)>(a, x, grad, out);

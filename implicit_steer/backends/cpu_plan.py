@@ -200,7 +200,8 @@ def _complete(
     """The signs (0: not known) and images of samples completed, or None. Depth first over a sample's possible images,
     the sample with fewest first, itself last."""
     for row, other in image.items():
-        sign = np.where(sign != 0, sign, np.sign(samples[row] * samples[other]) * (np.abs(samples[row]) > 1e3 * tolerance))
+        present = np.abs(samples[row]) > 1e3 * tolerance
+        sign = np.where(sign != 0, sign, np.sign(samples[row] * samples[other]) * present)
     if (sign != 0).all():
         permutation = [np.flatnonzero(np.abs(samples - row * sign).max(1) < tolerance) for row in samples]
         return (sign, np.array([p[0] for p in permutation])) if all(len(p) for p in permutation) else None
@@ -313,7 +314,7 @@ def _padded(n: int) -> int:
 def _theta_layouts(columns: np.ndarray, constant: bool) -> tuple[np.ndarray, np.ndarray]:
     """Parameter numbers (U, V, W, b) of θ in the order [b][u][v, w] of the backward and [b][v][w][u] of the forward
     direction, rows of channels padded with −1."""
-    n_out, n_in, n_hidden, n_b = columns.shape
+    n_out, _, n_hidden, n_b = columns.shape
     by_in = columns.transpose(3, 0, 1, 2)
     by_in = by_in[..., 0] if constant else _pad(by_in, 3, _padded(n_hidden)).reshape(n_b, n_out, -1)
     by_out = _pad(columns.transpose(3, 1, 2, 0), 3, _padded(n_out))
