@@ -150,6 +150,61 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& ints, con
   return {grad_x, grad_delta, grad_attr, grad_weights};
 }
 
+// The arguments of a call without neighbours.
+template <typename R>
+ConvArgs<R> point_arguments(PlanView<R>& plan, const Tensor& weights, const Tensor& delta, const Tensor& attr) {
+  ConvArgs<R> a{};
+  a.n_edges = delta.size(0);
+  check(weights, "weights", delta.scalar_type(), plan.n_weights);
+  check(delta, "delta", delta.scalar_type(), a.n_edges * plan.dim);
+  check(attr, "attr", delta.scalar_type(), a.n_edges * plan.n_attr);
+  a.plan = &plan, a.weights = data<R>(weights), a.delta = data<R>(delta), a.attr = data<R>(attr);
+  a.threads = threads_for(a.n_edges), a.scratch = scratch;
+  return a;
+}
+
+template <typename R>
+int64_t hidden_size(const PlanView<R>& plan) {
+  return int64_t{plan.hidden_flat} / plan.c * plan.d + 1;
+}
+
+// -> (P, H): the hidden features at P points, times γ s(|x|), the constant one last
+Tensor conv_hidden(const Tensor& ints, const Tensor& reals, const Tensor& weights, const Tensor& delta,
+                   const Tensor& attr, int64_t isa) {
+  Tensor out;
+  dispatch_real(weights, "weights", [&](auto* tag) {
+    using R = std::remove_pointer_t<decltype(tag)>;
+    PlanView<R> plan{};
+    read_plan(plan, ints, reals);
+    ConvArgs<R> a = point_arguments(plan, weights, delta, attr);
+    out = torch::stable::new_empty(delta, {a.n_edges, hidden_size(plan)});
+    a.out = mutable_data<R>(out);
+    table<R>(isa).hidden_forward(a);
+  });
+  return out;
+}
+
+// -> gradients of delta, attr, and per thread of weights, their sum first
+std::tuple<Tensor, Tensor, Tensor> conv_hidden_backward(const Tensor& ints, const Tensor& reals, const Tensor& weights,
+                                                        const Tensor& delta, const Tensor& attr,
+                                                        const Tensor& grad_out, int64_t isa) {
+  Tensor grad_delta, grad_attr, grad_weights;
+  dispatch_real(weights, "weights", [&](auto* tag) {
+    using R = std::remove_pointer_t<decltype(tag)>;
+    PlanView<R> plan{};
+    read_plan(plan, ints, reals);
+    ConvArgs<R> a = point_arguments(plan, weights, delta, attr);
+    check(grad_out, "grad_out", weights.scalar_type(), a.n_edges * hidden_size(plan));
+    grad_delta = torch::stable::new_empty(delta, {a.n_edges, plan.dim});
+    grad_attr = torch::stable::new_empty(delta, {a.n_edges, plan.n_attr});
+    grad_weights = torch::stable::new_empty(delta, {a.threads, plan.n_grad});
+    a.grad_out = data<R>(grad_out), a.grad_weights = mutable_data<R>(grad_weights);
+    a.grad_delta = mutable_data<R>(grad_delta), a.grad_attr = mutable_data<R>(grad_attr);
+    table<R>(isa).hidden_backward(a);
+  });
+  return {grad_delta, grad_attr, grad_weights};
+}
+
 // -> statistics of all batch norms over these edges, (n_layers, W · (n_trivial + 1)): mean [W, n_trivial], variance [W]
 Tensor conv_statistics(const Tensor& ints, const Tensor& reals, const Tensor& rowptr, const Tensor& column,
                        const Tensor& value, const std::vector<Tensor>& parameters, const Tensor& delta,
@@ -161,18 +216,14 @@ Tensor conv_statistics(const Tensor& ints, const Tensor& reals, const Tensor& ro
     read_plan(plan, ints, reals);
     const SparseMatrix<R> matrix = read_matrix(plan, reals, rowptr, column, value);
     const std::vector<R> p = gather<R>(parameters, plan.n_parameters);
-    ConvArgs<R> a{};
-    a.n_edges = delta.size(0);
-    STD_TORCH_CHECK(a.n_edges > 0, "delta: expected at least one edge.");
     STD_TORCH_CHECK(plan.has_norms, "plan: expected one with batch norms.");
-    check(delta, "delta", delta.scalar_type(), a.n_edges * plan.dim);
-    check(attr, "attr", delta.scalar_type(), a.n_edges * plan.n_attr);
-    std::vector<R> packed(plan.n_weights);
-    matrix.multiply(p.data(), packed.data());
-    a.plan = &plan, a.weights = packed.data(), a.delta = data<R>(delta), a.attr = data<R>(attr);
-    a.threads = threads_for(a.n_edges), a.scratch = scratch;
+    STD_TORCH_CHECK(delta.size(0) > 1, "delta: expected at least 2 edges, one has no variance.");
+    Tensor packed = torch::stable::new_empty(delta, {plan.n_weights});
+    R* weights = mutable_data<R>(packed);
+    matrix.multiply(p.data(), weights);
+    ConvArgs<R> a = point_arguments(plan, packed, delta, attr);
     statistics = torch::stable::new_empty(delta, {plan.n_layers, statistics_size(plan)});
-    batch_statistics(table<R>(isa), a, p.data(), packed.data(), mutable_data<R>(statistics));
+    batch_statistics(table<R>(isa), a, p.data(), weights, mutable_data<R>(statistics));
   });
   return statistics;
 }
@@ -267,6 +318,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(implicit_steer, m) {
       "Tensor src, Tensor order, Tensor rowptr, Tensor grad_out, Tensor order_by_source, Tensor colptr, "
       "bool need_x, bool need_delta, bool need_attr, bool need_weights, int isa) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "conv_hidden(Tensor plan_ints, Tensor plan_reals, Tensor weights, Tensor delta, Tensor attr, int isa) -> Tensor");
+  m.def(
+      "conv_hidden_backward(Tensor plan_ints, Tensor plan_reals, Tensor weights, Tensor delta, Tensor attr, "
+      "Tensor grad_out, int isa) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "conv_statistics(Tensor plan_ints, Tensor plan_reals, Tensor pack_rowptr, Tensor pack_column, Tensor pack_value, "
       "Tensor[] parameters, Tensor delta, Tensor attr, int isa) -> Tensor");
   m.def(
@@ -283,6 +339,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(implicit_steer, m) {
 STABLE_TORCH_LIBRARY_IMPL(implicit_steer, CPU, m) {
   m.impl("conv_forward", TORCH_BOX(&conv_forward));
   m.impl("conv_backward", TORCH_BOX(&conv_backward));
+  m.impl("conv_hidden", TORCH_BOX(&conv_hidden));
+  m.impl("conv_hidden_backward", TORCH_BOX(&conv_hidden_backward));
   m.impl("conv_statistics", TORCH_BOX(&conv_statistics));
   m.impl("same_values", TORCH_BOX(&same_values));
   m.impl("conv_pack", TORCH_BOX(&conv_pack));

@@ -70,13 +70,14 @@ struct PlanView {
   const int32_t* place;         // [C_out] place of the output, or -1: always 0
 
   R gamma, cutoff, eps;               // eps: of the batch norms
+  const int32_t* coordinate;          // [d] coefficient that makes coordinate m of a hidden field
   const int32_t *trivial, *measured;  // [n_trivial] trivial coefficients; the same among the d coordinates of h
   // frame
   const int32_t* attribute_identity;  // [1]
   const R* attribute;                 // [A, A]
   int32_t n_harmonics, n_monomials, max_power;
   int32_t used_harmonics, used_monomials;                   // those that the couplings read come first
-  const int32_t *degree, *powers, *harmonic, *coefficient;  // [d], [n_mon, 3], [n_harmonics, 2] m and monomial, [d]
+  const int32_t *degree, *powers, *harmonic;                // [d], [n_mon, 3], [n_harmonics, 2] m and monomial
   const R* harmonic_value;
   const R *plane, *axis, *sign, *attribute_sign;  // [dim, 2], [dim, dim-2], [c], [A]
   const int32_t *order, *partner, *attribute_order, *attribute_partner;
@@ -124,7 +125,7 @@ void read_frame(PlanView<R>& p, Reader<int32_t>& ints, Reader<R>& reals) {
   if (p.kind == kZonal) {
     p.n_harmonics = ints.one(), p.n_monomials = ints.one(), p.max_power = ints.one();
     p.used_harmonics = ints.one(), p.used_monomials = ints.one();
-    p.degree = ints.take(p.d), p.coefficient = ints.take(p.d);
+    p.degree = ints.take(p.d);
     p.powers = ints.take(int64_t{3} * p.n_monomials), p.harmonic = ints.take(int64_t{2} * p.n_harmonics);
     p.harmonic_value = reals.take(p.n_harmonics);
   } else if (p.kind == kPlanar) {
@@ -173,6 +174,7 @@ bool plan_view(PlanView<R>& p, const int32_t* ints_begin, int64_t n_ints, const 
                              &p.n_even,   &p.n_gathered,  &p.n_mixed};
   for (int32_t* field : header) *field = ints.one();
   p.gamma = reals.one(), p.cutoff = reals.one(), p.eps = reals.one();
+  p.coordinate = ints.take(p.d);
   p.trivial = ints.take(p.n_trivial), p.measured = ints.take(p.n_trivial);
   p.input = ints.take(p.n_gathered), p.place = ints.take(p.out_size);
   read_frame(p, ints, reals);

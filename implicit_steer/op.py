@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends import reference
+from .backends import cpu, reference
 from .backends.hidden import Statistics
 from .graph import Graph
 from .packing import Parameters
@@ -70,9 +70,11 @@ def implicit_conv(
 def implicit_kernel(
     plan: Plan, parameters: Parameters, delta: Tensor, attributes: Tensor, *, batch_statistics: bool
 ) -> tuple[Tensor, list[Statistics]]:
-    """K (P, C_out, C_in) at P points: delta (P, dim), attributes (P, A)."""
+    """K (P, C_out, C_in) at P points: delta (P, dim), attributes (P, A). Native on CPU tensors, else `reference`."""
     dtype = _compute_dtype(parameters)
     parameters = _cast(parameters, dtype)
     live = batch_statistics and bool(plan.norms) and len(delta) > 0
-    k, statistics = reference.kernel(plan, parameters, live, delta.to(dtype), attributes.to(dtype))
+    native, _ = cpu.supports(plan, delta.device, dtype)
+    kernel = cpu.kernel if native else reference.kernel
+    k, statistics = kernel(plan, parameters, live, delta.to(dtype), attributes.to(dtype))
     return k.to(delta.dtype), statistics

@@ -173,20 +173,7 @@ struct Backward : Worker<R> {
     for (int k = 0; k < p.hidden_flat; ++k) d_hidden[k] = V{};
     units_to_lanes<R>(this->n_row_units, this->row_units, d_rows, d_hidden);
     memset(d_rows, 0, sizeof(R) * this->row_size);
-    e.d_radius = V{};
-    for (int m = 0; m < p.d; ++m) e.d_cosine[m] = e.d_sine[m] = V{};
-    if (p.kind == kPlanar) {
-      const V* y = mlp.normed + mlp.size_z - p.hidden_flat;
-      expand_backward(p, e, y, d_hidden, mlp.d_y);
-    } else {
-      V* d_y = p.n_layers ? mlp.d_y : e.d_inputs;
-      for (int k = 0; k < p.hidden_flat; ++k) d_y[k] = d_hidden[k];
-    }
-    if (p.n_layers) mlp.backward(e, need_weights, need_geometry);
-  }
-
-  void store(const V* lanes, int n, R* rows_out) {
-    lanes_to_rows<R>(n, lanes, [&](int l) { return rows_out + edge[l] * n; }, n_edges);
+    this->sweep_mlp(need_weights, need_geometry);
   }
 
   void end_tile() {
@@ -197,7 +184,7 @@ struct Backward : Worker<R> {
       e.d_factor += d_f[k] * f_raw[p.input[k]];
       d_f_raw[p.input[k]] = d_f[k] * e.factor;
     }
-    if (a.grad_edge) store(d_f_raw, p.in_size, a.grad_edge);
+    if (a.grad_edge) this->store(d_f_raw, p.in_size, a.grad_edge);
     if (!need_hidden) return;
     hidden_features();
     if (!need_geometry) {
@@ -208,9 +195,7 @@ struct Backward : Worker<R> {
       for (int k = 0; k < p.n_g; ++k)
         for (int z = p.g_first[k]; z < p.g_first[k + 1]; ++z)
           if (p.nz_harmonic[z] >= 0) e.d_cosine[p.nz_harmonic[z]] += d_g[k] * p.nz_value[z];
-    frame_backward(p, shell, e);
-    if (a.grad_delta) store(e.d_delta, p.dim, a.grad_delta);
-    if (a.grad_attr) store(e.d_attr, p.n_attr, a.grad_attr);
+    this->sweep_frame();
   }
 
   void nodes(int64_t first, int64_t last, R* grad_weights) {
@@ -231,18 +216,8 @@ struct Backward : Worker<R> {
 
   void write_weights(R* out) {
     memset(out, 0, sizeof(R) * p.n_grad);
-    const V *d_w = mlp.d_w, *d_b = mlp.d_b, *d_affine = mlp.d_affine;
-    for (int n = 0; n < p.n_layers; ++n) {
-      const LayerView<R>& layer = p.layers[n];
-      for (int k = 0; k < layer.n_values; ++k) out[layer.weight + k] = lane_sum(d_w[k]);
-      for (int k = 0; k < layer.out; ++k) out[layer.bias + k] = lane_sum(d_b[k]);
-      d_w += layer.n_values, d_b += layer.out;
-      if (!p.has_norms) continue;
-      for (int k = 0; k < mlp.affine_size(); ++k) out[layer.affine + k] = lane_sum(d_affine[k]);
-      d_affine += mlp.affine_size();
-    }
+    this->write_mlp_weights(out);
     if (p.n_couplings) memcpy(out + p.couplings[0].theta, d_theta, sizeof(R) * this->theta_size());
-    out[p.shell] = lane_sum(e.d_shell) / (shell * shell * shell);
   }
 };
 

@@ -4,6 +4,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "hidden.h"
 #include "peak.h"
 #include "statistics.h"
 
@@ -52,6 +53,14 @@ void sum_by_source(const ConvArgs<R>& a, int64_t first, int64_t last) {
   }
 }
 
+// The threads' gradients of the weights into those of the first.
+template <typename R>
+void sum_weights(const ConvArgs<R>& a) {
+  const int64_t n = a.plan->n_grad;
+  for (int t = 1; t < a.threads && a.grad_weights; ++t)
+    for (int64_t k = 0; k < n; ++k) a.grad_weights[k] += a.grad_weights[t * n + k];
+}
+
 template <typename R>
 void backward(const ConvArgs<R>& a) {
   const CouplingSizes sizes = place_couplings(*a.plan);
@@ -64,8 +73,7 @@ void backward(const ConvArgs<R>& a) {
     else if (grad_weights)
       memset(grad_weights, 0, sizeof(R) * n_grad);
   });
-  for (int t = 1; t < a.threads && a.grad_weights; ++t)
-    for (int64_t k = 0; k < n_grad; ++k) a.grad_weights[k] += a.grad_weights[t * n_grad + k];
+  sum_weights(a);
   if (a.grad_edge)
     in_threads(a.threads, [&](int t) { sum_by_source(a, a.n_src * t / a.threads, a.n_src * (t + 1) / a.threads); });
 }
@@ -80,6 +88,30 @@ void statistics(const ConvArgs<R>& a) {
   });
   for (int t = 1; t < a.threads; ++t)
     for (int64_t k = 0; k < 2 * n; ++k) a.sums[k] += a.sums[2 * n * t + k];
+}
+
+// Calls f(worker, first point, one past the last, thread) with the hidden features' worker of every thread.
+template <typename R, typename F>
+void hidden(const ConvArgs<R>& a, bool backward, F f) {
+  const CouplingSizes sizes = place_couplings(*a.plan);
+  in_threads(a.threads, [&](int t) {
+    const int64_t begin = a.n_edges * t / a.threads, end = a.n_edges * (t + 1) / a.threads;
+    Hidden<R> worker(a, sizes, backward, end - begin);
+    f(worker, begin, end, t);
+  });
+}
+
+template <typename R>
+void hidden_forward(const ConvArgs<R>& a) {
+  hidden(a, false, [](Hidden<R>& worker, int64_t begin, int64_t end, int) { worker.forward(begin, end); });
+}
+
+template <typename R>
+void hidden_backward(const ConvArgs<R>& a) {
+  hidden(a, true, [&](Hidden<R>& worker, int64_t begin, int64_t end, int t) {
+    worker.backward(begin, end, a.grad_weights ? a.grad_weights + t * a.plan->n_grad : nullptr);
+  });
+  sum_weights(a);
 }
 
 template <typename R>
@@ -109,8 +141,8 @@ int64_t peak(int threads, int64_t rounds, R* sums) {
 
 extern const ConvTable<float> kConvFloat;
 extern const ConvTable<double> kConvDouble;
-const ConvTable<float> kConvFloat{forward<float>, backward<float>, statistics<float>, function<float>, peak<float>};
-const ConvTable<double> kConvDouble{forward<double>, backward<double>, statistics<double>, function<double>,
+const ConvTable<float> kConvFloat{forward<float>, backward<float>, statistics<float>, hidden_forward<float>, hidden_backward<float>, function<float>, peak<float>};
+const ConvTable<double> kConvDouble{forward<double>, backward<double>, statistics<double>, hidden_forward<double>, hidden_backward<double>, function<double>,
                                     peak<double>};
 
 }  // namespace implicit_steer::IST_ISA

@@ -23,22 +23,12 @@ struct Statistics : Worker<R> {
 
   // Full hidden coordinate m of channel w from the activations y.
   V coordinate(const V* y, int w, int m) const {
-    if (p.kind == kZonal) {
-      const int k = p.coefficient[m];
-      return y[w * p.c + k] * e.cosine[m];
-    }
+    if (p.kind == kZonal) return y[w * p.c + p.coordinate[m]] * e.cosine[m];
     if (p.kind == kPlanar) return e.cosine[m] * y[w * p.c + m] + e.sine[m] * y[w * p.c + p.partner[m]];
     return y[w * p.c + m];
   }
 
-  // Edges begin .. or, in the near pass, of the list of near edges.
-  const V* tile(int64_t begin, int64_t end) {
-    n_edges = end - begin < L ? static_cast<int>(end - begin) : L;
-    for (int l = 0; l < L; ++l) {
-      const int64_t at = begin + (l < n_edges ? l : n_edges - 1);
-      edge[l] = this->near_pass ? this->near_edge[at] : at;
-    }
-    this->load_geometry();
+  const V* evaluate() {
     this->enter_frame(true);
     return mlp.forward(e, a.layer);
   }
@@ -62,19 +52,10 @@ struct Statistics : Worker<R> {
     }
   }
 
-  void add_range(int64_t begin, int64_t end, double* sums) {
-    int tiles = 0;
-    for (int64_t at = begin; at < end; at += L) {
-      add(tile(at, end));
-      if (this->near_lanes) this->defer(0, 0, n_edges);
-      if (++tiles % kTiles == 0) flush(sums);
-    }
-    flush(sums);
-  }
-
   // The values at edge 0 are subtracted: less cancellation in the variance.
   void run(int64_t begin, int64_t end, double* sums) {
-    const V* first = tile(0, a.n_edges);
+    this->load_points(0, a.n_edges);
+    const V* first = evaluate();
     for (int w = 0, k = 0; k < n_values; ++w)
       for (int m = 0; m < p.d; ++m, ++k) {
         const R value = coordinate(first, w, m)[0];
@@ -82,9 +63,12 @@ struct Statistics : Worker<R> {
         if (sums == a.sums) a.shift[k] = value;  // all threads have the same one; the first writes it
         partial[k] = partial_squares[k] = V{}, sums[k] = sums[n_values + k] = 0;
       }
-    add_range(begin, end, sums);
-    this->near_pass = true;
-    add_range(0, this->n_near, sums);
+    int tiles = 0;
+    this->points(begin, end, [&] {
+      add(evaluate());
+      if (++tiles % kTiles == 0) flush(sums);
+    });
+    flush(sums);
   }
 };
 

@@ -297,6 +297,31 @@ struct Worker {
     for (; node < last; ++node, started = false) started ? finish(node) : empty(node);
   }
 
+  // Points begin .. or, in the near pass, of the list; without neighbours.
+  void load_points(int64_t begin, int64_t end) {
+    n_edges = end - begin < L ? static_cast<int>(end - begin) : L;
+    for (int l = 0; l < L; ++l) {
+      const int64_t at = begin + (l < n_edges ? l : n_edges - 1);
+      edge[l] = near_pass ? near_edge[at] : at;
+    }
+    load_geometry();
+  }
+
+  // f() for every tile of points, which calls enter_frame().
+  template <typename F>
+  void points(int64_t begin, int64_t end, F f) {
+    for (int64_t at = begin; at < end; at += L) {
+      load_points(at, end);
+      f();
+      if (near_lanes) defer(0, 0, n_edges);
+    }
+    near_pass = true;
+    for (int64_t at = 0; at < n_near; at += L) {
+      load_points(at, n_near);
+      f();
+    }
+  }
+
   void defer(int64_t node, int l0, int l1) {
     for (int l = l0; l < l1; ++l)
       if (near_lanes >> l & 1) near_edge[n_near] = edge[l], near_node[n_near++] = node;
@@ -317,6 +342,47 @@ struct Worker {
       }
       end_tile();
     }
+  }
+
+  // ---- the reverse sweep of one tile
+
+  // From d_hidden: gradients of the weights and, with `need_inputs`, of the frame.
+  void sweep_mlp(bool need_weights, bool need_inputs) {
+    e.d_radius = V{};
+    for (int m = 0; m < p.d; ++m) e.d_cosine[m] = e.d_sine[m] = V{};
+    if (p.kind == kPlanar) {
+      expand_backward(p, e, mlp.normed + mlp.size_z - p.hidden_flat, d_hidden, mlp.d_y);
+    } else {
+      V* d_y = p.n_layers ? mlp.d_y : e.d_inputs;
+      for (int k = 0; k < p.hidden_flat; ++k) d_y[k] = d_hidden[k];
+    }
+    if (p.n_layers) mlp.backward(e, need_weights, need_inputs);
+  }
+
+  void sweep_frame() {
+    frame_backward(p, shell, e);
+    if (a.grad_delta) store(e.d_delta, p.dim, a.grad_delta);
+    if (a.grad_attr) store(e.d_attr, p.n_attr, a.grad_attr);
+  }
+
+  // lanes [n] -> rows_out[edge, n]
+  void store(const V* lanes, int n, R* rows_out) {
+    lanes_to_rows<R>(n, lanes, [&](int l) { return rows_out + edge[l] * n; }, n_edges);
+  }
+
+  // The gradients of all weights but the mixing ones.
+  void write_mlp_weights(R* out) {
+    const V *d_w = mlp.d_w, *d_b = mlp.d_b, *d_affine = mlp.d_affine;
+    for (int n = 0; n < p.n_layers; ++n) {
+      const LayerView<R>& layer = p.layers[n];
+      for (int k = 0; k < layer.n_values; ++k) out[layer.weight + k] = lane_sum(d_w[k]);
+      for (int k = 0; k < layer.out; ++k) out[layer.bias + k] = lane_sum(d_b[k]);
+      d_w += layer.n_values, d_b += layer.out;
+      if (!p.has_norms) continue;
+      for (int k = 0; k < mlp.affine_size(); ++k) out[layer.affine + k] = lane_sum(d_affine[k]);
+      d_affine += mlp.affine_size();
+    }
+    out[p.shell] = lane_sum(e.d_shell) / (shell * shell * shell);
   }
 };
 

@@ -8,8 +8,10 @@ that are to be differentiated again come from `eager`.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from functools import cache, lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -18,11 +20,20 @@ from torch import Tensor
 from .. import native
 from .._check import require
 from ..graph import Graph
-from ..packing import NormParameters, Parameters, Weights, dense_kernel, mixing_weights, running
+from ..packing import (
+    NormParameters,
+    Parameters,
+    Weights,
+    constant,
+    dense_kernel,
+    mixing_weights,
+    norm_affine,
+    running,
+)
 from ..plan import Plan
 from . import eager
 from .cpu_plan import Prepared, hidden_field_size, prepare, reads_one
-from .hidden import Statistics
+from .hidden import Statistics, hidden_features, radial_factor
 
 INSTRUCTION_SETS = {"auto": 0, "baseline": 1, "avx2": 2, "avx512": 3}
 _NO_SECOND_DERIVATIVES = (
@@ -155,56 +166,90 @@ def _split_statistics(plan: Plan, statistics: Tensor) -> list[Statistics]:
 # ---- the operator
 
 
-class _Call(NamedTuple):
-    """What one call of the operator has besides tensors that are differentiated."""
+@dataclass(frozen=True)
+class _Call:
+    """What one call of an operator has besides tensors that are differentiated, and how it is evaluated."""
 
     plan: Plan
     prepared: Prepared
-    graph: Graph
     isa: int
     n_last: int  # tensors of the last layer: with or without a bias
     eager_second_order: bool
 
+    def tensors(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        return self.prepared.tensors(like.dtype)
+
+    def parameter_gradients(self, of_packed: Tensor, statistics: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+        matrix = self.prepared.matrix(of_packed.dtype)
+        grad = torch.ops.implicit_steer.conv_pack_backward(*self.tensors(of_packed), *matrix, statistics, of_packed)
+        return _split_gradient(self.plan, grad, parameters, self.n_last)
+
+
+@dataclass(frozen=True)
+class _Convolution(_Call):
+    """Inputs x, delta, attributes; the output (N, C_out)."""
+
+    graph: Graph
+    n_inputs = 3
+
     def forward(self, packed: Tensor, x: Tensor, delta: Tensor, attributes: Tensor) -> Tensor:
         edges = self.graph.src, self.graph.order, self.graph.rowptr
-        plan = self.prepared.tensors(packed.dtype)
-        return torch.ops.implicit_steer.conv_forward(*plan, packed, x, delta, attributes, *edges, self.isa)
+        return torch.ops.implicit_steer.conv_forward(*self.tensors(x), packed, x, delta, attributes, *edges, self.isa)
 
-    def gradients(self, needs: Sequence[bool], grad: Tensor, packed: Tensor, statistics: Tensor, *tensors: Tensor):
-        """Of x, delta, attributes and the parameters; None where not needed."""
-        x, delta, attributes, *parameters = tensors
-        graph, need_weights = self.graph, any(needs[3:])
+    def backward(self, needs: Sequence[bool], grad: Tensor, packed: Tensor, *inputs: Tensor) -> Sequence[Tensor]:
+        """The gradients of the inputs and of ``packed``, the sum over threads first; empty where not needed."""
+        graph = self.graph
         by_source = (graph.order_by_source, graph.colptr) if needs[0] else (graph.order, graph.rowptr)
-        plan, operator = self.prepared.tensors(x.dtype), torch.ops.implicit_steer
-        *grads, grad_packed = operator.conv_backward(
-            *plan,
-            packed,
-            x,
-            delta,
-            attributes,
-            *(graph.src, graph.order, graph.rowptr),
-            grad.contiguous(),
-            *by_source,
-            *(*needs[:3], need_weights),
-            self.isa,
-        )
-        if need_weights:
-            matrix = self.prepared.matrix(x.dtype)
-            of_packed = operator.conv_pack_backward(*plan, *matrix, statistics, grad_packed[0])
-            grads += _split_gradient(self.plan, of_packed, parameters, self.n_last)
-        else:
-            grads += [None] * len(parameters)
-        return [g if need else None for g, need in zip(grads, needs, strict=True)]
+        edges = graph.src, graph.order, graph.rowptr
+        wanted = (*needs[:3], any(needs[3:]))
+        arguments = *self.tensors(grad), packed, *inputs, *edges, grad.contiguous(), *by_source, *wanted, self.isa
+        return torch.ops.implicit_steer.conv_backward(*arguments)
 
-    def eager_gradients(self, needs: Sequence[bool], grad: Tensor, statistics: Tensor, *tensors: Tensor) -> list:
-        """The same from `eager`: they can be differentiated again."""
-        x, delta, attributes, *rest = tensors
-        with torch.enable_grad():
-            parameters = _parameters(self.plan, rest, statistics)
-            out, _ = eager.forward(self.plan, parameters, False, self.graph, x, delta, attributes)
-            wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
-            found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, materialize_grads=True))
-        return [next(found) if need else None for need in needs]
+    def eager(self, parameters: Parameters, *inputs: Tensor) -> Tensor:
+        return eager.forward(self.plan, parameters, False, self.graph, *inputs)[0]
+
+
+@dataclass(frozen=True)
+class _HiddenFeatures(_Call):
+    """Inputs delta, attributes; the output h (P, H), times γ s(|x|)."""
+
+    n_inputs = 2
+
+    def forward(self, packed: Tensor, delta: Tensor, attributes: Tensor) -> Tensor:
+        return torch.ops.implicit_steer.conv_hidden(*self.tensors(delta), packed, delta, attributes, self.isa)
+
+    def backward(self, needs: Sequence[bool], grad: Tensor, packed: Tensor, *inputs: Tensor) -> Sequence[Tensor]:
+        arguments = *self.tensors(grad), packed, *inputs, grad.contiguous(), self.isa
+        return torch.ops.implicit_steer.conv_hidden_backward(*arguments)
+
+    def eager(self, parameters: Parameters, *inputs: Tensor) -> Tensor:
+        h, _, _ = hidden_features(self.plan, parameters, False, *inputs)
+        if self.plan.norms:  # which hidden_features leaves to the mixing weights
+            norm, learned = self.plan.norms[-1], parameters.norms[-1]
+            scale, shift = norm_affine(norm, learned, *running(norm, learned))
+            fields = h[:, :-1].unflatten(1, (norm.channels, -1)) * scale[:, None]
+            fields = fields.index_add(2, constant(norm, "measured", h), shift.expand(len(h), -1, -1))
+            h = torch.cat([fields.flatten(1), h[:, -1:]], 1)
+        return h * radial_factor(self.plan, parameters.shell_width, inputs[0])[:, None]
+
+
+def _gradients(call: _Call, needs: Sequence[bool], grad: Tensor, packed: Tensor, statistics: Tensor, *tensors: Tensor):
+    """Of the inputs and the parameters; None where not needed."""
+    inputs, parameters = tensors[: call.n_inputs], tensors[call.n_inputs :]
+    *found, of_packed = call.backward(needs, grad, packed, *inputs)
+    if any(needs[call.n_inputs :]):
+        found += call.parameter_gradients(of_packed[0], statistics, parameters)
+    return [g if need else None for g, need in zip_longest(found, needs)]
+
+
+def _eager_gradients(call: _Call, needs: Sequence[bool], grad: Tensor, statistics: Tensor, *tensors: Tensor) -> list:
+    """The same from `eager`: they can be differentiated again."""
+    inputs, rest = tensors[: call.n_inputs], tensors[call.n_inputs :]
+    with torch.enable_grad():
+        out = call.eager(_parameters(call.plan, rest, statistics), *inputs)
+        wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, materialize_grads=True))
+    return [next(found) if need else None for need in needs]
 
 
 class _Gradients(torch.autograd.Function):
@@ -212,35 +257,37 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call, needs, grad, *tensors):
-        return tuple(call.gradients(needs, grad, *tensors))
+        return tuple(_gradients(call, needs, grad, *tensors))
 
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError(_NO_SECOND_DERIVATIVES)
 
 
-class _Conv(torch.autograd.Function):
+class _Operator(torch.autograd.Function):
     """``packed`` is a function of the parameters; their gradients are returned, not its."""
 
     @staticmethod
-    def forward(ctx, call, packed, statistics, x, delta, attributes, *parameters):
-        ctx.save_for_backward(packed, statistics, x, delta, attributes, *parameters)
+    def forward(ctx, call, packed, statistics, *tensors):
+        ctx.save_for_backward(packed, statistics, *tensors)
         ctx.call = call
-        return call.forward(packed, x, delta, attributes)
+        return call.forward(packed, *tensors[: call.n_inputs])
 
     @staticmethod
     def backward(ctx, grad):
         call, needs, (packed, *tensors) = ctx.call, ctx.needs_input_grad[3:], ctx.saved_tensors
         if not torch.is_grad_enabled():
-            gradients = call.gradients(needs, grad, packed, *tensors)
+            gradients = _gradients(call, needs, grad, packed, *tensors)
         elif call.eager_second_order:  # create_graph=True
-            gradients = call.eager_gradients(needs, grad, *tensors)
+            gradients = _eager_gradients(call, needs, grad, *tensors)
         else:
             gradients = _Gradients.apply(call, needs, grad, packed, *tensors)
         return None, None, None, *gradients
 
 
 class _Packed(NamedTuple):
+    """A layer's parameters as the native code reads them."""
+
     prepared: Prepared
     weights: Tensor
     statistics: Tensor  # of the batch norms, see _running
@@ -270,6 +317,22 @@ def _kept_or_packed(plan: Plan, parameters: Parameters, tensors: list[Tensor], n
     return packed
 
 
+def _run(make: Callable[..., _Call], plan: Plan, parameters: Parameters, batch_statistics: bool, *inputs: Tensor):
+    """The output of the operator that ``make`` makes, and the batch statistics. The last inputs: delta, attributes."""
+    tensors, n_last, isa = _tensors(plan, parameters), _n_last(parameters), instruction_set()
+    inputs = tuple(t.contiguous() for t in inputs)
+    with torch.no_grad():
+        if batch_statistics:
+            packed = _pack(plan, parameters, tensors, n_last, (*inputs[-2:], isa))
+        else:
+            packed = _kept_or_packed(plan, parameters, tensors, n_last)
+    call = make(plan=plan, prepared=packed.prepared, isa=isa, n_last=n_last)
+    measured = _split_statistics(plan, packed.statistics) if batch_statistics else []
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *tensors)):
+        return _Operator.apply(call, packed.weights, packed.statistics, *inputs, *tensors), measured
+    return call.forward(packed.weights, *inputs), measured
+
+
 def forward(
     plan: Plan,
     parameters: Parameters,
@@ -285,15 +348,17 @@ def forward(
 
     With ``eager_second_order``, gradients asked for with ``create_graph=True`` are those of `eager`.
     """
-    tensors, n_last, isa = _tensors(plan, parameters), _n_last(parameters), instruction_set()
-    x, delta, attributes = x.contiguous(), delta.contiguous(), attributes.contiguous()
-    with torch.no_grad():
-        if batch_statistics:
-            packed = _pack(plan, parameters, tensors, n_last, (delta, attributes, isa))
-        else:
-            packed = _kept_or_packed(plan, parameters, tensors, n_last)
-    call = _Call(plan, packed.prepared, graph, isa, n_last, eager_second_order)
-    measured = _split_statistics(plan, packed.statistics) if batch_statistics else []
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, delta, attributes, *tensors)):
-        return _Conv.apply(call, packed.weights, packed.statistics, x, delta, attributes, *tensors), measured
-    return call.forward(packed.weights, x, delta, attributes), measured
+    make = partial(_Convolution, graph=graph, eager_second_order=eager_second_order)
+    return _run(make, plan, parameters, batch_statistics, x, delta, attributes)
+
+
+def kernel(
+    plan: Plan, parameters: Parameters, batch_statistics: bool, delta: Tensor, attributes: Tensor
+) -> tuple[Tensor, list[Statistics]]:
+    """K(x, a) (P, C_out, C_in): hidden features from the native code, the last layer one matrix product. Second
+    derivatives by `eager`."""
+    make = partial(_HiddenFeatures, eager_second_order=True)
+    h, statistics = _run(make, plan, parameters, batch_statistics, delta, attributes)
+    last = [t for t in parameters.linears[-1] if t is not None]
+    matrix = _kernel(plan, parameters.shell_width, last).flatten(0, 1)
+    return (h @ matrix.T).view(len(h), plan.out_size, plan.in_size), statistics

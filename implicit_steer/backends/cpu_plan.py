@@ -17,6 +17,7 @@ from torch import Tensor
 from ..plan import FUNCTIONS, Activation, Coupling, Linear, Plan
 
 _CHANNELS = 8  # kChannels of csrc/plan.h
+_LARGEST_SEARCH = 400  # samples that are searched for pairs: all are compared with all
 
 
 def hidden_field_size(plan: Plan) -> int:
@@ -167,7 +168,7 @@ def _flatten_frame(plan: Plan, flat: _Flat, terms: _Terms, position: np.ndarray)
         n_used = sum(m in used for m, _ in entries)
         n_used_monomials = len({j for _, j in entries[:n_used]})
         flat.i(len(entries), len(monomials), int(frame.powers.max()), n_used, n_used_monomials)
-        flat.i(frame.order[frame.coefficient], position[frame.coefficient], frame.powers[monomials])
+        flat.i(frame.order[frame.coefficient], frame.powers[monomials])
         flat.i([(m, monomials.index(j)) for m, j in entries])
         flat.r([frame.harmonics[m, j] for m, j in entries])
     elif frame.kind == "planar":
@@ -180,6 +181,8 @@ def _flatten_frame(plan: Plan, flat: _Flat, terms: _Terms, position: np.ndarray)
 def _match_pairs(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """A sign per coefficient (c,) and a permutation (S,) with ``samples[permutation] = samples · sign``, if the samples
     have such a symmetry (an inversion, a half turn); the first one that leaves fewest samples fixed."""
+    if len(samples) > _LARGEST_SEARCH:
+        return None
     tolerance, best = 1e-9 * np.abs(samples).max(initial=0), None
     magnitude = np.abs(samples)
     equal = np.abs(magnitude[:, None] - magnitude).max(2) < tolerance  # (S, S)
@@ -427,6 +430,7 @@ def _flatten_header(plan: Plan, flat: _Flat, terms: _Terms, position: np.ndarray
     flat.i(int(plan.cutoff is not None), hidden, int(bool(plan.norms)), n_trivial, n_parameters)
     flat.i(int((~_pairs(plan).odd).sum()), len(terms.inputs.channel), len(terms.outputs.channel))
     flat.r(plan.gamma, plan.cutoff or 1.0, plan.norms[0].eps if plan.norms else 0.0)
+    flat.i(position[frame.coefficient] if frame.kind == "zonal" else position)
     if plan.norms:
         measured = plan.norms[0].measured  # coordinates of h: those of the frame's coefficients but for zonal frames
         flat.i(position[plan.norms[0].trivial], measured if frame.kind == "zonal" else position[measured])
