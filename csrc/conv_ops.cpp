@@ -186,8 +186,8 @@ Tensor conv_hidden(const Tensor& ints, const Tensor& reals, const Tensor& weight
 
 // -> gradients of delta, attr, and per thread of weights, their sum first
 std::tuple<Tensor, Tensor, Tensor> conv_hidden_backward(const Tensor& ints, const Tensor& reals, const Tensor& weights,
-                                                        const Tensor& delta, const Tensor& attr,
-                                                        const Tensor& grad_out, int64_t isa) {
+                                                        const Tensor& delta, const Tensor& attr, const Tensor& grad_out,
+                                                        int64_t isa) {
   Tensor grad_delta, grad_attr, grad_weights;
   dispatch_real(weights, "weights", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;

@@ -76,8 +76,8 @@ struct PlanView {
   const int32_t* attribute_identity;  // [1]
   const R* attribute;                 // [A, A]
   int32_t n_harmonics, n_monomials, max_power;
-  int32_t used_harmonics, used_monomials;                   // those that the couplings read come first
-  const int32_t *degree, *powers, *harmonic;                // [d], [n_mon, 3], [n_harmonics, 2] m and monomial
+  int32_t used_harmonics, used_monomials;     // those that the couplings read come first
+  const int32_t *degree, *powers, *harmonic;  // [d], [n_mon, 3], [n_harmonics, 2] m and monomial
   const R* harmonic_value;
   const R *plane, *axis, *sign, *attribute_sign;  // [dim, 2], [dim, dim-2], [c], [A]
   const int32_t *order, *partner, *attribute_order, *attribute_partner;

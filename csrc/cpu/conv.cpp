@@ -141,8 +141,10 @@ int64_t peak(int threads, int64_t rounds, R* sums) {
 
 extern const ConvTable<float> kConvFloat;
 extern const ConvTable<double> kConvDouble;
-const ConvTable<float> kConvFloat{forward<float>, backward<float>, statistics<float>, hidden_forward<float>, hidden_backward<float>, function<float>, peak<float>};
-const ConvTable<double> kConvDouble{forward<double>, backward<double>, statistics<double>, hidden_forward<double>, hidden_backward<double>, function<double>,
-                                    peak<double>};
+const ConvTable<float> kConvFloat{forward<float>,         backward<float>, statistics<float>, hidden_forward<float>,
+                                  hidden_backward<float>, function<float>, peak<float>};
+const ConvTable<double> kConvDouble{
+    forward<double>,         backward<double>, statistics<double>, hidden_forward<double>,
+    hidden_backward<double>, function<double>, peak<double>};
 
 }  // namespace implicit_steer::IST_ISA

@@ -38,8 +38,8 @@ struct ConvTable {
   void (*forward)(const ConvArgs<R>&);
   void (*backward)(const ConvArgs<R>&);
   void (*statistics)(const ConvArgs<R>&);
-  void (*hidden_forward)(const ConvArgs<R>&);   // out: h [E, H]
-  void (*hidden_backward)(const ConvArgs<R>&);  // grad_out: of h
+  void (*hidden_forward)(const ConvArgs<R>&);                // out: h [E, H]
+  void (*hidden_backward)(const ConvArgs<R>&);               // grad_out: of h
   void (*function)(int which, const R* x, R* y, int64_t n);  // 0 .. 4: φ of Function; 5: exp. For tests.
   int64_t (*peak)(int threads, int64_t rounds, R* sums);     // multiply-adds made; sums: [threads]. For the benchmark.
 };

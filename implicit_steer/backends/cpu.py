@@ -166,7 +166,7 @@ def _split_statistics(plan: Plan, statistics: Tensor) -> list[Statistics]:
 # ---- the operator
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Call:
     """What one call of an operator has besides tensors that are differentiated, and how it is evaluated."""
 
@@ -185,7 +185,7 @@ class _Call:
         return _split_gradient(self.plan, grad, parameters, self.n_last)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Convolution(_Call):
     """Inputs x, delta, attributes; the output (N, C_out)."""
 
@@ -209,7 +209,7 @@ class _Convolution(_Call):
         return eager.forward(self.plan, parameters, False, self.graph, *inputs)[0]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _HiddenFeatures(_Call):
     """Inputs delta, attributes; the output h (P, H), times γ s(|x|)."""
 
