@@ -199,7 +199,7 @@ Tensor conv_statistics(const Tensor& ints, const Tensor& reals, const Tensor& ro
     const std::vector<R> p = gather<R>(parameters, plan.n_parameters);
     ConvArgs<R> a{};
     a.n_edges = delta.size(0);
-    STD_TORCH_CHECK(a.n_edges > 0, "delta: expected at least one edge.");
+    STD_TORCH_CHECK(a.n_edges > 1, "delta: expected at least 2 edges to take a variance of, got ", a.n_edges, ".");
     STD_TORCH_CHECK(plan.has_norms, "plan: expected one with batch norms.");
     check(delta, "delta", delta.scalar_type(), a.n_edges * plan.dim);
     check(attr, "attr", delta.scalar_type(), a.n_edges * plan.n_attr);

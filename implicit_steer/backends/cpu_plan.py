@@ -298,7 +298,7 @@ def _padded(n: int) -> int:
 def _theta_layouts(columns: np.ndarray, constant: bool) -> tuple[np.ndarray, np.ndarray]:
     """Parameter numbers (U, V, W, b) of θ in the order [b][u][v, w] of the backward and [b][v][w][u] of the forward
     direction, rows of channels padded with −1."""
-    n_out, n_in, n_hidden, n_b = columns.shape
+    n_out, _, n_hidden, n_b = columns.shape
     by_in = columns.transpose(3, 0, 1, 2)
     by_in = by_in[..., 0] if constant else _pad(by_in, 3, _padded(n_hidden)).reshape(n_b, n_out, -1)
     by_out = _pad(columns.transpose(3, 1, 2, 0), 3, _padded(n_out))
