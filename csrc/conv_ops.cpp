@@ -227,8 +227,7 @@ Tensor conv_pack(const Tensor& ints, const Tensor& reals, const Tensor& rowptr, 
     packed = torch::stable::new_empty(statistics, {plan.n_weights});
     R* out = mutable_data<R>(packed);
     matrix.multiply(p.data(), out);
-    for (int n = 0; n < plan.n_layers && plan.has_norms; ++n)
-      pack_affine(plan, n, p.data(), data<R>(statistics), out);
+    for (int n = 0; n < plan.n_layers && plan.has_norms; ++n) pack_affine(plan, n, p.data(), data<R>(statistics), out);
   });
   return packed;
 }

@@ -265,8 +265,8 @@ void near_backward(const LayerView<R>& layer, int c, int zero, V r, const V* z, 
 // ---- activations of all channels
 
 template <typename F, typename R>
-void activation_forward(const PlanView<R>& p, const LayerView<R>& layer, const Edges<R>& e, const typename Lane<R>::V* z,
-                        typename Lane<R>::V* y, typename Lane<R>::V* slopes) {
+void activation_forward(const PlanView<R>& p, const LayerView<R>& layer, const Edges<R>& e,
+                        const typename Lane<R>::V* z, typename Lane<R>::V* y, typename Lane<R>::V* slopes) {
   using V = typename Lane<R>::V;
   const int c = p.c, rows = layer.n_samples - layer.n_pairs;
   for (int w = 0; w < layer.out; w += c, z += c, y += c) {
@@ -355,10 +355,10 @@ struct Mlp {
   using V = typename Lane<R>::V;
   const PlanView<R>* p;
   const R* weights;
-  V *z, *y, *normed;            // per layer: [out] pre-activations, activations, after the batch norm (or y again)
-  V *d_z, *d_y;                 // one layer each, the widest
-  V *d_w, *d_b, *d_affine;      // per layer, summed over all tiles of a thread
-  V* slopes;                    // per layer [channels, n_samples]; null in the forward direction
+  V *z, *y, *normed;        // per layer: [out] pre-activations, activations, after the batch norm (or y again)
+  V *d_z, *d_y;             // one layer each, the widest
+  V *d_w, *d_b, *d_affine;  // per layer, summed over all tiles of a thread
+  V* slopes;                // per layer [channels, n_samples]; null in the forward direction
   int64_t size_z, size_w, size_slopes, size_affine;
 
   void place(Arena& arena, const PlanView<R>& plan, const R* packed, bool backward) {
@@ -390,8 +390,7 @@ struct Mlp {
     for (int n = 0;; ++n) {
       const LayerView<R>& layer = p->layers[n];
       linear_forward(layer, weights, in, z_n);
-      with_function<R>(p->function,
-                       [&](auto f) { activation_forward<decltype(f)>(*p, layer, e, z_n, y_n, slopes_n); });
+      with_function<R>(p->function, [&](auto f) { activation_forward<decltype(f)>(*p, layer, e, z_n, y_n, slopes_n); });
       if (n == last) return y_n;
       if (p->has_norms) norm_forward(*p, weights + layer.affine, layer.out / p->c, y_n, normed_n);
       in = normed_n;

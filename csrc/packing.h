@@ -1,5 +1,5 @@
-// From a layer's parameters p, one flat vector, to the packed weights that the loops of cpu/ read: a sparse matrix times
-// p, and the batch norms as scale and shift. No torch, nothing that depends on the instruction set.
+// From a layer's parameters p, one flat vector, to the packed weights that the loops of cpu/ read: a sparse matrix
+// times p, and the batch norms as scale and shift. No torch, nothing that depends on the instruction set.
 #pragma once
 
 #include <cmath>

@@ -13,7 +13,8 @@ constexpr int64_t kChannels = 8;
 
 enum Function : int32_t { kElu = 0, kRelu = 1, kSilu = 2, kGelu = 3, kTanh = 4 };
 
-// One hidden layer: z = W y + b, then per channel y = inverse · φ(samples · z), then, with batch norms, scale · y + shift.
+// One hidden layer: z = W y + b, then per channel y = inverse · φ(samples · z), then, with batch norms, scale · y +
+// shift.
 //
 // Pairs of samples differ only in the sign of the odd coefficients, in A as in A⁻. Of each pair one is kept: with E the
 // even and O the odd part of its row's sum, the two samples are E + O and E − O. Samples without a partner follow. The
@@ -27,28 +28,28 @@ struct LayerView {
   int32_t norm_weight, norm_bias;  // positions of the batch norm's parameters in the unpacked vector, or -1
   int32_t n_values;                // structural nonzeros of W
   int32_t n_pairs;
-  int32_t in_even, in_odd;    // coefficients that z can have: the first of the even, the first of the odd ones
-  int32_t out_even, out_odd;  // coefficients of the activation that anything reads
-  int32_t n_groups;           // rows that share their columns; W is packed group by group, [row][column]
-  const int32_t* groups;      // per group: n_rows, n_columns, rows, columns; every row is in one
-  const R *samples, *inverse_t;             // [S, c] all of them, for edges near the origin
-  const R *pair_samples, *pair_inverse;     // [n_pairs + singles, c]
+  int32_t in_even, in_odd;       // coefficients that z can have: the first of the even, the first of the odd ones
+  int32_t out_even, out_odd;     // coefficients of the activation that anything reads
+  int32_t n_groups;              // rows that share their columns; W is packed group by group, [row][column]
+  const int32_t* groups;         // per group: n_rows, n_columns, rows, columns; every row is in one
+  const R *samples, *inverse_t;  // [S, c] all of them, for edges near the origin
+  const R *pair_samples, *pair_inverse;  // [n_pairs + singles, c]
 };
 
 // U x V x W fields that share intertwiners. Hidden features enter by `rows`: one coefficient of all W channels.
-// A product is t[v] = Σ_g f[i_g, v] G_g, where G_g is a constant or Σ value · Y[m]; a term adds a product t[v] row[w] to
-// T[slot, v, w].
+// A product is t[v] = Σ_g f[i_g, v] G_g, where G_g is a constant or Σ value · Y[m]; a term adds a product t[v] row[w]
+// to T[slot, v, w].
 struct CouplingView {
   int32_t n_out, n_in, n_hidden, n_basis;  // U, V, W, n_b
   int32_t constant;                        // reads the constant-one feature: W = 1, no row
   int32_t n_slots, n_terms;
-  int32_t theta, theta_forward;            // positions in the packed weights of θ [b][u][v, w] and [b][v][w][u]
-  int32_t in_at, out_at;                   // positions of component 0: the V inputs; the U outputs, padded
-  const int32_t* slots;                    // [n_slots, 2] b, o
-  const int32_t* terms;                    // [n_terms, 3] slot, row, position of the product
+  int32_t theta, theta_forward;  // positions in the packed weights of θ [b][u][v, w] and [b][v][w][u]
+  int32_t in_at, out_at;         // positions of component 0: the V inputs; the U outputs, padded
+  const int32_t* slots;          // [n_slots, 2] b, o
+  const int32_t* terms;          // [n_terms, 3] slot, row, position of the product
   // positions in a worker's buffers, set by place()
   int32_t hidden_padded, in_padded, out_padded;  // rows of channels: whole kChannels
-  int64_t slot_size;  // numbers of T[slot]
+  int64_t slot_size;                             // numbers of T[slot]
   int64_t at_sums, at_sums_t, at_d_terms;
 };
 
@@ -61,13 +62,14 @@ template <typename R>
 struct PlanView {
   int32_t kind, dim, n_attr, regular, n_inputs, in_size, out_size, n_layers, d, c, channels, order_zero, function;
   int32_t n_even;  // coefficients of a channel that come first, see LayerView
-  int32_t n_couplings, n_rows, n_g, n_weights, n_grad, has_cutoff, shell, hidden_flat, has_norms, n_trivial, n_parameters;
+  int32_t n_couplings, n_rows, n_g, n_weights, n_grad, has_cutoff, shell, hidden_flat, has_norms, n_trivial,
+      n_parameters;
   // Inputs and outputs are gathered by field type, component by component: all channels of one side by side.
-  int32_t n_gathered, n_mixed;      // gathered inputs; places for outputs, rows of channels padded
-  const int32_t* input;             // [n_gathered] number of the input
-  const int32_t* place;             // [C_out] place of the output, or -1: always 0
+  int32_t n_gathered, n_mixed;  // gathered inputs; places for outputs, rows of channels padded
+  const int32_t* input;         // [n_gathered] number of the input
+  const int32_t* place;         // [C_out] place of the output, or -1: always 0
 
-  R gamma, cutoff, eps;  // eps: of the batch norms
+  R gamma, cutoff, eps;               // eps: of the batch norms
   const int32_t *trivial, *measured;  // [n_trivial] trivial coefficients; the same among the d coordinates of h
   // frame
   const int32_t* attribute_identity;  // [1]
@@ -79,10 +81,11 @@ struct PlanView {
   const R *plane, *axis, *sign, *attribute_sign;  // [dim, 2], [dim, dim-2], [c], [A]
   const int32_t *order, *partner, *attribute_order, *attribute_partner;
   // rows: W channels' positions among the flat hidden coefficients; coupling structure
-  const int32_t* row_start;    // [n_rows + 1]
-  const int32_t* row;          // positions
+  const int32_t* row_start;  // [n_rows + 1]
+  const int32_t* row;        // positions
   int32_t n_products, product_size;
-  const int32_t* products;     // [n_products, 5] position of the inputs' component 0, V, first g, one past the last, position
+  const int32_t*
+      products;  // [n_products, 5] position of the inputs' component 0, V, first g, one past the last, position
   const int32_t* g_input;      // [n_g] i
   const int32_t* g_first;      // [n_g + 1] nonzeros of G_g
   const int32_t* nz_harmonic;  // [n_nz] m, -1 without a factor Y
@@ -136,9 +139,9 @@ void read_frame(PlanView<R>& p, Reader<int32_t>& ints, Reader<R>& reals) {
 template <typename R>
 void read_layer(PlanView<R>& p, Reader<int32_t>& ints, Reader<R>& reals) {
   LayerView<R> layer{};
-  int32_t* const header[] = {&layer.in,        &layer.out,      &layer.n_samples, &layer.weight,  &layer.bias,
-                             &layer.affine,    &layer.norm_weight, &layer.norm_bias, &layer.n_values, &layer.n_pairs,
-                             &layer.in_even,   &layer.in_odd,   &layer.out_even,  &layer.out_odd, &layer.n_groups};
+  int32_t* const header[] = {&layer.in,      &layer.out,         &layer.n_samples, &layer.weight,   &layer.bias,
+                             &layer.affine,  &layer.norm_weight, &layer.norm_bias, &layer.n_values, &layer.n_pairs,
+                             &layer.in_even, &layer.in_odd,      &layer.out_even,  &layer.out_odd,  &layer.n_groups};
   for (int32_t* field : header) *field = ints.one();
   layer.groups = ints.take(ints.one());
   layer.samples = reals.take(int64_t{layer.n_samples} * p.c);
@@ -163,11 +166,11 @@ template <typename R>
 bool plan_view(PlanView<R>& p, const int32_t* ints_begin, int64_t n_ints, const R* reals_begin, int64_t n_reals) {
   Reader<int32_t> ints{ints_begin, ints_begin + n_ints};
   Reader<R> reals{reals_begin, reals_begin + n_reals};
-  int32_t* const header[] = {&p.kind,     &p.dim,        &p.n_attr,   &p.regular,     &p.n_inputs,
-                             &p.in_size,  &p.out_size,   &p.n_layers, &p.d,           &p.c,
-                             &p.channels, &p.order_zero, &p.function, &p.n_couplings, &p.n_rows,
-                             &p.n_g,      &p.n_weights,  &p.n_grad,   &p.shell,       &p.has_cutoff,
-                             &p.hidden_flat, &p.has_norms, &p.n_trivial, &p.n_parameters, &p.n_even, &p.n_gathered, &p.n_mixed};
+  int32_t* const header[] = {&p.kind,     &p.dim,         &p.n_attr,      &p.regular,   &p.n_inputs,  &p.in_size,
+                             &p.out_size, &p.n_layers,    &p.d,           &p.c,         &p.channels,  &p.order_zero,
+                             &p.function, &p.n_couplings, &p.n_rows,      &p.n_g,       &p.n_weights, &p.n_grad,
+                             &p.shell,    &p.has_cutoff,  &p.hidden_flat, &p.has_norms, &p.n_trivial, &p.n_parameters,
+                             &p.n_even,   &p.n_gathered,  &p.n_mixed};
   for (int32_t* field : header) *field = ints.one();
   p.gamma = reals.one(), p.cutoff = reals.one(), p.eps = reals.one();
   p.trivial = ints.take(p.n_trivial), p.measured = ints.take(p.n_trivial);

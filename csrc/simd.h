@@ -136,8 +136,8 @@ struct ExpParts {
   VF scale, rest;
 };
 
-// x in -86.6 .. 88.3. x = n ln 2 + r with n a multiple of 1 / kTable; adding a large `magic` leaves n in the lowest bits
-// of a mantissa, whence a permutation looks up 2^fraction and a shift makes the exponent; rest = scale (e^r - 1).
+// x in -86.6 .. 88.3. x = n ln 2 + r with n a multiple of 1 / kTable; adding a large `magic` leaves n in the lowest
+// bits of a mantissa, whence a permutation looks up 2^fraction and a shift makes the exponent; rest = scale (e^r - 1).
 // Without kPrecise ln 2 is one float: relative error up to n 2e-9.
 #if IST_LANE_BYTES >= 32
 #if IST_LANE_BYTES == 64

@@ -9,10 +9,12 @@ template <typename R>
 struct Backward : Worker<R> {
   using Base = Worker<R>;
   using V = typename Lane<R>::V;
-  using Base::a, Base::p, Base::mixed, Base::grads, Base::sums, Base::ring, Base::n_ring, Base::size, Base::e, Base::mlp;
+  using Base::a, Base::p, Base::mixed, Base::grads, Base::sums, Base::ring, Base::n_ring, Base::size, Base::e,
+      Base::mlp;
   using Base::d_theta, Base::d_sums, Base::d_sums_t, Base::d_terms, Base::d_rows, Base::rows, Base::row_at;
   using Base::n_edges, Base::edge, Base::shell, Base::near_pass;
-  using Base::t, Base::d_t, Base::f, Base::d_f, Base::f_raw, Base::d_f_raw, Base::g, Base::d_g, Base::hidden, Base::d_hidden;
+  using Base::t, Base::d_t, Base::f, Base::d_f, Base::f_raw, Base::d_f_raw, Base::g, Base::d_g, Base::hidden,
+      Base::d_hidden;
   static constexpr int L = Lane<R>::L;
   bool need_geometry, need_weights, need_hidden;
   int64_t last_node = 0;
@@ -65,7 +67,7 @@ struct Backward : Worker<R> {
   void sum_outputs(const CouplingView& q, int slot) {
     using Q = typename Lane<R>::Q;
     const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
-    const R *weight = a.weights + q.theta + int64_t{b} * q.n_out * q.slot_size;
+    const R* weight = a.weights + q.theta + int64_t{b} * q.n_out * q.slot_size;
     const R *low = mixed + q.out_at + o * q.out_padded, *high = low + 4 * p.n_mixed;  // nodes 0 .. 3 and 4 .. 7
     const int64_t s1 = p.n_mixed, s2 = 2 * s1, s3 = 3 * s1;
     R* d = d_sums + q.at_sums + slot * q.slot_size;
@@ -101,8 +103,7 @@ struct Backward : Worker<R> {
         rank_updates(l1 - l0, d_term, q.in_padded, rows + at, pad, 1,
                      d_sums_t + q.at_sums_t + int64_t{slot} * q.n_hidden * q.in_padded, q.in_padded, 0, q.n_hidden,
                      q.in_padded);
-        if (need_hidden)
-          rank_updates(l1 - l0, d_rows + at, pad, product + l0, 1, L, d, pad, 0, q.n_in, pad);
+        if (need_hidden) rank_updates(l1 - l0, d_rows + at, pad, product + l0, 1, L, d, pad, 0, q.n_in, pad);
       }
     }
   }

@@ -38,7 +38,7 @@ struct Worker {
   PlanView<R>& p;
   bool backward;
   int64_t n_extra;
-  V* extra;  // [n_extra] for derived classes
+  V* extra;          // [n_extra] for derived classes
   int64_t capacity;  // of the list of near edges: all edges that are this worker's
   CouplingSizes size;
   Edges<R> e;
@@ -67,19 +67,25 @@ struct Worker {
   // Edges near the origin in regular frames: the tile in which they come counts them as absent and puts them into this
   // list, which is gone through afterwards, so that no other edge takes the slow way.
   bool near_pass = false;
-  uint32_t near_lanes = 0;           // of the tile
-  int64_t *near_edge, *near_node;    // [capacity]
+  uint32_t near_lanes = 0;         // of the tile
+  int64_t *near_edge, *near_node;  // [capacity]
   int64_t n_near = 0;
 
   Worker(const ConvArgs<R>& args, const CouplingSizes& sizes, bool is_backward, int64_t own_edges, int64_t n_extra = 0)
-      : a(args), p(*args.plan), backward(is_backward), n_extra(n_extra), capacity(p.regular ? own_edges : 0), size(sizes) {
+      : a(args),
+        p(*args.plan),
+        backward(is_backward),
+        n_extra(n_extra),
+        capacity(p.regular ? own_edges : 0),
+        size(sizes) {
     shell = a.weights[p.shell];
     Arena count{nullptr};
     place(count);
     const int64_t zeroed = count.used;
     place_list(count);
     Arena arena{static_cast<char*>(a.scratch(count.used))};
-    memset(static_cast<void*>(arena.base), 0, zeroed);  // the list is written before it is read: no page of it is touched
+    memset(static_cast<void*>(arena.base), 0,
+           zeroed);  // the list is written before it is read: no page of it is touched
     place(arena);
     place_list(arena);
     list_units();
@@ -109,8 +115,7 @@ struct Worker {
         for (int v = 0; v < q.n_in; v += QL) {
           Unit<R>& unit = term_units[n_term_units++];
           unit.at = q.at_d_terms + int64_t{n} * L * q.in_padded + v, unit.pad = q.in_padded;
-          for (int j = 0; j < QL; ++j)
-            unit.position[j] = v + j < q.n_in ? q.terms[3 * n + 2] + v + j : -1;
+          for (int j = 0; j < QL; ++j) unit.position[j] = v + j < q.n_in ? q.terms[3 * n + 2] + v + j : -1;
         }
     }
   }
@@ -264,8 +269,8 @@ struct Worker {
   }
 
   // Walks the nodes first .. last-1: start(i) before a node's first edge, run(l0, l1) for the lanes of a tile that
-  // belong to it, finish(i) after its last, empty(i) instead where it has none; end_tile() after each tile. Then, in the
-  // near pass, the nodes with near edges once more.
+  // belong to it, finish(i) after its last, empty(i) instead where it has none; end_tile() after each tile. Then, in
+  // the near pass, the nodes with near edges once more.
   template <typename Start, typename Run, typename Finish, typename Empty, typename EndTile>
   void walk(int64_t first, int64_t last, Start start, Run run, Finish finish, Empty empty, EndTile end_tile) {
     int64_t node = first, next = a.index(a.rowptr, first), node_end = a.index(a.rowptr, first + 1);
