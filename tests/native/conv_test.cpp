@@ -1,5 +1,6 @@
-// conv_test DIR: every case file of DIR through the loops of csrc/cpu, in float and double, with every instruction set
-// that this machine has, on one and several threads, against the expected results in the files. No torch, no Python.
+// conv_test DIR: every case file of DIR through csrc/packing.h and the loops of csrc/cpu, in float and double, with
+// every instruction set that this machine has, on one and several threads, against the expected results in the files.
+// No torch, no Python.
 
 #include <cmath>
 #include <cstdio>
