@@ -1,1 +1,5 @@
-"""Benchmarks: ``python -m bench`` (correctness, time, memory) and ``python -m bench accuracy`` (equivariance)."""
+"""Benchmarks: ``python -m bench SECTION``.
+
+``speed`` (the default): correctness, then time, memory and the share of the arithmetic bound. ``scaling``: time and
+memory against the number of edges. ``small``: what a call costs on 10 nodes. ``accuracy``: equivariance.
+"""

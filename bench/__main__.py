@@ -10,28 +10,38 @@ from pathlib import Path
 import torch
 
 from implicit_steer import backends
-from implicit_steer.cases import LARGE, SMALL, SPACES
+from implicit_steer.cases import GROUPS, LARGE, SMALL, SPACES
 
-from . import accuracy, fresh, report, speed
+from . import accuracy, bound, fresh, report, scaling, small, speed
 from .steps import candidates
 
-_NAMED = SMALL | LARGE
+_NAMED = SMALL | LARGE | GROUPS
 _QUICK = {"rounds": 3, "budget": 0.0}
+_QUICK_CASES, _QUICK_EDGES = ["molecules"], [1_000, 10_000]
+_COMPILED = ["cloud", "molecules"]  # each takes minutes to compile
+_MEMORY = ["cloud", "molecules", "materials", "cloud-l2"]  # where nothing else is asked for: a process per candidate
 _SORT_BUDGET = 3.0  # seconds per number of edges
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    top.add_argument("section", nargs="?", choices=("speed", "accuracy"), default="speed", help="(%(default)s)")
-    cases = f"of implicit_steer.cases ({' '.join(LARGE)})"
-    top.add_argument("--cases", nargs="+", choices=list(_NAMED), default=list(LARGE), metavar="CASE", help=cases)
+    top.add_argument("section", nargs="?", choices=list(_SECTIONS), default="speed", help="(%(default)s)")
+    cases = f"of implicit_steer.cases ({' '.join(LARGE)} and one per space)"
+    top.add_argument("--cases", nargs="+", choices=list(_NAMED), metavar="CASE", help=cases)
+    compiled = f"cases on which eager is compiled as well ({' '.join(_COMPILED)})"
+    top.add_argument("--compile", nargs="*", choices=list(_NAMED), metavar="CASE", help=compiled)
+    top.add_argument("--edges", nargs="+", type=int, metavar="E", help=f"of scaling {scaling.EDGES}")
     top.add_argument("--backends", nargs="+", metavar="NAME", help="(all that run here)")
     top.add_argument("--spaces", nargs="+", choices=list(SPACES), default=list(SPACES), metavar="SPACE", help="(all)")
-    top.add_argument("--quick", action="store_true", help="3 rounds; no memory, no construction of models")
+    top.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"3 rounds; {_QUICK_CASES[0]}, no compiling, no memory, no model; few edges",
+    )
     top.add_argument("--repeats", type=int, metavar="N", default=15, help="rounds per measure at most (%(default)s)")
     budget = "for the rounds of a measure; at least 3 are made (%(default)s)"
-    top.add_argument("--seconds", type=float, metavar="S", default=20.0, help=budget)
+    top.add_argument("--seconds", type=float, metavar="S", default=3.0, help=budget)
     top.add_argument("--threads", type=int, metavar="N", default=2, help="(%(default)s)")
     top.add_argument("--out", type=Path, metavar="DIR", default=Path("bench/results"), help="(%(default)s)")
     return top
@@ -46,41 +56,77 @@ def _backend_names(args: argparse.Namespace, top: argparse.ArgumentParser) -> li
     return args.backends or [name for name, (ok, _) in known.items() if ok]
 
 
+def _effort(args: argparse.Namespace) -> tuple[int, float]:
+    """Rounds at most, and seconds for them."""
+    return tuple(_QUICK.values()) if args.quick else (args.repeats, args.seconds)
+
+
 def run_speed(args: argparse.Namespace, names: list[str]) -> int:
     """Gate, then measure, print and write. 1 on a red gate."""
-    rounds, budget = _QUICK.values() if args.quick else (args.repeats, args.seconds)
+    (rounds, budget), whole = _effort(args), not args.quick
+    cases = args.cases or (list(LARGE | GROUPS) if whole else _QUICK_CASES)
+    compiled = args.compile if args.compile is not None else _COMPILED if whole else []
     results = {"environment": report.environment(), "skipped": {}}
     chosen = {}
-    for name in args.cases:
-        chosen[_NAMED[name]], results["skipped"][name] = candidates(_NAMED[name], names)
+    for name in cases:
+        case = _NAMED[name]
+        chosen[case], results["skipped"][name] = candidates(case, names, compile_eager=name in compiled)
     results["gate"] = [check.record() for check in speed.check_all(chosen)]
     heading = report.header(results["environment"]) + "\n\n" + report.gate_text(results["gate"])
     print(heading)
     if not all(check["ok"] for check in results["gate"]):
         report.write(args.out, "speed", results, heading)
         return 1
-    whole = not args.quick
     results["times"] = speed.times(chosen, rounds, budget)
+    bounded = [case for case, found in chosen.items() if bound.CANDIDATE in found]
+    results["bound"] = bound.measure(bounded, rounds, budget)
     results["sorting"] = speed.sorting(rounds, min(budget, _SORT_BUDGET))
-    results["memory"] = speed.memory(chosen, args.threads) if whole and fresh.measures_memory() else []
+    weighed = {case: found for case, found in chosen.items() if case.name in (args.cases or _MEMORY)}
+    results["memory"] = speed.memory(weighed, args.threads) if whole and fresh.measures_memory() else []
     results["lowering"] = fresh.ask("lowering", args.threads) if whole else {}
-    text = report.speed_text(results)
+    text = "\n\n".join([report.speed_text(results), bound.text(results["bound"])])
     print("\n" + text)
     report.write(args.out, "speed", results, heading + "\n\n" + text)
     report.speed_plots(results, args.out)
     return 0
 
 
-def run_accuracy(args: argparse.Namespace) -> int:
+def run_scaling(args: argparse.Namespace, names: list[str]) -> int:
+    """Measure, print and write. 1 where the system does not tell peak memory."""
+    if not fresh.measures_memory():
+        print("scaling: expected a system that tells peak memory (Linux), got none.", file=sys.stderr)
+        return 1
+    sizes = args.edges or (_QUICK_EDGES if args.quick else scaling.EDGES)
+    results = {"environment": report.environment(), "curves": scaling.measure(names, sizes, args.threads)}
+    _finish("scaling", results, scaling.text(results["curves"]), args.out)
+    scaling.plot(results["curves"], args.out)
+    return 0
+
+
+def run_small(args: argparse.Namespace, names: list[str]) -> int:
+    """Measure, print and write."""
+    results = {"environment": report.environment(), "calls": small.measure(names, *_effort(args))}
+    _finish("small", results, small.text(results["calls"]), args.out)
+    return 0
+
+
+def _finish(section: str, results: dict, tables: str, out: Path) -> None:
+    text = report.header(results["environment"]) + "\n\n" + tables
+    print(text)
+    report.write(out, section, results, text)
+
+
+def run_accuracy(args: argparse.Namespace, _: list[str]) -> int:
     """Measure, print and write."""
     results = {"environment": report.environment()}
     results["equivariance"] = accuracy.equivariance(args.spaces)
     results["convergence"] = accuracy.convergence()
-    text = report.header(results["environment"]) + "\n\n" + accuracy.text(results)
-    print(text)
-    report.write(args.out, "accuracy", results, text)
+    _finish("accuracy", results, accuracy.text(results), args.out)
     accuracy.plot(results, args.out)
     return 0
+
+
+_SECTIONS = {"speed": run_speed, "accuracy": run_accuracy, "scaling": run_scaling, "small": run_small}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = _backend_names(args, top)
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    status = run_accuracy(args) if args.section == "accuracy" else run_speed(args, names)
+    status = _SECTIONS[args.section](args, names)
     print(f"\nwritten to {args.out}")
     return status
 

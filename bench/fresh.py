@@ -1,6 +1,7 @@
 """What can only be measured in a process of its own: peak memory, and the first construction of a model.
 
-``python -m bench.fresh memory CASE BACKEND SAMPLING THREADS``, ``python -m bench.fresh lowering THREADS``: print JSON.
+``python -m bench.fresh WHAT ... THREADS`` prints JSON: ``memory CASE BACKEND SAMPLING``, ``scaling EDGES BACKEND
+SAMPLING``, ``lowering``.
 """
 
 from __future__ import annotations
@@ -56,14 +57,29 @@ def memory(case: str, backend: str, sampling: str) -> dict[str, float]:
     """Peak memory in MB of each measure, beyond the layer and its inputs."""
     from implicit_steer import cases
 
-    from .steps import MEASURES, Candidate, step
+    from .steps import Candidate, step
 
-    peaks, named = {}, cases.SMALL | cases.LARGE
-    for measure in MEASURES:
-        run = step(named[case], Candidate(backend, sampling), measure)
+    candidate, named = Candidate(backend, sampling), cases.SMALL | cases.LARGE | cases.GROUPS
+    peaks = {}
+    for measure in candidate.measures:
+        run = step(named[case], candidate, measure)
         run()  # what is made once and kept does not count
         peaks[measure] = peak_memory(run) / 1e6
     return peaks
+
+
+def scaling(edges: str, backend: str, sampling: str) -> dict[str, dict[str, float]]:
+    """Seconds (median) and peak bytes beyond the layer and its inputs, of each measure of the scaling section."""
+    from .scaling import MEASURES, ROUNDS, SECONDS, sized
+    from .steps import Candidate, step
+    from .timing import interleaved, summary
+
+    found = {}
+    for measure in MEASURES:
+        run = step(sized(int(edges)), Candidate(backend, sampling), measure)
+        times = interleaved({measure: run}, ROUNDS, SECONDS)[measure]
+        found[measure] = {"seconds": summary(times)["median_ms"] / 1e3, "bytes": peak_memory(run)}
+    return found
 
 
 def lowering() -> dict[str, float]:
@@ -81,4 +97,4 @@ def lowering() -> dict[str, float]:
 if __name__ == "__main__":
     what, *arguments, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    print(json.dumps({"memory": memory, "lowering": lowering}[what](*arguments)))
+    print(json.dumps({"memory": memory, "scaling": scaling, "lowering": lowering}[what](*arguments)))

@@ -11,7 +11,7 @@ from implicit_steer.cases import Case
 from implicit_steer.graph import sort_by_key
 
 from . import fresh
-from .steps import MATERIALISE, MEASURES, Candidate, Check, gate, step
+from .steps import COMPILED, MATERIALISE, MEASURES, Candidate, Check, gate, step
 from .timing import interleaved, summary
 
 SORTED_EDGES = (1_200, 32_000, 1_000_000)
@@ -37,31 +37,34 @@ def times(chosen: Chosen, rounds: int, budget: float) -> list[dict[str, Any]]:
     with tqdm(total=len(chosen) * len(MEASURES), desc="times", unit="measure") as progress:
         for case, candidates in chosen.items():
             for measure in MEASURES:
-                runs = {candidate: step(case, candidate, measure) for candidate in candidates}
+                runs = {c: step(case, c, measure) for c in candidates if measure in c.measures}
                 found = {c: summary(t) for c, t in interleaved(runs, rounds, budget, progress=progress).items()}
-                baseline = found[MATERIALISE]["median_ms"]
+                baseline = found[MATERIALISE]["median_ms"] if MATERIALISE in found else None
                 for candidate, values in found.items():
                     record = _record(case, candidate, measure)
-                    records.append(record | values | {"ratio": baseline / values["median_ms"]})
+                    records.append(record | values | {"ratio": baseline and baseline / values["median_ms"]})
                 progress.update()
     return records
 
 
 def memory(chosen: Chosen, threads: int) -> list[dict[str, Any]]:
-    """A record per case, measure and candidate: peak memory in MB, each case and candidate in a process of its own."""
+    """A record per case, measure and candidate: peak memory in MB, each case and candidate in a process of its own.
+
+    Not of what torch.compile makes, which it would have to make again there.
+    """
+    asked = {case: [c for c in candidates if c != COMPILED] for case, candidates in chosen.items()}
     records = []
-    with tqdm(total=sum(map(len, chosen.values())), desc="memory", unit="process") as progress:
-        for case, candidates in chosen.items():
+    with tqdm(total=sum(map(len, asked.values())), desc="memory", unit="process") as progress:
+        for case, candidates in asked.items():
             peaks = {}
             for c in candidates:
-                peaks[c] = fresh.ask("memory", case.name, c.backend, c.sampling, threads)
+                found = fresh.ask("memory", case.name, c.backend, c.sampling, threads)
+                peaks |= {(c, measure): peak for measure, peak in found.items()}
                 progress.update()
-            for measure in MEASURES:
-                baseline = peaks[MATERIALISE][measure]
-                for candidate, peak in peaks.items():
-                    ratio = baseline / peak[measure] if peak[measure] else None
-                    record = _record(case, candidate, measure)
-                    records.append(record | {"peak_mb": peak[measure], "ratio": ratio})
+            for (c, measure), peak in peaks.items():
+                baseline = peaks.get((MATERIALISE, measure))
+                ratio = baseline / peak if baseline and peak else None
+                records.append(_record(case, c, measure) | {"peak_mb": peak, "ratio": ratio})
     return records
 
 

@@ -1,12 +1,8 @@
 // The torch operators of cpu/, through torch's stable ABI: checks, memory, the choice of the instruction set.
 // Their callers (backends/cpu.py) have validated shapes and indices; what is checked here keeps memory safe.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -15,11 +11,10 @@
 #include <vector>
 
 #include "cpu/entry.h"
+#include "op_arguments.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using namespace implicit_steer;
 
 // Below this many edges per thread, waking a second thread costs more than it saves.
@@ -47,31 +42,9 @@ int threads_for(int64_t edges) {
   return static_cast<int>(std::clamp<int64_t>(edges / kTileEdgesPerThread, 1, most));
 }
 
-// The entry points of the set asked for: 0 the widest, 1 baseline, 2 AVX2, 3 AVX-512.
 template <typename R>
 const ConvTable<R>& table(int64_t wanted) {
-  const int best = widest_instruction_set();
-  STD_TORCH_CHECK(wanted >= 0 && wanted <= best, "isa: expected 0 .. ", best, " on this machine, got ", wanted, ".");
-  return conv_table<R>(wanted == 0 ? best : static_cast<int>(wanted));
-}
-
-// Calls f with a null pointer of the tensor's floating type.
-template <typename F>
-void dispatch_real(const Tensor& t, const char* name, F f) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return f(static_cast<float*>(nullptr));
-    case ScalarType::Double:
-      return f(static_cast<double*>(nullptr));
-    default:
-      STD_TORCH_CHECK(false, name, ": expected a float32 or float64 tensor, got another dtype.");
-  }
-}
-
-void check(const Tensor& t, const char* name, ScalarType type, int64_t numel) {
-  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous(), name,
-                  ": expected a contiguous tensor of another dtype.");
-  STD_TORCH_CHECK(t.numel() == numel, name, ": expected ", numel, " numbers, got ", t.numel(), ".");
+  return conv_table<R>(instruction_set(wanted));
 }
 
 // The parameters as one vector.
@@ -87,15 +60,6 @@ std::vector<R> gather(const std::vector<Tensor>& parameters, int64_t n_parameter
   STD_TORCH_CHECK(static_cast<int64_t>(vector.size()) == n_parameters, "parameters: expected ", n_parameters,
                   " numbers, got ", vector.size(), ".");
   return vector;
-}
-
-template <typename R>
-const R* data(const Tensor& t) {
-  return static_cast<const R*>(t.const_data_ptr());
-}
-template <typename R>
-R* mutable_data(Tensor& t) {
-  return t.numel() ? static_cast<R*>(t.mutable_data_ptr()) : nullptr;
 }
 
 template <typename R>
@@ -275,6 +239,23 @@ Tensor lane_function(const Tensor& x, int64_t which, int64_t isa) {
   return out;
 }
 
+// Multiply-adds (one per lane and vector instruction) per second in float32 with torch's number of threads, the best of
+// several runs: what the arithmetic of this machine can reach.
+double fma_peak(int64_t isa) {
+  constexpr int64_t kRounds = 2'000'000;  // about 10 ms
+  constexpr int kRuns = 8;
+  const int threads = static_cast<int>(torch::stable::get_num_threads());
+  std::vector<float> sums(threads);
+  double best = 0;
+  for (int n = 0; n < kRuns; ++n) {
+    const auto start = std::chrono::steady_clock::now();
+    const int64_t made = table<float>(isa).peak(threads, kRounds, sums.data());
+    const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+    best = std::max(best, static_cast<double>(made) / taken.count());
+  }
+  return best;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(implicit_steer, m) {
@@ -296,6 +277,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(implicit_steer, m) {
       "Tensor pack_value, Tensor statistics, Tensor grad_packed) -> Tensor");
   m.def("same_values(Tensor[] tensors, Tensor copy) -> bool");
   m.def("lane_function(Tensor x, int which, int isa) -> Tensor");
+  m.def("fma_peak(int isa) -> float");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(implicit_steer, CPU, m) {
@@ -307,3 +289,5 @@ STABLE_TORCH_LIBRARY_IMPL(implicit_steer, CPU, m) {
   m.impl("conv_pack_backward", TORCH_BOX(&conv_pack_backward));
   m.impl("lane_function", TORCH_BOX(&lane_function));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(implicit_steer, CompositeExplicitAutograd, m) { m.impl("fma_peak", TORCH_BOX(&fma_peak)); }

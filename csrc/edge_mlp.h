@@ -80,11 +80,11 @@ IST_INLINE void products(const R* a, int stride, int k0, int k1, const V* z, V* 
   }
 }
 
-// y[k] += Σ_j x[j] a[j, k] for k0 <= k < k1
+// y[k] = Σ_j x[j] a[j, k] for k0 <= k < k1, added to what is there unless `first`
 template <int N, typename R, typename V>
-IST_INLINE void add_products(const R* a, int stride, int k0, int k1, const V* x, V* y) {
+IST_INLINE void add_products(bool first, const R* a, int stride, int k0, int k1, const V* x, V* y) {
   for (int k = k0; k < k1; ++k) {
-    V acc = y[k];
+    V acc = first ? V{} : y[k];
     for (int j = 0; j < N; ++j) acc += x[j] * a[j * stride + k];
     y[k] = acc;
   }
@@ -116,8 +116,8 @@ IST_INLINE void pairs_forward(const LayerView<R>& layer, int row, int c, int eve
   butterfly<N>(x, x + N);
   apply<F, 2 * N>(x, slopes);
   butterfly<N>(x, x + N);
-  add_products<N>(inverse, c, 0, layer.out_even, x, y);
-  add_products<N>(inverse, c, even, even + layer.out_odd, x + N, y);
+  add_products<N>(row == 0, inverse, c, 0, layer.out_even, x, y);
+  add_products<N>(row == 0, inverse, c, even, even + layer.out_odd, x + N, y);
 }
 
 template <int N, typename R, typename V>
@@ -130,8 +130,8 @@ IST_INLINE void pairs_backward(const LayerView<R>& layer, int row, int c, int ev
   butterfly<N>(g, g + N);
   for (int j = 0; j < 2 * N; ++j) g[j] *= slopes[j];
   butterfly<N>(g, g + N);
-  add_products<N>(a, c, 0, layer.in_even, g, d_z);
-  add_products<N>(a, c, even, even + layer.in_odd, g + N, d_z);
+  add_products<N>(row == 0, a, c, 0, layer.in_even, g, d_z);
+  add_products<N>(row == 0, a, c, even, even + layer.in_odd, g + N, d_z);
 }
 
 template <typename F, int N, typename R, typename V>
@@ -139,7 +139,7 @@ IST_INLINE void singles_forward(const LayerView<R>& layer, int row, int c, const
   V x[N];
   products<N>(layer.pair_samples + row * c, c, 0, c, z, x);
   apply<F, N>(x, slopes);
-  add_products<N>(layer.pair_inverse + row * c, c, 0, c, x, y);
+  add_products<N>(row == 0, layer.pair_inverse + row * c, c, 0, c, x, y);
 }
 
 template <int N, typename R, typename V>
@@ -147,7 +147,7 @@ IST_INLINE void singles_backward(const LayerView<R>& layer, int row, int c, cons
   V g[N];
   products<N>(layer.pair_inverse + row * c, c, 0, c, d_y, g);
   for (int j = 0; j < N; ++j) g[j] *= slopes[j];
-  add_products<N>(layer.pair_samples + row * c, c, 0, c, g, d_z);
+  add_products<N>(row == 0, layer.pair_samples + row * c, c, 0, c, g, d_z);
 }
 
 // Calls f with blocks of at most 5 rows: f(constant of the block's size, first row).
@@ -264,6 +264,13 @@ void near_backward(const LayerView<R>& layer, int c, int zero, V r, const V* z, 
 
 // ---- activations of all channels
 
+// Zero in the coefficients that no row of samples writes: those past the first `even` and `odd` of each kind.
+template <typename R>
+IST_INLINE void clear_unused(const PlanView<R>& p, int even, int odd, typename Lane<R>::V* y) {
+  for (int k = even; k < p.n_even; ++k) y[k] = typename Lane<R>::V{};
+  for (int k = p.n_even + odd; k < p.c; ++k) y[k] = typename Lane<R>::V{};
+}
+
 template <typename F, typename R>
 void activation_forward(const PlanView<R>& p, const LayerView<R>& layer, const Edges<R>& e,
                         const typename Lane<R>::V* z, typename Lane<R>::V* y, typename Lane<R>::V* slopes) {
@@ -274,7 +281,7 @@ void activation_forward(const PlanView<R>& p, const LayerView<R>& layer, const E
       near_forward<F>(layer, c, p.order_zero, e.radius, z, y);
       continue;
     }
-    for (int k = 0; k < c; ++k) y[k] = V{};
+    clear_unused(p, layer.out_even, layer.out_odd, y);
     row_blocks(0, layer.n_pairs, [&](auto n, int row) {
       pairs_forward<F, decltype(n)::value>(layer, row, c, p.n_even, z, y, slopes ? slopes + 2 * row : nullptr);
     });
@@ -296,7 +303,7 @@ void activation_backward(const PlanView<R>& p, const LayerView<R>& layer, Edges<
       near_backward<F>(layer, c, p.order_zero, e.radius, z, d_y, d_z, e.d_radius);
       continue;
     }
-    for (int k = 0; k < c; ++k) d_z[k] = V{};
+    clear_unused(p, layer.in_even, layer.in_odd, d_z);
     row_blocks(0, layer.n_pairs, [&](auto n, int row) {
       pairs_backward<decltype(n)::value>(layer, row, c, p.n_even, slopes + 2 * row, d_y, d_z);
     });

@@ -55,7 +55,8 @@ class Regressor(pl.LightningModule):
         self.model, self.mean, self.std, self.lr, self.options = model, mean, std, lr, options
         self.train_error, self.error = RunningMean(), RunningMean()
 
-    def _loss(self, batch: Batch) -> torch.Tensor:
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Mean absolute error of a batch, in standard deviations."""
         target = ((batch.y - self.mean) / self.std).to(batch.pos.dtype)
         return torch.nn.functional.l1_loss(self.model(batch), target)
 
@@ -64,8 +65,8 @@ class Regressor(pl.LightningModule):
         self.train_error.reset()
 
     def training_step(self, batch: Batch, step: int) -> torch.Tensor:
-        """Mean absolute error of a batch, in standard deviations."""
-        loss = self._loss(batch)
+        """The loss, which also enters the epoch's mean."""
+        loss = self.loss(batch)
         self.train_error.add(loss, batch.num_graphs)
         if step % SHOW_EVERY == 0:
             self.log("loss", loss.detach(), prog_bar=True, batch_size=batch.num_graphs)
@@ -77,7 +78,7 @@ class Regressor(pl.LightningModule):
 
     def validation_step(self, batch: Batch, step: int) -> None:
         """Collect the error of a batch."""
-        self.error.add(self._loss(batch), batch.num_graphs)
+        self.error.add(self.loss(batch), batch.num_graphs)
 
     def on_validation_epoch_end(self) -> None:
         """``val_mae``."""
@@ -92,7 +93,8 @@ class Regressor(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW; the learning rate is halved at each of :data:`MILESTONES`."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=WEIGHT_DECAY)
+        # fused: one call for all parameters, of which most are small
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=WEIGHT_DECAY, fused=True)
         return {
             "optimizer": optimizer,
             "lr_scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, MILESTONES, gamma=0.5),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -85,6 +86,17 @@ class Case:
     degree: int = 5  # mean; random graphs, unless knn
     knn: bool = False
     copies: int = 1  # disjoint clouds in one batch
+    uniform: bool = False  # positions uniform in a cube, its `degree` nearest at a mean distance of 1; else normal
+
+    @property
+    def edges(self) -> int:
+        """How many there are (where every node has enough neighbours)."""
+        return self.nodes * self.copies * self.degree
+
+    @property
+    def _side(self) -> float:
+        """Of the cube, in R³: a ball with `degree` points has the radius 4/3, which makes their mean distance 1."""
+        return (self.nodes * 4 / 3 * math.pi * (4 / 3) ** 3 / self.degree) ** (1 / 3)
 
     @property
     def gspace(self) -> gspaces.GSpace:
@@ -113,6 +125,8 @@ class Case:
             return torch.randn(*shape, generator=generator).to(width)
 
         pos = normal(n, dim)
+        if self.uniform:
+            pos = self._side * torch.rand(n, dim, generator=generator).to(width)
         if self.knn:
             batch = torch.arange(self.copies).repeat_interleave(self.nodes)
             edges = knn_graph(pos.cpu(), self.degree, batch).to(width.device)
@@ -134,9 +148,13 @@ class Problem:
     delta: Tensor  # (E, dim)
     attributes: Tensor | None  # (E, A)
 
+    def arguments(self, conv: ImplicitPointConv) -> tuple:
+        """What the layer is called with."""
+        return conv.in_type(self.x, self.pos), self.graph, self.delta, self.attributes
+
     def run(self, conv: ImplicitPointConv) -> Tensor:
         """The layer's output (N, C_out)."""
-        return conv(conv.in_type(self.x, self.pos), self.graph, self.delta, self.attributes).tensor
+        return conv(*self.arguments(conv)).tensor
 
     def requires_grad(self) -> list[Tensor]:
         """Make the inputs leaves that require gradients; returns them."""
@@ -179,17 +197,37 @@ def _small() -> list[Case]:
 
 
 def _large() -> list[Case]:
-    eight = "8 scalar+vector"
+    def o3(name: str, fields: str = "8 scalar+vector", attributes: str = "1 scalar", **size) -> Case:
+        return Case(name, "O(3)", fields, fields, attributes, 3, 8, knn=True, **size)
+
+    cloud = {"nodes": 1000, "degree": 32}
+    molecule = {"attributes": "14 scalar", "nodes": 18, "degree": 2}
     return [
-        Case("cloud", "O(3)", eight, eight, "1 scalar", 3, 8, nodes=1000, degree=32, knn=True),
-        Case("molecules", "O(3)", eight, eight, "14 scalar", 3, 8, nodes=18, degree=2, knn=True, copies=32),
-        Case("cloud-so2", "SO(2) on R3", eight, eight, "1 scalar", 3, 8, nodes=1000, degree=32, knn=True),
-        Case("cloud-l2", "O(3)", "8 scalar+l1+l2", "8 scalar+l1+l2", "1 scalar", 3, 8, nodes=1000, degree=32, knn=True),
+        o3("cloud", **cloud),
+        o3("cloud-batch", nodes=1024, degree=32, copies=8),
+        o3("molecules", **molecule, copies=32),
+        o3("molecules-128", **molecule, copies=128),
+        o3("materials", nodes=10_000, degree=60, uniform=True),
+        o3("cloud-16", "16 scalar+vector", **cloud),
+        o3("cloud-32", "32 scalar+vector", **cloud),
+        o3("cloud-l2", "8 scalar+l1+l2", **cloud),
+        replace(o3("cloud-so2", **cloud), space="SO(2) on R3"),
     ]
+
+
+# Finite groups of order up to 8: the intertwiners of larger regular fields are dense and take GB to build.
+_REGULAR = ("mirror on R3", "inversion on R3", "trivial on R3", "C4 on R2", "C4 on R3", "D3 on R3", "D4 on R2")
+
+
+def _groups() -> list[Case]:
+    kinds = {name: "4 regular" if name in _REGULAR else "8 scalar+vector" for name in SPACES}
+    size = {"nodes": 500, "degree": 16, "knn": True}
+    return [Case(name, name, kind, kind, "1 scalar", 3, 8, **size) for name, kind in kinds.items()]
 
 
 SMALL: dict[str, Case] = {c.name: c for c in _small()}  # every group and feature, for tests
 LARGE: dict[str, Case] = {c.name: c for c in _large()}  # realistic sizes, for the benchmark
+GROUPS: dict[str, Case] = {c.name: c for c in _groups()}  # every space at one size, for the benchmark
 
 
 def equivariance_error(conv: ImplicitPointConv, problem: Problem, elements: list[GroupElement]) -> float:

@@ -40,6 +40,11 @@ def phi(name: str, u: Tensor) -> Tensor:
     return _TABLE[name][0](u)
 
 
+def phi_prime(name: str, u: Tensor) -> Tensor:
+    """φ′(u)."""
+    return _TABLE[name][1](u)
+
+
 def difference_quotient(name: str, b: Tensor, k: Tensor) -> Tensor:
     """(φ(b + k) − φ(b)) / k to full relative precision, φ′(b) at k = 0; differentiable in b and k."""
     value, prime, kinked = _TABLE[name]

@@ -38,6 +38,14 @@ def _register_fakes() -> None:
     def _(key: Tensor, n: int) -> tuple[Tensor, Tensor]:
         return key.new_empty(key.shape), key.new_empty(n + 1)
 
+    @torch.library.register_fake("implicit_steer::fourier_forward")
+    def _(x: Tensor, samples: Tensor, inverse_t: Tensor, function: int, isa: int) -> Tensor:
+        return torch.empty_like(x)
+
+    @torch.library.register_fake("implicit_steer::fourier_backward")
+    def _(grad: Tensor, x: Tensor, samples: Tensor, inverse_t: Tensor, function: int, isa: int) -> Tensor:
+        return torch.empty_like(x)
+
 
 _STATE = _load()
 if _STATE[0]:

@@ -1,4 +1,5 @@
-"""Pictures: kernels on a slice, times as bars, learning curves, convergence. Each returns a matplotlib ``Figure``.
+"""Pictures: kernels on a slice, times as bars, learning curves, convergence, lines on logarithmic axes. Each returns a
+matplotlib ``Figure``.
 
 The figures are made without pyplot: they need no display, and nothing has to be closed. Needs the extra ``train``.
 """
@@ -6,6 +7,7 @@ The figures are made without pyplot: they need no display, and nothing has to be
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -174,6 +176,37 @@ def learning_curve(
     return figure
 
 
+def _log_lines(curves: Mapping[str, Mapping[float, float]], width: float, height: float) -> tuple[Figure, Axes]:
+    figure = _figure(width, height)
+    axes = figure.subplots()
+    for (name, curve), colour in zip(curves.items(), cycle(_COLOURS), strict=False):
+        axes.loglog(list(curve), list(curve.values()), marker="o", markersize=4, color=colour, label=name)
+    _plain_axes(axes, "both")
+    return figure, axes
+
+
+def log_lines(
+    curves: Mapping[str, Mapping[float, float]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    notes: Mapping[str, str] | None = None,
+) -> Figure:
+    """``curves[name]``: x → y, both axes logarithmic; ``notes[name]``: written where that curve ends, for example why
+    it does."""
+    figure, axes = _log_lines(curves, 7, 4.5)
+    for line in axes.lines:
+        if text := (notes or {}).get(line.get_label()):
+            style = {"fontsize": 8, "color": line.get_color(), "va": "center", "textcoords": "offset points"}
+            axes.annotate(text, tuple(line.get_xydata()[-1]), (6, 0), **style)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.set_title(title, fontsize=11)
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
 def convergence(
     counts: Sequence[int],
     errors: Mapping[str, Sequence[float]],
@@ -184,17 +217,14 @@ def convergence(
     marks: Mapping[str, int] | None = None,
 ) -> Figure:
     """``errors[name]``, one value per entry of ``counts``, both axes logarithmic; ``marks``: vertical lines by name."""
-    figure = _figure(6.5, 4.2)
-    axes = figure.subplots()
-    for n, (name, values) in enumerate(errors.items()):
-        axes.loglog(counts, values, marker="o", markersize=4, color=_COLOURS[n % len(_COLOURS)], label=name)
+    curves = {name: dict(zip(counts, values, strict=True)) for name, values in errors.items()}
+    figure, axes = _log_lines(curves, 6.5, 4.2)
     for name, count in (marks or {}).items():
         axes.axvline(count, color=_INK, linestyle=":", linewidth=1, label=name)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    _plain_axes(axes, "both")
     axes.set_title(title, fontsize=11)
     axes.legend(frameon=False, fontsize=9)
     return figure

@@ -2,17 +2,20 @@
 
 import json
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import accuracy, fresh, report, speed
+from bench import accuracy, bound, fresh, related, report, scaling, small, speed, steps
 from bench.__main__ import main
-from bench.steps import MATERIALISE, MEASURES, TOLERANCE, Candidate, candidates, gate, relative_error, step
+from bench.compiled import compiled_call
+from bench.steps import COMPILED, MATERIALISE, MEASURES, TOLERANCE, Candidate, candidates, gate, relative_error, step
 from bench.timing import interleaved, summary
-from implicit_steer import backends, cases
+from implicit_steer import backends, cases, native
 from implicit_steer.backends import eager
+from implicit_steer.plan import FUNCTIONS
 
 CASE = cases.SMALL["o3"]
 
@@ -45,9 +48,12 @@ def test_quick_run_writes_results(tmp_path, capsys, monkeypatch):
     results = json.loads((tmp_path / "speed.json").read_text())
     runners = [name for name, (ok, _) in backends.availability().items() if ok]
     expected = {(m, b, s) for m in MEASURES for b in runners for s in ("auto", "escnn")}
+    expected -= {(m, "reference", "auto") for m in MEASURES}
     expected -= {
         (m, *who.split(", ")) for m in MEASURES for who in results["skipped"]["o3"]
     }  # backends that do not support it
+    forms = () if "e3nn" in results["skipped"]["o3"] else related.FORMS
+    expected |= {(m, "e3nn", form) for m in ("forward", "train") for form in forms}
     assert {(r["measure"], r["backend"], r["sampling"]) for r in results["times"]} == expected
     assert all(0 < r["q1_ms"] <= r["median_ms"] <= r["q3_ms"] and r["rounds"] == 3 for r in results["times"])
     base = {r["measure"]: r["median_ms"] for r in results["times"] if r["candidate"] == "materialise"}
@@ -126,10 +132,11 @@ def test_unsupported_candidates_are_left_out_with_their_reason(monkeypatch):
     )
     monkeypatch.setitem(backends.BACKENDS, "eager", narrow)
     found, skipped = candidates(CASE, ["reference", "eager"])
-    assert found == [MATERIALISE, Candidate("reference", "auto"), Candidate("eager", "escnn")]
-    assert skipped == {"eager, auto": "grids only"}
+    ours = [c for c in found if c.backend in backends.BACKENDS]
+    assert ours == [MATERIALISE, Candidate("eager", "escnn")]
+    assert skipped["eager, auto"] == "grids only"
     _, skipped = candidates(cases.SMALL["o3-vector-attr"], ["reference"])
-    assert list(skipped) == ["auto"]
+    assert list(skipped) == ["auto", "e3nn"]
 
 
 # ---- the instruments
@@ -169,11 +176,190 @@ def test_sorting_is_measured_against_argsort(monkeypatch):
 
 
 def test_losers_are_listed():
-    row = {"case": "o3", "measure": "train", "candidate": "eager, auto", "ratio": 0.5, "median_ms": 1.0}
+    row = {"case": "o3", "candidate": "eager, auto", "backend": "eager", "sampling": "auto"}
+    row |= {"ratio": 0.5, "median_ms": 1.0}
     results = {"times": [row | {"measure": m} for m in MEASURES], "memory": [], "sorting": [], "lowering": {}}
     text = report.speed_text(results | {"skipped": {"o3": {"cpu, auto": "not built"}}})
     assert "- o3, eager, auto, train: time 0.50x" in text
     assert "not run: cpu, auto (not built)" in text
+
+
+# ---- comparators
+
+
+def test_every_rival_of_cpu_is_compared_and_the_faster_ones_are_listed():
+    def record(backend, sampling, milliseconds, measure):
+        place = {"case": "cloud", "measure": measure, "ratio": None, "median_ms": milliseconds}
+        return place | {"candidate": f"{backend}, {sampling}", "backend": backend, "sampling": sampling}
+
+    ours = [record("cpu", "auto", 2.0, m) for m in MEASURES] + [record("cpu", "escnn", 8.0, m) for m in MEASURES]
+    eager = [record("eager", "auto", 6.0, m) for m in MEASURES] + [record("eager", "escnn", 7.0, m) for m in MEASURES]
+    others = [record("eager, compiled", "auto", 1.0, "train"), record("e3nn", "NequIP form", 1.5, "forward")]
+    found = {(r["rival"], r["sampling"], r["measure"]): r["factor"] for r in report.rivals([*ours, *eager, *others])}
+    assert {f for (_, sampling, _), f in found.items() if sampling == "escnn"} == {7 / 8}
+    assert found["eager, compiled, auto", "auto", "train"] == 0.5
+    assert len(found) == 2 * len(MEASURES) + 2
+    results = {"times": [*ours, *eager, *others], "memory": [], "sorting": [], "lowering": {}, "skipped": {}}
+    text = report.speed_text(results)
+    assert "| cloud, auto    |   3.00x | 3.00x |       3.00x |" in text
+    lost = text.partition("Worse than the comparator:\n")[2].splitlines()
+    assert len(lost) == len(MEASURES) + 2
+    assert "- cloud, cpu, auto, forward: time 0.75x of e3nn, NequIP form" in lost
+
+
+def test_a_reference_that_is_too_large_is_not_run_and_says_why():
+    found, skipped = candidates(cases.LARGE["materials"], ["reference", "eager"])
+    assert skipped["materialise"] == "would need about 14.7 GB"  # 6 x 600,000 x 32 x 32 x 4 bytes
+    assert "materialise" not in {c.label for c in found}
+    row = {"case": "materials", "backend": "eager", "sampling": "auto", "candidate": "eager, auto", "median_ms": 2.0}
+    results = {"times": [row | {"measure": "train", "ratio": None}], "memory": [], "sorting": [], "lowering": {}}
+    text = report.speed_text(results | {"skipped": {"materials": skipped}})
+    assert "not run: materialise (would need about 14.7 GB)" in text
+
+
+def test_a_large_case_is_checked_on_fewer_nodes():
+    small = steps.checked_case(cases.LARGE["materials"])
+    assert (small.nodes, small.degree, small.uniform) == (678, 60, True)  # 1 GB of 14.7
+    assert steps.reference_bytes(small) <= steps.GATE_LIMIT
+    assert steps.checked_case(CASE) == CASE
+
+
+@pytest.mark.parametrize("measure", COMPILED.measures)
+def test_what_is_compiled_records_the_call_and_its_derivatives(measure, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda recorded, dynamic: recorded)
+    conv = CASE.layer(norm=steps.NORMS[measure], backend="eager").train(measure != "forward")
+    problem = CASE.inputs(conv)
+    leaves = [*problem.requires_grad(), *conv.parameters()]
+    ours, expected = compiled_call(conv, problem)(), problem.run(conv)
+    assert relative_error(ours.detach(), expected.detach()) <= TOLERANCE
+    pairs = zip(*(torch.autograd.grad(out, leaves, out.detach()) for out in (ours, expected)), strict=True)
+    assert max(relative_error(a, b) for a, b in pairs) <= TOLERANCE
+
+
+def test_why_eager_could_not_be_compiled_is_reported(monkeypatch):
+    def compile_(*_, **__):
+        raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    found, skipped = candidates(cases.SMALL["o3-l2"], ["eager"], compile_eager=True)
+    assert skipped[COMPILED.label] == "no compiler"
+    assert COMPILED not in found
+
+
+@pytest.mark.parametrize("form", related.FORMS)
+@pytest.mark.parametrize("name", ["o3", "o3-l2", "o3-no-attr", "o3-mixed"])
+def test_related_operators_are_equivariant_layers_of_equal_widths(name, form):
+    o3 = pytest.importorskip("e3nn.o3")
+    torch.manual_seed(0)
+    case = replace(cases.SMALL[name], knn=True)  # at distance 0 e3nn's Bessel functions are NaN
+    assert related.why_not(case) is None
+    conv = case.layer()
+    problem = case.inputs(conv)
+    size = 0 if conv.edge_attr_type is None else conv.edge_attr_type.size
+    layer = related.Layer(conv.in_type, conv.out_type, size, form)
+    assert (layer.into.dim, layer.out.dim) == (conv.in_type.size, conv.out_type.size)
+    matrix = -o3.rand_matrix()  # a rotation and the inversion
+    into, out = (irreps.D_from_matrix(matrix) for irreps in (layer.into, layer.out))
+    moved = replace(problem, x=problem.x @ into.T, delta=problem.delta @ matrix.T)
+    with torch.no_grad():
+        expected = layer(problem) @ out.T
+        assert float((layer(moved) - expected).norm() / expected.norm()) < 1e-4
+
+
+def test_related_operators_have_their_domain():
+    pytest.importorskip("e3nn")
+    assert related.why_not(cases.SMALL["so2"]) == "only for O(3)"
+    assert related.why_not(cases.SMALL["o3-vector-attr"]) == "only for scalar attributes"
+    found = step(replace(CASE, knn=True), Candidate("e3nn", "NequIP form"), "train")()
+    assert {"output", "x", "edge_delta", "edge_attr"} < set(found)
+    assert all(float(tensor.abs().max()) > 0 for tensor in found.values())
+
+
+# ---- cases
+
+
+def test_the_box_is_uniform_and_every_space_has_a_case():
+    case = replace(cases.LARGE["materials"], nodes=1000)
+    delta = case.inputs(case.layer()).delta
+    assert len(delta) == case.edges == 60_000
+    assert float(delta.norm(dim=1).mean()) == pytest.approx(1, rel=0.2)
+    assert set(cases.GROUPS) == set(cases.SPACES)
+
+
+# ---- the arithmetic bound
+
+
+def test_lane_operations_are_those_counted_by_hand():
+    count = bound.lane_operations(cases.LARGE["cloud"].layer().implicit_kernel.plan, 1 / 32)
+    assert count == {
+        "linear layers": 2 * 8 + 4 * 64,  # two scalars to 8 scalars; 8 to 8 channels of 4 coefficients
+        "samples": 8 * 10 * (1 + 4) + 8 * 10 * (4 + 3) + 8 * 10,
+        "φ": 2 * 8 * 10 * 11,
+        "coupling": 21 * 8 + 11 * 64 + 4 * 8,
+        "mixing": 5888 / 32,
+    }
+    assert set(bound.PHI) == set(FUNCTIONS)
+
+
+@pytest.mark.skipif(not native.available()[0], reason="needs the native extension")
+def test_the_bound_is_the_count_over_the_peak():
+    torch.set_num_threads(1)
+    baseline, widest = (torch.ops.implicit_steer.fma_peak(isa) for isa in (1, 0))
+    assert baseline > 1e8
+    assert 0.5 * baseline < widest < 1e13
+    found = bound.measure([CASE], rounds=3, budget=0.0)
+    (record,) = found["records"]
+    assert record["bound_ms"] == pytest.approx(1e3 * 60 * sum(record["count"].values()) / found["peak"])
+    assert record["operator share"] == pytest.approx(record["bound_ms"] / record["operator"])
+    assert "| o3   |" in bound.text(found)
+
+
+# ---- scaling and small graphs
+
+
+def linear_costs(what, edges, backend, sampling, threads):
+    per_edge = {"reference": 1e6, "eager": 4e3, "cpu": 500}[backend]
+    found = {"bytes": per_edge * edges, "seconds": 1e-6 * edges}
+    return dict.fromkeys(scaling.MEASURES, found)
+
+
+def test_scaling_stops_where_the_next_size_does_not_fit(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fresh, "ask", linear_costs)
+    sizes = ["3200", "320000", "320000000"]
+    assert main(["scaling", "--edges", *sizes, "--out", str(tmp_path)]) == 0
+    curves = json.loads((tmp_path / "scaling.json").read_text())["curves"]
+    assert {label: len(curve["records"]) for label, curve in curves.items()} == {
+        "materialise": 1,
+        "eager, auto": 2,
+        "cpu, auto": 2,
+    }
+    assert curves["materialise"]["ends"].startswith("needs ~320 GB")
+    printed = capsys.readouterr().out
+    assert "not run beyond: needs ~1280 GB" in printed
+    assert "`cpu` above its 600 bytes per edge:\n- nowhere" in printed
+    assert all((tmp_path / f"scaling-{name}.png").stat().st_size > 5000 for name in ("time", "memory"))
+    monkeypatch.setattr(scaling, "TARGET", 400)
+    assert "- 3,200 edges: 500" in scaling.text(curves)
+
+
+@pytest.mark.skipif(not fresh.measures_memory(), reason="this system does not tell peak memory")
+def test_one_size_of_the_scaling_is_measured():
+    found = fresh.scaling("1600", "eager", "auto")
+    assert set(found) == set(scaling.MEASURES)
+    assert all(0 < f["seconds"] < 60 and 0 <= f["bytes"] < 1e9 for f in found.values())
+    assert scaling.sized(1600).edges == 1600
+
+
+def test_overhead_of_small_graphs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(small, "CALLS", 2)
+    monkeypatch.setattr(small, "TARGETS", dict.fromkeys(small.TARGETS, 1e-3))
+    assert main(["small", "--quick", "--threads", "1", "--out", str(tmp_path)]) == 0
+    calls = json.loads((tmp_path / "small.json").read_text())["calls"]
+    names = [name for name, (ok, _) in backends.availability().items() if ok]
+    assert {(r["call"], r["backend"]) for r in calls} == {(call, name) for call in small.TARGETS for name in names}
+    assert all(r["us"] > 1 for r in calls)
+    missed = capsys.readouterr().out.partition("`cpu` above its target:")[2]
+    assert missed.count("- operator") == missed.count("- module") == (2 if "cpu" in names else 0)
 
 
 # ---- accuracy

@@ -9,6 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from escnn import gspaces
+from escnn.nn import IIDBatchNorm1d, QuotientFourierELU
+from helpers import relative
 
 from implicit_steer import _lightning
 from implicit_steer.__main__ import main
@@ -228,3 +230,35 @@ def test_weights_loaded_in_evaluation_mode_count(data, model):
     assert not torch.equal(other(batch), model(batch))
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(batch), model(batch))
+
+
+def with_escnns_modules(model):
+    """A copy of the network whose node activations and batch norms are escnn's own."""
+    other = QM9Net(blocks=len(model.blocks)).double()
+    gspace, channels = other.activation.in_type.gspace, len(other.activation.in_type)
+    irreps = list(dict.fromkeys(other.activation.in_type.representations[0].irreps))
+    activation = QuotientFourierELU(gspace, (False, False, -1), channels, irreps, type="ico", inplace=False).double()
+    other.activation = activation
+    for block in other.blocks:
+        block.activation = activation
+        block.norm1, block.norm2 = (IIDBatchNorm1d(activation.in_type).double() for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def test_node_modules_are_escnns(data):
+    torch.manual_seed(0)
+    ours = QM9Net(blocks=2).double()
+    theirs = with_escnns_modules(ours)
+    for step, training in enumerate((True, True, False)):
+        batch = double(data.train.__getitems__(range(8 * step, 8 * step + 8)))
+        results = []
+        for model in (ours, theirs):
+            model.train(training).zero_grad()
+            out = model(batch)
+            out.square().sum().backward()
+            gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+            results.append((out, gradients, *model.state_dict().values()))
+        # escnn keeps A, A⁻ and its projections in float32
+        assert all(relative(*pair) <= 1e-6 for pair in zip(*results, strict=True) if bool(pair[1].any()))
+    assert list(ours.state_dict()) == list(theirs.state_dict())

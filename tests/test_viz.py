@@ -111,3 +111,15 @@ def test_convergence_is_logarithmic_and_marks_counts():
     assert drawn["default"][0] == [10, 10]
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     assert [label.get_text() for label in axes.get_xticklabels()] == ["6", "10", "64"]
+
+
+def test_log_lines_end_with_their_notes(tmp_path):
+    curves = {"ours": {10: 1.0, 100: 3.0}, "theirs": {10: 5.0}}
+    figure = viz.log_lines(curves, xlabel="edges", ylabel="time / s", notes={"theirs": "needs ~2 GB"})
+    axes = figure.axes[0]
+    assert lines(axes) == {"ours": ([10, 100], [1.0, 3.0]), "theirs": ([10], [5.0])}
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    (note,) = axes.texts
+    assert (note.get_text(), note.xy) == ("needs ~2 GB", (10, 5.0))
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("edges", "time / s")
+    assert png_size(figure, tmp_path / "lines.png") > 5000

@@ -4,6 +4,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "peak.h"
 #include "statistics.h"
 
 #if defined(_OPENMP)
@@ -97,11 +98,19 @@ void function(int which, const R* x, R* y, int64_t n) {
   }
 }
 
+// -> how many were made
+template <typename R>
+int64_t peak(int threads, int64_t rounds, R* sums) {
+  in_threads(threads, [&](int t) { sums[t] = multiply_adds<R>(rounds); });
+  return threads * rounds * kAccumulators * Lane<R>::L;
+}
+
 }  // namespace
 
 extern const ConvTable<float> kConvFloat;
 extern const ConvTable<double> kConvDouble;
-const ConvTable<float> kConvFloat{forward<float>, backward<float>, statistics<float>, function<float>};
-const ConvTable<double> kConvDouble{forward<double>, backward<double>, statistics<double>, function<double>};
+const ConvTable<float> kConvFloat{forward<float>, backward<float>, statistics<float>, function<float>, peak<float>};
+const ConvTable<double> kConvDouble{forward<double>, backward<double>, statistics<double>, function<double>,
+                                    peak<double>};
 
 }  // namespace implicit_steer::IST_ISA

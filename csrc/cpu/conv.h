@@ -39,6 +39,7 @@ struct ConvTable {
   void (*backward)(const ConvArgs<R>&);
   void (*statistics)(const ConvArgs<R>&);
   void (*function)(int which, const R* x, R* y, int64_t n);  // 0 .. 4: φ of Function; 5: exp. For tests.
+  int64_t (*peak)(int threads, int64_t rounds, R* sums);     // multiply-adds made; sums: [threads]. For the benchmark.
 };
 
 // Entry points per instruction set; only those that CMake compiles exist.

@@ -7,39 +7,17 @@
 
 #include "../packing.h"
 #include "conv.h"
+#include "instruction_set.h"
 
 namespace implicit_steer {
-
-// The widest set that this build and this machine have: 1 baseline, 2 AVX2, 3 AVX-512.
-inline int widest_instruction_set() {
-#if defined(IST_HAVE_X86)
-  __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 1;
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return avx512 ? 3 : 2;
-#else
-  return 1;
-#endif
-}
 
 // The entry points of the set `isa`, 1 .. widest_instruction_set().
 template <typename R>
 const ConvTable<R>& conv_table([[maybe_unused]] int isa) {
-  constexpr bool single = std::is_same_v<R, float>;
-#if defined(IST_HAVE_X86)
-  if constexpr (single) {
-    if (isa == 3) return avx512::kConvFloat;
-    if (isa == 2) return avx2::kConvFloat;
-  } else {
-    if (isa == 3) return avx512::kConvDouble;
-    if (isa == 2) return avx2::kConvDouble;
-  }
-#endif
-  if constexpr (single)
-    return baseline::kConvFloat;
+  if constexpr (std::is_same_v<R, float>)
+    return IST_TABLE(isa, kConvFloat);
   else
-    return baseline::kConvDouble;
+    return IST_TABLE(isa, kConvDouble);
 }
 
 // Means of the trivial coefficients [W, n_trivial] and variance [W] (unbiased, the mean over a field's coordinates) of

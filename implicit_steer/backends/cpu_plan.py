@@ -179,27 +179,43 @@ def _flatten_frame(plan: Plan, flat: _Flat, terms: _Terms, position: np.ndarray)
 
 def _match_pairs(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """A sign per coefficient (c,) and a permutation (S,) with ``samples[permutation] = samples · sign``, if the samples
-    have such a symmetry (an inversion, a half turn); None otherwise."""
-    size = np.abs(samples).max(initial=0)
-    for partner in range(1, len(samples)):
-        if not np.allclose(np.abs(samples[partner]), np.abs(samples[0]), rtol=0, atol=1e-9 * size):
+    have such a symmetry (an inversion, a half turn); the first one that leaves fewest samples fixed."""
+    tolerance, best = 1e-9 * np.abs(samples).max(initial=0), None
+    magnitude = np.abs(samples)
+    equal = np.abs(magnitude[:, None] - magnitude).max(2) < tolerance  # (S, S)
+    for partner in np.flatnonzero(equal[0])[1:]:
+        found = _complete(samples, equal, tolerance, np.zeros(samples.shape[1]), {0: partner})
+        if found is None or not (found[0] < 0).any():
             continue
-        sign = np.where(np.abs(samples[0]) > 1e-6 * size, np.sign(samples[0] * samples[partner]), 0.0)
-        permutation = np.full(len(samples), -1)
-        # rows that tell most about signs first; a zero sign is still unknown
-        for row in np.argsort(-(np.abs(samples) > 1e-6 * size).sum(1), kind="stable"):
-            known = sign != 0
-            same = np.abs(samples[:, known] - samples[row, known] * sign[known]).max(1, initial=0) < 1e-9 * size
-            same &= np.abs(np.abs(samples) - np.abs(samples[row])).max(1) < 1e-9 * size
-            if not same.any():
-                break
-            permutation[row] = np.flatnonzero(same)[0]
-            found = np.sign(samples[row] * samples[permutation[row]]) * (np.abs(samples[row]) > 1e-6 * size)
-            sign = np.where(known, sign, found)
-        if (permutation >= 0).all() and (sign < 0).any():
-            sign[sign == 0] = 1
-            if np.allclose(samples[permutation], samples * sign, rtol=0, atol=1e-9 * size):
-                return sign, permutation
+        if best is None or (found[1] == np.arange(len(samples))).sum() < (best[1] == np.arange(len(samples))).sum():
+            best = found
+        if not (best[1] == np.arange(len(samples))).any():
+            break
+    return best
+
+
+def _complete(
+    samples: np.ndarray, equal: np.ndarray, tolerance: float, sign: np.ndarray, image: dict[int, int]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The signs (0: not known) and images of samples completed, or None. Depth first over a sample's possible images,
+    the sample with fewest first, itself last."""
+    for row, other in image.items():
+        present = np.abs(samples[row]) > 1e3 * tolerance
+        sign = np.where(sign != 0, sign, np.sign(samples[row] * samples[other]) * present)
+    if (sign != 0).all():
+        permutation = [np.flatnonzero(np.abs(samples - row * sign).max(1) < tolerance) for row in samples]
+        return (sign, np.array([p[0] for p in permutation])) if all(len(p) for p in permutation) else None
+    left = [row for row in range(len(samples)) if row not in image]
+    if not left:  # coefficients that are 0 in all samples
+        return _complete(samples, equal, tolerance, np.where(sign == 0, 1.0, sign), image)
+    known = sign != 0
+    distance = np.abs(samples[left][:, None, known] * sign[known] - samples[:, known]).max(2, initial=0)
+    possible = equal[left] & (distance < tolerance)
+    at = int(possible.sum(1).argmin())
+    for other in sorted(np.flatnonzero(possible[at]), key=lambda other: other == left[at]):
+        found = _complete(samples, equal, tolerance, sign, {**image, left[at]: other})
+        if found is not None:
+            return found
     return None
 
 

@@ -11,7 +11,7 @@ from escnn import nn as enn
 from .._check import require
 from ..data.qm9 import EDGE_ATTRIBUTES, Batch
 from ..graph import Graph
-from ..nn import FourierActivation, ImplicitPointConv
+from ..nn import FourierActivation, IIDBatchNorm1d, ImplicitPointConv
 
 ATOM_FEATURES = 5  # one-hot of H, C, N, O, F
 
@@ -49,7 +49,7 @@ class ResidualBlock(torch.nn.Module):
         kind = activation.in_type
         self.activation = activation
         self.conv1, self.conv2 = convolution(kind, kind), convolution(kind, kind)
-        self.norm1, self.norm2 = enn.IIDBatchNorm1d(kind), enn.IIDBatchNorm1d(kind)
+        self.norm1, self.norm2 = IIDBatchNorm1d(kind), IIDBatchNorm1d(kind)
 
     def forward(
         self, x: enn.GeometricTensor, graph: Graph, edge_delta: torch.Tensor, edge_attr: torch.Tensor | None

@@ -6,6 +6,7 @@ load_extra("escnn", "escnn")
 
 from .. import _escnn_pickle  # noqa: E402
 from .activation import FourierActivation  # noqa: E402
+from .batch_norm import IIDBatchNorm1d  # noqa: E402
 from .grid_conv import ImplicitConv  # noqa: E402
 from .kernel import ImplicitKernel  # noqa: E402
 from .mlp import KernelMLP  # noqa: E402
@@ -15,6 +16,7 @@ _escnn_pickle.register()
 
 __all__ = [
     "FourierActivation",
+    "IIDBatchNorm1d",
     "ImplicitConv",
     "ImplicitKernel",
     "ImplicitPointConv",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import sampling as sp
 from .._check import fail, require
-from ..functions import phi
+from ..fourier import fourier
 from ..lowering import parse_sampling
 from ..plan import FUNCTIONS
 
@@ -58,23 +58,21 @@ class FourierActivation(EquivariantModule):
         self.register_buffer("A", torch.tensor(a, dtype=torch.get_default_dtype()))
         self.register_buffer("Ainv", torch.tensor(inverse, dtype=torch.get_default_dtype()))
         merged, merged_inverse, _ = sp.merge_samples(a, inverse)
-        self._merged = (torch.tensor(merged), torch.tensor(merged_inverse))
+        self._merged = (torch.tensor(merged), torch.tensor(merged_inverse.T))
         self._cast: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     def _matrices(self, x: Tensor) -> tuple[Tensor, Tensor]:
         key = (x.dtype, x.device)
         if key not in self._cast:
-            self._cast[key] = tuple(m.to(*reversed(key)) for m in self._merged)
+            self._cast[key] = tuple(m.to(*reversed(key)).contiguous() for m in self._merged)
         return self._cast[key]
 
     def forward(self, x: GeometricTensor) -> GeometricTensor:
         """Apply the activation to every field."""
-        ok = isinstance(x, GeometricTensor) and x.type == self.in_type
-        require(ok, "x", f"a GeometricTensor of {self.in_type}", getattr(x, "type", type(x)), kind=TypeError)
-        samples, inverse = self._matrices(x.tensor)
-        fields = x.tensor.view(len(x.tensor), len(self.in_type), samples.shape[1], *x.tensor.shape[2:]).movedim(2, -1)
-        y = phi(self.function, fields @ samples.T) @ inverse.T
-        return GeometricTensor(y.movedim(-1, 2).reshape(x.tensor.shape), self.out_type, x.coords)
+        if not isinstance(x, GeometricTensor) or x.type != self.in_type:
+            fail("x", f"a GeometricTensor of {self.in_type}", getattr(x, "type", type(x)), kind=TypeError)
+        y = fourier(self.function, x.tensor, *self._matrices(x.tensor))
+        return GeometricTensor(y, self.out_type, x.coords)
 
     def evaluate_output_shape(self, input_shape: tuple) -> tuple:
         """The input's shape."""

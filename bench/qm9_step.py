@@ -1,0 +1,207 @@
+"""``python -m bench.qm9_step``: a training step of the paper's QM9 network, and how long each of its parts takes.
+
+Times are taken where hooks are called: as a module's forward pass begins and ends, and, backwards, as the gradient of
+its output arrives, which is where its own backward pass begins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+# Threads that wait by spinning slow everything down where the cores are shared; read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import numpy as np
+import torch
+from escnn.nn import GeometricTensor, IIDBatchNorm1d
+
+from implicit_steer._lightning import Regressor
+from implicit_steer.data import QM9
+from implicit_steer.data.qm9 import MoleculeSet
+from implicit_steer.models.qm9 import QM9Net, TensorProduct
+from implicit_steer.nn import FourierActivation, ImplicitPointConv
+
+from . import report
+from .timing import summary
+
+PARTS = {
+    ImplicitPointConv: "convolutions",
+    FourierActivation: "node activations",
+    IIDBatchNorm1d: "node norms",
+    TensorProduct: "tensor product",
+    torch.nn.Linear: "embedding and readout",
+    torch.nn.Sequential: "embedding and readout",
+}
+BATCH, REST, OPTIMIZER = "gathering the batch", "graph, pooling, sums, loss", "optimizer"
+PHASES = ("forward", "backward", "")
+SMALLEST_SET = 1000  # molecules of QM9 that are loaded at least: one file of the cache
+WARM_UP = 5  # steps; the first ones build tables and the optimizer's state
+
+Switch = Callable[[str, str], None]
+
+
+def molecules(count: int) -> tuple[MoleculeSet, str]:
+    """``count`` molecules or more, and where they come from: QM9 where qm9pack is installed, else made up."""
+    if importlib.util.find_spec("qm9pack") is None:
+        return synthetic(count), "made-up molecules"
+    return QM9(limit=max(count, SMALLEST_SET)).train, "QM9"
+
+
+def synthetic(count: int, seed: int = 0) -> MoleculeSet:
+    """Random rings with branches of QM9's size: 12 to 24 atoms, 18 on average, and as many bonds."""
+    rng = np.random.default_rng(seed)
+    atoms = rng.integers(12, 25, count)
+    bonds = []  # (2, n) per molecule: each atom with an earlier one, and the last with the first
+    for n in atoms:
+        atom = np.arange(1, n)
+        bonds.append(np.stack([np.append(rng.integers(0, atom), 0), np.append(atom, n - 1)]))
+    kinds = [rng.integers(0, 4, n) for n in atoms]
+    ptr = np.concatenate([[0], np.cumsum(atoms)])
+    return MoleculeSet(
+        element=rng.integers(0, 5, ptr[-1]),
+        pos=rng.normal(size=(ptr[-1], 3)).astype(np.float32),
+        ptr=ptr,
+        edge=np.concatenate([directed for pair in bonds for directed in (pair, pair[::-1])], 1),
+        bond=np.concatenate([kind for kind in kinds for _ in range(2)]),
+        edge_ptr=2 * ptr,
+        y=rng.normal(size=count),
+    )
+
+
+class Step:
+    """Called: one training step on the next batch. ``switch(part, phase)`` hears of what begins outside the network."""
+
+    def __init__(self, data: MoleculeSet, batch_size: int):
+        torch.manual_seed(0)
+        self.data = data
+        self.ids = np.arange(len(data) // batch_size * batch_size).reshape(-1, batch_size)
+        self.regressor = Regressor(QM9Net(), float(data.y.mean()), float(data.y.std()), 1e-3, {})
+        self.optimizer = self.regressor.configure_optimizers()["optimizer"]
+        self.count = 0
+
+    def __call__(self, switch: Switch = lambda part, phase: None) -> None:
+        switch(BATCH, "")
+        batch = self.data.__getitems__(self.ids[self.count % len(self.ids)])
+        self.count += 1
+        switch(REST, "forward")
+        loss = self.regressor.loss(batch)
+        switch(OPTIMIZER, "")
+        self.optimizer.zero_grad()
+        switch(REST, "backward")
+        loss.backward()
+        switch(OPTIMIZER, "")
+        self.optimizer.step()
+        switch(REST, "")
+
+
+class Stopwatch:
+    """Seconds by (part, phase) of one step; its hooks slow the step down, so it is for the parts, not for the sum."""
+
+    def __init__(self, step: Step):
+        self._seconds: dict[tuple[str, str], float] = defaultdict(float)
+        self._now, self._since, self._outer = (REST, ""), 0.0, []
+        self._step = step
+        self._handles = []
+
+    def __enter__(self) -> Stopwatch:
+        for module in self._step.regressor.model.modules():
+            for kind, part in PARTS.items():
+                if isinstance(module, kind):
+                    self._watch(module, part)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _switch(self, part: str, phase: str) -> None:
+        now = time.perf_counter()
+        self._seconds[self._now] += now - self._since
+        self._now, self._since = (part, phase), now
+
+    def _watch(self, module: torch.nn.Module, part: str) -> None:
+        def enter(module, inputs):
+            self._outer.append(self._now)
+            self._switch(part, "forward")
+
+        def leave(module, inputs, output):
+            out = output.tensor if isinstance(output, GeometricTensor) else output
+            out.register_hook(lambda _: self._switch(part, "backward"))
+            self._switch(*self._outer.pop())
+
+        self._handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+
+    def run(self) -> dict[tuple[str, str], float]:
+        """One step's times."""
+        self._since = time.perf_counter()
+        self._step(self._switch)
+        seconds = dict(self._seconds)
+        self._seconds.clear()
+        return seconds
+
+
+def measure(rounds: int, batch_size: int = 32) -> dict[str, Any]:
+    """``rounds`` plain steps and as many with the stopwatch, by turns: medians in milliseconds."""
+    data, source = molecules(batch_size * 16)
+    step = Step(data, batch_size)
+    for _ in range(WARM_UP):
+        step()
+    whole, processor, parts = [], [], []
+    for _ in range(rounds):
+        start, cpu = time.perf_counter(), time.process_time()
+        step()
+        whole.append(time.perf_counter() - start)
+        processor.append(time.process_time() - cpu)
+        with Stopwatch(step) as watch:
+            parts.append(watch.run())
+    names = dict.fromkeys(part for part, _ in parts[0])
+    medians = {
+        part: {phase: 1e3 * statistics.median(p.get((part, phase), 0.0) for p in parts) for phase in PHASES}
+        for part in names
+    }
+    batch = data.__getitems__(step.ids[0])
+    return {
+        "environment": report.environment(),
+        "molecules": {"source": source, "batch": batch_size, "atoms": len(batch.pos)},
+        "step": summary(whole) | {"processor_ms": 1e3 * statistics.median(processor)},
+        "parts": medians,
+    }
+
+
+def text(results: dict[str, Any]) -> str:
+    """The step's time, and a table of its parts."""
+    step, found = results["step"], results["molecules"]
+    rows = [
+        [part, *(f"{ms[phase]:.2f}" if ms[phase] else "" for phase in PHASES[:2]), f"{sum(ms.values()):.2f}"]
+        for part, ms in sorted(results["parts"].items(), key=lambda item: -sum(item[1].values()))
+    ]
+    return (
+        f"A training step of the QM9 network, {found['batch']} molecules ({found['source']}; {found['atoms']} atoms), "
+        f"{results['environment']['threads']} threads:\nmedian {step['median_ms']:.1f} ms (quartiles "
+        f"{step['q1_ms']:.1f} to {step['q3_ms']:.1f}, {step['rounds']} steps), {step['processor_ms']:.1f} ms of "
+        f"processor time.\n\n{report.table(['part', 'forward / ms', 'backward / ms', 'sum / ms'], rows)}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m bench.qm9_step", description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, metavar="N", default=60, help="steps (%(default)s)")
+    parser.add_argument("--batch-size", type=int, metavar="N", default=32, help="molecules (%(default)s)")
+    parser.add_argument("--threads", type=int, metavar="N", default=2, help="(%(default)s)")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    print(text(measure(args.repeats, args.batch_size)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

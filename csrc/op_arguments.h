@@ -1,0 +1,53 @@
+// What the bindings of cpu/ share: checks of their tensors, and of the instruction set asked for.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+
+#include "cpu/instruction_set.h"
+
+namespace implicit_steer {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Number of the set asked for: 0 the widest, 1 baseline, 2 AVX2, 3 AVX-512.
+inline int instruction_set(int64_t wanted) {
+  const int best = widest_instruction_set();
+  STD_TORCH_CHECK(wanted >= 0 && wanted <= best, "isa: expected 0 .. ", best, " on this machine, got ", wanted, ".");
+  return wanted == 0 ? best : static_cast<int>(wanted);
+}
+
+// Calls f with a null pointer of the tensor's floating type.
+template <typename F>
+void dispatch_real(const Tensor& t, const char* name, F f) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return f(static_cast<float*>(nullptr));
+    case ScalarType::Double:
+      return f(static_cast<double*>(nullptr));
+    default:
+      STD_TORCH_CHECK(false, name, ": expected a float32 or float64 tensor, got another dtype.");
+  }
+}
+
+inline void check(const Tensor& t, const char* name, ScalarType type, int64_t numel) {
+  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous(), name,
+                  ": expected a contiguous tensor of another dtype.");
+  STD_TORCH_CHECK(t.numel() == numel, name, ": expected ", numel, " numbers, got ", t.numel(), ".");
+}
+
+template <typename R>
+const R* data(const Tensor& t) {
+  return static_cast<const R*>(t.const_data_ptr());
+}
+template <typename R>
+R* mutable_data(Tensor& t) {
+  return t.numel() ? static_cast<R*>(t.mutable_data_ptr()) : nullptr;
+}
+
+}  // namespace implicit_steer
