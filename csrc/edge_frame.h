@@ -13,7 +13,7 @@ struct Arena {
   int64_t used = 0;
   template <typename T>
   void take(T*& pointer, int64_t n) {
-    pointer = reinterpret_cast<T*>(base + used);
+    pointer = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base) + used);
     used += (n * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
   }
 };

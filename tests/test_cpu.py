@@ -169,6 +169,15 @@ def test_bipartite(sizes):
     assert_close(outcome(conv, problem, "cpu", run=bipartite), expected, BOUND[torch.float64])
 
 
+def test_one_edge_has_no_variance():
+    """ImplicitPointConv rejects it before."""
+    conv = layer(SMALL["o3"], "train")
+    kernel, problem = conv.implicit_kernel, with_edges(SMALL["o3"].inputs(conv), slice(1))
+    inputs = problem.graph, problem.x, problem.delta, problem.attributes
+    with pytest.raises(RuntimeError, match=r"at least 2 edges .* got 1\."):
+        cpu.forward(kernel.plan, kernel.parameters_for_op(), True, *inputs)
+
+
 # ---- reproducibility, derivatives
 
 
