@@ -274,7 +274,6 @@ IST_INLINE void clear_unused(const PlanView<R>& p, int even, int odd, typename L
 template <typename F, typename R>
 void activation_forward(const PlanView<R>& p, const LayerView<R>& layer, const Edges<R>& e,
                         const typename Lane<R>::V* z, typename Lane<R>::V* y, typename Lane<R>::V* slopes) {
-  using V = typename Lane<R>::V;
   const int c = p.c, rows = layer.n_samples - layer.n_pairs;
   for (int w = 0; w < layer.out; w += c, z += c, y += c) {
     if (e.near) {
@@ -296,7 +295,6 @@ void activation_forward(const PlanView<R>& p, const LayerView<R>& layer, const E
 template <typename F, typename R>
 void activation_backward(const PlanView<R>& p, const LayerView<R>& layer, Edges<R>& e, const typename Lane<R>::V* z,
                          const typename Lane<R>::V* d_y, const typename Lane<R>::V* slopes, typename Lane<R>::V* d_z) {
-  using V = typename Lane<R>::V;
   const int c = p.c, rows = layer.n_samples - layer.n_pairs;
   for (int w = 0; w < layer.out; w += c, z += c, d_y += c, d_z += c, slopes += layer.n_samples) {
     if (e.near) {
