@@ -174,7 +174,7 @@ def test_one_edge_has_no_variance():
     conv = layer(SMALL["o3"], "train")
     kernel, problem = conv.implicit_kernel, with_edges(SMALL["o3"].inputs(conv), slice(1))
     inputs = problem.graph, problem.x, problem.delta, problem.attributes
-    with pytest.raises(RuntimeError, match=r"at least 2 edges .* got 1\."):
+    with pytest.raises(RuntimeError, match="at least 2 edges"):
         cpu.forward(kernel.plan, kernel.parameters_for_op(), True, *inputs)
 
 
