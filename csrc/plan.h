@@ -1,4 +1,4 @@
-// A plan and the arguments of one call as plain views. The numbers lie in two flat arrays that backends/cpu.py writes
+// A plan and the arguments of one call as plain views. The numbers lie in two flat arrays that backends/cpu_plan.py writes
 // and plan_view() reads in the same order. No torch, nothing that depends on the instruction set.
 #pragma once
 
@@ -162,7 +162,7 @@ inline CouplingView read_coupling(Reader<int32_t>& ints) {
   return q;
 }
 
-// False when the arrays are not what backends/cpu.py writes.
+// False when the arrays are not what backends/cpu_plan.py writes.
 template <typename R>
 bool plan_view(PlanView<R>& p, const int32_t* ints_begin, int64_t n_ints, const R* reals_begin, int64_t n_reals) {
   Reader<int32_t> ints{ints_begin, ints_begin + n_ints};

@@ -1,4 +1,4 @@
-// What the torch binding hands to the loops of cpu/conv.inl, and the table of entry points of one instruction set.
+// What the torch binding hands to the loops of cpu/*.h, and the table of entry points of one instruction set.
 #pragma once
 
 #include "../plan.h"
