@@ -1,5 +1,5 @@
-// A plan and the arguments of one call as plain views. The numbers lie in two flat arrays that backends/cpu_plan.py writes
-// and plan_view() reads in the same order. No torch, nothing that depends on the instruction set.
+// A plan and the arguments of one call as plain views. The numbers lie in two flat arrays that backends/cpu_plan.py
+// writes and plan_view() reads in the same order. No torch, nothing that depends on the instruction set.
 #pragma once
 
 #include <cstdint>
