@@ -163,11 +163,6 @@ ConvArgs<R> point_arguments(PlanView<R>& plan, const Tensor& weights, const Tens
   return a;
 }
 
-template <typename R>
-int64_t hidden_size(const PlanView<R>& plan) {
-  return int64_t{plan.hidden_flat} / plan.c * plan.d + 1;
-}
-
 // -> (P, H): the hidden features at P points, times γ s(|x|), the constant one last
 Tensor conv_hidden(const Tensor& ints, const Tensor& reals, const Tensor& weights, const Tensor& delta,
                    const Tensor& attr, int64_t isa) {

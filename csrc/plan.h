@@ -97,6 +97,12 @@ struct PlanView {
   CouplingView* couplings;
 };
 
+// H: numbers of one edge's hidden features, the constant one included.
+template <typename R>
+int64_t hidden_size(const PlanView<R>& p) {
+  return int64_t{p.hidden_flat} / p.c * p.d + 1;
+}
+
 // Reads consecutive numbers.
 template <typename T>
 struct Reader {

@@ -15,11 +15,9 @@ struct Hidden : Worker<R> {
   V *h, *d_h;          // [size]
   bool need_weights;
 
-  static int size_of(const PlanView<R>& p) { return p.hidden_flat / p.c * p.d + 1; }
-
   Hidden(const ConvArgs<R>& args, const CouplingSizes& sizes, bool backward, int64_t own_edges)
-      : Base(args, sizes, backward, own_edges, 2 * size_of(*args.plan)) {
-    channels = p.hidden_flat / p.c, size = size_of(p);
+      : Base(args, sizes, backward, own_edges, 2 * hidden_size(*args.plan)) {
+    channels = p.hidden_flat / p.c, size = static_cast<int>(hidden_size(p));
     h = this->extra, d_h = h + size;
     need_weights = a.grad_weights;
     e.d_shell = V{};

@@ -398,7 +398,7 @@ def prepare(plan: Plan, sizes: tuple[int, ...]) -> Prepared:
     flat.r(terms.nz_value)
     for numbers, at in zip(terms.couplings, theta, strict=True):
         flat.i(numbers[:7], at, numbers[7:])
-    return _as_tensors(flat, sparse.vstack(matrices).tocsr() if matrices else None)
+    return _as_tensors(flat, sparse.vstack(matrices).tocsr())
 
 
 def _as_tensors(flat: _Flat, matrix: sparse.csr_matrix) -> Prepared:
