@@ -16,21 +16,17 @@ struct Forward : Worker<R> {
 
   // mixed[n, o, u] += Σ_{v, w} θ[b, v, w, u] T_n[slot, v, w] for the nodes in the ring
   void mix_slot(const CouplingView& q, int slot) {
-    static_assert(kNodes == 8);
     const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
-    const R* t = sums + q.at_sums + slot * q.slot_size;
-    const int64_t s1 = size.sums, s2 = 2 * s1, s3 = 3 * s1;
+    const R* node[kNodes];
+    for (int n = 0; n < kNodes; ++n) node[n] = whole(sums + n * size.sums + q.at_sums + slot * q.slot_size);
     for (int u0 = 0; u0 < q.n_out; u0 += Lane<R>::QL) {
       const R* weight = a.weights + q.theta_forward + int64_t{b} * q.n_in * q.n_hidden * q.out_padded + u0;
       Q acc[kNodes] = {};
-      for (int v = 0; v < q.n_in; ++v) {
-        const R *low = t + v * q.hidden_padded, *high = low + 4 * s1;  // nodes 0 .. 3 and 4 .. 7
-        for (int w = 0; w < q.n_hidden; ++w, weight += q.out_padded, ++low, ++high) {
+      for (int64_t v = 0; v < q.n_in * q.hidden_padded; v += q.hidden_padded)
+        for (int64_t x = v; x < v + q.n_hidden; ++x, weight += q.out_padded) {
           const Q row = load_row(weight);
-          acc[0] += row * low[0], acc[1] += row * low[s1], acc[2] += row * low[s2], acc[3] += row * low[s3];
-          acc[4] += row * high[0], acc[5] += row * high[s1], acc[6] += row * high[s2], acc[7] += row * high[s3];
+          for (int n = 0; n < kNodes; ++n) acc[n] += row * node[n][x];
         }
-      }
       R* out = mixed + q.out_at + o * q.out_padded + u0;
       for (int n = 0; n < kNodes; ++n, out += p.n_mixed) store_row(out, load_row(out) + acc[n]);
     }
