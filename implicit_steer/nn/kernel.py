@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from functools import lru_cache
 from numbers import Real
 
@@ -15,8 +16,8 @@ from torch import Tensor
 from .. import op
 from .._check import fail, require
 from ..lowering import KernelShape, lower
-from ..packing import Kept, Parameters
-from .mlp import KernelMLP, check_basis, fiber_space, stored
+from ..packing import Kept, NormParameters, Parameters
+from .mlp import KernelMLP, check_basis, fiber_space, norm_names, stored
 
 
 def position_representation(gspace: GSpace) -> Representation:
@@ -122,17 +123,24 @@ class ImplicitKernel(torch.nn.Module):
         self.shell_width = torch.nn.Parameter(0.5 * torch.ones(1, 1, 1))
         self._shape, self._sampling = shape, sampling
         self._linears, self._norms, self._kept = self.mlp.linears, self.mlp.norms, Kept()
+        self._tensors = [(layer, name) for layer in self._linears for name in ("weights", "bias")]
+        self._tensors += [(norm, name) for norm in self._norms for name in norm_names(norm)]
+        self._tensors.append((self, "shell_width"))
         self.plan = lower(self.mlp, shape, sampling)
         self.register_load_state_dict_post_hook(_lower_again)
 
     def parameters_for_op(self) -> Parameters:
-        """The learned tensors as the operator takes them."""
-        return Parameters(
-            tuple((stored(layer, "weights"), stored(layer, "bias")) for layer in self._linears),
-            tuple(self.mlp.norm_parameters(norm) for norm in self._norms),
-            self.shell_width,
-            self._kept,
-        )
+        """The learned tensors as the operator takes them; the same object while they are the same."""
+        kept, tensors = self._kept, [stored(module, name) for module, name in self._tensors]
+        if kept.tensors is not None and all(map(operator.is_, tensors, kept.tensors)):
+            return kept.parameters
+        n = 2 * len(self._linears)
+        linears, norms, (shell_width,) = tensors[:n], tensors[n:-1], tensors[-1:]
+        norms = tuple(NormParameters(*norms[k : k + 4]) for k in range(0, len(norms), 4))
+        parameters = Parameters(tuple(zip(linears[::2], linears[1::2], strict=True)), norms, shell_width, kept)
+        if all(t is None or t.is_leaf for t in tensors):  # others hold a graph that is not to be kept alive
+            kept.tensors, kept.parameters = tensors, parameters
+        return parameters
 
     def uses_batch_statistics(self, n_points: int, argument: str = "edge_delta") -> bool:
         """Whether batch norms take their statistics from these points (training mode).

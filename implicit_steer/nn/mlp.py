@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import lru_cache
 
 import escnn.nn
 import torch
@@ -127,7 +126,7 @@ class KernelMLP(torch.nn.Module):
 
     def norm_parameters(self, norm: escnn.nn.IIDBatchNorm1d) -> NormParameters:
         """One batch norm's tensors."""
-        return NormParameters(*(stored(norm, name) for name in _norm_names(norm.in_type.representations[0].name)))
+        return NormParameters(*(stored(norm, name) for name in norm_names(norm)))
 
     def update_running(self, norm: escnn.nn.IIDBatchNorm1d, trivial: list[int], mean, var) -> None:
         """Move one batch norm's running statistics towards those of a batch, as escnn does in its forward pass."""
@@ -153,10 +152,9 @@ def stored(module: torch.nn.Module, name: str) -> torch.Tensor | None:
     return getattr(module, name)
 
 
-@lru_cache(maxsize=256)
-def _norm_names(representation: str) -> tuple[str, ...]:
-    """The names of a batch norm's tensors on fields of one representation, in the order of :class:`NormParameters`."""
-    name = representation.replace(".", "^")  # as escnn escapes it
+def norm_names(norm: escnn.nn.IIDBatchNorm1d) -> tuple[str, ...]:
+    """The names of a batch norm's tensors, in the order of :class:`NormParameters`."""
+    name = norm.in_type.representations[0].name.replace(".", "^")  # as escnn escapes it
     return tuple(f"{name}_{what}" for what in ("weight", "bias", "running_mean", "running_var"))
 
 
