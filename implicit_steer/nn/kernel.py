@@ -17,7 +17,7 @@ from .. import op
 from .._check import fail, require
 from ..lowering import KernelShape, lower
 from ..packing import Kept, NormParameters, Parameters
-from .mlp import KernelMLP, check_basis, fiber_space, norm_names, stored
+from .mlp import KernelMLP, check_basis, fiber_space, norm_names
 
 
 def position_representation(gspace: GSpace) -> Representation:
@@ -123,15 +123,21 @@ class ImplicitKernel(torch.nn.Module):
         self.shell_width = torch.nn.Parameter(0.5 * torch.ones(1, 1, 1))
         self._shape, self._sampling = shape, sampling
         self._linears, self._norms, self._kept = self.mlp.linears, self.mlp.norms, Kept()
-        self._tensors = [(layer, name) for layer in self._linears for name in ("weights", "bias")]
-        self._tensors += [(norm, name) for norm in self._norms for name in norm_names(norm)]
-        self._tensors.append((self, "shell_width"))
+        self._names = [(layer, name) for layer in self._linears for name in ("weights", "bias")]
+        self._names += [(norm, name) for norm in self._norms for name in norm_names(norm)]
+        self._names.append((self, "shell_width"))
+        # The dictionaries in which torch keeps them, without the detour over Module.__getattr__.
+        self._tensors = [(m._buffers if name in m._buffers else m._parameters, name) for m, name in self._names]
         self.plan = lower(self.mlp, shape, sampling)
         self.register_load_state_dict_post_hook(_lower_again)
 
     def parameters_for_op(self) -> Parameters:
         """The learned tensors as the operator takes them; the same object while they are the same."""
-        kept, tensors = self._kept, [stored(module, name) for module, name in self._tensors]
+        kept = self._kept
+        try:
+            tensors = [where[name] for where, name in self._tensors]
+        except KeyError:  # a parametrised one is not stored plainly
+            tensors = [getattr(module, name) for module, name in self._names]
         if kept.tensors is not None and all(map(operator.is_, tensors, kept.tensors)):
             return kept.parameters
         n = 2 * len(self._linears)
@@ -251,7 +257,8 @@ class BiasedModule(torch.nn.Module):
 
     def expand_bias(self) -> Tensor | None:
         """(C_out,) or None."""
-        return None if self.bias is None else self.bias_expansion @ self.bias
+        bias = self.bias
+        return None if bias is None else self.bias_expansion @ bias
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         check_basis(self.implicit_kernel.mlp, state_dict, prefix + "implicit_kernel.mlp.")  # before anything is copied

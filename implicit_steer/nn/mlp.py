@@ -13,7 +13,6 @@ from escnn.nn import FieldType
 from .. import sampling as sp
 from .._check import fail, require
 from ..lowering import polished_blocks
-from ..packing import NormParameters
 from ..plan import FUNCTIONS
 from .activation import FourierActivation
 
@@ -124,13 +123,9 @@ class KernelMLP(torch.nn.Module):
         """The batch norms in order."""
         return [m for m in self.mlp if isinstance(m, escnn.nn.IIDBatchNorm1d)]
 
-    def norm_parameters(self, norm: escnn.nn.IIDBatchNorm1d) -> NormParameters:
-        """One batch norm's tensors."""
-        return NormParameters(*(stored(norm, name) for name in norm_names(norm)))
-
     def update_running(self, norm: escnn.nn.IIDBatchNorm1d, trivial: list[int], mean, var) -> None:
         """Move one batch norm's running statistics towards those of a batch, as escnn does in its forward pass."""
-        _, _, running, running_var = self.norm_parameters(norm)
+        running, running_var = (getattr(norm, name) for name in norm_names(norm)[2:])
         with torch.no_grad():
             norm.num_batches_tracked += 1
             running_var.lerp_(var.to(running_var.dtype)[:, None], norm.momentum)
@@ -141,15 +136,6 @@ class KernelMLP(torch.nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         check_basis(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def stored(module: torch.nn.Module, name: str) -> torch.Tensor | None:
-    """``module.name``, a parameter or buffer, without the detour over ``Module.__getattr__`` where it is stored plainly
-    (a parametrised one is not)."""
-    for tensors in (module._parameters, module._buffers):
-        if name in tensors:
-            return tensors[name]
-    return getattr(module, name)
 
 
 def norm_names(norm: escnn.nn.IIDBatchNorm1d) -> tuple[str, ...]:
