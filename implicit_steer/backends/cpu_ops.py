@@ -149,7 +149,8 @@ def _conv_pack_gradient(ctx, grad):
     parameters = ctx.saved_tensors[6:]
     n = sum(t.numel() for t in parameters)
     flat = torch.ops.implicit_steer.conv_pack_backward(*arrays, statistics, grad.contiguous(), n)
-    return *[None] * 5, unflatten(flat, parameters), None
+    pieces = flat.split([t.numel() for t in parameters])
+    return *[None] * 5, [g.view(t.shape) for g, t in zip(pieces, parameters, strict=True)], None
 
 
 def _conv_pack_backward_fake(ints, reals, rowptr, column, value, statistics, grad_packed, n_parameters):
@@ -165,6 +166,10 @@ def _conv_statistics_fake(ints, reals, rowptr, column, value, parameters, delta,
     return delta.new_empty(n_layers, size)
 
 
+def _same_values_fake(tensors, copy):
+    return copy.new_empty((), dtype=torch.bool)
+
+
 _FAKES = {
     "conv_forward": _conv_forward_fake,
     "conv_backward": _conv_backward_fake,
@@ -175,6 +180,7 @@ _FAKES = {
     "conv_pack": _conv_pack_fake,
     "conv_pack_backward": _conv_pack_backward_fake,
     "conv_statistics": _conv_statistics_fake,
+    "same_values": _same_values_fake,
 }
 _GRADIENTS = {
     "conv_forward": (_conv_forward_gradient, _save_all),
