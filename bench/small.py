@@ -25,7 +25,8 @@ def native_step(case, candidate: Candidate, measure: str) -> Callable[[], Any]:
     and attributes, by way of torch's autograd."""
     with_gradients = measure != "forward"
     conv = layer(case, candidate, NORMS[measure]).train(with_gradients)
-    problem, bound = case.inputs(conv), Layer(conv.implicit_kernel.plan, conv.implicit_kernel.parameters_for_op())
+    problem, parameters = case.inputs(conv), conv.implicit_kernel.parameters_for_op()
+    bound = Layer(conv.implicit_kernel.plan, parameters.kept.native, parameters)
     with torch.no_grad():
         packed = bound.packed()[0]
     leaves = [t.requires_grad_(with_gradients) for t in (packed, problem.x, problem.delta, problem.attributes)]

@@ -69,8 +69,8 @@ std::tuple<Tensor, Tensor> sort_by_key(const Tensor& key, int64_t n) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(implicit_steer, m) {
-  m.def("edges_in_range(Tensor edge_index, int num_src, int num_dst) -> Tensor");
-  m.def("sort_by_key(Tensor key, int n) -> (Tensor order, Tensor offsets)");
+  m.def("edges_in_range(Tensor edge_index, SymInt num_src, SymInt num_dst) -> Tensor");
+  m.def("sort_by_key(Tensor key, SymInt n) -> (Tensor order, Tensor offsets)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(implicit_steer, CPU, m) {

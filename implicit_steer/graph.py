@@ -89,7 +89,7 @@ class Graph:
         """Where the tensors are."""
         return self.edge_index.device
 
-    @cached_property
+    @property
     def degree(self) -> Tensor:
         """(num_dst,): edges into each node."""
         return self.rowptr.diff()
@@ -135,6 +135,8 @@ class Graph:
 def _node_counts(num_nodes: Any) -> tuple[int, int]:
     pair = num_nodes if isinstance(num_nodes, (tuple, list)) else (num_nodes, num_nodes)
     expected = "an integer >= 0 or a pair (num_source, num_target)"
+    if torch.compiler.is_compiling():  # whole numbers as they are: some may stand for any size
+        return pair
     whole = all(hasattr(n, "__index__") and not isinstance(n, (bool, Tensor)) for n in pair)
     require(len(pair) == 2, "num_nodes", expected, f"{len(pair)} numbers")
     require(whole, "num_nodes", expected, repr(num_nodes), kind=TypeError)
@@ -153,6 +155,10 @@ def _checked_edges(edge_index: Any, num_src: int, num_dst: int) -> Tensor:
     if edge_index.dtype != torch.int32 or num_edges > _INT32_MAX:
         edge_index = edge_index.to(torch.int64)
     edge_index = edge_index.contiguous()
+    if torch.compiler.is_compiling():  # a compiled program cannot wait for the answer: it stops where it is wrong
+        right = (edge_index >= 0).all() & (edge_index[0] < num_src).all() & (edge_index[1] < num_dst).all()
+        torch._assert_async(right, "edge_index: expected indices of nodes, in 0 .. num_nodes - 1, got others.")
+        return edge_index
     if _is_native(edge_index) and torch.ops.implicit_steer.edges_in_range(edge_index, num_src, num_dst):
         return edge_index
     if num_edges:

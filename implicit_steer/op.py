@@ -18,6 +18,22 @@ def _compute_dtype(parameters: Parameters) -> torch.dtype:
     return torch.promote_types(parameters.shell_width.dtype, torch.float32)
 
 
+def prepared(plan: Plan, parameters: Parameters, *, values: bool) -> cpu.NativePlan | None:
+    """The plan for the native code, which torch.compile finds ready in ``parameters.kept``; None where that cannot run
+    it. ``values``: also for the kernel's values."""
+    supported, _ = cpu.supports(plan, torch.device("cpu"), torch.float32)
+    if not supported:
+        return None
+    native = cpu.native_plan(plan, parameters)
+    return native.with_kernel() if values else native
+
+
+def _compiled_engine(parameters: Parameters, backend: str, device: torch.device):
+    """Under torch.compile, which cannot follow how a backend is chosen, `cpu` if it can run; else None."""
+    ready = torch.compiler.is_compiling() and parameters.kept is not None and parameters.kept.native is not None
+    return cpu if ready and backend in ("auto", "cpu") and device.type == "cpu" else None
+
+
 def _cast(parameters: Parameters, dtype: torch.dtype) -> Parameters:
     if parameters.shell_width.dtype == dtype:
         return parameters
@@ -57,7 +73,7 @@ def implicit_conv(
         ``batch_statistics``).
     """
     dtype = _compute_dtype(parameters)
-    engine, _ = backends.select(backend, plan, x.device, dtype)
+    engine = _compiled_engine(parameters, backend, x.device) or backends.select(backend, plan, x.device, dtype)[0]
     parameters = _cast(parameters, dtype)
     live = batch_statistics and bool(plan.norms) and graph.num_edges > 0
     tensors = (t if t.dtype == dtype else t.to(dtype) for t in (x, edge_delta, edge_attr))
@@ -73,8 +89,8 @@ def implicit_kernel(
     """K (P, C_out, C_in) at P points: delta (P, dim), attributes (P, A). Native on CPU tensors, else `reference`."""
     dtype = _compute_dtype(parameters)
     parameters = _cast(parameters, dtype)
-    live = batch_statistics and bool(plan.norms) and len(delta) > 0
-    native, _ = cpu.supports(plan, delta.device, dtype)
+    live = batch_statistics and bool(plan.norms) and delta.shape[0] > 0
+    native = _compiled_engine(parameters, "cpu", delta.device) or cpu.supports(plan, delta.device, dtype)[0]
     kernel = cpu.kernel if native else reference.kernel
     k, statistics = kernel(plan, parameters, live, delta.to(dtype), attributes.to(dtype))
     return k.to(delta.dtype), statistics

@@ -12,6 +12,12 @@ from torch import Tensor
 from .plan import Activation, Coupling, Linear, Norm, Plan
 
 
+def is_traced() -> bool:
+    """Whether torch.compile, torch.export or a transform of torch.func is looking on: tensors are then stand-ins, of
+    which nothing is to be kept."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 class NormParameters(NamedTuple):
     """Affine parameters and running statistics of one batch norm, as escnn holds them."""
 
@@ -24,18 +30,20 @@ class NormParameters(NamedTuple):
 class Kept:
     """What was made of a layer's tensors in its last call. What a backend packed is used again while they hold the same
     bytes: changes of every kind are noticed, also those that leave no trace in a tensor's version (``.data``, another
-    process's writes). Copies and pickles start empty.
+    process's writes). Copies and pickles keep only ``native``.
 
     Attributes:
+        native: the plan as the native code takes it, or None; under torch.compile it has to be there already.
         tensors, parameters: those of the last call, and what holds them.
         layer: what a backend made of ``parameters``.
     """
 
-    def __init__(self):
+    def __init__(self, native=None):
+        self.native = native
         self.tensors = self.parameters = self.layer = None
 
     def __reduce__(self):
-        return Kept, ()
+        return Kept, (self.native,)
 
 
 class Parameters(NamedTuple):
@@ -135,9 +143,10 @@ def dense_kernel(plan: Plan, weights: Weights) -> Tensor:
     return dense.view(plan.out_size, plan.in_size, plan.hidden_size)
 
 
-def running(norm: Norm, p: NormParameters) -> tuple[Tensor, Tensor]:
-    """The statistics that a batch norm keeps: mean (channels, n_trivial), var (channels,)."""
-    return p.mean.index_select(1, constant(norm, "full_trivial", p.mean)), p.var.view(-1)
+def running(p: NormParameters, trivial: Tensor) -> tuple[Tensor, Tensor]:
+    """The statistics that a batch norm keeps: mean (channels, n_trivial), var (channels,). ``trivial``: its trivial
+    coordinates."""
+    return p.mean.index_select(1, trivial), p.var.view(-1)
 
 
 def norm_affine(norm: Norm, p: NormParameters, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,7 +181,7 @@ def pack(plan: Plan, parameters: Parameters, fold: bool) -> Weights:
     theta = [mixing_weights(c, *parameters.linears[-1]) for c in plan.couplings]
     if fold:
         for n, (norm, p) in enumerate(zip(plan.norms, parameters.norms, strict=True)):
-            affine = norm_affine(norm, p, *running(norm, p))
+            affine = norm_affine(norm, p, *running(p, constant(norm, "full_trivial", p.mean)))
             if n + 1 < len(linears):
                 linears[n + 1] = fold_linear(norm, plan.activations[n], linears[n + 1], *affine)
             else:

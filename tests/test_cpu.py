@@ -92,8 +92,8 @@ def test_every_instruction_set(name, isa, dtype, use_isa):
 
 
 def test_an_unknown_instruction_set_is_an_error(use_isa):
-    use_isa("mmx")
     conv = layer(SMALL["o3"], backend="cpu")
+    use_isa("mmx")
     with pytest.raises(ValueError, match="IMPLICIT_STEER_ISA"):
         SMALL["o3"].inputs(conv).run(conv)
 

@@ -14,14 +14,15 @@ from itertools import zip_longest
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 
 from .. import native
-from .._check import require
+from .._check import fail, require
 from ..graph import Graph
-from ..packing import Parameters, Weights, dense_kernel, mixing_weights, running
+from ..packing import Parameters, is_traced, running
 from ..plan import Plan
 from .cpu_ops import unflatten, without_derivatives
-from .cpu_plan import hidden_field_size, prepare, reads_one
+from .cpu_plan import hidden_field_size, kernel_entries, prepare, reads_one
 from .hidden import Statistics
 
 INSTRUCTION_SETS = {"auto": 0, "baseline": 1, "avx2": 2, "avx512": 3}
@@ -70,75 +71,97 @@ def _unsupported(plan: Plan) -> str | None:
 # ---- a layer's parameters
 
 
+class NativePlan:
+    """A plan as the native operators take it, for parameters of these sizes; the last ``n_last`` are the last layer's.
+
+    Attributes:
+        isa: number of the instruction set, for torch.compile.
+        arrays, matrix: by dtype, the plan's numbers; what packs the parameters.
+        trivial: per batch norm, its trivial coordinates.
+        kernel: what :meth:`with_kernel` makes, or None.
+        statistics: shape of the batch norms' statistics, (n_layers, W (n_trivial + 1)).
+    """
+
+    def __init__(self, plan: Plan, sizes: tuple[int, ...], n_last: int):
+        self._recipe, self.isa = (plan, sizes, n_last), instruction_set()
+        prepared, dtypes = prepare(plan, sizes), (torch.float32, torch.float64)
+        self.arrays = {dtype: prepared.tensors(dtype) for dtype in dtypes}
+        self.matrix = {dtype: prepared.matrix(dtype) for dtype in dtypes}
+        self.kernel: tuple[Tensor, Tensor, Tensor] | None = None
+        norms = plan.norms
+        self.trivial = [torch.tensor(norm.full_trivial) for norm in norms]
+        self.statistics = (len(norms), norms[0].channels * (1 + len(norms[0].trivial))) if norms else (0, 0)
+
+    def __reduce__(self):
+        return _native_plan, self._recipe
+
+    def with_kernel(self) -> NativePlan:
+        """Self, after making ``kernel``: of every θ·B the position in the flat (C_out, C_in, H) kernel tensor, that of
+        θ among the last layer's parameters, and B."""
+        if self.kernel is None:
+            plan, sizes, n_last = self._recipe
+            position, column, value = kernel_entries(plan, sizes[-n_last])
+            self.kernel = torch.from_numpy(position), torch.from_numpy(column), torch.from_numpy(value)
+        return self
+
+
+@lru_cache(maxsize=256)
+def _native_plan(plan: Plan, sizes: tuple[int, ...], n_last: int) -> NativePlan:
+    return NativePlan(plan, sizes, n_last)
+
+
+def native_plan(plan: Plan, parameters: Parameters) -> NativePlan:
+    """The plan with these parameters' sizes; cached."""
+    sizes = tuple(t.numel() for t in _learned(parameters))
+    return _native_plan(plan, sizes, 2 - (parameters.linears[-1][1] is None))
+
+
 class Layer:
     """A plan with what was learned for it, and its weights as the native code reads them."""
 
-    def __init__(self, plan: Plan, parameters: Parameters):
-        self.plan, self.parameters, self.isa = plan, parameters, instruction_set()
-        self.learned = _learned(plan, parameters)
-        self.n_last = 2 - (parameters.linears[-1][1] is None)
+    def __init__(self, plan: Plan, native: NativePlan, parameters: Parameters):
+        self.plan, self.native = plan, native
+        self.parameters, self.learned = parameters, _learned(parameters)
+        self.dtype = parameters.shell_width.dtype
+        self.arrays, self._matrix = native.arrays[self.dtype], native.matrix[self.dtype]
         self._sources = [*self.learned, *(t for norm in parameters.norms for t in (norm.mean, norm.var))]
         self._kept: tuple[Tensor, Tensor, Tensor] | None = None  # bytes of the sources; packed weights, statistics
-        self.dtype = parameters.shell_width.dtype
-        prepared = prepare(plan, self._sizes())
-        self.arrays, self._matrix = prepared.tensors(self.dtype), prepared.matrix(self.dtype)
 
-    def _sizes(self) -> tuple[int, ...]:
-        sizes = [t.numel() for t in self.learned]
-        if self.plan.dense_coupling:
-            sizes[-self.n_last :] = [self.plan.out_size * self.plan.in_size * self.plan.hidden_size]
-        return tuple(sizes)
-
-    def _kernel(self, learned: Sequence[Tensor]) -> Tensor:
-        """(C_out, C_in, H) of the last layer."""
-        shell_width, weights, bias = (*learned[-self.n_last - 1 :], None)[:3]
-        theta = [mixing_weights(c, weights, bias) for c in self.plan.couplings]
-        return dense_kernel(self.plan, Weights([], theta, shell_width))
-
-    def _pieces(self, learned: Sequence[Tensor]) -> list[Tensor]:
-        """What is packed; a dense coupling has its kernel for the last layer."""
-        if self.plan.dense_coupling:
-            learned = [*learned[: -self.n_last], self._kernel(learned)]
-        return [t.contiguous() for t in learned]
+    @property
+    def isa(self) -> int:
+        """Number of the instruction set."""
+        return self.native.isa if torch.compiler.is_compiling() else instruction_set()
 
     def kernel_matrix(self) -> Tensor:
-        """(C_out · C_in, H)."""
-        return self._kernel(self.learned).flatten(0, 1)
+        """(C_out · C_in, H) of the last layer."""
+        position, column, value = self.native.kernel
+        last = torch.cat([t.reshape(-1) for t in self.parameters.linears[-1] if t is not None])
+        plan, value = self.plan, value.to(last.dtype) * last.index_select(0, column)
+        flat = value.new_zeros(plan.out_size * plan.in_size * plan.hidden_size).index_add(0, position, value)
+        return flat.view(-1, plan.hidden_size)
 
     def pack(self, learned: Sequence[Tensor], statistics: Tensor) -> Tensor:
         """Packed weights of the parameters ``learned`` at these statistics of the batch norms; linear in them."""
-        return torch.ops.implicit_steer.conv_pack(*self.arrays, *self._matrix, self._pieces(learned), statistics)
+        pieces = [t.contiguous() for t in learned]
+        return torch.ops.implicit_steer.conv_pack(*self.arrays, *self._matrix, pieces, statistics)
 
     def unpack_gradient(self, grad: Tensor, learned: Sequence[Tensor], statistics: Tensor) -> list[Tensor]:
         """The gradients of ``learned`` from that of the packed weights."""
-        like, n_last = learned, self.n_last
-        if self.plan.dense_coupling:
-            with torch.enable_grad():
-                last = [t.detach().requires_grad_() for t in learned[-n_last:]]
-                kernel = self._kernel([*learned[:-n_last], *last])
-            like = [*learned[:-n_last], kernel]
-        arrays, size = (*self.arrays, *self._matrix, statistics), sum(t.numel() for t in like)
-        with without_derivatives():
-            found = unflatten(torch.ops.implicit_steer.conv_pack_backward(*arrays, grad, size), like)
-        if self.plan.dense_coupling:
-            again = torch.is_grad_enabled()
-            of_last = torch.autograd.grad(kernel, last, found.pop(), create_graph=again, materialize_grads=True)
-            found += of_last
-        return found
+        arrays, size = (*self.arrays, *self._matrix, statistics), sum(t.numel() for t in learned)
+        return unflatten(torch.ops.implicit_steer.conv_pack_backward(*arrays, grad, size), learned)
 
     def statistics_of(self, delta: Tensor, attributes: Tensor) -> Tensor:
         """Of the batch norms over these edges, (n_layers, W (n_trivial + 1))."""
-        norm = self.plan.norms[0]
-        size = norm.channels * (1 + len(norm.trivial))
-        arrays = *self.arrays, *self._matrix, self._pieces(self.learned), delta, attributes
-        return torch.ops.implicit_steer.conv_statistics(*arrays, len(self.plan.norms), size, self.isa)
+        learned = [t.contiguous() for t in self.learned]
+        arrays = *self.arrays, *self._matrix, learned, delta, attributes
+        return torch.ops.implicit_steer.conv_statistics(*arrays, *self.native.statistics, self.isa)
 
     def running(self) -> Tensor:
         """The statistics that the batch norms keep, in the same order."""
         if not self.plan.norms:
             return self.parameters.shell_width.new_empty(0)
-        pairs = zip(self.plan.norms, self.parameters.norms, strict=True)
-        return torch.cat([t.reshape(-1) for norm, p in pairs for t in running(norm, p)])
+        pairs = zip(self.native.trivial, self.parameters.norms, strict=True)
+        return torch.cat([t.reshape(-1) for trivial, p in pairs for t in running(p, trivial)])
 
     def packed(self) -> tuple[Tensor, Tensor]:
         """Packed weights at the running statistics, and these; packed again only if a parameter or a statistic holds
@@ -153,28 +176,30 @@ class Layer:
 def _bind(plan: Plan, parameters: Parameters) -> Layer:
     """The layer of the last call with these very tensors, or a new one."""
     kept = parameters.kept
-    layer = kept and kept.layer
+    if kept is None:
+        return Layer(plan, native_plan(plan, parameters), parameters)
+    if is_traced():
+        return Layer(plan, kept.native, parameters)
+    layer = kept.layer
     same = layer is not None and layer.plan is plan and layer.parameters is parameters
     if not same or layer.dtype != parameters.shell_width.dtype:  # .double() leaves the parameters the same objects
-        layer = Layer(plan, parameters)
-        if kept is not None:
-            kept.layer = layer
+        layer = kept.layer = Layer(plan, native_plan(plan, parameters), parameters)
     return layer
 
 
-def _learned(plan: Plan, parameters: Parameters) -> list[Tensor]:
+def _learned(parameters: Parameters) -> list[Tensor]:
     """Hidden layers, batch norms, shell width, and last the last layer."""
     tensors = []
-    for layer, (weights, bias) in zip(plan.linears, parameters.linears[:-1], strict=True):
-        tensors += [weights, bias] if layer.bias.shape[1] else [weights]
-    for norm, learned in zip(plan.norms, parameters.norms, strict=True):
-        tensors += [learned.weight, learned.bias] if len(norm.trivial) else [learned.weight]
+    for weights, bias in parameters.linears[:-1]:
+        tensors += [weights] if bias is None or bias.numel() == 0 else [weights, bias]
+    for norm in parameters.norms:
+        tensors += [norm.weight, norm.bias] if norm.bias.numel() else [norm.weight]
     return [*tensors, parameters.shell_width, *(t for t in parameters.linears[-1] if t is not None)]
 
 
 def _split_statistics(plan: Plan, statistics: Tensor) -> list[Statistics]:
     channels = plan.norms[0].channels
-    return [Statistics(row[:-channels].view(channels, -1), row[-channels:]) for row in statistics]
+    return [Statistics(row[:-channels].view(channels, -1), row[-channels:]) for row in statistics.unbind()]
 
 
 # ---- the operator
@@ -224,8 +249,8 @@ def _gradients(call, needs: Sequence[bool], grad: Tensor, packed: Tensor, statis
     of_weights = any(needs[call.n_inputs :])
     with without_derivatives():
         *found, of_packed = call.backward((*needs[: call.n_inputs], of_weights), grad, packed, *inputs)
-    if of_weights:
-        found += call.layer.unpack_gradient(of_packed, learned, statistics)
+        if of_weights:
+            found += call.layer.unpack_gradient(of_packed, learned, statistics)
     return [g if need else None for g, need in zip_longest(found, needs)]
 
 
@@ -250,10 +275,20 @@ class _Operator(torch.autograd.Function):
         return None, None, None, *_gradients(call, needs, grad, packed, statistics, tensors)
 
 
+def _refuse_gradient_transforms() -> None:
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    if any(t.key() in (TransformType.Grad, TransformType.Jvp) for t in transforms):
+        expected = "one that torch.func.grad, vjp, jvp, jacrev, jacfwd and hessian can transform"
+        remedy = "Use torch.autograd.grad, also inside torch.func.vmap's ensembles, or backend='reference'."
+        fail("backend", expected, "'cpu'", remedy, RuntimeError)
+
+
 def _run(call, batch_statistics: bool, *inputs: Tensor) -> tuple[Tensor, list[Statistics]]:
     """The output and the batch statistics. The last inputs: delta, attributes."""
     layer, inputs = call.layer, [t.contiguous() for t in inputs]
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_traced():
+        if not torch.compiler.is_compiling():
+            _refuse_gradient_transforms()
         with torch.no_grad():
             statistics = layer.statistics_of(*inputs[-2:]) if batch_statistics else layer.running()
         out = call.forward(layer.pack(layer.learned, statistics), *inputs)
@@ -289,5 +324,7 @@ def kernel(
 ) -> tuple[Tensor, list[Statistics]]:
     """K(x, a) (P, C_out, C_in): hidden features from the native code, the last layer one matrix product."""
     layer = _bind(plan, parameters)
+    if layer.native.kernel is None:
+        layer.native.with_kernel()
     h, statistics = _run(_HiddenFeatures(layer), batch_statistics, delta, attributes)
-    return (h @ layer.kernel_matrix().T).view(len(h), plan.out_size, plan.in_size), statistics
+    return (h @ layer.kernel_matrix().T).view(h.shape[0], plan.out_size, plan.in_size), statistics

@@ -193,8 +193,31 @@ _GRADIENTS = {
     "conv_pack_backward": (_conv_pack_backward_gradient, _save_all),
 }
 
+
+def _one_by_one(name: str):
+    """The rule for torch.func.vmap: the operator for each entry of the batch."""
+
+    def entry(argument, dim, n: int):
+        if isinstance(argument, list):
+            return [entry(t, d, n) for t, d in zip(argument, dim or [None] * len(argument), strict=True)]
+        return argument if dim is None else argument.select(dim, n)
+
+    def rule(info, in_dims, *arguments):
+        operator = getattr(torch.ops.implicit_steer, name)
+        found = [
+            operator(*(entry(a, dim, n) for a, dim in zip(arguments, in_dims, strict=True)))
+            for n in range(info.batch_size)
+        ]
+        if isinstance(found[0], Tensor):
+            return torch.stack(found), 0
+        return tuple(torch.stack(parts) for parts in zip(*found, strict=True)), (0,) * len(found[0])
+
+    return rule
+
+
 if native.available()[0]:
     for name, fake in _FAKES.items():
         torch.library.register_fake(f"{_NAMESPACE}::{name}")(fake)
+        torch.library.register_vmap(f"{_NAMESPACE}::{name}", _one_by_one(name))
     for name, (gradient, save) in _GRADIENTS.items():
         torch.library.register_autograd(f"{_NAMESPACE}::{name}", gradient, setup_context=save)

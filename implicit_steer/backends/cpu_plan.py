@@ -345,6 +345,22 @@ def _dense_couplings(plan: Plan) -> tuple[Coupling, ...]:
     )
 
 
+def kernel_entries(plan: Plan, n_weights: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every product θ·B: its position in the flat (C_out, C_in, H) kernel tensor, that of θ among the last layer's
+    parameters, ``n_weights`` weights and then its bias, and B."""
+    none = np.zeros(0, dtype=np.int64)
+    positions, columns, values = [none], [none], [none.astype(float)]
+    for c in plan.couplings:
+        b, o, i, m = np.nonzero(c.basis)
+        u, v, w, _ = np.ogrid[: len(c.out_start), : len(c.in_start), : len(c.hidden_start), :1]
+        row = (c.out_start[u] + o) * plan.in_size + c.in_start[v] + i
+        position = row * plan.hidden_size + c.hidden_start[w] + m
+        column = c.row[u, v] + w * len(c.basis) + b + (0 if c.parameter == "weights" else n_weights)
+        positions.append(position.reshape(-1)), columns.append(np.broadcast_to(column, position.shape).reshape(-1))
+        values.append(np.broadcast_to(c.basis[b, o, i, m], position.shape).reshape(-1))
+    return np.concatenate(positions), np.concatenate(columns), np.concatenate(values)
+
+
 @lru_cache(maxsize=256)
 def prepare(plan: Plan, sizes: tuple[int, ...]) -> Prepared:
     """``sizes``: of the parameters, in the order in which backends/cpu.py puts them into one vector."""
@@ -374,7 +390,13 @@ def prepare(plan: Plan, sizes: tuple[int, ...]) -> Prepared:
         matrices.append(_selection(np.full(size, -1), n_parameters))
     shell = place.take(1)
     matrices.append(_selection(np.array([next(starts)]), n_parameters))
-    begin = dict(zip(("kernel",) if plan.dense_coupling else ("weights", "bias"), starts, strict=False))
+    begin = dict(zip(("weights", "bias"), starts, strict=False))
+    kernel = None
+    if plan.dense_coupling:
+        entry, column, value = kernel_entries(plan, begin["bias"] - begin["weights"])
+        shape = plan.out_size * plan.in_size * plan.hidden_size, n_parameters
+        kernel = sparse.coo_matrix((value, (entry, begin["weights"] + column)), shape=shape).tocsr()
+    begin["kernel"] = 0
     backward, forward = [], []
     for c in couplings:
         per_row = np.arange(len(c.hidden_start) * c.basis.shape[0]).reshape(len(c.hidden_start), -1)
@@ -385,7 +407,10 @@ def prepare(plan: Plan, sizes: tuple[int, ...]) -> Prepared:
     n_grad = place.next
     for starts_at, columns in zip(theta, forward, strict=True):
         starts_at.append(place.take(len(columns)))
-    matrices += [_selection(columns, n_parameters) for columns in (*backward, *forward)]
+    for columns in (*backward, *forward):
+        matrices.append(
+            _selection(columns, n_parameters) if kernel is None else _selection(columns, kernel.shape[0]) @ kernel
+        )
     sizes = (len(couplings), place.next, n_grad, shell, n_trivial, n_parameters)
     _flatten_header(plan, flat, terms, position, sizes)
     _flatten_frame(plan, flat, terms, position)

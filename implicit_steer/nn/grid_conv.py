@@ -82,6 +82,7 @@ class ImplicitConv(BiasedModule):
         ok = kernel_size > 1 or kernel_attr_type is not None or not self.implicit_kernel.plan.norms
         remedy = "The statistics of one point have no variance: use norm=None."
         require(ok, "kernel_size", "at least 2 with norm='batch' and no attributes", kernel_size, remedy)
+        self.implicit_kernel.prepare_values()
         self.register_buffer("grid", kernel_grid(kernel_size, self.dim), persistent=False)
 
     def filters(self, attr: Tensor | None = None) -> Tensor:

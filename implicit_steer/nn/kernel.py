@@ -16,7 +16,8 @@ from torch import Tensor
 from .. import op
 from .._check import fail, require
 from ..lowering import KernelShape, lower
-from ..packing import Kept, NormParameters, Parameters
+from ..packing import Kept, NormParameters, Parameters, is_traced
+from ..plan import Plan
 from .mlp import KernelMLP, check_basis, fiber_space, norm_names
 
 
@@ -50,7 +51,7 @@ def check_type(name: str, value, gspace: GSpace | None = None) -> None:
 
 def _lower_again(kernel: ImplicitKernel, _) -> None:
     """After a checkpoint: its basis may have replaced a numerically found one."""
-    kernel.plan = lower(kernel.mlp, kernel._shape, kernel._sampling)
+    kernel._set_plan(lower(kernel.mlp, kernel._shape, kernel._sampling))
 
 
 class ImplicitKernel(torch.nn.Module):
@@ -121,15 +122,27 @@ class ImplicitKernel(torch.nn.Module):
             activation,
         )
         self.shell_width = torch.nn.Parameter(0.5 * torch.ones(1, 1, 1))
-        self._shape, self._sampling = shape, sampling
+        self._shape, self._sampling, self._values = shape, sampling, False
         self._linears, self._norms, self._kept = self.mlp.linears, self.mlp.norms, Kept()
         self._names = [(layer, name) for layer in self._linears for name in ("weights", "bias")]
         self._names += [(norm, name) for norm in self._norms for name in norm_names(norm)]
         self._names.append((self, "shell_width"))
         # The dictionaries in which torch keeps them, without the detour over Module.__getattr__.
         self._tensors = [(m._buffers if name in m._buffers else m._parameters, name) for m, name in self._names]
-        self.plan = lower(self.mlp, shape, sampling)
+        self._set_plan(lower(self.mlp, shape, sampling))
         self.register_load_state_dict_post_hook(_lower_again)
+
+    def _set_plan(self, plan: Plan) -> None:
+        self.plan = plan
+        # Numbers that torch.compile would look for in the plan's arrays.
+        self._dim, self._n_attributes = plan.frame.dim, plan.frame.n_attributes
+        self._trivial = [norm.full_trivial.tolist() for norm in plan.norms]
+        self._kept.native = op.prepared(plan, self.parameters_for_op(), values=self._values)
+
+    def prepare_values(self) -> None:
+        """Make ready what the kernel's values take beyond a convolution; torch.compile cannot at the first call."""
+        self._values = True
+        self._set_plan(self.plan)
 
     def parameters_for_op(self) -> Parameters:
         """The learned tensors as the operator takes them; the same object while they are the same."""
@@ -138,13 +151,16 @@ class ImplicitKernel(torch.nn.Module):
             tensors = [where[name] for where, name in self._tensors]
         except KeyError:  # a parametrised one is not stored plainly
             tensors = [getattr(module, name) for module, name in self._names]
-        if kept.tensors is not None and all(map(operator.is_, tensors, kept.tensors)):
+        traced = is_traced()
+        if not traced and kept.tensors is not None and all(map(operator.is_, tensors, kept.tensors)):
             return kept.parameters
         n = 2 * len(self._linears)
         linears, norms, (shell_width,) = tensors[:n], tensors[n:-1], tensors[-1:]
         norms = tuple(NormParameters(*norms[k : k + 4]) for k in range(0, len(norms), 4))
         parameters = Parameters(tuple(zip(linears[::2], linears[1::2], strict=True)), norms, shell_width, kept)
-        if all(t is None or t.is_leaf for t in tensors):  # others hold a graph that is not to be kept alive
+        if not traced and all(
+            t is None or t.is_leaf for t in tensors
+        ):  # others hold a graph that is not to be kept alive
             kept.tensors, kept.parameters = tensors, parameters
         return parameters
 
@@ -162,25 +178,25 @@ class ImplicitKernel(torch.nn.Module):
 
     def update_running(self, statistics: list) -> None:
         """Update the batch norms' running statistics after a training pass."""
-        for norm, plan, s in zip(self._norms, self.plan.norms, statistics, strict=False):
-            self.mlp.update_running(norm, plan.full_trivial.tolist(), s.mean, s.var)
+        for norm, trivial, s in zip(self._norms, self._trivial, statistics, strict=False):
+            self.mlp.update_running(norm, trivial, s.mean, s.var)
 
     def check_points(self, prefix: str, delta: Tensor, attributes: Tensor | None, n: int | None) -> Tensor:
         """Validate positions and attributes; returns the attributes, (n, 0) where there are none."""
-        frame, width = self.plan.frame, self.shell_width
+        width = self.shell_width
         position, attribute = {"edge": ("edge_delta", "edge_attr"), "kernel": ("pos", "attrs")}[prefix]
-        size = frame.n_attributes
-        check_tensor(position, delta, (n, frame.dim), width.dtype, width.device)
+        size = self._n_attributes
+        check_tensor(position, delta, (n, self._dim), width.dtype, width.device)
         if attributes is None:
             if size:
                 remedy = "The layer was built with an attribute type: pass the attributes."
                 fail(attribute, f"a tensor of {size} attributes each", None, remedy)
-            return delta.new_zeros(len(delta), 0)
+            return delta.new_zeros(delta.shape[0], 0)
         if size == 0 and getattr(attributes, "shape", ())[-1:] != (0,):
             got = f"{type(attributes).__name__} of shape {tuple(getattr(attributes, 'shape', ()))}"
             remedy = "The layer was built without an attribute type: leave the attributes out, or build it with one."
             fail(attribute, "None", got, remedy)
-        check_tensor(attribute, attributes, (len(delta), size), width.dtype, width.device)
+        check_tensor(attribute, attributes, (delta.shape[0], size), width.dtype, width.device)
         return attributes
 
     def forward(self, pos: Tensor, attrs: Tensor | None = None, *, batch_statistics: bool | None = None) -> Tensor:
@@ -195,7 +211,7 @@ class ImplicitKernel(torch.nn.Module):
             (P, C_out, C_in).
         """
         attributes = self.check_points("kernel", pos, attrs, None)
-        live = self.uses_batch_statistics(len(pos), "pos") if batch_statistics is None else batch_statistics
+        live = self.uses_batch_statistics(pos.shape[0], "pos") if batch_statistics is None else batch_statistics
         k, statistics = op.implicit_kernel(self.plan, self.parameters_for_op(), pos, attributes, batch_statistics=live)
         if self.training:
             self.update_running(statistics)

@@ -108,7 +108,7 @@ class ImplicitPointConv(BiasedModule):
         """
         kernel = self.implicit_kernel
         source, coords, n_target = self._nodes(kernel, x)
-        graph = self._graph(edge_index, len(source), n_target)
+        graph = self._graph(edge_index, source.shape[0], n_target)
         return self._convolve(kernel, source, graph, edge_delta, edge_attr, coords)
 
     def _nodes(self, kernel: ImplicitKernel, x) -> tuple[Tensor, Tensor, int]:
@@ -123,7 +123,7 @@ class ImplicitPointConv(BiasedModule):
         width = kernel.shell_width
         check_tensor("x", x.tensor, (None, self.in_type.size), width.dtype, width.device)
         if isinstance(target, GeometricTensor):
-            return x.tensor, target.coords, len(target.tensor)
+            return x.tensor, target.coords, target.tensor.shape[0]
         if isinstance(target, int) and not isinstance(target, bool) and target >= 0:
             unknown = x.tensor.new_full((target, self.in_type.gspace.dimensionality), float("nan"))
             return x.tensor, unknown, target

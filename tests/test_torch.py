@@ -1,0 +1,311 @@
+"""The operators as citizens of PyTorch: opcheck, torch.compile, torch.export, torch.func, autocast, DDP."""
+
+import copy
+import io
+import socket
+from dataclasses import replace
+
+import escnn
+import pytest
+import torch
+from escnn.nn import GeometricTensor
+from helpers import layer
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.library import opcheck
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from implicit_steer import native
+from implicit_steer.backends.cpu import Layer
+from implicit_steer.cases import SMALL
+from implicit_steer.nn import ImplicitConv
+
+pytestmark = pytest.mark.skipif(not native.available()[0], reason="the native extension is not built")
+CASES = ["o3", "so2-r3", "c4"]  # zonal, planar, dense coupling
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+# ---- opcheck
+
+
+def operator_arguments():
+    """Name → arguments of every native operator, with gradients where it has them."""
+    conv = layer(SMALL["o3"])
+    problem, parameters = SMALL["o3"].inputs(conv), conv.implicit_kernel.parameters_for_op()
+    bound = Layer(conv.implicit_kernel.plan, parameters.kept.native, parameters)
+    with torch.no_grad():
+        packed, statistics = bound.packed()
+    graph, plan, arrays = problem.graph, bound.plan, bound.arrays
+
+    def leaf(t):
+        return t.detach().clone().requires_grad_()
+
+    weights, x, delta, attr = map(leaf, (packed, problem.x, problem.delta, problem.attributes))
+    fixed = [t.detach() for t in (weights, x, delta, attr)]
+    edges, by_source = (graph.src, graph.order, graph.rowptr), (graph.order_by_source, graph.colptr)
+    grad = torch.randn(graph.num_dst, plan.out_size, dtype=torch.float64)
+    grad_h = torch.randn(len(delta), plan.hidden_size, dtype=torch.float64)
+    directions = [torch.randn_like(t) for t in fixed]
+    matrix, learned = bound.native.matrix[torch.float64], [leaf(t) for t in bound.learned]
+    values = [t.detach() for t in learned]
+    return {
+        "conv_forward": (*arrays, weights, x, delta, attr, *edges, plan.out_size, 0),
+        "conv_backward": (*arrays, weights, x, delta, attr, *edges, leaf(grad), *by_source, *[True] * 4, 0),
+        "conv_double_backward": (*arrays, *fixed, *edges, grad, *by_source, *directions, *[True] * 5, 0),
+        "conv_hidden": (*arrays, weights, delta, attr, plan.hidden_size, 0),
+        "conv_hidden_backward": (*arrays, weights, delta, attr, leaf(grad_h), 0),
+        "conv_hidden_double_backward": (*arrays, fixed[0], *fixed[2:], grad_h, directions[0], *directions[2:], 0),
+        "conv_pack": (*arrays, *matrix, learned, statistics),
+        "conv_pack_backward": (*arrays, *matrix, statistics, leaf(packed), sum(t.numel() for t in learned)),
+        "conv_statistics": (*arrays, *matrix, values, *fixed[2:], *bound.native.statistics, 0),
+        "same_values": (values, torch.cat([t.reshape(-1) for t in values])),
+        "sort_by_key": (graph.src, graph.num_src),
+        "edges_in_range": (graph.edge_index, graph.num_src, graph.num_dst),
+        "fourier_forward": (x.detach()[:, :8], torch.randn(5, 4).double(), torch.randn(5, 4).double(), 0, 0),
+        "fourier_backward": (fixed[1], fixed[1], torch.randn(5, 4).double(), torch.randn(5, 4).double(), 0, 0),
+    }
+
+
+def test_every_operator_is_checked():
+    names = {
+        name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "implicit_steer" in name
+    }
+    assert set(operator_arguments()) == names - {"fma_peak", "lane_function"}  # instruments of the tests and the bench
+
+
+@pytest.mark.parametrize("name", operator_arguments())
+def test_opcheck(name):
+    results = opcheck(getattr(torch.ops.implicit_steer, name).default, operator_arguments()[name])
+    assert set(results.values()) == {"SUCCESS"}
+
+
+# ---- torch.compile
+
+
+def function_of(conv):
+    def run(x, pos, graph, delta, attributes):
+        return conv(GeometricTensor(x, conv.in_type, pos), graph, delta, attributes).tensor
+
+    return run
+
+
+def arguments_of(problem):
+    return problem.x, problem.pos, problem.graph, problem.delta, problem.attributes
+
+
+def gradients(run, conv, problem):
+    """Output, then gradients in inputs and parameters; the layer's buffers are put back."""
+    before = copy.deepcopy(conv.state_dict())
+    leaves = [*problem.requires_grad(), *conv.parameters()]
+    out = run(*arguments_of(problem))
+    found = [out, *torch.autograd.grad(out.square().sum(), leaves), *map(torch.clone, conv.buffers())]
+    conv.load_state_dict(before)
+    return found
+
+
+@pytest.mark.parametrize("configuration", ["train", "eval", "no norm"])
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_without_a_break_and_once_for_all_sizes(name, configuration):
+    """The first call compiles for its sizes, the second for all, none after that."""
+    conv = layer(SMALL[name], configuration)
+    run, counter = function_of(conv), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(run, fullgraph=True, backend=counter)
+    for nodes in (12, 15, 23, 40):
+        problem = replace(SMALL[name], nodes=nodes).inputs(conv)
+        for a, b in zip(gradients(compiled, conv, problem), gradients(run, conv, problem), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("aggr", ["sum", "mean"])
+def test_inductor(aggr):
+    conv = layer(SMALL["o3"], "no norm", torch.float32, aggr=aggr)
+    run, problem = function_of(conv), SMALL["o3"].inputs(conv)
+    compiled = torch.compile(run, fullgraph=True)
+    for a, b in zip(gradients(compiled, conv, problem), gradients(run, conv, problem), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_graph_made_inside():
+    conv = layer(SMALL["o3"])
+    run, problem = function_of(conv), SMALL["o3"].inputs(conv)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    x, pos, graph, *rest = arguments_of(problem)
+    torch.testing.assert_close(compiled(x, pos, graph.edge_index, *rest), problem.run(conv), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="edge_index: expected indices of nodes"):
+        compiled(x, pos, graph.edge_index + 1, *rest)
+
+
+def test_forces_inside_a_compiled_function():
+    conv = layer(SMALL["o3"], "no norm", activation="silu")
+    problem = SMALL["o3"].inputs(conv)
+
+    def energy_and_forces(x, pos, graph, attributes):
+        pos = pos.detach().requires_grad_()
+        delta = pos[graph.dst] - pos[graph.src]
+        out = conv(GeometricTensor(x, conv.in_type, pos), graph, delta, attributes).tensor
+        energy = out.square().sum()
+        return energy.detach(), -torch.autograd.grad(energy, pos)[0]
+
+    arguments = problem.x, problem.pos, problem.graph, problem.attributes
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        compiled = torch.compile(energy_and_forces, fullgraph=True, backend="aot_eager")(*arguments)
+    for a, b in zip(compiled, energy_and_forces(*arguments), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_compiled_grid_convolution():
+    gspace = escnn.gspaces.rot2dOnR2(-1, maximum_frequency=2)
+    fields = gspace.type(gspace.trivial_repr, gspace.irrep(1))
+    conv = ImplicitConv(fields, fields, None, kernel_size=3, n_layers=2, n_channels=4).double().eval()
+    x = torch.randn(2, fields.size, 6, 6, dtype=torch.float64)
+
+    def run(x):
+        return conv(GeometricTensor(x, fields)).tensor
+
+    torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x), rtol=0, atol=0)
+
+
+# ---- torch.export
+
+
+class Exported(torch.nn.Module):
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x, pos, edge_index, delta, attributes):
+        x = GeometricTensor(x, self.conv.in_type, pos)
+        return self.conv(x, edge_index, delta, attributes).tensor
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_export_and_back(name, strict):
+    """Through a file, to another number of nodes and edges."""
+    conv = layer(SMALL[name])
+    module = Exported(conv).eval()
+    nodes, edges = torch.export.Dim("nodes", min=2), torch.export.Dim("edges", min=2)
+
+    def inputs(problem):
+        return problem.x, problem.pos, problem.graph.edge_index, problem.delta, problem.attributes
+
+    given = inputs(SMALL[name].inputs(conv))
+    sizes = ({0: nodes}, {0: nodes}, {1: edges}, {0: edges}, None if given[-1] is None else {0: edges})
+    program = torch.export.export(module, given, dynamic_shapes=sizes, strict=strict)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    other = inputs(replace(SMALL[name], nodes=31).inputs(conv))
+    torch.testing.assert_close(loaded(*other), module(*other), rtol=0, atol=0)
+
+
+# ---- torch.func
+
+
+def test_functional_call():
+    conv = layer(SMALL["o3"])
+    problem, scaled = SMALL["o3"].inputs(conv), copy.deepcopy(conv)
+    with torch.no_grad():
+        for p in scaled.parameters():
+            p.mul_(1.1)
+    parameters = {name: 1.1 * p for name, p in conv.named_parameters()}
+    out = torch.func.functional_call(conv, parameters, problem.arguments(conv)).tensor
+    torch.testing.assert_close(out, problem.run(scaled), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_vmap_over_an_ensemble_of_weights(name):
+    conv = layer(SMALL[name])
+    problem = SMALL[name].inputs(conv)
+    scales = torch.tensor([0.9, 1.0, 1.1], dtype=torch.float64)
+    stacked = {n: torch.stack([s * p.detach() for s in scales]).requires_grad_() for n, p in conv.named_parameters()}
+
+    def member(parameters):
+        return torch.func.functional_call(conv, parameters, problem.arguments(conv)).tensor
+
+    together = torch.func.vmap(member)(stacked)
+    single = torch.stack([member({n: p[k] for n, p in stacked.items()}) for k in range(len(scales))])
+    torch.testing.assert_close(together, single, rtol=0, atol=0)
+    leaves = list(stacked.values())
+    gradients = (torch.autograd.grad(out.square().sum(), leaves) for out in (together, single))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.jacfwd])
+def test_other_transforms_are_refused(transform):
+    conv = layer(SMALL["o3"], backend="cpu")
+    problem = SMALL["o3"].inputs(conv)
+
+    def loss(x):
+        return replace(problem, x=x).run(conv).square().sum()
+
+    with pytest.raises(RuntimeError, match=r"Use torch\.autograd\.grad"):
+        transform(loss)(problem.x)
+
+
+# ---- checkpointing, autocast, DDP
+
+
+def test_checkpoint():
+    conv = layer(SMALL["o3"], "no norm")
+    problem = SMALL["o3"].inputs(conv)
+    leaves = [*problem.requires_grad(), *conv.parameters()]
+
+    def run(x, delta):
+        return replace(problem, x=x, delta=delta).run(conv)
+
+    again = checkpoint(run, problem.x, problem.delta, use_reentrant=False)
+    gradients = (torch.autograd.grad(out.square().sum(), leaves) for out in (again, problem.run(conv)))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_autocast():
+    """The operator computes in float32; the few torch operations around it may round to 16 bits."""
+    conv = layer(SMALL["o3"], dtype=torch.float32)
+    problem = SMALL["o3"].inputs(conv)
+    expected = problem.run(conv)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = problem.run(conv)
+        halved = replace(problem, x=problem.x.bfloat16()).run(conv)
+    assert (out.dtype, halved.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(out, expected, rtol=0, atol=2e-3)  # measured: 2e-4, the bias
+    torch.testing.assert_close(halved.float(), expected, rtol=0.03, atol=0.03)  # bfloat16 keeps 8 bits
+
+
+def _gradients_of_share(rank: int, world: int, port: int, results) -> None:
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    conv = layer(SMALL["o3"], "no norm")
+    problem = SMALL["o3"].inputs(conv)
+    parallel = DistributedDataParallel(Exported(conv))
+    problem.x = problem.x * (1 + rank)
+    out = parallel(problem.x, problem.pos, problem.graph.edge_index, problem.delta, problem.attributes)
+    out.square().sum().backward()
+    if rank == 0:
+        results.put([p.grad.tolist() for p in conv.parameters()])
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_gradients_of_one():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    results = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    torch.multiprocessing.spawn(_gradients_of_share, (2, port, results), nprocs=2)
+    parallel = [torch.tensor(g, dtype=torch.float64) for g in results.get()]
+    conv = layer(SMALL["o3"], "no norm")
+    problem = SMALL["o3"].inputs(conv)
+    loss = sum(replace(problem, x=scale * problem.x).run(conv).square().sum() for scale in (1, 2)) / 2
+    for a, b in zip(parallel, torch.autograd.grad(loss, list(conv.parameters())), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
