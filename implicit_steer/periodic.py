@@ -34,7 +34,7 @@ def checked_cell(cell: Any, pbc: Any, dim: int) -> tuple[np.ndarray, np.ndarray]
     if periodic.any() and not singular:
         singular = np.linalg.svd(lattice / lengths, compute_uv=False).min() < 1e-6
     remedy = "Give the directions without periodicity as False in pbc."
-    require(not singular, "cell", "linearly independent lattice vectors in periodic directions", cell, remedy)
+    require(not singular, "cell", "linearly independent lattice vectors in periodic directions", cell.tolist(), remedy)
     return vectors, periodic
 
 

@@ -1,4 +1,4 @@
-"""Fitting a potential to energies and forces: ``python -m implicit_steer train forces --system metals``, or
+"""Fitting a potential to energies and forces: ``python -m implicit_steer train forces --system molecules``, or
 :func:`train_forces` from Python."""
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ EVALUATION = 100  # configurations each for validation and test
 class ForcesOptions:
     """A fit of a potential. The command line has the same names; its help explains them."""
 
-    system: str = "metals"
+    system: str = "molecules"
     limit: int = 400
     epochs: int = 20
     batch_size: int = 4
     seed: int = 0
-    lr: float = 5e-3
+    lr: float = 1e-2
     energy_weight: float = 1.0
     cutoff: float = 5.0
     blocks: int = 2
-    channels: int = 8
+    channels: int = 16
     max_frequency: int = 1
     backend: str = "auto"
     device: str = "auto"

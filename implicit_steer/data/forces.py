@@ -2,8 +2,9 @@
 
 - ``metals``: 32 atoms of Cu and Au on a strained, rattled fcc lattice with periodic boundaries, labelled by effective
   medium theory (Jacobsen, Stoltze, Nørskov, Surface Science 366, 394 (1996), as ASE implements it);
-- ``molecules``: small molecules of H, C, N and O, rattled about their equilibrium, labelled by GFN2-xTB (Bannwarth,
-  Ehlert, Grimme, J. Chem. Theory Comput. 15, 1652 (2019), the package tblite).
+- ``molecules``: small molecules of H, C, N and O, displaced from equilibrium along their normal modes as at a random
+  temperature, labelled by GFN2-xTB (Bannwarth, Ehlert, Grimme, J. Chem. Theory Comput. 15, 1652 (2019), the package
+  tblite).
 
 Every configuration depends on the system, the seed, the split and its number alone.
 """
@@ -15,6 +16,7 @@ import importlib.metadata
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +39,9 @@ CHUNK = 50  # configurations per cache file: 0.1 to 0.5 s of work
 CACHE_VERSION = 1  # part of the cache's name: raise it when the content of a chunk changes
 
 MOLECULES = ("H2O", "CH4", "NH3", "H2CO", "CH3OH", "CH3CN", "HCOOH", "CH3CHO", "CH3CH2OH")
-MOLECULE_RATTLE = (0.02, 0.07)  # Å, standard deviation of every coordinate
+TEMPERATURE = (50.0, 1500.0)  # K, of the molecules
+MOLECULE_RATTLE = 0.02  # Å, standard deviation of every coordinate, beside the normal modes
+SOFT, FREE = 200.0, 60.0  # 1/cm: softer modes move as far as this one; below, translations and rotations, not at all
 METAL_RATTLE = (0.0, 0.12)  # Å
 METAL_STRAIN = 0.03  # largest entry of the strain
 LATTICE_CONSTANTS = {29: 3.59, 79: 4.06}  # Å, of Cu and Au in effective medium theory
@@ -68,15 +72,45 @@ def _alloy(rng: np.random.Generator, strain: float, rattle: tuple[float, float])
     return atoms
 
 
+def _xtb() -> Calculator:
+    # The default accuracy leaves 1e-4 eV/Å that depend on the calculation before.
+    return load_extra("tblite.ase").TBLite(method="GFN2-xTB", accuracy=0.01, verbosity=0)
+
+
 def _molecule(rng: np.random.Generator) -> Atoms:
-    atoms = load_extra("ase.build").molecule(MOLECULES[rng.integers(len(MOLECULES))])
-    atoms.positions += rng.uniform(*MOLECULE_RATTLE) * rng.standard_normal(atoms.positions.shape)
+    atoms, modes = _normal_modes(MOLECULES[rng.integers(len(MOLECULES))])
+    shape = atoms.positions.shape
+    thermal = np.sqrt(rng.uniform(*TEMPERATURE)) * modes @ rng.standard_normal(modes.shape[1])
+    atoms.positions += thermal.reshape(shape) + MOLECULE_RATTLE * rng.standard_normal(shape)
     return atoms
 
 
-def _xtb() -> Calculator:
-    # Its default accuracy leaves 1e-4 eV/Å that depend on the number of threads.
-    return load_extra("tblite.ase").TBLite(method="GFN2-xTB", accuracy=0.01, verbosity=0)
+@cache
+def _equilibrium(name: str) -> tuple[Atoms, np.ndarray]:
+    """The relaxed molecule, and displacements (3N, modes) in Å/√K: e_k √(k_B / m) / ω_k for each mode k."""
+    atoms = load_extra("ase.build").molecule(name)
+    atoms.calc = _xtb()
+    load_extra("ase.optimize").BFGS(atoms, logfile=None).run(fmax=1e-3)
+    relaxed, step, rows = atoms.positions.copy(), 1e-3, []
+    for move in np.eye(relaxed.size).reshape(-1, *relaxed.shape):
+        forces = []
+        for sign in (1, -1):
+            atoms.positions = relaxed + sign * step * move
+            forces.append(atoms.get_forces().ravel())
+        rows.append((forces[1] - forces[0]) / (2 * step))
+    units = load_extra("ase.units")
+    root_mass = np.repeat(np.sqrt(atoms.get_masses()), 3)
+    squares, vectors = np.linalg.eigh((np.array(rows) + np.array(rows).T) / 2 / np.outer(root_mass, root_mass))
+    frequency = np.sqrt(np.abs(squares))
+    per_cm = units.invcm / (units._hbar * units.J * units.s)  # angular frequency of 1/cm in ASE's unit of time
+    amplitude = np.sqrt(units.kB) / np.maximum(frequency, SOFT * per_cm) * (frequency > FREE * per_cm)
+    atoms.positions, atoms.calc = relaxed, None
+    return atoms, (vectors / root_mass[:, None]) * amplitude
+
+
+def _normal_modes(name: str) -> tuple[Atoms, np.ndarray]:
+    atoms, modes = _equilibrium(name)
+    return atoms.copy(), modes
 
 
 SYSTEMS = {
@@ -92,7 +126,7 @@ SYSTEMS = {
         species=(1, 6, 7, 8),
         draw=_molecule,
         calculator=_xtb,
-        start=lambda: load_extra("ase.build").molecule("CH3CH2OH"),
+        start=lambda: _normal_modes("CH3CH2OH")[0],
     ),
 }
 
