@@ -157,19 +157,20 @@ class EpochLog(pl.Callback):
         """Cut the log to the epochs before this one."""
         if not self.first.exists():
             trainer.save_checkpoint(self.first)
-        self._write([row for row in self._read() if int(row["epoch"]) < trainer.current_epoch])
+        rows = []
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < trainer.current_epoch]
+        self.path.write_text("")
+        for row in rows:
+            self._append(row)
 
-    def _read(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        with self.path.open(newline="") as file:
-            return list(csv.DictReader(file))
-
-    def _write(self, rows: list[dict[str, Any]]) -> None:
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]) if rows else [])
-            writer.writeheader()
-            writer.writerows(rows)
+    def _append(self, row: dict[str, Any]) -> None:
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Start the clock; note the learning rate of the epoch."""
@@ -179,7 +180,7 @@ class EpochLog(pl.Callback):
         """Append the epoch's row."""
         seconds = round(time.perf_counter() - self._start, 2)
         row = {"epoch": trainer.current_epoch, "step": trainer.global_step, "lr": self._lr}
-        self._write([*self._read(), {**row, **module.epoch_errors(trainer.callback_metrics), "seconds": seconds}])
+        self._append({**row, **module.epoch_errors(trainer.callback_metrics), "seconds": seconds})
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         """Say how to go on after Ctrl-C."""

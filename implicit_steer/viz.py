@@ -1,5 +1,5 @@
-"""Pictures: kernels on a slice, times as bars, learning curves, convergence, lines on logarithmic axes. Each returns a
-matplotlib ``Figure``.
+"""Pictures: kernels on a slice, times as bars, learning curves, convergence, lines on logarithmic axes, energies of
+molecular dynamics. Each returns a matplotlib ``Figure``.
 
 The figures are made without pyplot: they need no display, and nothing has to be closed. Needs the extra ``train``.
 """
@@ -243,7 +243,7 @@ def energy_conservation(time_ps: np.ndarray, energies: np.ndarray) -> Figure:
     change = energies - energies[:1]
     for name, values, colour in zip(("potential", "kinetic", "total"), change.T, _COLOURS, strict=False):
         both.plot(time_ps, 1e3 * values, color=colour, linewidth=0.8, label=name)
-    both.legend(frameon=False, ncols=3, loc="upper right")
+    both.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     both.set_ylabel("change (meV per atom)", color=_INK)
     alone.plot(time_ps, 1e6 * change[:, 2], color=_COLOURS[2], linewidth=0.6)
     alone.set_ylabel("total (µeV per atom)", color=_INK)

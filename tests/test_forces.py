@@ -248,7 +248,8 @@ def test_step_is_the_gradient_of_the_loss():
 
 def test_command_line(tmp_path, capsys):
     out = tmp_path / "out"
-    arguments = f"train forces --system molecules --limit 4 --epochs 1 --batch-size 2 --channels 2 --out {out}"
+    arguments = "train forces --system molecules --limit 4 --epochs 1 --batch-size 2 --channels 2"
+    arguments += f" --out {out} --cache {tmp_path}"
     main([*arguments.split(), "--num-threads", "1"])
     captured = capsys.readouterr()
     result = json.loads((out / "result.json").read_text())

@@ -28,9 +28,9 @@ def make(max_frequency=1, **options):
     return potential
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["l1", "l2"])
+@pytest.fixture(scope="module", params=[0, 1, 2], ids=["l0", "l1", "l2"])
 def potential(request):
-    """Potentials with fields up to l = 1 and 2."""
+    """Potentials with fields up to l = 0, 1 and 2."""
     return make(request.param)
 
 
