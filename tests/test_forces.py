@@ -120,6 +120,19 @@ def test_molecules_are_disturbed_about_their_equilibrium():
     assert not any(single.shift.any() for single in data.train.structures)
 
 
+def test_labels_are_the_same_in_every_run(tmp_path):
+    threads = torch.get_num_threads()
+    runs = []
+    for name in ("a", "b"):
+        data_module._equilibrium.cache_clear()
+        runs.append(small_data("molecules", cache=tmp_path / name).train.structures)
+    assert torch.get_num_threads() == threads
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first.pos, second.pos)
+        assert torch.equal(first.energy, second.energy)
+        assert torch.equal(first.forces, second.forces)
+
+
 def test_cache_is_used_and_continued(tmp_path, monkeypatch):
     small_data(cache=tmp_path)
     chunks = sorted(tmp_path.glob("metals-v*/*.npz"))

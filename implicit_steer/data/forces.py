@@ -87,7 +87,10 @@ def _molecule(rng: np.random.Generator) -> Atoms:
 
 @cache
 def _equilibrium(name: str) -> tuple[Atoms, np.ndarray]:
-    """The relaxed molecule, and displacements (3N, modes) in Å/√K: e_k √(k_B / m) / ω_k for each mode k."""
+    """The relaxed molecule, and D (3N, 3N) in Å/√K: √T D ξ of normal ξ are thermal displacements.
+
+    D = M^-1/2 V √k_B / ω Vᵀ over the modes V; as a function of the Hessian it is the same for all choices of V.
+    """
     atoms = load_extra("ase.build").molecule(name)
     atoms.calc = _xtb()
     load_extra("ase.optimize").BFGS(atoms, logfile=None).run(fmax=1e-3)
@@ -105,7 +108,7 @@ def _equilibrium(name: str) -> tuple[Atoms, np.ndarray]:
     per_cm = units.invcm / (units._hbar * units.J * units.s)  # angular frequency of 1/cm in ASE's unit of time
     amplitude = np.sqrt(units.kB) / np.maximum(frequency, SOFT * per_cm) * (frequency > FREE * per_cm)
     atoms.positions, atoms.calc = relaxed, None
-    return atoms, (vectors / root_mass[:, None]) * amplitude
+    return atoms, (vectors / root_mass[:, None] * amplitude) @ vectors.T
 
 
 def _normal_modes(name: str) -> tuple[Atoms, np.ndarray]:
@@ -222,9 +225,11 @@ def _cache_name(system: str, seed: int) -> str:
 
 def _label(system: str, seed: int, missing: dict[Path, np.ndarray], progress: bool) -> None:
     tqdm, calculator = load_extra("tqdm"), SYSTEMS[system].calculator
-    total = sum(len(rows) for rows in missing.values())
+    total, one_thread = sum(len(rows) for rows in missing.values()), load_extra("threadpoolctl").threadpool_limits
+    calculator()  # loads the libraries whose threads are limited below
     log.info("%s: labelling %d configurations", system, total)
-    with tqdm.tqdm(total=total, desc=system, unit="configuration", disable=not progress) as bar:
+    # On one thread xTB gives the same bits in every run.
+    with one_thread(1), tqdm.tqdm(total=total, desc=system, unit="configuration", disable=not progress) as bar:
         for path, rows in missing.items():
             configurations = []
             for number in rows.tolist():
