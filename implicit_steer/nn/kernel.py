@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from functools import lru_cache
 from numbers import Real
 
@@ -15,8 +16,8 @@ from torch import Tensor
 from .. import op
 from .._check import fail, require
 from ..lowering import KernelShape, lower
-from ..packing import Kept, Parameters
-from .mlp import KernelMLP, check_basis, fiber_space, stored
+from ..packing import Kept, NormParameters, Parameters
+from .mlp import KernelMLP, check_basis, fiber_space, norm_names
 
 
 def position_representation(gspace: GSpace) -> Representation:
@@ -122,17 +123,30 @@ class ImplicitKernel(torch.nn.Module):
         self.shell_width = torch.nn.Parameter(0.5 * torch.ones(1, 1, 1))
         self._shape, self._sampling = shape, sampling
         self._linears, self._norms, self._kept = self.mlp.linears, self.mlp.norms, Kept()
+        self._names = [(layer, name) for layer in self._linears for name in ("weights", "bias")]
+        self._names += [(norm, name) for norm in self._norms for name in norm_names(norm)]
+        self._names.append((self, "shell_width"))
+        # The dictionaries in which torch keeps them, without the detour over Module.__getattr__.
+        self._tensors = [(m._buffers if name in m._buffers else m._parameters, name) for m, name in self._names]
         self.plan = lower(self.mlp, shape, sampling)
         self.register_load_state_dict_post_hook(_lower_again)
 
     def parameters_for_op(self) -> Parameters:
-        """The learned tensors as the operator takes them."""
-        return Parameters(
-            tuple((stored(layer, "weights"), stored(layer, "bias")) for layer in self._linears),
-            tuple(self.mlp.norm_parameters(norm) for norm in self._norms),
-            self.shell_width,
-            self._kept,
-        )
+        """The learned tensors as the operator takes them; the same object while they are the same."""
+        kept = self._kept
+        try:
+            tensors = [where[name] for where, name in self._tensors]
+        except KeyError:  # a parametrised one is not stored plainly
+            tensors = [getattr(module, name) for module, name in self._names]
+        if kept.tensors is not None and all(map(operator.is_, tensors, kept.tensors)):
+            return kept.parameters
+        n = 2 * len(self._linears)
+        linears, norms, (shell_width,) = tensors[:n], tensors[n:-1], tensors[-1:]
+        norms = tuple(NormParameters(*norms[k : k + 4]) for k in range(0, len(norms), 4))
+        parameters = Parameters(tuple(zip(linears[::2], linears[1::2], strict=True)), norms, shell_width, kept)
+        if all(t is None or t.is_leaf for t in tensors):  # others hold a graph that is not to be kept alive
+            kept.tensors, kept.parameters = tensors, parameters
+        return parameters
 
     def uses_batch_statistics(self, n_points: int, argument: str = "edge_delta") -> bool:
         """Whether batch norms take their statistics from these points (training mode).
@@ -204,7 +218,10 @@ def check_tensor(name: str, value, shape: tuple, dtype: torch.dtype, device: tor
     """Raise unless ``value`` is a tensor of ``shape`` (None: any), of ``dtype`` or a 16-bit float, on ``device``."""
     if not isinstance(value, Tensor):
         fail(name, "a torch.Tensor", type(value).__name__, kind=TypeError)
-    if value.dim() != len(shape) or any(s is not None and s != v for s, v in zip(shape, value.shape, strict=True)):
+    right = value.dim() == len(shape)
+    for expected, size in zip(shape, value.shape, strict=False):
+        right = right and (expected is None or expected == size)
+    if not right:
         fail(name, f"shape ({', '.join('*' if s is None else str(s) for s in shape)})", tuple(value.shape))
     if value.dtype != dtype and value.dtype not in _HALVES:
         remedy = "Convert the input, or the layer with .float() / .double()."
@@ -243,7 +260,8 @@ class BiasedModule(torch.nn.Module):
 
     def expand_bias(self) -> Tensor | None:
         """(C_out,) or None."""
-        return None if self.bias is None else self.bias_expansion @ self.bias
+        bias = self.bias
+        return None if bias is None else self.bias_expansion @ bias
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         check_basis(self.implicit_kernel.mlp, state_dict, prefix + "implicit_kernel.mlp.")  # before anything is copied

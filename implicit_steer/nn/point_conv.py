@@ -106,11 +106,12 @@ class ImplicitPointConv(BiasedModule):
         Returns:
             (N_target, C_out) of ``out_type``, at the targets' coordinates (NaN where only their number is known).
         """
-        source, coords, n_target = self._nodes(x)
+        kernel = self.implicit_kernel
+        source, coords, n_target = self._nodes(kernel, x)
         graph = self._graph(edge_index, len(source), n_target)
-        return self._convolve(source, graph, edge_delta, edge_attr, coords)
+        return self._convolve(kernel, source, graph, edge_delta, edge_attr, coords)
 
-    def _nodes(self, x) -> tuple[Tensor, Tensor, int]:
+    def _nodes(self, kernel: ImplicitKernel, x) -> tuple[Tensor, Tensor, int]:
         target = x
         if isinstance(x, tuple):
             require(len(x) == 2, "x", "a GeometricTensor or a pair (source, target)", f"{len(x)} entries")
@@ -119,7 +120,7 @@ class ImplicitPointConv(BiasedModule):
             got = x.type if isinstance(x, GeometricTensor) else type(x).__name__
             remedy = "Wrap it: in_type(tensor, coords)."
             fail("x", f"a GeometricTensor of type {self.in_type}", got, remedy, TypeError)
-        width = self.implicit_kernel.shell_width
+        width = kernel.shell_width
         check_tensor("x", x.tensor, (None, self.in_type.size), width.dtype, width.device)
         if isinstance(target, GeometricTensor):
             return x.tensor, target.coords, len(target.tensor)
@@ -139,8 +140,9 @@ class ImplicitPointConv(BiasedModule):
             fail("edge_index", expected, f"one on {sizes[0]} and {sizes[1]}")
         return edge_index
 
-    def _convolve(self, source: Tensor, graph: Graph, edge_delta, edge_attr, coords) -> GeometricTensor:
-        kernel = self.implicit_kernel
+    def _convolve(
+        self, kernel: ImplicitKernel, source: Tensor, graph: Graph, edge_delta, edge_attr, coords
+    ) -> GeometricTensor:
         if isinstance(edge_attr, GeometricTensor):
             expected = f"a tensor or a GeometricTensor of type {self.edge_attr_type}"
             require(edge_attr.type == self.edge_attr_type, "edge_attr", expected, edge_attr.type, kind=TypeError)
@@ -158,7 +160,8 @@ class ImplicitPointConv(BiasedModule):
             batch_statistics=kernel.uses_batch_statistics(graph.num_edges),
             backend=self.backend,
         )
-        kernel.update_running(statistics)
+        if statistics:
+            kernel.update_running(statistics)
         bias = self.expand_bias()
         if bias is not None:
             out = out + bias
@@ -202,9 +205,12 @@ class ImplicitPointConvWithDownsampling(ImplicitPointConv):
         )
         got = getattr(idx_downsampled, "dtype", type(idx_downsampled).__name__)
         require(ok, "idx_downsampled", "a 1-D integer tensor", got, kind=TypeError)
-        source, coords, n = self._nodes(x)
+        kernel = self.implicit_kernel
+        source, coords, n = self._nodes(kernel, x)
         if len(idx_downsampled):
             low, high = int(idx_downsampled.min()), int(idx_downsampled.max())
             require(low >= 0 and high < n, "idx_downsampled", f"indices in 0..{n - 1}", f"{low}..{high}")
         graph = self._graph(edge_index, n, len(idx_downsampled))
-        return self._convolve(source, graph, edge_delta, edge_attr, coords.index_select(0, idx_downsampled.long()))
+        return self._convolve(
+            kernel, source, graph, edge_delta, edge_attr, coords.index_select(0, idx_downsampled.long())
+        )
