@@ -264,8 +264,6 @@ def _cosines(delta: Tensor, count: int) -> Tensor:
 def _convolve(conv: ImplicitPointConv, x: Tensor, graph: Graph, delta: Tensor, attributes: Tensor) -> Tensor:
     """``conv`` between plain tensors."""
     coordinates = x.new_zeros(len(x), 3)  # a GeometricTensor has some; the layer only passes them on
-    # Views of its own: a gradient with respect to them has no path through other layers, which share the originals.
-    delta, attributes = delta.view_as(delta), attributes.view_as(attributes)
     return conv(enn.GeometricTensor(x, conv.in_type, coordinates), graph, delta, attributes).tensor
 
 
