@@ -124,11 +124,11 @@ class ImplicitKernel(torch.nn.Module):
         self.shell_width = torch.nn.Parameter(0.5 * torch.ones(1, 1, 1))
         self._shape, self._sampling, self._values = shape, sampling, False
         self._linears, self._norms, self._kept = self.mlp.linears, self.mlp.norms, Kept()
-        self._names = [(layer, name) for layer in self._linears for name in ("weights", "bias")]
-        self._names += [(norm, name) for norm in self._norms for name in norm_names(norm)]
-        self._names.append((self, "shell_width"))
-        # The dictionaries in which torch keeps them, without the detour over Module.__getattr__.
-        self._tensors = [(m._buffers if name in m._buffers else m._parameters, name) for m, name in self._names]
+        tensors = [(layer, name) for layer in self._linears for name in ("weights", "bias")]
+        tensors += [(norm, name) for norm in self._norms for name in norm_names(norm)]
+        tensors.append((self, "shell_width"))
+        # With the dictionary in which torch keeps each, which spares the detour over Module.__getattr__.
+        self._tensors = [(m, "_buffers" if name in m._buffers else "_parameters", name) for m, name in tensors]
         self._set_plan(lower(self.mlp, shape, sampling))
         self.register_load_state_dict_post_hook(_lower_again)
 
@@ -148,9 +148,9 @@ class ImplicitKernel(torch.nn.Module):
         """The learned tensors as the operator takes them; the same object while they are the same."""
         kept = self._kept
         try:
-            tensors = [where[name] for where, name in self._tensors]
+            tensors = [getattr(module, kind)[name] for module, kind, name in self._tensors]
         except KeyError:  # a parametrised one is not stored plainly
-            tensors = [getattr(module, name) for module, name in self._names]
+            tensors = [getattr(module, name) for module, _, name in self._tensors]
         traced = is_traced()
         if not traced and kept.tensors is not None and all(map(operator.is_, tensors, kept.tensors)):
             return kept.parameters
