@@ -13,8 +13,8 @@ from escnn.nn import FieldType
 
 from .. import sampling as sp
 from .._check import fail, require
+from ..layers.kernel import NORM_TENSORS
 from ..lowering import polished_blocks
-from ..packing import NormParameters
 from ..plan import FUNCTIONS
 from .activation import FourierActivation
 
@@ -125,39 +125,16 @@ class KernelMLP(torch.nn.Module):
         """The batch norms in order."""
         return [m for m in self.mlp if isinstance(m, escnn.nn.IIDBatchNorm1d)]
 
-    def norm_parameters(self, norm: escnn.nn.IIDBatchNorm1d) -> NormParameters:
-        """One batch norm's tensors."""
-        return NormParameters(*(stored(norm, name) for name in _norm_names(norm.in_type.representations[0].name)))
-
-    def update_running(self, norm: escnn.nn.IIDBatchNorm1d, trivial: list[int], mean, var) -> None:
-        """Move one batch norm's running statistics towards those of a batch, as escnn does in its forward pass."""
-        _, _, running, running_var = self.norm_parameters(norm)
-        with torch.no_grad():
-            norm.num_batches_tracked += 1
-            running_var.lerp_(var.to(running_var.dtype)[:, None], norm.momentum)
-            target = torch.zeros_like(running)
-            target[:, trivial] = mean.to(running.dtype)
-            running.lerp_(target, norm.momentum)
-
     def _load_from_state_dict(self, state_dict, prefix, *args):
         check_basis(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def stored(module: torch.nn.Module, name: str) -> torch.Tensor | None:
-    """``module.name``, a parameter or buffer, without the detour over ``Module.__getattr__`` where it is stored plainly
-    (a parametrised one is not)."""
-    for tensors in (module._parameters, module._buffers):
-        if name in tensors:
-            return tensors[name]
-    return getattr(module, name)
-
-
 @lru_cache(maxsize=256)
-def _norm_names(representation: str) -> tuple[str, ...]:
-    """The names of a batch norm's tensors on fields of one representation, in the order of :class:`NormParameters`."""
+def norm_names(representation: str) -> tuple[str, ...]:
+    """The names of a batch norm's tensors on fields of one representation, in the order of NORM_TENSORS."""
     name = representation.replace(".", "^")  # as escnn escapes it
-    return tuple(f"{name}_{what}" for what in ("weight", "bias", "running_mean", "running_var"))
+    return tuple(f"{name}_{what}" for what in NORM_TENSORS)
 
 
 def check_basis(mlp: KernelMLP, state_dict: dict, prefix: str) -> None:

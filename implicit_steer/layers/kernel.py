@@ -1,0 +1,175 @@
+"""The implicit kernel once it has a plan: its parameters, its checks, its values at points."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import op
+from .._check import fail
+from ..packing import Kept, NormParameters, Parameters
+from ..plan import Norm, Plan
+from .fields import check_tensor, stored
+
+NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+
+
+class KernelBase(torch.nn.Module):
+    """K(x, a) = γ exp(−½ (|x| / σ)²) · mat(MLP(x ⊕ a)), of a plan and parameters.
+
+    A subclass sets ``plan``, the parameter ``shell_width`` σ, and says where the rest is:
+
+    - ``_linears``: modules with ``weights`` and ``bias`` (or None), one per linear layer of the MLP;
+    - ``_norms``: per batch norm a module with ``num_batches_tracked`` and ``momentum``, and the names of its tensors in
+      the order of :class:`~implicit_steer.packing.NormParameters`.
+    """
+
+    plan: Plan
+    shell_width: Tensor
+    _linears: Sequence[torch.nn.Module]
+    _norms: Sequence[tuple[torch.nn.Module, tuple[str, ...]]]
+
+    def __init__(self):
+        super().__init__()
+        self._kept = Kept()
+
+    def parameters_for_op(self) -> Parameters:
+        """The learned tensors as the operator takes them."""
+        return Parameters(
+            tuple((stored(layer, "weights"), stored(layer, "bias")) for layer in self._linears),
+            tuple(NormParameters(*(stored(norm, name) for name in names)) for norm, names in self._norms),
+            self.shell_width,
+            self._kept,
+        )
+
+    def uses_batch_statistics(self, n_points: int, argument: str = "edge_delta") -> bool:
+        """Whether batch norms take their statistics from these points (training mode).
+
+        Raises:
+            ValueError: one single point, which has no variance.
+        """
+        live = self.training and bool(self.plan.norms)
+        if live and n_points == 1:
+            expected = "at least 2 points in training mode with norm='batch'"
+            fail(argument, expected, "1", "Call .eval(), use larger graphs, or norm=None.")
+        return live
+
+    def update_running(self, statistics: list) -> None:
+        """Move the batch norms' running statistics towards those of a batch, as escnn does in its forward pass."""
+        for (norm, names), plan, batch in zip(self._norms, self.plan.norms, statistics, strict=False):
+            *_, mean, var = (stored(norm, name) for name in names)
+            with torch.no_grad():
+                norm.num_batches_tracked += 1
+                var.lerp_(batch.var.to(var.dtype)[:, None], norm.momentum)
+                target = torch.zeros_like(mean)
+                target[:, plan.full_trivial.tolist()] = batch.mean.to(mean.dtype)
+                mean.lerp_(target, norm.momentum)
+
+    def check_points(self, prefix: str, delta: Tensor, attributes: Tensor | None, n: int | None) -> Tensor:
+        """Validate positions and attributes; returns the attributes, (n, 0) where there are none."""
+        frame, width = self.plan.frame, self.shell_width
+        position, attribute = {"edge": ("edge_delta", "edge_attr"), "kernel": ("pos", "attrs")}[prefix]
+        size = frame.n_attributes
+        check_tensor(position, delta, (n, frame.dim), width.dtype, width.device)
+        if attributes is None:
+            if size:
+                remedy = "The layer was built with an attribute type: pass the attributes."
+                fail(attribute, f"a tensor of {size} attributes each", None, remedy)
+            return delta.new_zeros(len(delta), 0)
+        if size == 0 and getattr(attributes, "shape", ())[-1:] != (0,):
+            got = f"{type(attributes).__name__} of shape {tuple(getattr(attributes, 'shape', ()))}"
+            remedy = "The layer was built without an attribute type: leave the attributes out, or build it with one."
+            fail(attribute, "None", got, remedy)
+        check_tensor(attribute, attributes, (len(delta), size), width.dtype, width.device)
+        return attributes
+
+    def forward(self, pos: Tensor, attrs: Tensor | None = None, *, batch_statistics: bool | None = None) -> Tensor:
+        """K at P points.
+
+        Args:
+            pos: (P, dim).
+            attrs: (P, A), or None without attributes.
+            batch_statistics: take batch statistics from these points; None: in training mode.
+
+        Returns:
+            (P, C_out, C_in).
+        """
+        attributes = self.check_points("kernel", pos, attrs, None)
+        live = self.uses_batch_statistics(len(pos), "pos") if batch_statistics is None else batch_statistics
+        k, statistics = op.implicit_kernel(self.plan, self.parameters_for_op(), pos, attributes, batch_statistics=live)
+        if self.training:
+            self.update_running(statistics)
+        return k
+
+    def extra_repr(self) -> str:
+        """The kernel in one line."""
+        p = self.plan
+        return f"{p.group}, {p.out_size} x {p.in_size}, sampling={p.sampling!r}, frame={p.frame.kind!r}"
+
+
+class LinearParameters(torch.nn.Module):
+    """What an equivariant linear map learns: ``weights`` (n_weights,) and ``bias`` (n_bias,), None without."""
+
+    def __init__(self, n_weights: int, n_bias: int):
+        super().__init__()
+        self.weights = torch.nn.Parameter(torch.zeros(n_weights))
+        self.bias = torch.nn.Parameter(torch.zeros(n_bias)) if n_bias else None
+
+
+class NormState(torch.nn.Module):
+    """What one batch norm of a kernel learns and keeps; shapes as in :class:`~implicit_steer.packing.NormParameters`,
+    of the running means only the columns up to the last trivial one."""
+
+    def __init__(self, norm: Norm):
+        super().__init__()
+        self.momentum = norm.momentum
+        self.weight = torch.nn.Parameter(torch.ones(norm.channels, 1))
+        self.bias = torch.nn.Parameter(torch.zeros(norm.channels, len(norm.trivial)))
+        self.register_buffer("running_mean", torch.zeros(norm.channels, norm.n_mean))
+        self.register_buffer("running_var", torch.ones(norm.channels, 1))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+
+class ImplicitKernel(KernelBase):
+    """K(x, a) = γ exp(−½ (|x| / σ)²) · mat(MLP(x ⊕ a)) of a plan, without escnn.
+
+    Args:
+        plan: what to compute. The parameters are zero, the norms untouched and σ = 0.5 until they are loaded.
+
+    Called on positions (P, dim) and attributes (P, A) or None it returns (P, C_out, C_in).
+    """
+
+    def __init__(self, plan: Plan):
+        super().__init__()
+        self.plan = plan
+        sizes = [(layer.n_weights, layer.bias.shape[1]) for layer in plan.linears]
+        self.linears = torch.nn.ModuleList(LinearParameters(*n) for n in (*sizes, plan.n_last))
+        self.norms = torch.nn.ModuleList(NormState(norm) for norm in plan.norms)
+        self.shell_width = torch.nn.Parameter(torch.full((1, 1, 1), 0.5))
+        self._linears, self._norms = list(self.linears), [(norm, NORM_TENSORS) for norm in self.norms]
+
+    def arguments(self) -> dict:
+        """What it is built from."""
+        return {"plan": self.plan}
+
+
+class Biased(torch.nn.Module):
+    """A convolution's bias on the invariants of its output: ``bias`` (n,) and ``bias_expansion`` (C_out, n), both
+    absent where there are none."""
+
+    def _set_bias(self, expansion: Tensor) -> None:
+        self.bias = None
+        if expansion.shape[1]:
+            self.register_buffer("bias_expansion", expansion)
+            self.bias = torch.nn.Parameter(torch.zeros(expansion.shape[1]))
+
+    def expand_bias(self) -> Tensor | None:
+        """(C_out,) or None."""
+        return None if self.bias is None else self.bias_expansion @ self.bias
+
+    @property
+    def n_bias(self) -> int:
+        """Learned numbers of the bias."""
+        return 0 if self.bias is None else len(self.bias)
