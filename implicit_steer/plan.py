@@ -27,7 +27,9 @@ FUNCTIONS = ("elu", "relu", "silu", "gelu", "tanh")
 
 
 def _freeze(value):
-    """Float arrays become read-only float64, integer arrays read-only int64; other values pass."""
+    """Float arrays become read-only float64, integer arrays read-only int64, NumPy's numbers Python's; others pass."""
+    if isinstance(value, np.generic):  # which print, and so are hashed, differently in NumPy 1 and 2
+        value = value.item()
     if isinstance(value, np.ndarray):
         value = np.array(value, dtype=np.int64 if value.dtype.kind in "iub" else np.float64, order="C")
         value.flags.writeable = False

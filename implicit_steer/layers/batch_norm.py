@@ -115,8 +115,9 @@ class _KindState(torch.nn.Module):
     def __init__(self, fields: int, size: int, n_trivial: int, affine: bool):
         super().__init__()
         self.size = size
-        self.weight = torch.nn.Parameter(torch.ones(fields, 1)) if affine else None
-        self.bias = torch.nn.Parameter(torch.zeros(fields, n_trivial)) if affine and n_trivial else None
+        self.register_parameter("weight", torch.nn.Parameter(torch.ones(fields, 1)) if affine else None)
+        bias = torch.nn.Parameter(torch.zeros(fields, n_trivial)) if affine and n_trivial else None
+        self.register_parameter("bias", bias)
         self.register_buffer("running_mean", torch.zeros(fields, size) if n_trivial else None)
         self.register_buffer("running_var", torch.ones(fields, 1))
         self.register_buffer("average", torch.zeros(size, size) if n_trivial else None)
@@ -132,7 +133,7 @@ class IIDBatchNorm1d(NormBase, torch.nn.Module):
 
     Args:
         in_type: size and name of the features.
-        sizes: (n_kinds, 3) per representation: number of fields, their size, their trivial irreps.
+        sizes: per representation: number of fields, their size, their trivial irreps.
         channels: (C,) the channels sorted by representation, or None where there is only one.
         eps, momentum, affine, track_running_stats: as in escnn's ``IIDBatchNorm1d``.
     """
@@ -140,7 +141,7 @@ class IIDBatchNorm1d(NormBase, torch.nn.Module):
     def __init__(
         self,
         in_type: Fields,
-        sizes: np.ndarray,
+        sizes: tuple[tuple[int, int, int], ...],
         channels: np.ndarray | None,
         eps: float,
         momentum: float | None,
@@ -148,8 +149,7 @@ class IIDBatchNorm1d(NormBase, torch.nn.Module):
         track_running_stats: bool,
     ):
         super().__init__()
-        sizes = np.asarray(sizes)
-        total = int((sizes[:, 0] * sizes[:, 1]).sum())
+        total = sum(fields * size for fields, size, _ in sizes)
         require(total == in_type.size, "sizes", f"fields of {in_type.size} channels in all", total)
         sorted_channels = channels is None or np.array_equal(np.sort(channels), np.arange(total))
         require(
@@ -158,7 +158,7 @@ class IIDBatchNorm1d(NormBase, torch.nn.Module):
         self.in_type = self.out_type = in_type
         self.eps, self.momentum = eps, momentum
         self.affine, self.track_running_stats = affine, track_running_stats
-        self.kinds = torch.nn.ModuleList(_KindState(*row, affine) for row in sizes.tolist())
+        self.kinds = torch.nn.ModuleList(_KindState(*row, affine) for row in sizes)
         self.register_buffer("num_batches_tracked", torch.tensor(0))
         self._sizes = sizes
         self._set_channels(None if channels is None else torch.tensor(channels))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -22,10 +20,7 @@ class GridConvBase(Biased):
     A subclass sets ``implicit_kernel``, the buffer ``grid`` (kernel_size^dim, dim), and the sizes and options below.
     """
 
-    implicit_kernel: KernelBase
     grid: Tensor
-    in_type: Any
-    out_type: Any
     dim: int
     kernel_size: int
     padding: int
@@ -122,6 +117,7 @@ class ImplicitConv(GridConvBase):
         self.kernel_size = round(len(grid) ** (1 / self.dim))
         self._set_bias(torch.zeros(out_type.size, n_bias))
         self.implicit_kernel = implicit_kernel
+        self._check_sizes()
         self.register_buffer("grid", torch.tensor(grid), persistent=False)
 
     def arguments(self) -> dict:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import op
-from .._check import fail
+from .._check import fail, require
 from ..packing import Kept, NormParameters, Parameters
 from ..plan import Norm, Plan
 from .fields import check_tensor, stored
@@ -115,7 +116,7 @@ class LinearParameters(torch.nn.Module):
     def __init__(self, n_weights: int, n_bias: int):
         super().__init__()
         self.weights = torch.nn.Parameter(torch.zeros(n_weights))
-        self.bias = torch.nn.Parameter(torch.zeros(n_bias)) if n_bias else None
+        self.register_parameter("bias", torch.nn.Parameter(torch.zeros(n_bias)) if n_bias else None)
 
 
 class NormState(torch.nn.Module):
@@ -158,6 +159,17 @@ class ImplicitKernel(KernelBase):
 class Biased(torch.nn.Module):
     """A convolution's bias on the invariants of its output: ``bias`` (n,) and ``bias_expansion`` (C_out, n), both
     absent where there are none."""
+
+    implicit_kernel: KernelBase
+    in_type: Any
+    out_type: Any
+
+    def _check_sizes(self) -> None:
+        """Raise unless the kernel maps between the features."""
+        plan, sizes = self.implicit_kernel.plan, (self.in_type.size, self.out_type.size)
+        require(
+            (plan.in_size, plan.out_size) == sizes, "implicit_kernel", f"sizes {sizes}", (plan.in_size, plan.out_size)
+        )
 
     def _set_bias(self, expansion: Tensor) -> None:
         self.bias = None

@@ -20,7 +20,6 @@ class PointConvBase(Biased):
     A subclass sets ``implicit_kernel``, ``backend`` and the bias.
     """
 
-    implicit_kernel: KernelBase
     backend: str
 
     def _select(self):
@@ -98,6 +97,7 @@ class ImplicitPointConv(PointConvBase):
         self.in_type, self.out_type, self.backend = in_type, out_type, backend
         self._set_bias(torch.zeros(out_type.size, n_bias))
         self.implicit_kernel = implicit_kernel
+        self._check_sizes()
 
     def arguments(self) -> dict:
         """What it is built from."""

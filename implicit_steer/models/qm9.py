@@ -10,20 +10,24 @@ from escnn import nn as enn
 
 from .._check import require
 from ..data.qm9 import EDGE_ATTRIBUTES
+from ..deploy.convert import converts, saved_as
 from ..layers.linear import project_squares
 from ..layers.molecules import MoleculeNet, ResidualBlock
 from ..nn import FourierActivation, IIDBatchNorm1d, ImplicitPointConv
+from ..nn.mlp import own_basis
+from ..nn.plain import tensor_product
 
 ATOM_FEATURES = 5  # one-hot of H, C, N, O, F
 
 
 class TensorProduct(enn.TensorProductModule):
-    """escnn's product of every field with itself, without its expanded matrix: escnn builds that at ``.eval()``, so
-    that weights loaded afterwards have no effect."""
+    """escnn's product of every field with itself, without its expanded matrix, which escnn builds at ``.eval()``, so
+    that weights loaded afterwards have no effect; and with a basis of its own."""
 
     def __init__(self, in_type: enn.FieldType, out_type: enn.FieldType):
         super().__init__(in_type, out_type, initialize=False)
         del self.matrix
+        own_basis(self.basisexpansion)
         enn.init.deltaorthonormal_init(self.weights.data, self.basisexpansion)
 
     def forward(self, x: enn.GeometricTensor) -> enn.GeometricTensor:
@@ -36,6 +40,10 @@ class TensorProduct(enn.TensorProductModule):
         return torch.nn.Module.train(self, mode)
 
 
+converts(TensorProduct)(tensor_product)
+
+
+@saved_as(MoleculeNet)
 class QM9Net(MoleculeNet):
     """embedding → residual blocks → convolution to invariants → mean over each molecule → MLP → one number.
 

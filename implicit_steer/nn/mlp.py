@@ -33,6 +33,17 @@ def fiber_space(group: Group, name: str) -> GSpace0D:
     return no_base_space(group)
 
 
+def own_basis(expansion: torch.nn.Module) -> None:
+    """Give a new layer's basis expansion buffers of its own, as escnn makes them: it shares them between layers, so
+    that moving or casting one layer moves or casts those of all, later ones included."""
+    for name, block in list(expansion.named_children()):
+        own = copy.copy(block)
+        own._buffers = {"sampled_basis": block.sampled_basis.to("cpu", torch.float32, copy=True)}
+        setattr(expansion, name, own)
+    for name, index in list(expansion.named_buffers(recurse=False)):  # no checkpoint loads into a view
+        setattr(expansion, name, index.clone(memory_format=torch.contiguous_format))
+
+
 class Linear(escnn.nn.Linear):
     """escnn's equivariant Linear without its expanded matrix: one ``state_dict`` in training and evaluation mode."""
 
@@ -41,12 +52,7 @@ class Linear(escnn.nn.Linear):
         del self.matrix
         if self.bias is not None:
             del self.expanded_bias
-        for name, block in list(self.basisexpansion.named_children()):  # escnn shares these between layers
-            own = copy.copy(block)
-            own._buffers = {"sampled_basis": block.sampled_basis.clone()}
-            setattr(self.basisexpansion, name, own)
-        for name, index in list(self.basisexpansion.named_buffers(recurse=False)):  # no checkpoint loads into a view
-            setattr(self.basisexpansion, name, index.clone(memory_format=torch.contiguous_format))
+        own_basis(self.basisexpansion)
 
     def forward(self, x: escnn.nn.GeometricTensor) -> escnn.nn.GeometricTensor:
         """W x + b."""

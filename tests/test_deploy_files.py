@@ -1,0 +1,342 @@
+"""The files that save writes: their bytes, damage, foreign and newer ones, what cannot be saved, life without escnn."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from helpers import layer
+from test_deploy import molecules
+from torch import nn
+
+import implicit_steer as ist
+from implicit_steer.cases import SMALL
+from implicit_steer.deploy.file import KEY, _digest, _text
+from implicit_steer.models import QM9Net
+from implicit_steer.nn import ImplicitPointConv
+
+ROOT = Path(ist.__file__).parent.parent
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A saved layer."""
+    ist.save(layer(SMALL["o3"], "eval", torch.float32), tmp_path / "layer.safetensors")
+    return tmp_path / "layer.safetensors"
+
+
+def parts(path):
+    """The manifest and the tensors of a file."""
+    data = path.read_bytes()
+    header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+    return json.loads(header["__metadata__"][KEY]), safetensors.torch.load(data)
+
+
+def forge(path, manifest, tensors, sign=True):
+    """Write them as save does; with ``sign`` the digest is right."""
+    if sign:
+        manifest["sha256"] = _digest(manifest, tensors)
+    path.write_bytes(safetensors.torch.save(tensors, {KEY: _text(manifest)}))
+
+
+def refused(path, *words):
+    with pytest.raises(RuntimeError) as error:
+        ist.load(path)
+    assert type(error.value) is RuntimeError
+    assert str(error.value).startswith(f"{path}: expected "), error.value
+    for word in words:
+        assert word in str(error.value), (word, error.value)
+
+
+# ---- bytes
+
+
+@pytest.mark.parametrize("name", ["o3", "so2-r3", "d4", "o3-linear"])
+def test_round_trip_is_identical(name, tmp_path):
+    first, second, third = (tmp_path / f"{n}.safetensors" for n in range(3))
+    module = nn.Sequential(layer(SMALL[name], "train", torch.float32), nn.Linear(3, 2))
+    ist.save(module, first)
+    ist.save(module, second)
+    ist.save(ist.load(first), third)
+    assert first.read_bytes() == second.read_bytes() == third.read_bytes()
+
+
+def test_a_failed_save_leaves_the_old_file(path, monkeypatch):
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space left"):
+        ist.save(SMALL["so3"].layer(), path)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert path.read_bytes() == before
+
+
+def test_a_string_is_a_path_too(path):
+    assert isinstance(ist.load(str(path)), ist.layers.ImplicitPointConv)
+
+
+def test_equal_plans_are_written_once(tmp_path):
+    ist.save(QM9Net(blocks=4), tmp_path / "net.safetensors")
+    manifest, _ = parts(tmp_path / "net.safetensors")
+    assert sum(entry.get("data") == "Plan" for entry in manifest["objects"]) == 2  # the blocks', the last convolution's
+
+
+# ---- files that are refused
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors"):
+        ist.load(tmp_path / "nothing.safetensors")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100, 0.5, -1])
+def test_truncated(path, keep):
+    data = path.read_bytes()
+    path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
+    refused(path, "a safetensors file", "Copy it again")
+
+
+def test_every_changed_byte_is_noticed(path):
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    end_of_text = length + 8 - len(data[8 : 8 + length]) + len(data[8 : 8 + length].rstrip())  # after it only padding
+    rng = np.random.default_rng(0)
+    places = {8 + length, len(data) - 1, *rng.integers(0, end_of_text, 60), *rng.integers(8 + length, len(data), 60)}
+    for place in places:
+        changed = bytearray(data)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        refused(path)
+
+
+def test_another_programs_file(path):
+    safetensors.torch.save_file({"weight": torch.ones(2)}, path)
+    refused(path, "implicit_steer.save wrote", "another program")
+    safetensors.torch.save_file({"weight": torch.ones(2)}, path, {KEY: "{"})
+    refused(path, "implicit_steer.save wrote")
+    safetensors.torch.save_file({"weight": torch.ones(2)}, path, {KEY: "[1]"})
+    refused(path, "implicit_steer.save wrote", "format None")
+
+
+def test_a_pickle(path):
+    torch.save({"weight": torch.ones(2)}, path)
+    refused(path, "a safetensors file", "torch.load")
+
+
+def test_newer_format(path):
+    manifest, tensors = parts(path)
+    forge(path, manifest | {"format": 2, "library": "9.1.0", "objects": {"laid out": "differently"}}, tensors)
+    refused(path, "format 1 or older, got format 2", "Install implicit_steer 9.1.0 or newer")
+
+
+def test_changed_tensor_without_a_new_digest(path):
+    manifest, tensors = parts(path)
+    forge(path, manifest, tensors | {"state.bias": tensors["state.bias"] + 1}, sign=False)
+    refused(path, "SHA-256", "was changed after it was written")
+
+
+def kind_of_a_later_version(manifest, tensors):
+    manifest["objects"][-1]["module"] = "os.system"
+
+
+def argument_missing(manifest, tensors):
+    del manifest["objects"][-1]["arguments"]["backend"]
+
+
+def object_that_comes_later(manifest, tensors):
+    manifest["objects"][-1]["arguments"]["implicit_kernel"]["object"] = len(manifest["objects"])
+
+
+def object_of_another_kind(manifest, tensors):
+    manifest["objects"][-1]["arguments"]["in_type"] = {"object": 2}
+
+
+def tensor_missing(manifest, tensors):
+    del tensors["state.bias"]
+
+
+def tensor_too_many(manifest, tensors):
+    tensors["state.more"] = torch.ones(1)
+
+
+def weights_too_short(manifest, tensors):
+    tensors["state.implicit_kernel.linears.1.weights"] = tensors["state.implicit_kernel.linears.1.weights"][:-1]
+
+
+def integers_as_weights(manifest, tensors):
+    tensors["state.bias"] = tensors["state.bias"].long()
+
+
+def array_missing(manifest, tensors):
+    del tensors["array.3"]
+
+
+def no_objects(manifest, tensors):
+    manifest["objects"] = []
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (kind_of_a_later_version, "'os.system'"),
+        (argument_missing, "backend"),
+        (object_that_comes_later, "objects before it"),
+        (object_of_another_kind, ""),
+        (tensor_missing, "'bias'"),
+        (tensor_too_many, "'more'"),
+        (weights_too_short, "linears.1.weights: expected shape"),
+        (integers_as_weights, "a dtype like torch.float32"),
+        (array_missing, "array.3"),
+        (no_objects, "a module as the last"),
+    ],
+)
+def test_forged(change, word, path):
+    manifest, tensors = parts(path)
+    change(manifest, tensors)
+    forge(path, manifest, tensors)
+    refused(path, "the content of a saved module", "written by implicit_steer 0.1.0", word)
+
+
+@pytest.mark.parametrize("name", ["o3", "so2-r3", "o3-mixed", "d4"])
+def test_indices_out_of_range_never_reach_native_code(name, path):
+    ist.save(layer(SMALL[name], "eval", torch.float32), path)
+    manifest, tensors = parts(path)
+    indices = [key for key in tensors if key.startswith("array.") and tensors[key].dtype == torch.int64]
+    count = 0
+    for key in indices:
+        for far in (-1, 10**6):
+            changed = tensors[key].clone()
+            if not changed.numel():
+                continue
+            changed.view(-1)[-1] = far
+            forge(path, dict(manifest), tensors | {key: changed})
+            try:
+                ist.load(path)
+            except RuntimeError:
+                count += 1
+    signs = 2 * sum(int(tensors[key].abs().max() <= 1) for key in indices if tensors[key].numel())
+    assert count >= len(indices) - signs
+
+
+# ---- what cannot be saved
+
+
+class Mine(nn.Module):
+    """Of a user."""
+
+
+class Changed(ImplicitPointConv):
+    """A convolution that may compute anything."""
+
+
+def conv(cls=ImplicitPointConv):
+    types = SMALL["o3"].layer().in_type
+    return cls(types, types, None, 1, 2)
+
+
+def hooked():
+    module = conv()
+    module.implicit_kernel.register_forward_hook(lambda *_: None)
+    return module
+
+
+def tied():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module[1].weight = module[0].weight
+    return module
+
+
+def parametrised():
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (3, ["module: expected a torch.nn.Module, got int"]),
+        (Mine(), ["Mine: expected one of", "ImplicitPointConv", "torch.Linear", "got test_deploy_files.Mine"]),
+        (
+            nn.ModuleDict({"a": nn.Sequential(nn.ReLU(), Mine())}),
+            ["a.1: expected", "the text of implicit_steer.deploy"],
+        ),
+        (nn.Sequential(conv(Changed)), ["0: expected", "Changed", "A subclass of a known module counts as unknown"]),
+        (nn.Sequential(hooked()), ["0.implicit_kernel: expected no forward hooks, got 1", "remove them"]),
+        (tied(), ["1.weight: expected a tensor of one module, got that of '0.weight'"]),
+        (parametrised(), ["0: expected", "ParametrizedLinear", "remove_parametrizations"]),
+    ],
+    ids=lambda v: type(v).__name__,
+)
+def test_unsaveable(module, words, tmp_path):
+    with pytest.raises(TypeError) as error:
+        ist.save(module, tmp_path / "module.safetensors")
+    assert all(word in str(error.value) for word in words), error.value
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- without escnn
+
+WITHOUT_ESCNN = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"escnn", "lie_learn", "py3nj"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name.partition(".")[0])
+
+sys.meta_path.insert(0, Absent())
+import torch
+import implicit_steer as ist
+from implicit_steer.data import Batch
+
+torch.set_num_threads(2)
+folder = sys.argv[1]
+inputs = torch.load(f"{folder}/inputs.pt", weights_only=True)
+results = {}
+for name, (x, edges, delta, attributes) in inputs["layers"].items():
+    conv = ist.load(f"{folder}/{name}.safetensors")
+    x.requires_grad_()
+    out = conv(x, ist.Graph(edges, len(x)), delta, attributes)
+    out.square().sum().backward()
+    results[name] = out.detach(), x.grad, conv.implicit_kernel.shell_width.grad
+net = ist.load(f"{folder}/net.safetensors")
+results["net"] = (net(Batch(**inputs["batch"])).detach(),)
+ist.save(net, f"{folder}/again.safetensors")
+assert not {"escnn", "lie_learn", "py3nj"} & set(sys.modules)
+try:
+    import implicit_steer.nn
+except RuntimeError as error:
+    assert "escnn" in str(error)
+else:
+    raise SystemExit("escnn was there")
+torch.save(results, f"{folder}/results.pt")
+"""
+
+
+def test_without_escnn(tmp_path):
+    inputs, expected = {}, {}
+    for name in ("o3", "so2-r3", "d4", "o3-vector-attr"):
+        module = layer(SMALL[name], "eval", torch.float32)
+        ist.save(module, tmp_path / f"{name}.safetensors")
+        problem = SMALL[name].inputs(module)
+        inputs[name] = problem.x, problem.graph.edge_index, problem.delta, problem.attributes
+        problem.x = problem.x.clone().requires_grad_()
+        out = problem.run(module)
+        out.square().sum().backward()
+        expected[name] = out.detach(), problem.x.grad, module.implicit_kernel.shell_width.grad
+    net, batch = QM9Net(edge_attr="bonds", blocks=1).eval(), molecules(torch.float32)
+    ist.save(net, tmp_path / "net.safetensors")
+    expected["net"] = (net(batch).detach(),)
+    torch.save({"layers": inputs, "batch": vars(batch)}, tmp_path / "inputs.pt")
+    command = [sys.executable, "-c", WITHOUT_ESCNN, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    results = torch.load(tmp_path / "results.pt", weights_only=True)
+    assert results.keys() == expected.keys()
+    for name, tensors in expected.items():
+        assert all(torch.equal(a, b) for a, b in zip(results[name], tensors, strict=True)), name
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "net.safetensors").read_bytes()
