@@ -12,6 +12,7 @@ import pickle
 import escnn.nn as enn
 import pytest
 import torch
+from deployed import molecules
 from escnn.gspaces import no_base_space
 from helpers import BACKENDS, CONFIGURATIONS, deviations, layer, random_edges
 from torch import nn
@@ -19,7 +20,6 @@ from torch import nn
 import implicit_steer as ist
 from implicit_steer import Graph, layers
 from implicit_steer.cases import SMALL, SPACES, fields
-from implicit_steer.data import Batch
 from implicit_steer.models.qm9 import QM9Net, TensorProduct
 from implicit_steer.nn import (
     FourierActivation,
@@ -369,21 +369,6 @@ def test_dtypes_and_training(reloaded):
     wide = double(problem.x.double(), problem.graph, problem.delta.double(), problem.attributes.double())
     assert wide.dtype == torch.float64
     assert torch.equal(reloaded(double).bias, double.bias)
-
-
-def molecules(dtype):
-    """A batch of two made-up molecules with what MoleculeNet reads."""
-    generator = torch.Generator().manual_seed(0)
-    edges = torch.cat([random_edges(20, 6, 6), 6 + random_edges(20, 5, 5, seed=1)], 1)
-    return Batch(
-        x=torch.eye(5)[torch.randint(0, 5, (11,), generator=generator)].to(dtype),
-        pos=torch.randn(11, 3, generator=generator).to(dtype),
-        edge_index=edges,
-        edge_attr=torch.rand(40, 4, generator=generator).to(dtype),
-        batch=torch.tensor([0] * 6 + [1] * 5),
-        y=torch.zeros(2),
-        num_graphs=2,
-    )
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)

@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import deployed
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from helpers import layer
-from test_deploy import molecules
 from torch import nn
 
 import implicit_steer as ist
@@ -280,63 +280,11 @@ def test_unsaveable(module, words, tmp_path):
 
 # ---- without escnn
 
-WITHOUT_ESCNN = """
-import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"escnn", "lie_learn", "py3nj"}:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name.partition(".")[0])
-
-sys.meta_path.insert(0, Absent())
-import torch
-import implicit_steer as ist
-from implicit_steer.data import Batch
-
-torch.set_num_threads(2)
-folder = sys.argv[1]
-inputs = torch.load(f"{folder}/inputs.pt", weights_only=True)
-results = {}
-for name, (x, edges, delta, attributes) in inputs["layers"].items():
-    conv = ist.load(f"{folder}/{name}.safetensors")
-    x.requires_grad_()
-    out = conv(x, ist.Graph(edges, len(x)), delta, attributes)
-    out.square().sum().backward()
-    results[name] = out.detach(), x.grad, conv.implicit_kernel.shell_width.grad
-net = ist.load(f"{folder}/net.safetensors")
-results["net"] = (net(Batch(**inputs["batch"])).detach(),)
-ist.save(net, f"{folder}/again.safetensors")
-assert not {"escnn", "lie_learn", "py3nj"} & set(sys.modules)
-try:
-    import implicit_steer.nn
-except RuntimeError as error:
-    assert "escnn" in str(error)
-else:
-    raise SystemExit("escnn was there")
-torch.save(results, f"{folder}/results.pt")
-"""
-
 
 def test_without_escnn(tmp_path):
-    inputs, expected = {}, {}
-    for name in ("o3", "so2-r3", "d4", "o3-vector-attr"):
-        module = layer(SMALL[name], "eval", torch.float32)
-        ist.save(module, tmp_path / f"{name}.safetensors")
-        problem = SMALL[name].inputs(module)
-        inputs[name] = problem.x, problem.graph.edge_index, problem.delta, problem.attributes
-        problem.x = problem.x.clone().requires_grad_()
-        out = problem.run(module)
-        out.square().sum().backward()
-        expected[name] = out.detach(), problem.x.grad, module.implicit_kernel.shell_width.grad
-    net, batch = QM9Net(edge_attr="bonds", blocks=1).eval(), molecules(torch.float32)
-    ist.save(net, tmp_path / "net.safetensors")
-    expected["net"] = (net(batch).detach(),)
-    torch.save({"layers": inputs, "batch": vars(batch)}, tmp_path / "inputs.pt")
-    command = [sys.executable, "-c", WITHOUT_ESCNN, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ, text=True, capture_output=True)
+    deployed.write(tmp_path)
+    command = [sys.executable, str(ROOT / "tests" / "deployed.py"), "check", str(tmp_path), "--block"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    results = torch.load(tmp_path / "results.pt", weights_only=True)
-    assert results.keys() == expected.keys()
-    for name, tensors in expected.items():
-        assert all(torch.equal(a, b) for a, b in zip(results[name], tensors, strict=True)), name
-    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "net.safetensors").read_bytes()
+    assert done.stdout.rstrip().endswith("0.0e+00")  # the same bits
