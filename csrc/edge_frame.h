@@ -3,7 +3,7 @@
 #pragma once
 
 #include "plan.h"
-#include "simd.h"
+#include "functions.h"
 
 namespace implicit_steer::IST_ISA {
 
@@ -29,18 +29,16 @@ struct Limits<double> {
   static constexpr double near = 0.01, softening = 1e-18, zero = 1e-100, quotient = 0.05;
 };
 
-constexpr int kMaxDim = 3;
-
 template <typename R>
 struct Edges {
   using V = typename Lane<R>::V;
-  V delta[kMaxDim];
+  V delta[3];         // [dim]
   V *attr, *rotated;  // [A] as given; times the frame's matrix
   V* inputs;          // [n_inputs]
   V squared;          // |x|²
   bool near = false;  // regular frames: hidden coefficients of orders >= 1 are carried divided by the radius
   V radius, inverse;  // softened, or safe_norm in planar frames that are not regular; 1 / radius (0 at 0)
-  V unit[kMaxDim];    // zonal: x / radius; planar: cos φ, sin φ
+  V unit[3];          // zonal: x / radius; planar: cos φ, sin φ
   V plane[2];         // planar: x in the plane
   V factor;           // γ s(|x|)
   V* power;           // zonal: [3, max_power + 1]; planar: cos kφ, sin kφ [2, max_power + 1]
@@ -48,11 +46,11 @@ struct Edges {
   V *cosine, *sine;   // [d]
   // gradients
   V *d_inputs, *d_cosine, *d_sine, *d_monomial, *d_rotated;
-  V d_radius, d_factor, d_delta[kMaxDim];
+  V d_radius, d_factor, d_delta[3];
   V* d_attr;  // [A]
   V d_shell;  // σ³ times the gradient of σ, summed over all tiles of a thread
 
-  void place(Arena& arena, const PlanView<R>& p, bool backward) {
+  void place(Arena& arena, const PlanView<Real<R>>& p, bool backward) {
     arena.take(attr, p.n_attr), arena.take(rotated, p.n_attr), arena.take(inputs, p.n_inputs);
     arena.take(power, 3 * (p.max_power + 1)), arena.take(monomial, p.n_monomials);
     arena.take(cosine, p.d), arena.take(sine, p.d);
@@ -65,17 +63,17 @@ struct Edges {
 // |x|, exactly 0 (as its inverse) where |x|² would underflow.
 template <typename R, typename V>
 IST_INLINE void safe_norm(V squared, V& norm, V& inverse) {
-  const auto nonzero = squared > Limits<R>::zero;
-  norm = lane_sqrt(nonzero ? squared : V{} + 1);
-  inverse = nonzero ? 1 / norm : V{};
-  norm = nonzero ? norm : (squared != squared ? squared : V{});  // NaN stays
+  const auto nonzero = squared > Limits<Real<R>>::zero;
+  norm = lane_sqrt(select(nonzero, squared, V{} + 1));
+  inverse = select(nonzero, 1 / norm, V{});
+  norm = select(nonzero, norm, select(squared != squared, squared, V{}));  // NaN stays
 }
 
 // γ times the Gaussian shell times the cutoff 1 − 10 t³ + 15 t⁴ − 6 t⁵.
 template <typename R>
-void radial_forward(const PlanView<R>& p, R shell, Edges<R>& e) {
+void radial_forward(const PlanView<Real<R>>& p, R shell, Edges<R>& e) {
   using V = typename Lane<R>::V;
-  e.factor = p.gamma * lane_exp(e.squared * (R(-0.5) / (shell * shell)));
+  e.factor = p.gamma * lane_exp(e.squared * (Real<R>(-0.5) / (shell * shell)));
   if (!p.has_cutoff) return;
   V norm, inverse;
   safe_norm<R>(e.squared, norm, inverse);
@@ -84,7 +82,7 @@ void radial_forward(const PlanView<R>& p, R shell, Edges<R>& e) {
 }
 
 template <typename R>
-void radial_backward(const PlanView<R>& p, R shell, Edges<R>& e) {
+void radial_backward(const PlanView<Real<R>>& p, R shell, Edges<R>& e) {
   using V = typename Lane<R>::V;
   V slope = e.d_factor * e.factor * (-1 / (shell * shell));  // ∂L/∂(|x|²/2) of the shell
   e.d_shell += e.d_factor * e.factor * e.squared;
@@ -92,7 +90,7 @@ void radial_backward(const PlanView<R>& p, R shell, Edges<R>& e) {
     V norm, inverse;
     safe_norm<R>(e.squared, norm, inverse);
     const V t = lane_min(V{} + 1, norm * (1 / p.cutoff));
-    const V gauss = p.gamma * lane_exp(e.squared * (R(-0.5) / (shell * shell)));
+    const V gauss = p.gamma * lane_exp(e.squared * (Real<R>(-0.5) / (shell * shell)));
     slope += e.d_factor * gauss * (-30 * t * t * (1 - t) * (1 - t)) * (1 / p.cutoff) * inverse;
   }
   for (int k = 0; k < p.dim; ++k) e.d_delta[k] += slope * e.delta[k];
@@ -102,7 +100,7 @@ void radial_backward(const PlanView<R>& p, R shell, Edges<R>& e) {
 
 // rotated = attributeᵀ attr
 template <typename R>
-void attributes_forward(const PlanView<R>& p, Edges<R>& e) {
+void attributes_forward(const PlanView<Real<R>>& p, Edges<R>& e) {
   for (int j = 0; j < p.n_attr; ++j) {
     if (*p.attribute_identity) {
       e.rotated[j] = e.attr[j];
@@ -114,7 +112,7 @@ void attributes_forward(const PlanView<R>& p, Edges<R>& e) {
 }
 
 template <typename R>
-void attributes_backward(const PlanView<R>& p, Edges<R>& e) {
+void attributes_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
   for (int i = 0; i < p.n_attr; ++i) {
     if (*p.attribute_identity) {
       e.d_attr[i] = e.d_rotated[i];
@@ -128,12 +126,12 @@ void attributes_backward(const PlanView<R>& p, Edges<R>& e) {
 // ---- zonal: solid harmonics
 
 template <typename R>
-void zonal_forward(const PlanView<R>& p, Edges<R>& e, bool all) {
+void zonal_forward(const PlanView<Real<R>>& p, Edges<R>& e, bool all) {
   using V = typename Lane<R>::V;
   const int n_monomials = all ? p.n_monomials : p.used_monomials;
   const int n_harmonics = all ? p.n_harmonics : p.used_harmonics;
   const int width = p.max_power + 1;
-  e.radius = lane_sqrt(e.squared + Limits<R>::softening), e.inverse = 1 / e.radius;
+  e.radius = lane_sqrt(e.squared + Limits<Real<R>>::softening), e.inverse = 1 / e.radius;
   for (int k = 0; k < 3; ++k) {
     e.unit[k] = e.delta[k] * e.inverse;
     e.power[k * width] = V{} + 1;
@@ -157,7 +155,7 @@ void zonal_forward(const PlanView<R>& p, Edges<R>& e, bool all) {
 }
 
 template <typename R>
-void zonal_backward(const PlanView<R>& p, Edges<R>& e) {
+void zonal_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
   using V = typename Lane<R>::V;
   const int width = p.max_power + 1;
   for (int j = 0; j < p.n_attr; ++j) e.d_rotated[j] = e.d_inputs[1 + j];
@@ -184,7 +182,7 @@ void zonal_backward(const PlanView<R>& p, Edges<R>& e) {
     for (int k = 0; k < 3; ++k) {
       if (n[k] == 0) continue;
       const int a = (k + 1) % 3, b = (k + 2) % 3;
-      d_unit[k] += e.d_monomial[j] * R(n[k]) * e.power[k * width + n[k] - 1] * e.power[a * width + n[a]] *
+      d_unit[k] += e.d_monomial[j] * Real<R>(n[k]) * e.power[k * width + n[k] - 1] * e.power[a * width + n[a]] *
                    e.power[b * width + n[b]];
     }
   }
@@ -196,7 +194,7 @@ void zonal_backward(const PlanView<R>& p, Edges<R>& e) {
 
 // cos kφ, sin kφ for k = 0 .. max_power from unit = (cos φ, sin φ), in power[0 ..] and power[width ..].
 template <typename R>
-void multiples(const PlanView<R>& p, Edges<R>& e) {
+void multiples(const PlanView<Real<R>>& p, Edges<R>& e) {
   using V = typename Lane<R>::V;
   V *cosines = e.power, *sines = e.power + p.max_power + 1;
   cosines[0] = V{} + 1, sines[0] = V{};
@@ -208,7 +206,7 @@ void multiples(const PlanView<R>& p, Edges<R>& e) {
 
 // On the axis the azimuth is that of the first nonzero attribute of order 1 (a constant), or 0.
 template <typename R>
-void attribute_direction(const PlanView<R>& p, Edges<R>& e) {
+void attribute_direction(const PlanView<Real<R>>& p, Edges<R>& e) {
   using V = typename Lane<R>::V;
   V direction[2] = {V{} + 1, V{}};
   for (int m = p.n_attr - 1; m >= 0; --m) {
@@ -216,15 +214,15 @@ void attribute_direction(const PlanView<R>& p, Edges<R>& e) {
     const V a = e.rotated[m], b = e.rotated[p.attribute_partner[m]];
     V norm, inverse;
     safe_norm<R>(a * a + b * b, norm, inverse);
-    direction[0] = norm > 0 ? a * inverse : direction[0];
-    direction[1] = norm > 0 ? b * inverse : direction[1];
+    direction[0] = select(norm > 0, a * inverse, direction[0]);
+    direction[1] = select(norm > 0, b * inverse, direction[1]);
   }
-  e.unit[0] = e.radius > 0 ? e.unit[0] : direction[0];
-  e.unit[1] = e.radius > 0 ? e.unit[1] : direction[1];
+  e.unit[0] = select(e.radius > 0, e.unit[0], direction[0]);
+  e.unit[1] = select(e.radius > 0, e.unit[1], direction[1]);
 }
 
 template <typename R>
-void planar_forward(const PlanView<R>& p, Edges<R>& e) {
+void planar_forward(const PlanView<Real<R>>& p, Edges<R>& e) {
   using V = typename Lane<R>::V;
   for (int k = 0; k < 2; ++k) {
     e.plane[k] = V{};
@@ -232,7 +230,7 @@ void planar_forward(const PlanView<R>& p, Edges<R>& e) {
   }
   const V squared = e.plane[0] * e.plane[0] + e.plane[1] * e.plane[1];
   if (p.regular) {
-    e.radius = lane_sqrt(squared + Limits<R>::softening), e.inverse = 1 / e.radius;
+    e.radius = lane_sqrt(squared + Limits<Real<R>>::softening), e.inverse = 1 / e.radius;
   } else {
     safe_norm<R>(squared, e.radius, e.inverse);
   }
@@ -265,15 +263,15 @@ void planar_forward(const PlanView<R>& p, Edges<R>& e) {
 }
 
 template <typename R>
-void planar_backward(const PlanView<R>& p, Edges<R>& e) {
+void planar_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
   using V = typename Lane<R>::V;
   const V *cosines = e.power, *sines = e.power + p.max_power + 1;
   V d_plane[2] = {}, d_unit[2] = {};
   // cos kφ + i sin kφ = (c + i s)^k, of derivative k (c + i s)^(k − 1)
   const auto reverse = [&](int k, V d_cos, V d_sin) {
     if (k == 0) return;
-    d_unit[0] += R(k) * (d_cos * cosines[k - 1] + d_sin * sines[k - 1]);
-    d_unit[1] += R(k) * (d_sin * cosines[k - 1] - d_cos * sines[k - 1]);
+    d_unit[0] += Real<R>(k) * (d_cos * cosines[k - 1] + d_sin * sines[k - 1]);
+    d_unit[1] += Real<R>(k) * (d_sin * cosines[k - 1] - d_cos * sines[k - 1]);
   };
   for (int m = 0; m < p.c; ++m) {
     const int k = p.order[m];
@@ -292,7 +290,7 @@ void planar_backward(const PlanView<R>& p, Edges<R>& e) {
   for (int m = 0; m < p.n_attr; ++m) e.d_rotated[m] = V{};
   for (int m = 0; m < p.n_attr; ++m) {
     const int k = p.attribute_order[m], other = p.attribute_partner[m];
-    const R sign = p.attribute_sign[m];
+    const Real<R> sign = p.attribute_sign[m];
     e.d_rotated[m] += cosines[k] * d_turned[m];
     e.d_rotated[other] -= sines[k] * sign * d_turned[m];
     reverse(k, d_turned[m] * e.rotated[m], d_turned[m] * e.rotated[other] * -sign);
@@ -301,7 +299,7 @@ void planar_backward(const PlanView<R>& p, Edges<R>& e) {
     for (int i = 0; i < p.dim; ++i) e.d_delta[i] += d_axis[k] * p.axis[i * (p.dim - 2) + k];
   if (p.regular && !e.near) e.d_radius += e.d_inputs[0];
   if (!p.regular) {  // the second input's derivative: 0 off the axis, where the frame turns with x
-    const V second = e.radius > 0 ? V{} : e.d_inputs[1];
+    const V second = select(e.radius > 0, V{}, e.d_inputs[1]);
     d_plane[0] += e.unit[0] * e.d_inputs[0] - e.unit[1] * second;
     d_plane[1] += e.unit[1] * e.d_inputs[0] + e.unit[0] * second;
   }
@@ -315,7 +313,7 @@ void planar_backward(const PlanView<R>& p, Edges<R>& e) {
 
 // From delta and attr; with `all`, every harmonic, not only those that the couplings read.
 template <typename R>
-void frame_forward(const PlanView<R>& p, R shell, Edges<R>& e, bool all) {
+void frame_forward(const PlanView<Real<R>>& p, R shell, Edges<R>& e, bool all) {
   e.squared = typename Lane<R>::V{};
   for (int k = 0; k < p.dim; ++k) e.squared += e.delta[k] * e.delta[k];
   radial_forward(p, shell, e);
@@ -328,7 +326,7 @@ void frame_forward(const PlanView<R>& p, R shell, Edges<R>& e, bool all) {
 
 // d_delta and d_attr from d_inputs, d_cosine, d_sine, d_radius and d_factor.
 template <typename R>
-void frame_backward(const PlanView<R>& p, R shell, Edges<R>& e) {
+void frame_backward(const PlanView<Real<R>>& p, R shell, Edges<R>& e) {
   for (int k = 0; k < p.dim; ++k) e.d_delta[k] = typename Lane<R>::V{};
   radial_backward(p, shell, e);
   if (p.kind == kZonal) {
@@ -344,13 +342,13 @@ void frame_backward(const PlanView<R>& p, R shell, Edges<R>& e) {
 
 // Planar: hidden coordinates h[w, m] = cosine[m] y[w, m] + sine[m] y[w, partner[m]].
 template <typename R>
-void expand_forward(const PlanView<R>& p, const Edges<R>& e, const typename Lane<R>::V* y, typename Lane<R>::V* h) {
+void expand_forward(const PlanView<Real<R>>& p, const Edges<R>& e, const typename Lane<R>::V* y, typename Lane<R>::V* h) {
   for (int w = 0; w < p.channels; ++w)
     for (int m = 0; m < p.c; ++m) h[w * p.c + m] = e.cosine[m] * y[w * p.c + m] + e.sine[m] * y[w * p.c + p.partner[m]];
 }
 
 template <typename R>
-void expand_backward(const PlanView<R>& p, Edges<R>& e, const typename Lane<R>::V* y, const typename Lane<R>::V* d_h,
+void expand_backward(const PlanView<Real<R>>& p, Edges<R>& e, const typename Lane<R>::V* y, const typename Lane<R>::V* d_h,
                      typename Lane<R>::V* d_y) {
   using V = typename Lane<R>::V;
   for (int m = 0; m < p.c; ++m) e.d_cosine[m] = e.d_sine[m] = V{};

@@ -22,7 +22,7 @@ IST_INLINE void linear_rows(const R* w, const R* bias, int n_columns, const int3
 }
 
 template <typename R>
-void linear_forward(const LayerView<R>& layer, const R* weights, const typename Lane<R>::V* y, typename Lane<R>::V* z) {
+void linear_forward(const LayerView<Real<R>>& layer, const R* weights, const typename Lane<R>::V* y, typename Lane<R>::V* z) {
   const R *w = weights + layer.weight, *bias = weights + layer.bias;
   const int32_t* g = layer.groups;
   for (int n = 0; n < layer.n_groups; ++n) {
@@ -39,7 +39,7 @@ void linear_forward(const LayerView<R>& layer, const R* weights, const typename 
 
 // d_y += Wᵀ d_z (unless null); d_w[value] += d_z ⊗ y and d_b += d_z, lane by lane (unless null).
 template <typename R>
-void linear_backward(const LayerView<R>& layer, const R* weights, const typename Lane<R>::V* y,
+void linear_backward(const LayerView<Real<R>>& layer, const R* weights, const typename Lane<R>::V* y,
                      const typename Lane<R>::V* d_z, typename Lane<R>::V* d_y, typename Lane<R>::V* d_w,
                      typename Lane<R>::V* d_b) {
   using V = typename Lane<R>::V;
@@ -107,9 +107,9 @@ IST_INLINE void apply(V* x, V* slopes) {
     for (int j = 0; j < N; ++j) x[j] = F::value(x[j]);
 }
 
-template <typename F, int N, typename R, typename V>
-IST_INLINE void pairs_forward(const LayerView<R>& layer, int row, int c, int even, const V* z, V* y, V* slopes) {
-  const R *a = layer.pair_samples + row * c, *inverse = layer.pair_inverse + row * c;
+template <typename F, int N, typename V>
+IST_INLINE void pairs_forward(const LayerView<Real<V>>& layer, int row, int c, int even, const V* z, V* y, V* slopes) {
+  const Real<V> *a = layer.pair_samples + row * c, *inverse = layer.pair_inverse + row * c;
   V x[2 * N];  // even parts, odd parts; then the samples; then their sums and differences
   products<N>(a, c, 0, layer.in_even, z, x);
   products<N>(a, c, even, even + layer.in_odd, z, x + N);
@@ -120,10 +120,10 @@ IST_INLINE void pairs_forward(const LayerView<R>& layer, int row, int c, int eve
   add_products<N>(row == 0, inverse, c, even, even + layer.out_odd, x + N, y);
 }
 
-template <int N, typename R, typename V>
-IST_INLINE void pairs_backward(const LayerView<R>& layer, int row, int c, int even, const V* slopes, const V* d_y,
+template <int N, typename V>
+IST_INLINE void pairs_backward(const LayerView<Real<V>>& layer, int row, int c, int even, const V* slopes, const V* d_y,
                                V* d_z) {
-  const R *a = layer.pair_samples + row * c, *inverse = layer.pair_inverse + row * c;
+  const Real<V> *a = layer.pair_samples + row * c, *inverse = layer.pair_inverse + row * c;
   V g[2 * N];
   products<N>(inverse, c, 0, layer.out_even, d_y, g);
   products<N>(inverse, c, even, even + layer.out_odd, d_y, g + N);
@@ -134,16 +134,16 @@ IST_INLINE void pairs_backward(const LayerView<R>& layer, int row, int c, int ev
   add_products<N>(row == 0, a, c, even, even + layer.in_odd, g + N, d_z);
 }
 
-template <typename F, int N, typename R, typename V>
-IST_INLINE void singles_forward(const LayerView<R>& layer, int row, int c, const V* z, V* y, V* slopes) {
+template <typename F, int N, typename V>
+IST_INLINE void singles_forward(const LayerView<Real<V>>& layer, int row, int c, const V* z, V* y, V* slopes) {
   V x[N];
   products<N>(layer.pair_samples + row * c, c, 0, c, z, x);
   apply<F, N>(x, slopes);
   add_products<N>(row == 0, layer.pair_inverse + row * c, c, 0, c, x, y);
 }
 
-template <int N, typename R, typename V>
-IST_INLINE void singles_backward(const LayerView<R>& layer, int row, int c, const V* slopes, const V* d_y, V* d_z) {
+template <int N, typename V>
+IST_INLINE void singles_backward(const LayerView<Real<V>>& layer, int row, int c, const V* slopes, const V* d_y, V* d_z) {
   V g[N];
   products<N>(layer.pair_inverse + row * c, c, 0, c, d_y, g);
   for (int j = 0; j < N; ++j) g[j] *= slopes[j];
@@ -179,23 +179,25 @@ struct Quotient {
 };
 
 // ELU on one side of its kink: 1 where b >= 0, else e^b (e^k - 1) / k by the series of the latter, |k| <= 0.5.
-template <typename R, typename V>
+template <typename V>
 IST_INLINE Quotient<V> elu_mean(V b, V k) {
+  using R = Real<V>;
   constexpr R series[] = {R(1.0 / 3628800), R(1.0 / 362880), R(1.0 / 40320), R(1.0 / 5040), R(1.0 / 720),
                           R(1.0 / 120),     R(1.0 / 24),     R(1.0 / 6),     R(0.5),        R(1)};
-  V value = splat<V>(series[0]), slope{};
+  V value = V{} + series[0], slope{};
   for (int j = 1; j < 10; ++j) {
     slope = slope * k + value;
     value = value * k + series[j];
   }
   const V e = lane_exp(lane_min(V{}, b));
   value *= e, slope *= e;
-  return {b < 0 ? value : V{} + 1, b < 0 ? value : V{}, b < 0 ? slope : V{}};
+  return {select(b < 0, value, V{} + 1), select(b < 0, value, V{}), select(b < 0, slope, V{})};
 }
 
 // The mean of φ′ over [b, b + k] by 4-point Gauss quadrature.
-template <typename F, typename R, typename V, bool kDerivatives>
+template <typename F, bool kDerivatives, typename V>
 IST_INLINE Quotient<V> quadrature_mean(V b, V k) {
+  using R = Real<V>;
   constexpr R t[4] = {R(0.06943184420297371), R(0.33000947820757187), R(0.66999052179242813), R(0.93056815579702629)};
   constexpr R w[4] = {R(0.17392742256872692), R(0.32607257743127307), R(0.32607257743127307), R(0.17392742256872692)};
   Quotient<V> mean{};
@@ -209,52 +211,52 @@ IST_INLINE Quotient<V> quadrature_mean(V b, V k) {
   return mean;
 }
 
-template <typename F, typename R, typename V, bool kDerivatives>
+template <typename F, bool kDerivatives, typename V>
 IST_INLINE Quotient<V> quotient(V b, V k) {
-  auto direct = lane_abs(k) > Limits<R>::quotient;
+  auto direct = lane_abs(k) > Limits<Real<V>>::quotient;
   if (F::kinked) direct = direct | (((b < 0) != (b + k < 0)) & (k != 0));
-  const V far = direct ? k : V{} + 1, near = direct ? V{} : k;
+  const V far = select(direct, k, V{} + 1), near = select(direct, V{}, k);
   const V difference = (F::value(b + far) - F::value(b)) / far;
   Quotient<V> mean;
   if constexpr (F::is_elu)
-    mean = elu_mean<R>(b, near);
+    mean = elu_mean(b, near);
   else
-    mean = quadrature_mean<F, R, V, kDerivatives>(b, near);
+    mean = quadrature_mean<F, kDerivatives>(b, near);
   Quotient<V> result;
-  result.q = direct ? difference : mean.q;
+  result.q = select(direct, difference, mean.q);
   if (kDerivatives) {
     const V end = F::prime(b + far);
-    result.q_b = direct ? (end - F::prime(b)) / far : mean.q_b;
-    result.q_k = direct ? (end - difference) / far : mean.q_k;
+    result.q_b = select(direct, (end - F::prime(b)) / far, mean.q_b);
+    result.q_k = select(direct, (end - difference) / far, mean.q_k);
   }
   return result;
 }
 
 // One channel near the origin: z and y of orders >= 1 (from coefficient `zero` on) divided by the radius r.
-template <typename F, typename R, typename V>
-void near_forward(const LayerView<R>& layer, int c, int zero, V r, const V* z, V* y) {
+template <typename F, typename V>
+void near_forward(const LayerView<Real<V>>& layer, int c, int zero, V r, const V* z, V* y) {
   for (int k = 0; k < c; ++k) y[k] = V{};
   for (int s = 0; s < layer.n_samples; ++s) {
-    const R *a = layer.samples + s * c, *inv = layer.inverse_t + s * c;
+    const Real<V> *a = layer.samples + s * c, *inv = layer.inverse_t + s * c;
     V u0{}, w{};
     for (int k = 0; k < zero; ++k) u0 += z[k] * a[k];
     for (int k = zero; k < c; ++k) w += z[k] * a[k];
-    const V d = w * quotient<F, R, V, false>(u0, r * w).q;
+    const V d = w * quotient<F, false>(u0, r * w).q;
     const V value = F::value(u0) + r * d;
     for (int k = 0; k < c; ++k) y[k] += (k < zero ? value : d) * inv[k];
   }
 }
 
-template <typename F, typename R, typename V>
-void near_backward(const LayerView<R>& layer, int c, int zero, V r, const V* z, const V* d_y, V* d_z, V& d_r) {
+template <typename F, typename V>
+void near_backward(const LayerView<Real<V>>& layer, int c, int zero, V r, const V* z, const V* d_y, V* d_z, V& d_r) {
   for (int k = 0; k < c; ++k) d_z[k] = V{};
   for (int s = 0; s < layer.n_samples; ++s) {
-    const R *a = layer.samples + s * c, *inv = layer.inverse_t + s * c;
+    const Real<V> *a = layer.samples + s * c, *inv = layer.inverse_t + s * c;
     V u0{}, w{}, g0{}, g1{};
     for (int k = 0; k < zero; ++k) u0 += z[k] * a[k];
     for (int k = zero; k < c; ++k) w += z[k] * a[k];
     for (int k = 0; k < c; ++k) (k < zero ? g0 : g1) += d_y[k] * inv[k];
-    const Quotient<V> q = quotient<F, R, V, true>(u0, r * w);
+    const Quotient<V> q = quotient<F, true>(u0, r * w);
     const V d_d = r * g0 + g1;
     d_r += w * q.q * g0 + d_d * w * w * q.q_k;
     const V d_u0 = F::prime(u0) * g0 + d_d * w * q.q_b, d_w = d_d * (q.q + r * w * q.q_k);
@@ -265,14 +267,14 @@ void near_backward(const LayerView<R>& layer, int c, int zero, V r, const V* z, 
 // ---- activations of all channels
 
 // Zero in the coefficients that no row of samples writes: those past the first `even` and `odd` of each kind.
-template <typename R>
-IST_INLINE void clear_unused(const PlanView<R>& p, int even, int odd, typename Lane<R>::V* y) {
-  for (int k = even; k < p.n_even; ++k) y[k] = typename Lane<R>::V{};
-  for (int k = p.n_even + odd; k < p.c; ++k) y[k] = typename Lane<R>::V{};
+template <typename V>
+IST_INLINE void clear_unused(const PlanView<Real<V>>& p, int even, int odd, V* y) {
+  for (int k = even; k < p.n_even; ++k) y[k] = V{};
+  for (int k = p.n_even + odd; k < p.c; ++k) y[k] = V{};
 }
 
 template <typename F, typename R>
-void activation_forward(const PlanView<R>& p, const LayerView<R>& layer, const Edges<R>& e,
+void activation_forward(const PlanView<Real<R>>& p, const LayerView<Real<R>>& layer, const Edges<R>& e,
                         const typename Lane<R>::V* z, typename Lane<R>::V* y, typename Lane<R>::V* slopes) {
   const int c = p.c, rows = layer.n_samples - layer.n_pairs;
   for (int w = 0; w < layer.out; w += c, z += c, y += c) {
@@ -293,7 +295,7 @@ void activation_forward(const PlanView<R>& p, const LayerView<R>& layer, const E
 
 // d_z from d_y; near the origin d_r += the radius' gradient.
 template <typename F, typename R>
-void activation_backward(const PlanView<R>& p, const LayerView<R>& layer, Edges<R>& e, const typename Lane<R>::V* z,
+void activation_backward(const PlanView<Real<R>>& p, const LayerView<Real<R>>& layer, Edges<R>& e, const typename Lane<R>::V* z,
                          const typename Lane<R>::V* d_y, const typename Lane<R>::V* slopes, typename Lane<R>::V* d_z) {
   const int c = p.c, rows = layer.n_samples - layer.n_pairs;
   for (int w = 0; w < layer.out; w += c, z += c, d_y += c, d_z += c, slopes += layer.n_samples) {
@@ -314,7 +316,7 @@ void activation_backward(const PlanView<R>& p, const LayerView<R>& layer, Edges<
 // ---- batch norms: scale [W] times y, plus shift [W, n_trivial] on the trivial coefficients
 
 template <typename R>
-void norm_forward(const PlanView<R>& p, const R* affine, int channels, const typename Lane<R>::V* y,
+void norm_forward(const PlanView<Real<R>>& p, const R* affine, int channels, const typename Lane<R>::V* y,
                   typename Lane<R>::V* normed) {
   const R* shift = affine + channels;
   for (int w = 0; w < channels; ++w, y += p.c, normed += p.c, shift += p.n_trivial) {
@@ -325,7 +327,7 @@ void norm_forward(const PlanView<R>& p, const R* affine, int channels, const typ
 
 // d_y in place, from the gradient of the output; d_affine += its gradient, lane by lane (unless null).
 template <typename R>
-void norm_backward(const PlanView<R>& p, const R* affine, int channels, const typename Lane<R>::V* y,
+void norm_backward(const PlanView<Real<R>>& p, const R* affine, int channels, const typename Lane<R>::V* y,
                    typename Lane<R>::V* d_y, typename Lane<R>::V* d_affine) {
   for (int w = 0; w < channels; ++w, y += p.c, d_y += p.c) {
     if (d_affine)
@@ -358,7 +360,7 @@ IST_INLINE void with_function(int function, G g) {
 template <typename R>
 struct Mlp {
   using V = typename Lane<R>::V;
-  const PlanView<R>* p;
+  const PlanView<Real<R>>* p;
   const R* weights;
   V *z, *y, *normed;        // per layer: [out] pre-activations, activations, after the batch norm (or y again)
   V *d_z, *d_y;             // one layer each, the widest
@@ -366,7 +368,7 @@ struct Mlp {
   V* slopes;                // per layer [channels, n_samples]; null in the forward direction
   int64_t size_z, size_w, size_slopes, size_affine;
 
-  void place(Arena& arena, const PlanView<R>& plan, const R* packed, bool backward) {
+  void place(Arena& arena, const PlanView<Real<R>>& plan, const R* packed, bool backward) {
     p = &plan, weights = packed, size_z = size_w = size_slopes = 0, slopes = nullptr;
     int64_t widest = 1;
     for (int n = 0; n < p->n_layers; ++n) {
@@ -393,7 +395,7 @@ struct Mlp {
     const V* in = e.inputs;
     V *z_n = z, *y_n = y, *normed_n = normed, *slopes_n = slopes;
     for (int n = 0;; ++n) {
-      const LayerView<R>& layer = p->layers[n];
+      const LayerView<Real<R>>& layer = p->layers[n];
       linear_forward(layer, weights, in, z_n);
       with_function<R>(p->function, [&](auto f) { activation_forward<decltype(f)>(*p, layer, e, z_n, y_n, slopes_n); });
       if (n == last) return y_n;
@@ -408,7 +410,7 @@ struct Mlp {
   const V* hidden(const Edges<R>& e) {
     if (!p->n_layers) return e.inputs;
     const V* y_last = forward(e, p->n_layers - 1);
-    const LayerView<R>& layer = p->layers[p->n_layers - 1];
+    const LayerView<Real<R>>& layer = p->layers[p->n_layers - 1];
     V* out = normed + size_z - layer.out;
     if (p->has_norms) norm_forward(*p, weights + layer.affine, layer.out / p->c, y_last, out);
     return out;
@@ -419,7 +421,7 @@ struct Mlp {
     V *z_n = z + size_z, *y_n = y + size_z, *normed_n = normed + size_z;
     V *d_w_n = d_w + size_w, *d_b_n = d_b + size_z, *slopes_n = slopes + size_slopes;
     for (int n = p->n_layers - 1; n >= 0; --n) {
-      const LayerView<R>& layer = p->layers[n];
+      const LayerView<Real<R>>& layer = p->layers[n];
       z_n -= layer.out, y_n -= layer.out, normed_n -= layer.out, d_w_n -= layer.n_values, d_b_n -= layer.out;
       slopes_n -= layer.out / p->c * layer.n_samples;
       if (p->has_norms)

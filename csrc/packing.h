@@ -29,6 +29,22 @@ struct SparseMatrix {
   }
 };
 
+// Calls f(from, to) for every weight of θ: its positions in the packed weights in the layouts [b][u][v, w] and
+// [b][v][w][u], whose rows of channels are padded.
+template <typename R, typename F>
+void for_theta(const PlanView<R>& plan, F f) {
+  const auto padded = [](int64_t n) { return (n + kChannels - 1) / kChannels * kChannels; };
+  for (const CouplingView& q : plan.coupling_storage) {
+    const int64_t row = q.constant ? 1 : padded(q.n_hidden), slot = padded(q.n_in * row), outputs = padded(q.n_out);
+    for (int64_t b = 0; b < q.n_basis; ++b)
+      for (int64_t u = 0; u < q.n_out; ++u)
+        for (int64_t v = 0; v < q.n_in; ++v)
+          for (int64_t w = 0; w < q.n_hidden; ++w)
+            f(q.theta + (b * q.n_out + u) * slot + v * row + w,
+              q.theta_forward + ((b * q.n_in + v) * q.n_hidden + w) * outputs + u);
+  }
+}
+
 // Statistics of one batch norm: mean [W, n_trivial], variance [W].
 template <typename R>
 int64_t statistics_size(const PlanView<R>& p) {

@@ -54,6 +54,12 @@ IST_INLINE T* whole(T* pointer) {
   return pointer;
 }
 
+// a where the mask is set, else b
+template <typename M, typename V>
+IST_INLINE V select(M mask, V a, V b) {
+  return mask ? a : b;
+}
+
 template <typename V, typename R>
 IST_INLINE V splat(R value) {
   return value - V{};  // not a sum: -0 stays, and nothing is computed
@@ -128,7 +134,7 @@ IST_INLINE V lane_sums(V* rows) {
 
 template <typename V>
 IST_INLINE V lane_abs(V x) {
-  return x < 0 ? -x : x;
+  return select(x < 0, -x, x);
 }
 
 // e^x = scale + rest, where rest is small at small |x|, so that e^x - 1 keeps its digits there.
@@ -238,145 +244,5 @@ IST_INLINE V lane_erf(V x) {
     x[l] = sizeof(x[0]) == 4 ? __builtin_erff(x[l]) : __builtin_erf(x[l]);
   return x;
 }
-
-template <typename V>
-IST_INLINE V sigmoid(V x) {
-  return 1 / (1 + lane_exp(-x));
-}
-
-// ---- φ, φ′ and φ″, and φ with φ′ together; `kinked`: φ, φ′ or φ″ jumps at 0
-
-struct Elu {
-  static constexpr bool kinked = true;
-  static constexpr bool is_elu = true;
-  template <typename V>
-  static IST_INLINE V value(V x) {
-    const V negative = lane_expm1_below(x);
-    return x > 0 ? x : negative;
-  }
-  template <typename V>
-  static IST_INLINE V prime(V x) {
-    return lane_exp(lane_min(V{}, x));
-  }
-  template <typename V>
-  static IST_INLINE V both(V x, V& slope) {
-    V e;
-    const V negative = lane_expm1_below(x, e);
-    slope = x > 0 ? V{} + 1 : e;
-    return x > 0 ? x : negative;
-  }
-  template <typename V>
-  static IST_INLINE V second(V x) {
-    const V e = lane_exp(lane_min(V{}, x));
-    return x > 0 ? V{} : e;
-  }
-};
-
-struct Relu {
-  static constexpr bool kinked = true;
-  static constexpr bool is_elu = false;
-  template <typename V>
-  static IST_INLINE V value(V x) {
-    return lane_max(V{}, x);
-  }
-  template <typename V>
-  static IST_INLINE V prime(V x) {
-    return x > 0 ? V{} + 1 : V{};
-  }
-  template <typename V>
-  static IST_INLINE V both(V x, V& slope) {
-    slope = prime(x);
-    return value(x);
-  }
-  template <typename V>
-  static IST_INLINE V second(V) {
-    return V{};
-  }
-};
-
-struct Silu {
-  static constexpr bool kinked = false;
-  static constexpr bool is_elu = false;
-  template <typename V>
-  static IST_INLINE V value(V x) {
-    return x * sigmoid(x);
-  }
-  template <typename V>
-  static IST_INLINE V prime(V x) {
-    const V s = sigmoid(x);
-    return s * (1 + x * (1 - s));
-  }
-  template <typename V>
-  static IST_INLINE V both(V x, V& slope) {
-    const V s = sigmoid(x);
-    slope = s * (1 + x * (1 - s));
-    return x * s;
-  }
-  template <typename V>
-  static IST_INLINE V second(V x) {
-    const V s = sigmoid(x);
-    return s * (1 - s) * (2 + x * (1 - 2 * s));
-  }
-};
-
-struct Gelu {
-  static constexpr bool kinked = false;
-  static constexpr bool is_elu = false;
-  template <typename V>
-  static IST_INLINE V normal(V x) {  // standard normal density
-    using R = decltype(x[0] + x[0]);
-    return R(0.3989422804014326779) * lane_exp(R(-0.5) * x * x);
-  }
-  template <typename V>
-  static IST_INLINE V cumulative(V x) {
-    using R = decltype(x[0] + x[0]);
-    return R(0.5) * (1 + lane_erf(x * R(0.70710678118654752440)));
-  }
-  template <typename V>
-  static IST_INLINE V value(V x) {
-    return x * cumulative(x);
-  }
-  template <typename V>
-  static IST_INLINE V prime(V x) {
-    return cumulative(x) + x * normal(x);
-  }
-  template <typename V>
-  static IST_INLINE V both(V x, V& slope) {
-    const V c = cumulative(x);
-    slope = c + x * normal(x);
-    return x * c;
-  }
-  template <typename V>
-  static IST_INLINE V second(V x) {
-    return normal(x) * (2 - x * x);
-  }
-};
-
-struct Tanh {
-  static constexpr bool kinked = false;
-  static constexpr bool is_elu = false;
-  template <typename V>
-  static IST_INLINE V value(V x) {
-    const V e = lane_exp(-2 * lane_abs(x));
-    const V t = (1 - e) / (1 + e);
-    return x < 0 ? -t : t;
-  }
-  template <typename V>
-  static IST_INLINE V prime(V x) {
-    const V t = value(x);
-    return 1 - t * t;
-  }
-  template <typename V>
-  static IST_INLINE V both(V x, V& slope) {
-    const V t = value(x);
-    slope = 1 - t * t;
-    return t;
-  }
-  template <typename V>
-  static IST_INLINE V second(V x) {
-    const V t = value(x);
-    return -2 * t * (1 - t * t);
-  }
-};
 
 }  // namespace implicit_steer::IST_ISA

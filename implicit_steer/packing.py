@@ -22,12 +22,17 @@ class NormParameters(NamedTuple):
 
 
 class Kept:
-    """What a backend made of a layer's parameters. It is used again while these hold the same bits: changes of every
-    kind are noticed, also those that leave no trace in a tensor's version (``.data``, another process's writes). Copies
-    and pickles start empty."""
+    """What was made of a layer's tensors in its last call. What a backend packed is used again while they hold the same
+    bytes: changes of every kind are noticed, also those that leave no trace in a tensor's version (``.data``, another
+    process's writes). Copies and pickles start empty.
+
+    Attributes:
+        tensors, parameters: those of the last call, and what holds them.
+        layer: what a backend made of ``parameters``.
+    """
 
     def __init__(self):
-        self.entry = None
+        self.tensors = self.parameters = self.layer = None
 
     def __reduce__(self):
         return Kept, ()

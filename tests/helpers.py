@@ -10,7 +10,6 @@ from implicit_steer import Graph
 from implicit_steer.cases import SMALL
 
 BACKENDS = ["reference", "eager", "cpu"]
-TWICE_DIFFERENTIABLE = ["reference", "eager", "auto"]
 CONFIGURATIONS = ["train", "eval", "no norm"]
 # Where "auto" is the authors' grid, or the whole group as theirs is.
 _ONE_SAMPLING = [

@@ -6,7 +6,7 @@ cases and `test_backends.py` say what it is.
 
 import pytest
 import torch
-from helpers import TWICE_DIFFERENTIABLE, layer, with_edges
+from helpers import BACKENDS, layer, with_edges
 from torch.autograd import gradcheck, gradgradcheck
 
 from implicit_steer.cases import Case
@@ -60,7 +60,7 @@ def assert_both_orders(conv, problem, fast):
     assert gradgradcheck(run, arguments, fast_mode=fast)
 
 
-@pytest.mark.parametrize("backend", TWICE_DIFFERENTIABLE)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("configuration", ["no norm", "eval"])
 @pytest.mark.parametrize(("name", "sampling"), SAMPLED)
 def test_both_orders(name, sampling, configuration, backend):
@@ -68,7 +68,7 @@ def test_both_orders(name, sampling, configuration, backend):
     assert_both_orders(conv, problem_of(name, conv), fast=True)
 
 
-@pytest.mark.parametrize("backend", TWICE_DIFFERENTIABLE)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("name", "frame"), [("zonal", "zonal"), ("planar on R3", "planar"), ("sphere grid", "none")])
 def test_every_entry_of_both_orders(name, frame, backend):
     conv = layer(CASES[name], "no norm", activation="silu", backend=backend)
@@ -84,7 +84,7 @@ def test_activations(name, activation):
     check(conv, problem_of(name, conv), fast=True)
 
 
-@pytest.mark.parametrize("backend", TWICE_DIFFERENTIABLE)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["zonal", "planar on R3", "sphere grid"])
 @pytest.mark.parametrize("options", [{"aggr": "mean"}, {"cutoff": 1.8}], ids=str)
 def test_options(name, options, backend):
@@ -102,7 +102,7 @@ def test_self_loops(name, radius, sampling):
     assert_both_orders(conv, problem, fast=False)
 
 
-@pytest.mark.parametrize("backend", TWICE_DIFFERENTIABLE)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("activation", ["elu", "silu"])
 @pytest.mark.parametrize("name", CASES)
 def test_derivatives_are_finite_at_the_origin(name, activation, backend):

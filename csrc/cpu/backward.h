@@ -9,7 +9,7 @@ template <typename R>
 struct Backward : Worker<R> {
   using Base = Worker<R>;
   using V = typename Lane<R>::V;
-  using Base::a, Base::p, Base::mixed, Base::grads, Base::sums, Base::ring, Base::n_ring, Base::size, Base::e,
+  using Base::a, Base::p, Base::weights, Base::mixed, Base::grads, Base::sums, Base::ring, Base::n_ring, Base::size, Base::e,
       Base::mlp;
   using Base::d_theta, Base::d_sums, Base::d_sums_t, Base::d_terms, Base::d_rows, Base::rows, Base::row_at;
   using Base::n_edges, Base::edge, Base::shell, Base::near_pass;
@@ -21,7 +21,7 @@ struct Backward : Worker<R> {
   int64_t prepared[kNodes];  // nodes whose ∂L/∂T stand in d_sums
   int n_prepared = 0, current = 0;
 
-  Backward(const ConvArgs<R>& args, const CouplingSizes& sizes, int64_t own_edges)
+  Backward(const ConvArgs<Real<R>>& args, const CouplingSizes& sizes, int64_t own_edges)
       : Base(args, sizes, true, own_edges) {
     need_geometry = a.grad_delta || a.grad_attr;
     need_weights = a.grad_weights;
@@ -47,8 +47,8 @@ struct Backward : Worker<R> {
       }
     }
     if (!need_weights) return;
-    memset(sums + n_ring * size.sums, 0, sizeof(R) * size.sums);
-    memcpy(grads + n_ring * p.n_mixed, mixed + current * p.n_mixed, sizeof(R) * p.n_mixed);
+    memset(static_cast<void*>(sums + n_ring * size.sums), 0, sizeof(R) * size.sums);
+    memcpy(static_cast<void*>(grads + n_ring * p.n_mixed), mixed + current * p.n_mixed, sizeof(R) * p.n_mixed);
   }
 
   // d_sums [slot][v, w] = Σ_u θ[b, u, v, w] g[o, u] for this node and the next ones that have edges
@@ -59,7 +59,7 @@ struct Backward : Worker<R> {
       if (a.index(a.rowptr, i) < a.index(a.rowptr, i + 1)) prepared[n_prepared++] = i;
     for (int n = 0; n < n_prepared; ++n)
       for (int k = 0; k < p.out_size; ++k)
-        if (p.place[k] >= 0) mixed[n * p.n_mixed + p.place[k]] = a.grad_out[prepared[n] * p.out_size + k];
+        if (p.place[k] >= 0) mixed[n * p.n_mixed + p.place[k]] = constant_number<R>(a.grad_out[prepared[n] * p.out_size + k]);
     for (int k = 0; k < p.n_couplings; ++k)
       for (int slot = 0; slot < p.couplings[k].n_slots; ++slot) sum_outputs(p.couplings[k], slot);
   }
@@ -67,17 +67,15 @@ struct Backward : Worker<R> {
   void sum_outputs(const CouplingView& q, int slot) {
     using Q = typename Lane<R>::Q;
     const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
-    const R* weight = a.weights + q.theta + int64_t{b} * q.n_out * q.slot_size;
-    const R *low = mixed + q.out_at + o * q.out_padded, *high = low + 4 * p.n_mixed;  // nodes 0 .. 3 and 4 .. 7
-    const int64_t s1 = p.n_mixed, s2 = 2 * s1, s3 = 3 * s1;
+    const R* weight = weights + q.theta + int64_t{b} * q.n_out * q.slot_size;
+    const R* node[kNodes];
+    for (int n = 0; n < kNodes; ++n) node[n] = whole(mixed + n * p.n_mixed + q.out_at + o * q.out_padded);
     R* d = d_sums + q.at_sums + slot * q.slot_size;
     for (int64_t x = 0; x < q.slot_size; x += Lane<R>::QL) {
       Q acc[kNodes] = {};
       for (int u = 0; u < q.n_out; ++u) {
         const Q row = load_row(weight + u * q.slot_size + x);
-        const R *g0 = low + u, *g4 = high + u;
-        acc[0] += row * g0[0], acc[1] += row * g0[s1], acc[2] += row * g0[s2], acc[3] += row * g0[s3];
-        acc[4] += row * g4[0], acc[5] += row * g4[s1], acc[6] += row * g4[s2], acc[7] += row * g4[s3];
+        for (int n = 0; n < kNodes; ++n) acc[n] += row * node[n][u];
       }
       for (int n = 0; n < n_prepared; ++n) store_row(d + n * size.sums + x, acc[n]);
     }
@@ -90,20 +88,21 @@ struct Backward : Worker<R> {
       const CouplingView& q = p.couplings[k];
       for (int n = 0; n < q.n_terms; ++n) {
         const int slot = q.terms[3 * n], row = q.terms[3 * n + 1];
-        const R* product = reinterpret_cast<const R*>(t + q.terms[3 * n + 2]);
+        const V* product = t + q.terms[3 * n + 2];
         const R* d = d_sums + current * size.sums + q.at_sums + slot * q.slot_size;
         R* d_term = d_terms + q.at_d_terms + (int64_t{n} * L + l0) * q.in_padded;
         if (q.constant) {
-          for (int l = l0; l < l1; ++l, d_term += q.in_padded) memcpy(d_term, d, sizeof(R) * q.n_in);
+          for (int l = l0; l < l1; ++l, d_term += q.in_padded) memcpy(static_cast<void*>(d_term), d, sizeof(R) * q.n_in);
           continue;
         }
         const int64_t pad = q.hidden_padded;
         const int64_t at = row_at[row] + l0 * pad;
-        memset(d_term, 0, sizeof(R) * (l1 - l0) * q.in_padded);
-        rank_updates(l1 - l0, d_term, q.in_padded, rows + at, pad, 1,
+        memset(static_cast<void*>(d_term), 0, sizeof(R) * (l1 - l0) * q.in_padded);
+        rank_updates(l1 - l0, d_term, q.in_padded, numbers_at(rows + at, pad, 1),
                      d_sums_t + q.at_sums_t + int64_t{slot} * q.n_hidden * q.in_padded, q.in_padded, 0, q.n_hidden,
                      q.in_padded);
-        if (need_hidden) rank_updates(l1 - l0, d_rows + at, pad, product + l0, 1, L, d, pad, 0, q.n_in, pad);
+        if (need_hidden)
+          rank_updates(l1 - l0, d_rows + at, pad, lane_by_lane(product, l0), d, pad, 0, q.n_in, pad);
       }
     }
   }
@@ -114,7 +113,8 @@ struct Backward : Worker<R> {
       const CouplingView& q = p.couplings[k];
       for (int slot = 0; slot < q.n_slots; ++slot) {
         const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
-        rank_updates(q.n_out, theta_gradient(q, b), q.slot_size, grads + q.out_at + o * q.out_padded, 1, p.n_mixed,
+        rank_updates(q.n_out, theta_gradient(q, b), q.slot_size,
+                     numbers_at(grads + q.out_at + o * q.out_padded, 1, p.n_mixed),
                      sums + q.at_sums + slot * q.slot_size, size.sums, 0, n_ring, q.slot_size);
       }
     }
@@ -164,7 +164,7 @@ struct Backward : Worker<R> {
     for (int k = 0; k < p.n_couplings; ++k) {
       const CouplingView& q = p.couplings[k];
       for (int n = 0; n < q.n_terms; ++n)
-        memset(d_terms + q.at_d_terms + (int64_t{n} * L + n_edges) * q.in_padded, 0,
+        memset(static_cast<void*>(d_terms + q.at_d_terms + (int64_t{n} * L + n_edges) * q.in_padded), 0,
                sizeof(R) * (L - n_edges) * q.in_padded);
     }
   }
@@ -172,7 +172,7 @@ struct Backward : Worker<R> {
   void hidden_features() {
     for (int k = 0; k < p.hidden_flat; ++k) d_hidden[k] = V{};
     units_to_lanes<R>(this->n_row_units, this->row_units, d_rows, d_hidden);
-    memset(d_rows, 0, sizeof(R) * this->row_size);
+    memset(static_cast<void*>(d_rows), 0, sizeof(R) * this->row_size);
     this->sweep_mlp(need_weights, need_geometry);
   }
 
@@ -198,7 +198,7 @@ struct Backward : Worker<R> {
     this->sweep_frame();
   }
 
-  void nodes(int64_t first, int64_t last, R* grad_weights) {
+  void nodes(int64_t first, int64_t last, Real<R>* grad_weights) {
     last_node = last;
     const auto begin = [&](int64_t i) { start(i); };
     const auto lanes = [&](int l0, int l1) { run(l0, l1); };
@@ -214,10 +214,10 @@ struct Backward : Worker<R> {
     if (need_weights) write_weights(grad_weights);
   }
 
-  void write_weights(R* out) {
-    memset(out, 0, sizeof(R) * p.n_grad);
+  void write_weights(Real<R>* out) {
+    memset(out, 0, sizeof(Real<R>) * p.n_grad);
     this->write_mlp_weights(out);
-    if (p.n_couplings) memcpy(out + p.couplings[0].theta, d_theta, sizeof(R) * this->theta_size());
+    for (int64_t k = 0; k < this->theta_size(); ++k) out[p.couplings[0].theta + k] = result(d_theta[k]);
   }
 };
 

@@ -29,12 +29,13 @@ int64_t own_edges(const ConvArgs<R>& a, int64_t first, int64_t last) {
   return a.index(a.rowptr, last) - a.index(a.rowptr, first);
 }
 
-template <typename R>
+// N: R, or dual numbers of R for derivatives along the tangents.
+template <typename N, typename R>
 void forward(const ConvArgs<R>& a) {
   const CouplingSizes sizes = place_couplings(*a.plan);
   in_threads(a.threads, [&](int t) {
     const int64_t first = first_node(a, t), last = first_node(a, t + 1);
-    if (first < last) Forward<R>(a, sizes, own_edges(a, first, last)).nodes(first, last);
+    if (first < last) Forward<N>(a, sizes, own_edges(a, first, last)).nodes(first, last);
   });
 }
 
@@ -61,7 +62,7 @@ void sum_weights(const ConvArgs<R>& a) {
     for (int64_t k = 0; k < n; ++k) a.grad_weights[k] += a.grad_weights[t * n + k];
 }
 
-template <typename R>
+template <typename N, typename R>
 void backward(const ConvArgs<R>& a) {
   const CouplingSizes sizes = place_couplings(*a.plan);
   const int64_t n_grad = a.plan->n_grad;
@@ -69,7 +70,7 @@ void backward(const ConvArgs<R>& a) {
     const int64_t first = first_node(a, t), last = first_node(a, t + 1);
     R* grad_weights = a.grad_weights ? a.grad_weights + t * n_grad : nullptr;
     if (first < last)
-      Backward<R>(a, sizes, own_edges(a, first, last)).nodes(first, last, grad_weights);
+      Backward<N>(a, sizes, own_edges(a, first, last)).nodes(first, last, grad_weights);
     else if (grad_weights)
       memset(grad_weights, 0, sizeof(R) * n_grad);
   });
@@ -91,24 +92,24 @@ void statistics(const ConvArgs<R>& a) {
 }
 
 // Calls f(worker, first point, one past the last, thread) with the hidden features' worker of every thread.
-template <typename R, typename F>
+template <typename N, typename R, typename F>
 void hidden(const ConvArgs<R>& a, bool backward, F f) {
   const CouplingSizes sizes = place_couplings(*a.plan);
   in_threads(a.threads, [&](int t) {
     const int64_t begin = a.n_edges * t / a.threads, end = a.n_edges * (t + 1) / a.threads;
-    Hidden<R> worker(a, sizes, backward, end - begin);
+    Hidden<N> worker(a, sizes, backward, end - begin);
     f(worker, begin, end, t);
   });
 }
 
-template <typename R>
+template <typename N, typename R>
 void hidden_forward(const ConvArgs<R>& a) {
-  hidden(a, false, [](Hidden<R>& worker, int64_t begin, int64_t end, int) { worker.forward(begin, end); });
+  hidden<N>(a, false, [](Hidden<N>& worker, int64_t begin, int64_t end, int) { worker.forward(begin, end); });
 }
 
-template <typename R>
+template <typename N, typename R>
 void hidden_backward(const ConvArgs<R>& a) {
-  hidden(a, true, [&](Hidden<R>& worker, int64_t begin, int64_t end, int t) {
+  hidden<N>(a, true, [&](Hidden<N>& worker, int64_t begin, int64_t end, int t) {
     worker.backward(begin, end, a.grad_weights ? a.grad_weights + t * a.plan->n_grad : nullptr);
   });
   sum_weights(a);
@@ -139,12 +140,22 @@ int64_t peak(int threads, int64_t rounds, R* sums) {
 
 }  // namespace
 
+template <typename R>
+constexpr ConvTable<R> kTable{forward<R, R>,
+                              backward<R, R>,
+                              forward<Dual<R>, R>,
+                              backward<Dual<R>, R>,
+                              statistics<R>,
+                              hidden_forward<R, R>,
+                              hidden_backward<R, R>,
+                              hidden_forward<Dual<R>, R>,
+                              hidden_backward<Dual<R>, R>,
+                              function<R>,
+                              peak<R>};
+
 extern const ConvTable<float> kConvFloat;
 extern const ConvTable<double> kConvDouble;
-const ConvTable<float> kConvFloat{forward<float>,         backward<float>, statistics<float>, hidden_forward<float>,
-                                  hidden_backward<float>, function<float>, peak<float>};
-const ConvTable<double> kConvDouble{
-    forward<double>,         backward<double>, statistics<double>, hidden_forward<double>,
-    hidden_backward<double>, function<double>, peak<double>};
+const ConvTable<float> kConvFloat = kTable<float>;
+const ConvTable<double> kConvDouble = kTable<double>;
 
 }  // namespace implicit_steer::IST_ISA

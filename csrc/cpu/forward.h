@@ -9,41 +9,38 @@ template <typename R>
 struct Forward : Worker<R> {
   using Base = Worker<R>;
   using Q = typename Lane<R>::Q;
-  using Base::a, Base::p, Base::sums, Base::mixed, Base::ring, Base::n_ring, Base::size, Base::near_pass;
+  using Base::a, Base::p, Base::weights, Base::sums, Base::mixed, Base::ring, Base::n_ring, Base::size, Base::near_pass;
 
-  Forward(const ConvArgs<R>& args, const CouplingSizes& sizes, int64_t own_edges)
+  Forward(const ConvArgs<Real<R>>& args, const CouplingSizes& sizes, int64_t own_edges)
       : Base(args, sizes, false, own_edges) {}
 
   // mixed[n, o, u] += Σ_{v, w} θ[b, v, w, u] T_n[slot, v, w] for the nodes in the ring
   void mix_slot(const CouplingView& q, int slot) {
-    static_assert(kNodes == 8);
     const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
-    const R* t = sums + q.at_sums + slot * q.slot_size;
-    const int64_t s1 = size.sums, s2 = 2 * s1, s3 = 3 * s1;
+    const R* node[kNodes];
+    for (int n = 0; n < kNodes; ++n) node[n] = whole(sums + n * size.sums + q.at_sums + slot * q.slot_size);
     for (int u0 = 0; u0 < q.n_out; u0 += Lane<R>::QL) {
-      const R* weight = a.weights + q.theta_forward + int64_t{b} * q.n_in * q.n_hidden * q.out_padded + u0;
+      const R* weight = weights + q.theta_forward + int64_t{b} * q.n_in * q.n_hidden * q.out_padded + u0;
       Q acc[kNodes] = {};
-      for (int v = 0; v < q.n_in; ++v) {
-        const R *low = t + v * q.hidden_padded, *high = low + 4 * s1;  // nodes 0 .. 3 and 4 .. 7
-        for (int w = 0; w < q.n_hidden; ++w, weight += q.out_padded, ++low, ++high) {
+      for (int64_t v = 0; v < q.n_in * q.hidden_padded; v += q.hidden_padded)
+        for (int64_t x = v; x < v + q.n_hidden; ++x, weight += q.out_padded) {
           const Q row = load_row(weight);
-          acc[0] += row * low[0], acc[1] += row * low[s1], acc[2] += row * low[s2], acc[3] += row * low[s3];
-          acc[4] += row * high[0], acc[5] += row * high[s1], acc[6] += row * high[s2], acc[7] += row * high[s3];
+          for (int n = 0; n < kNodes; ++n) acc[n] += row * node[n][x];
         }
-      }
       R* out = mixed + q.out_at + o * q.out_padded + u0;
       for (int n = 0; n < kNodes; ++n, out += p.n_mixed) store_row(out, load_row(out) + acc[n]);
     }
   }
 
   void flush() {
-    memset(mixed, 0, sizeof(R) * kNodes * p.n_mixed);
+    memset(static_cast<void*>(mixed), 0, sizeof(R) * kNodes * p.n_mixed);
     for (int k = 0; k < p.n_couplings; ++k)
       for (int slot = 0; slot < p.couplings[k].n_slots; ++slot) mix_slot(p.couplings[k], slot);
     for (int n = 0; n < n_ring; ++n) {
-      R *out = a.out + ring[n] * p.out_size, *in = mixed + n * p.n_mixed;
+      const R* in = mixed + n * p.n_mixed;
+      Real<R>* out = a.out + ring[n] * p.out_size;
       for (int k = 0; k < p.out_size; ++k) {
-        const R value = p.place[k] < 0 ? R{} : in[p.place[k]];
+        const Real<R> value = p.place[k] < 0 ? 0 : result(in[p.place[k]]);
         out[k] = near_pass ? out[k] + value : value;
       }
     }
@@ -51,13 +48,13 @@ struct Forward : Worker<R> {
   }
 
   void nodes(int64_t first, int64_t last) {
-    const auto start = [&](int64_t) { memset(sums + n_ring * size.sums, 0, sizeof(R) * size.sums); };
+    const auto start = [&](int64_t) { memset(static_cast<void*>(sums + n_ring * size.sums), 0, sizeof(R) * size.sums); };
     const auto run = [&](int l0, int l1) { this->accumulate(sums + n_ring * size.sums, l0, l1); };
     const auto finish = [&](int64_t i) {
       ring[n_ring++] = i;
       if (n_ring == kNodes) flush();
     };
-    const auto empty = [&](int64_t i) { memset(a.out + i * p.out_size, 0, sizeof(R) * p.out_size); };
+    const auto empty = [&](int64_t i) { memset(a.out + i * p.out_size, 0, sizeof(Real<R>) * p.out_size); };
     this->walk(first, last, start, run, finish, empty, [] {});
     if (n_ring) flush();
     this->walk_near(start, run, finish, [] {});

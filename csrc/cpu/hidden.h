@@ -15,7 +15,7 @@ struct Hidden : Worker<R> {
   V *h, *d_h;          // [size]
   bool need_weights;
 
-  Hidden(const ConvArgs<R>& args, const CouplingSizes& sizes, bool backward, int64_t own_edges)
+  Hidden(const ConvArgs<Real<R>>& args, const CouplingSizes& sizes, bool backward, int64_t own_edges)
       : Base(args, sizes, backward, own_edges, 2 * hidden_size(*args.plan)) {
     channels = p.hidden_flat / p.c, size = static_cast<int>(hidden_size(p));
     h = this->extra, d_h = h + size;
@@ -49,14 +49,14 @@ struct Hidden : Worker<R> {
   void reverse() {
     const V* y = evaluate();
     const int64_t n = size;
-    rows_to_lanes<R>(
+    for (int k = 0; k < size; ++k) d_h[k] = V{};
+    rows_to_lanes<Real<R>>(
         size, [&](int l) { return a.grad_out + edge[l] * n; },
-        [&](int l, int at) { return edge[l] * n + at + L <= a.n_edges * n; }, d_h);
-    V lanes;
-    for (int l = 0; l < L; ++l) lanes[l] = this->counts(l);
+        [&](int l, int at) { return edge[l] * n + at + L <= a.n_edges * n; }, plane<R>(d_h, 0), kPlanes<R>);
+    const auto inside = this->counting_lanes() > 0;
     e.d_factor = V{};
     for (int k = 0; k < size; ++k) {
-      d_h[k] = lanes > 0 ? d_h[k] : V{};
+      d_h[k] = select(inside, d_h[k], V{});
       e.d_factor += d_h[k] * h[k];
       d_h[k] *= e.factor;
     }
@@ -72,10 +72,10 @@ struct Hidden : Worker<R> {
     this->sweep_frame();
   }
 
-  void backward(int64_t begin, int64_t end, R* grad_weights) {
+  void backward(int64_t begin, int64_t end, Real<R>* grad_weights) {
     this->points(begin, end, [&] { reverse(); });
     if (!need_weights) return;
-    memset(grad_weights, 0, sizeof(R) * p.n_grad);
+    memset(grad_weights, 0, sizeof(Real<R>) * p.n_grad);
     this->write_mlp_weights(grad_weights);
   }
 };

@@ -16,7 +16,7 @@ struct Statistics : Worker<R> {
   int n_values;
   V *partial, *partial_squares, *shift;  // [channels * d]
 
-  Statistics(const ConvArgs<R>& args, const CouplingSizes& sizes, int n, int64_t own_edges)
+  Statistics(const ConvArgs<Real<R>>& args, const CouplingSizes& sizes, int n, int64_t own_edges)
       : Base(args, sizes, false, own_edges, 3 * n), n_values(n) {
     partial = this->extra, partial_squares = partial + n, shift = partial + 2 * n;
   }
@@ -34,8 +34,7 @@ struct Statistics : Worker<R> {
   }
 
   void add(const V* y) {
-    V inside;
-    for (int l = 0; l < L; ++l) inside[l] = this->counts(l);
+    const V inside = this->counting_lanes();
     for (int w = 0, k = 0; k < n_values; ++w)
       for (int m = 0; m < p.d; ++m, ++k) {
         const V h = (coordinate(y, w, m) - shift[k]) * inside;

@@ -12,6 +12,7 @@ constexpr int kNodes = 8;  // nodes whose sums T are mixed together
 // Sets the couplings' positions in a worker's buffers. Rows of channels are padded:
 //   T [slot][v, w] with w padded, or [slot][v] where the hidden feature is the constant one
 //   Tᵀ [slot][w][v] with v padded
+// The sizes are in numbers, dual or not.
 template <typename R>
 CouplingSizes place_couplings(PlanView<R>& p) {
   CouplingSizes size;
@@ -29,13 +30,15 @@ CouplingSizes place_couplings(PlanView<R>& p) {
   return size;
 }
 
+// R: float, double or, for derivatives along a direction, dual numbers of them.
 template <typename R>
 struct Worker {
   using V = typename Lane<R>::V;
   static constexpr int L = Lane<R>::L;
 
-  const ConvArgs<R>& a;
-  PlanView<R>& p;
+  const ConvArgs<Real<R>>& a;
+  PlanView<Real<R>>& p;
+  const R* weights;  // packed
   bool backward;
   int64_t n_extra;
   V* extra;          // [n_extra] for derived classes
@@ -71,14 +74,15 @@ struct Worker {
   int64_t *near_edge, *near_node;  // [capacity]
   int64_t n_near = 0;
 
-  Worker(const ConvArgs<R>& args, const CouplingSizes& sizes, bool is_backward, int64_t own_edges, int64_t n_extra = 0)
+  Worker(const ConvArgs<Real<R>>& args, const CouplingSizes& sizes, bool is_backward, int64_t own_edges, int64_t n_extra = 0)
       : a(args),
         p(*args.plan),
+        weights(reinterpret_cast<const R*>(args.weights)),
         backward(is_backward),
         n_extra(n_extra),
         capacity(p.regular ? own_edges : 0),
         size(sizes) {
-    shell = a.weights[p.shell];
+    shell = weights[p.shell];
     Arena count{nullptr};
     place(count);
     const int64_t zeroed = count.used;
@@ -121,7 +125,7 @@ struct Worker {
   }
 
   void place(Arena& arena) {
-    e.place(arena, p, backward), mlp.place(arena, p, a.weights, backward);
+    e.place(arena, p, backward), mlp.place(arena, p, weights, backward);
     row_size = 0;
     for (int r = 0; r < p.n_rows; ++r) row_size += L * padded(p.row_start[r + 1] - p.row_start[r]);
     arena.take(row_units, row_size / (L * Lane<R>::QL)), arena.take(row_at, p.n_rows), arena.take(rows, row_size),
@@ -144,11 +148,25 @@ struct Worker {
 
   // ---- one tile
 
+  // lanes [n] from row(l) + offset of `from`, or where there are tangents, of both; `inside` as in rows_to_lanes.
+  template <typename Row, typename Inside>
+  void load_rows(int n, const Real<R>* from, const Real<R>* tangent, Row row, Inside inside, V* lanes) {
+    const Real<R>* const arrays[] = {from, tangent};
+    for (int k = 0; k < kPlanes<R>; ++k) {
+      const Real<R>* array = arrays[k];
+      rows_to_lanes<Real<R>>(n, [=](int l) { return array + row(l); }, inside, plane<R>(lanes, k), kPlanes<R>);
+    }
+  }
+
+  void load_edges(int n, const Real<R>* from, const Real<R>* tangent, V* lanes) {
+    load_rows(
+        n, from, tangent, [=](int l) { return edge[l] * n; },
+        [=](int l, int at) { return edge[l] * n + at + L <= a.n_edges * n; }, lanes);
+  }
+
   void load_geometry() {
-    const auto row = [&](const R* of, int n) { return [=](int l) { return of + edge[l] * n; }; };
-    const auto inside = [&](int n) { return [=](int l, int at) { return edge[l] * n + at + L <= a.n_edges * n; }; };
-    rows_to_lanes<R>(p.dim, row(a.delta, p.dim), inside(p.dim), e.delta);
-    if (p.n_attr) rows_to_lanes<R>(p.n_attr, row(a.attr, p.n_attr), inside(p.n_attr), e.attr);
+    load_edges(p.dim, a.delta, a.delta_tangent, whole(e.delta));
+    if (p.n_attr) load_edges(p.n_attr, a.attr, a.attr_tangent, e.attr);
   }
 
   // Edges order[begin ..] or, in the near pass, near_edge[begin ..]; lanes past the end repeat the last edge, with
@@ -163,8 +181,8 @@ struct Worker {
       source[l] = a.index(a.src, edge[l]) * n;
     }
     load_geometry();
-    rows_to_lanes<R>(
-        p.in_size, [&](int l) { return a.x + source[l]; },
+    load_rows(
+        p.in_size, a.x, a.x_tangent, [&](int l) { return source[l]; },
         [&](int l, int at) { return source[l] + at + L <= a.n_src * n; }, f_raw);
   }
 
@@ -174,18 +192,22 @@ struct Worker {
     frame_forward(p, shell, e, all_harmonics);
     near_lanes = 0;
     if (!p.regular || near_pass) return;
-    const auto small = e.radius < Limits<R>::near;
+    const auto small = e.radius < Limits<Real<R>>::near;
     for (int l = 0; l < n_edges; ++l) near_lanes |= static_cast<uint32_t>(small[l] != 0) << l;
   }
-  bool counts(int l) const { return l < n_edges && !(near_lanes >> l & 1); }
+  // 1 in these lanes, 0 in others
+  typename Lane<Real<R>>::V counting_lanes() const {
+    typename Lane<Real<R>>::V lanes;
+    for (int l = 0; l < L; ++l) lanes[l] = l < n_edges && !(near_lanes >> l & 1);
+    return lanes;
+  }
 
   // Hidden features, in the couplings' coordinates, as rows of channels per edge; G and t.
   void evaluate() {
     enter_frame(false);
     if (near_lanes || n_edges < L) {
-      V lanes;
-      for (int l = 0; l < L; ++l) lanes[l] = counts(l);
-      for (int k = 0; k < p.in_size; ++k) f_raw[k] = lanes > 0 ? f_raw[k] : V{};
+      const auto inside = counting_lanes() > 0;
+      for (int k = 0; k < p.in_size; ++k) f_raw[k] = select(inside, f_raw[k], V{});
     }
     const V* y = mlp.hidden(e);
     if (p.kind == kPlanar) {
@@ -235,30 +257,30 @@ struct Worker {
       }
       for (int n = 0; n < q.n_terms; ++n) {
         const int32_t* term = q.terms + 3 * n;
-        rank_updates(q.n_in, node + q.at_sums + term[0] * q.slot_size, q.hidden_padded,
-                     reinterpret_cast<const R*>(t + term[2]), L, 1, rows + row_at[term[1]], q.hidden_padded, l0, l1,
-                     q.hidden_padded);
+        rank_updates(q.n_in, node + q.at_sums + term[0] * q.slot_size, q.hidden_padded, lanes_of(t + term[2]),
+                     rows + row_at[term[1]], q.hidden_padded, l0, l1, q.hidden_padded);
       }
     }
   }
 
   // The same where the hidden feature is the constant one: sums over lanes, L of them at a time.
   void accumulate_constant(const CouplingView& q, R* sums_of_node, int l0, int l1) {
-    V block[L], inside;
+    V block[L];
     R* target[L];
+    typename Lane<Real<R>>::V inside;
     for (int l = 0; l < L; ++l) inside[l] = l0 <= l && l < l1;
     const bool whole_tile = l0 == 0 && l1 == L;
     int count = 0;
     const auto reduce = [&] {
       const V total = lane_sums<L>(block);
-      for (int k = 0; k < count; ++k) *target[k] += total[k];
+      for (int k = 0; k < count; ++k) *target[k] += number(total, k);
       count = 0;
     };
     for (int n = 0; n < q.n_terms; ++n) {
       const int32_t* term = q.terms + 3 * n;
       for (int v = 0; v < q.n_in; ++v) {
         const V x = t[term[2] + v];
-        block[count] = whole_tile ? x : inside > 0 ? x : V{};
+        block[count] = whole_tile ? x : select(inside > 0, x, V{});
         target[count++] = sums_of_node + term[0] * q.slot_size + v;
         if (count == L) reduce();
       }
@@ -361,28 +383,29 @@ struct Worker {
 
   void sweep_frame() {
     frame_backward(p, shell, e);
-    if (a.grad_delta) store(e.d_delta, p.dim, a.grad_delta);
+    if (a.grad_delta) store(whole(e.d_delta), p.dim, a.grad_delta);
     if (a.grad_attr) store(e.d_attr, p.n_attr, a.grad_attr);
   }
 
-  // lanes [n] -> rows_out[edge, n]
-  void store(const V* lanes, int n, R* rows_out) {
-    lanes_to_rows<R>(n, lanes, [&](int l) { return rows_out + edge[l] * n; }, n_edges);
+  // lanes [n], of dual numbers the tangents, -> rows_out[edge, n]
+  void store(const V* lanes, int n, Real<R>* rows_out) {
+    const auto row = [&](int l) { return rows_out + edge[l] * n; };
+    lanes_to_rows<Real<R>>(n, plane<R>(lanes, kPlanes<R> - 1), kPlanes<R>, row, n_edges);
   }
 
   // The gradients of all weights but the mixing ones.
-  void write_mlp_weights(R* out) {
+  void write_mlp_weights(Real<R>* out) {
     const V *d_w = mlp.d_w, *d_b = mlp.d_b, *d_affine = mlp.d_affine;
     for (int n = 0; n < p.n_layers; ++n) {
-      const LayerView<R>& layer = p.layers[n];
-      for (int k = 0; k < layer.n_values; ++k) out[layer.weight + k] = lane_sum(d_w[k]);
-      for (int k = 0; k < layer.out; ++k) out[layer.bias + k] = lane_sum(d_b[k]);
+      const LayerView<Real<R>>& layer = p.layers[n];
+      for (int k = 0; k < layer.n_values; ++k) out[layer.weight + k] = result(lane_sum(d_w[k]));
+      for (int k = 0; k < layer.out; ++k) out[layer.bias + k] = result(lane_sum(d_b[k]));
       d_w += layer.n_values, d_b += layer.out;
       if (!p.has_norms) continue;
-      for (int k = 0; k < mlp.affine_size(); ++k) out[layer.affine + k] = lane_sum(d_affine[k]);
+      for (int k = 0; k < mlp.affine_size(); ++k) out[layer.affine + k] = result(lane_sum(d_affine[k]));
       d_affine += mlp.affine_size();
     }
-    out[p.shell] = lane_sum(e.d_shell) / (shell * shell * shell);
+    out[p.shell] = result(lane_sum(e.d_shell) / (shell * shell * shell));
   }
 };
 

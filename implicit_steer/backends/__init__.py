@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-from types import SimpleNamespace
-
 import torch
 
 from .. import native
@@ -14,17 +11,7 @@ from . import cpu, eager, reference
 
 BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu}
 
-
-def _auto_supports(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    ok, reason = cpu.supports(plan, device, dtype)
-    return ok, f"{reason}; second derivatives by eager"
-
-
-# "auto": the first that supports the plan, fastest first
-_PREFERENCE = {
-    "cpu": SimpleNamespace(supports=_auto_supports, forward=partial(cpu.forward, eager_second_order=True)),
-    "eager": eager,
-}
+_PREFERENCE = ("cpu", "eager")  # of "auto": the first that supports the plan, fastest first
 _ABSENT = dict.fromkeys(("triton", "cuda"), "not part of this version of implicit_steer")
 NAMES = ("auto", *BACKENDS, *_ABSENT)
 
@@ -48,10 +35,10 @@ def select(name: str, plan: Plan, device: torch.device, dtype: torch.dtype):
     """
     if name == "auto":
         refused = ""
-        for candidate, engine in _PREFERENCE.items():
-            ok, reason = engine.supports(plan, device, dtype)
+        for candidate in _PREFERENCE:
+            ok, reason = BACKENDS[candidate].supports(plan, device, dtype)
             if ok:
-                return engine, f"{candidate}: {reason}{refused}"
+                return BACKENDS[candidate], f"{candidate}: {reason}{refused}"
             refused += f"; not {candidate}: {reason}"
         fail("backend", "one that supports the plan", f"none{refused}", "See implicit_steer.info().", RuntimeError)
     require(name in NAMES, "backend", f"one of {NAMES}", repr(name), "See implicit_steer.info().")

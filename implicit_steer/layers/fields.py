@@ -71,12 +71,3 @@ def check_features(x: Any, size: int) -> None:
     ok = isinstance(x, Tensor) and x.is_floating_point()
     require(ok, "x", expected, getattr(x, "dtype", type(x).__name__), kind=TypeError)
     require(x.dim() > 1 and x.shape[1] == size, "x", expected, tuple(x.shape))
-
-
-def stored(module: torch.nn.Module, name: str) -> Tensor | None:
-    """``module.name``, a parameter or buffer, without the detour over ``Module.__getattr__`` where it is stored plainly
-    (a parametrised one is not)."""
-    for tensors in (module._parameters, module._buffers):
-        if name in tensors:
-            return tensors[name]
-    return getattr(module, name)

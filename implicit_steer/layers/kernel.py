@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,38 +13,56 @@ from .. import op
 from .._check import fail, require
 from ..packing import Kept, NormParameters, Parameters
 from ..plan import Norm, Plan
-from .fields import check_tensor, stored
+from .fields import check_tensor
 
-NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")  # in the order of NormParameters
+_NamedNorm = tuple[torch.nn.Module, tuple[str, ...]]
 
 
 class KernelBase(torch.nn.Module):
     """K(x, a) = γ exp(−½ (|x| / σ)²) · mat(MLP(x ⊕ a)), of a plan and parameters.
 
-    A subclass sets ``plan``, the parameter ``shell_width`` σ, and says where the rest is:
-
-    - ``_linears``: modules with ``weights`` and ``bias`` (or None), one per linear layer of the MLP;
-    - ``_norms``: per batch norm a module with ``num_batches_tracked`` and ``momentum``, and the names of its tensors in
-      the order of :class:`~implicit_steer.packing.NormParameters`.
+    A subclass sets ``plan`` and the parameter ``shell_width`` σ, and calls :meth:`_find_tensors`.
     """
 
     plan: Plan
     shell_width: Tensor
-    _linears: Sequence[torch.nn.Module]
-    _norms: Sequence[tuple[torch.nn.Module, tuple[str, ...]]]
 
     def __init__(self):
         super().__init__()
         self._kept = Kept()
 
+    def _find_tensors(self, linears: Sequence[torch.nn.Module], norms: Sequence[_NamedNorm]) -> None:
+        """Say where the parameters are.
+
+        Args:
+            linears: modules with ``weights`` and ``bias`` (or None), one per linear layer of the MLP.
+            norms: per batch norm a module with ``num_batches_tracked`` and ``momentum``, and the names of its tensors
+                in the order of NORM_TENSORS.
+        """
+        self._linears, self._norms = linears, norms
+        self._names = [(layer, name) for layer in linears for name in ("weights", "bias")]
+        self._names += [(norm, name) for norm, names in norms for name in names]
+        self._names.append((self, "shell_width"))
+        # The dictionaries in which torch keeps them, without the detour over Module.__getattr__.
+        self._tensors = [(m._buffers if name in m._buffers else m._parameters, name) for m, name in self._names]
+
     def parameters_for_op(self) -> Parameters:
-        """The learned tensors as the operator takes them."""
-        return Parameters(
-            tuple((stored(layer, "weights"), stored(layer, "bias")) for layer in self._linears),
-            tuple(NormParameters(*(stored(norm, name) for name in names)) for norm, names in self._norms),
-            self.shell_width,
-            self._kept,
-        )
+        """The learned tensors as the operator takes them; the same object while they are the same."""
+        kept = self._kept
+        try:
+            tensors = [where[name] for where, name in self._tensors]
+        except KeyError:  # a parametrised one is not stored plainly
+            tensors = [getattr(module, name) for module, name in self._names]
+        if kept.tensors is not None and all(map(operator.is_, tensors, kept.tensors)):
+            return kept.parameters
+        n = 2 * len(self._linears)
+        linears, norms, (shell_width,) = tensors[:n], tensors[n:-1], tensors[-1:]
+        norms = tuple(NormParameters(*norms[k : k + 4]) for k in range(0, len(norms), 4))
+        parameters = Parameters(tuple(zip(linears[::2], linears[1::2], strict=True)), norms, shell_width, kept)
+        if all(t is None or t.is_leaf for t in tensors):  # others hold a graph that is not to be kept alive
+            kept.tensors, kept.parameters = tensors, parameters
+        return parameters
 
     def uses_batch_statistics(self, n_points: int, argument: str = "edge_delta") -> bool:
         """Whether batch norms take their statistics from these points (training mode).
@@ -60,7 +79,7 @@ class KernelBase(torch.nn.Module):
     def update_running(self, statistics: list) -> None:
         """Move the batch norms' running statistics towards those of a batch, as escnn does in its forward pass."""
         for (norm, names), plan, batch in zip(self._norms, self.plan.norms, statistics, strict=False):
-            *_, mean, var = (stored(norm, name) for name in names)
+            mean, var = (getattr(norm, name) for name in names[2:])
             with torch.no_grad():
                 norm.num_batches_tracked += 1
                 var.lerp_(batch.var.to(var.dtype)[:, None], norm.momentum)
@@ -149,7 +168,7 @@ class ImplicitKernel(KernelBase):
         self.linears = torch.nn.ModuleList(LinearParameters(*n) for n in (*sizes, plan.n_last))
         self.norms = torch.nn.ModuleList(NormState(norm) for norm in plan.norms)
         self.shell_width = torch.nn.Parameter(torch.full((1, 1, 1), 0.5))
-        self._linears, self._norms = list(self.linears), [(norm, NORM_TENSORS) for norm in self.norms]
+        self._find_tensors(list(self.linears), [(norm, NORM_TENSORS) for norm in self.norms])
 
     def arguments(self) -> dict:
         """What it is built from."""
@@ -179,7 +198,8 @@ class Biased(torch.nn.Module):
 
     def expand_bias(self) -> Tensor | None:
         """(C_out,) or None."""
-        return None if self.bias is None else self.bias_expansion @ self.bias
+        bias = self.bias
+        return None if bias is None else self.bias_expansion @ bias
 
     @property
     def n_bias(self) -> int:

@@ -120,8 +120,7 @@ class ImplicitKernel(KernelBase):
         )
         self.shell_width = torch.nn.Parameter(0.5 * torch.ones(1, 1, 1))
         self._shape, self._sampling = shape, sampling
-        self._linears = self.mlp.linears
-        self._norms = [(norm, norm_names(norm.in_type.representations[0].name)) for norm in self.mlp.norms]
+        self._find_tensors(self.mlp.linears, [(norm, norm_names(norm)) for norm in self.mlp.norms])
         self.plan = lower(self.mlp, shape, sampling)
         self.register_load_state_dict_post_hook(_lower_again)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import lru_cache
 
 import escnn.nn
 import torch
@@ -136,10 +135,9 @@ class KernelMLP(torch.nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-@lru_cache(maxsize=256)
-def norm_names(representation: str) -> tuple[str, ...]:
-    """The names of a batch norm's tensors on fields of one representation, in the order of NORM_TENSORS."""
-    name = representation.replace(".", "^")  # as escnn escapes it
+def norm_names(norm: escnn.nn.IIDBatchNorm1d) -> tuple[str, ...]:
+    """The names of a batch norm's tensors, in the order of NORM_TENSORS."""
+    name = norm.in_type.representations[0].name.replace(".", "^")  # as escnn escapes it
     return tuple(f"{name}_{what}" for what in NORM_TENSORS)
 
 

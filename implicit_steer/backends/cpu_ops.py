@@ -1,0 +1,185 @@
+"""The native operators of ``csrc/conv_ops.cpp`` for torch: their shapes (fake kernels) and derivatives to second order.
+
+Everything differentiable is packed weights, features x, edge_delta and attributes. The derivative of a gradient is the
+product of a Hessian with a vector, which the native code takes as the backward pass's derivative along that direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from .. import native
+
+_NAMESPACE = "implicit_steer"
+
+
+def _no_third_derivatives(ctx, *_) -> NoReturn:
+    raise RuntimeError(
+        "backend: expected one with third derivatives, got 'cpu', which has first and second ones. Use backend='eager'."
+    )
+
+
+def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The vector in pieces of these tensors' shapes, views where these are not empty."""
+    return list(torch._utils._unflatten_dense_tensors(flat, like))
+
+
+def _wanted(like: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """What a gradient operator gives: a tensor of these shapes each, without rows where it is not needed."""
+    return tuple(t.new_empty(t.shape if need else (0, *t.shape[1:])) for t, need in zip(like, needs, strict=True))
+
+
+def _directions(cotangents: Sequence[Tensor], like: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
+    """Directions of these tensors; 0 for those whose gradients were not asked for."""
+    return [v.contiguous() if need else torch.zeros_like(t) for v, t, need in zip(cotangents, like, needs, strict=True)]
+
+
+def _masked(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    return [g if need else None for g, need in zip(gradients, needs, strict=True)]
+
+
+def _by_source(src: Tensor, n: int, need: bool, order: Tensor, rowptr: Tensor) -> tuple[Tensor, Tensor]:
+    """Edges by source; anything where they are not needed."""
+    return torch.ops.implicit_steer.sort_by_key(src, n) if need else (order, rowptr)
+
+
+# ---- conv_forward(plan_ints, plan_reals, weights, x, delta, attr, src, order, rowptr, out_size, isa)
+
+
+def _save_all(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*(t for t in inputs if isinstance(t, Tensor)))
+    ctx.numbers = [n for n in inputs if not isinstance(n, Tensor)]
+
+
+def _conv_forward_fake(ints, reals, weights, x, delta, attr, src, order, rowptr, out_size, isa):
+    return x.new_empty(rowptr.shape[0] - 1, out_size)
+
+
+def _conv_forward_gradient(ctx, grad):
+    ints, reals, weights, x, delta, attr, src, order, rowptr = ctx.saved_tensors
+    of_weights, *of_inputs = ctx.needs_input_grad[2:6]
+    needs = (*of_inputs, of_weights)
+    by_source = _by_source(src, x.shape[0], needs[0], order, rowptr)
+    tensors = ints, reals, weights, x, delta, attr, src, order, rowptr, grad.contiguous(), *by_source
+    *found, d_weights = _masked(torch.ops.implicit_steer.conv_backward(*tensors, *needs, ctx.numbers[-1]), needs)
+    return None, None, d_weights, *found, *[None] * 5
+
+
+# ---- conv_backward(…, grad_out, order_by_source, colptr, need_x, need_delta, need_attr, need_weights, isa)
+
+
+def _conv_backward_fake(ints, reals, weights, x, delta, attr, src, order, rowptr, grad, by_source, colptr, *rest):
+    return _wanted((x, delta, attr, weights), rest[:4])
+
+
+def _conv_backward_gradient(ctx, *cotangents):
+    ints, reals, weights, x, delta, attr, src, order, rowptr, grad, _, _ = ctx.saved_tensors
+    *given, isa = ctx.numbers
+    v_x, v_delta, v_attr, v_weights = _directions(cotangents, (x, delta, attr, weights), given)
+    of_weights, *of_inputs = ctx.needs_input_grad[2:6]
+    needs = (ctx.needs_input_grad[9], *of_inputs, of_weights)
+    by_source = _by_source(src, x.shape[0], needs[1], order, rowptr)
+    tensors = ints, reals, weights, x, delta, attr, src, order, rowptr, grad, *by_source
+    found = torch.ops.implicit_steer.conv_double_backward(*tensors, v_weights, v_x, v_delta, v_attr, *needs, isa)
+    d_grad, *of_inputs, d_weights = _masked(found, needs)
+    return None, None, d_weights, *of_inputs, None, None, None, d_grad, *[None] * 7
+
+
+def _conv_double_backward_fake(
+    ints, reals, weights, x, delta, attr, src, order, rowptr, grad, by_source, colptr, *rest
+):
+    return _wanted((grad, x, delta, attr, weights), rest[4:9])
+
+
+# ---- conv_hidden(plan_ints, plan_reals, weights, delta, attr, hidden, isa) and its gradients
+
+
+def _conv_hidden_fake(ints, reals, weights, delta, attr, hidden, isa):
+    return delta.new_empty(delta.shape[0], hidden)
+
+
+def _conv_hidden_gradient(ctx, grad):
+    found = torch.ops.implicit_steer.conv_hidden_backward(*ctx.saved_tensors, grad.contiguous(), ctx.numbers[-1])
+    d_delta, d_attr, d_weights = found
+    return None, None, d_weights, d_delta, d_attr, None, None
+
+
+def _conv_hidden_backward_fake(ints, reals, weights, delta, attr, grad, isa):
+    return _wanted((delta, attr, weights), (True,) * 3)
+
+
+def _conv_hidden_backward_gradient(ctx, v_delta, v_attr, v_weights):
+    directions = (v.contiguous() for v in (v_weights, v_delta, v_attr))
+    found = torch.ops.implicit_steer.conv_hidden_double_backward(*ctx.saved_tensors, *directions, *ctx.numbers)
+    d_grad, d_delta, d_attr, d_weights = found
+    return None, None, d_weights, d_delta, d_attr, d_grad, None
+
+
+def _conv_hidden_double_backward_fake(ints, reals, weights, delta, attr, grad, *rest):
+    return _wanted((grad, delta, attr, weights), (True,) * 4)
+
+
+# ---- parameters → packed weights, a linear map at given statistics
+
+
+def _conv_pack_fake(ints, reals, rowptr, column, value, parameters, statistics):
+    return statistics.new_empty(rowptr.shape[0] - 1)
+
+
+def _save_pack(ctx, inputs, output) -> None:
+    *arrays, parameters, statistics = inputs
+    ctx.save_for_backward(*arrays, statistics, *parameters)
+
+
+def _conv_pack_gradient(ctx, grad):
+    *arrays, statistics = ctx.saved_tensors[:6]
+    parameters = ctx.saved_tensors[6:]
+    n = sum(t.numel() for t in parameters)
+    flat = torch.ops.implicit_steer.conv_pack_backward(*arrays, statistics, grad.contiguous(), n)
+    return *[None] * 5, unflatten(flat, parameters), None
+
+
+def _conv_pack_backward_fake(ints, reals, rowptr, column, value, statistics, grad_packed, n_parameters):
+    return grad_packed.new_empty(n_parameters)
+
+
+def _conv_pack_backward_gradient(ctx, v):
+    *arrays, statistics, _ = ctx.saved_tensors
+    return *[None] * 6, torch.ops.implicit_steer.conv_pack(*arrays, [v.contiguous()], statistics), None
+
+
+def _conv_statistics_fake(ints, reals, rowptr, column, value, parameters, delta, attr, n_layers, size, isa):
+    return delta.new_empty(n_layers, size)
+
+
+_FAKES = {
+    "conv_forward": _conv_forward_fake,
+    "conv_backward": _conv_backward_fake,
+    "conv_double_backward": _conv_double_backward_fake,
+    "conv_hidden": _conv_hidden_fake,
+    "conv_hidden_backward": _conv_hidden_backward_fake,
+    "conv_hidden_double_backward": _conv_hidden_double_backward_fake,
+    "conv_pack": _conv_pack_fake,
+    "conv_pack_backward": _conv_pack_backward_fake,
+    "conv_statistics": _conv_statistics_fake,
+}
+_GRADIENTS = {
+    "conv_forward": (_conv_forward_gradient, _save_all),
+    "conv_backward": (_conv_backward_gradient, _save_all),
+    "conv_double_backward": (_no_third_derivatives, None),
+    "conv_hidden": (_conv_hidden_gradient, _save_all),
+    "conv_hidden_backward": (_conv_hidden_backward_gradient, _save_all),
+    "conv_hidden_double_backward": (_no_third_derivatives, None),
+    "conv_pack": (_conv_pack_gradient, _save_pack),
+    "conv_pack_backward": (_conv_pack_backward_gradient, _save_all),
+}
+
+if native.available()[0]:
+    for name, fake in _FAKES.items():
+        torch.library.register_fake(f"{_NAMESPACE}::{name}")(fake)
+    for name, (gradient, save) in _GRADIENTS.items():
+        torch.library.register_autograd(f"{_NAMESPACE}::{name}", gradient, setup_context=save)
