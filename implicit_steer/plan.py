@@ -16,8 +16,11 @@ h     (W·d,) full hidden features in the coupling's basis, d the size of one hi
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +45,16 @@ def _require_indices(name: str, index: np.ndarray, count: int, shape: tuple | No
     require(ok, name, f"integers of shape {shape or '(*,)'}", f"{index.dtype} of shape {index.shape}")
     inside = bool(((index >= 0) & (index < count)).all())
     require(inside, name, f"indices in 0..{count - 1}", index)
+
+
+def _fingerprint(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    """(n,) integers, one per array: others for other signs, orders or values, but the same (± 1) after rounding."""
+    return np.array([round(1e4 * float(a.reshape(-1) @ np.cos(np.arange(a.size)))) for a in arrays], dtype=np.int64)
+
+
+def _require_number(name: str, value: Any) -> None:
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    require(ok, name, "a finite number", repr(value))
 
 
 def _require_shape(name: str, array: np.ndarray | None, shape: tuple) -> None:
@@ -129,6 +142,7 @@ class Frame(Data):
     attribute_sign: np.ndarray | None = None  # (A,)
 
     def validate(self):
+        require(isinstance(self.dim, int) and self.dim > 0, "dim", "an integer > 0", repr(self.dim))
         require(self.kind in ("none", "zonal", "planar"), "kind", "'none', 'zonal' or 'planar'", repr(self.kind))
         require(
             self.attribute.ndim == 2 and self.attribute.shape[0] == self.attribute.shape[1],
@@ -210,6 +224,11 @@ class Linear(Data):
         """How many weights it reads."""
         return max((block.end for block in self.blocks), default=0)
 
+    @property
+    def fingerprint(self) -> np.ndarray:
+        """Integers by which weights that mean another map, on another basis, are told."""
+        return _fingerprint(block.basis for block in self.blocks)
+
     @cached_property
     def n_nonzeros(self) -> int:
         """Structural nonzeros of W (multiply-adds per edge)."""
@@ -251,6 +270,8 @@ class Norm(Data):
     momentum: float
 
     def validate(self):
+        _require_number("eps", self.eps)
+        _require_number("momentum", self.momentum)
         for name in ("trivial", "full_trivial", "measured"):
             index = getattr(self, name)
             _require_indices(name, index, int(index.max(initial=0)) + 1, self.trivial.shape)
@@ -319,6 +340,7 @@ class Plan(Data):
     aggr: str
 
     def validate(self):
+        _require_number("gamma", self.gamma)
         require(self.aggr in ("sum", "mean"), "aggr", "'sum' or 'mean'", repr(self.aggr))
         require(
             self.cutoff is None or 0 < self.cutoff < float("inf"), "cutoff", "a positive radius or None", self.cutoff
@@ -365,6 +387,12 @@ class Plan(Data):
         for c in self.couplings:
             ends[c.parameter] = max(ends[c.parameter], c.end)
         return ends["weights"], ends["bias"]
+
+    @property
+    def fingerprint(self) -> np.ndarray:
+        """Integers by which parameters that mean another kernel, on another basis, are told."""
+        hidden = [layer.fingerprint for layer in self.linears]
+        return np.concatenate([*hidden, _fingerprint(c.basis for c in self.couplings)])
 
     def cost(self) -> dict[str, int]:
         """Multiply-adds and evaluations of φ, per edge and per node, of the factored form (counted, not measured)."""

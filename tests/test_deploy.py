@@ -353,6 +353,16 @@ def test_copies(name, duplicate, reloaded):
     assert torch.equal(other.eval()(*arguments), expected)
 
 
+def test_state_dict_on_another_basis_is_refused(reloaded):
+    loaded = reloaded(SMALL["o3"].layer())
+    other = reloaded(SMALL["o3"].layer())
+    other.load_state_dict(loaded.double().state_dict())
+    state = loaded.state_dict()
+    state["implicit_kernel.fingerprint"] = -state["implicit_kernel.fingerprint"]
+    with pytest.raises(RuntimeError, match=r"implicit_kernel\.fingerprint: expected that of this module's basis"):
+        other.load_state_dict(state)
+
+
 def test_dtypes_and_training(reloaded):
     original = layer(SMALL["o3"], "train", torch.float32)
     problem, loaded = SMALL["o3"].inputs(original), reloaded(original)

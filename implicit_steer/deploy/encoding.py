@@ -30,6 +30,7 @@ class _Encoder:
         self._known: dict[Any, int] = {}  # modules by identity, data by content
 
     def value(self, value: Any) -> Any:
+        """The JSON that stands for an argument or a field."""
         if isinstance(value, np.generic):
             value = value.item()
         if value is None or isinstance(value, bool | int | str):

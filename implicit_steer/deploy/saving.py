@@ -62,7 +62,8 @@ def load(path: str | os.PathLike) -> torch.nn.Module:
     It gives the numbers of the original to rounding, is trainable and equivariant while it is trained, and can be saved
     again. Its arguments are the original's with tensors for GeometricTensors: ``conv(x, edge_index, edge_delta,
     edge_attr)``; ``conv.in_type(x, positions)`` returns x, so code that wraps its features runs unchanged. Its
-    ``state_dict`` is its own, not the original's.
+    ``state_dict`` is its own, not the original's, and carries a fingerprint of the basis of its weights: loaded into a
+    module on another basis it raises.
 
     Args:
         path: the file.

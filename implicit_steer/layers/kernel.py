@@ -6,6 +6,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -129,6 +130,21 @@ class KernelBase(torch.nn.Module):
         return f"{p.group}, {p.out_size} x {p.in_size}, sampling={p.sampling!r}, frame={p.frame.kind!r}"
 
 
+class Stamped:
+    """Of a Module whose weights mean something on a basis only: it refuses a ``state_dict`` of weights on another."""
+
+    def _stamp(self, fingerprint: np.ndarray) -> None:
+        self.register_buffer("fingerprint", torch.tensor(fingerprint))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        own, theirs = self.fingerprint, state_dict.get(f"{prefix}fingerprint")
+        if theirs is not None:
+            same = theirs.shape == own.shape and not bool(((theirs.to(own) - own).abs() > 1).any())
+            remedy = "These weights mean another function here: load the module itself, from its own file."
+            require(same, f"{prefix}fingerprint", "that of this module's basis", "another one", remedy, RuntimeError)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
 class LinearParameters(torch.nn.Module):
     """What an equivariant linear map learns: ``weights`` (n_weights,) and ``bias`` (n_bias,), None without."""
 
@@ -152,7 +168,7 @@ class NormState(torch.nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
 
-class ImplicitKernel(KernelBase):
+class ImplicitKernel(Stamped, KernelBase):
     """K(x, a) = γ exp(−½ (|x| / σ)²) · mat(MLP(x ⊕ a)) of a plan, without escnn.
 
     Args:
@@ -168,6 +184,7 @@ class ImplicitKernel(KernelBase):
         self.linears = torch.nn.ModuleList(LinearParameters(*n) for n in (*sizes, plan.n_last))
         self.norms = torch.nn.ModuleList(NormState(norm) for norm in plan.norms)
         self.shell_width = torch.nn.Parameter(torch.full((1, 1, 1), 0.5))
+        self._stamp(plan.fingerprint)
         self._find_tensors(list(self.linears), [(norm, NORM_TENSORS) for norm in self.norms])
 
     def arguments(self) -> dict:

@@ -10,10 +10,10 @@ from .. import plan
 from .._check import require
 from ..packing import dense_linear
 from .fields import Fields, check_features
-from .kernel import LinearParameters
+from .kernel import LinearParameters, Stamped
 
 
-class Linear(LinearParameters):
+class Linear(Stamped, LinearParameters):
     """y = W x + b with an intertwiner W and an invariant b, without escnn: (N, C_in) → (N, C_out), plain tensors.
 
     Args:
@@ -27,6 +27,7 @@ class Linear(LinearParameters):
         sizes = in_type.size, out_type.size
         require((layer.in_size, layer.out_size) == sizes, "layer", f"sizes {sizes}", (layer.in_size, layer.out_size))
         self.in_type, self.out_type, self.layer = in_type, out_type, layer
+        self._stamp(layer.fingerprint)
 
     def arguments(self) -> dict:
         """What it is built from."""
@@ -51,7 +52,7 @@ def project_squares(x: Tensor, matrix: Tensor, fields: int) -> Tensor:
     return torch.einsum("foh,nfh->nfo", matrix.view(fields, -1, product.shape[2]), product).flatten(1)
 
 
-class TensorProduct(LinearParameters):
+class TensorProduct(Stamped, LinearParameters):
     """W vec(x xᵀ) of every field, without escnn: (N, fields · i) → (N, fields · o), plain tensors.
 
     Args:
@@ -65,6 +66,7 @@ class TensorProduct(LinearParameters):
         sizes = (in_type.size // fields) ** 2, out_type.size
         require((layer.in_size, layer.out_size) == sizes, "layer", f"sizes {sizes}", (layer.in_size, layer.out_size))
         self.in_type, self.out_type, self.layer, self.fields = in_type, out_type, layer, fields
+        self._stamp(layer.fingerprint)
 
     def arguments(self) -> dict:
         """What it is built from."""
