@@ -2,35 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
+from implicit_steer.backends import BACKENDS
+from implicit_steer.backends.cpu import Layer
 from implicit_steer.cases import LARGE
 
 from .report import table
-from .steps import Candidate, operator_step, step
+from .steps import NORMS, Candidate, layer, operator_step, step
 from .timing import interleaved, summary
 
 CASE = replace(LARGE["cloud"], name="small", nodes=10, degree=4)
-TARGETS = {  # what is called → microseconds that `cpu` should stay within
-    "operator, forward, no gradients": 30,
-    "operator, forward + backward": 150,
-    "module, forward, no gradients": 60,
-    "module, forward + backward": 400,
+
+
+def native_step(case, candidate: Candidate, measure: str) -> Callable[[], Any]:
+    """The native operator itself on packed weights; in training the gradients of ½ |output|² in these, x, edge_delta
+    and attributes, by way of torch's autograd."""
+    with_gradients = measure != "forward"
+    conv = layer(case, candidate, NORMS[measure]).train(with_gradients)
+    problem, bound = case.inputs(conv), Layer(conv.implicit_kernel.plan, conv.implicit_kernel.parameters_for_op())
+    with torch.no_grad():
+        packed = bound.packed()[0]
+    leaves = [t.requires_grad_(with_gradients) for t in (packed, problem.x, problem.delta, problem.attributes)]
+    graph, run = problem.graph, torch.ops.implicit_steer.conv_forward
+    arguments = *bound.arrays, *leaves, graph.src, graph.order, graph.rowptr, bound.plan.out_size, bound.isa
+
+    def forward_backward() -> tuple[torch.Tensor, ...]:
+        output = run(*arguments)
+        return torch.autograd.grad(output, leaves, output.detach())
+
+    return forward_backward if with_gradients else torch.no_grad()(lambda: run(*arguments))
+
+
+CALLS = {  # what is called → how, and microseconds that `cpu` should stay within
+    "operator on packed weights, forward, no gradients": (native_step, "forward", 30),
+    "operator on packed weights, forward + backward": (native_step, "train", 150),
+    "operator on parameters, forward, no gradients": (operator_step, "forward", None),
+    "operator on parameters, forward + backward": (operator_step, "train", None),
+    "module, forward, no gradients": (step, "forward", 60),
+    "module, forward + backward": (step, "train", 400),
 }
-CALLS = 30  # per value
 
 
 def measure(names: list[str], rounds: int, budget: float) -> list[dict[str, Any]]:
     """A record per call and backend at exact sampling: median microseconds; evaluation mode, the graph given."""
     records = []
-    for what, target in tqdm(TARGETS.items(), desc="small", unit="call"):
-        make = operator_step if what.startswith("operator") else step
-        kind = "forward" if what.endswith("no gradients") else "train"
-        runs = {name: make(CASE, Candidate(name, "auto"), kind) for name in names}
-        for name, times in interleaved(runs, rounds, budget, number=CALLS).items():
+    for what, (make, kind, target) in tqdm(CALLS.items(), desc="small", unit="call"):
+        able = [n for n in names if n == "cpu" or make is not native_step]
+        if not able:
+            continue
+        runs = {name: make(CASE, Candidate(name, "auto"), kind) for name in able}
+        for name, times in interleaved(runs, rounds, budget).items():
             values = {"us": 1e3 * summary(times)["median_ms"], "target_us": target if name == "cpu" else None}
             records.append({"call": what, "backend": name} | values)
     return records
@@ -38,9 +65,12 @@ def measure(names: list[str], rounds: int, budget: float) -> list[dict[str, Any]
 
 def text(records: list[dict[str, Any]]) -> str:
     """The table, and what misses its target."""
-    names = list(dict.fromkeys(r["backend"] for r in records))
+    names = [name for name in BACKENDS if any(r["backend"] == name for r in records)]
     found = {(r["call"], r["backend"]): r["us"] for r in records}
-    rows = [[what, *(f"{found[what, name]:,.0f}" for name in names), f"{target}"] for what, target in TARGETS.items()]
+    rows = []
+    for what, (_, _, target) in CALLS.items():
+        values = [f"{found[what, name]:,.0f}" if (what, name) in found else "" for name in names]
+        rows.append([what, *values, f"{target or ''}"])
     missed = [f"- {r['call']}: {r['us']:,.0f} µs" for r in records if r["target_us"] and r["us"] > r["target_us"]]
     return "\n".join(
         [

@@ -1,7 +1,12 @@
-"""Interleaved medians: every candidate runs once per round, so that a slow phase of the machine hits all alike."""
+"""Interleaved medians: every candidate has its turn in each round, so that a slow phase of the machine hits all alike.
+
+A turn is one call, or as many as last 20 ms: of a call of 2 ms, the first after a comparator of 400 ms shows what that
+left in the caches.
+"""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -10,6 +15,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 MIN_ROUNDS = 3
+BLOCK = 0.02  # seconds: calls shorter than this are made in a row until they have lasted as long
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -22,25 +28,25 @@ def seconds_of(run: Callable[[], Any], number: int = 1) -> float:
 
 
 def interleaved(
-    runs: Mapping[Key, Callable[[], Any]],
-    rounds: int,
-    budget: float,
-    *,
-    number: int = 1,
-    progress: tqdm | None = None,
+    runs: Mapping[Key, Callable[[], Any]], rounds: int, budget: float, progress: tqdm | None = None
 ) -> dict[Key, list[float]]:
-    """Seconds per call of each of ``runs``, one value per round, after one round that does not count.
+    """Seconds per call of each of ``runs``, one value per round, after two calls each that do not count.
 
-    ``budget``: seconds; as many of ``rounds`` are made as fit, at least 3. ``number``: calls per value, for short ones.
+    ``budget``: seconds; as many of ``rounds`` are made as fit, at least 3.
     """
-    warm_up = sum(number * seconds_of(run) for run in runs.values())
-    count = max(MIN_ROUNDS, min(rounds, int(budget / warm_up)))
+    numbers, round_takes = {}, 0.0
+    for name, run in runs.items():
+        run()
+        seconds = seconds_of(run)
+        numbers[name] = max(1, math.ceil(BLOCK / max(seconds, 1e-9)))
+        round_takes += numbers[name] * seconds
+    count = max(MIN_ROUNDS, min(rounds, int(budget / max(round_takes, 1e-9))))
     times = {name: [] for name in runs}
     for n in range(count):
         if progress is not None:
             progress.set_postfix_str(f"round {n + 1} of {count}")
         for name, run in runs.items():
-            times[name].append(seconds_of(run, number))
+            times[name].append(seconds_of(run, numbers[name]))
     return times
 
 

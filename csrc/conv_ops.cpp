@@ -370,8 +370,7 @@ Tensor conv_pack_backward(const Tensor& ints, const Tensor& reals, const Tensor&
   return grad;
 }
 
-// Whether the tensors, one after the other, hold the same bytes as `copy`.
-bool same_values(const std::vector<Tensor>& tensors, const Tensor& copy) {
+bool hold_bytes_of(const std::vector<Tensor>& tensors, const Tensor& copy) {
   const char *next = static_cast<const char*>(copy.const_data_ptr()), *end = next + copy.numel() * copy.element_size();
   for (const Tensor& t : tensors) {
     const int64_t bytes = t.numel() * t.element_size();
@@ -380,6 +379,13 @@ bool same_values(const std::vector<Tensor>& tensors, const Tensor& copy) {
     next += bytes;
   }
   return next == end;
+}
+
+// Whether the tensors, one after the other, hold the same bytes as `copy`; one bool.
+Tensor same_values(const std::vector<Tensor>& tensors, const Tensor& copy) {
+  Tensor same = torch::stable::new_empty(copy, {}, ScalarType::Bool);
+  *static_cast<bool*>(same.mutable_data_ptr()) = hold_bytes_of(tensors, copy);
+  return same;
 }
 
 // φ (0 .. 4, Function) or exp (5) of every number of x: for tests of the lanes.
@@ -445,7 +451,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(implicit_steer, m) {
   m.def(
       "conv_pack_backward(Tensor plan_ints, Tensor plan_reals, Tensor pack_rowptr, Tensor pack_column, "
       "Tensor pack_value, Tensor statistics, Tensor grad_packed, int n_parameters) -> Tensor");
-  m.def("same_values(Tensor[] tensors, Tensor copy) -> bool");
+  m.def("same_values(Tensor[] tensors, Tensor copy) -> Tensor");
   m.def("lane_function(Tensor x, int which, int isa) -> Tensor");
   m.def("fma_peak(int isa) -> float");
 }

@@ -144,11 +144,14 @@ def test_unsupported_candidates_are_left_out_with_their_reason(monkeypatch):
 
 def test_rounds_are_interleaved_and_within_the_budget():
     calls = []
-    runs = {name: lambda name=name: (calls.append(name), time.sleep(0.01)) for name in "ab"}
-    times = interleaved(runs, rounds=50, budget=0.1)
-    assert calls == ["a", "b"] * (1 + len(times["a"]))
-    assert 3 <= len(times["a"]) == len(times["b"]) <= 6
-    assert min(times["a"]) >= 0.01
+    runs = {name: lambda name=name, s=s: (calls.append(name), time.sleep(s)) for name, s in (("a", 0.03), ("b", 0.008))}
+    times = interleaved(runs, rounds=50, budget=0.3)
+    turn = calls[4:].index("a", 1)  # after two calls each that do not count
+    assert calls == ["a"] * 2 + ["b"] * 2 + (["a"] + ["b"] * (turn - 1)) * len(times["a"])
+    assert 2 <= turn - 1 <= 3  # as many as last 20 ms
+    assert 3 <= len(times["a"]) == len(times["b"]) <= 7
+    assert min(times["a"]) >= 0.03
+    assert min(times["b"]) >= 0.008
     assert summary([0.001, 0.002, 0.003, 0.004, 0.1]) == pytest.approx(
         {"median_ms": 3, "q1_ms": 2, "q3_ms": 4, "rounds": 5}
     )
@@ -351,12 +354,14 @@ def test_one_size_of_the_scaling_is_measured():
 
 
 def test_overhead_of_small_graphs(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(small, "CALLS", 2)
-    monkeypatch.setattr(small, "TARGETS", dict.fromkeys(small.TARGETS, 1e-3))
+    calls = {name: (make, kind, target and 1e-3) for name, (make, kind, target) in small.CALLS.items()}
+    monkeypatch.setattr(small, "CALLS", calls)
     assert main(["small", "--quick", "--threads", "1", "--out", str(tmp_path)]) == 0
     calls = json.loads((tmp_path / "small.json").read_text())["calls"]
     names = [name for name, (ok, _) in backends.availability().items() if ok]
-    assert {(r["call"], r["backend"]) for r in calls} == {(call, name) for call in small.TARGETS for name in names}
+    made = {(call, name) for call, (make, *_) in small.CALLS.items() for name in names if make is not small.native_step}
+    made |= {(call, "cpu") for call in small.CALLS if "cpu" in names}
+    assert {(r["call"], r["backend"]) for r in calls} == made
     assert all(r["us"] > 1 for r in calls)
     missed = capsys.readouterr().out.partition("`cpu` above its target:")[2]
     assert missed.count("- operator") == missed.count("- module") == (2 if "cpu" in names else 0)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import zip_longest
@@ -21,7 +20,7 @@ from .._check import require
 from ..graph import Graph
 from ..packing import Parameters, Weights, dense_kernel, mixing_weights, running
 from ..plan import Plan
-from .cpu_ops import unflatten
+from .cpu_ops import unflatten, without_derivatives
 from .cpu_plan import hidden_field_size, prepare, reads_one
 from .hidden import Statistics
 
@@ -119,7 +118,7 @@ class Layer:
                 kernel = self._kernel([*learned[:-n_last], *last])
             like = [*learned[:-n_last], kernel]
         arrays, size = (*self.arrays, *self._matrix, statistics), sum(t.numel() for t in like)
-        with _without_derivatives():
+        with without_derivatives():
             found = unflatten(torch.ops.implicit_steer.conv_pack_backward(*arrays, grad, size), like)
         if self.plan.dense_coupling:
             again = torch.is_grad_enabled()
@@ -223,7 +222,7 @@ def _gradients(call, needs: Sequence[bool], grad: Tensor, packed: Tensor, statis
     """Of the inputs and the parameters; None where not needed."""
     inputs, learned = tensors[: call.n_inputs], tensors[call.n_inputs :]
     of_weights = any(needs[call.n_inputs :])
-    with _without_derivatives():
+    with without_derivatives():
         *found, of_packed = call.backward((*needs[: call.n_inputs], of_weights), grad, packed, *inputs)
     if of_weights:
         found += call.layer.unpack_gradient(of_packed, learned, statistics)
@@ -240,7 +239,7 @@ class _Operator(torch.autograd.Function):
     def forward(ctx, call, packed, statistics, *tensors):
         ctx.save_for_backward(packed, statistics, *tensors)
         ctx.call = call
-        with _without_derivatives():
+        with without_derivatives():
             return call.forward(packed, *tensors[: call.n_inputs])
 
     @staticmethod
@@ -249,12 +248,6 @@ class _Operator(torch.autograd.Function):
         if torch.is_grad_enabled():
             packed = call.layer.pack(tensors[call.n_inputs :], statistics)
         return None, None, None, *_gradients(call, needs, grad, packed, statistics, tensors)
-
-
-def _without_derivatives():
-    """Where gradients are off, a guard that spares the native operators the way through Python's part of autograd,
-    which takes longer than they do on a small graph."""
-    return nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd()
 
 
 def _run(call, batch_statistics: bool, *inputs: Tensor) -> tuple[Tensor, list[Statistics]]:
@@ -266,7 +259,7 @@ def _run(call, batch_statistics: bool, *inputs: Tensor) -> tuple[Tensor, list[St
         out = call.forward(layer.pack(layer.learned, statistics), *inputs)
         return out, _split_statistics(layer.plan, statistics) if batch_statistics else []
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (*layer.learned, *inputs))
-    with torch.no_grad(), _without_derivatives():
+    with torch.no_grad(), without_derivatives():
         if batch_statistics:
             statistics = layer.statistics_of(*inputs[-2:])
             packed = layer.pack(layer.learned, statistics)

@@ -7,6 +7,7 @@ product of a Hessian with a vector, which the native code takes as the backward 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NoReturn
 
 import torch
@@ -15,6 +16,12 @@ from torch import Tensor
 from .. import native
 
 _NAMESPACE = "implicit_steer"
+
+
+def without_derivatives():
+    """Where gradients are off, a guard that spares the operators the way through Python's part of autograd, which takes
+    longer than they do on a small graph."""
+    return nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd()
 
 
 def _no_third_derivatives(ctx, *_) -> NoReturn:
@@ -65,7 +72,9 @@ def _conv_forward_gradient(ctx, grad):
     needs = (*of_inputs, of_weights)
     by_source = _by_source(src, x.shape[0], needs[0], order, rowptr)
     tensors = ints, reals, weights, x, delta, attr, src, order, rowptr, grad.contiguous(), *by_source
-    *found, d_weights = _masked(torch.ops.implicit_steer.conv_backward(*tensors, *needs, ctx.numbers[-1]), needs)
+    with without_derivatives():
+        found = torch.ops.implicit_steer.conv_backward(*tensors, *needs, ctx.numbers[-1])
+    *found, d_weights = _masked(found, needs)
     return None, None, d_weights, *found, *[None] * 5
 
 
@@ -140,7 +149,8 @@ def _conv_pack_gradient(ctx, grad):
     parameters = ctx.saved_tensors[6:]
     n = sum(t.numel() for t in parameters)
     flat = torch.ops.implicit_steer.conv_pack_backward(*arrays, statistics, grad.contiguous(), n)
-    return *[None] * 5, unflatten(flat, parameters), None
+    pieces = flat.split([t.numel() for t in parameters])
+    return *[None] * 5, [g.view(t.shape) for g, t in zip(pieces, parameters, strict=True)], None
 
 
 def _conv_pack_backward_fake(ints, reals, rowptr, column, value, statistics, grad_packed, n_parameters):
@@ -156,6 +166,10 @@ def _conv_statistics_fake(ints, reals, rowptr, column, value, parameters, delta,
     return delta.new_empty(n_layers, size)
 
 
+def _same_values_fake(tensors, copy):
+    return copy.new_empty((), dtype=torch.bool)
+
+
 _FAKES = {
     "conv_forward": _conv_forward_fake,
     "conv_backward": _conv_backward_fake,
@@ -166,6 +180,7 @@ _FAKES = {
     "conv_pack": _conv_pack_fake,
     "conv_pack_backward": _conv_pack_backward_fake,
     "conv_statistics": _conv_statistics_fake,
+    "same_values": _same_values_fake,
 }
 _GRADIENTS = {
     "conv_forward": (_conv_forward_gradient, _save_all),

@@ -56,7 +56,10 @@ def check_tensor(name: str, value: Any, shape: tuple, dtype: torch.dtype, device
     """Raise unless ``value`` is a tensor of ``shape`` (None: any), of ``dtype`` or a 16-bit float, on ``device``."""
     if not isinstance(value, Tensor):
         fail(name, "a torch.Tensor", type(value).__name__, kind=TypeError)
-    if value.dim() != len(shape) or any(s is not None and s != v for s, v in zip(shape, value.shape, strict=True)):
+    right = value.dim() == len(shape)
+    for expected, size in zip(shape, value.shape, strict=False):
+        right = right and (expected is None or expected == size)
+    if not right:
         fail(name, f"shape ({', '.join('*' if s is None else str(s) for s in shape)})", tuple(value.shape))
     if value.dtype != dtype and value.dtype not in _HALVES:
         remedy = "Convert the input, or the layer with .float() / .double()."

@@ -40,9 +40,10 @@ class PointConvBase(Biased):
             fail("edge_index", expected, f"one on {sizes[0]} and {sizes[1]}")
         return edge_index
 
-    def _evaluate(self, source: Tensor, graph: Graph, edge_delta: Tensor, edge_attr: Tensor | None) -> Tensor:
-        """(N_target, C_out) from checked features and an unchecked geometry."""
-        kernel = self.implicit_kernel
+    def _evaluate(
+        self, kernel: KernelBase, source: Tensor, graph: Graph, edge_delta: Tensor, edge_attr: Tensor | None
+    ) -> Tensor:
+        """(N_target, C_out) from checked features and an unchecked geometry; ``kernel`` is ``implicit_kernel``."""
         attributes = kernel.check_points("edge", edge_delta, edge_attr, graph.num_edges)
         if graph.device != source.device:
             fail("edge_index", f"device {source.device}", graph.device)
@@ -56,7 +57,8 @@ class PointConvBase(Biased):
             batch_statistics=kernel.uses_batch_statistics(graph.num_edges),
             backend=self.backend,
         )
-        kernel.update_running(statistics)
+        if statistics:
+            kernel.update_running(statistics)
         bias = self.expand_bias()
         if bias is not None:
             out = out + bias
@@ -122,16 +124,17 @@ class ImplicitPointConv(PointConvBase):
         Returns:
             (N_target, C_out).
         """
-        source, n_target = self._nodes(x)
-        return self._evaluate(source, self._graph(edge_index, len(source), n_target), edge_delta, edge_attr)
+        kernel = self.implicit_kernel
+        source, n_target = self._nodes(kernel, x)
+        return self._evaluate(kernel, source, self._graph(edge_index, len(source), n_target), edge_delta, edge_attr)
 
-    def _nodes(self, x) -> tuple[Tensor, int]:
+    def _nodes(self, kernel: KernelBase, x) -> tuple[Tensor, int]:
         target = x
         if isinstance(x, tuple):
             require(len(x) == 2, "x", "a tensor or a pair (source, target)", f"{len(x)} entries")
             x, target = x
-        width = self.implicit_kernel.shell_width
-        check_tensor("x", x, (None, self.implicit_kernel.plan.in_size), width.dtype, width.device)
+        width = kernel.shell_width
+        check_tensor("x", x, (None, kernel.plan.in_size), width.dtype, width.device)
         if isinstance(target, Tensor) and target.dim() > 0:
             return x, len(target)
         if isinstance(target, int) and not isinstance(target, bool) and target >= 0:
@@ -158,7 +161,8 @@ class ImplicitPointConvWithDownsampling(ImplicitPointConv):
         """Convolve onto the nodes ``idx_downsampled`` (M,), which row 1 of ``edge_index`` counts; None keeps all."""
         if idx_downsampled is None:
             return super().forward(x, edge_index, edge_delta, edge_attr)
-        source, n = self._nodes(x)
+        kernel = self.implicit_kernel
+        source, n = self._nodes(kernel, x)
         check_chosen(idx_downsampled, n)
         graph = self._graph(edge_index, n, len(idx_downsampled))
-        return self._evaluate(source, graph, edge_delta, edge_attr)
+        return self._evaluate(kernel, source, graph, edge_delta, edge_attr)

@@ -98,11 +98,12 @@ class ImplicitPointConv(CheckedBias, PointConvBase):
         Returns:
             (N_target, C_out) of ``out_type``, at the targets' coordinates (NaN where only their number is known).
         """
-        source, coords, n_target = self._nodes(x)
+        kernel = self.implicit_kernel
+        source, coords, n_target = self._nodes(kernel, x)
         graph = self._graph(edge_index, len(source), n_target)
-        return self._convolve(source, graph, edge_delta, edge_attr, coords)
+        return self._convolve(kernel, source, graph, edge_delta, edge_attr, coords)
 
-    def _nodes(self, x) -> tuple[Tensor, Tensor, int]:
+    def _nodes(self, kernel: ImplicitKernel, x) -> tuple[Tensor, Tensor, int]:
         target = x
         if isinstance(x, tuple):
             require(len(x) == 2, "x", "a GeometricTensor or a pair (source, target)", f"{len(x)} entries")
@@ -111,7 +112,7 @@ class ImplicitPointConv(CheckedBias, PointConvBase):
             got = x.type if isinstance(x, GeometricTensor) else type(x).__name__
             remedy = "Wrap it: in_type(tensor, coords)."
             fail("x", f"a GeometricTensor of type {self.in_type}", got, remedy, TypeError)
-        width = self.implicit_kernel.shell_width
+        width = kernel.shell_width
         check_tensor("x", x.tensor, (None, self.in_type.size), width.dtype, width.device)
         if isinstance(target, GeometricTensor):
             return x.tensor, target.coords, len(target.tensor)
@@ -121,12 +122,14 @@ class ImplicitPointConv(CheckedBias, PointConvBase):
         got = target if isinstance(target, int) else type(target).__name__
         fail("x", "a GeometricTensor or a number of nodes as target", got, kind=TypeError)
 
-    def _convolve(self, source: Tensor, graph: Graph, edge_delta, edge_attr, coords) -> GeometricTensor:
+    def _convolve(
+        self, kernel: ImplicitKernel, source: Tensor, graph: Graph, edge_delta, edge_attr, coords
+    ) -> GeometricTensor:
         if isinstance(edge_attr, GeometricTensor):
             expected = f"a tensor or a GeometricTensor of type {self.edge_attr_type}"
             require(edge_attr.type == self.edge_attr_type, "edge_attr", expected, edge_attr.type, kind=TypeError)
             edge_attr = edge_attr.tensor
-        return GeometricTensor(self._evaluate(source, graph, edge_delta, edge_attr), self.out_type, coords)
+        return GeometricTensor(self._evaluate(kernel, source, graph, edge_delta, edge_attr), self.out_type, coords)
 
     def extra_repr(self) -> str:
         """What distinguishes this layer."""
@@ -156,7 +159,10 @@ class ImplicitPointConvWithDownsampling(ImplicitPointConv):
         """
         if idx_downsampled is None:
             return super().forward(x, edge_index, edge_delta, edge_attr)
-        source, coords, n = self._nodes(x)
+        kernel = self.implicit_kernel
+        source, coords, n = self._nodes(kernel, x)
         check_chosen(idx_downsampled, n)
         graph = self._graph(edge_index, n, len(idx_downsampled))
-        return self._convolve(source, graph, edge_delta, edge_attr, coords.index_select(0, idx_downsampled.long()))
+        return self._convolve(
+            kernel, source, graph, edge_delta, edge_attr, coords.index_select(0, idx_downsampled.long())
+        )
