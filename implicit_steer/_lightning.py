@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 
+from .data.forces import StructureSet
 from .data.qm9 import Batch, MoleculeSet
 
 MILESTONES = (25, 50, 75, 100, 125)  # epochs after which the learning rate is halved
 WEIGHT_DECAY = 1e-8
 SHOW_EVERY = 20  # steps between updates of the progress bar
-LOG_COLUMNS = ("epoch", "step", "lr", "train_mae", "val_mae", "seconds")
 
 
 class RunningMean:
@@ -100,6 +100,10 @@ class Regressor(pl.LightningModule):
             "lr_scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, MILESTONES, gamma=0.5),
         }
 
+    def epoch_errors(self, logged: dict[str, torch.Tensor]) -> dict[str, float]:
+        """What an epoch's row of the log holds beside step, learning rate and time."""
+        return {"train_mae": self.train_error.value() * self.std, "val_mae": float(logged["val_mae"])}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what a resumed run is compared with."""
         checkpoint["options"] = self.options
@@ -122,10 +126,12 @@ class EpochShuffle(torch.utils.data.Sampler):
         return iter(np.random.default_rng((self.seed, self.epoch)).permutation(self.count).tolist())
 
 
-def loader(data: MoleculeSet, batch_size: int, shuffle_seed: int | None = None) -> torch.utils.data.DataLoader:
+def loader(
+    data: MoleculeSet | StructureSet, batch_size: int, shuffle_seed: int | None = None
+) -> torch.utils.data.DataLoader:
     """Batches of ``data``, in its order, or shuffled anew in each epoch.
 
-    A last batch of one molecule is dropped where it is shuffled: batch norm over one molecule is undefined.
+    A last batch of one entry is dropped where it is shuffled: batch norm over one molecule is undefined.
     """
     if shuffle_seed is None:
         return torch.utils.data.DataLoader(data, batch_size, collate_fn=_as_is)
@@ -133,8 +139,8 @@ def loader(data: MoleculeSet, batch_size: int, shuffle_seed: int | None = None) 
     return torch.utils.data.DataLoader(data, batch_size, sampler=sampler, drop_last=alone, collate_fn=_as_is)
 
 
-def _as_is(batch: Batch) -> Batch:
-    # A MoleculeSet gives whole batches.
+def _as_is(batch: Any) -> Any:
+    # The data sets give whole batches.
     return batch
 
 
@@ -147,7 +153,7 @@ class EpochLog(pl.Callback):
     def __init__(self, out: Path):
         self.path, self.first = out / "log.csv", out / "last.ckpt"
 
-    def on_train_start(self, trainer: pl.Trainer, module: Regressor) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Cut the log to the epochs before this one."""
         if not self.first.exists():
             trainer.save_checkpoint(self.first)
@@ -155,25 +161,28 @@ class EpochLog(pl.Callback):
         if self.path.exists():
             with self.path.open(newline="") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < trainer.current_epoch]
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, LOG_COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        self.path.write_text("")
+        for row in rows:
+            self._append(row)
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, module: Regressor) -> None:
+    def _append(self, row: dict[str, Any]) -> None:
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Start the clock; note the learning rate of the epoch."""
         self._start, self._lr = time.perf_counter(), trainer.optimizers[0].param_groups[0]["lr"]
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: Regressor) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Append the epoch's row."""
-        val_mae = float(trainer.callback_metrics["val_mae"])
         seconds = round(time.perf_counter() - self._start, 2)
-        train_mae = module.train_error.value() * module.std
-        with self.path.open("a", newline="") as file:
-            row = (trainer.current_epoch, trainer.global_step, self._lr, train_mae, val_mae, seconds)
-            csv.writer(file).writerow(row)
+        row = {"epoch": trainer.current_epoch, "step": trainer.global_step, "lr": self._lr}
+        self._append({**row, **module.epoch_errors(trainer.callback_metrics), "seconds": seconds})
 
-    def on_exception(self, trainer: pl.Trainer, module: Regressor, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         """Say how to go on after Ctrl-C."""
         if isinstance(exception, KeyboardInterrupt):
             print(f"\nInterrupted in epoch {trainer.current_epoch}; {self.first} is complete. Continue with --resume.")
@@ -201,5 +210,6 @@ def trainer_for(out: Path, epochs: int, device: str, progress: bool) -> pl.Train
         enable_progress_bar=progress,
         enable_model_summary=False,
         logger=False,
+        inference_mode=False,  # forces are derivatives in validation too
         num_sanity_val_steps=0,
     )

@@ -176,20 +176,35 @@ def _require_integers(tensor: Any, name: str) -> None:
     require(whole, name, expected, dtype, "Convert it, for example with .long().", kind=TypeError)
 
 
-def radius_graph(pos: Tensor, r: float, batch: Tensor | None = None, loop: bool = False) -> Tensor:
+def radius_graph(
+    pos: Tensor,
+    r: float,
+    batch: Tensor | None = None,
+    loop: bool = False,
+    cell: Tensor | None = None,
+    pbc: Any = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """All pairs of points at most ``r`` apart: edges j → i with |pos_j − pos_i| ≤ r, as in PyG, without a limit on
-    the number of neighbours.
+    the number of neighbours. In a periodic box (``cell``) all pairs of images: |pos_i − pos_j + shift · cell| ≤ r.
 
     Args:
         pos: (N, D) positions, floating point, finite. Detached: no gradient flows through the choice of edges.
             Distances are computed in float64.
         r: the radius, > 0, in the units of ``pos``; ``inf`` connects all points.
         batch: (N,) integers; only points with equal entries are connected. In any order.
-        loop: whether each point is connected to itself. Other points at distance 0 always count.
+        loop: whether each point is connected to itself. Other points at distance 0 always count, and so do a point's
+            own images in other cells.
+        cell: (D, D), rows = lattice vectors, or (B, D, D), one for each value 0 .. B−1 of ``batch``; None: no box. Any
+            shape, also one smaller than ``r``: all images in reach count. Points may lie outside the box.
+        pbc: which lattice vectors repeat: a bool, or D of them; None: all. The other rows of ``cell`` are not used.
 
     Returns:
-        ``edge_index`` (2, E), int64, on the device of ``pos``; row 0 = neighbour j, row 1 = centre i; sorted by
-        centre, then by neighbour.
+        Without ``cell``: ``edge_index`` (2, E), int64, on the device of ``pos``; row 0 = neighbour j, row 1 = centre i;
+        sorted by centre, then by neighbour.
+
+        With ``cell``: ``(edge_index, shift)``, shift (E, D) whole numbers in the dtype of ``pos``, sorted also by
+        shift. The vector of an edge, through which gradients flow to ``pos`` and ``cell``, is
+        ``pos[i] - pos[j] + shift @ cell``.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -198,11 +213,20 @@ def radius_graph(pos: Tensor, r: float, batch: Tensor | None = None, loop: bool 
         >>> radius_graph(torch.tensor([[0.0], [1.0], [3.0]]), r=1.5)
         tensor([[1, 0],
                 [0, 1]])
+        >>> radius_graph(torch.tensor([[0.0], [1.0], [3.0]]), r=1.5, cell=torch.tensor([[4.0]]))
+        (tensor([[1, 2, 0, 0],
+                [0, 0, 1, 2]]), tensor([[ 0.],
+                [ 1.],
+                [ 0.],
+                [-1.]]))
     """
     points, segments = _points(pos, batch)
     real = isinstance(r, numbers.Real) and not isinstance(r, bool)
     require(real, "r", "a number > 0", repr(r), kind=TypeError)
     require(r > 0, "r", "a number > 0", r)
+    if cell is not None:
+        return _periodic_graph(pos, points, segments, r, batch, loop, cell, pbc)
+    require(pbc is None or not _any(pbc), "cell", "the lattice vectors of a periodic box", None)
 
     def neighbours(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         import numpy as np
@@ -216,6 +240,36 @@ def radius_graph(pos: Tensor, r: float, batch: Tensor | None = None, loop: bool 
     # A stable sort by neighbour followed by one by centre sorts by both.
     edge_index = edge_index[:, sort_by_key(edge_index[0], len(points))[0]]
     return _sorted_by_centre(edge_index, len(points)).to(pos.device)
+
+
+def _any(flags: Any) -> bool:
+    return bool(flags) if isinstance(flags, bool) else any(flags)
+
+
+def _periodic_graph(pos, points, segments, r, batch, loop, cell, pbc) -> tuple[Tensor, Tensor]:
+    """:func:`radius_graph` with a cell; ``points``, ``segments`` of :func:`_points`."""
+    import numpy as np
+
+    from .periodic import checked_cell, periodic_pairs
+
+    cells, periodic = checked_cell(cell, pbc, points.shape[1])
+    if cells.ndim == 3:
+        require(batch is not None, "batch", "the cell of each point, as there are several", None)
+        labels = [int(batch[segment[0]]) for segment in segments]
+        fits = all(0 <= label < len(cells) for label in labels)
+        require(fits, "batch", f"labels in 0 .. {len(cells) - 1}, one for each cell", labels)
+        cells = cells[labels]
+    else:
+        cells = [cells] * len(segments)
+    edges, shifts = [np.empty((2, 0), np.int64)], [np.empty((0, points.shape[1]))]
+    for segment, vectors in zip(segments, cells, strict=True):
+        neighbour, centre, shift = periodic_pairs(points[segment], float(r), vectors, periodic, loop)
+        edges.append(segment[np.stack([neighbour, centre])])
+        shifts.append(shift)
+    edge_index = torch.from_numpy(np.concatenate(edges, axis=1))
+    order, _ = sort_by_key(edge_index[1], len(points))
+    shift = torch.from_numpy(np.concatenate(shifts)).to(pos.dtype)
+    return edge_index[:, order].to(pos.device), shift[order].to(pos.device)
 
 
 def knn_graph(pos: Tensor, k: int, batch: Tensor | None = None, loop: bool = False) -> Tensor:

@@ -21,6 +21,7 @@ from .data.qm9 import TARGETS as QM9_TARGETS
 
 log = logging.getLogger(__name__)
 
+RESULTS = ("last.ckpt", "best.ckpt", "log.csv", "result.json", "potential.pt")  # of a run, in its folder
 SAMPLINGS = "auto, exact, exact-N, escnn or lebedev-N"
 
 
@@ -103,6 +104,11 @@ def add_qm9_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--blocks", type=int, metavar="N", default=default.blocks, help="residual blocks (%(default)s)")
     channels = "fields per hidden layer (%(default)s)"
     model.add_argument("--channels", type=int, metavar="N", default=default.channels, help=channels)
+    add_machine_arguments(parser, default, "runs/qm9-TARGET-seedSEED")
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser, default: Any, out: str) -> None:
+    """The options that every run has: backend, device, threads, and the folder, ``out`` unless it is given."""
     machine = parser.add_argument_group("machine and output")
     machine.add_argument(
         "--backend", choices=BACKEND_NAMES, default=default.backend, help="of the convolutions (%(default)s)"
@@ -114,7 +120,7 @@ def add_qm9_arguments(parser: argparse.ArgumentParser) -> None:
         help="gpu: the first one; auto: gpu where there is one (%(default)s)",
     )
     machine.add_argument("--num-threads", type=int, metavar="N", help="CPU threads (torch's default)")
-    machine.add_argument("--out", metavar="DIR", help="checkpoints, log.csv, result.json (runs/qm9-TARGET-seedSEED)")
+    machine.add_argument("--out", metavar="DIR", help=f"checkpoints, log.csv, result.json ({out})")
     machine.add_argument("--resume", action="store_true", help="continue the interrupted run in --out")
     machine.add_argument("--overwrite", action="store_true", help="discard the run in --out")
     machine.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bars")
@@ -140,7 +146,7 @@ def train_qm9(options: QM9Options) -> dict[str, Any]:
 
     started = time.time()
     out = Path(options.out or f"runs/qm9-{options.target}-seed{options.seed}")
-    checkpoint = _prepare_folder(out, options)
+    checkpoint = prepare_folder(out, options)
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
     data = QM9(
@@ -181,7 +187,7 @@ def train_qm9(options: QM9Options) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "options": asdict(options),
     }
-    _write_json(out / "result.json", result)
+    write_json(out / "result.json", result)
     return result
 
 
@@ -192,13 +198,16 @@ def main(args: argparse.Namespace) -> None:
     print(f"test MAE {result['target']}: {result['test_mae']:.4f} {result['unit']} ({result['seconds']} s)")
 
 
-def _prepare_folder(out: Path, options: QM9Options) -> str | None:
-    """The checkpoint to continue from, or None for a fresh run in a folder without one."""
+def prepare_folder(out: Path, options: Any) -> str | None:
+    """The checkpoint to continue from, or None for a fresh run in a folder without one.
+
+    ``options`` has ``resume``, ``overwrite``, and an ``identity`` that a resumed run must share.
+    """
     last = out / "last.ckpt"
     if not options.resume:
         remedy = "Use --resume to continue it, --overwrite to discard it, or another folder."
         require(options.overwrite or not last.exists(), "out", "a folder without a run", f"{last}", remedy)
-        for name in ("last.ckpt", "best.ckpt", "log.csv", "result.json"):
+        for name in RESULTS:
             (out / name).unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
         return None
@@ -213,7 +222,8 @@ def _prepare_folder(out: Path, options: QM9Options) -> str | None:
     return str(last)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write ``content``; ``path`` appears complete or not at all."""
     partial = path.with_suffix(".tmp")
     partial.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(partial, path)

@@ -1,5 +1,5 @@
-"""Pictures: kernels on a slice, times as bars, learning curves, convergence, lines on logarithmic axes. Each returns a
-matplotlib ``Figure``.
+"""Pictures: kernels on a slice, times as bars, learning curves, convergence, lines on logarithmic axes, energies of
+molecular dynamics. Each returns a matplotlib ``Figure``.
 
 The figures are made without pyplot: they need no display, and nothing has to be closed. Needs the extra ``train``.
 """
@@ -227,4 +227,27 @@ def convergence(
     axes.set_ylabel(ylabel)
     axes.set_title(title, fontsize=11)
     axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def energy_conservation(time_ps: np.ndarray, energies: np.ndarray) -> Figure:
+    """Molecular dynamics at constant energy: above, how potential, kinetic and total energy change; below, the total
+    alone.
+
+    Args:
+        time_ps: (T,).
+        energies: (T, 3) potential, kinetic and total energy in eV per atom.
+    """
+    figure = _figure(6.5, 4.8)
+    both, alone = figure.subplots(2, 1, sharex=True)
+    change = energies - energies[:1]
+    for name, values, colour in zip(("potential", "kinetic", "total"), change.T, _COLOURS, strict=False):
+        both.plot(time_ps, 1e3 * values, color=colour, linewidth=0.8, label=name)
+    both.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    both.set_ylabel("change (meV per atom)", color=_INK)
+    alone.plot(time_ps, 1e6 * change[:, 2], color=_COLOURS[2], linewidth=0.6)
+    alone.set_ylabel("total (µeV per atom)", color=_INK)
+    alone.set_xlabel("time (ps)", color=_INK)
+    for axes in (both, alone):
+        _plain_axes(axes, "y")
     return figure

@@ -13,7 +13,7 @@ import torch
 from rdkit import Chem
 from rdkit.Chem import AllChem
 
-from implicit_steer.data import QM9
+from implicit_steer.data import QM9, _cache
 from implicit_steer.data import _qm9_files as files
 from implicit_steer.data.qm9 import EDGE_ATTRIBUTES, find_source, split
 
@@ -166,17 +166,17 @@ def test_cache_is_used_and_continued(tmp_path, cache, monkeypatch):
     chunks[0].unlink()
     chunks[2].unlink()
     before, reads = chunks[1].stat().st_mtime_ns, []
-    save, read = files.save_chunk, files.PackedCsv.read
+    save, read = _cache.save_chunk, files.PackedCsv.read
 
     def interrupted(path, chunk):
         save(path, chunk)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "save_chunk", interrupted)
+    monkeypatch.setattr(_cache, "save_chunk", interrupted)
     with pytest.raises(KeyboardInterrupt):
         QM9(limit=LIMIT, cache=tmp_path, progress=False)
     assert len(list(tmp_path.glob("qm9-v*/*"))) == 2
-    monkeypatch.setattr(files, "save_chunk", save)
+    monkeypatch.setattr(_cache, "save_chunk", save)
     monkeypatch.setattr(files.PackedCsv, "read", lambda self, rows: reads.append(len(rows)) or read(self, rows))
     data = QM9(limit=LIMIT, cache=tmp_path, progress=False)
     assert reads == [1000]
@@ -192,7 +192,7 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(np, "savez", fails)
     with pytest.raises(OSError, match="disk full"):
-        files.save_chunk(tmp_path / "train-000000.npz", {})
+        _cache.save_chunk(tmp_path / "train-000000.npz", {})
     assert not list(tmp_path.iterdir())
 
 

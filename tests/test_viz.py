@@ -123,3 +123,14 @@ def test_log_lines_end_with_their_notes(tmp_path):
     assert (note.get_text(), note.xy) == ("needs ~2 GB", (10, 5.0))
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("edges", "time / s")
     assert png_size(figure, tmp_path / "lines.png") > 5000
+
+
+def test_energy_conservation():
+    energies = np.array([[-3.0, 0.5, -2.5], [-2.9, 0.4, -2.5], [-2.8, 0.3, -2.4999]])
+    figure = viz.energy_conservation(np.array([0.0, 0.1, 0.2]), energies)
+    both, alone = figure.axes
+    drawn = {line.get_label(): line.get_ydata() for line in both.get_lines()}
+    assert list(drawn) == ["potential", "kinetic", "total"]
+    np.testing.assert_allclose(drawn["kinetic"], [0, -100, -200])
+    np.testing.assert_allclose(alone.get_lines()[0].get_ydata(), [0, 0, 100], atol=1e-9)
+    assert (both.get_ylabel(), alone.get_ylabel()) == ("change (meV per atom)", "total (µeV per atom)")

@@ -1,5 +1,6 @@
 """Data sets of the experiments."""
 
+from .forces import ForceData
 from .qm9 import QM9, Batch, MoleculeSet
 
-__all__ = ["QM9", "Batch", "MoleculeSet"]
+__all__ = ["QM9", "Batch", "ForceData", "MoleculeSet"]

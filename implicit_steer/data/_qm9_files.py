@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import tempfile
-import zipfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -237,28 +235,3 @@ def make_chunk(source: PackedCsv | RawSdf, records: dict[int, tuple], rows: np.n
 def _quiet() -> AbstractContextManager:
     # RDKit prints a line for every molecule without valid bond orders.
     return load_extra("rdkit.rdBase").BlockLogs()
-
-
-def save_chunk(path: Path, chunk: dict[str, np.ndarray]) -> None:
-    """Write ``chunk``; ``path`` appears complete or not at all."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
-        try:
-            np.savez(file, **chunk)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        finally:
-            Path(file.name).unlink(missing_ok=True)
-
-
-def load_chunk(path: Path, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Read a chunk of molecules ``rows``; ``ValueError`` where the file is not the one that was written."""
-    expected, remedy = f"the processed molecules {rows[0]}, ... ({len(rows)})", "Delete the file: it is made anew."
-    try:
-        with np.load(path) as file:  # a zip archive: every array has its checksum
-            chunk = {name: file[name] for name in file.files}
-    except (zipfile.BadZipFile, EOFError, ValueError, OSError) as error:
-        fail(str(path), expected, f"a damaged file ({error})", remedy)
-    intact = "row" in chunk and np.array_equal(chunk["row"], rows)
-    require(intact, str(path), expected, "other molecules", remedy)
-    return chunk

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import torch
 
 from .._check import fail, require
 from .._extras import load_extra
+from . import _cache
 from . import _qm9_files as files
 from ._qm9_files import ELEMENTS, TARGETS
 
@@ -160,7 +160,7 @@ class QM9:
         source = find_source(root)
         self.target, self.unit, self.limit = target, TARGETS[target].unit, limit
         self.split = split(source.count(), limit)
-        folder = _cache_folder(cache) / _cache_name(source)
+        folder = _cache.cache_folder(cache) / _cache_name(source)
         chunks = _load_chunks(source, folder, self.split, progress)
         joined = {
             name: {key: np.concatenate([chunk[key] for chunk in chunks[name]]) for key in chunks[name][0]}
@@ -208,14 +208,6 @@ def find_source(root: str | Path | None) -> files.PackedCsv | files.RawSdf:
     fail("root", "a folder with gdb9.sdf, gdb9.sdf.csv, uncharacterized.txt or with qm9_part1.csv ...", str(root))
 
 
-def _cache_folder(cache: str | Path | None) -> Path:
-    if cache is not None:
-        return Path(cache)
-    if os.environ.get("IMPLICIT_STEER_CACHE"):
-        return Path(os.environ["IMPLICIT_STEER_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "implicit_steer"
-
-
 def _cache_name(source: files.PackedCsv | files.RawSdf) -> str:
     """Version, and a digest of the files' names and sizes: another or a truncated file never meets an old cache."""
     sizes = [(path.name, path.stat().st_size) for path in source.files()]
@@ -235,7 +227,7 @@ def _load_chunks(source, folder: Path, parts: dict[str, np.ndarray], progress: b
         _process(source, missing, progress)
     chunks = {name: [] for name in SPLITS}
     for path, rows in wanted.items():
-        chunks[path.name.partition("-")[0]].append(files.load_chunk(path, rows))
+        chunks[path.name.partition("-")[0]].append(_cache.load_chunk(path, rows, "molecules"))
     return chunks
 
 
@@ -248,7 +240,7 @@ def _process(source, missing: dict[Path, np.ndarray], progress: bool) -> None:
     with tqdm.tqdm(total=total, desc="QM9", unit="molecule", disable=not progress) as bar:
         for path, rows in missing.items():
             chunk = files.make_chunk(source, records, rows)
-            files.save_chunk(path, chunk)
+            _cache.save_chunk(path, chunk)
             single_bonded += int(chunk["single_bonded"].sum())
             bar.update(len(rows))
     log.info("QM9: %d of %d molecules have undetermined bond orders: single bonds used", single_bonded, total)

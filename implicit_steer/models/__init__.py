@@ -1,5 +1,6 @@
 """Networks of the experiments. They need escnn."""
 
+from .potential import Potential, load_potential
 from .qm9 import QM9Net
 
-__all__ = ["QM9Net"]
+__all__ = ["Potential", "QM9Net", "load_potential"]

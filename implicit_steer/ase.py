@@ -1,0 +1,93 @@
+"""Potentials as calculators of the Atomic Simulation Environment: molecular dynamics, relaxation, phonons with ASE."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+
+from ._check import require
+from ._extras import load_extra
+from .structures import Structures
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+    from .models.potential import Potential
+
+_base = load_extra("ase.calculators.calculator", "ase")
+_voigt = load_extra("ase.stress", "ase").full_3x3_to_voigt_6_stress
+
+
+def from_atoms(atoms: Atoms, r: float, dtype: torch.dtype = torch.float64) -> Structures:
+    """ASE's ``atoms``, with edges up to length ``r`` (Å), positions and cell in ``dtype``."""
+    numbers, pos = torch.from_numpy(atoms.numbers), torch.tensor(atoms.positions, dtype=dtype)
+    return Structures.single(numbers, pos, r, torch.tensor(atoms.cell.array, dtype=dtype), atoms.pbc)
+
+
+class Calculator(_base.Calculator):
+    """energy, free_energy (eV), energies (eV per atom), forces (eV/Å), stress (eV/Å³, Voigt) of a potential.
+
+    Neighbours are found up to the cutoff plus ``skin`` and found anew when an atom has moved by more than half of it,
+    or when species, cell or periodicity changed; pairs beyond the cutoff do not count.
+
+    Args:
+        potential: a :class:`~implicit_steer.models.Potential`, or another module with its ``cutoff`` and ``predict``;
+            it is copied. Its dtype and device are the calculation's: use ``potential.double()`` for dynamics.
+        skin: Å, ≥ 0.
+
+    Raises:
+        ValueError: an unknown species; "stress" asked for without three lattice vectors.
+
+    Example:
+        >>> atoms = ase.build.bulk("Cu", cubic=True)
+        >>> atoms.calc = Calculator(Potential([29], cutoff=5.0).double())
+        >>> atoms.get_forces().shape
+        (4, 3)
+    """
+
+    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "energies", "forces", "stress"]
+
+    def __init__(self, potential: Potential, skin: float = 0.3, **kwargs: Any):
+        super().__init__(**kwargs)
+        require(skin >= 0, "skin", "a length >= 0 in Å", skin)
+        self.potential = copy.deepcopy(potential).eval().requires_grad_(False)
+        self.skin = float(skin)
+        self._parameter = next(iter(self.potential.parameters()))
+        self._near: tuple[Atoms, Structures] | None = None  # where neighbours were found, and all within the skin
+
+    def calculate(self, atoms: Atoms | None = None, properties=("energy",), system_changes=_base.all_changes) -> None:
+        """Fill ``results``; the stress only where it is asked for or costs nothing to define."""
+        super().calculate(atoms, properties, system_changes)
+        structures = self._structures(self.atoms)
+        has_volume = self.atoms.cell.rank == 3
+        require("stress" not in properties or has_volume, "stress", "three lattice vectors", f"{self.atoms.cell}")
+        energy, energies, forces, stress = self.potential.predict(structures, stress=has_volume)
+        self.results = {
+            "energy": energy.item(),
+            "free_energy": energy.item(),
+            "energies": energies.cpu().double().numpy(),
+            "forces": forces.cpu().double().numpy(),
+        }
+        if has_volume:
+            self.results["stress"] = _voigt(stress[0].cpu().double().numpy())
+
+    def _structures(self, atoms: Atoms) -> Structures:
+        """``atoms`` with the edges within the cutoff."""
+        like = self._parameter
+        if self._near is None or self._moved(self._near[0], atoms):
+            found = from_atoms(atoms, self.potential.cutoff + self.skin, like.dtype)
+            self._near = atoms.copy(), found.to(like.device)
+        near = self._near[1]
+        pos = torch.tensor(atoms.positions, dtype=like.dtype, device=like.device)
+        return near.moved(pos).within(self.potential.cutoff)
+
+    def _moved(self, before: Atoms, atoms: Atoms) -> bool:
+        if len(before) != len(atoms) or (before.numbers != atoms.numbers).any():
+            return True
+        if (before.pbc != atoms.pbc).any() or (before.cell.array != atoms.cell.array).any():
+            return True
+        moved = np.square(atoms.positions - before.positions).sum(1).max(initial=0.0)
+        return bool(4 * moved > self.skin**2)

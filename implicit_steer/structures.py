@@ -1,0 +1,99 @@
+"""Atoms with their neighbours, as potentials take them: several structures side by side as one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._check import require
+from .graph import radius_graph
+
+
+@dataclass(frozen=True)
+class Structures:
+    """B structures with N atoms and E directed edges j → i in all. Å, eV.
+
+    numbers (N,) int64, atomic numbers; pos (N, 3); cell (B, 3, 3), rows = lattice vectors, 0 where there are none;
+    edge_index (2, E) source j, target i; shift (E, 3) whole numbers: the edge's vector is
+    ``pos[i] - pos[j] + shift @ cell``; batch (N,) structure of each atom, ascending; num_graphs = B;
+    energy (B,) float64 and forces (N, 3), where they are known.
+    """
+
+    numbers: Tensor
+    pos: Tensor
+    cell: Tensor
+    edge_index: Tensor
+    shift: Tensor
+    batch: Tensor
+    num_graphs: int
+    energy: Tensor | None = None
+    forces: Tensor | None = None
+
+    @classmethod
+    def single(cls, numbers: Tensor, pos: Tensor, r: float, cell: Tensor | None = None, pbc: Any = None) -> Structures:
+        """One structure, with edges between all atoms at most ``r`` apart, across periodic boundaries too.
+
+        numbers (N,) integers, pos (N, 3), cell (3, 3) or None, pbc: as :func:`~implicit_steer.radius_graph` takes them.
+
+        Raises TypeError, ValueError as :func:`~implicit_steer.radius_graph`, and where ``numbers`` do not fit ``pos``.
+
+        Example:
+            >>> pos = torch.tensor([[0, 0, 0], [0.96, 0, 0], [0, 0.96, 0]])
+            >>> water = Structures.single(torch.tensor([8, 1, 1]), pos, 3.0)
+            >>> water.edge_index.shape
+            torch.Size([2, 6])
+        """
+        expected = "a tensor of integers, one atomic number per row of pos"
+        ok = isinstance(numbers, Tensor) and not numbers.is_floating_point() and not numbers.is_complex()
+        require(ok, "numbers", expected, getattr(numbers, "dtype", type(numbers).__name__), kind=TypeError)
+        if cell is None:
+            edge_index = radius_graph(pos, r, pbc=pbc)
+            shift, cell = pos.new_zeros(edge_index.shape[1], 3), pos.new_zeros(3, 3)
+        else:
+            edge_index, shift = radius_graph(pos, r, cell=cell, pbc=pbc)
+        require(pos.shape[1] == 3, "pos", "shape (N, 3)", tuple(pos.shape))
+        require(numbers.shape == pos.shape[:1], "numbers", expected, tuple(numbers.shape))
+        batch = torch.zeros(len(pos), dtype=torch.int64, device=pos.device)
+        return cls(numbers.to(torch.int64), pos, cell.to(pos)[None], edge_index, shift, batch, 1)
+
+    @classmethod
+    def join(cls, parts: Sequence[Structures]) -> Structures:
+        """The structures of ``parts`` (at least one) side by side."""
+        require(len(parts) > 0, "parts", "at least one structure", "none")
+        atoms, graphs, edges, batch = 0, 0, [], []
+        for part in parts:
+            edges.append(part.edge_index + atoms)
+            batch.append(part.batch + graphs)
+            atoms, graphs = atoms + len(part.pos), graphs + part.num_graphs
+        rest = {
+            name: None if getattr(parts[0], name) is None else torch.cat([getattr(part, name) for part in parts])
+            for name in ("numbers", "pos", "cell", "shift", "energy", "forces")
+        }
+        return cls(edge_index=torch.cat(edges, 1), batch=torch.cat(batch), num_graphs=graphs, **rest)
+
+    def to(self, where: torch.device | str | torch.dtype) -> Structures:
+        """The same structures on a device, or with pos, cell, shift and forces in a dtype."""
+        cast = isinstance(where, torch.dtype)
+        names = ("pos", "cell", "shift", "forces") if cast else [f.name for f in fields(self)]
+        tensors = {name: getattr(self, name) for name in names if isinstance(getattr(self, name), Tensor)}
+        return replace(self, **{name: tensor.to(where) for name, tensor in tensors.items()})
+
+    def edge_delta(self) -> Tensor:
+        """(E, 3): ``pos[i] - pos[j] + shift @ cell``, target minus source."""
+        source, target = self.edge_index
+        cells = self.cell[self.batch[target]]  # [E, 3, 3]
+        delta = self.pos.index_select(0, target) - self.pos.index_select(0, source)
+        return delta + torch.einsum("ea,eab->eb", self.shift, cells)
+
+    def moved(self, pos: Tensor) -> Structures:
+        """The same atoms and edges at other positions (N, 3)."""
+        return replace(self, pos=pos)
+
+    def within(self, r: float) -> Structures:
+        """Without the edges longer than ``r``."""
+        keep = (self.edge_delta().square().sum(1) <= r * r).nonzero().squeeze(1)
+        return replace(self, edge_index=self.edge_index[:, keep], shift=self.shift[keep])
