@@ -20,6 +20,7 @@ from torch import nn
 import implicit_steer as ist
 from implicit_steer import Graph, layers
 from implicit_steer.cases import SMALL, SPACES, fields
+from implicit_steer.models import Potential
 from implicit_steer.models.qm9 import QM9Net, TensorProduct
 from implicit_steer.nn import (
     FourierActivation,
@@ -28,6 +29,7 @@ from implicit_steer.nn import (
     ImplicitKernel,
     ImplicitPointConvWithDownsampling,
 )
+from implicit_steer.structures import Structures
 
 BOUND = {torch.float32: 1e-6, torch.float64: 2e-15}
 DTYPES = [torch.float32, torch.float64]
@@ -399,3 +401,20 @@ def test_qm9_network(dtype, configuration, reloaded):
         results.append({"out": out.detach(), "grad": torch.tensor(norms, dtype=dtype)})
     assert_same(*results, BOUND[dtype])
     assert loaded.blocks[1].activation is loaded.activation
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_potential(dtype, reloaded):
+    original = Potential([8, 1], cutoff=2.5, channels=4, blocks=2).to(dtype)
+    original.shift.copy_(torch.tensor([1.0, -2.0]))
+    numbers, pos = torch.tensor([8, 1, 1, 8]), 2 * torch.rand(4, 3, dtype=dtype)
+    cell = 3 * torch.eye(3, dtype=dtype)
+    structures = Structures.single(numbers, pos, original.cutoff, cell, True)
+    loaded = reloaded(original)
+    assert (loaded.cutoff, loaded.species) == (original.cutoff, original.species)
+    for ours, theirs in zip(
+        loaded.predict(structures, stress=True), original.predict(structures, stress=True), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match=r"numbers: expected atomic numbers among \[8, 1\], got \[6\]"):
+        loaded.species_of(torch.tensor([6, 1]))

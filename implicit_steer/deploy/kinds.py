@@ -22,6 +22,7 @@ class Kind(NamedTuple):
 # Modules with ``arguments()``, by the name of their class.
 _PLAIN = (
     layers.FourierActivation,
+    layers.Gate,
     layers.IIDBatchNorm1d,
     layers.ImplicitConv,
     layers.ImplicitKernel,
@@ -29,6 +30,7 @@ _PLAIN = (
     layers.ImplicitPointConvWithDownsampling,
     layers.Linear,
     layers.MoleculeNet,
+    layers.PotentialNet,
     layers.ResidualBlock,
     layers.TensorProduct,
 )

@@ -25,10 +25,10 @@ def save(module: torch.nn.Module, path: str | os.PathLike) -> None:
     give equal bytes.
 
     Args:
-        module: a module of :mod:`implicit_steer.nn`, ``models.QM9Net``, one of escnn's ``Linear``, ``IIDBatchNorm``,
-            ``TensorProductModule``, ``SequentialModule``, ``ReLU``, ``ELU``, ``LeakyReLU``, ``IdentityModule``; common
-            layers of ``torch.nn``; ``Sequential``, ``ModuleList``, ``ModuleDict`` of these; or what :func:`load`
-            returned.
+        module: a module of :mod:`implicit_steer.nn` or :mod:`implicit_steer.models`; one of escnn's ``Linear``,
+            ``IIDBatchNorm1d``, ``TensorProductModule``, ``SequentialModule``, ``ReLU``, ``ELU``, ``LeakyReLU``,
+            ``IdentityModule``; common layers of ``torch.nn``; ``Sequential``, ``ModuleList``, ``ModuleDict`` of these;
+            or what :func:`load` returned.
         path: the file; an existing one is replaced.
 
     Raises:
@@ -82,7 +82,8 @@ def load(path: str | os.PathLike) -> torch.nn.Module:
     """
     manifest, tensors = file.read(path)
     try:
-        module = decode(manifest["objects"], tensors)
+        with torch.random.fork_rng(devices=[]):  # what modules draw as they are built is replaced
+            module = decode(manifest["objects"], tensors)
         _restore(module, {k.removeprefix(STATE): v for k, v in tensors.items() if k.startswith(STATE)}, manifest)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         remedy = f"It was written by implicit_steer {manifest.get('library')}: save it again, or install that version."

@@ -12,10 +12,12 @@ from .kernel import ImplicitKernel
 from .linear import Linear, TensorProduct
 from .molecules import MoleculeNet, ResidualBlock
 from .point_conv import ImplicitPointConv, ImplicitPointConvWithDownsampling
+from .potential import Gate, PotentialNet, Prediction
 
 __all__ = [
     "Fields",
     "FourierActivation",
+    "Gate",
     "IIDBatchNorm1d",
     "ImplicitConv",
     "ImplicitKernel",
@@ -23,6 +25,8 @@ __all__ = [
     "ImplicitPointConvWithDownsampling",
     "Linear",
     "MoleculeNet",
+    "PotentialNet",
+    "Prediction",
     "ResidualBlock",
     "TensorProduct",
     "values",
