@@ -59,7 +59,7 @@ class Calculator(_base.Calculator):
         self._near: tuple[Atoms, Structures] | None = None  # where neighbours were found, and all within the skin
 
     def calculate(self, atoms: Atoms | None = None, properties=("energy",), system_changes=_base.all_changes) -> None:
-        """Fill ``results``; the stress only where it is asked for or costs nothing to define."""
+        """Fill ``results``, with the stress where the cell has a volume."""
         super().calculate(atoms, properties, system_changes)
         structures = self._structures(self.atoms)
         has_volume = self.atoms.cell.rank == 3
