@@ -82,7 +82,8 @@ def load(path: str | os.PathLike) -> torch.nn.Module:
     """
     manifest, tensors = file.read(path)
     try:
-        module = decode(manifest["objects"], tensors)
+        with torch.random.fork_rng(devices=[]):  # what modules draw as they are built is replaced
+            module = decode(manifest["objects"], tensors)
         _restore(module, {k.removeprefix(STATE): v for k, v in tensors.items() if k.startswith(STATE)}, manifest)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         remedy = f"It was written by implicit_steer {manifest.get('library')}: save it again, or install that version."
