@@ -199,7 +199,7 @@ def test_forged(change, word, path):
     manifest, tensors = parts(path)
     change(manifest, tensors)
     forge(path, manifest, tensors)
-    assert_refused(path, "the content of a saved module", "written by implicit_steer 0.1.0", word)
+    assert_refused(path, "the content of a saved module", f"written by implicit_steer {ist.__version__}", word)
 
 
 INDICES = [
