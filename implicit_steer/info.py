@@ -10,7 +10,7 @@ import torch
 
 from . import native
 
-_PACKAGES = ("numpy", "scipy", "escnn", "py3nj", "triton", "lightning", "rdkit")
+_PACKAGES = ("numpy", "scipy", "safetensors", "escnn", "py3nj", "triton", "lightning", "rdkit")
 
 
 @dataclass(frozen=True, repr=False)

@@ -142,6 +142,7 @@ class Frame(Data):
     attribute_sign: np.ndarray | None = None  # (A,)
 
     def validate(self):
+        """Raise ``ValueError`` unless the kind is known and its arrays fit together."""
         require(isinstance(self.dim, int) and self.dim > 0, "dim", "an integer > 0", repr(self.dim))
         require(self.kind in ("none", "zonal", "planar"), "kind", "'none', 'zonal' or 'planar'", repr(self.kind))
         require(
@@ -340,6 +341,7 @@ class Plan(Data):
     aggr: str
 
     def validate(self):
+        """Raise ``ValueError`` unless the layers fit together and the couplings stay inside the kernel and h."""
         _require_number("gamma", self.gamma)
         require(self.aggr in ("sum", "mean"), "aggr", "'sum' or 'mean'", repr(self.aggr))
         require(

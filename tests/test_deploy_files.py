@@ -17,7 +17,10 @@ from torch import nn
 
 import implicit_steer as ist
 from implicit_steer.cases import SMALL
+from implicit_steer.deploy import kinds
+from implicit_steer.deploy.convert import saved_as
 from implicit_steer.deploy.file import KEY, _digest, _text
+from implicit_steer.layers import values
 from implicit_steer.models import QM9Net
 from implicit_steer.nn import ImplicitPointConv
 
@@ -199,7 +202,7 @@ def test_forged(change, word, path):
     manifest, tensors = parts(path)
     change(manifest, tensors)
     forge(path, manifest, tensors)
-    assert_refused(path, "the content of a saved module", "written by implicit_steer 0.1.0", word)
+    assert_refused(path, "the content of a saved module", f"written by implicit_steer {ist.__version__}", word)
 
 
 INDICES = [
@@ -280,6 +283,68 @@ def test_unsaveable(module, words, tmp_path):
         ist.save(module, tmp_path / "module.safetensors")
     assert all(word in str(error.value) for word in words), error.value
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- new kinds
+
+
+class Network(nn.Module):
+    """A composition with something of its own: conv, then inner, times scale."""
+
+    def __init__(self, conv, width):
+        super().__init__()
+        self.conv, self.width = conv, width
+        self.inner, self.scale = nn.Linear(width, width), nn.Parameter(torch.ones(()))
+        self.register_buffer("shift", torch.zeros(width))
+
+    def arguments(self):
+        return {"conv": self.conv, "width": self.width}
+
+    def forward(self, x, *geometry):
+        return self.scale * self.inner(values(self.conv(x, *geometry))) + self.shift
+
+
+@saved_as(Network)
+class Built(Network):
+    """The network with a convolution built from escnn's types."""
+
+    def __init__(self):
+        super().__init__(conv(), 8)
+
+
+@saved_as(Network)
+class BuiltWithMore(Built):
+    """Holds what the network has no place for."""
+
+    def __init__(self):
+        super().__init__()
+        self.more = nn.Linear(2, 2)
+
+
+@pytest.fixture
+def _new_kind(monkeypatch):
+    kind = kinds.Kind("Network", Network, Network.arguments)
+    monkeypatch.setitem(kinds._BY_CLASS, Network, kind)
+    monkeypatch.setitem(kinds.KINDS, "Network", kind)
+
+
+@pytest.mark.usefixtures("_new_kind")
+def test_a_new_kind_needs_arguments_and_a_place_in_the_table(tmp_path):
+    original = Built().eval()
+    with torch.no_grad():
+        for tensor in (*original.parameters(), original.shift):
+            tensor += torch.randn_like(tensor)
+    before = torch.get_rng_state()
+    ist.save(original, tmp_path / "net.safetensors")
+    loaded = ist.load(tmp_path / "net.safetensors")
+    assert torch.equal(torch.get_rng_state(), before)
+    problem = SMALL["o3-linear"].inputs(SMALL["o3-linear"].layer())
+    wrapped = original.conv.in_type(problem.x, problem.pos)
+    expected = original(wrapped, problem.graph, problem.delta)
+    assert type(loaded) is Network
+    assert torch.equal(loaded(problem.x, problem.graph, problem.delta), expected)
+    with pytest.raises(TypeError, match="more: expected a part of Network, got none"):
+        ist.save(BuiltWithMore(), tmp_path / "more.safetensors")
 
 
 # ---- without escnn

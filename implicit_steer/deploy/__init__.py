@@ -16,7 +16,7 @@ parameters and buffers come on top, by name; nothing else is kept. To make a new
    parts, whose ``forward`` reads and writes the numbers of features with ``values`` and ``with_values`` and so runs on
    GeometricTensors and plain tensors alike, and which has ``arguments()``. Add it to ``_PLAIN`` in ``kinds.py``. The
    class that builds the parts from escnn types derives from it, is decorated with ``@saved_as(Network)``, and holds
-   nothing that matters beyond those parts, its own parameters and its own buffers. See ``layers/molecules.py`` and
+   nothing that matters beyond what the network has. See ``layers/molecules.py`` and
    ``models/qm9.py``.
 2. A layer: put its arithmetic in a base class in ``implicit_steer/layers``, which ``nn`` and the plain class share; add
    the plain class to ``_PLAIN``, and to ``nn/plain.py`` a function decorated with ``@converts(Layer)`` that makes the

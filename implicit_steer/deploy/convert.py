@@ -79,11 +79,18 @@ class Converter:
         return [(part, self(part)) for part in parts]
 
     def rebuilt(self, module: torch.nn.Module, plain: type[torch.nn.Module]) -> torch.nn.Module:
-        """A ``plain`` module of the converted parts of ``module``, with its own parameters and buffers."""
+        """A ``plain`` module of the converted parts of ``module``, with the parameters and buffers of its rest."""
         kind = kind_of(plain)
         made = kind.build(**{name: self(value) for name, value in kind.arguments(module).items()})
-        adopt(made, module._parameters | module._buffers)
+        self._adopt_rest(made, module)
         return made
+
+    def _adopt_rest(self, made: torch.nn.Module, module: torch.nn.Module) -> None:
+        adopt(made, module._parameters | module._buffers)
+        for name, child in module._modules.items():
+            if child is not None and id(child) not in self._made:
+                require(name in made._modules, name, f"a part of {type(made).__name__}", "none", kind=TypeError)
+                self._adopt_rest(made._modules[name], child)
 
     def set_modes(self) -> None:
         """Put every counterpart, and what it holds besides other counterparts, in its module's mode."""
@@ -122,6 +129,7 @@ def convert(module: torch.nn.Module) -> torch.nn.Module:
     if "escnn" in sys.modules:  # else there is no module of its kind
         importlib.import_module("implicit_steer.nn")
     converter = Converter(module)
-    plain = converter(module)
+    with torch.random.fork_rng(devices=[]):  # what modules draw as they are built is replaced
+        plain = converter(module)
     converter.set_modes()
     return plain

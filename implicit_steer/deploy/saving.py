@@ -36,8 +36,10 @@ def save(module: torch.nn.Module, path: str | os.PathLike) -> None:
         OSError: the file cannot be written.
 
     Example:
+        >>> gs = escnn.gspaces.flipRot3dOnR3()
+        >>> t = gs.type(*[gs.trivial_repr] * 4, *[gs.irrep(1, 1)] * 4)
+        >>> conv = implicit_steer.nn.ImplicitPointConv(t, t, None, n_layers=3, n_channels=8)
         >>> implicit_steer.save(conv, "conv.safetensors")
-        >>> conv = implicit_steer.load("conv.safetensors")  # escnn need not be there
     """
     require(isinstance(module, torch.nn.Module), "module", "a torch.nn.Module", type(module).__name__, kind=TypeError)
     plain = convert(module)
@@ -76,9 +78,11 @@ def load(path: str | os.PathLike) -> torch.nn.Module:
         RuntimeError: a file that ``save`` did not write, a damaged one, or one of a newer version.
 
     Example:
-        >>> conv = implicit_steer.load("conv.safetensors").eval()
+        >>> conv = implicit_steer.load("conv.safetensors").eval()  # as saved in the example of save
+        >>> pos, x = torch.randn(100, 3), torch.randn(100, 16)
+        >>> graph = implicit_steer.Graph(implicit_steer.knn_graph(pos, k=8), 100)
         >>> conv(x, graph, pos[graph.dst] - pos[graph.src]).shape
-        torch.Size([1000, 32])
+        torch.Size([100, 16])
     """
     manifest, tensors = file.read(path)
     try:

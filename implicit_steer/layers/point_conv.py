@@ -88,9 +88,11 @@ class ImplicitPointConv(PointConvBase):
         n_bias: learned numbers of the bias.
 
     Example:
-        >>> conv = implicit_steer.load("conv.safetensors")
+        >>> conv = implicit_steer.load("conv.safetensors")  # as saved in the example of implicit_steer.save
+        >>> pos, x = torch.randn(100, 3), torch.randn(100, 16)
         >>> edges = implicit_steer.knn_graph(pos, k=8)
-        >>> y = conv(x, edges, pos[edges[1]] - pos[edges[0]])  # (N, C_in) -> (N, C_out)
+        >>> conv(x, edges, pos[edges[1]] - pos[edges[0]]).shape
+        torch.Size([100, 16])
     """
 
     def __init__(self, in_type: Fields, out_type: Fields, implicit_kernel: KernelBase, backend: str, n_bias: int):

@@ -41,11 +41,14 @@ class IIDBatchNorm1d(NormBase, escnn.nn.IIDBatchNorm1d):
 def field_kinds(norm: escnn.nn.IIDBatchNorm1d) -> list[Kind]:
     """The tensors of one of escnn's batch norms, per representation."""
 
-    def of(name: str, what: str) -> Tensor | None:
-        return getattr(norm, f"{norm._escape_name(name)}_{what}", None)
+    parameters, buffers = norm._parameters, norm._buffers  # without the detour over Module.__getattr__
+
+    def of(key: str) -> Tensor | None:
+        found = parameters.get(key, buffers.get(key))
+        return getattr(norm, key, None) if found is None else found
 
     names = ("weight", "bias", "running_mean", "running_var", "avg", "change_of_basis")
-    return [Kind(size, *(of(name, what) for what in names)) for name, size in norm._sizes]
+    return [Kind(size, *[of(f"{norm._escape_name(name)}_{what}") for what in names]) for name, size in norm._sizes]
 
 
 def channels_by_kind(norm: escnn.nn.IIDBatchNorm1d) -> Tensor | None:
