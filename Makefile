@@ -2,6 +2,8 @@
 # make test     build everything, then lint and test: what CI runs
 # make test-native   the native code alone: plain, and under AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer
 # make test-arm      the same for 64-bit ARM, with a cross compiler and an emulator
+# make wheel    one wheel for Python >= 3.10 and torch >= 2.10, in dist/
+# make test-wheel    install it without escnn, with NumPy 2, and compare saved models; TORCH=torch==2.10.0 for another
 # make bench    build everything, then check and time every backend
 # make lint, make format, make clean
 SHELL := /bin/bash
@@ -17,7 +19,7 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-native test-arm native-cases arm-tools bench build lint format clean
+.PHONY: demo test test-native test-arm native-cases arm-tools wheel test-wheel bench build lint format clean
 
 demo: build
 	$(BIN)/python -m implicit_steer demo
@@ -54,6 +56,20 @@ test-arm: native-arm
 	  '/^[0-9a-f]+ <.*[Ff]orward<.*float/ { inside = 1 } /^$$/ { inside = 0 } inside && /fmla.*\.4s/ { n++ } \
 	  END { print n + 0, "fmla .4s in the forward pass"; exit !n }'
 
+wheel: build
+	rm -rf dist build/lib* build/bdist*
+	IMPLICIT_STEER_NATIVE=require $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+# What is written where escnn is gives the same numbers in an environment that has only the wheel and what it needs.
+DEPLOYED := build/deployed
+TORCH ?= $(shell grep ^torch== constraints.txt)
+test-wheel: wheel
+	rm -rf $(DEPLOYED)
+	PYTHONPATH=. $(BIN)/python tests/deployed.py write $(DEPLOYED)/models
+	$(PYTHON) -m venv $(DEPLOYED)/venv
+	PIP_CONSTRAINT= $(DEPLOYED)/venv/bin/python -m pip install --quiet $(TORCH) 'numpy>=2' dist/*.whl
+	$(DEPLOYED)/venv/bin/python tests/deployed.py check $(DEPLOYED)/models
+
 bench: build
 	$(BIN)/python -m bench
 
@@ -78,7 +94,7 @@ clean:
 $(VENV)/.packages: pyproject.toml constraints.txt .ci/system-packages
 	PYTHON=$(PYTHON) .ci/system-packages
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) setuptools wheel pybind11 cmake ninja torch escnn py3nj
+	$(PIP) setuptools wheel cmake ninja torch escnn py3nj
 	IMPLICIT_STEER_NATIVE=off $(PIP) --no-build-isolation --editable '.[escnn,train,test]'
 	touch $@
 

@@ -10,17 +10,16 @@ import importlib.util
 import os
 import shutil
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "implicit_steer"
-OPS = "_ops.so"  # torch operators: independent of Python, so without its suffix
-BUILD_INFO = "_build_info" + sysconfig.get_config_var("EXT_SUFFIX")
+OPS = "_ops.so"  # independent of Python, so without its suffix
 
 
 def missing_tools() -> list[str]:
@@ -29,23 +28,18 @@ def missing_tools() -> list[str]:
     compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     if not any(shutil.which(compiler) for compiler in compilers):
         missing.append(f"a C++17 compiler ({' or '.join(compilers)})")
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        missing.append("Python.h (Debian: python3-dev)")
-    return missing + [
-        f"the Python package {name}" for name in ("torch", "pybind11") if not importlib.util.find_spec(name)
-    ]
+    return missing if importlib.util.find_spec("torch") else [*missing, "the Python package torch"]
 
 
 class CMakeBuild(build_ext):
-    """One CMake run builds both shared objects into the package folder."""
+    """CMake builds the shared object into the package folder."""
 
     def run(self) -> None:
         """Build, or not, as ``IMPLICIT_STEER_NATIVE`` says."""
         mode = os.environ.get("IMPLICIT_STEER_NATIVE", "auto")
         if mode not in ("auto", "require", "off"):
             raise SystemExit(f"IMPLICIT_STEER_NATIVE: expected auto, require or off, got {mode!r}.")
-        for stale in self.outputs():  # of an earlier build: neither shipped nor loaded by a build without them
-            stale.unlink(missing_ok=True)
+        self.output().unlink(missing_ok=True)  # of an earlier build: neither shipped nor loaded by a build without it
         if mode == "off":
             return
         if missing := missing_tools():
@@ -58,17 +52,14 @@ class CMakeBuild(build_ext):
 
     def build_native(self) -> None:
         """Configure and build; ``SystemExit`` where that fails."""
-        import pybind11
         import torch
 
-        build = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        build = ROOT / "build" / f"native-{sysconfig.get_platform()}"
         definitions = {
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": self.package_folder(),
             "PACKAGE_VERSION": self.distribution.get_version(),
-            "Python_EXECUTABLE": sys.executable,
             "TORCH_DIR": Path(torch.__file__).parent,
             "TORCH_VERSION": torch.__version__,
-            "pybind11_DIR": pybind11.get_cmake_dir(),
         }
         configure = [f"-D{name}={value}" for name, value in definitions.items()]
         try:
@@ -82,11 +73,11 @@ class CMakeBuild(build_ext):
     def package_folder(self) -> Path:
         return (ROOT if self.inplace else Path(self.build_lib).resolve()) / PACKAGE
 
-    def outputs(self) -> list[Path]:
-        return [self.package_folder() / name for name in (OPS, BUILD_INFO)]
+    def output(self) -> Path:
+        return self.package_folder() / OPS
 
     def get_outputs(self) -> list[str]:
-        return [str(path) for path in self.outputs() if path.exists()]
+        return [str(self.output())] if self.output().exists() else []
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
@@ -95,4 +86,13 @@ class CMakeBuild(build_ext):
         return [str(path.relative_to(ROOT)) for path in (ROOT / "CMakeLists.txt", *sorted(ROOT.glob("csrc/**/*.*")))]
 
 
-setup(ext_modules=[Extension(f"{PACKAGE}._ops", sources=[])], cmdclass={"build_ext": CMakeBuild})
+class Wheel(bdist_wheel):
+    """One wheel for every Python 3: nothing in it is compiled against Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """py3, no Python ABI, and this platform where the native extension is inside."""
+        native = self.get_finalized_command("build_ext").get_outputs()
+        return "py3", "none", super().get_tag()[2] if native else "any"
+
+
+setup(ext_modules=[Extension(f"{PACKAGE}._ops", sources=[])], cmdclass={"bdist_wheel": Wheel, "build_ext": CMakeBuild})

@@ -1,13 +1,10 @@
-// What this build is made of and what the machine can run. Facts only: nothing here computes.
+// What this build is made of and what the machine can run. Facts only: nothing here computes. Two C functions of
+// _ops.so, which native.py calls through ctypes: they need neither torch nor a Python version.
 
-#include <pybind11/pybind11.h>
-
-namespace py = pybind11;
-
-namespace {
+#define EXPORT extern "C" __attribute__((visibility("default")))
 
 // The widest instruction set of this machine among those that kernels are ever compiled for.
-const char* cpu_instruction_set() {
+EXPORT const char* implicit_steer_cpu_instruction_set() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -18,27 +15,19 @@ const char* cpu_instruction_set() {
   return "baseline";
 }
 
-py::dict build_facts() {
-  py::dict facts;
-  facts["version"] = IMPLICIT_STEER_VERSION;
-  facts["compiler"] = IMPLICIT_STEER_COMPILER;
-  facts["flags"] = IMPLICIT_STEER_FLAGS;
-  facts["build_type"] = IMPLICIT_STEER_BUILD_TYPE;
+#define TEXT(x) #x
+#define NUMBER(x) TEXT(x)
 #if defined(_OPENMP)
-  facts["openmp"] = _OPENMP;
+#define OPENMP NUMBER(_OPENMP)
 #else
-  facts["openmp"] = py::none();
+#define OPENMP
 #endif
-  facts["torch"] = IMPLICIT_STEER_TORCH;
-  facts["instruction_sets"] = IMPLICIT_STEER_INSTRUCTION_SETS;      // separated by spaces
-  facts["cuda_architectures"] = IMPLICIT_STEER_CUDA_ARCHITECTURES;  // separated by spaces; empty: no CUDA kernels
-  return facts;
-}
 
-}  // namespace
-
-PYBIND11_MODULE(_build_info, m) {
-  m.doc() = "Build facts of the native extension and the instruction set of this machine.";
-  m.def("build_facts", &build_facts, "Compiler, flags, OpenMP version date, torch headers, compiled targets.");
-  m.def("cpu_instruction_set", &cpu_instruction_set, "'AVX-512', 'AVX2' or 'baseline': what this machine runs.");
+// Lines "name=value". Instruction sets and CUDA architectures are separated by spaces; none of the latter: no CUDA
+// kernels. openmp: the date of the standard, empty without.
+EXPORT const char* implicit_steer_build_facts() {
+  return "version=" IMPLICIT_STEER_VERSION "\ncompiler=" IMPLICIT_STEER_COMPILER "\nflags=" IMPLICIT_STEER_FLAGS
+         "\nbuild_type=" IMPLICIT_STEER_BUILD_TYPE "\nopenmp=" OPENMP "\ntorch=" IMPLICIT_STEER_TORCH
+         "\ninstruction_sets=" IMPLICIT_STEER_INSTRUCTION_SETS
+         "\ncuda_architectures=" IMPLICIT_STEER_CUDA_ARCHITECTURES;
 }

@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from . import native
 
-_PACKAGES = ("numpy", "scipy", "escnn", "py3nj", "triton", "lightning", "rdkit")
+_PACKAGES = ("numpy", "scipy", "safetensors", "escnn", "py3nj", "triton", "lightning", "rdkit")
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,7 +32,7 @@ class Info:
     versions: dict[str, str]
     backends: dict[str, tuple[bool, str]]
     native: tuple[bool, str]
-    build: dict[str, Any]
+    build: dict[str, str]
     instruction_set: str
     instruction_sets: tuple[str, ...]
     cuda_architectures: tuple[str, ...]
@@ -68,8 +67,8 @@ def info() -> Info:
     from . import __version__, backends
 
     versions = {"implicit_steer": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    module = native.build_info()
-    facts = module.build_facts() if module else {}
+    built = native.build_info()
+    facts = built.build_facts() if built else {}
     return Info(
         versions=versions | {name: _version(name) for name in _PACKAGES},
         backends=backends.availability(),
@@ -77,7 +76,7 @@ def info() -> Info:
         instruction_sets=tuple(facts.pop("instruction_sets", "").split()),
         cuda_architectures=tuple(facts.pop("cuda_architectures", "").split()),
         build=facts,
-        instruction_set=module.cpu_instruction_set() if module else "unknown",
+        instruction_set=built.cpu_instruction_set() if built else "unknown",
         cuda_device=_cuda_device(),
     )
 

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import escnn.nn
 import numpy as np
+import torch
 from escnn.group import O3, SO3, Representation
 
 from . import sampling as sp
@@ -241,6 +242,30 @@ def _lower_linear(linear: escnn.nn.Linear, sampled: _Sampled, first: bool) -> Li
     if linear.bias is not None:
         bias = np.kron(np.eye(len(out_reprs)), sampled.hidden.T @ _bias_basis(linear, 0))
     return Linear(in_size, out_size, tuple(blocks), bias)
+
+
+def lower_expansion(expansion: torch.nn.Module, bias: torch.Tensor | None = None) -> Linear:
+    """The matrix that escnn's ``BlocksBasisExpansion`` makes of weights, in its own coordinates and with its own basis;
+    ``bias`` (out_size, n_bias): its ``bias_expansion``."""
+    in_reprs, out_reprs = expansion._in_reprs, expansion._out_reprs
+    in_start, out_start, blocks = _starts(in_reprs), _starts(out_reprs), []
+    for pair in expansion._representations_pairs:
+        ins = [n for n, r in enumerate(in_reprs) if r.name == pair[0]]
+        outs = [n for n, r in enumerate(out_reprs) if r.name == pair[1]]
+        sampled = getattr(expansion, f"block_expansion_{expansion._escape_pair(pair)}").sampled_basis[..., 0]
+        blocks.append(
+            Block(
+                offset=expansion._weights_ranges[pair][0],
+                n_in=len(ins),
+                columns=np.arange(len(ins)),
+                out_start=out_start[outs],
+                in_start=in_start[ins],
+                basis=sampled.detach().cpu().double().numpy(),
+            )
+        )
+    out_size = int(out_start[-1])
+    columns = np.zeros((out_size, 0)) if bias is None else bias.detach().cpu().double().numpy()
+    return Linear(int(in_start[-1]), out_size, tuple(blocks), columns)
 
 
 def _lower_activation(activation, sampled: _Sampled) -> Activation:

@@ -81,7 +81,7 @@ def start_structure(potential: Potential, name: str | None) -> Atoms:
     if name is not None and name not in SYSTEMS:
         require(Path(name).is_file(), "structure", f"one of {list(SYSTEMS)} or a file", repr(name))
         return load_extra("ase.io", "ase").read(name)
-    known = set(potential.options["species"])
+    known = set(potential.species)
     fitting = [key for key in SYSTEMS if set(SYSTEMS[key].species) <= known] if name is None else [name]
     require(bool(fitting), "structure", "a file", None, f"No system has the potential's species {sorted(known)}.")
     return SYSTEMS[fitting[0]].start()

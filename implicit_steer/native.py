@@ -1,16 +1,13 @@
 """The native extension: where it is, whether it loaded, and the fake kernels of its operators.
 
-``_ops.so`` registers its operators under ``torch.ops.implicit_steer``; ``_build_info`` tells how it was built.
-Both may be absent (a pure Python install): :func:`available` then says why, and callers take their torch path.
+``_ops.so`` registers its operators under ``torch.ops.implicit_steer`` and tells how it was built. It may be absent (a
+pure Python install): :func:`available` then says why, and callers take their torch path.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-from importlib.machinery import PathFinder
+import ctypes
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -57,11 +54,26 @@ def available() -> tuple[bool, str]:
     return _STATE
 
 
-@functools.cache
-def build_info() -> ModuleType | None:
-    """The module with ``build_facts()`` and ``cpu_instruction_set()``; ``None`` in a pure Python install."""
-    name = f"{__package__}._build_info"
-    # Only beside this file: an editable install elsewhere on the machine would answer a plain import.
-    if PathFinder.find_spec(name, [str(LIBRARY.parent)]) is None:
-        return None
-    return importlib.import_module(name)
+class BuildInfo:
+    """What the native extension tells about itself, through two C functions."""
+
+    def __init__(self):
+        self._library = ctypes.CDLL(str(LIBRARY))
+
+    def _text(self, function: str) -> str:
+        call = getattr(self._library, f"implicit_steer_{function}")
+        call.restype = ctypes.c_char_p
+        return call().decode()
+
+    def build_facts(self) -> dict[str, str]:
+        """Compiler, flags, OpenMP version date, torch headers, compiled targets."""
+        return dict(line.split("=", 1) for line in self._text("build_facts").splitlines())
+
+    def cpu_instruction_set(self) -> str:
+        """``'AVX-512'``, ``'AVX2'`` or ``'baseline'``: what this machine runs."""
+        return self._text("cpu_instruction_set")
+
+
+def build_info() -> BuildInfo | None:
+    """How the native extension was built; ``None`` without one."""
+    return BuildInfo() if _STATE[0] else None

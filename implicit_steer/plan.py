@@ -16,8 +16,11 @@ h     (W·d,) full hidden features in the coupling's basis, d the size of one hi
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -27,14 +30,38 @@ FUNCTIONS = ("elu", "relu", "silu", "gelu", "tanh")
 
 
 def _freeze(value):
-    """Float arrays become read-only float64, integer arrays read-only int64; other values pass."""
+    """Float arrays become read-only float64, integer arrays read-only int64, NumPy's numbers Python's; others pass."""
+    if isinstance(value, np.generic):  # which print, and so are hashed, differently in NumPy 1 and 2
+        value = value.item()
     if isinstance(value, np.ndarray):
         value = np.array(value, dtype=np.int64 if value.dtype.kind in "iub" else np.float64, order="C")
         value.flags.writeable = False
     return value
 
 
-class _Data:
+def _require_indices(name: str, index: np.ndarray, count: int, shape: tuple | None = None) -> None:
+    """Raise unless these are integers in 0 .. count-1, of that shape (any 1-D one by default)."""
+    ok = index.dtype.kind == "i" and (index.ndim == 1 if shape is None else index.shape == shape)
+    require(ok, name, f"integers of shape {shape or '(*,)'}", f"{index.dtype} of shape {index.shape}")
+    inside = bool(((index >= 0) & (index < count)).all())
+    require(inside, name, f"indices in 0..{count - 1}", index)
+
+
+def _fingerprint(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    """(n,) integers, one per array: others for other signs, orders or values, but the same (± 1) after rounding."""
+    return np.array([round(1e4 * float(a.reshape(-1) @ np.cos(np.arange(a.size)))) for a in arrays], dtype=np.int64)
+
+
+def _require_number(name: str, value: Any) -> None:
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    require(ok, name, "a finite number", repr(value))
+
+
+def _require_shape(name: str, array: np.ndarray | None, shape: tuple) -> None:
+    require(array is not None and array.shape == shape, name, f"shape {shape}", getattr(array, "shape", None))
+
+
+class Data:
     """Value semantics for frozen dataclasses that hold arrays: equality and hash by content."""
 
     def __post_init__(self):
@@ -43,7 +70,8 @@ class _Data:
         self.validate()
 
     def validate(self) -> None:
-        """Raise ``ValueError`` where the fields contradict each other."""
+        """Raise ``ValueError`` where the fields contradict each other. Native code relies on it: a plan may come from a
+        file."""
 
     @cached_property
     def digest(self) -> str:
@@ -58,7 +86,7 @@ class _Data:
                 sha.update(f"({len(value)}".encode())
                 for item in value:
                     feed(item)
-            elif isinstance(value, _Data):
+            elif isinstance(value, Data):
                 sha.update(value.digest.encode())
             else:
                 sha.update(repr(value).encode())
@@ -78,7 +106,7 @@ class _Data:
 
 
 @dataclass(frozen=True, eq=False)
-class Frame(_Data):
+class Frame(Data):
     """Where the MLP is evaluated, and how its hidden features return from there.
 
     ``kind``:
@@ -114,6 +142,8 @@ class Frame(_Data):
     attribute_sign: np.ndarray | None = None  # (A,)
 
     def validate(self):
+        """Raise ``ValueError`` unless the kind is known and its arrays fit together."""
+        require(isinstance(self.dim, int) and self.dim > 0, "dim", "an integer > 0", repr(self.dim))
         require(self.kind in ("none", "zonal", "planar"), "kind", "'none', 'zonal' or 'planar'", repr(self.kind))
         require(
             self.attribute.ndim == 2 and self.attribute.shape[0] == self.attribute.shape[1],
@@ -122,6 +152,23 @@ class Frame(_Data):
             self.attribute.shape,
         )
         require(bool(np.all(np.diff(self.order) >= 0)), "order", "ascending", self.order)
+        require(self.order.ndim == 1 and not np.any(self.order < 0), "order", "integers >= 0", self.order)
+        if self.kind == "zonal":
+            d = len(self.coefficient)
+            _require_indices("coefficient", self.coefficient, len(self.order))
+            _require_shape("powers", self.powers, (self.harmonics.shape[-1], 3))
+            require(bool((self.powers >= 0).all()), "powers", "integers >= 0", self.powers)
+            _require_shape("harmonics", self.harmonics, (d, len(self.powers)))
+        if self.kind == "planar":
+            c, a = len(self.order), self.n_attributes
+            _require_shape("plane", self.plane, (self.dim, 2))
+            _require_shape("axis", self.axis, (self.dim, self.dim - 2))
+            _require_indices("partner", self.partner, c, (c,))
+            _require_shape("sign", self.sign, (c,))
+            _require_shape("attribute_order", self.attribute_order, (a,))
+            require(not np.any(self.attribute_order < 0), "attribute_order", "integers >= 0", self.attribute_order)
+            _require_indices("attribute_partner", self.attribute_partner, a, (a,))
+            _require_shape("attribute_sign", self.attribute_sign, (a,))
 
     @property
     def n_attributes(self) -> int:
@@ -136,7 +183,7 @@ class Frame(_Data):
 
 
 @dataclass(frozen=True, eq=False)
-class Block(_Data):
+class Block(Data):
     """``W[out_start[u] + o, in_start[v] + i] = Σ_b weights[offset + (u n_in + columns[v]) n_b + b] basis[b, o, i]``."""
 
     offset: int
@@ -146,15 +193,42 @@ class Block(_Data):
     in_start: np.ndarray  # (V,)
     basis: np.ndarray  # (n_b, o, i)
 
+    def validate(self):
+        require(self.offset >= 0, "offset", "an integer >= 0", self.offset)
+        require(self.basis.ndim == 3, "basis", "shape (n_b, o, i)", self.basis.shape)
+        _require_indices("columns", self.columns, self.n_in, self.in_start.shape)
+
+    @property
+    def end(self) -> int:
+        """One past the last weight it reads."""
+        return self.offset + len(self.out_start) * self.n_in * len(self.basis)
+
 
 @dataclass(frozen=True, eq=False)
-class Linear(_Data):
+class Linear(Data):
     """A hidden equivariant linear layer in frame coordinates, ``z = W y + bias @ b``: blocks, a static pattern."""
 
     in_size: int
     out_size: int
     blocks: tuple[Block, ...]
     bias: np.ndarray  # (out_size, n_bias)
+
+    def validate(self):
+        _require_shape("bias", self.bias, (self.out_size, self.bias.shape[-1]))
+        for block in self.blocks:
+            _, o, i = block.basis.shape
+            _require_indices("out_start", block.out_start, self.out_size - o + 1)
+            _require_indices("in_start", block.in_start, self.in_size - i + 1)
+
+    @property
+    def n_weights(self) -> int:
+        """How many weights it reads."""
+        return max((block.end for block in self.blocks), default=0)
+
+    @property
+    def fingerprint(self) -> np.ndarray:
+        """Integers by which weights that mean another map, on another basis, are told."""
+        return _fingerprint(block.basis for block in self.blocks)
 
     @cached_property
     def n_nonzeros(self) -> int:
@@ -163,7 +237,7 @@ class Linear(_Data):
 
 
 @dataclass(frozen=True, eq=False)
-class Activation(_Data):
+class Activation(Data):
     """``y = inverse · φ(samples · z)`` per channel, equal samples merged; ``index``: which one each original was."""
 
     channels: int
@@ -176,6 +250,7 @@ class Activation(_Data):
         require(self.function in FUNCTIONS, "activation", f"one of {FUNCTIONS}", repr(self.function))
         s, c = self.samples.shape
         require(self.inverse.shape == (c, s), "inverse", f"shape {(c, s)}", self.inverse.shape)
+        _require_indices("index", self.index, s)
 
     @cached_property
     def unmerged(self) -> tuple[np.ndarray, np.ndarray]:
@@ -185,7 +260,7 @@ class Activation(_Data):
 
 
 @dataclass(frozen=True, eq=False)
-class Norm(_Data):
+class Norm(Data):
     """escnn's ``IIDBatchNorm1d``: one variance per channel, means and shifts on the trivial coefficients only."""
 
     channels: int
@@ -195,9 +270,21 @@ class Norm(_Data):
     eps: float
     momentum: float
 
+    def validate(self):
+        _require_number("eps", self.eps)
+        _require_number("momentum", self.momentum)
+        for name in ("trivial", "full_trivial", "measured"):
+            index = getattr(self, name)
+            _require_indices(name, index, int(index.max(initial=0)) + 1, self.trivial.shape)
+
+    @property
+    def n_mean(self) -> int:
+        """Coordinates of escnn's hidden field up to the last trivial one."""
+        return int(self.full_trivial.max(initial=0)) + 1
+
 
 @dataclass(frozen=True, eq=False)
-class Coupling(_Data):
+class Coupling(Data):
     """One type of output field, one of input field, one of hidden field: U × V × W fields share the intertwiners B.
 
     ``K[out_start[u] + o, in_start[v] + i] += Σ_{b,w,m} θ[u, v, w, b] B[b, o, i, m] h[hidden_start[w] + m]`` with
@@ -214,6 +301,15 @@ class Coupling(_Data):
     fold: np.ndarray  # (n_b, n_trivial, n_b') for "weights" blocks, else empty
     fold_into: int  # position of that bias coupling in Plan.couplings, or -1
 
+    def validate(self):
+        require(self.basis.ndim == 4, "basis", "shape (n_b, o, i, m)", self.basis.shape)
+        _require_indices("row", self.row, self.end, (len(self.out_start), len(self.in_start)))
+
+    @property
+    def end(self) -> int:
+        """One past the last number of its parameter that it reads."""
+        return int(self.row.max(initial=0)) + len(self.hidden_start) * len(self.basis)
+
     @cached_property
     def nonzeros(self) -> tuple[tuple[int, int, int, int, float], ...]:
         """(b, o, i, m, value) of every nonzero of B."""
@@ -227,7 +323,7 @@ class Coupling(_Data):
 
 
 @dataclass(frozen=True, eq=False)
-class Plan(_Data):
+class Plan(Data):
     """Everything that defines the operator but its weights. See the module's text for the notation."""
 
     group: str
@@ -245,6 +341,8 @@ class Plan(_Data):
     aggr: str
 
     def validate(self):
+        """Raise ``ValueError`` unless the layers fit together and the couplings stay inside the kernel and h."""
+        _require_number("gamma", self.gamma)
         require(self.aggr in ("sum", "mean"), "aggr", "'sum' or 'mean'", repr(self.aggr))
         require(
             self.cutoff is None or 0 < self.cutoff < float("inf"), "cutoff", "a positive radius or None", self.cutoff
@@ -255,6 +353,48 @@ class Plan(_Data):
             "one hidden layer per activation and norm",
             (len(self.linears), len(self.activations), len(self.norms)),
         )
+        self._validate_layers()
+        for n, c in enumerate(self.couplings):
+            n_b, o, i, m = c.basis.shape
+            require(c.parameter in ("weights", "bias"), "parameter", "'weights' or 'bias'", repr(c.parameter))
+            _require_indices("out_start", c.out_start, self.out_size - o + 1)
+            _require_indices("in_start", c.in_start, self.in_size - i + 1)
+            _require_indices("hidden_start", c.hidden_start, self.hidden_size - m + 1)
+            into = self.couplings[c.fold_into] if 0 <= c.fold_into < len(self.couplings) else None
+            ok = c.fold_into == -1 or (into is not None and into.parameter == "bias" and c.parameter == "weights")
+            require(ok, "fold_into", "the position of a bias coupling or -1", (n, c.fold_into))
+            if into is not None:
+                _require_shape("row", into.row, c.row.shape)
+                n_trivial = len(self.norms[-1].trivial) if self.norms else c.fold.shape[1]
+                _require_shape("fold", c.fold, (n_b, n_trivial, len(into.basis)))
+
+    def _validate_layers(self) -> None:
+        """Each hidden layer takes what the one before it gives."""
+        coefficients, size = len(self.frame.order), self.frame.n_position + self.frame.n_attributes
+        for n, (layer, act) in enumerate(zip(self.linears, self.activations, strict=True)):
+            require(layer.in_size == size, "linears", f"{size} inputs of layer {n}", layer.in_size)
+            size = act.channels * act.samples.shape[1]
+            require(layer.out_size == size, "linears", f"{size} outputs of layer {n}", layer.out_size)
+            require(act.samples.shape[1] == coefficients, "samples", f"{coefficients} columns", act.samples.shape)
+        full = self.hidden_size - 1
+        for norm, act in zip(self.norms, self.activations, strict=False):
+            require(norm.channels == act.channels, "channels", act.channels, norm.channels)
+            _require_indices("trivial", norm.trivial, coefficients)
+            _require_indices("measured", norm.measured, full // norm.channels)
+
+    @property
+    def n_last(self) -> tuple[int, int]:
+        """How many numbers the last layer's weights and bias have."""
+        ends = {"weights": 0, "bias": 0}
+        for c in self.couplings:
+            ends[c.parameter] = max(ends[c.parameter], c.end)
+        return ends["weights"], ends["bias"]
+
+    @property
+    def fingerprint(self) -> np.ndarray:
+        """Integers by which parameters that mean another kernel, on another basis, are told."""
+        hidden = [layer.fingerprint for layer in self.linears]
+        return np.concatenate([*hidden, _fingerprint(c.basis for c in self.couplings)])
 
     def cost(self) -> dict[str, int]:
         """Multiply-adds and evaluations of φ, per edge and per node, of the factored form (counted, not measured)."""

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from escnn import gspaces
+from escnn import nn as enn
 from escnn.group import directsum
 from escnn.nn import FourierELU, IIDBatchNorm1d, QuotientFourierELU
 from helpers import BACKENDS, SAMPLED, escnn_forward, layer, relative
 
 from implicit_steer import native
 from implicit_steer.cases import SMALL, SPACES, Case, fields
+from implicit_steer.models import QM9Net
 from implicit_steer.nn import FourierActivation, ImplicitConv, ImplicitPointConv, KernelMLP
 from implicit_steer.nn.mlp import Linear
 from implicit_steer.packing import dense_kernel, pack
@@ -87,6 +89,12 @@ def test_checkpoint_gives_the_same_function(name, tmp_path):
     other = SMALL[name].layer(seed=5).eval()
     other.load_state_dict(torch.load(tmp_path / "layer.pt", weights_only=True))
     assert torch.equal(problem.run(other), problem.run(conv.eval()))
+
+
+def test_casting_a_network_leaves_those_built_later():
+    QM9Net(blocks=0).double()
+    enn.TensorProductModule(QM9Net(blocks=0).product.in_type, QM9Net(blocks=0).product.out_type).double()
+    assert {t.dtype for t in QM9Net(blocks=0).state_dict().values() if t.is_floating_point()} == {torch.float32}
 
 
 def test_checkpoint_with_fields_out_of_order():

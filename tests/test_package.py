@@ -114,15 +114,16 @@ def test_a_library_that_does_not_load_gives_its_reason(pure_python):
 
 @pytest.fixture
 def build(tmp_path):
-    """Runs setup.py in a copy of the source tree, on a machine without compiler, CMake and ninja."""
+    """Runs setup.py, to build the extension or with another command, in a copy of the source tree, on a machine without
+    compiler, CMake and ninja."""
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     (tmp_path / "implicit_steer").mkdir()
     shutil.copy(PACKAGE / "__init__.py", tmp_path / "implicit_steer")
 
-    def build(mode):
-        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    def build(mode, *command):
+        command = [sys.executable, "setup.py", *(command or ("build_ext", "--inplace"))]
         environment = {k: v for k, v in os.environ.items() if k != "CXX"}
         environment |= {"PATH": str(tmp_path), "IMPLICIT_STEER_NATIVE": mode}
         return subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True)
@@ -151,3 +152,10 @@ def test_setup_without_the_extension_removes_an_old_one(build, tmp_path):
     old.touch()
     build("off")
     assert not old.exists()
+
+
+def test_wheel_without_the_extension_is_for_every_platform(build, tmp_path):
+    done = build("off", "bdist_wheel", "--dist-dir", "dist")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "dist").iterdir()
+    assert wheel.name == f"implicit_steer-{ist.__version__}-py3-none-any.whl"

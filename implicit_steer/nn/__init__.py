@@ -5,6 +5,7 @@ from .._extras import load_extra
 load_extra("escnn", "escnn")
 
 from .. import _escnn_pickle  # noqa: E402
+from . import plain as _plain  # noqa: E402, F401
 from .activation import FourierActivation  # noqa: E402
 from .batch_norm import IIDBatchNorm1d  # noqa: E402
 from .grid_conv import ImplicitConv  # noqa: E402

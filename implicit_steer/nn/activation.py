@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 from escnn.gspaces import GSpace
 from escnn.nn import EquivariantModule, FieldType, GeometricTensor
-from torch import Tensor
 
 from .. import sampling as sp
 from .._check import fail, require
-from ..fourier import fourier
+from ..layers.activation import FourierBase
 from ..lowering import parse_sampling
 from ..plan import FUNCTIONS
 
 
-class FourierActivation(EquivariantModule):
+class FourierActivation(FourierBase, EquivariantModule):
     """y = A⁻ φ(A x) per field: sample a band-limited function on the group or the sphere, apply φ, transform back.
 
     The same function as escnn's ``QuotientFourierELU`` / ``FourierELU`` on the authors' grids, but samples that
@@ -52,27 +51,19 @@ class FourierActivation(EquivariantModule):
             a, inverse = sp.lebedev_matrices(space, n)
         else:
             fail("sampling", "'escnn' or 'lebedev-N'", repr(sampling))
-        self.function, self.sampling, self.band_limit = function, sampling, max_frequency
+        self.sampling, self.band_limit = sampling, max_frequency
         self.in_type = self.out_type = FieldType(gspace, [space.rho] * channels)
         # the authors' buffers, kept for checkpoints; the merged matrices below are what is evaluated
         self.register_buffer("A", torch.tensor(a, dtype=torch.get_default_dtype()))
         self.register_buffer("Ainv", torch.tensor(inverse, dtype=torch.get_default_dtype()))
         merged, merged_inverse, _ = sp.merge_samples(a, inverse)
-        self._merged = (torch.tensor(merged), torch.tensor(merged_inverse.T))
-        self._cast: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
-
-    def _matrices(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        key = (x.dtype, x.device)
-        if key not in self._cast:
-            self._cast[key] = tuple(m.to(*reversed(key)).contiguous() for m in self._merged)
-        return self._cast[key]
+        self._set_samples(function, merged, merged_inverse)
 
     def forward(self, x: GeometricTensor) -> GeometricTensor:
         """Apply the activation to every field."""
         if not isinstance(x, GeometricTensor) or x.type != self.in_type:
             fail("x", f"a GeometricTensor of {self.in_type}", getattr(x, "type", type(x)), kind=TypeError)
-        y = fourier(self.function, x.tensor, *self._matrices(x.tensor))
-        return GeometricTensor(y, self.out_type, x.coords)
+        return GeometricTensor(self._evaluate(x.tensor), self.out_type, x.coords)
 
     def evaluate_output_shape(self, input_shape: tuple) -> tuple:
         """The input's shape."""

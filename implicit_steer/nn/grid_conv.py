@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from escnn.nn import FieldType, GeometricTensor
 from torch import Tensor
 
 from .._check import require
-from .kernel import BiasedModule, ImplicitKernel, check_tensor, check_type
-
-_PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+from ..layers.grid_conv import PADDING_MODES, GridConvBase
+from .kernel import CheckedBias, ImplicitKernel, check_type, trivial_bias
 
 
 def kernel_grid(kernel_size: int, dim: int) -> Tensor:
@@ -20,7 +18,7 @@ def kernel_grid(kernel_size: int, dim: int) -> Tensor:
     return grid.reshape(-1, dim).to(torch.get_default_dtype()) / max(kernel_size // 2, 1)
 
 
-class ImplicitConv(BiasedModule):
+class ImplicitConv(CheckedBias, GridConvBase):
     """out(p) = bias + Σ_t K(x_t, a) f(p + t), the kernel evaluated on the points x_t of a grid in 2 or 3 dimensions.
 
     Coordinate n of a position, and so of a vector field, runs along spatial axis n of the tensor (the authors'
@@ -63,11 +61,11 @@ class ImplicitConv(BiasedModule):
         for name, value in zip(lowest, (kernel_size, padding, stride, dilation), strict=True):
             ok = isinstance(value, int) and not isinstance(value, bool) and value >= lowest[name]
             require(ok, name, f"an integer >= {lowest[name]}", repr(value))
-        require(padding_mode in _PADDING_MODES, "padding_mode", f"one of {list(_PADDING_MODES)}", repr(padding_mode))
+        require(padding_mode in PADDING_MODES, "padding_mode", f"one of {list(PADDING_MODES)}", repr(padding_mode))
         self.in_type, self.out_type, self.kernel_attr_type = in_type, out_type, kernel_attr_type
         self.kernel_size, self.padding, self.stride, self.dilation = kernel_size, padding, stride, dilation
         self.padding_mode, self.dim = padding_mode, in_type.gspace.dimensionality
-        self._register_bias(out_type)
+        self._set_bias(trivial_bias(out_type))
         self.implicit_kernel = ImplicitKernel(
             in_type,
             out_type,
@@ -85,27 +83,6 @@ class ImplicitConv(BiasedModule):
         self.implicit_kernel.prepare_values()
         self.register_buffer("grid", kernel_grid(kernel_size, self.dim), persistent=False)
 
-    def filters(self, attr: Tensor | None = None) -> Tensor:
-        """(R, C_out, C_in, kernel_size, …): one filter per row of ``attr`` (R, A); R = 1 without attributes.
-
-        Without attributes the points are always the same, so batch norms use their statistics in both modes, as the
-        authors' module does.
-        """
-        rows, batch_statistics = 1, True
-        pos = self.grid.to(self.implicit_kernel.shell_width.dtype)
-        n = self.implicit_kernel.plan.frame.n_attributes
-        expected, got = f"a tensor of {n} attributes per sample" if n else "None", type(attr).__name__
-        remedy = "A layer takes attributes exactly if it was built with an attribute type."
-        require((attr is None) == (n == 0), "attr", expected, got, remedy)
-        if attr is not None:
-            width = self.implicit_kernel.shell_width
-            check_tensor("attr", attr, (None, n), width.dtype, width.device)
-            rows, batch_statistics = len(attr), None
-            attr = attr.repeat_interleave(len(pos), dim=0)
-        k = self.implicit_kernel(pos.repeat(rows, 1), attr, batch_statistics=batch_statistics)
-        k = k.view(rows, -1, *k.shape[1:]).permute(0, 2, 3, 1)
-        return k.reshape(*k.shape[:3], *[self.kernel_size] * self.dim)
-
     def forward(self, x: GeometricTensor, attr: Tensor | None = None) -> GeometricTensor:
         """Convolve.
 
@@ -119,37 +96,4 @@ class ImplicitConv(BiasedModule):
         ok = isinstance(x, GeometricTensor) and x.type == self.in_type
         got = x.type if isinstance(x, GeometricTensor) else type(x).__name__
         require(ok, "x", f"a GeometricTensor of type {self.in_type}", got, "Wrap it: in_type(tensor).", TypeError)
-        width = self.implicit_kernel.shell_width
-        check_tensor("x", x.tensor, (None, self.in_type.size, *[None] * self.dim), width.dtype, width.device)
-        batch = len(x.tensor)
-        if attr is not None:
-            require(
-                isinstance(attr, Tensor) and attr.dim() == 2 and len(attr) in (1, batch),
-                "attr",
-                f"1 or {batch} rows (one per sample)",
-                tuple(getattr(attr, "shape", ())),
-            )
-        filters = self.filters(attr).to(x.tensor.dtype)
-        values, padding = x.tensor, self.padding
-        if self.padding_mode != "zeros":
-            values = F.pad(values, [self.padding] * (2 * self.dim), mode=_PADDING_MODES[self.padding_mode])
-            padding = 0
-        conv = F.conv2d if self.dim == 2 else F.conv3d
-        groups = len(filters)
-        if groups > 1:  # a filter per sample: the samples become groups of one convolution
-            values = values.reshape(1, batch * self.in_type.size, *values.shape[2:])
-        out = conv(
-            values, filters.flatten(0, 1), stride=self.stride, padding=padding, dilation=self.dilation, groups=groups
-        )
-        out = out.view(batch, self.out_type.size, *out.shape[2:])
-        bias = self.expand_bias()
-        if bias is not None:
-            out = out + bias.to(out.dtype).view(-1, *[1] * self.dim)
-        return GeometricTensor(out, self.out_type)
-
-    def extra_repr(self) -> str:
-        """What distinguishes this layer."""
-        return (
-            f"{self.in_type} -> {self.out_type}, kernel_size={self.kernel_size}, padding={self.padding}, "
-            f"stride={self.stride}, dilation={self.dilation}, padding_mode={self.padding_mode!r}"
-        )
+        return GeometricTensor(self._evaluate(x.tensor, attr), self.out_type)

@@ -12,6 +12,7 @@ from escnn.nn import FieldType
 
 from .. import sampling as sp
 from .._check import fail, require
+from ..layers.kernel import NORM_TENSORS
 from ..lowering import polished_blocks
 from ..plan import FUNCTIONS
 from .activation import FourierActivation
@@ -31,6 +32,17 @@ def fiber_space(group: Group, name: str) -> GSpace0D:
     return no_base_space(group)
 
 
+def own_basis(expansion: torch.nn.Module) -> None:
+    """Give a new layer's basis expansion buffers of its own, as escnn makes them: it shares them between layers, so
+    that moving or casting one layer moves or casts those of all, later ones included."""
+    for name, block in list(expansion.named_children()):
+        own = copy.copy(block)
+        own._buffers = {"sampled_basis": block.sampled_basis.to("cpu", torch.float32, copy=True)}
+        setattr(expansion, name, own)
+    for name, index in list(expansion.named_buffers(recurse=False)):  # no checkpoint loads into a view
+        setattr(expansion, name, index.clone(memory_format=torch.contiguous_format))
+
+
 class Linear(escnn.nn.Linear):
     """escnn's equivariant Linear without its expanded matrix: one ``state_dict`` in training and evaluation mode."""
 
@@ -39,12 +51,7 @@ class Linear(escnn.nn.Linear):
         del self.matrix
         if self.bias is not None:
             del self.expanded_bias
-        for name, block in list(self.basisexpansion.named_children()):  # escnn shares these between layers
-            own = copy.copy(block)
-            own._buffers = {"sampled_basis": block.sampled_basis.clone()}
-            setattr(self.basisexpansion, name, own)
-        for name, index in list(self.basisexpansion.named_buffers(recurse=False)):  # no checkpoint loads into a view
-            setattr(self.basisexpansion, name, index.clone(memory_format=torch.contiguous_format))
+        own_basis(self.basisexpansion)
 
     def forward(self, x: escnn.nn.GeometricTensor) -> escnn.nn.GeometricTensor:
         """W x + b."""
@@ -123,25 +130,15 @@ class KernelMLP(torch.nn.Module):
         """The batch norms in order."""
         return [m for m in self.mlp if isinstance(m, escnn.nn.IIDBatchNorm1d)]
 
-    def update_running(self, norm: escnn.nn.IIDBatchNorm1d, trivial: list[int], mean, var) -> None:
-        """Move one batch norm's running statistics towards those of a batch, as escnn does in its forward pass."""
-        running, running_var = (getattr(norm, name) for name in norm_names(norm)[2:])
-        with torch.no_grad():
-            norm.num_batches_tracked += 1
-            running_var.lerp_(var.to(running_var.dtype)[:, None], norm.momentum)
-            target = torch.zeros_like(running)
-            target[:, trivial] = mean.to(running.dtype)
-            running.lerp_(target, norm.momentum)
-
     def _load_from_state_dict(self, state_dict, prefix, *args):
         check_basis(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def norm_names(norm: escnn.nn.IIDBatchNorm1d) -> tuple[str, ...]:
-    """The names of a batch norm's tensors, in the order of :class:`NormParameters`."""
+    """The names of a batch norm's tensors, in the order of NORM_TENSORS."""
     name = norm.in_type.representations[0].name.replace(".", "^")  # as escnn escapes it
-    return tuple(f"{name}_{what}" for what in ("weight", "bias", "running_mean", "running_var"))
+    return tuple(f"{name}_{what}" for what in NORM_TENSORS)
 
 
 def check_basis(mlp: KernelMLP, state_dict: dict, prefix: str) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from escnn.nn import FieldType, GeometricTensor
 from torch import Tensor
 
-from .. import backends, op
 from .._check import fail, require
 from ..graph import Graph
-from .kernel import BiasedModule, ImplicitKernel, check_tensor, check_type
+from ..layers.fields import check_tensor
+from ..layers.point_conv import PointConvBase, check_chosen
+from .kernel import CheckedBias, ImplicitKernel, check_type, trivial_bias
 
 
-class ImplicitPointConv(BiasedModule):
+class ImplicitPointConv(CheckedBias, PointConvBase):
     """out_i = bias + Σ_{e: j→i} γ s(|x_e|) K(x_e, a_e) f_j, equivariant for the group of ``in_type``.
 
     Args:
@@ -62,7 +62,7 @@ class ImplicitPointConv(BiasedModule):
         if edge_attr_type is not None:
             check_type("edge_attr_type", edge_attr_type, in_type.gspace)
         self.in_type, self.out_type, self.edge_attr_type = in_type, out_type, edge_attr_type
-        self._register_bias(out_type)
+        self._set_bias(trivial_bias(out_type))
         self.implicit_kernel = ImplicitKernel(
             in_type,
             out_type,
@@ -78,14 +78,6 @@ class ImplicitPointConv(BiasedModule):
         )
         self.backend = backend
         self._select()  # an unknown name fails here
-
-    def _select(self):
-        width = self.implicit_kernel.shell_width
-        return backends.select(self.backend, self.implicit_kernel.plan, width.device, width.dtype)
-
-    def explain(self) -> str:
-        """Group, sampling, frame, costs, and which backend runs and why."""
-        return f"{self.implicit_kernel.plan}\n  backend    {self._select()[1]}"
 
     def forward(
         self,
@@ -130,16 +122,6 @@ class ImplicitPointConv(BiasedModule):
         got = target if isinstance(target, int) else type(target).__name__
         fail("x", "a GeometricTensor or a number of nodes as target", got, kind=TypeError)
 
-    @staticmethod
-    def _graph(edge_index, n_source: int, n_target: int) -> Graph:
-        if not isinstance(edge_index, Graph):
-            return Graph(edge_index, (n_source, n_target))
-        sizes = (edge_index.num_src, edge_index.num_dst)
-        if sizes != (n_source, n_target):
-            expected = f"a graph on {n_source} source and {n_target} target nodes (the rows of x)"
-            fail("edge_index", expected, f"one on {sizes[0]} and {sizes[1]}")
-        return edge_index
-
     def _convolve(
         self, kernel: ImplicitKernel, source: Tensor, graph: Graph, edge_delta, edge_attr, coords
     ) -> GeometricTensor:
@@ -147,27 +129,7 @@ class ImplicitPointConv(BiasedModule):
             expected = f"a tensor or a GeometricTensor of type {self.edge_attr_type}"
             require(edge_attr.type == self.edge_attr_type, "edge_attr", expected, edge_attr.type, kind=TypeError)
             edge_attr = edge_attr.tensor
-        attributes = kernel.check_points("edge", edge_delta, edge_attr, graph.num_edges)
-        if graph.device != source.device:
-            fail("edge_index", f"device {source.device}", graph.device)
-        out, statistics = op.implicit_conv(
-            kernel.plan,
-            kernel.parameters_for_op(),
-            graph,
-            source,
-            edge_delta,
-            attributes,
-            batch_statistics=kernel.uses_batch_statistics(graph.num_edges),
-            backend=self.backend,
-        )
-        if statistics:
-            kernel.update_running(statistics)
-        bias = self.expand_bias()
-        if bias is not None:
-            out = out + bias
-        if out.dtype != source.dtype:
-            out = out.to(source.dtype)  # 16-bit features: rounded once, here
-        return GeometricTensor(out, self.out_type, coords)
+        return GeometricTensor(self._evaluate(kernel, source, graph, edge_delta, edge_attr), self.out_type, coords)
 
     def extra_repr(self) -> str:
         """What distinguishes this layer."""
@@ -197,19 +159,9 @@ class ImplicitPointConvWithDownsampling(ImplicitPointConv):
         """
         if idx_downsampled is None:
             return super().forward(x, edge_index, edge_delta, edge_attr)
-        ok = isinstance(idx_downsampled, Tensor) and idx_downsampled.dim() == 1
-        ok = (
-            ok
-            and not idx_downsampled.is_floating_point()
-            and idx_downsampled.dtype not in (torch.bool, torch.complex64)
-        )
-        got = getattr(idx_downsampled, "dtype", type(idx_downsampled).__name__)
-        require(ok, "idx_downsampled", "a 1-D integer tensor", got, kind=TypeError)
         kernel = self.implicit_kernel
         source, coords, n = self._nodes(kernel, x)
-        if len(idx_downsampled):
-            low, high = int(idx_downsampled.min()), int(idx_downsampled.max())
-            require(low >= 0 and high < n, "idx_downsampled", f"indices in 0..{n - 1}", f"{low}..{high}")
+        check_chosen(idx_downsampled, n)
         graph = self._graph(edge_index, n, len(idx_downsampled))
         return self._convolve(
             kernel, source, graph, edge_delta, edge_attr, coords.index_select(0, idx_downsampled.long())

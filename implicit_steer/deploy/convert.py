@@ -1,0 +1,135 @@
+"""Modules with escnn → plain modules. Who needs escnn registers here what makes its plain counterpart."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .._check import fail, require
+from .kinds import KINDS, is_plain, kind_of
+
+_CONVERTERS: dict[type, Callable[[Any, Converter], Any]] = {}
+_REMEDY = (
+    "A network of your own: save its parts, or write it as the text of implicit_steer.deploy describes. A subclass of "
+    "a known module counts as unknown, since it may compute something else; parametrisations have to be removed first "
+    "(torch.nn.utils.parametrize.remove_parametrizations)."
+)
+
+
+def converts(*classes: type) -> Callable:
+    """Decorator: ``function(module, convert)`` makes the plain counterpart of modules of exactly these classes, with
+    the same Parameter objects; ``convert`` does so for parts of it, and for field types."""
+
+    def register(function: Callable[[Any, Converter], Any]) -> Callable:
+        _CONVERTERS.update(dict.fromkeys(classes, function))
+        return function
+
+    return register
+
+
+def saved_as(plain: type[torch.nn.Module]) -> Callable[[type], type]:
+    """Class decorator: modules of this subclass of ``plain`` are ``plain`` modules, built from the same parts."""
+
+    def register(cls: type) -> type:
+        _CONVERTERS[cls] = lambda module, convert: convert.rebuilt(module, plain)
+        return cls
+
+    return register
+
+
+class Converter:
+    """Makes plain counterparts of the parts of one module; a part that occurs twice gets one."""
+
+    def __init__(self, root: torch.nn.Module):
+        self._names = {id(module): name or type(root).__name__ for name, module in root.named_modules()}
+        self._made: dict[int, tuple[Any, Any]] = {}
+
+    def __call__(self, value: Any) -> Any:
+        """The plain counterpart of a module or a field type; of other values themselves."""
+        if isinstance(value, tuple):
+            return tuple(self(item) for item in value)
+        if not isinstance(value, torch.nn.Module) and type(value) not in _CONVERTERS:
+            return value
+        if id(value) not in self._made:
+            self._made[id(value)] = value, self._make(value)
+        return self._made[id(value)][1]
+
+    def _make(self, value: Any) -> Any:
+        cls = type(value)
+        if isinstance(value, torch.nn.Module):
+            name = self._names.get(id(value), cls.__name__)
+            known = sorted(KINDS) + sorted(f"{c.__module__}.{c.__name__}" for c in _CONVERTERS)
+            ok = cls in _CONVERTERS or is_plain(cls)
+            require(ok, name, f"one of {', '.join(known)}", f"{cls.__module__}.{cls.__name__}", _REMEDY, TypeError)
+            hooks = len(value._forward_hooks) + len(value._forward_pre_hooks)
+            require(not hooks, name, "no forward hooks", hooks, "They cannot be saved: remove them.", TypeError)
+        if cls in _CONVERTERS:
+            return _CONVERTERS[cls](value, self)
+        arguments = kind_of(cls).arguments(value)
+        same = all(converted is part or converted == part for part, converted in self._converted(arguments))
+        return value if same else self.rebuilt(value, cls)
+
+    def _converted(self, arguments: dict[str, Any]) -> list[tuple[Any, Any]]:
+        """(part, its counterpart) of those that may have one."""
+        parts = [part for part in arguments.values() if isinstance(part, torch.nn.Module | tuple)]
+        return [(part, self(part)) for part in parts]
+
+    def rebuilt(self, module: torch.nn.Module, plain: type[torch.nn.Module]) -> torch.nn.Module:
+        """A ``plain`` module of the converted parts of ``module``, with the parameters and buffers of its rest."""
+        kind = kind_of(plain)
+        made = kind.build(**{name: self(value) for name, value in kind.arguments(module).items()})
+        self._adopt_rest(made, module)
+        return made
+
+    def _adopt_rest(self, made: torch.nn.Module, module: torch.nn.Module) -> None:
+        adopt(made, module._parameters | module._buffers)
+        for name, child in module._modules.items():
+            if child is not None and id(child) not in self._made:
+                require(name in made._modules, name, f"a part of {type(made).__name__}", "none", kind=TypeError)
+                self._adopt_rest(made._modules[name], child)
+
+    def set_modes(self) -> None:
+        """Put every counterpart, and what it holds besides other counterparts, in its module's mode."""
+        counterparts = {id(made) for _, made in self._made.values()}
+
+        def put(made: torch.nn.Module, mode: bool) -> None:
+            made.training = mode
+            for child in made.children():
+                if id(child) not in counterparts:
+                    put(child, mode)
+
+        for module, made in self._made.values():
+            if isinstance(module, torch.nn.Module) and made is not module:
+                put(made, module.training)
+
+
+def adopt(module: torch.nn.Module, tensors: dict[str, torch.Tensor | None]) -> None:
+    """Replace parameters and buffers by these; a parameter stays one."""
+    for name, tensor in tensors.items():
+        if name in module._buffers:
+            module._buffers[name] = tensor
+        elif name not in module._parameters:
+            fail(name, f"a parameter or buffer of {type(module).__name__}", "neither", kind=TypeError)
+        elif tensor is None or isinstance(tensor, torch.nn.Parameter):
+            module._parameters[name] = tensor
+        else:
+            module._parameters[name] = torch.nn.Parameter(tensor.detach())
+
+
+def convert(module: torch.nn.Module) -> torch.nn.Module:
+    """The plain counterpart of ``module``, with the same Parameter objects; ``module`` itself where it needs no escnn.
+
+    Raises:
+        TypeError: a part that has none; it is named.
+    """
+    if "escnn" in sys.modules:  # else there is no module of its kind
+        importlib.import_module("implicit_steer.nn")
+    converter = Converter(module)
+    with torch.random.fork_rng(devices=[]):  # what modules draw as they are built is replaced
+        plain = converter(module)
+    converter.set_modes()
+    return plain

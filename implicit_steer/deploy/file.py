@@ -1,0 +1,91 @@
+"""The container: one safetensors file, its metadata one JSON text with the format's version and a SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from .._check import fail
+
+FORMAT = 1  # raise it when files written before would be read differently
+KEY = "implicit_steer"  # of the metadata
+
+
+def _digest(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over the manifest without its own digest, and over every tensor's name, dtype, shape and bytes."""
+    sha = hashlib.sha256(_text({k: v for k, v in manifest.items() if k != "sha256"}).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if tensor.numel():
+            sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def _text(manifest: dict[str, Any]) -> str:
+    return json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def write(path: str | os.PathLike, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write ``content`` (JSON values) and ``tensors`` (on the CPU) to ``path``, at once or not at all."""
+    import safetensors.torch
+
+    from .. import __version__
+
+    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}  # safetensors refuses views
+    manifest = {"format": FORMAT, "library": __version__, **content}
+    manifest["sha256"] = _digest(manifest, tensors)
+    data = safetensors.torch.save(tensors, {KEY: _text(manifest)})
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What :func:`write` wrote: the manifest and the tensors.
+
+    Raises:
+        FileNotFoundError: no such file.
+        RuntimeError: damaged, foreign or of a newer format; the message names the path.
+    """
+    import safetensors.torch
+
+    data = Path(path).read_bytes()
+    try:
+        tensors = safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        remedy = "Copy it again if it was cut short or changed; checkpoints of torch.save need torch.load."
+        _refuse(path, "a safetensors file", error, remedy)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    text = header.get("__metadata__", {}).get(KEY)
+    origin = "a file that implicit_steer.save wrote"
+    if text is None:
+        _refuse(path, origin, "a safetensors file of another program")
+    try:
+        manifest = json.loads(text)
+    except json.JSONDecodeError as error:
+        _refuse(path, origin, error)
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if not isinstance(version, int) or version < 1:
+        _refuse(path, origin, f"format {version!r}")
+    if version > FORMAT:
+        remedy = f"Install implicit_steer {manifest.get('library')} or newer, which wrote it."
+        _refuse(path, f"format {FORMAT} or older", f"format {version}", remedy)
+    expected, found = manifest.get("sha256"), _digest(manifest, tensors)
+    if expected != found:
+        _refuse(path, f"content with SHA-256 {expected}", found, "The file was changed after it was written.")
+    return manifest, tensors
+
+
+def _refuse(path: str | os.PathLike, expected: str, got: Any, remedy: str = "") -> NoReturn:
+    fail(str(path), expected, got, remedy, RuntimeError)

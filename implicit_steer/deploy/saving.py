@@ -1,0 +1,124 @@
+"""``save`` and ``load``: modules to files and back."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._check import fail, require
+from . import file
+from .convert import convert
+from .encoding import decode, encode
+
+STATE = "state."  # names of parameters and buffers in the file begin with this
+
+
+def save(module: torch.nn.Module, path: str | os.PathLike) -> None:
+    """Write ``module`` to a file that :func:`load` reads without escnn.
+
+    Saved are the parameters, buffers and constants in their dtypes, which parameters are frozen, and which modules are
+    in training mode; not gradients, hooks (a module with forward hooks is refused) or optimizers. The file is written
+    beside ``path`` and then moved there, so that an interrupted call leaves an existing file as it was. Equal modules
+    give equal bytes.
+
+    Args:
+        module: a module of :mod:`implicit_steer.nn` or :mod:`implicit_steer.models`; one of escnn's ``Linear``,
+            ``IIDBatchNorm1d``, ``TensorProductModule``, ``SequentialModule``, ``ReLU``, ``ELU``, ``LeakyReLU``,
+            ``IdentityModule``; common layers of ``torch.nn``; ``Sequential``, ``ModuleList``, ``ModuleDict`` of these;
+            or what :func:`load` returned.
+        path: the file; an existing one is replaced.
+
+    Raises:
+        TypeError: a part that cannot be saved; it is named, with what can and what to do.
+        OSError: the file cannot be written.
+
+    Example:
+        >>> gs = escnn.gspaces.flipRot3dOnR3()
+        >>> t = gs.type(*[gs.trivial_repr] * 4, *[gs.irrep(1, 1)] * 4)
+        >>> conv = implicit_steer.nn.ImplicitPointConv(t, t, None, n_layers=3, n_channels=8)
+        >>> implicit_steer.save(conv, "conv.safetensors")
+    """
+    require(isinstance(module, torch.nn.Module), "module", "a torch.nn.Module", type(module).__name__, kind=TypeError)
+    plain = convert(module)
+    objects, tensors = encode(plain)
+    frozen, owners = [], {}
+    for name, owner, key in _state(plain):
+        tensor = getattr(owner, key)
+        if id(tensor) in owners:
+            remedy = "Give each module its own; modules that are shared as a whole can be saved."
+            fail(name, "a tensor of one module", f"that of {owners[id(tensor)]!r}", remedy, TypeError)
+        owners[id(tensor)] = name
+        tensors[STATE + name] = tensor.detach().cpu()
+        if isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad:
+            frozen.append(name)
+    training = [name for name, part in plain.named_modules() if part.training]
+    file.write(path, {"objects": objects, "frozen": frozen, "training": training}, tensors)
+
+
+def load(path: str | os.PathLike) -> torch.nn.Module:
+    """The module that :func:`save` wrote, without escnn: plain tensors in, plain tensors out, on the CPU.
+
+    It gives the numbers of the original to rounding, is trainable and equivariant while it is trained, and can be saved
+    again. Its arguments are the original's with tensors for GeometricTensors: ``conv(x, edge_index, edge_delta,
+    edge_attr)``; ``conv.in_type(x, positions)`` returns x, so code that wraps its features runs unchanged. Its
+    ``state_dict`` is its own, not the original's, and carries a fingerprint of the basis of its weights: loaded into a
+    module on another basis it raises.
+
+    Args:
+        path: the file.
+
+    Returns:
+        a module of :mod:`implicit_steer.layers` or ``torch.nn``, in the training or evaluation mode it was saved in.
+
+    Raises:
+        FileNotFoundError: no such file.
+        RuntimeError: a file that ``save`` did not write, a damaged one, or one of a newer version.
+
+    Example:
+        >>> conv = implicit_steer.load("conv.safetensors").eval()  # as saved in the example of save
+        >>> pos, x = torch.randn(100, 3), torch.randn(100, 16)
+        >>> graph = implicit_steer.Graph(implicit_steer.knn_graph(pos, k=8), 100)
+        >>> conv(x, graph, pos[graph.dst] - pos[graph.src]).shape
+        torch.Size([100, 16])
+    """
+    manifest, tensors = file.read(path)
+    try:
+        with torch.random.fork_rng(devices=[]):  # what modules draw as they are built is replaced
+            module = decode(manifest["objects"], tensors)
+        _restore(module, {k.removeprefix(STATE): v for k, v in tensors.items() if k.startswith(STATE)}, manifest)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        remedy = f"It was written by implicit_steer {manifest.get('library')}: save it again, or install that version."
+        fail(str(path), "the content of a saved module", f"{type(error).__name__}: {error}", remedy, RuntimeError)
+    return module
+
+
+def _state(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module, str]]:
+    """(full name, owner, name there) of every parameter and persistent buffer; modules in two places count once."""
+    found = []
+    for prefix, owner in module.named_modules():
+        keys = [k for k, v in owner._parameters.items() if v is not None]
+        keys += [k for k, v in owner._buffers.items() if v is not None and k not in owner._non_persistent_buffers_set]
+        found += [(f"{prefix}.{key}" if prefix else key, owner, key) for key in keys]
+    return found
+
+
+def _restore(module: torch.nn.Module, state: dict[str, Tensor], manifest: dict[str, Any]) -> None:
+    """Put the file's tensors in place, with their dtypes; then which are frozen, and the modes."""
+    places = _state(module)
+    names, given = {name for name, _, _ in places}, set(state)
+    require(names == given, "state", "one tensor per parameter and buffer", sorted(names ^ given))
+    for name, owner, key in places:
+        tensor, place = state[name], getattr(owner, key)
+        require(tensor.shape == place.shape, name, f"shape {tuple(place.shape)}", tuple(tensor.shape))
+        same_kind = tensor.is_floating_point() if place.is_floating_point() else tensor.dtype == place.dtype
+        require(same_kind, name, f"a dtype like {place.dtype}", tensor.dtype)
+        if isinstance(place, torch.nn.Parameter):
+            owner._parameters[key] = torch.nn.Parameter(tensor, requires_grad=name not in manifest["frozen"])
+        else:
+            owner._buffers[key] = tensor
+    training = set(manifest["training"])
+    for name, part in module.named_modules():
+        part.training = name in training

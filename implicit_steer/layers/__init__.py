@@ -1,0 +1,34 @@
+"""The modules on plain tensors, without escnn: what :func:`implicit_steer.load` returns.
+
+Each holds its plan or its matrices and its parameters, and has the names that its counterpart in ``nn`` has, whose
+arithmetic it shares: the base classes of this package. ``in_type`` and ``out_type`` are :class:`Fields`.
+"""
+
+from .activation import FourierActivation
+from .batch_norm import IIDBatchNorm1d
+from .fields import Fields, values, with_values
+from .grid_conv import ImplicitConv
+from .kernel import ImplicitKernel
+from .linear import Linear, TensorProduct
+from .molecules import MoleculeNet, ResidualBlock
+from .point_conv import ImplicitPointConv, ImplicitPointConvWithDownsampling
+from .potential import Gate, PotentialNet, Prediction
+
+__all__ = [
+    "Fields",
+    "FourierActivation",
+    "Gate",
+    "IIDBatchNorm1d",
+    "ImplicitConv",
+    "ImplicitKernel",
+    "ImplicitPointConv",
+    "ImplicitPointConvWithDownsampling",
+    "Linear",
+    "MoleculeNet",
+    "PotentialNet",
+    "Prediction",
+    "ResidualBlock",
+    "TensorProduct",
+    "values",
+    "with_values",
+]

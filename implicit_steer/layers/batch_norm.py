@@ -1,0 +1,182 @@
+"""Batch norm of node features on plain tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._check import require
+from .fields import Fields, check_features
+
+
+class Kind(NamedTuple):
+    """The fields of one representation, of size d: what is learned and kept for them."""
+
+    size: int
+    weight: Tensor | None  # (fields, 1)
+    bias: Tensor | None  # (fields, n_trivial)
+    mean: Tensor | None  # (fields, d) running; None, like the rest, without trivial irreps
+    var: Tensor  # (fields, 1) running
+    average: Tensor | None  # (d, d) projection on the trivial irreps
+    basis: Tensor | None  # (d, n_trivial) of what they span
+
+
+class NormBase:
+    """y = w · (x − mean) / sqrt(var + eps) + b of every field, on tensors: escnn's ``IIDBatchNorm1d``, to rounding.
+
+    Per field, mean (d,) is the part of the mean over all points that lies in trivial irreps, b (d,) lies there too, var
+    is the unbiased variance averaged over the d coordinates, w a number. As in escnn, no gradient flows through the
+    statistics.
+
+    A subclass, which is a Module too, sets ``in_type``, ``eps``, ``momentum`` and ``track_running_stats``, has a buffer
+    ``num_batches_tracked``, calls :meth:`_set_channels` and implements :meth:`_kinds`.
+    """
+
+    in_type: Any
+    eps: float
+    momentum: float | None
+    track_running_stats: bool
+    _kinds: Callable[[], list[Kind]]
+
+    def _set_channels(self, channels: Tensor | None) -> None:
+        """(C,) the channels sorted by kind of field; None where they are."""
+        self.register_buffer("_by_kind", channels, persistent=False)
+        self.register_buffer("_in_place", None if channels is None else channels.argsort(), persistent=False)
+
+    def _evaluate(self, x: Tensor) -> Tensor:
+        """With the batch's statistics in training mode, which also move the running ones, else with those."""
+        kinds = self._kinds()
+        wide = x.to(torch.promote_types(x.dtype, kinds[0].var.dtype))
+        if self.training or not self.track_running_stats:
+            statistics = self._batch_statistics(wide, kinds)
+        else:
+            statistics = [(kind.mean, kind.var) for kind in kinds]
+        if self.training:
+            self._update_running(statistics, kinds)
+        affine = [self._affine(kind, *s) for kind, s in zip(kinds, statistics, strict=True)]
+        mean, scale, shift = (_on_channels(self._joined(parts), wide) for parts in zip(*affine, strict=True))
+        return torch.addcmul(shift, wide - mean, scale).to(x.dtype)
+
+    @torch.no_grad()
+    def _batch_statistics(self, x: Tensor, kinds: list[Kind]) -> list[tuple[Tensor | None, Tensor]]:
+        """Per kind of field: mean (fields, d), or None without trivial irreps, and variance (fields, 1)."""
+        points, count = (0, *range(2, x.dim())), x.numel() // self.in_type.size
+        require(count > 1, "x", "at least 2 points in training mode", count, "Call .eval(), or use larger batches.")
+        mean = x.mean(points)
+        squares = (x - _on_channels(mean, x)).square_().sum(points)
+        if self._by_kind is not None:
+            mean, squares = mean[self._by_kind], squares[self._by_kind]
+        lengths = [len(kind.var) * kind.size for kind in kinds]
+        statistics = []
+        for kind, m, s in zip(kinds, mean.split(lengths), squares.split(lengths), strict=True):
+            trivial = None if kind.average is None else m.view(-1, kind.size) @ kind.average.T
+            statistics.append((trivial, s.view(-1, kind.size).mean(1, keepdim=True) / (count - 1)))
+        return statistics
+
+    @torch.no_grad()
+    def _update_running(self, statistics: list[tuple[Tensor | None, Tensor]], kinds: list[Kind]) -> None:
+        self.num_batches_tracked += 1
+        if not self.track_running_stats:
+            return
+        factor = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        for kind, batch in zip(kinds, statistics, strict=True):
+            for running, value in zip((kind.mean, kind.var), batch, strict=True):
+                if value is not None:
+                    running.lerp_(value, factor)
+
+    def _affine(self, kind: Kind, mean: Tensor | None, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """mean, scale and shift of a kind's channels, (fields, d) each."""
+        scale = (var + self.eps).rsqrt()
+        if kind.weight is not None:
+            scale = kind.weight * scale
+        zero = torch.zeros_like(scale).expand(-1, kind.size)
+        shift = zero if kind.bias is None else kind.bias @ kind.basis.T
+        return zero if mean is None else mean, scale.expand(-1, kind.size), shift
+
+    def _joined(self, parts: tuple[Tensor, ...]) -> Tensor:
+        """(C,) from the kinds' (fields, d), in the order of the channels."""
+        if self._in_place is None:
+            return parts[0].reshape(-1)
+        return torch.cat([part.reshape(-1) for part in parts])[self._in_place]
+
+
+def _on_channels(values: Tensor, x: Tensor) -> Tensor:
+    """values (C,), in a shape that broadcasts to the channels of x (N, C, ...)."""
+    return values.view(-1, *(1,) * (x.dim() - 2)) if x.dim() > 2 else values
+
+
+class _KindState(torch.nn.Module):
+    """The tensors of one :class:`Kind`."""
+
+    def __init__(self, fields: int, size: int, n_trivial: int, affine: bool):
+        super().__init__()
+        self.size = size
+        self.register_parameter("weight", torch.nn.Parameter(torch.ones(fields, 1)) if affine else None)
+        bias = torch.nn.Parameter(torch.zeros(fields, n_trivial)) if affine and n_trivial else None
+        self.register_parameter("bias", bias)
+        self.register_buffer("running_mean", torch.zeros(fields, size) if n_trivial else None)
+        self.register_buffer("running_var", torch.ones(fields, 1))
+        self.register_buffer("average", torch.zeros(size, size) if n_trivial else None)
+        self.register_buffer("basis", torch.zeros(size, n_trivial) if n_trivial else None)
+
+    def kind(self) -> Kind:
+        mean, var = self.running_mean, self.running_var
+        return Kind(self.size, self.weight, self.bias, mean, var, self.average, self.basis)
+
+
+class IIDBatchNorm1d(NormBase, torch.nn.Module):
+    """y = w · (x − mean) / sqrt(var + eps) + b of every field, without escnn: (N, C, ...) → the same shape.
+
+    Args:
+        in_type: size and name of the features.
+        sizes: per representation: number of fields, their size, their trivial irreps.
+        channels: (C,) the channels sorted by representation, or None where there is only one.
+        eps, momentum, affine, track_running_stats: as in escnn's ``IIDBatchNorm1d``.
+    """
+
+    def __init__(
+        self,
+        in_type: Fields,
+        sizes: tuple[tuple[int, int, int], ...],
+        channels: np.ndarray | None,
+        eps: float,
+        momentum: float | None,
+        affine: bool,
+        track_running_stats: bool,
+    ):
+        super().__init__()
+        total = sum(fields * size for fields, size, _ in sizes)
+        require(total == in_type.size, "sizes", f"fields of {in_type.size} channels in all", total)
+        sorted_channels = channels is None or np.array_equal(np.sort(channels), np.arange(total))
+        require(
+            sorted_channels and (channels is not None or len(sizes) == 1), "channels", "every channel once", channels
+        )
+        self.in_type = self.out_type = in_type
+        self.eps, self.momentum = eps, momentum
+        self.affine, self.track_running_stats = affine, track_running_stats
+        self.kinds = torch.nn.ModuleList(_KindState(*row, affine) for row in sizes)
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+        self._sizes = sizes
+        self._set_channels(None if channels is None else torch.tensor(channels))
+
+    def arguments(self) -> dict:
+        """What it is built from."""
+        names = ("in_type", "eps", "momentum", "affine", "track_running_stats")
+        channels = None if self._by_kind is None else self._by_kind.cpu().numpy()
+        return {name: getattr(self, name) for name in names} | {"sizes": self._sizes, "channels": channels}
+
+    def _kinds(self) -> list[Kind]:
+        return [state.kind() for state in self.kinds]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise with the batch's statistics in training mode, which also move the running ones, else with those."""
+        check_features(x, self.in_type.size)
+        return self._evaluate(x)
+
+    def extra_repr(self) -> str:
+        """What distinguishes this norm."""
+        return f"{self.in_type}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}"

@@ -1,0 +1,76 @@
+"""Features with and without escnn's types, and what a module asks of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._check import fail, require
+from ..plan import Data
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class Fields(Data):
+    """What is left of a field type without escnn: how many numbers, and its name for people to read.
+
+    Called like a field type, on a tensor (N, size, ...) and, if need be, coordinates, it returns the tensor: code that
+    wraps its features as ``module.in_type(features, positions)`` runs with a loaded module too.
+
+    Example:
+        >>> Fields(4, "one scalar, one vector")(torch.zeros(10, 4)).shape
+        torch.Size([10, 4])
+    """
+
+    size: int
+    name: str = ""
+
+    def validate(self):
+        whole = isinstance(self.size, int) and not isinstance(self.size, bool)
+        require(whole and self.size >= 0, "size", "an integer >= 0", repr(self.size))
+
+    def __call__(self, tensor: Tensor, coords: Tensor | None = None) -> Tensor:
+        shape = tuple(getattr(tensor, "shape", ()))
+        require(len(shape) > 1 and shape[1] == self.size, "tensor", f"shape (*, {self.size}, ...)", shape)
+        return tensor
+
+    def __str__(self) -> str:
+        return self.name or f"{self.size} numbers"
+
+
+def values(x: Any) -> Tensor:
+    """The numbers of features: a tensor itself, or what a GeometricTensor holds."""
+    return x if isinstance(x, Tensor) else x.tensor
+
+
+def with_values(x: Any, tensor: Tensor) -> Any:
+    """Features like ``x`` (a GeometricTensor of its type and coordinates, or a plain tensor) with other numbers."""
+    return tensor if isinstance(x, Tensor) else type(x)(tensor, x.type, x.coords)
+
+
+def check_tensor(name: str, value: Any, shape: tuple, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise unless ``value`` is a tensor of ``shape`` (None: any), of ``dtype`` or a 16-bit float, on ``device``."""
+    if not isinstance(value, Tensor):
+        fail(name, "a torch.Tensor", type(value).__name__, kind=TypeError)
+    right = value.dim() == len(shape)
+    for expected, size in zip(shape, value.shape, strict=False):
+        right = right and (expected is None or expected == size)
+    if not right:
+        fail(name, f"shape ({', '.join('*' if s is None else str(s) for s in shape)})", tuple(value.shape))
+    if value.dtype != dtype and value.dtype not in _HALVES:
+        remedy = "Convert the input, or the layer with .float() / .double()."
+        fail(name, f"dtype {dtype} or a 16-bit float", value.dtype, remedy, TypeError)
+    if value.device != device:
+        fail(name, f"device {device}", value.device, "Move it with .to().")
+
+
+def check_features(x: Any, size: int) -> None:
+    """Raise unless ``x`` is a floating point tensor (N, size, ...)."""
+    expected = f"a floating point tensor of shape (*, {size}, ...)"
+    ok = isinstance(x, Tensor) and x.is_floating_point()
+    require(ok, "x", expected, getattr(x, "dtype", type(x).__name__), kind=TypeError)
+    require(x.dim() > 1 and x.shape[1] == size, "x", expected, tuple(x.shape))

@@ -1,0 +1,132 @@
+"""The convolution on pixel and voxel grids, on plain tensors."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._check import require
+from .fields import Fields, check_tensor
+from .kernel import Biased, KernelBase
+
+PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+
+
+class GridConvBase(Biased):
+    """out(p) = bias + Σ_t K(x_t, a) f(p + t), the kernel evaluated on the points x_t of a grid, on tensors.
+
+    A subclass sets ``implicit_kernel``, the buffer ``grid`` (kernel_size^dim, dim), and the sizes and options below.
+    """
+
+    grid: Tensor
+    dim: int
+    kernel_size: int
+    padding: int
+    stride: int
+    dilation: int
+    padding_mode: str
+
+    def filters(self, attr: Tensor | None = None) -> Tensor:
+        """(R, C_out, C_in, kernel_size, …): one filter per row of ``attr`` (R, A); R = 1 without attributes.
+
+        Without attributes the points are always the same, so batch norms use their statistics in both modes, as the
+        authors' module does.
+        """
+        rows, batch_statistics = 1, True
+        pos = self.grid.to(self.implicit_kernel.shell_width.dtype)
+        n = self.implicit_kernel.n_attributes
+        expected, got = f"a tensor of {n} attributes per sample" if n else "None", type(attr).__name__
+        remedy = "A layer takes attributes exactly if it was built with an attribute type."
+        require((attr is None) == (n == 0), "attr", expected, got, remedy)
+        if attr is not None:
+            width = self.implicit_kernel.shell_width
+            check_tensor("attr", attr, (None, n), width.dtype, width.device)
+            rows, batch_statistics = attr.shape[0], None
+            attr = attr.repeat_interleave(len(pos), dim=0)
+        k = self.implicit_kernel(pos.repeat(rows, 1), attr, batch_statistics=batch_statistics)
+        k = k.view(rows, -1, *k.shape[1:]).permute(0, 2, 3, 1)
+        return k.reshape(*k.shape[:3], *[self.kernel_size] * self.dim)
+
+    def _evaluate(self, x: Tensor, attr: Tensor | None) -> Tensor:
+        """(B, C_in, X_1, …, X_dim) → (B, C_out, Y_1, …, Y_dim)."""
+        width = self.implicit_kernel.shell_width
+        check_tensor("x", x, (None, self.in_type.size, *[None] * self.dim), width.dtype, width.device)
+        batch = x.shape[0]
+        if attr is not None:
+            require(
+                isinstance(attr, Tensor) and attr.dim() == 2 and attr.shape[0] in (1, batch),
+                "attr",
+                f"1 or {batch} rows (one per sample)",
+                tuple(getattr(attr, "shape", ())),
+            )
+        filters = self.filters(attr).to(x.dtype)
+        values, padding = x, self.padding
+        if self.padding_mode != "zeros":
+            values = F.pad(values, [self.padding] * (2 * self.dim), mode=PADDING_MODES[self.padding_mode])
+            padding = 0
+        conv = F.conv2d if self.dim == 2 else F.conv3d
+        groups = filters.shape[0]
+        if groups > 1:  # a filter per sample: the samples become groups of one convolution
+            values = values.reshape(1, batch * self.in_type.size, *values.shape[2:])
+        out = conv(
+            values, filters.flatten(0, 1), stride=self.stride, padding=padding, dilation=self.dilation, groups=groups
+        )
+        out = out.view(batch, self.out_type.size, *out.shape[2:])
+        bias = self.expand_bias()
+        return out if bias is None else out + bias.to(out.dtype).view(-1, *[1] * self.dim)
+
+    def extra_repr(self) -> str:
+        """What distinguishes this layer."""
+        return (
+            f"{self.in_type} -> {self.out_type}, kernel_size={self.kernel_size}, padding={self.padding}, "
+            f"stride={self.stride}, dilation={self.dilation}, padding_mode={self.padding_mode!r}"
+        )
+
+
+class ImplicitConv(GridConvBase):
+    """out(p) = bias + Σ_t K(x_t, a) f(p + t) without escnn: (B, C_in, X_1, …) → (B, C_out, Y_1, …), plain tensors.
+
+    Args:
+        in_type, out_type: sizes and names of the features.
+        implicit_kernel: K.
+        grid: (kernel_size^dim, dim) the points x_t, the last coordinate running fastest.
+        padding, stride, dilation, padding_mode: as in :class:`implicit_steer.nn.ImplicitConv`.
+        n_bias: learned numbers of the bias.
+    """
+
+    def __init__(
+        self,
+        in_type: Fields,
+        out_type: Fields,
+        implicit_kernel: KernelBase,
+        grid: np.ndarray,
+        padding: int,
+        stride: int,
+        dilation: int,
+        padding_mode: str,
+        n_bias: int,
+    ):
+        super().__init__()
+        require(padding_mode in PADDING_MODES, "padding_mode", f"one of {list(PADDING_MODES)}", repr(padding_mode))
+        require(grid.ndim == 2 and grid.shape[1] in (2, 3), "grid", "points in 2 or 3 dimensions", grid.shape)
+        self.in_type, self.out_type = in_type, out_type
+        self.padding, self.stride, self.dilation, self.padding_mode = padding, stride, dilation, padding_mode
+        self.dim = grid.shape[1]
+        self.kernel_size = round(len(grid) ** (1 / self.dim))
+        self._set_bias(torch.zeros(out_type.size, n_bias))
+        self.implicit_kernel = implicit_kernel
+        self._check_sizes()
+        implicit_kernel.prepare_values()
+        self.register_buffer("grid", torch.tensor(grid), persistent=False)
+
+    def arguments(self) -> dict:
+        """What it is built from."""
+        names = ("in_type", "out_type", "implicit_kernel", "padding", "stride", "dilation", "padding_mode", "n_bias")
+        grid = self.grid.double().cpu().numpy()
+        return {name: getattr(self, name) for name in names} | {"grid": grid}
+
+    def forward(self, x: Tensor, attr: Tensor | None = None) -> Tensor:
+        """Convolve x (B, C_in, X_1, …); attr: (B, A) one row per sample, (1, A) for all, None without attributes."""
+        return self._evaluate(x, attr)

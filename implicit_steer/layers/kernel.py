@@ -1,0 +1,236 @@
+"""The implicit kernel once it has a plan: its parameters, its checks, its values at points."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import op
+from .._check import fail, require
+from ..packing import Kept, NormParameters, Parameters, is_traced
+from ..plan import Norm, Plan
+from .fields import check_tensor
+
+NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")  # in the order of NormParameters
+_NamedNorm = tuple[torch.nn.Module, tuple[str, ...]]
+
+
+class KernelBase(torch.nn.Module):
+    """K(x, a) = γ exp(−½ (|x| / σ)²) · mat(MLP(x ⊕ a)), of a plan and parameters.
+
+    A subclass sets the parameter ``shell_width`` σ and calls :meth:`_find_tensors`, then :meth:`_set_plan`.
+    """
+
+    plan: Plan
+    shell_width: Tensor
+
+    def __init__(self):
+        super().__init__()
+        self._kept, self._values = Kept(), False
+
+    def _find_tensors(self, linears: Sequence[torch.nn.Module], norms: Sequence[_NamedNorm]) -> None:
+        """Say where the parameters are.
+
+        Args:
+            linears: modules with ``weights`` and ``bias`` (or None), one per linear layer of the MLP.
+            norms: per batch norm a module with ``num_batches_tracked`` and ``momentum``, and the names of its tensors
+                in the order of NORM_TENSORS.
+        """
+        self._linears, self._norms = linears, norms
+        tensors = [(layer, name) for layer in linears for name in ("weights", "bias")]
+        tensors += [(norm, name) for norm, names in norms for name in names]
+        tensors.append((self, "shell_width"))
+        # With the dictionary in which torch keeps each, which spares the detour over Module.__getattr__.
+        self._tensors = [(m, "_buffers" if name in m._buffers else "_parameters", name) for m, name in tensors]
+
+    def _set_plan(self, plan: Plan) -> None:
+        self.plan = plan
+        # Numbers that torch.compile would look for in the plan's arrays.
+        self._dim, self.n_attributes = plan.frame.dim, plan.frame.n_attributes
+        self._trivial = [norm.full_trivial.tolist() for norm in plan.norms]
+        self._kept.native = op.prepared(plan, self.parameters_for_op(), values=self._values)
+
+    def prepare_values(self) -> None:
+        """Make ready what the kernel's values take beyond a convolution; torch.compile cannot at the first call."""
+        self._values = True
+        self._set_plan(self.plan)
+
+    def parameters_for_op(self) -> Parameters:
+        """The learned tensors as the operator takes them; the same object while they are the same."""
+        kept, traced = self._kept, is_traced()
+        try:
+            tensors = [getattr(module, kind)[name] for module, kind, name in self._tensors]
+        except KeyError:  # a parametrised one is not stored plainly
+            tensors = [getattr(module, name) for module, _, name in self._tensors]
+        if not traced and kept.tensors is not None and all(map(operator.is_, tensors, kept.tensors)):
+            return kept.parameters
+        n = 2 * len(self._linears)
+        linears, norms, (shell_width,) = tensors[:n], tensors[n:-1], tensors[-1:]
+        norms = tuple(NormParameters(*norms[k : k + 4]) for k in range(0, len(norms), 4))
+        parameters = Parameters(tuple(zip(linears[::2], linears[1::2], strict=True)), norms, shell_width, kept)
+        if not traced and all(t is None or t.is_leaf for t in tensors):  # others hold a graph: not to be kept alive
+            kept.tensors, kept.parameters = tensors, parameters
+        return parameters
+
+    def uses_batch_statistics(self, n_points: int, argument: str = "edge_delta") -> bool:
+        """Whether batch norms take their statistics from these points (training mode).
+
+        Raises:
+            ValueError: one single point, which has no variance.
+        """
+        live = self.training and bool(self.plan.norms)
+        if live and n_points == 1:
+            expected = "at least 2 points in training mode with norm='batch'"
+            fail(argument, expected, "1", "Call .eval(), use larger graphs, or norm=None.")
+        return live
+
+    def update_running(self, statistics: list) -> None:
+        """Move the batch norms' running statistics towards those of a batch, as escnn does in its forward pass."""
+        for (norm, names), trivial, batch in zip(self._norms, self._trivial, statistics, strict=False):
+            mean, var = (getattr(norm, name) for name in names[2:])
+            with torch.no_grad():
+                norm.num_batches_tracked += 1
+                var.lerp_(batch.var.to(var.dtype)[:, None], norm.momentum)
+                target = torch.zeros_like(mean)
+                target[:, trivial] = batch.mean.to(mean.dtype)
+                mean.lerp_(target, norm.momentum)
+
+    def check_points(self, prefix: str, delta: Tensor, attributes: Tensor | None, n: int | None) -> Tensor:
+        """Validate positions and attributes; returns the attributes, (n, 0) where there are none."""
+        width = self.shell_width
+        position, attribute = {"edge": ("edge_delta", "edge_attr"), "kernel": ("pos", "attrs")}[prefix]
+        size = self.n_attributes
+        check_tensor(position, delta, (n, self._dim), width.dtype, width.device)
+        if attributes is None:
+            if size:
+                remedy = "The layer was built with an attribute type: pass the attributes."
+                fail(attribute, f"a tensor of {size} attributes each", None, remedy)
+            return delta.new_zeros(delta.shape[0], 0)
+        if size == 0 and getattr(attributes, "shape", ())[-1:] != (0,):
+            got = f"{type(attributes).__name__} of shape {tuple(getattr(attributes, 'shape', ()))}"
+            remedy = "The layer was built without an attribute type: leave the attributes out, or build it with one."
+            fail(attribute, "None", got, remedy)
+        check_tensor(attribute, attributes, (delta.shape[0], size), width.dtype, width.device)
+        return attributes
+
+    def forward(self, pos: Tensor, attrs: Tensor | None = None, *, batch_statistics: bool | None = None) -> Tensor:
+        """K at P points.
+
+        Args:
+            pos: (P, dim).
+            attrs: (P, A), or None without attributes.
+            batch_statistics: take batch statistics from these points; None: in training mode.
+
+        Returns:
+            (P, C_out, C_in).
+        """
+        attributes = self.check_points("kernel", pos, attrs, None)
+        live = self.uses_batch_statistics(pos.shape[0], "pos") if batch_statistics is None else batch_statistics
+        k, statistics = op.implicit_kernel(self.plan, self.parameters_for_op(), pos, attributes, batch_statistics=live)
+        if self.training:
+            self.update_running(statistics)
+        return k
+
+    def extra_repr(self) -> str:
+        """The kernel in one line."""
+        p = self.plan
+        return f"{p.group}, {p.out_size} x {p.in_size}, sampling={p.sampling!r}, frame={p.frame.kind!r}"
+
+
+class Stamped:
+    """Of a Module whose weights mean something on a basis only: it refuses a ``state_dict`` of weights on another."""
+
+    def _stamp(self, fingerprint: np.ndarray) -> None:
+        self.register_buffer("fingerprint", torch.tensor(fingerprint))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        own, theirs = self.fingerprint, state_dict.get(f"{prefix}fingerprint")
+        if theirs is not None:
+            same = theirs.shape == own.shape and not bool(((theirs.to(own) - own).abs() > 1).any())
+            remedy = "These weights mean another function here: load the module itself, from its own file."
+            require(same, f"{prefix}fingerprint", "that of this module's basis", "another one", remedy, RuntimeError)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class LinearParameters(torch.nn.Module):
+    """What an equivariant linear map learns: ``weights`` (n_weights,) and ``bias`` (n_bias,), None without."""
+
+    def __init__(self, n_weights: int, n_bias: int):
+        super().__init__()
+        self.weights = torch.nn.Parameter(torch.zeros(n_weights))
+        self.register_parameter("bias", torch.nn.Parameter(torch.zeros(n_bias)) if n_bias else None)
+
+
+class NormState(torch.nn.Module):
+    """What one batch norm of a kernel learns and keeps; shapes as in :class:`~implicit_steer.packing.NormParameters`,
+    of the running means only the columns up to the last trivial one."""
+
+    def __init__(self, norm: Norm):
+        super().__init__()
+        self.momentum = norm.momentum
+        self.weight = torch.nn.Parameter(torch.ones(norm.channels, 1))
+        self.bias = torch.nn.Parameter(torch.zeros(norm.channels, len(norm.trivial)))
+        self.register_buffer("running_mean", torch.zeros(norm.channels, norm.n_mean))
+        self.register_buffer("running_var", torch.ones(norm.channels, 1))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+
+class ImplicitKernel(Stamped, KernelBase):
+    """K(x, a) = γ exp(−½ (|x| / σ)²) · mat(MLP(x ⊕ a)) of a plan, without escnn.
+
+    Args:
+        plan: what to compute. The parameters are zero, the norms untouched and σ = 0.5 until they are loaded.
+
+    Called on positions (P, dim) and attributes (P, A) or None it returns (P, C_out, C_in).
+    """
+
+    def __init__(self, plan: Plan):
+        super().__init__()
+        sizes = [(layer.n_weights, layer.bias.shape[1]) for layer in plan.linears]
+        self.linears = torch.nn.ModuleList(LinearParameters(*n) for n in (*sizes, plan.n_last))
+        self.norms = torch.nn.ModuleList(NormState(norm) for norm in plan.norms)
+        self.shell_width = torch.nn.Parameter(torch.full((1, 1, 1), 0.5))
+        self._stamp(plan.fingerprint)
+        self._find_tensors(list(self.linears), [(norm, NORM_TENSORS) for norm in self.norms])
+        self._set_plan(plan)
+
+    def arguments(self) -> dict:
+        """What it is built from."""
+        return {"plan": self.plan}
+
+
+class Biased(torch.nn.Module):
+    """A convolution's bias on the invariants of its output: ``bias`` (n,) and ``bias_expansion`` (C_out, n), both
+    absent where there are none."""
+
+    implicit_kernel: KernelBase
+    in_type: Any
+    out_type: Any
+
+    def _check_sizes(self) -> None:
+        """Raise unless the kernel maps between the features."""
+        plan, sizes = self.implicit_kernel.plan, (self.in_type.size, self.out_type.size)
+        require(
+            (plan.in_size, plan.out_size) == sizes, "implicit_kernel", f"sizes {sizes}", (plan.in_size, plan.out_size)
+        )
+
+    def _set_bias(self, expansion: Tensor) -> None:
+        self.bias = None
+        if expansion.shape[1]:
+            self.register_buffer("bias_expansion", expansion)
+            self.bias = torch.nn.Parameter(torch.zeros(expansion.shape[1]))
+
+    def expand_bias(self) -> Tensor | None:
+        """(C_out,) or None."""
+        bias = self.bias
+        return None if bias is None else self.bias_expansion @ bias
+
+    @property
+    def n_bias(self) -> int:
+        """Learned numbers of the bias."""
+        return 0 if self.bias is None else len(self.bias)

@@ -1,0 +1,86 @@
+"""The paper's network for molecules as a composition of its parts, which may come with or without escnn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from ..graph import Graph
+from .fields import values, with_values
+
+if TYPE_CHECKING:
+    from ..data.qm9 import Batch
+
+
+class ResidualBlock(Module):
+    """``φ(x + norm2(conv2(φ(norm1(conv1(x))))))``, φ the ``activation``."""
+
+    def __init__(self, activation: Module, conv1: Module, conv2: Module, norm1: Module, norm2: Module):
+        super().__init__()
+        self.activation = activation
+        self.conv1, self.conv2 = conv1, conv2
+        self.norm1, self.norm2 = norm1, norm2
+
+    def arguments(self) -> dict:
+        """What it is built from."""
+        return {name: getattr(self, name) for name in ("activation", "conv1", "conv2", "norm1", "norm2")}
+
+    def forward(self, x: Any, graph: Graph, edge_delta: Tensor, edge_attr: Tensor | None) -> Any:
+        """x (N, C) on ``graph`` → (N, C) of the same type."""
+        y = self.activation(self.norm1(self.conv1(x, graph, edge_delta, edge_attr)))
+        y = self.norm2(self.conv2(y, graph, edge_delta, edge_attr))
+        return self.activation(with_values(x, values(x) + values(y)))
+
+
+class MoleculeNet(Module):
+    """embedding → residual blocks → convolution to invariants → mean over each molecule → MLP → one number.
+
+    Args:
+        scalar_type: wraps the embedded elements as features: a field type, or :class:`Fields` without escnn.
+        linear, product, activation: the embedding: one-hot elements → scalars → their products → φ.
+        blocks: :class:`ResidualBlock` modules.
+        to_invariants: the last convolution.
+        head: the MLP, (num_graphs, C) → (num_graphs, 1).
+    """
+
+    def __init__(
+        self,
+        scalar_type: Callable[[Tensor, Tensor], Any],
+        linear: Module,
+        product: Module,
+        activation: Module,
+        blocks: torch.nn.ModuleList,
+        to_invariants: Module,
+        head: Module,
+    ):
+        super().__init__()
+        self.scalar_type = scalar_type
+        self.linear, self.product, self.activation = linear, product, activation
+        self.blocks, self.to_invariants, self.head = blocks, to_invariants, head
+
+    def arguments(self) -> dict:
+        """What it is built from."""
+        names = ("scalar_type", "linear", "product", "activation", "blocks", "to_invariants", "head")
+        return {name: getattr(self, name) for name in names}
+
+    def forward(self, batch: Batch) -> Tensor:
+        """One number per molecule, (num_graphs,)."""
+        graph = Graph(batch.edge_index, batch.pos.shape[0])
+        source, target = batch.edge_index
+        edge_delta = batch.pos[target] - batch.pos[source]
+        x = self.scalar_type(self.linear(batch.x), batch.pos)
+        x = self.activation(self.product(x))
+        for block in self.blocks:
+            x = block(x, graph, edge_delta, batch.edge_attr)
+        nodes = values(self.to_invariants(x, graph, edge_delta, batch.edge_attr))
+        return self.head(_mean_pool(nodes, batch)).squeeze(1)
+
+
+def _mean_pool(nodes: Tensor, batch: Batch) -> Tensor:
+    """(N, C) → (num_graphs, C): the mean over the atoms of each molecule."""
+    total = nodes.new_zeros(batch.num_graphs, nodes.shape[1]).index_add(0, batch.batch, nodes)
+    return total / torch.bincount(batch.batch, minlength=batch.num_graphs).unsqueeze(1)

@@ -1,0 +1,170 @@
+"""The convolution on graphs, on plain tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, op
+from .._check import fail, require
+from ..graph import Graph
+from .fields import Fields, check_tensor
+from .kernel import Biased, KernelBase
+
+
+class PointConvBase(Biased):
+    """out_i = bias + Σ_{e: j→i} γ s(|x_e|) K(x_e, a_e) f_j, on tensors.
+
+    A subclass sets ``implicit_kernel``, ``backend`` and the bias.
+    """
+
+    backend: str
+
+    def _select(self):
+        width = self.implicit_kernel.shell_width
+        return backends.select(self.backend, self.implicit_kernel.plan, width.device, width.dtype)
+
+    def explain(self) -> str:
+        """Group, sampling, frame, costs, and which backend runs and why."""
+        return f"{self.implicit_kernel.plan}\n  backend    {self._select()[1]}"
+
+    @staticmethod
+    def _graph(edge_index, n_source: int, n_target: int) -> Graph:
+        if not isinstance(edge_index, Graph):
+            return Graph(edge_index, (n_source, n_target))
+        sizes = (edge_index.num_src, edge_index.num_dst)
+        if sizes != (n_source, n_target):
+            expected = f"a graph on {n_source} source and {n_target} target nodes (the rows of x)"
+            fail("edge_index", expected, f"one on {sizes[0]} and {sizes[1]}")
+        return edge_index
+
+    def _evaluate(
+        self, kernel: KernelBase, source: Tensor, graph: Graph, edge_delta: Tensor, edge_attr: Tensor | None
+    ) -> Tensor:
+        """(N_target, C_out) from checked features and an unchecked geometry; ``kernel`` is ``implicit_kernel``."""
+        attributes = kernel.check_points("edge", edge_delta, edge_attr, graph.num_edges)
+        if graph.device != source.device:
+            fail("edge_index", f"device {source.device}", graph.device)
+        out, statistics = op.implicit_conv(
+            kernel.plan,
+            kernel.parameters_for_op(),
+            graph,
+            source,
+            edge_delta,
+            attributes,
+            batch_statistics=kernel.uses_batch_statistics(graph.num_edges),
+            backend=self.backend,
+        )
+        if statistics:
+            kernel.update_running(statistics)
+        bias = self.expand_bias()
+        if bias is not None:
+            out = out + bias
+        if out.dtype != source.dtype:
+            out = out.to(source.dtype)  # 16-bit features: rounded once, here
+        return out
+
+
+def check_chosen(idx_downsampled: Any, n: int) -> None:
+    """Raise unless these are (M,) integers in 0 .. n-1."""
+    ok = isinstance(idx_downsampled, Tensor) and idx_downsampled.dim() == 1
+    ok = ok and not idx_downsampled.is_floating_point() and idx_downsampled.dtype not in (torch.bool, torch.complex64)
+    got = getattr(idx_downsampled, "dtype", type(idx_downsampled).__name__)
+    require(ok, "idx_downsampled", "a 1-D integer tensor", got, kind=TypeError)
+    if len(idx_downsampled):
+        low, high = int(idx_downsampled.min()), int(idx_downsampled.max())
+        require(low >= 0 and high < n, "idx_downsampled", f"indices in 0..{n - 1}", f"{low}..{high}")
+
+
+class ImplicitPointConv(PointConvBase):
+    """out_i = bias + Σ_{e: j→i} γ s(|x_e|) K(x_e, a_e) f_j, without escnn: plain tensors in, a plain tensor out.
+
+    Args:
+        in_type, out_type: sizes and names of the features.
+        implicit_kernel: K.
+        backend: as in :class:`implicit_steer.nn.ImplicitPointConv`; it has to exist when the module is called.
+        n_bias: learned numbers of the bias.
+
+    Example:
+        >>> conv = implicit_steer.load("conv.safetensors")  # as saved in the example of implicit_steer.save
+        >>> pos, x = torch.randn(100, 3), torch.randn(100, 16)
+        >>> edges = implicit_steer.knn_graph(pos, k=8)
+        >>> conv(x, edges, pos[edges[1]] - pos[edges[0]]).shape
+        torch.Size([100, 16])
+    """
+
+    def __init__(self, in_type: Fields, out_type: Fields, implicit_kernel: KernelBase, backend: str, n_bias: int):
+        super().__init__()
+        require(backend in backends.NAMES, "backend", f"one of {backends.NAMES}", repr(backend))
+        self.in_type, self.out_type, self.backend = in_type, out_type, backend
+        self._set_bias(torch.zeros(out_type.size, n_bias))
+        self.implicit_kernel = implicit_kernel
+        self._check_sizes()
+
+    def arguments(self) -> dict:
+        """What it is built from."""
+        names = ("in_type", "out_type", "implicit_kernel", "backend", "n_bias")
+        return {name: getattr(self, name) for name in names}
+
+    def forward(
+        self,
+        x: Tensor | tuple,
+        edge_index: Tensor | Graph,
+        edge_delta: Tensor,
+        edge_attr: Tensor | None = None,
+    ) -> Tensor:
+        """Convolve.
+
+        Args:
+            x: (N, C_in); or a pair (source features, target features or number of targets).
+            edge_index: (2, E) integers, row 0 = source j, row 1 = target i, in any order; or a :class:`Graph`.
+            edge_delta: (E, dim), position of the target minus that of the source.
+            edge_attr: (E, A); None if the layer has no attributes.
+
+        Returns:
+            (N_target, C_out).
+        """
+        kernel = self.implicit_kernel
+        source, n_target = self._nodes(kernel, x)
+        return self._evaluate(kernel, source, self._graph(edge_index, source.shape[0], n_target), edge_delta, edge_attr)
+
+    def _nodes(self, kernel: KernelBase, x) -> tuple[Tensor, int]:
+        target = x
+        if isinstance(x, tuple):
+            require(len(x) == 2, "x", "a tensor or a pair (source, target)", f"{len(x)} entries")
+            x, target = x
+        width = kernel.shell_width
+        check_tensor("x", x, (None, kernel.plan.in_size), width.dtype, width.device)
+        if isinstance(target, Tensor) and target.dim() > 0:
+            return x, target.shape[0]
+        if isinstance(target, int) and not isinstance(target, bool) and target >= 0:
+            return x, target
+        got = target if isinstance(target, int) else type(target).__name__
+        fail("x", "a tensor or a number of nodes as target", got, kind=TypeError)
+
+    def extra_repr(self) -> str:
+        """What distinguishes this layer."""
+        return f"{self.in_type} -> {self.out_type}, backend={self.backend!r}"
+
+
+class ImplicitPointConvWithDownsampling(ImplicitPointConv):
+    """:class:`ImplicitPointConv` whose output lives on a subset of the nodes."""
+
+    def forward(
+        self,
+        x: Tensor | tuple,
+        edge_index: Tensor | Graph,
+        edge_delta: Tensor,
+        edge_attr: Tensor | None = None,
+        idx_downsampled: Tensor | None = None,
+    ) -> Tensor:
+        """Convolve onto the nodes ``idx_downsampled`` (M,), which row 1 of ``edge_index`` counts; None keeps all."""
+        if idx_downsampled is None:
+            return super().forward(x, edge_index, edge_delta, edge_attr)
+        kernel = self.implicit_kernel
+        source, n = self._nodes(kernel, x)
+        check_chosen(idx_downsampled, n)
+        graph = self._graph(edge_index, n, len(idx_downsampled))
+        return self._evaluate(kernel, source, graph, edge_delta, edge_attr)

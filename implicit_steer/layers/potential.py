@@ -1,0 +1,199 @@
+"""An interatomic potential as a composition of its parts, which may come with or without escnn."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot, silu
+
+from .._check import fail, require
+from ..graph import Graph
+from ..structures import Structures
+from .fields import values
+
+MAX_NUMBER = 118
+
+
+class Prediction(NamedTuple):
+    """energy (B,) eV; energies (N,) eV, per atom; forces (N, 3) eV/Å; stress (B, 3, 3) eV/Å³, symmetric, or None."""
+
+    energy: Tensor
+    energies: Tensor
+    forces: Tensor
+    stress: Tensor | None
+
+
+class Gate(torch.nn.Module):
+    """y_l[u] = g_l[u](q) · x_l[u] for l ≥ 1, y_0 = g_0(q), q = (x_0, √(1 + |x_l|²)), g a two-layer SiLU network.
+
+    x, y (N, C · Σ_l (2l+1)): C fields of one irrep each of l = 0 … L. Exactly equivariant and smooth.
+    """
+
+    def __init__(self, channels: int, max_frequency: int):
+        super().__init__()
+        self.sizes = [2 * l + 1 for l in range(max_frequency + 1)]  # noqa: E741
+        width = channels * len(self.sizes)
+        self.channels, self.max_frequency = channels, max_frequency
+        self.first, self.second = torch.nn.Linear(width, width), torch.nn.Linear(width, width)
+
+    def arguments(self) -> dict:
+        """What it is built from."""
+        return {"channels": self.channels, "max_frequency": self.max_frequency}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C · Σ(2l+1)) → the same shape."""
+        scalars, *vectors = x.unflatten(1, (self.channels, -1)).split(self.sizes, -1)
+        norms = [(1 + v.square().sum(-1)).sqrt() for v in vectors]
+        gates = self.second(silu(self.first(torch.cat([scalars.squeeze(-1), *norms], 1))))
+        first, *others = gates.unflatten(1, (self.channels, -1)).split(1, -1)
+        return torch.cat([first, *(v * g for v, g in zip(vectors, others, strict=True))], -1).flatten(1)
+
+
+class PotentialNet(torch.nn.Module):
+    """E = Σ_i e_i,  e_i = shift[z_i] + scale[z_i] · MLP(scalars of x_i),  F = −∂E/∂pos,  σ = (1/V) ∂E/∂ε, of its parts,
+    which may come with or without escnn; see :class:`implicit_steer.models.Potential`.
+
+    Args:
+        species: atomic numbers that occur.
+        cutoff: Å.
+        radial: cosines of the distance that the kernels see.
+        embedding: species → scalars.
+        convolutions, gates: one of each per layer.
+        head: the MLP, (N, C) → (N, 1).
+
+    Buffers (set by :meth:`fit`): shift, scale (S,) eV; degree (), mean number of neighbours.
+    """
+
+    def __init__(
+        self,
+        species: tuple[int, ...],
+        cutoff: float,
+        radial: int,
+        embedding: torch.nn.Embedding,
+        convolutions: torch.nn.ModuleList,
+        gates: torch.nn.ModuleList,
+        head: torch.nn.Module,
+    ):
+        super().__init__()
+        self.species, self.cutoff, self.radial = tuple(species), float(cutoff), radial
+        self.embedding, self.convolutions, self.gates, self.head = embedding, convolutions, gates, head
+        index = torch.full((MAX_NUMBER + 1,), -1)
+        index[list(species)] = torch.arange(len(species))
+        self.register_buffer("species_index", index)
+        self.register_buffer("shift", torch.zeros(len(species)))
+        self.register_buffer("scale", torch.ones(len(species)))
+        self.register_buffer("degree", torch.tensor(10.0))
+
+    def arguments(self) -> dict:
+        """What it is built from."""
+        names = ("species", "cutoff", "radial", "embedding", "convolutions", "gates", "head")
+        return {name: getattr(self, name) for name in names}
+
+    def species_of(self, numbers: Tensor) -> Tensor:
+        """(N,) atomic numbers → (N,) positions in ``species``; ``ValueError`` for one that is not among them."""
+        known = self.species_index[numbers.clamp(0, MAX_NUMBER)]
+        wrong = (known < 0) | (numbers != numbers.clamp(0, MAX_NUMBER))
+        if wrong.any():
+            expected = f"atomic numbers among {list(self.species)}"
+            fail("numbers", expected, sorted(set(numbers[wrong].tolist())), "Build the potential with these species.")
+        return known
+
+    def atomic_energies(self, species: Tensor, graph: Graph, edge_delta: Tensor) -> Tensor:
+        """e_i (N,) in eV from species (N,) as :meth:`species_of` gives them, N nodes and E edges of ``graph``, and
+        edge_delta (E, 3), target minus source in Å."""
+        delta = edge_delta / self.cutoff
+        kinds = one_hot(species, len(self.shift)).to(delta.dtype)
+        ends = [kinds.index_select(0, graph.src), kinds.index_select(0, graph.dst)]
+        attributes = torch.cat([_cosines(delta, self.radial), *ends], 1)
+        x = self.embedding(species)
+        for conv, gate in zip(self.convolutions, self.gates, strict=True):
+            y = gate(_convolve(conv, x, graph, delta, attributes) / self.degree.sqrt())
+            x = _with_scalars(y, x, gate.channels) if x.shape != y.shape else x + y
+        scalars = x.unflatten(1, (self.embedding.embedding_dim, -1))[..., 0]
+        return self.shift[species] + self.scale[species] * self.head(scalars).squeeze(1)
+
+    def forward(self, structures: Structures) -> Tensor:
+        """E (B,) in eV, differentiable in ``structures.pos`` and ``structures.cell``."""
+        energies, _ = self._energies(structures, structures.edge_delta())
+        return _per_structure(energies, structures)
+
+    def predict(self, structures: Structures, *, stress: bool = False, create_graph: bool = False) -> Prediction:
+        """Energies and their derivatives.
+
+        Args:
+            structures: of the potential's dtype, with edges up to at least ``cutoff``.
+            stress: also the stress; the cells must have a volume.
+            create_graph: keep the graph, so that the results can be differentiated (training, Hessians with
+                ``structures.pos.requires_grad_()``).
+
+        Raises:
+            ValueError: an unknown species; ``stress`` without a cell.
+        """
+        if stress:
+            volume = torch.linalg.det(structures.cell).abs()
+            require(bool((volume > 0).all()), "stress", "cells with three lattice vectors", "a cell without volume")
+        with torch.enable_grad():
+            delta = structures.edge_delta()
+            if not delta.requires_grad:
+                delta.requires_grad_()
+            energies, graph = self._energies(structures, delta)
+            (g,) = torch.autograd.grad(energies.sum(), delta, create_graph=create_graph)  # [E, 3]
+            # ∂E/∂pos by the chain rule: each edge vector is target minus source
+            forces = torch.zeros_like(structures.pos).index_add(0, graph.src, g).index_add(0, graph.dst, -g)
+            energy = _per_structure(energies, structures)
+            virial = None
+            if stress:
+                outer = 0.5 * (delta[:, :, None] * g[:, None] + g[:, :, None] * delta[:, None])
+                owner = structures.batch[graph.dst]
+                virial = torch.zeros_like(structures.cell).index_add(0, owner, outer) / volume[:, None, None]
+        results = (energy, energies, forces, virial)
+        return Prediction(*results) if create_graph else Prediction(*(r if r is None else r.detach() for r in results))
+
+    def fit(self, structures: Structures) -> None:
+        """Set ``shift`` (least squares of the energies on the composition), ``scale`` (r.m.s. force of each species
+        times 1 Å) and ``degree`` from ``structures``, which hold energies and forces."""
+        species, count = self.species_of(structures.numbers), len(self.shift)
+        owner = structures.batch * count + species
+        composition = torch.bincount(owner, minlength=structures.num_graphs * count).view(-1, count)
+        shift, *_ = np.linalg.lstsq(composition.double().numpy(), structures.energy.double().numpy(), rcond=None)
+        squares = structures.forces.double().square().mean(1)
+        atoms = torch.bincount(species, minlength=count)
+        variance = torch.zeros(count, dtype=torch.float64).index_add(0, species, squares) / atoms.clamp(min=1)
+        self.shift.copy_(torch.from_numpy(shift))
+        self.scale.copy_(torch.where(variance > 0, variance.sqrt(), torch.ones_like(variance)))
+        self.degree.fill_(max(1.0, structures.edge_index.shape[1] / len(species)))
+
+    def extra_repr(self) -> str:
+        """What distinguishes this potential."""
+        return f"species={list(self.species)}, cutoff={self.cutoff} Å"
+
+    def _energies(self, structures: Structures, delta: Tensor) -> tuple[Tensor, Graph]:
+        graph = Graph(structures.edge_index, structures.pos.shape[0])
+        return self.atomic_energies(self.species_of(structures.numbers), graph, delta), graph
+
+
+def _cosines(delta: Tensor, count: int) -> Tensor:
+    """(E, count): √2 cos(π n |delta|), n = 1 … count; smooth at 0 too, being even."""
+    length = torch.linalg.vector_norm(delta, dim=1, keepdim=True)
+    n = torch.arange(1, count + 1, dtype=delta.dtype, device=delta.device)
+    return math.sqrt(2) * torch.cos(math.pi * n * length)
+
+
+def _convolve(conv: torch.nn.Module, x: Tensor, graph: Graph, delta: Tensor, attributes: Tensor) -> Tensor:
+    """``conv`` between plain tensors."""
+    coordinates = x.new_zeros(x.shape[0], 3)  # a GeometricTensor has some; the layer only passes them on
+    return values(conv(conv.in_type(x, coordinates), graph, delta, attributes))
+
+
+def _with_scalars(y: Tensor, scalars: Tensor, channels: int) -> Tensor:
+    """y (N, C · d) with ``scalars`` (N, C) added to the first component of every field."""
+    fields = y.unflatten(1, (channels, -1))
+    return torch.cat([fields[..., :1] + scalars[..., None], fields[..., 1:]], -1).flatten(1)
+
+
+def _per_structure(energies: Tensor, structures: Structures) -> Tensor:
+    return energies.new_zeros(structures.num_graphs).index_add(0, structures.batch, energies)
