@@ -12,7 +12,7 @@ import torch
 from implicit_steer import backends
 from implicit_steer.cases import GROUPS, LARGE, SMALL, SPACES
 
-from . import accuracy, bound, fresh, report, scaling, small, speed
+from . import accuracy, bound, forces, fresh, report, scaling, small, speed
 from .steps import candidates
 
 _NAMED = SMALL | LARGE | GROUPS
@@ -110,6 +110,13 @@ def run_small(args: argparse.Namespace, names: list[str]) -> int:
     return 0
 
 
+def run_forces(args: argparse.Namespace, names: list[str]) -> int:
+    """Measure, print and write. 1 on a red gate."""
+    results = {"environment": report.environment()} | forces.measure(names, *_effort(args), args.threads)
+    _finish("forces", results, forces.text(results), args.out)
+    return 0 if results["records"] else 1
+
+
 def _finish(section: str, results: dict, tables: str, out: Path) -> None:
     text = report.header(results["environment"]) + "\n\n" + tables
     print(text)
@@ -126,7 +133,13 @@ def run_accuracy(args: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
-_SECTIONS = {"speed": run_speed, "accuracy": run_accuracy, "scaling": run_scaling, "small": run_small}
+_SECTIONS = {
+    "speed": run_speed,
+    "forces": run_forces,
+    "accuracy": run_accuracy,
+    "scaling": run_scaling,
+    "small": run_small,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """What can only be measured in a process of its own: peak memory, and the first construction of a model.
 
 ``python -m bench.fresh WHAT ... THREADS`` prints JSON: ``memory CASE BACKEND SAMPLING``, ``scaling EDGES BACKEND
-SAMPLING``, ``lowering``.
+SAMPLING``, ``forces BACKEND SAMPLING``, ``lowering``.
 """
 
 from __future__ import annotations
@@ -82,6 +82,16 @@ def scaling(edges: str, backend: str, sampling: str) -> dict[str, dict[str, floa
     return found
 
 
+def forces(backend: str, sampling: str) -> dict[str, int]:
+    """Peak bytes of a training step on energies and forces, beyond the layer and its inputs."""
+    from .forces import CASE, step
+    from .steps import Candidate
+
+    run = step(CASE, Candidate(backend, sampling))
+    run()
+    return {"bytes": peak_memory(run)}
+
+
 def lowering() -> dict[str, float]:
     """Seconds to construct the paper's QM9 network (4 blocks, 9 convolutions), the first and the second time."""
     from implicit_steer.models import QM9Net
@@ -97,4 +107,5 @@ def lowering() -> dict[str, float]:
 if __name__ == "__main__":
     what, *arguments, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    print(json.dumps({"memory": memory, "scaling": scaling, "lowering": lowering}[what](*arguments)))
+    known = {"memory": memory, "scaling": scaling, "forces": forces, "lowering": lowering}
+    print(json.dumps(known[what](*arguments)))

@@ -278,10 +278,12 @@ std::tuple<Tensor, Tensor, Tensor> conv_hidden_backward(const Tensor& ints, cons
 }
 
 // As conv_double_backward. -> of out, and of the gradients of delta, attr and weights
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv_hidden_double_backward(
-    const Tensor& ints, const Tensor& reals, const Tensor& weights, const Tensor& delta, const Tensor& attr,
-    const Tensor& grad_out, const Tensor& tangent_weights, const Tensor& tangent_delta, const Tensor& tangent_attr,
-    int64_t isa) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_hidden_double_backward(const Tensor& ints, const Tensor& reals,
+                                                                       const Tensor& weights, const Tensor& delta,
+                                                                       const Tensor& attr, const Tensor& grad_out,
+                                                                       const Tensor& tangent_weights,
+                                                                       const Tensor& tangent_delta,
+                                                                       const Tensor& tangent_attr, int64_t isa) {
   Tensor out;
   Gradients grads;
   dispatch_real(weights, "weights", [&](auto* tag) {

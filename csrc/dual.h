@@ -226,6 +226,12 @@ IST_INLINE auto number(const V& x, int l) {
   else
     return reinterpret_cast<const Real<V>*>(&x)[l];
 }
+// x as a constant: without its tangent.
+template <typename V>
+IST_INLINE V constant_of(V x) {
+  if constexpr (is_dual<V>) x.tangent = {};
+  return x;
+}
 // The number x of no tangent.
 template <typename R>
 IST_INLINE R constant_number(Real<R> x) {

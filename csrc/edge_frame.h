@@ -2,8 +2,8 @@
 // sweep of each. The mathematics and its names are those of backends/hidden.py.
 #pragma once
 
-#include "plan.h"
 #include "functions.h"
+#include "plan.h"
 
 namespace implicit_steer::IST_ISA {
 
@@ -214,8 +214,8 @@ void attribute_direction(const PlanView<Real<R>>& p, Edges<R>& e) {
     const V a = e.rotated[m], b = e.rotated[p.attribute_partner[m]];
     V norm, inverse;
     safe_norm<R>(a * a + b * b, norm, inverse);
-    direction[0] = select(norm > 0, a * inverse, direction[0]);
-    direction[1] = select(norm > 0, b * inverse, direction[1]);
+    direction[0] = select(norm > 0, constant_of(a * inverse), direction[0]);
+    direction[1] = select(norm > 0, constant_of(b * inverse), direction[1]);
   }
   e.unit[0] = select(e.radius > 0, e.unit[0], direction[0]);
   e.unit[1] = select(e.radius > 0, e.unit[1], direction[1]);
@@ -342,14 +342,15 @@ void frame_backward(const PlanView<Real<R>>& p, R shell, Edges<R>& e) {
 
 // Planar: hidden coordinates h[w, m] = cosine[m] y[w, m] + sine[m] y[w, partner[m]].
 template <typename R>
-void expand_forward(const PlanView<Real<R>>& p, const Edges<R>& e, const typename Lane<R>::V* y, typename Lane<R>::V* h) {
+void expand_forward(const PlanView<Real<R>>& p, const Edges<R>& e, const typename Lane<R>::V* y,
+                    typename Lane<R>::V* h) {
   for (int w = 0; w < p.channels; ++w)
     for (int m = 0; m < p.c; ++m) h[w * p.c + m] = e.cosine[m] * y[w * p.c + m] + e.sine[m] * y[w * p.c + p.partner[m]];
 }
 
 template <typename R>
-void expand_backward(const PlanView<Real<R>>& p, Edges<R>& e, const typename Lane<R>::V* y, const typename Lane<R>::V* d_h,
-                     typename Lane<R>::V* d_y) {
+void expand_backward(const PlanView<Real<R>>& p, Edges<R>& e, const typename Lane<R>::V* y,
+                     const typename Lane<R>::V* d_h, typename Lane<R>::V* d_y) {
   using V = typename Lane<R>::V;
   for (int m = 0; m < p.c; ++m) e.d_cosine[m] = e.d_sine[m] = V{};
   for (int k = 0; k < p.channels * p.c; ++k) d_y[k] = V{};

@@ -22,7 +22,8 @@ IST_INLINE void linear_rows(const R* w, const R* bias, int n_columns, const int3
 }
 
 template <typename R>
-void linear_forward(const LayerView<Real<R>>& layer, const R* weights, const typename Lane<R>::V* y, typename Lane<R>::V* z) {
+void linear_forward(const LayerView<Real<R>>& layer, const R* weights, const typename Lane<R>::V* y,
+                    typename Lane<R>::V* z) {
   const R *w = weights + layer.weight, *bias = weights + layer.bias;
   const int32_t* g = layer.groups;
   for (int n = 0; n < layer.n_groups; ++n) {
@@ -109,7 +110,7 @@ IST_INLINE void apply(V* x, V* slopes) {
 
 template <typename F, int N, typename V>
 IST_INLINE void pairs_forward(const LayerView<Real<V>>& layer, int row, int c, int even, const V* z, V* y, V* slopes) {
-  const Real<V> *a = layer.pair_samples + row * c, *inverse = layer.pair_inverse + row * c;
+  const Real<V>*a = layer.pair_samples + row * c, *inverse = layer.pair_inverse + row * c;
   V x[2 * N];  // even parts, odd parts; then the samples; then their sums and differences
   products<N>(a, c, 0, layer.in_even, z, x);
   products<N>(a, c, even, even + layer.in_odd, z, x + N);
@@ -123,7 +124,7 @@ IST_INLINE void pairs_forward(const LayerView<Real<V>>& layer, int row, int c, i
 template <int N, typename V>
 IST_INLINE void pairs_backward(const LayerView<Real<V>>& layer, int row, int c, int even, const V* slopes, const V* d_y,
                                V* d_z) {
-  const Real<V> *a = layer.pair_samples + row * c, *inverse = layer.pair_inverse + row * c;
+  const Real<V>*a = layer.pair_samples + row * c, *inverse = layer.pair_inverse + row * c;
   V g[2 * N];
   products<N>(inverse, c, 0, layer.out_even, d_y, g);
   products<N>(inverse, c, even, even + layer.out_odd, d_y, g + N);
@@ -143,7 +144,8 @@ IST_INLINE void singles_forward(const LayerView<Real<V>>& layer, int row, int c,
 }
 
 template <int N, typename V>
-IST_INLINE void singles_backward(const LayerView<Real<V>>& layer, int row, int c, const V* slopes, const V* d_y, V* d_z) {
+IST_INLINE void singles_backward(const LayerView<Real<V>>& layer, int row, int c, const V* slopes, const V* d_y,
+                                 V* d_z) {
   V g[N];
   products<N>(layer.pair_inverse + row * c, c, 0, c, d_y, g);
   for (int j = 0; j < N; ++j) g[j] *= slopes[j];
@@ -237,7 +239,7 @@ template <typename F, typename V>
 void near_forward(const LayerView<Real<V>>& layer, int c, int zero, V r, const V* z, V* y) {
   for (int k = 0; k < c; ++k) y[k] = V{};
   for (int s = 0; s < layer.n_samples; ++s) {
-    const Real<V> *a = layer.samples + s * c, *inv = layer.inverse_t + s * c;
+    const Real<V>*a = layer.samples + s * c, *inv = layer.inverse_t + s * c;
     V u0{}, w{};
     for (int k = 0; k < zero; ++k) u0 += z[k] * a[k];
     for (int k = zero; k < c; ++k) w += z[k] * a[k];
@@ -251,7 +253,7 @@ template <typename F, typename V>
 void near_backward(const LayerView<Real<V>>& layer, int c, int zero, V r, const V* z, const V* d_y, V* d_z, V& d_r) {
   for (int k = 0; k < c; ++k) d_z[k] = V{};
   for (int s = 0; s < layer.n_samples; ++s) {
-    const Real<V> *a = layer.samples + s * c, *inv = layer.inverse_t + s * c;
+    const Real<V>*a = layer.samples + s * c, *inv = layer.inverse_t + s * c;
     V u0{}, w{}, g0{}, g1{};
     for (int k = 0; k < zero; ++k) u0 += z[k] * a[k];
     for (int k = zero; k < c; ++k) w += z[k] * a[k];
@@ -295,8 +297,9 @@ void activation_forward(const PlanView<Real<R>>& p, const LayerView<Real<R>>& la
 
 // d_z from d_y; near the origin d_r += the radius' gradient.
 template <typename F, typename R>
-void activation_backward(const PlanView<Real<R>>& p, const LayerView<Real<R>>& layer, Edges<R>& e, const typename Lane<R>::V* z,
-                         const typename Lane<R>::V* d_y, const typename Lane<R>::V* slopes, typename Lane<R>::V* d_z) {
+void activation_backward(const PlanView<Real<R>>& p, const LayerView<Real<R>>& layer, Edges<R>& e,
+                         const typename Lane<R>::V* z, const typename Lane<R>::V* d_y,
+                         const typename Lane<R>::V* slopes, typename Lane<R>::V* d_z) {
   const int c = p.c, rows = layer.n_samples - layer.n_pairs;
   for (int w = 0; w < layer.out; w += c, z += c, d_y += c, d_z += c, slopes += layer.n_samples) {
     if (e.near) {

@@ -9,8 +9,8 @@ template <typename R>
 struct Backward : Worker<R> {
   using Base = Worker<R>;
   using V = typename Lane<R>::V;
-  using Base::a, Base::p, Base::weights, Base::mixed, Base::grads, Base::sums, Base::ring, Base::n_ring, Base::size, Base::e,
-      Base::mlp;
+  using Base::a, Base::p, Base::weights, Base::mixed, Base::grads, Base::sums, Base::ring, Base::n_ring, Base::size,
+      Base::e, Base::mlp;
   using Base::d_theta, Base::d_sums, Base::d_sums_t, Base::d_terms, Base::d_rows, Base::rows, Base::row_at;
   using Base::n_edges, Base::edge, Base::shell, Base::near_pass;
   using Base::t, Base::d_t, Base::f, Base::d_f, Base::f_raw, Base::d_f_raw, Base::g, Base::d_g, Base::hidden,
@@ -59,7 +59,8 @@ struct Backward : Worker<R> {
       if (a.index(a.rowptr, i) < a.index(a.rowptr, i + 1)) prepared[n_prepared++] = i;
     for (int n = 0; n < n_prepared; ++n)
       for (int k = 0; k < p.out_size; ++k)
-        if (p.place[k] >= 0) mixed[n * p.n_mixed + p.place[k]] = constant_number<R>(a.grad_out[prepared[n] * p.out_size + k]);
+        if (p.place[k] >= 0)
+          mixed[n * p.n_mixed + p.place[k]] = constant_number<R>(a.grad_out[prepared[n] * p.out_size + k]);
     for (int k = 0; k < p.n_couplings; ++k)
       for (int slot = 0; slot < p.couplings[k].n_slots; ++slot) sum_outputs(p.couplings[k], slot);
   }
@@ -92,7 +93,8 @@ struct Backward : Worker<R> {
         const R* d = d_sums + current * size.sums + q.at_sums + slot * q.slot_size;
         R* d_term = d_terms + q.at_d_terms + (int64_t{n} * L + l0) * q.in_padded;
         if (q.constant) {
-          for (int l = l0; l < l1; ++l, d_term += q.in_padded) memcpy(static_cast<void*>(d_term), d, sizeof(R) * q.n_in);
+          for (int l = l0; l < l1; ++l, d_term += q.in_padded)
+            memcpy(static_cast<void*>(d_term), d, sizeof(R) * q.n_in);
           continue;
         }
         const int64_t pad = q.hidden_padded;
@@ -101,8 +103,7 @@ struct Backward : Worker<R> {
         rank_updates(l1 - l0, d_term, q.in_padded, numbers_at(rows + at, pad, 1),
                      d_sums_t + q.at_sums_t + int64_t{slot} * q.n_hidden * q.in_padded, q.in_padded, 0, q.n_hidden,
                      q.in_padded);
-        if (need_hidden)
-          rank_updates(l1 - l0, d_rows + at, pad, lane_by_lane(product, l0), d, pad, 0, q.n_in, pad);
+        if (need_hidden) rank_updates(l1 - l0, d_rows + at, pad, lane_by_lane(product, l0), d, pad, 0, q.n_in, pad);
       }
     }
   }

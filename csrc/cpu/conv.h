@@ -8,12 +8,12 @@ namespace implicit_steer {
 template <typename R>
 struct ConvArgs {
   PlanView<R>* plan;
-  const R* weights;                      // packed; with tangents: pairs of a weight and its tangent
-  const R *x, *delta, *attr;             // [N_src, C_in], [E, dim], [E, A]
+  const R* weights;                                   // packed; with tangents: pairs of a weight and its tangent
+  const R *x, *delta, *attr;                          // [N_src, C_in], [E, dim], [E, A]
   const R *x_tangent, *delta_tangent, *attr_tangent;  // as these, in calls for derivatives along a direction
-  const void *src, *order, *rowptr;      // [E], [E] edges by target, [N_dst + 1]
-  const void *order_by_source, *colptr;  // [E], [N_src + 1]
-  bool wide;                             // indices are int64, else int32
+  const void *src, *order, *rowptr;                   // [E], [E] edges by target, [N_dst + 1]
+  const void *order_by_source, *colptr;               // [E], [N_src + 1]
+  bool wide;                                          // indices are int64, else int32
   int64_t n_src, n_dst, n_edges;
   int threads;
   void* (*scratch)(int64_t bytes);  // 64-byte aligned memory of the calling thread, valid until its next call
@@ -41,8 +41,8 @@ struct ConvTable {
   void (*forward_tangent)(const ConvArgs<R>&);   // of forward and backward: the derivatives, along the tangents, of
   void (*backward_tangent)(const ConvArgs<R>&);  // what these give, at constant grad_out
   void (*statistics)(const ConvArgs<R>&);
-  void (*hidden_forward)(const ConvArgs<R>&);                // out: h [E, H]
-  void (*hidden_backward)(const ConvArgs<R>&);               // grad_out: of h
+  void (*hidden_forward)(const ConvArgs<R>&);   // out: h [E, H]
+  void (*hidden_backward)(const ConvArgs<R>&);  // grad_out: of h
   void (*hidden_forward_tangent)(const ConvArgs<R>&);
   void (*hidden_backward_tangent)(const ConvArgs<R>&);
   void (*function)(int which, const R* x, R* y, int64_t n);  // 0 .. 4: φ of Function; 5: exp. For tests.

@@ -48,7 +48,9 @@ struct Forward : Worker<R> {
   }
 
   void nodes(int64_t first, int64_t last) {
-    const auto start = [&](int64_t) { memset(static_cast<void*>(sums + n_ring * size.sums), 0, sizeof(R) * size.sums); };
+    const auto start = [&](int64_t) {
+      memset(static_cast<void*>(sums + n_ring * size.sums), 0, sizeof(R) * size.sums);
+    };
     const auto run = [&](int l0, int l1) { this->accumulate(sums + n_ring * size.sums, l0, l1); };
     const auto finish = [&](int64_t i) {
       ring[n_ring++] = i;

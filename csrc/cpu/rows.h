@@ -2,8 +2,8 @@
 // a row of channels in memory.
 #pragma once
 
-#include "../plan.h"
 #include "../functions.h"
+#include "../plan.h"
 
 namespace implicit_steer::IST_ISA {
 
@@ -87,9 +87,7 @@ IST_INLINE auto lanes_of(const V* first) {
 
 template <typename V>
 IST_INLINE auto lane_by_lane(const V* first, int l0) {
-  return [=](int j0) {
-    return [=](int j, int k) { return number(first[k], l0 + j0 + j); };
-  };
+  return [=](int j0) { return [=](int j, int k) { return number(first[k], l0 + j0 + j); }; };
 }
 
 // in [n][in_pad] -> out [m][out_pad], in_pad >= m and out_pad >= n whole Q

@@ -74,7 +74,8 @@ struct Worker {
   int64_t *near_edge, *near_node;  // [capacity]
   int64_t n_near = 0;
 
-  Worker(const ConvArgs<Real<R>>& args, const CouplingSizes& sizes, bool is_backward, int64_t own_edges, int64_t n_extra = 0)
+  Worker(const ConvArgs<Real<R>>& args, const CouplingSizes& sizes, bool is_backward, int64_t own_edges,
+         int64_t n_extra = 0)
       : a(args),
         p(*args.plan),
         weights(reinterpret_cast<const R*>(args.weights)),

@@ -6,10 +6,11 @@ the numbers, C order, little endian, and nothing else. dtype: int32, int64 or fl
 Inputs are what the native operators are called with, recorded. Expected results, always in float64, come from backend
 `reference`: the output, the gradients of features, positions and attributes, and in training the batch norms'
 statistics. The gradient of p, the vector of parameters that is packed, is compared along directions: p is linear in
-each parameter θ of the layer (most are parts of p; dense couplings multiply the last layer's with their basis), so with
-p₊ and p₋ recorded at θ ± v, ⟨∂L/∂p, (p₊ − p₋) / 2⟩ = ⟨∂L/∂θ, v⟩, the latter from `reference`.
+each parameter θ of the layer, so with p₊ and p₋ recorded at θ ± v, ⟨∂L/∂p, (p₊ − p₋) / 2⟩ = ⟨∂L/∂θ, v⟩, the latter
+from `reference`. Second derivatives are those of the output and of all gradients along one direction of everything.
 """
 
+import copy
 import sys
 from pathlib import Path
 
@@ -52,22 +53,55 @@ def flat(tensors):
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
+def along_parameters(conv):
+    """Name → a random direction of each parameter of the kernel."""
+    generator, found = torch.Generator().manual_seed(0), {}
+    for name, parameter in conv.implicit_kernel.named_parameters():
+        found[name] = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return found
+
+
 def directions(conv, problem, gradients):
     """Direction (n_parameters, n_packed) of what is packed along each parameter, slope (n_parameters,) of L."""
-    generator, steps, slopes = torch.Generator().manual_seed(0), [], []
-    for name, parameter in conv.implicit_kernel.named_parameters():
-        v = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    parameters, steps, slopes = dict(conv.implicit_kernel.named_parameters()), [], []
+    for name, v in along_parameters(conv).items():
         packed = []
         for sign in (1, -1):
             with torch.no_grad(), unchanged(conv), Recorder() as recorder:
                 conv.backend = "cpu"
-                parameter += sign * v
+                parameters[name] += sign * v
                 run(problem, conv)
                 packed.append(flat(recorder.of("conv_pack")[0]["parameters"]))
         steps.append((packed[0] - packed[1]) / 2)
         assert steps[-1].any(), name
         slopes.append((gradients[f"grad implicit_kernel.{name}"] * v).sum())
     return {"direction": torch.stack(steps), "slope": torch.stack(slopes)}
+
+
+def second_order(conv, problem):
+    """A direction of the inputs, "tangent_x" …; along it and all directions of the parameters at once, the derivatives
+    of the output and of every gradient: "out_t", "grad_x_t" …, "slope_t"; from `reference`."""
+    problem, v_parameters = copy.copy(problem), along_parameters(conv)
+    inputs = dict(zip(("x", "delta", "attr"), problem.requires_grad(), strict=False))
+    leaves = [*inputs.values(), *conv.implicit_kernel.parameters()]
+    generator = torch.Generator().manual_seed(1)
+    v_inputs = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in inputs.values()]
+    with unchanged(conv):
+        conv.backend = "reference"
+        out = run(problem, conv)
+        weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out).requires_grad_()
+        gradients = torch.autograd.grad(out, leaves, weight, create_graph=True, materialize_grads=True)
+        v = [*v_inputs, *v_parameters.values()]
+        change = sum((g * t).sum() for g, t in zip(gradients, v, strict=True))
+        of_out, *found = torch.autograd.grad(change, [weight, *leaves], materialize_grads=True)
+    slopes = [(g * t).sum() for g, t in zip(found[len(inputs) :], v_parameters.values(), strict=True)]
+    arrays = {"out_t": of_out, "slope_t": torch.stack(slopes)}
+    arrays |= {f"tangent_{name}": t for name, t in zip(inputs, v_inputs, strict=True)}
+    arrays |= {f"grad_{name}_t": g for name, g in zip(inputs, found, strict=False)}
+    if "attr" not in inputs:  # (E, 0)
+        nothing = problem.delta.detach()[:, :0]
+        arrays |= {"tangent_attr": nothing, "grad_attr_t": nothing}
+    return arrays
 
 
 def statistics(conv, delta, attributes):
@@ -94,7 +128,9 @@ def arrays_of(conv, problem):
         arrays["running"] = running
     arrays |= {"out": expected["out"], "grad_x": expected["grad x"], "grad_delta": expected["grad delta"]}
     arrays["grad_attr"] = expected.get("grad attributes", call["attr"])  # without attributes (E, 0)
-    return arrays | directions(conv, problem, expected)
+    near = call["delta"].norm(dim=1).min() < 0.1 if len(call["delta"]) else False  # see conv_test.cpp
+    arrays["near"] = torch.tensor([int(near)])
+    return arrays | directions(conv, problem, expected) | second_order(conv, problem)
 
 
 def write(path, arrays):
