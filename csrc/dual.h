@@ -229,7 +229,7 @@ IST_INLINE auto number(const V& x, int l) {
 // x as a constant: without its tangent.
 template <typename V>
 IST_INLINE V constant_of(V x) {
-  if constexpr (is_dual<V>) x.tangent = {};
+  if constexpr (is_dual<V>) x.tangent -= x.tangent;
   return x;
 }
 // The number x of no tangent.
