@@ -104,6 +104,15 @@ ConvArgs<R> graph_arguments(PlanView<R>& plan, const Tensor& weights, const Tens
   return a;
 }
 
+// Memory for the features by field type, with or without tangents.
+template <typename R>
+Tensor bind_features(ConvArgs<R>& a, const Tensor& x, bool tangents) {
+  if (!tangents && gathered_as_given(*a.plan)) return x;
+  Tensor features = torch::stable::new_empty(x, {a.n_src, a.plan->n_gathered * (tangents ? 2 : 1)});
+  a.features = mutable_data<R>(features);
+  return features;
+}
+
 // -> (N_dst, C_out)
 Tensor conv_forward(const Tensor& ints, const Tensor& reals, const Tensor& weights, const Tensor& x,
                     const Tensor& delta, const Tensor& attr, const Tensor& src, const Tensor& order,
@@ -115,6 +124,7 @@ Tensor conv_forward(const Tensor& ints, const Tensor& reals, const Tensor& weigh
     read_plan(plan, ints, reals);
     check_size(plan.out_size, out_size, "out_size");
     ConvArgs<R> a = graph_arguments(plan, weights, x, delta, attr, src, order, rowptr);
+    const Tensor features = bind_features(a, x, false);
     out = torch::stable::new_empty(x, {a.n_dst, plan.out_size});
     a.out = mutable_data<R>(out);
     table<R>(isa).forward(a);
@@ -133,7 +143,7 @@ struct Gradients {
     const PlanView<R>& plan = *a.plan;
     const auto empty = [&](int64_t rows, int64_t columns) { return torch::stable::new_empty(like, {rows, columns}); };
     x = empty(need_x ? a.n_src : 0, plan.in_size);
-    of_edges = empty(need_x ? std::max<int64_t>(a.n_edges, 1) : 0, plan.in_size);  // not null: x's is wanted
+    of_edges = empty(need_x ? std::max<int64_t>(a.n_edges, 1) : 0, plan.n_gathered);  // not null: x's is wanted
     delta = empty(need_delta ? a.n_edges : 0, plan.dim), attr = empty(need_attr ? a.n_edges : 0, plan.n_attr);
     weights = torch::stable::new_empty(like, {need_weights ? plan.n_weights : 0});
     of_threads = empty(need_weights ? a.threads : 0, plan.n_grad);
@@ -174,6 +184,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& ints, con
     ConvArgs<R> a = graph_arguments(plan, weights, x, delta, attr, src, order, rowptr);
     check(grad_out, "grad_out", weights.scalar_type(), a.n_dst * plan.out_size);
     a.grad_out = data<R>(grad_out);
+    const Tensor features = bind_features(a, x, false);
     if (need_x) bind_source_order(a, src, order_by_source, colptr);
     grads.bind(a, x, need_x, need_delta, need_attr, need_weights);
     table<R>(isa).backward(a);
@@ -217,6 +228,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_double_backward(
     a.weights = pairs.data(), a.x_tangent = data<R>(tangent_x);
     a.delta_tangent = data<R>(tangent_delta), a.attr_tangent = data<R>(tangent_attr);
     a.grad_out = data<R>(grad_out);
+    const Tensor features = bind_features(a, x, true);
     out = torch::stable::new_empty(x, {need_out ? a.n_dst : 0, plan.out_size});
     a.out = mutable_data<R>(out);
     if (need_out) table<R>(isa).forward_tangent(a);

@@ -29,28 +29,65 @@ int64_t own_edges(const ConvArgs<R>& a, int64_t first, int64_t last) {
   return a.index(a.rowptr, last) - a.index(a.rowptr, first);
 }
 
+// a.features from x and, where there are tangents, its tangent; N: R or dual numbers.
+template <typename N, typename R>
+void gather_features(const ConvArgs<R>& a) {
+  const PlanView<R>& p = *a.plan;
+  if (!a.features) return;
+  in_threads(a.threads, [&](int t) {
+    const int64_t first = a.n_src * t / a.threads, last = a.n_src * (t + 1) / a.threads;
+    N* out = reinterpret_cast<N*>(a.features) + first * p.n_gathered;
+    for (int64_t j = first; j < last; ++j, out += p.n_gathered)
+      for (int k = 0; k < p.n_gathered; ++k) {
+        const int64_t at = j * p.in_size + p.input[k];
+        if constexpr (is_dual<N>)
+          out[k] = p.input[k] < 0 ? N{} : N{a.x[at], a.x_tangent[at]};
+        else
+          out[k] = p.input[k] < 0 ? N{} : a.x[at];
+      }
+  });
+}
+
 // N: R, or dual numbers of R for derivatives along the tangents.
 template <typename N, typename R>
 void forward(const ConvArgs<R>& a) {
   const CouplingSizes sizes = place_couplings(*a.plan);
+  gather_features<N>(a);
   in_threads(a.threads, [&](int t) {
     const int64_t first = first_node(a, t), last = first_node(a, t + 1);
     if (first < last) Forward<N>(a, sizes, own_edges(a, first, last)).nodes(first, last);
   });
 }
 
+// sum[0 ..] = Σ grad_edge[e, x ..] over the edges out of j, M T wide
+template <int M, typename T, typename R>
+IST_INLINE void sum_rows(const ConvArgs<R>& a, int64_t j, int64_t x, R* sum) {
+  const int64_t n = a.plan->n_gathered, end = a.index(a.colptr, j + 1);
+  T total[M] = {};
+  for (int64_t at = a.index(a.colptr, j); at < end; ++at) {
+    const R* in = a.grad_edge + a.index(a.order_by_source, at) * n + x;
+    for (int m = 0; m < M; ++m) total[m] += load_numbers<T>(in + m * kWidth<T>);
+  }
+  for (int m = 0; m < M; ++m) store_numbers(sum + m * kWidth<T>, total[m]);
+}
+
 // grad_x[j] = Σ grad_edge[e] over the edges out of j
 template <typename R>
 void sum_by_source(const ConvArgs<R>& a, int64_t first, int64_t last) {
-  const int64_t n = a.plan->in_size;
+  using V = typename Lane<R>::V;
+  constexpr int L = Lane<R>::L;
+  const PlanView<R>& p = *a.plan;
+  const int64_t n = p.n_gathered;
+  R* sum = static_cast<R*>(a.scratch(sizeof(R) * n));
   for (int64_t j = first; j < last; ++j) {
-    R* out = a.grad_x + j * n;
-    for (int64_t k = 0; k < n; ++k) out[k] = 0;
-    const int64_t end = a.index(a.colptr, j + 1);
-    for (int64_t at = a.index(a.colptr, j); at < end; ++at) {
-      const R* in = a.grad_edge + a.index(a.order_by_source, at) * n;
-      for (int64_t k = 0; k < n; ++k) out[k] += in[k];
-    }
+    int64_t x = 0;
+    for (; x + 2 * L <= n; x += 2 * L) sum_rows<2, V>(a, j, x, sum + x);
+    for (; x + L <= n; x += L) sum_rows<1, V>(a, j, x, sum + x);
+    for (; x < n; x += Lane<R>::QL) sum_rows<1, typename Lane<R>::Q>(a, j, x, sum + x);
+    R* out = a.grad_x + j * p.in_size;
+    for (int64_t k = 0; k < p.in_size; ++k) out[k] = 0;  // also of inputs that no coupling reads
+    for (int64_t k = 0; k < n; ++k)
+      if (p.input[k] >= 0) out[p.input[k]] += sum[k];
   }
 }
 
@@ -65,6 +102,7 @@ void sum_weights(const ConvArgs<R>& a) {
 template <typename N, typename R>
 void backward(const ConvArgs<R>& a) {
   const CouplingSizes sizes = place_couplings(*a.plan);
+  gather_features<N>(a);
   const int64_t n_grad = a.plan->n_grad;
   in_threads(a.threads, [&](int t) {
     const int64_t first = first_node(a, t), last = first_node(a, t + 1);

@@ -17,10 +17,11 @@ struct ConvArgs {
   int64_t n_src, n_dst, n_edges;
   int threads;
   void* (*scratch)(int64_t bytes);  // 64-byte aligned memory of the calling thread, valid until its next call
+  R* features;                      // [N_src, n_gathered] memory for x by field type, with tangents in pairs; or null
   R* out;                           // [N_dst, C_out]
   // backward
   const R* grad_out;          // [N_dst, C_out]
-  R* grad_edge;               // [E, C_in] features' gradient edge by edge, or null
+  R* grad_edge;               // [E, n_gathered] features' gradient edge by edge, or null
   R* grad_x;                  // [N_src, C_in]
   R *grad_delta, *grad_attr;  // as delta and attr, or null
   R* grad_weights;            // [threads, n_grad]; the sum over threads lands in the first; or null

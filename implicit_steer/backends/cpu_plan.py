@@ -5,7 +5,6 @@ The counterparts in C++ are ``csrc/plan.h`` and ``csrc/packing.h``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -80,34 +79,43 @@ def _groups(layer: Linear, coefficients: int, into: np.ndarray, out: np.ndarray)
 
 
 class _Gathered:
-    """Channels by field type: for each tuple of field starts, component by component, all fields side by side."""
+    """Channels by field type: for each tuple of field starts, component by component, all fields side by side and a
+    row's padding."""
 
-    def __init__(self, row_size: Callable[[int], int]):
-        self.row_size = row_size  # of a row of so many fields
+    def __init__(self):
         self.at: dict[tuple[int, ...], int] = {}
         self.channel: list[int] = []  # number of the channel at each place, −1 in padding
+        self.rows: list[tuple[int, int]] = []  # place and size of each component's row
 
     def add(self, starts: np.ndarray, size: int) -> int:
         """The place of component 0 of the fields at ``starts``, of ``size`` components each."""
         key = tuple(starts.tolist())
         if key not in self.at:
             self.at[key] = len(self.channel)
-            padding = [-1] * (self.row_size(len(key)) - len(key))
+            padding = [-1] * (_padded(len(key)) - len(key))
+            self.rows += [(len(self.channel) + n * _padded(len(key)), _padded(len(key))) for n in range(size)]
             self.channel += [c for component in range(size) for c in [*(start + component for start in key), *padding]]
         return self.at[key]
 
 
+_Factors = dict[int, list[tuple[int, float]]]  # input component i → (harmonic, value)s
+
+
 class _Terms:
-    """The couplings as terms ``T[slot, v, w] += t[v] · row[w]``, with products ``t[v] = Σ_g f[i_g, v] G_g`` and
-    ``G = Σ value · Y[m]``."""
+    """The couplings as ``T[slot, w, v] += h[row, w] · t[v]``, with products ``t[v] = Σ_g f[i_g, v] G_g`` and
+    ``G = Σ value · Y[m]``. Slots that read the same rows form a group; a block is one of these rows, and the products
+    that it meets in the group's slots, which lie side by side."""
 
     def __init__(self, plan: Plan, couplings: tuple[Coupling, ...], position: np.ndarray):
         self.plan, self.position = plan, position
-        self.products, self.product_at, self.product_size = [], {}, 0
-        self.inputs, self.outputs = _Gathered(lambda n: n), _Gathered(_padded)
+        self.products, self.product_size = [], 0
+        self.inputs, self.outputs = _Gathered(), _Gathered()
         self.rows: dict[tuple[int, ...], int] = {}  # positions of the channels → number
-        self.g_input, self.g_first, self.nz_harmonic, self.nz_value = [], [0], [], []
-        self.couplings = [self._coupling(c) for c in couplings]
+        # per G: the places of its input and its product, and their size; its nonzeros
+        self.factors: list[tuple[int, int, int]] = []
+        self.g_first, self.nz_harmonic, self.nz_value = [0], [], []
+        found = [self._factors(c) for c in couplings]  # which numbers all rows
+        self.couplings = [self._coupling(c, factors) for c, factors in zip(couplings, found, strict=True)]
         # what the couplings read of a channel's coefficients: the first ones, by degree
         order = np.argsort(position)
         used = max((int(order[p % len(order)]) for row in self.rows for p in row), default=0)
@@ -124,36 +132,78 @@ class _Terms:
         positions = field * len(self.position) + self.position[coefficient]
         return self.rows.setdefault(tuple(map(int, positions)), len(self.rows)), harmonic
 
-    def _coupling(self, c: Coupling) -> list[int]:
-        """The coupling's numbers but for its θ, which is put in front."""
-        slots = {slot: n for n, slot in enumerate(c.slots)}
-        terms: dict[tuple[int, int], dict[int, list[tuple[int, float]]]] = {}
+    def _factors(self, c: Coupling) -> dict[tuple[int, int], dict[int, _Factors]]:
+        """Slot (b, o) → row → what its product is made of."""
+        found: dict[tuple[int, int], dict[int, _Factors]] = {}
         for b, o, i, m, value in c.nonzeros:
             row, harmonic = self._read(c, m)
-            terms.setdefault((slots[b, o], row), {}).setdefault(i, []).append((harmonic, value))
+            found.setdefault((b, o), {}).setdefault(row, {}).setdefault(i, []).append((harmonic, value))
+        return found
+
+    def _coupling(self, c: Coupling, factors: dict[tuple[int, int], dict[int, _Factors]]) -> list[int]:
+        """The coupling's numbers but for its θ, which is put in front."""
         _, n_out, n_in, _ = c.basis.shape
         inputs, outputs = self.inputs.add(c.in_start, n_in), self.outputs.add(c.out_start, n_out)
-        flat = []
-        for (slot, row), factors in terms.items():
-            flat += [slot, max(row, 0), self._product(inputs, len(c.in_start), factors)]
+        by_rows: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        for slot in c.slots:
+            by_rows.setdefault(tuple(sorted(factors[slot])), []).append(slot)
+        slots, groups, blocks = [], [], []
+        for rows, members in by_rows.items():
+            groups += [len(slots), len(members), len(blocks) // 2, len(rows)]
+            slots += members
+            for row in rows:
+                blocks += [row if row >= 0 else len(self.rows), self.product_size]
+                for slot in members:
+                    self._add_product(inputs, _padded(len(c.in_start)), factors[slot][row])
         sizes = [len(c.out_start), len(c.in_start), len(c.hidden_start), c.basis.shape[0], int(reads_one(self.plan, c))]
-        return [*sizes, len(slots), len(terms), inputs, outputs, *(n for slot in slots for n in slot), *flat]
+        counts = [len(slots), len(by_rows), len(blocks) // 2]
+        return [*sizes, *counts, outputs, *(n for slot in slots for n in slot), *groups, *blocks]
 
-    def _product(self, inputs: int, n_in: int, factors: dict[int, list[tuple[int, float]]]) -> int:
-        """The position of a product, which terms share where it is the same."""
-        key = (inputs, tuple((i, tuple(g)) for i, g in factors.items()))
-        if key in self.product_at:
-            return self.product_at[key]
-        first = len(self.g_input)
+    def _add_product(self, inputs: int, size: int, factors: _Factors) -> None:
+        first = len(self.factors)
         for i, g in factors.items():
-            self.g_input.append(i)
+            self.factors.append((inputs + i * size, self.product_size, size))
             self.nz_harmonic += [harmonic for harmonic, _ in g]
             self.nz_value += [value for _, value in g]
             self.g_first.append(len(self.nz_value))
-        self.products += [inputs, n_in, first, len(self.g_input), self.product_size]
-        self.product_at[key] = self.product_size
-        self.product_size += n_in
-        return self.product_at[key]
+        self.products += [self.product_size, size, first, len(self.factors)]
+        self.product_size += size
+
+    def adjoint(self) -> tuple[list[int], list[tuple[int, int]]]:
+        """The products backwards, ``df[i, v] = Σ dt[v] G`` over the products that read f[i]: as ``products``, and per
+        term the place of the product and the number of G."""
+        reading: dict[int, list[tuple[int, int]]] = {}
+        for g, (place, product, _) in enumerate(self.factors):
+            reading.setdefault(place, []).append((product, g))
+        adjoint, terms = [], []
+        for place, size in self.inputs.rows:
+            found = reading.get(place, [])
+            adjoint += [place, size, len(terms), len(terms) + len(found)]
+            terms += found
+        return adjoint, terms
+
+    def harmonic_terms(self) -> tuple[list[tuple[int, ...]], list[float]]:
+        """``dY[m] = Σ value Σ_v f[v] dt[v]``: (m, place of f, of t, size) and value of each term, by m."""
+        numbers, g_of = range(len(self.nz_value)), np.repeat(range(len(self.factors)), np.diff(self.g_first))
+        read = sorted((self.nz_harmonic[z], z) for z in numbers if self.nz_harmonic[z] >= 0)
+        return [(m, *self.factors[g_of[z]]) for m, z in read], [self.nz_value[z] for _, z in read]
+
+
+class _Monomials:
+    """Monomials of x, y, z: 1, then each an earlier one times a coordinate."""
+
+    def __init__(self):
+        self.number = {(0, 0, 0): 0}
+        self.factors = [(0, 0)]  # per monomial: number of the earlier one, coordinate
+
+    def add(self, powers: tuple[int, int, int]) -> int:
+        """The number of x^i y^j z^k."""
+        if powers not in self.number:
+            axis = max(k for k in range(3) if powers[k])
+            earlier = self.add(tuple(n - (k == axis) for k, n in enumerate(powers)))
+            self.number[powers] = len(self.factors)
+            self.factors.append((earlier, axis))
+        return self.number[powers]
 
 
 def _flatten_frame(plan: Plan, flat: _Flat, terms: _Terms, position: np.ndarray) -> None:
@@ -164,12 +214,13 @@ def _flatten_frame(plan: Plan, flat: _Flat, terms: _Terms, position: np.ndarray)
         used = set(terms.nz_harmonic)
         entries = [(m, j) for m, j in zip(*np.nonzero(np.abs(frame.harmonics) > 1e-14), strict=True)]
         entries.sort(key=lambda entry: entry[0] not in used)
-        monomials = list(dict.fromkeys(int(j) for _, j in entries))
+        monomials = _Monomials()
+        numbers = [monomials.add(tuple(frame.powers[j].tolist())) for _, j in entries]
         n_used = sum(m in used for m, _ in entries)
-        n_used_monomials = len({j for _, j in entries[:n_used]})
-        flat.i(len(entries), len(monomials), int(frame.powers.max()), n_used, n_used_monomials)
-        flat.i(frame.order[frame.coefficient], frame.powers[monomials])
-        flat.i([(m, monomials.index(j)) for m, j in entries])
+        n_used_monomials = 1 + max(numbers[:n_used], default=0)
+        flat.i(len(entries), len(monomials.factors), n_used, n_used_monomials)
+        flat.i(frame.order[frame.coefficient], monomials.factors)
+        flat.i([(m, number) for (m, _), number in zip(entries, numbers, strict=True)])
         flat.r([frame.harmonics[m, j] for m, j in entries])
     elif frame.kind == "planar":
         flat.i(max(frame.order.max(initial=0), frame.attribute_order.max(initial=0)))
@@ -418,11 +469,9 @@ def prepare(plan: Plan, sizes: tuple[int, ...]) -> Prepared:
         used = terms.used if n + 1 == len(plan.linears) and not plan.norms else coefficients
         _flatten_layer(flat, layer, group, act, pairs, used, layers[n])
     flat.i(0, np.cumsum([len(row) for row in terms.rows]), [p for row in terms.rows for p in row])
-    flat.i(len(terms.products) // 5, terms.product_size, terms.products)
-    flat.i(terms.g_input, terms.g_first, terms.nz_harmonic)
-    flat.r(terms.nz_value)
+    _flatten_products(flat, terms)
     for numbers, at in zip(terms.couplings, theta, strict=True):
-        flat.i(numbers[:7], at, numbers[7:])
+        flat.i(numbers[:8], at, numbers[8:])
     return _as_tensors(flat, sparse.vstack(matrices).tocsr())
 
 
@@ -448,7 +497,7 @@ def _flatten_header(plan: Plan, flat: _Flat, terms: _Terms, position: np.ndarray
     order_zero = int(np.searchsorted(frame.order, 1))
     flat.i(kind, frame.dim, frame.n_attributes, int(frame.regular), n_inputs, plan.in_size, plan.out_size)
     flat.i(len(plan.linears), hidden_field_size(plan), coefficients, hidden // coefficients, order_zero, function)
-    flat.i(n_couplings, len(terms.rows), len(terms.g_input), n_weights, n_grad, shell)
+    flat.i(n_couplings, len(terms.rows), len(terms.factors), n_weights, n_grad, shell)
     place = np.full(plan.out_size, -1)
     inside = np.array(terms.outputs.channel, dtype=int)
     place[inside[inside >= 0]] = np.flatnonzero(inside >= 0)
@@ -460,6 +509,16 @@ def _flatten_header(plan: Plan, flat: _Flat, terms: _Terms, position: np.ndarray
         measured = plan.norms[0].measured  # coordinates of h: those of the frame's coefficients but for zonal frames
         flat.i(position[plan.norms[0].trivial], measured if frame.kind == "zonal" else position[measured])
     flat.i(terms.inputs.channel, place)
+
+
+def _flatten_products(flat: _Flat, terms: _Terms) -> None:
+    flat.i(len(terms.products) // 4, terms.product_size, terms.products, [place for place, _, _ in terms.factors])
+    flat.i(terms.g_first, terms.nz_harmonic)
+    flat.r(terms.nz_value)
+    (adjoint, adjoint_terms), (harmonic_terms, values) = terms.adjoint(), terms.harmonic_terms()
+    flat.i(len(adjoint) // 4, adjoint, [place for place, _ in adjoint_terms], [g for _, g in adjoint_terms])
+    flat.i(len(values), harmonic_terms)
+    flat.r(values)
 
 
 def _flatten_layer(

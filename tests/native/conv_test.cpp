@@ -89,6 +89,14 @@ struct Problem {
   }
 };
 
+// Memory for the features by field type, `planes` numbers each.
+template <typename R>
+std::vector<R> bind_features(ConvArgs<R>& a, int planes) {
+  auto features = unwritten<R>(a.n_src * a.plan->n_gathered * planes + 1);  // + 1: not null without nodes
+  if (planes > 1 || !gathered_as_given(*a.plan)) a.features = features.data();
+  return features;
+}
+
 template <typename R>
 std::vector<double> widened(const std::vector<R>& numbers) {
   return {numbers.begin(), numbers.end()};
@@ -114,6 +122,7 @@ void run_pack(Problem<R>& p, const ConvTable<R>& table, int threads, Results& re
 template <typename R>
 void run_forward(Problem<R>& p, const ConvTable<R>& table, int threads, Results& results) {
   ConvArgs<R> a = p.arguments(threads);
+  const auto features = bind_features(a, 1);
   auto out = unwritten<R>(a.n_dst * p.plan.out_size);
   a.out = out.data();
   table.forward(a);
@@ -143,7 +152,8 @@ struct Needs {
 template <typename R>
 void run_backward(Problem<R>& p, const ConvTable<R>& table, int threads, const Needs& needs, Results& results) {
   ConvArgs<R> a = p.arguments(threads);
-  auto grad_edge = unwritten<R>(needs.x ? std::max<int64_t>(a.n_edges, 1) * p.plan.in_size : 0);
+  const auto features = bind_features(a, 1);
+  auto grad_edge = unwritten<R>(needs.x ? std::max<int64_t>(a.n_edges, 1) * p.plan.n_gathered : 0);
   auto grad_x = unwritten<R>(needs.x ? p.x.size() : 0), grad_delta = unwritten<R>(needs.delta ? p.delta.size() : 0);
   auto grad_attr = unwritten<R>(needs.attr ? p.attr.size() : 0);
   auto grad_weights = unwritten<R>(needs.weights ? int64_t{threads} * p.plan.n_grad : 0);
@@ -174,10 +184,11 @@ void run_second(Problem<R>& p, const ConvTable<R>& table, int threads, Results& 
 
   ConvArgs<R> a = p.arguments(threads);
   a.weights = pairs.data(), a.x_tangent = x.data(), a.delta_tangent = delta.data(), a.attr_tangent = attr.data();
+  const auto features = bind_features(a, 2);
   auto out = unwritten<R>(a.n_dst * p.plan.out_size);
   a.out = out.data();
   table.forward_tangent(a);
-  auto grad_edge = unwritten<R>(std::max<int64_t>(a.n_edges, 1) * p.plan.in_size), grad_x = unwritten<R>(p.x.size());
+  auto grad_edge = unwritten<R>(std::max<int64_t>(a.n_edges, 1) * p.plan.n_gathered), grad_x = unwritten<R>(p.x.size());
   auto grad_delta = unwritten<R>(p.delta.size()), grad_attr = unwritten<R>(p.attr.size());
   auto grad_weights = unwritten<R>(int64_t{threads} * p.plan.n_grad);
   a.grad_edge = grad_edge.data(), a.grad_x = grad_x.data(), a.grad_delta = grad_delta.data();
