@@ -14,20 +14,9 @@ from scipy import sparse
 from torch import Tensor
 
 from ..plan import FUNCTIONS, Activation, Coupling, Linear, Plan
+from .cpu_terms import Monomials, Terms, hidden_field_size, padded, reads_one
 
-_CHANNELS = 8  # kChannels of csrc/plan.h
 _LARGEST_SEARCH = 400  # samples that are searched for pairs: all are compared with all
-
-
-def hidden_field_size(plan: Plan) -> int:
-    """d: coordinates of one hidden field."""
-    if not plan.activations:
-        return 1
-    return len(plan.frame.coefficient) if plan.frame.kind == "zonal" else len(plan.frame.order)
-
-
-def reads_one(plan: Plan, c: Coupling) -> bool:
-    return len(c.hidden_start) == 1 and c.basis.shape[3] == 1 and c.hidden_start[0] == plan.hidden_size - 1
 
 
 # ---- the plan as two flat arrays, in the order in which csrc/plan.h reads them
@@ -78,135 +67,7 @@ def _groups(layer: Linear, coefficients: int, into: np.ndarray, out: np.ndarray)
     return _Groups(ints, len(by_columns), np.concatenate([*index, np.zeros(0, dtype=np.int64)]), active)
 
 
-class _Gathered:
-    """Channels by field type: for each tuple of field starts, component by component, all fields side by side and a
-    row's padding."""
-
-    def __init__(self):
-        self.at: dict[tuple[int, ...], int] = {}
-        self.channel: list[int] = []  # number of the channel at each place, −1 in padding
-        self.rows: list[tuple[int, int]] = []  # place and size of each component's row
-
-    def add(self, starts: np.ndarray, size: int) -> int:
-        """The place of component 0 of the fields at ``starts``, of ``size`` components each."""
-        key = tuple(starts.tolist())
-        if key not in self.at:
-            self.at[key] = len(self.channel)
-            padding = [-1] * (_padded(len(key)) - len(key))
-            self.rows += [(len(self.channel) + n * _padded(len(key)), _padded(len(key))) for n in range(size)]
-            self.channel += [c for component in range(size) for c in [*(start + component for start in key), *padding]]
-        return self.at[key]
-
-
-_Factors = dict[int, list[tuple[int, float]]]  # input component i → (harmonic, value)s
-
-
-class _Terms:
-    """The couplings as ``T[slot, w, v] += h[row, w] · t[v]``, with products ``t[v] = Σ_g f[i_g, v] G_g`` and
-    ``G = Σ value · Y[m]``. Slots that read the same rows form a group; a block is one of these rows, and the products
-    that it meets in the group's slots, which lie side by side."""
-
-    def __init__(self, plan: Plan, couplings: tuple[Coupling, ...], position: np.ndarray):
-        self.plan, self.position = plan, position
-        self.products, self.product_size = [], 0
-        self.inputs, self.outputs = _Gathered(), _Gathered()
-        self.rows: dict[tuple[int, ...], int] = {}  # positions of the channels → number
-        # per G: the places of its input and its product, and their size; its nonzeros
-        self.factors: list[tuple[int, int, int]] = []
-        self.g_first, self.nz_harmonic, self.nz_value = [0], [], []
-        found = [self._factors(c) for c in couplings]  # which numbers all rows
-        self.couplings = [self._coupling(c, factors) for c, factors in zip(couplings, found, strict=True)]
-        # what the couplings read of a channel's coefficients: the first ones, by degree
-        order = np.argsort(position)
-        used = max((int(order[p % len(order)]) for row in self.rows for p in row), default=0)
-        self.used = len(order) if plan.frame.kind == "planar" else used + 1
-
-    def _read(self, c: Coupling, m: int) -> tuple[int, int]:
-        """Row (−1: the constant one) and harmonic (−1: none) of coordinate m of the coupling's hidden fields."""
-        if reads_one(self.plan, c):
-            return -1, -1
-        field, coefficient = np.divmod(c.hidden_start + m, hidden_field_size(self.plan))
-        harmonic = -1
-        if self.plan.frame.kind == "zonal":
-            harmonic, coefficient = m, self.plan.frame.coefficient[coefficient]
-        positions = field * len(self.position) + self.position[coefficient]
-        return self.rows.setdefault(tuple(map(int, positions)), len(self.rows)), harmonic
-
-    def _factors(self, c: Coupling) -> dict[tuple[int, int], dict[int, _Factors]]:
-        """Slot (b, o) → row → what its product is made of."""
-        found: dict[tuple[int, int], dict[int, _Factors]] = {}
-        for b, o, i, m, value in c.nonzeros:
-            row, harmonic = self._read(c, m)
-            found.setdefault((b, o), {}).setdefault(row, {}).setdefault(i, []).append((harmonic, value))
-        return found
-
-    def _coupling(self, c: Coupling, factors: dict[tuple[int, int], dict[int, _Factors]]) -> list[int]:
-        """The coupling's numbers but for its θ, which is put in front."""
-        _, n_out, n_in, _ = c.basis.shape
-        inputs, outputs = self.inputs.add(c.in_start, n_in), self.outputs.add(c.out_start, n_out)
-        by_rows: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-        for slot in c.slots:
-            by_rows.setdefault(tuple(sorted(factors[slot])), []).append(slot)
-        slots, groups, blocks = [], [], []
-        for rows, members in by_rows.items():
-            groups += [len(slots), len(members), len(blocks) // 2, len(rows)]
-            slots += members
-            for row in rows:
-                blocks += [row if row >= 0 else len(self.rows), self.product_size]
-                for slot in members:
-                    self._add_product(inputs, _padded(len(c.in_start)), factors[slot][row])
-        sizes = [len(c.out_start), len(c.in_start), len(c.hidden_start), c.basis.shape[0], int(reads_one(self.plan, c))]
-        counts = [len(slots), len(by_rows), len(blocks) // 2]
-        return [*sizes, *counts, outputs, *(n for slot in slots for n in slot), *groups, *blocks]
-
-    def _add_product(self, inputs: int, size: int, factors: _Factors) -> None:
-        first = len(self.factors)
-        for i, g in factors.items():
-            self.factors.append((inputs + i * size, self.product_size, size))
-            self.nz_harmonic += [harmonic for harmonic, _ in g]
-            self.nz_value += [value for _, value in g]
-            self.g_first.append(len(self.nz_value))
-        self.products += [self.product_size, size, first, len(self.factors)]
-        self.product_size += size
-
-    def adjoint(self) -> tuple[list[int], list[tuple[int, int]]]:
-        """The products backwards, ``df[i, v] = Σ dt[v] G`` over the products that read f[i]: as ``products``, and per
-        term the place of the product and the number of G."""
-        reading: dict[int, list[tuple[int, int]]] = {}
-        for g, (place, product, _) in enumerate(self.factors):
-            reading.setdefault(place, []).append((product, g))
-        adjoint, terms = [], []
-        for place, size in self.inputs.rows:
-            found = reading.get(place, [])
-            adjoint += [place, size, len(terms), len(terms) + len(found)]
-            terms += found
-        return adjoint, terms
-
-    def harmonic_terms(self) -> tuple[list[tuple[int, ...]], list[float]]:
-        """``dY[m] = Σ value Σ_v f[v] dt[v]``: (m, place of f, of t, size) and value of each term, by m."""
-        numbers, g_of = range(len(self.nz_value)), np.repeat(range(len(self.factors)), np.diff(self.g_first))
-        read = sorted((self.nz_harmonic[z], z) for z in numbers if self.nz_harmonic[z] >= 0)
-        return [(m, *self.factors[g_of[z]]) for m, z in read], [self.nz_value[z] for _, z in read]
-
-
-class _Monomials:
-    """Monomials of x, y, z: 1, then each an earlier one times a coordinate."""
-
-    def __init__(self):
-        self.number = {(0, 0, 0): 0}
-        self.factors = [(0, 0)]  # per monomial: number of the earlier one, coordinate
-
-    def add(self, powers: tuple[int, int, int]) -> int:
-        """The number of x^i y^j z^k."""
-        if powers not in self.number:
-            axis = max(k for k in range(3) if powers[k])
-            earlier = self.add(tuple(n - (k == axis) for k, n in enumerate(powers)))
-            self.number[powers] = len(self.factors)
-            self.factors.append((earlier, axis))
-        return self.number[powers]
-
-
-def _flatten_frame(plan: Plan, flat: _Flat, terms: _Terms, position: np.ndarray) -> None:
+def _flatten_frame(plan: Plan, flat: _Flat, terms: Terms, position: np.ndarray) -> None:
     frame = plan.frame
     flat.i(int(np.array_equal(frame.attribute, np.eye(frame.n_attributes))))
     flat.r(frame.attribute)
@@ -214,7 +75,7 @@ def _flatten_frame(plan: Plan, flat: _Flat, terms: _Terms, position: np.ndarray)
         used = set(terms.nz_harmonic)
         entries = [(m, j) for m, j in zip(*np.nonzero(np.abs(frame.harmonics) > 1e-14), strict=True)]
         entries.sort(key=lambda entry: entry[0] not in used)
-        monomials = _Monomials()
+        monomials = Monomials()
         numbers = [monomials.add(tuple(frame.powers[j].tolist())) for _, j in entries]
         n_used = sum(m in used for m, _ in entries)
         n_used_monomials = 1 + max(numbers[:n_used], default=0)
@@ -361,18 +222,14 @@ def _pad(array: np.ndarray, axis: int, size: int) -> np.ndarray:
     return np.pad(array, width, constant_values=-1)
 
 
-def _padded(n: int) -> int:
-    return -(-n // _CHANNELS) * _CHANNELS
-
-
 def _theta_layouts(columns: np.ndarray, constant: bool) -> tuple[np.ndarray, np.ndarray]:
     """Parameter numbers (U, V, W, b) of θ in the order [b][u][v, w] of the backward and [b][v][w][u] of the forward
     direction, rows of channels padded with −1."""
     n_out, _, n_hidden, n_b = columns.shape
     by_in = columns.transpose(3, 0, 1, 2)
-    by_in = by_in[..., 0] if constant else _pad(by_in, 3, _padded(n_hidden)).reshape(n_b, n_out, -1)
-    by_out = _pad(columns.transpose(3, 1, 2, 0), 3, _padded(n_out))
-    return _pad(by_in, 2, _padded(by_in.shape[2])).reshape(-1), by_out.reshape(-1)
+    by_in = by_in[..., 0] if constant else _pad(by_in, 3, padded(n_hidden)).reshape(n_b, n_out, -1)
+    by_out = _pad(columns.transpose(3, 1, 2, 0), 3, padded(n_out))
+    return _pad(by_in, 2, padded(by_in.shape[2])).reshape(-1), by_out.reshape(-1)
 
 
 def _dense_couplings(plan: Plan) -> tuple[Coupling, ...]:
@@ -418,7 +275,7 @@ def prepare(plan: Plan, sizes: tuple[int, ...]) -> Prepared:
     frame, flat, place, pairs = plan.frame, _Flat(), _Position(), _pairs(plan)
     couplings = _dense_couplings(plan) if plan.dense_coupling else plan.couplings
     position = np.argsort(np.argsort(pairs.odd, kind="stable"))  # of each coefficient in a channel: even ones first
-    terms = _Terms(plan, couplings, position)
+    terms = Terms(plan, couplings, position)
     starts, n_parameters = iter(np.cumsum([0, *sizes]).tolist()), sum(sizes)
     coefficients, n_trivial = max(len(frame.order), 1), len(plan.norms[0].trivial) if plan.norms else 0
     groups, layers, matrices, into = [], [], [], np.arange(frame.n_position + frame.n_attributes)
@@ -487,7 +344,7 @@ def _as_tensors(flat: _Flat, matrix: sparse.csr_matrix) -> Prepared:
     )
 
 
-def _flatten_header(plan: Plan, flat: _Flat, terms: _Terms, position: np.ndarray, sizes: tuple[int, ...]) -> None:
+def _flatten_header(plan: Plan, flat: _Flat, terms: Terms, position: np.ndarray, sizes: tuple[int, ...]) -> None:
     frame, (n_couplings, n_weights, n_grad, shell, n_trivial, n_parameters) = plan.frame, sizes
     coefficients = max(len(frame.order), 1)
     n_inputs = frame.n_position + frame.n_attributes
@@ -511,7 +368,7 @@ def _flatten_header(plan: Plan, flat: _Flat, terms: _Terms, position: np.ndarray
     flat.i(terms.inputs.channel, place)
 
 
-def _flatten_products(flat: _Flat, terms: _Terms) -> None:
+def _flatten_products(flat: _Flat, terms: Terms) -> None:
     flat.i(len(terms.products) // 4, terms.product_size, terms.products, [place for place, _, _ in terms.factors])
     flat.i(terms.g_first, terms.nz_harmonic)
     flat.r(terms.nz_value)
