@@ -307,11 +307,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_hidden_double_backward(const Ten
   return {out, grads.delta, grads.attr, grads.weights};
 }
 
-// -> statistics of all batch norms over these edges, (n_layers, W · (n_trivial + 1)): mean [W, n_trivial], variance [W]
-Tensor conv_statistics(const Tensor& ints, const Tensor& reals, const Tensor& rowptr, const Tensor& column,
-                       const Tensor& value, const std::vector<Tensor>& parameters, const Tensor& delta,
-                       const Tensor& attr, int64_t n_layers, int64_t size, int64_t isa) {
-  Tensor statistics;
+// -> statistics of all batch norms over these edges, (n_layers, W · (n_trivial + 1)): mean [W, n_trivial], variance
+// [W]; and the packed weights at them
+std::tuple<Tensor, Tensor> conv_statistics(const Tensor& ints, const Tensor& reals, const Tensor& rowptr,
+                                           const Tensor& column, const Tensor& value,
+                                           const std::vector<Tensor>& parameters, const Tensor& delta,
+                                           const Tensor& attr, int64_t n_layers, int64_t size, int64_t isa) {
+  Tensor statistics, packed;
   dispatch_real(delta, "delta", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
     PlanView<R> plan{};
@@ -321,14 +323,14 @@ Tensor conv_statistics(const Tensor& ints, const Tensor& reals, const Tensor& ro
     check_size(plan.n_layers, n_layers, "n_layers"), check_size(statistics_size(plan), size, "size");
     STD_TORCH_CHECK(plan.has_norms, "plan: expected one with batch norms.");
     STD_TORCH_CHECK(delta.size(0) > 1, "delta: expected at least 2 edges, one has no variance.");
-    Tensor packed = torch::stable::new_empty(delta, {plan.n_weights});
+    packed = torch::stable::new_empty(delta, {plan.n_weights});
     R* weights = mutable_data<R>(packed);
     matrix.multiply(p.data(), weights);
     ConvArgs<R> a = point_arguments(plan, packed, delta, attr);
     statistics = torch::stable::new_empty(delta, {plan.n_layers, statistics_size(plan)});
     batch_statistics(table<R>(isa), a, p.data(), weights, mutable_data<R>(statistics));
   });
-  return statistics;
+  return {statistics, packed};
 }
 
 // Parameters and statistics -> packed weights.
@@ -446,7 +448,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(implicit_steer, m) {
       "(Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "conv_statistics(Tensor plan_ints, Tensor plan_reals, Tensor pack_rowptr, Tensor pack_column, Tensor pack_value, "
-      "Tensor[] parameters, Tensor delta, Tensor attr, int n_layers, int size, int isa) -> Tensor");
+      "Tensor[] parameters, Tensor delta, Tensor attr, int n_layers, int size, int isa) -> (Tensor, Tensor)");
   m.def(
       "conv_pack(Tensor plan_ints, Tensor plan_reals, Tensor pack_rowptr, Tensor pack_column, Tensor pack_value, "
       "Tensor[] parameters, Tensor statistics) -> Tensor");

@@ -40,7 +40,7 @@ def operator_arguments():
     problem, parameters = SMALL["o3"].inputs(conv), conv.implicit_kernel.parameters_for_op()
     bound = Layer(conv.implicit_kernel.plan, parameters.kept.native, parameters)
     with torch.no_grad():
-        packed, statistics = bound.packed()
+        statistics, packed = bound.packed()
     graph, plan, arrays = problem.graph, bound.plan, bound.arrays
 
     def leaf(t):

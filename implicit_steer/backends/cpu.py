@@ -125,7 +125,7 @@ class Layer:
         self.dtype = parameters.shell_width.dtype
         self.arrays, self._matrix = native.arrays[self.dtype], native.matrix[self.dtype]
         self._sources = [*self.learned, *(t for norm in parameters.norms for t in (norm.mean, norm.var))]
-        self._kept: tuple[Tensor, Tensor, Tensor] | None = None  # bytes of the sources; packed weights, statistics
+        self._kept: tuple[Tensor, Tensor, Tensor] | None = None  # bytes of the sources; statistics, packed weights
 
     @property
     def isa(self) -> int:
@@ -150,8 +150,8 @@ class Layer:
         arrays, size = (*self.arrays, *self._matrix, statistics), sum(t.numel() for t in learned)
         return unflatten(torch.ops.implicit_steer.conv_pack_backward(*arrays, grad, size), learned)
 
-    def statistics_of(self, delta: Tensor, attributes: Tensor) -> Tensor:
-        """Of the batch norms over these edges, (n_layers, W (n_trivial + 1))."""
+    def measured(self, delta: Tensor, attributes: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch norms' statistics over these edges, (n_layers, W (n_trivial + 1)), and packed weights at them."""
         learned = [t.contiguous() for t in self.learned]
         arrays = *self.arrays, *self._matrix, learned, delta, attributes
         return torch.ops.implicit_steer.conv_statistics(*arrays, *self.native.statistics, self.isa)
@@ -164,12 +164,12 @@ class Layer:
         return torch.cat([t.reshape(-1) for trivial, p in pairs for t in running(p, trivial)])
 
     def packed(self) -> tuple[Tensor, Tensor]:
-        """Packed weights at the running statistics, and these; packed again only if a parameter or a statistic holds
-        other bytes than last time."""
+        """The batch norms' running statistics, and packed weights at them; packed again only if a parameter or a
+        statistic holds other bytes than last time."""
         kept = self._kept
         if kept is None or not torch.ops.implicit_steer.same_values(self._sources, kept[0]):
             copy, statistics = torch.cat([t.reshape(-1) for t in self._sources]), self.running()
-            self._kept = kept = copy, self.pack(self.learned, statistics), statistics
+            self._kept = kept = copy, statistics, self.pack(self.learned, statistics)
         return kept[1:]
 
 
@@ -290,18 +290,13 @@ def _run(call, batch_statistics: bool, *inputs: Tensor) -> tuple[Tensor, list[St
         if not torch.compiler.is_compiling():
             _refuse_gradient_transforms()
         with torch.no_grad():
-            statistics = layer.statistics_of(*inputs[-2:]) if batch_statistics else layer.running()
+            statistics = layer.measured(*inputs[-2:])[0] if batch_statistics else layer.running()
         out = call.forward(layer.pack(layer.learned, statistics), *inputs)
         return out, _split_statistics(layer.plan, statistics) if batch_statistics else []
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (*layer.learned, *inputs))
-    with torch.no_grad(), without_derivatives():
-        if batch_statistics:
-            statistics = layer.statistics_of(*inputs[-2:])
-            packed = layer.pack(layer.learned, statistics)
-        else:
-            packed, statistics = layer.packed()
+    with torch._C._AutoDispatchBelowAutograd():
+        statistics, packed = layer.measured(*inputs[-2:]) if batch_statistics else layer.packed()
         measured = _split_statistics(layer.plan, statistics) if batch_statistics else []
-        if not differentiable:
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs, *layer.learned)):
             return call.forward(packed, *inputs), measured
     return _Operator.apply(call, packed, statistics, *inputs, *layer.learned), measured
 

@@ -92,13 +92,14 @@ class KernelBase(torch.nn.Module):
     def update_running(self, statistics: list) -> None:
         """Move the batch norms' running statistics towards those of a batch, as escnn does in its forward pass."""
         for (norm, names), trivial, batch in zip(self._norms, self._trivial, statistics, strict=False):
-            mean, var = (getattr(norm, name) for name in names[2:])
-            with torch.no_grad():
-                norm.num_batches_tracked += 1
-                var.lerp_(batch.var.to(var.dtype)[:, None], norm.momentum)
-                target = torch.zeros_like(mean)
-                target[:, trivial] = batch.mean.to(mean.dtype)
-                mean.lerp_(target, norm.momentum)
+            buffers = norm._buffers
+            mean, var = (buffers[name] for name in names[2:])
+            kept, measured = [var.view(-1)], [batch.var.to(var.dtype)]
+            for k, column in enumerate(trivial):  # the other columns of the mean are 0
+                kept.append(mean.select(1, column))
+                measured.append(batch.mean.select(1, k).to(mean.dtype))
+            torch._foreach_lerp_(kept, measured, norm.momentum)
+            buffers["num_batches_tracked"].add_(1)
 
     def check_points(self, prefix: str, delta: Tensor, attributes: Tensor | None, n: int | None) -> Tensor:
         """Validate positions and attributes; returns the attributes, (n, 0) where there are none."""
