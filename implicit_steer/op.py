@@ -15,7 +15,7 @@ from .plan import Plan
 
 def _compute_dtype(parameters: Parameters) -> torch.dtype:
     """float64 with float64 parameters, else float32."""
-    return torch.promote_types(parameters.shell_width.dtype, torch.float32)
+    return torch.float64 if parameters.shell_width.dtype == torch.float64 else torch.float32
 
 
 def prepared(plan: Plan, parameters: Parameters, *, values: bool) -> cpu.NativePlan | None:
@@ -76,7 +76,7 @@ def implicit_conv(
     engine = _compiled_engine(parameters, backend, x.device) or backends.select(backend, plan, x.device, dtype)[0]
     parameters = _cast(parameters, dtype)
     live = batch_statistics and bool(plan.norms) and graph.num_edges > 0
-    tensors = (t if t.dtype == dtype else t.to(dtype) for t in (x, edge_delta, edge_attr))
+    tensors = [t if t.dtype == dtype else t.to(dtype) for t in (x, edge_delta, edge_attr)]
     out, statistics = engine.forward(plan, parameters, live, graph, *tensors)
     if plan.aggr == "mean":
         out = out / graph.degree.clamp(min=1).to(dtype)[:, None]

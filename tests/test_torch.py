@@ -52,7 +52,7 @@ def operator_arguments():
     grad = torch.randn(graph.num_dst, plan.out_size, dtype=torch.float64)
     grad_h = torch.randn(len(delta), plan.hidden_size, dtype=torch.float64)
     directions = [torch.randn_like(t) for t in fixed]
-    matrix, learned = bound.native.matrix[torch.float64], [leaf(t) for t in bound.learned]
+    matrix, learned = bound.matrix, [leaf(t) for t in bound.learned]
     values = [t.detach() for t in learned]
     return {
         "conv_forward": (*arrays, weights, x, delta, attr, *edges, plan.out_size, 0),
@@ -63,6 +63,7 @@ def operator_arguments():
         "conv_hidden_double_backward": (*arrays, fixed[0], *fixed[2:], grad_h, directions[0], *directions[2:], 0),
         "conv_pack": (*arrays, *matrix, learned, statistics),
         "conv_pack_backward": (*arrays, *matrix, statistics, leaf(packed), sum(t.numel() for t in learned)),
+        "conv_gradients": (*arrays, *matrix, values, statistics, *fixed, *edges, grad, *by_source, *[True] * 4, 0),
         "conv_statistics": (*arrays, *matrix, values, *fixed[2:], *bound.native.statistics, 0),
         "same_values": (values, torch.cat([t.reshape(-1) for t in values])),
         "sort_by_key": (graph.src, graph.num_src),

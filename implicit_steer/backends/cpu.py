@@ -21,7 +21,7 @@ from .._check import fail, require
 from ..graph import Graph
 from ..packing import Parameters, is_traced, running
 from ..plan import Plan
-from .cpu_ops import unflatten, without_derivatives
+from .cpu_ops import unflatten
 from .cpu_plan import hidden_field_size, kernel_entries, prepare, reads_one
 from .hidden import Statistics
 
@@ -123,7 +123,7 @@ class Layer:
         self.plan, self.native = plan, native
         self.parameters, self.learned = parameters, _learned(parameters)
         self.dtype = parameters.shell_width.dtype
-        self.arrays, self._matrix = native.arrays[self.dtype], native.matrix[self.dtype]
+        self.arrays, self.matrix = native.arrays[self.dtype], native.matrix[self.dtype]
         self._sources = [*self.learned, *(t for norm in parameters.norms for t in (norm.mean, norm.var))]
         self._kept: tuple[Tensor, Tensor, Tensor] | None = None  # bytes of the sources; statistics, packed weights
 
@@ -143,17 +143,17 @@ class Layer:
     def pack(self, learned: Sequence[Tensor], statistics: Tensor) -> Tensor:
         """Packed weights of the parameters ``learned`` at these statistics of the batch norms; linear in them."""
         pieces = [t.contiguous() for t in learned]
-        return torch.ops.implicit_steer.conv_pack(*self.arrays, *self._matrix, pieces, statistics)
+        return torch.ops.implicit_steer.conv_pack(*self.arrays, *self.matrix, pieces, statistics)
 
     def unpack_gradient(self, grad: Tensor, learned: Sequence[Tensor], statistics: Tensor) -> list[Tensor]:
         """The gradients of ``learned`` from that of the packed weights."""
-        arrays, size = (*self.arrays, *self._matrix, statistics), sum(t.numel() for t in learned)
+        arrays, size = (*self.arrays, *self.matrix, statistics), sum(t.numel() for t in learned)
         return unflatten(torch.ops.implicit_steer.conv_pack_backward(*arrays, grad, size), learned)
 
     def measured(self, delta: Tensor, attributes: Tensor) -> tuple[Tensor, Tensor]:
         """The batch norms' statistics over these edges, (n_layers, W (n_trivial + 1)), and packed weights at them."""
         learned = [t.contiguous() for t in self.learned]
-        arrays = *self.arrays, *self._matrix, learned, delta, attributes
+        arrays = *self.arrays, *self.matrix, learned, delta, attributes
         return torch.ops.implicit_steer.conv_statistics(*arrays, *self.native.statistics, self.isa)
 
     def running(self) -> Tensor:
@@ -220,10 +220,22 @@ class _Convolution:
 
     def backward(self, needs: Sequence[bool], grad: Tensor, packed: Tensor, *inputs: Tensor) -> Sequence[Tensor]:
         """The gradients of the inputs and of ``packed``; empty where not needed."""
-        layer, graph = self.layer, self.graph
-        by_source = (graph.order_by_source, graph.colptr) if needs[0] else (graph.order, graph.rowptr)
-        tensors = *layer.arrays, packed, *inputs, graph.src, graph.order, graph.rowptr, grad.contiguous(), *by_source
-        return torch.ops.implicit_steer.conv_backward(*tensors, *needs, layer.isa)
+        edges = self._edges(needs[0], grad)
+        return torch.ops.implicit_steer.conv_backward(
+            *self.layer.arrays, packed, *inputs, *edges, *needs, self.layer.isa
+        )
+
+    def gradients(self, needs, grad, packed, statistics, inputs, learned) -> list[Tensor]:
+        """Of the inputs and the parameters, at once; not differentiable."""
+        layer, edges = self.layer, self._edges(needs[0], grad)
+        arrays = *layer.arrays, *layer.matrix, learned, statistics, packed
+        *found, of_learned = torch.ops.implicit_steer.conv_gradients(*arrays, *inputs, *edges, *needs, layer.isa)
+        return [*found, *of_learned]
+
+    def _edges(self, by_source: bool, grad: Tensor) -> tuple[Tensor, ...]:
+        graph = self.graph
+        order = (graph.order_by_source, graph.colptr) if by_source else (graph.order, graph.rowptr)
+        return graph.src, graph.order, graph.rowptr, grad.contiguous(), *order
 
 
 @dataclass(eq=False)
@@ -242,16 +254,15 @@ class _HiddenFeatures:
         arguments = *self.layer.arrays, packed, *inputs, grad.contiguous(), self.layer.isa
         return torch.ops.implicit_steer.conv_hidden_backward(*arguments)
 
+    def gradients(self, *arguments) -> list[Tensor]:
+        """As those of a convolution."""
+        return _composed(self, *arguments)
 
-def _gradients(call, needs: Sequence[bool], grad: Tensor, packed: Tensor, statistics: Tensor, tensors) -> list:
-    """Of the inputs and the parameters; None where not needed."""
-    inputs, learned = tensors[: call.n_inputs], tensors[call.n_inputs :]
-    of_weights = any(needs[call.n_inputs :])
-    with without_derivatives():
-        *found, of_packed = call.backward((*needs[: call.n_inputs], of_weights), grad, packed, *inputs)
-        if of_weights:
-            found += call.layer.unpack_gradient(of_packed, learned, statistics)
-    return [g if need else None for g, need in zip_longest(found, needs)]
+
+def _composed(call, needs, grad, packed, statistics, inputs, learned) -> list[Tensor]:
+    """The gradients of the inputs and the parameters by operators that know their derivatives."""
+    *found, of_packed = call.backward(needs, grad, packed, *inputs)
+    return [*found, *call.layer.unpack_gradient(of_packed, learned, statistics)] if needs[-1] else found
 
 
 class _Operator(torch.autograd.Function):
@@ -264,15 +275,24 @@ class _Operator(torch.autograd.Function):
     def forward(ctx, call, packed, statistics, *tensors):
         ctx.save_for_backward(packed, statistics, *tensors)
         ctx.call = call
-        with without_derivatives():
+        with torch._C._AutoDispatchBelowAutograd():
             return call.forward(packed, *tensors[: call.n_inputs])
 
     @staticmethod
     def backward(ctx, grad):
         call, needs, (packed, statistics, *tensors) = ctx.call, ctx.needs_input_grad[3:], ctx.saved_tensors
-        if torch.is_grad_enabled():
-            packed = call.layer.pack(tensors[call.n_inputs :], statistics)
-        return None, None, None, *_gradients(call, needs, grad, packed, statistics, tensors)
+        n = call.n_inputs
+        inputs, learned, needed = tensors[:n], tensors[n:], (*needs[:n], any(needs[n:]))
+        if torch.is_grad_enabled():  # create_graph=True
+            packed = call.layer.pack(learned, statistics)
+            found = _composed(call, needed, grad, packed, statistics, inputs, learned)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                found = call.gradients(needed, grad, packed, statistics, inputs, learned)
+        return None, None, None, *(g if need else None for g, need in zip_longest(found, needs))
+
+
+_apply = super(torch.autograd.Function, _Operator).apply  # without the detour for torch.func, which is not looking on
 
 
 def _refuse_gradient_transforms() -> None:
@@ -298,7 +318,7 @@ def _run(call, batch_statistics: bool, *inputs: Tensor) -> tuple[Tensor, list[St
         measured = _split_statistics(layer.plan, statistics) if batch_statistics else []
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs, *layer.learned)):
             return call.forward(packed, *inputs), measured
-    return _Operator.apply(call, packed, statistics, *inputs, *layer.learned), measured
+    return _apply(call, packed, statistics, *inputs, *layer.learned), measured
 
 
 def forward(

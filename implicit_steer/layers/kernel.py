@@ -229,7 +229,7 @@ class Biased(torch.nn.Module):
     def expand_bias(self) -> Tensor | None:
         """(C_out,) or None."""
         bias = self.bias
-        return None if bias is None else self.bias_expansion @ bias
+        return None if bias is None else torch.mv(self.bias_expansion, bias)
 
     @property
     def n_bias(self) -> int:

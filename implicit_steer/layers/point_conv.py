@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import backends, op
 from .._check import fail, require
 from ..graph import Graph
+from ..packing import is_traced
 from .fields import Fields, check_tensor
 from .kernel import Biased, KernelBase
 
@@ -61,7 +62,7 @@ class PointConvBase(Biased):
             kernel.update_running(statistics)
         bias = self.expand_bias()
         if bias is not None:
-            out = out + bias
+            out = out + bias if torch.is_grad_enabled() or is_traced() else out.add_(bias)
         if out.dtype != source.dtype:
             out = out.to(source.dtype)  # 16-bit features: rounded once, here
         return out
