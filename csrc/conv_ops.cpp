@@ -161,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_hidden_double_backward(const Ten
   return {out, grads.delta, grads.attr, grads.weights};
 }
 
-// φ (0 .. 4, Function) or exp (5) of every number of x: for tests of the lanes.
+// φ (0 .. 4, Function), exp (5) or erf (6) of every number of x: for tests of the lanes.
 Tensor lane_function(const Tensor& x, int64_t which, int64_t isa) {
   Tensor out = new_empty(x, {x.numel()});
   check(x, "x", x.scalar_type(), x.numel());

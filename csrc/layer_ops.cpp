@@ -67,6 +67,38 @@ std::tuple<Tensor, Tensor> conv_statistics(const Tensor& ints, const Tensor& rea
   return {statistics, packed};
 }
 
+// Moves the running statistics of the batch norms, means [W, d], variances [W, 1] and counts [], towards `statistics`,
+// of conv_statistics. trivial [n_layers, n_trivial]: the columns of the means that are not always 0.
+void conv_move_running(const Tensor& statistics, const std::vector<Tensor>& means, const std::vector<Tensor>& variances,
+                       const std::vector<Tensor>& counts, const Tensor& trivial, const std::vector<double>& momentum) {
+  const int64_t n_layers = statistics.size(0);
+  for (const int64_t found : {means.size(), variances.size(), counts.size(), momentum.size()})
+    check_size(n_layers, found, "means, variances, counts, momentum");
+  check(trivial, "trivial", ScalarType::Long, trivial.numel());
+  const int64_t n_trivial = trivial.numel() / n_layers, channels = statistics.size(1) / (n_trivial + 1);
+  check_size(statistics.numel(), n_layers * channels * (n_trivial + 1), "statistics");
+  dispatch_real(statistics, "statistics", [&](auto* tag) {
+    using R = std::remove_pointer_t<decltype(tag)>;
+    check(statistics, "statistics", statistics.scalar_type(), statistics.numel());
+    for (int64_t n = 0; n < n_layers; ++n) {
+      const int64_t d = means[n].numel() / channels, *column = data<int64_t>(trivial) + n * n_trivial;
+      check(means[n], "means", statistics.scalar_type(), channels * d);
+      check(variances[n], "variances", statistics.scalar_type(), channels),
+          check(counts[n], "counts", ScalarType::Long, 1);
+      const R *mean = data<R>(statistics) + n * channels * (n_trivial + 1), *variance = mean + channels * n_trivial;
+      const auto move = [&, m = static_cast<R>(momentum[n])](R& kept, R measured) { kept += m * (measured - kept); };
+      R* kept = static_cast<R*>(means[n].mutable_data_ptr());
+      for (int64_t k = 0; k < channels * n_trivial; ++k) {
+        STD_TORCH_CHECK(column[k % n_trivial] >= 0 && column[k % n_trivial] < d,
+                        "trivial: expected columns of the means.");
+        move(kept[k / n_trivial * d + column[k % n_trivial]], mean[k]);
+      }
+      for (int64_t w = 0; w < channels; ++w) move(static_cast<R*>(variances[n].mutable_data_ptr())[w], variance[w]);
+      ++*static_cast<int64_t*>(counts[n].mutable_data_ptr());
+    }
+  });
+}
+
 // Parameters and statistics -> packed weights.
 Tensor conv_pack(const Tensor& ints, const Tensor& reals, const Tensor& rowptr, const Tensor& column,
                  const Tensor& value, const std::vector<Tensor>& parameters, const Tensor& statistics) {
@@ -181,6 +213,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(implicit_steer, m) {
       "conv_statistics(Tensor plan_ints, Tensor plan_reals, Tensor pack_rowptr, Tensor pack_column, Tensor pack_value, "
       "Tensor[] parameters, Tensor delta, Tensor attr, int n_layers, int size, int isa) -> (Tensor, Tensor)");
   m.def(
+      "conv_move_running(Tensor statistics, Tensor(a!)[] means, Tensor(b!)[] variances, Tensor(c!)[] counts, "
+      "Tensor trivial, float[] momentum) -> ()");
+  m.def(
       "conv_pack(Tensor plan_ints, Tensor plan_reals, Tensor pack_rowptr, Tensor pack_column, Tensor pack_value, "
       "Tensor[] parameters, Tensor statistics) -> Tensor");
   m.def(
@@ -198,6 +233,7 @@ STABLE_TORCH_LIBRARY_IMPL(implicit_steer, CPU, m) {
   m.impl("conv_statistics", TORCH_BOX(&conv_statistics));
   m.impl("conv_gradients", TORCH_BOX(&conv_gradients));
   m.impl("same_values", TORCH_BOX(&same_values));
+  m.impl("conv_move_running", TORCH_BOX(&conv_move_running));
   m.impl("conv_pack", TORCH_BOX(&conv_pack));
   m.impl("conv_pack_backward", TORCH_BOX(&conv_pack_backward));
 }

@@ -238,11 +238,4 @@ IST_INLINE VD lane_expm1_below(VD x, VD& exp) {
 }
 IST_INLINE VD lane_expm1_below(VD x) { return lane_exp(x) - 1; }
 
-template <typename V>
-IST_INLINE V lane_erf(V x) {
-  for (unsigned l = 0; l < sizeof(V) / sizeof(x[0]); ++l)
-    x[l] = sizeof(x[0]) == 4 ? __builtin_erff(x[l]) : __builtin_erf(x[l]);
-  return x;
-}
-
 }  // namespace implicit_steer::IST_ISA

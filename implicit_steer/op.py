@@ -1,4 +1,4 @@
-"""The one operator: out_i = Σ_{e: j→i} γ s(|x_e|) K(x_e, a_e) f_j, and the kernel K alone."""
+"""The one operator: out_i = bias + Σ_{e: j→i} γ s(|x_e|) K(x_e, a_e) f_j, and the kernel K alone."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def _cast(parameters: Parameters, dtype: torch.dtype) -> Parameters:
         tuple(type(n)(*(t.to(dtype) for t in n)) for n in parameters.norms),
         parameters.shell_width.to(dtype),
         parameters.kept,
+        None if parameters.bias is None else tuple(t.to(dtype) for t in parameters.bias),
     )
 
 
@@ -77,10 +78,7 @@ def implicit_conv(
     parameters = _cast(parameters, dtype)
     live = batch_statistics and bool(plan.norms) and graph.num_edges > 0
     tensors = [t if t.dtype == dtype else t.to(dtype) for t in (x, edge_delta, edge_attr)]
-    out, statistics = engine.forward(plan, parameters, live, graph, *tensors)
-    if plan.aggr == "mean":
-        out = out / graph.degree.clamp(min=1).to(dtype)[:, None]
-    return out, statistics
+    return engine.forward(plan, parameters, live, graph, *tensors)
 
 
 def implicit_kernel(

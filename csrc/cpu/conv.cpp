@@ -125,6 +125,8 @@ void function(int which, const R* x, R* y, int64_t n) {
     V out{};
     if (which == 5)
       out = lane_exp(in);
+    else if (which == 6)
+      out = lane_erf(in);
     else
       with_function<R>(which, [&](auto f) { out = decltype(f)::value(in); });
     for (int64_t l = 0; l < inside; ++l) y[at + l] = out[l];

@@ -45,7 +45,7 @@ struct ConvTable {
   void (*hidden_backward)(const ConvArgs<R>&);  // grad_out: of h
   void (*hidden_forward_tangent)(const ConvArgs<R>&);
   void (*hidden_backward_tangent)(const ConvArgs<R>&);
-  void (*function)(int which, const R* x, R* y, int64_t n);  // 0 .. 4: φ of Function; 5: exp. For tests.
+  void (*function)(int which, const R* x, R* y, int64_t n);  // 0 .. 4: φ of Function; 5: exp; 6: erf. For tests.
   int64_t (*peak)(int threads, int64_t rounds, R* sums);     // multiply-adds made; sums: [threads]. For the benchmark.
 };
 

@@ -23,6 +23,7 @@ from ..packing import Parameters, is_traced, running
 from ..plan import Plan
 from .cpu_ops import unflatten
 from .cpu_plan import hidden_field_size, kernel_entries, prepare, reads_one
+from .finish import bias_gradient, divide, finish
 from .hidden import Statistics
 
 INSTRUCTION_SETS = {"auto": 0, "baseline": 1, "avx2": 2, "avx512": 3}
@@ -197,9 +198,18 @@ def _learned(parameters: Parameters) -> list[Tensor]:
     return [*tensors, parameters.shell_width, *(t for t in parameters.linears[-1] if t is not None)]
 
 
-def _split_statistics(plan: Plan, statistics: Tensor) -> list[Statistics]:
-    channels = plan.norms[0].channels
-    return [Statistics(row[:-channels].view(channels, -1), row[-channels:]) for row in statistics.unbind()]
+class BatchStatistics(Sequence[Statistics]):
+    """The batch norms' statistics, ``together`` in one tensor (n_layers, W (n_trivial + 1))."""
+
+    def __init__(self, plan: Plan, together: Tensor):
+        self.together, self._channels = together, plan.norms[0].channels
+
+    def __len__(self) -> int:
+        return self.together.shape[0]
+
+    def __getitem__(self, n) -> Statistics:
+        row, channels = self.together[n], self._channels
+        return Statistics(row[:-channels].view(channels, -1), row[-channels:])
 
 
 # ---- the operator
@@ -212,6 +222,20 @@ class _Convolution:
     layer: Layer
     graph: Graph
     n_inputs = 3
+
+    @property
+    def bias(self) -> tuple[Tensor, ...]:
+        """Its values, or nothing."""
+        return (self.layer.parameters.bias or ())[:1]
+
+    def finish(self, total: Tensor) -> Tensor:
+        """The output from what :meth:`forward` gives."""
+        return finish(self.layer.plan, self.layer.parameters, self.graph, total)
+
+    def finish_backward(self, grad: Tensor, need_bias: bool) -> tuple[Tensor, list[Tensor]]:
+        """The gradient of what :meth:`forward` gives, and that of the bias."""
+        bias = [bias_gradient(self.layer.parameters, grad)] if need_bias else []
+        return divide(self.layer.plan, self.graph, grad), bias
 
     def forward(self, packed: Tensor, *inputs: Tensor) -> Tensor:
         layer, graph = self.layer, self.graph
@@ -244,6 +268,15 @@ class _HiddenFeatures:
 
     layer: Layer
     n_inputs = 2
+    bias = ()
+
+    def finish(self, h: Tensor) -> Tensor:
+        """As that of a convolution."""
+        return h
+
+    def finish_backward(self, grad: Tensor, need_bias: bool) -> tuple[Tensor, list[Tensor]]:
+        """As that of a convolution."""
+        return grad, []
 
     def forward(self, packed: Tensor, *inputs: Tensor) -> Tensor:
         layer = self.layer
@@ -276,20 +309,22 @@ class _Operator(torch.autograd.Function):
         ctx.save_for_backward(packed, statistics, *tensors)
         ctx.call = call
         with torch._C._AutoDispatchBelowAutograd():
-            return call.forward(packed, *tensors[: call.n_inputs])
+            return call.finish(call.forward(packed, *tensors[: call.n_inputs]))
 
     @staticmethod
     def backward(ctx, grad):
         call, needs, (packed, statistics, *tensors) = ctx.call, ctx.needs_input_grad[3:], ctx.saved_tensors
-        n = call.n_inputs
-        inputs, learned, needed = tensors[:n], tensors[n:], (*needs[:n], any(needs[n:]))
+        n, end = call.n_inputs, call.n_inputs + len(call.layer.learned)
+        inputs, learned, needed = tensors[:n], tensors[n:end], (*needs[:n], any(needs[n:end]))
+        grad, bias = call.finish_backward(grad, any(needs[end:]))
         if torch.is_grad_enabled():  # create_graph=True
             packed = call.layer.pack(learned, statistics)
             found = _composed(call, needed, grad, packed, statistics, inputs, learned)
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 found = call.gradients(needed, grad, packed, statistics, inputs, learned)
-        return None, None, None, *(g if need else None for g, need in zip_longest(found, needs))
+        found = (g if need else None for g, need in zip_longest(found, needs[:end]))
+        return None, None, None, *found, *(bias or [None] * len(needs[end:]))
 
 
 _apply = super(torch.autograd.Function, _Operator).apply  # without the detour for torch.func, which is not looking on
@@ -303,7 +338,7 @@ def _refuse_gradient_transforms() -> None:
         fail("backend", expected, "'cpu'", remedy, RuntimeError)
 
 
-def _run(call, batch_statistics: bool, *inputs: Tensor) -> tuple[Tensor, list[Statistics]]:
+def _run(call, batch_statistics: bool, *inputs: Tensor) -> tuple[Tensor, Sequence[Statistics]]:
     """The output and the batch statistics. The last inputs: delta, attributes."""
     layer, inputs = call.layer, [t.contiguous() for t in inputs]
     if is_traced():
@@ -311,14 +346,16 @@ def _run(call, batch_statistics: bool, *inputs: Tensor) -> tuple[Tensor, list[St
             _refuse_gradient_transforms()
         with torch.no_grad():
             statistics = layer.measured(*inputs[-2:])[0] if batch_statistics else layer.running()
-        out = call.forward(layer.pack(layer.learned, statistics), *inputs)
-        return out, _split_statistics(layer.plan, statistics) if batch_statistics else []
+        out = call.finish(call.forward(layer.pack(layer.learned, statistics), *inputs))
+        measured = BatchStatistics(layer.plan, statistics) if batch_statistics else []
+        return out, [measured[n] for n in range(len(measured))]
     with torch._C._AutoDispatchBelowAutograd():
         statistics, packed = layer.measured(*inputs[-2:]) if batch_statistics else layer.packed()
-        measured = _split_statistics(layer.plan, statistics) if batch_statistics else []
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs, *layer.learned)):
-            return call.forward(packed, *inputs), measured
-    return _apply(call, packed, statistics, *inputs, *layer.learned), measured
+        measured = BatchStatistics(layer.plan, statistics) if batch_statistics else []
+        tensors = (*inputs, *layer.learned, *call.bias)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)):
+            return call.finish(call.forward(packed, *inputs)), measured
+    return _apply(call, packed, statistics, *tensors), measured
 
 
 def forward(
@@ -329,14 +366,14 @@ def forward(
     x: Tensor,
     delta: Tensor,
     attributes: Tensor,
-) -> tuple[Tensor, list[Statistics]]:
+) -> tuple[Tensor, Sequence[Statistics]]:
     """out_i = Σ_{e: j→i} K(x_e, a_e) f_j, shape (N, C_out)."""
     return _run(_Convolution(_bind(plan, parameters), graph), batch_statistics, x, delta, attributes)
 
 
 def kernel(
     plan: Plan, parameters: Parameters, batch_statistics: bool, delta: Tensor, attributes: Tensor
-) -> tuple[Tensor, list[Statistics]]:
+) -> tuple[Tensor, Sequence[Statistics]]:
     """K(x, a) (P, C_out, C_in): hidden features from the native code, the last layer one matrix product."""
     layer = _bind(plan, parameters)
     if layer.native.kernel is None:

@@ -210,10 +210,14 @@ def _differentiable(name: str, gradient: Callable):
         def backward(ctx, *grads):
             return None, *gradient(ctx, *grads)
 
+    apply = super(
+        torch.autograd.Function, Operator
+    ).apply  # without the detour for torch.func: that has been dealt with
+
     def kernel(keys, *arguments):
         keys = keys & torch._C._after_autograd_keyset
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-            return Operator.apply(keys, *arguments)
+            return apply(keys, *arguments)
         return call(arguments, keys)
 
     return kernel
