@@ -28,7 +28,7 @@ def native_step(case, candidate: Candidate, measure: str) -> Callable[[], Any]:
     problem, parameters = case.inputs(conv), conv.implicit_kernel.parameters_for_op()
     bound = Layer(conv.implicit_kernel.plan, parameters.kept.native, parameters)
     with torch.no_grad():
-        packed = bound.packed()[0]
+        _, packed = bound.packed()
     leaves = [t.requires_grad_(with_gradients) for t in (packed, problem.x, problem.delta, problem.attributes)]
     graph, run = problem.graph, torch.ops.implicit_steer.conv_forward
     arguments = *bound.arrays, *leaves, graph.src, graph.order, graph.rowptr, bound.plan.out_size, bound.isa

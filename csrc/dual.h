@@ -3,7 +3,7 @@
 // of a Hessian and a vector: every second derivative that is needed, without a formula of its own.
 #pragma once
 
-#include "simd.h"
+#include "erf.h"
 
 namespace implicit_steer::IST_ISA {
 

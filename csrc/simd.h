@@ -226,11 +226,4 @@ IST_INLINE VD lane_exp(VD x) {
 
 IST_INLINE VD lane_elu(VD x) { return lane_max(lane_exp(lane_min(VD{}, x)) - 1, x); }
 
-template <typename V>
-IST_INLINE V lane_erf(V x) {
-  for (unsigned l = 0; l < sizeof(V) / sizeof(x[0]); ++l)
-    x[l] = sizeof(x[0]) == 4 ? __builtin_erff(x[l]) : __builtin_erf(x[l]);
-  return x;
-}
-
 }  // namespace implicit_steer::IST_ISA

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import native
 from .backends.cpu import instruction_set
 from .functions import phi, phi_prime
+from .packing import is_traced
 from .plan import FUNCTIONS
 
 
@@ -28,7 +29,7 @@ def fourier(function: str, x: Tensor, samples: Tensor, inverse_t: Tensor) -> Ten
     """
     if x.is_cpu and x.dtype in (torch.float32, torch.float64) and native.available()[0]:
         number, isa = FUNCTIONS.index(function), instruction_set()
-        return _Fourier.apply(x.contiguous(), samples, inverse_t, number, isa)
+        return (_Fourier.apply if is_traced() else _apply)(x.contiguous(), samples, inverse_t, number, isa)
     return _plain(function, x, samples, inverse_t)
 
 
@@ -68,3 +69,6 @@ class _Fourier(torch.autograd.Function):
             tensors = (grad.contiguous(), *ctx.saved_tensors)
             grad_x = torch.ops.implicit_steer.fourier_backward(*tensors, ctx.number, ctx.isa)
         return grad_x, None, None, None, None
+
+
+_apply = super(torch.autograd.Function, _Fourier).apply  # without the detour for torch.func

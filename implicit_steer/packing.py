@@ -53,6 +53,7 @@ class Parameters(NamedTuple):
     norms: tuple[NormParameters, ...]
     shell_width: Tensor  # σ, any shape with one element
     kept: Kept | None = None
+    bias: tuple[Tensor, Tensor] | None = None  # of a convolution: values (n,), what they multiply (C_out, n)
 
 
 @dataclass

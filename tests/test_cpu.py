@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.special
 import torch
 from helpers import (
     CONFIGURATIONS,
@@ -356,6 +357,20 @@ def test_exp_to_two_ulp(dtype, low, high, isa):
     x = x.astype(dtype)
     ours = torch.ops.implicit_steer.lane_function(torch.from_numpy(x), 5, cpu.INSTRUCTION_SETS[isa]).numpy()
     assert ulps(ours, np.exp(x.astype(np.longdouble))) <= 2
+
+
+@pytest.mark.parametrize("isa", machine_sets())
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_erf(dtype, isa):
+    """To 2 ulp of the true value; scipy's double may be off by one more."""
+    generator = np.random.default_rng(0)
+    x = [generator.uniform(-7, 7, 200_000), generator.normal(0, 0.5, 200_000), 10.0 ** generator.uniform(-30, 0, 2000)]
+    x = np.concatenate(x).astype(dtype)
+    ours = torch.ops.implicit_steer.lane_function(torch.from_numpy(x), 6, cpu.INSTRUCTION_SETS[isa]).numpy()
+    assert ulps(ours, scipy.special.erf(x.astype(np.float64))) <= (2 if dtype is np.float32 else 3)
+    limits = torch.tensor([0.0, torch.inf, -torch.inf, torch.nan], dtype=torch.from_numpy(x).dtype)
+    found = torch.ops.implicit_steer.lane_function(limits, 6, cpu.INSTRUCTION_SETS[isa])
+    torch.testing.assert_close(found, torch.erf(limits), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("isa", machine_sets())

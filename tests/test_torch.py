@@ -40,7 +40,7 @@ def operator_arguments():
     problem, parameters = SMALL["o3"].inputs(conv), conv.implicit_kernel.parameters_for_op()
     bound = Layer(conv.implicit_kernel.plan, parameters.kept.native, parameters)
     with torch.no_grad():
-        packed, statistics = bound.packed()
+        statistics, packed = bound.packed()
     graph, plan, arrays = problem.graph, bound.plan, bound.arrays
 
     def leaf(t):
@@ -52,8 +52,22 @@ def operator_arguments():
     grad = torch.randn(graph.num_dst, plan.out_size, dtype=torch.float64)
     grad_h = torch.randn(len(delta), plan.hidden_size, dtype=torch.float64)
     directions = [torch.randn_like(t) for t in fixed]
-    matrix, learned = bound.native.matrix[torch.float64], [leaf(t) for t in bound.learned]
+    matrix, learned = bound.matrix, [leaf(t) for t in bound.learned]
     values = [t.detach() for t in learned]
+    two_kinds = torch.randperm(8), [2, 1], [2, 4]  # 2 fields of 2 coordinates, the first invariant; 1 of 4
+
+    def per_kind(*shapes):
+        return [torch.rand(shape, dtype=torch.float64) for shape in shapes]
+
+    norm = (
+        *two_kinds,
+        per_kind((2, 2), (0, 4)),  # means
+        per_kind((2, 1), (1, 1)),
+        per_kind((2, 1), (1, 1)),
+        per_kind((2, 1), (0,)),
+        per_kind((2, 1), (0,)),
+        1e-5,
+    )
     return {
         "conv_forward": (*arrays, weights, x, delta, attr, *edges, plan.out_size, 0),
         "conv_backward": (*arrays, weights, x, delta, attr, *edges, leaf(grad), *by_source, *[True] * 4, 0),
@@ -63,10 +77,22 @@ def operator_arguments():
         "conv_hidden_double_backward": (*arrays, fixed[0], *fixed[2:], grad_h, directions[0], *directions[2:], 0),
         "conv_pack": (*arrays, *matrix, learned, statistics),
         "conv_pack_backward": (*arrays, *matrix, statistics, leaf(packed), sum(t.numel() for t in learned)),
+        "conv_gradients": (*arrays, *matrix, values, statistics, *fixed, *edges, grad, *by_source, *[True] * 4, 0),
         "conv_statistics": (*arrays, *matrix, values, *fixed[2:], *bound.native.statistics, 0),
+        "conv_move_running": (
+            statistics.view(2, -1),
+            [torch.randn(n, 16, dtype=torch.float64) for n in (4, 4)],
+            [torch.rand(n, 1, dtype=torch.float64) for n in (4, 4)],
+            [torch.tensor(3), torch.tensor(3)],
+            torch.tensor([[15], [15]]),
+            [0.1, 0.1],
+        ),
         "same_values": (values, torch.cat([t.reshape(-1) for t in values])),
         "sort_by_key": (graph.src, graph.num_src),
         "edges_in_range": (graph.edge_index, graph.num_src, graph.num_dst),
+        "field_statistics": (fixed[1][:, :8].contiguous(), *two_kinds, per_kind((2, 2), (0,))),
+        "field_norm": (fixed[1][:, :8].contiguous(), *norm),
+        "field_norm_backward": (*[fixed[1][:, :8].contiguous()] * 2, *norm),
         "fourier_forward": (x.detach()[:, :8], torch.randn(5, 4).double(), torch.randn(5, 4).double(), 0, 0),
         "fourier_backward": (fixed[1], fixed[1], torch.randn(5, 4).double(), torch.randn(5, 4).double(), 0, 0),
     }

@@ -2,6 +2,8 @@
 
 #include "conv.h"
 
+#include <cstdlib>
+
 #include "backward.h"
 #include "forward.h"
 #include "hidden.h"
@@ -29,30 +31,42 @@ int64_t own_edges(const ConvArgs<R>& a, int64_t first, int64_t last) {
   return a.index(a.rowptr, last) - a.index(a.rowptr, first);
 }
 
-// a.features from x and, where there are tangents, its tangent; N: R or dual numbers.
+// Gathers x by field type into memory of its own, which lives as long as this; nothing where x lies so already.
+// N: R, or dual numbers of R where there are tangents.
 template <typename N, typename R>
-void gather_features(const ConvArgs<R>& a) {
-  const PlanView<R>& p = *a.plan;
-  if (!a.features) return;
-  in_threads(a.threads, [&](int t) {
-    const int64_t first = a.n_src * t / a.threads, last = a.n_src * (t + 1) / a.threads;
-    N* out = reinterpret_cast<N*>(a.features) + first * p.n_gathered;
-    for (int64_t j = first; j < last; ++j, out += p.n_gathered)
-      for (int k = 0; k < p.n_gathered; ++k) {
-        const int64_t at = j * p.in_size + p.input[k];
-        if constexpr (is_dual<N>)
-          out[k] = p.input[k] < 0 ? N{} : N{a.x[at], a.x_tangent[at]};
-        else
-          out[k] = p.input[k] < 0 ? N{} : a.x[at];
-      }
-  });
-}
+struct Features {
+  void* memory = nullptr;
+
+  explicit Features(ConvArgs<R>& a) {
+    const PlanView<R>& p = *a.plan;
+    if (!is_dual<N> && gathered_as_given(p)) return;
+    const size_t bytes = sizeof(N) * p.n_gathered * a.n_src;
+    memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (bytes && !memory) abort();
+    a.features = memory;
+    in_threads(a.threads, [&](int t) {
+      const int64_t first = a.n_src * t / a.threads, last = a.n_src * (t + 1) / a.threads;
+      N* out = static_cast<N*>(memory) + first * p.n_gathered;
+      for (int64_t j = first; j < last; ++j, out += p.n_gathered)
+        for (int k = 0; k < p.n_gathered; ++k) {
+          const int64_t at = j * p.in_size + p.input[k];
+          if constexpr (is_dual<N>)
+            out[k] = p.input[k] < 0 ? N{} : N{a.x[at], a.x_tangent[at]};
+          else
+            out[k] = p.input[k] < 0 ? N{} : a.x[at];
+        }
+    });
+  }
+  Features(const Features&) = delete;
+  ~Features() { free(memory); }
+};
 
 // N: R, or dual numbers of R for derivatives along the tangents.
 template <typename N, typename R>
-void forward(const ConvArgs<R>& a) {
+void forward(const ConvArgs<R>& given) {
+  ConvArgs<R> a = given;
   const CouplingSizes sizes = place_couplings(*a.plan);
-  gather_features<N>(a);
+  const Features<N, R> features(a);
   in_threads(a.threads, [&](int t) {
     const int64_t first = first_node(a, t), last = first_node(a, t + 1);
     if (first < last) Forward<N>(a, sizes, own_edges(a, first, last)).nodes(first, last);
@@ -100,9 +114,10 @@ void sum_weights(const ConvArgs<R>& a) {
 }
 
 template <typename N, typename R>
-void backward(const ConvArgs<R>& a) {
+void backward(const ConvArgs<R>& given) {
+  ConvArgs<R> a = given;
   const CouplingSizes sizes = place_couplings(*a.plan);
-  gather_features<N>(a);
+  const Features<N, R> features(a);
   const int64_t n_grad = a.plan->n_grad;
   in_threads(a.threads, [&](int t) {
     const int64_t first = first_node(a, t), last = first_node(a, t + 1);
@@ -163,6 +178,8 @@ void function(int which, const R* x, R* y, int64_t n) {
     V out{};
     if (which == 5)
       out = lane_exp(in);
+    else if (which == 6)
+      out = lane_erf(in);
     else
       with_function<R>(which, [&](auto f) { out = decltype(f)::value(in); });
     for (int64_t l = 0; l < inside; ++l) y[at + l] = out[l];

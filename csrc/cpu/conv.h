@@ -17,7 +17,7 @@ struct ConvArgs {
   int64_t n_src, n_dst, n_edges;
   int threads;
   void* (*scratch)(int64_t bytes);  // 64-byte aligned memory of the calling thread, valid until its next call
-  R* features;                      // [N_src, n_gathered] memory for x by field type, with tangents in pairs; or null
+  const void* features = nullptr;   // [N_src, n_gathered] x by field type, with tangents in pairs; set by the loops
   R* out;                           // [N_dst, C_out]
   // backward
   const R* grad_out;          // [N_dst, C_out]
@@ -46,7 +46,7 @@ struct ConvTable {
   void (*hidden_backward)(const ConvArgs<R>&);  // grad_out: of h
   void (*hidden_forward_tangent)(const ConvArgs<R>&);
   void (*hidden_backward_tangent)(const ConvArgs<R>&);
-  void (*function)(int which, const R* x, R* y, int64_t n);  // 0 .. 4: φ of Function; 5: exp. For tests.
+  void (*function)(int which, const R* x, R* y, int64_t n);  // 0 .. 4: φ of Function; 5: exp; 6: erf. For tests.
   int64_t (*peak)(int threads, int64_t rounds, R* sums);     // multiply-adds made; sums: [threads]. For the benchmark.
 };
 

@@ -188,7 +188,7 @@ struct Worker {
   template <typename I>
   void find_edges(int64_t begin) {
     const I *order = static_cast<const I*>(a.order), *src = static_cast<const I*>(a.src);
-    const R* features = reinterpret_cast<const R*>(a.features ? a.features : a.x);
+    const R* features = static_cast<const R*>(a.features ? a.features : static_cast<const void*>(a.x));
     const int last = n_edges - 1;
     const int64_t stride = p.n_gathered;
     for (int l = 0; l < L; ++l) {

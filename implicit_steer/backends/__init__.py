@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import native
-from .._check import fail, require
+from .._check import fail
 from ..plan import Plan
 from . import cpu, eager, reference
 
@@ -41,9 +41,10 @@ def select(name: str, plan: Plan, device: torch.device, dtype: torch.dtype):
                 return BACKENDS[candidate], f"{candidate}: {reason}{refused}"
             refused += f"; not {candidate}: {reason}"
         fail("backend", "one that supports the plan", f"none{refused}", "See implicit_steer.info().", RuntimeError)
-    require(name in NAMES, "backend", f"one of {NAMES}", repr(name), "See implicit_steer.info().")
     if name in _ABSENT:
         fail("backend", "one that is available", f"{name!r} ({_ABSENT[name]})", "Use backend='auto'.", RuntimeError)
+    if name not in BACKENDS:
+        fail("backend", f"one of {NAMES}", repr(name), "See implicit_steer.info().")
     ok, reason = BACKENDS[name].supports(plan, device, dtype)
     if not ok:
         fail("backend", f"a plan that {name!r} supports", reason, "Use backend='auto'.", RuntimeError)

@@ -21,8 +21,9 @@ from .._check import fail, require
 from ..graph import Graph
 from ..packing import Parameters, is_traced, running
 from ..plan import Plan
-from .cpu_ops import unflatten, without_derivatives
+from .cpu_ops import unflatten
 from .cpu_plan import hidden_field_size, kernel_entries, prepare, reads_one
+from .finish import bias_gradient, divide, finish
 from .hidden import Statistics
 
 INSTRUCTION_SETS = {"auto": 0, "baseline": 1, "avx2": 2, "avx512": 3}
@@ -123,9 +124,9 @@ class Layer:
         self.plan, self.native = plan, native
         self.parameters, self.learned = parameters, _learned(parameters)
         self.dtype = parameters.shell_width.dtype
-        self.arrays, self._matrix = native.arrays[self.dtype], native.matrix[self.dtype]
+        self.arrays, self.matrix = native.arrays[self.dtype], native.matrix[self.dtype]
         self._sources = [*self.learned, *(t for norm in parameters.norms for t in (norm.mean, norm.var))]
-        self._kept: tuple[Tensor, Tensor, Tensor] | None = None  # bytes of the sources; packed weights, statistics
+        self._kept: tuple[Tensor, Tensor, Tensor] | None = None  # bytes of the sources; statistics, packed weights
 
     @property
     def isa(self) -> int:
@@ -143,17 +144,17 @@ class Layer:
     def pack(self, learned: Sequence[Tensor], statistics: Tensor) -> Tensor:
         """Packed weights of the parameters ``learned`` at these statistics of the batch norms; linear in them."""
         pieces = [t.contiguous() for t in learned]
-        return torch.ops.implicit_steer.conv_pack(*self.arrays, *self._matrix, pieces, statistics)
+        return torch.ops.implicit_steer.conv_pack(*self.arrays, *self.matrix, pieces, statistics)
 
     def unpack_gradient(self, grad: Tensor, learned: Sequence[Tensor], statistics: Tensor) -> list[Tensor]:
         """The gradients of ``learned`` from that of the packed weights."""
-        arrays, size = (*self.arrays, *self._matrix, statistics), sum(t.numel() for t in learned)
+        arrays, size = (*self.arrays, *self.matrix, statistics), sum(t.numel() for t in learned)
         return unflatten(torch.ops.implicit_steer.conv_pack_backward(*arrays, grad, size), learned)
 
-    def statistics_of(self, delta: Tensor, attributes: Tensor) -> Tensor:
-        """Of the batch norms over these edges, (n_layers, W (n_trivial + 1))."""
+    def measured(self, delta: Tensor, attributes: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch norms' statistics over these edges, (n_layers, W (n_trivial + 1)), and packed weights at them."""
         learned = [t.contiguous() for t in self.learned]
-        arrays = *self.arrays, *self._matrix, learned, delta, attributes
+        arrays = *self.arrays, *self.matrix, learned, delta, attributes
         return torch.ops.implicit_steer.conv_statistics(*arrays, *self.native.statistics, self.isa)
 
     def running(self) -> Tensor:
@@ -164,12 +165,12 @@ class Layer:
         return torch.cat([t.reshape(-1) for trivial, p in pairs for t in running(p, trivial)])
 
     def packed(self) -> tuple[Tensor, Tensor]:
-        """Packed weights at the running statistics, and these; packed again only if a parameter or a statistic holds
-        other bytes than last time."""
+        """The batch norms' running statistics, and packed weights at them; packed again only if a parameter or a
+        statistic holds other bytes than last time."""
         kept = self._kept
         if kept is None or not torch.ops.implicit_steer.same_values(self._sources, kept[0]):
             copy, statistics = torch.cat([t.reshape(-1) for t in self._sources]), self.running()
-            self._kept = kept = copy, self.pack(self.learned, statistics), statistics
+            self._kept = kept = copy, statistics, self.pack(self.learned, statistics)
         return kept[1:]
 
 
@@ -197,9 +198,18 @@ def _learned(parameters: Parameters) -> list[Tensor]:
     return [*tensors, parameters.shell_width, *(t for t in parameters.linears[-1] if t is not None)]
 
 
-def _split_statistics(plan: Plan, statistics: Tensor) -> list[Statistics]:
-    channels = plan.norms[0].channels
-    return [Statistics(row[:-channels].view(channels, -1), row[-channels:]) for row in statistics.unbind()]
+class BatchStatistics(Sequence[Statistics]):
+    """The batch norms' statistics, ``together`` in one tensor (n_layers, W (n_trivial + 1))."""
+
+    def __init__(self, plan: Plan, together: Tensor):
+        self.together, self._channels = together, plan.norms[0].channels
+
+    def __len__(self) -> int:
+        return self.together.shape[0]
+
+    def __getitem__(self, n) -> Statistics:
+        row, channels = self.together[n], self._channels
+        return Statistics(row[:-channels].view(channels, -1), row[-channels:])
 
 
 # ---- the operator
@@ -213,6 +223,20 @@ class _Convolution:
     graph: Graph
     n_inputs = 3
 
+    @property
+    def bias(self) -> tuple[Tensor, ...]:
+        """Its values, or nothing."""
+        return (self.layer.parameters.bias or ())[:1]
+
+    def finish(self, total: Tensor) -> Tensor:
+        """The output from what :meth:`forward` gives."""
+        return finish(self.layer.plan, self.layer.parameters, self.graph, total)
+
+    def finish_backward(self, grad: Tensor, need_bias: bool) -> tuple[Tensor, list[Tensor]]:
+        """The gradient of what :meth:`forward` gives, and that of the bias."""
+        bias = [bias_gradient(self.layer.parameters, grad)] if need_bias else []
+        return divide(self.layer.plan, self.graph, grad), bias
+
     def forward(self, packed: Tensor, *inputs: Tensor) -> Tensor:
         layer, graph = self.layer, self.graph
         tensors = *layer.arrays, packed, *inputs, graph.src, graph.order, graph.rowptr
@@ -220,10 +244,22 @@ class _Convolution:
 
     def backward(self, needs: Sequence[bool], grad: Tensor, packed: Tensor, *inputs: Tensor) -> Sequence[Tensor]:
         """The gradients of the inputs and of ``packed``; empty where not needed."""
-        layer, graph = self.layer, self.graph
-        by_source = (graph.order_by_source, graph.colptr) if needs[0] else (graph.order, graph.rowptr)
-        tensors = *layer.arrays, packed, *inputs, graph.src, graph.order, graph.rowptr, grad.contiguous(), *by_source
-        return torch.ops.implicit_steer.conv_backward(*tensors, *needs, layer.isa)
+        edges = self._edges(needs[0], grad)
+        return torch.ops.implicit_steer.conv_backward(
+            *self.layer.arrays, packed, *inputs, *edges, *needs, self.layer.isa
+        )
+
+    def gradients(self, needs, grad, packed, statistics, inputs, learned) -> list[Tensor]:
+        """Of the inputs and the parameters, at once; not differentiable."""
+        layer, edges = self.layer, self._edges(needs[0], grad)
+        arrays = *layer.arrays, *layer.matrix, learned, statistics, packed
+        *found, of_learned = torch.ops.implicit_steer.conv_gradients(*arrays, *inputs, *edges, *needs, layer.isa)
+        return [*found, *of_learned]
+
+    def _edges(self, by_source: bool, grad: Tensor) -> tuple[Tensor, ...]:
+        graph = self.graph
+        order = (graph.order_by_source, graph.colptr) if by_source else (graph.order, graph.rowptr)
+        return graph.src, graph.order, graph.rowptr, grad.contiguous(), *order
 
 
 @dataclass(eq=False)
@@ -232,6 +268,15 @@ class _HiddenFeatures:
 
     layer: Layer
     n_inputs = 2
+    bias = ()
+
+    def finish(self, h: Tensor) -> Tensor:
+        """As that of a convolution."""
+        return h
+
+    def finish_backward(self, grad: Tensor, need_bias: bool) -> tuple[Tensor, list[Tensor]]:
+        """As that of a convolution."""
+        return grad, []
 
     def forward(self, packed: Tensor, *inputs: Tensor) -> Tensor:
         layer = self.layer
@@ -242,16 +287,15 @@ class _HiddenFeatures:
         arguments = *self.layer.arrays, packed, *inputs, grad.contiguous(), self.layer.isa
         return torch.ops.implicit_steer.conv_hidden_backward(*arguments)
 
+    def gradients(self, *arguments) -> list[Tensor]:
+        """As those of a convolution."""
+        return _composed(self, *arguments)
 
-def _gradients(call, needs: Sequence[bool], grad: Tensor, packed: Tensor, statistics: Tensor, tensors) -> list:
-    """Of the inputs and the parameters; None where not needed."""
-    inputs, learned = tensors[: call.n_inputs], tensors[call.n_inputs :]
-    of_weights = any(needs[call.n_inputs :])
-    with without_derivatives():
-        *found, of_packed = call.backward((*needs[: call.n_inputs], of_weights), grad, packed, *inputs)
-        if of_weights:
-            found += call.layer.unpack_gradient(of_packed, learned, statistics)
-    return [g if need else None for g, need in zip_longest(found, needs)]
+
+def _composed(call, needs, grad, packed, statistics, inputs, learned) -> list[Tensor]:
+    """The gradients of the inputs and the parameters by operators that know their derivatives."""
+    *found, of_packed = call.backward(needs, grad, packed, *inputs)
+    return [*found, *call.layer.unpack_gradient(of_packed, learned, statistics)] if needs[-1] else found
 
 
 class _Operator(torch.autograd.Function):
@@ -264,15 +308,26 @@ class _Operator(torch.autograd.Function):
     def forward(ctx, call, packed, statistics, *tensors):
         ctx.save_for_backward(packed, statistics, *tensors)
         ctx.call = call
-        with without_derivatives():
-            return call.forward(packed, *tensors[: call.n_inputs])
+        with torch._C._AutoDispatchBelowAutograd():
+            return call.finish(call.forward(packed, *tensors[: call.n_inputs]))
 
     @staticmethod
     def backward(ctx, grad):
         call, needs, (packed, statistics, *tensors) = ctx.call, ctx.needs_input_grad[3:], ctx.saved_tensors
-        if torch.is_grad_enabled():
-            packed = call.layer.pack(tensors[call.n_inputs :], statistics)
-        return None, None, None, *_gradients(call, needs, grad, packed, statistics, tensors)
+        n, end = call.n_inputs, call.n_inputs + len(call.layer.learned)
+        inputs, learned, needed = tensors[:n], tensors[n:end], (*needs[:n], any(needs[n:end]))
+        grad, bias = call.finish_backward(grad, any(needs[end:]))
+        if torch.is_grad_enabled():  # create_graph=True
+            packed = call.layer.pack(learned, statistics)
+            found = _composed(call, needed, grad, packed, statistics, inputs, learned)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                found = call.gradients(needed, grad, packed, statistics, inputs, learned)
+        found = (g if need else None for g, need in zip_longest(found, needs[:end]))
+        return None, None, None, *found, *(bias or [None] * len(needs[end:]))
+
+
+_apply = super(torch.autograd.Function, _Operator).apply  # without the detour for torch.func, which is not looking on
 
 
 def _refuse_gradient_transforms() -> None:
@@ -283,27 +338,24 @@ def _refuse_gradient_transforms() -> None:
         fail("backend", expected, "'cpu'", remedy, RuntimeError)
 
 
-def _run(call, batch_statistics: bool, *inputs: Tensor) -> tuple[Tensor, list[Statistics]]:
+def _run(call, batch_statistics: bool, *inputs: Tensor) -> tuple[Tensor, Sequence[Statistics]]:
     """The output and the batch statistics. The last inputs: delta, attributes."""
     layer, inputs = call.layer, [t.contiguous() for t in inputs]
     if is_traced():
         if not torch.compiler.is_compiling():
             _refuse_gradient_transforms()
         with torch.no_grad():
-            statistics = layer.statistics_of(*inputs[-2:]) if batch_statistics else layer.running()
-        out = call.forward(layer.pack(layer.learned, statistics), *inputs)
-        return out, _split_statistics(layer.plan, statistics) if batch_statistics else []
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (*layer.learned, *inputs))
-    with torch.no_grad(), without_derivatives():
-        if batch_statistics:
-            statistics = layer.statistics_of(*inputs[-2:])
-            packed = layer.pack(layer.learned, statistics)
-        else:
-            packed, statistics = layer.packed()
-        measured = _split_statistics(layer.plan, statistics) if batch_statistics else []
-        if not differentiable:
-            return call.forward(packed, *inputs), measured
-    return _Operator.apply(call, packed, statistics, *inputs, *layer.learned), measured
+            statistics = layer.measured(*inputs[-2:])[0] if batch_statistics else layer.running()
+        out = call.finish(call.forward(layer.pack(layer.learned, statistics), *inputs))
+        measured = BatchStatistics(layer.plan, statistics) if batch_statistics else []
+        return out, [measured[n] for n in range(len(measured))]
+    with torch._C._AutoDispatchBelowAutograd():
+        statistics, packed = layer.measured(*inputs[-2:]) if batch_statistics else layer.packed()
+        measured = BatchStatistics(layer.plan, statistics) if batch_statistics else []
+        tensors = (*inputs, *layer.learned, *call.bias)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)):
+            return call.finish(call.forward(packed, *inputs)), measured
+    return _apply(call, packed, statistics, *tensors), measured
 
 
 def forward(
@@ -314,14 +366,14 @@ def forward(
     x: Tensor,
     delta: Tensor,
     attributes: Tensor,
-) -> tuple[Tensor, list[Statistics]]:
+) -> tuple[Tensor, Sequence[Statistics]]:
     """out_i = Σ_{e: j→i} K(x_e, a_e) f_j, shape (N, C_out)."""
     return _run(_Convolution(_bind(plan, parameters), graph), batch_statistics, x, delta, attributes)
 
 
 def kernel(
     plan: Plan, parameters: Parameters, batch_statistics: bool, delta: Tensor, attributes: Tensor
-) -> tuple[Tensor, list[Statistics]]:
+) -> tuple[Tensor, Sequence[Statistics]]:
     """K(x, a) (P, C_out, C_in): hidden features from the native code, the last layer one matrix product."""
     layer = _bind(plan, parameters)
     if layer.native.kernel is None:

@@ -17,7 +17,7 @@ from .kernel import Biased, KernelBase
 class PointConvBase(Biased):
     """out_i = bias + Σ_{e: j→i} γ s(|x_e|) K(x_e, a_e) f_j, on tensors.
 
-    A subclass sets ``implicit_kernel``, ``backend`` and the bias.
+    A subclass sets ``implicit_kernel``, which adopts the bias, and ``backend``.
     """
 
     backend: str
@@ -57,11 +57,8 @@ class PointConvBase(Biased):
             batch_statistics=kernel.uses_batch_statistics(graph.num_edges),
             backend=self.backend,
         )
-        if statistics:
+        if len(statistics):
             kernel.update_running(statistics)
-        bias = self.expand_bias()
-        if bias is not None:
-            out = out + bias
         if out.dtype != source.dtype:
             out = out.to(source.dtype)  # 16-bit features: rounded once, here
         return out
@@ -101,6 +98,7 @@ class ImplicitPointConv(PointConvBase):
         self.in_type, self.out_type, self.backend = in_type, out_type, backend
         self._set_bias(torch.zeros(out_type.size, n_bias))
         self.implicit_kernel = implicit_kernel
+        implicit_kernel.adopt_bias(self)
         self._check_sizes()
 
     def arguments(self) -> dict:

@@ -76,6 +76,7 @@ class ImplicitPointConv(CheckedBias, PointConvBase):
             cutoff=cutoff,
             aggr=aggr,
         )
+        self.implicit_kernel.adopt_bias(self)
         self.backend = backend
         self._select()  # an unknown name fails here
 

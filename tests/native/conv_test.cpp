@@ -89,14 +89,6 @@ struct Problem {
   }
 };
 
-// Memory for the features by field type, `planes` numbers each.
-template <typename R>
-std::vector<R> bind_features(ConvArgs<R>& a, int planes) {
-  auto features = unwritten<R>(a.n_src * a.plan->n_gathered * planes + 1);  // + 1: not null without nodes
-  if (planes > 1 || !gathered_as_given(*a.plan)) a.features = features.data();
-  return features;
-}
-
 template <typename R>
 std::vector<double> widened(const std::vector<R>& numbers) {
   return {numbers.begin(), numbers.end()};
@@ -122,7 +114,6 @@ void run_pack(Problem<R>& p, const ConvTable<R>& table, int threads, Results& re
 template <typename R>
 void run_forward(Problem<R>& p, const ConvTable<R>& table, int threads, Results& results) {
   ConvArgs<R> a = p.arguments(threads);
-  const auto features = bind_features(a, 1);
   auto out = unwritten<R>(a.n_dst * p.plan.out_size);
   a.out = out.data();
   table.forward(a);
@@ -152,7 +143,6 @@ struct Needs {
 template <typename R>
 void run_backward(Problem<R>& p, const ConvTable<R>& table, int threads, const Needs& needs, Results& results) {
   ConvArgs<R> a = p.arguments(threads);
-  const auto features = bind_features(a, 1);
   auto grad_edge = unwritten<R>(needs.x ? std::max<int64_t>(a.n_edges, 1) * p.plan.n_gathered : 0);
   auto grad_x = unwritten<R>(needs.x ? p.x.size() : 0), grad_delta = unwritten<R>(needs.delta ? p.delta.size() : 0);
   auto grad_attr = unwritten<R>(needs.attr ? p.attr.size() : 0);
@@ -184,7 +174,6 @@ void run_second(Problem<R>& p, const ConvTable<R>& table, int threads, Results& 
 
   ConvArgs<R> a = p.arguments(threads);
   a.weights = pairs.data(), a.x_tangent = x.data(), a.delta_tangent = delta.data(), a.attr_tangent = attr.data();
-  const auto features = bind_features(a, 2);
   auto out = unwritten<R>(a.n_dst * p.plan.out_size);
   a.out = out.data();
   table.forward_tangent(a);
