@@ -97,8 +97,10 @@ class PotentialNet(torch.nn.Module):
         """(N,) atomic numbers → (N,) positions in ``species``; ``ValueError`` for one that is not among them."""
         known = self.species_index[numbers.clamp(0, MAX_NUMBER)]
         wrong = (known < 0) | (numbers != numbers.clamp(0, MAX_NUMBER))
-        if wrong.any():
-            expected = f"atomic numbers among {list(self.species)}"
+        expected = f"atomic numbers among {list(self.species)}"
+        if torch.compiler.is_compiling():  # a compiled program cannot wait for the answer: it stops where it is wrong
+            torch._assert_async(~wrong.any(), f"numbers: expected {expected}, got others.")
+        elif wrong.any():
             fail("numbers", expected, sorted(set(numbers[wrong].tolist())), "Build the potential with these species.")
         return known
 
@@ -135,7 +137,11 @@ class PotentialNet(torch.nn.Module):
         """
         if stress:
             volume = torch.linalg.det(structures.cell).abs()
-            require(bool((volume > 0).all()), "stress", "cells with three lattice vectors", "a cell without volume")
+            expected, got = "cells with three lattice vectors", "a cell without volume"
+            if torch.compiler.is_compiling():
+                torch._assert_async((volume > 0).all(), f"stress: expected {expected}, got {got}.")
+            else:
+                require(bool((volume > 0).all()), "stress", expected, got)
         with torch.enable_grad():
             delta = structures.edge_delta()
             if not delta.requires_grad:
