@@ -12,13 +12,14 @@ from helpers import (
     assert_close,
     deviations,
     layer,
+    machine_sets,
     outcome,
     random_edges,
     unchanged,
     with_edges,
 )
 
-from implicit_steer import Graph, native
+from implicit_steer import Graph
 from implicit_steer.backends import cpu
 from implicit_steer.cases import SMALL, Case
 from implicit_steer.functions import phi
@@ -28,37 +29,6 @@ from implicit_steer.plan import FUNCTIONS
 # number in which most digits cancel (3.8e-5 in the worst case), 3.5e-6 for everything else.
 BOUND = {torch.float32: 2e-5, torch.float64: 1e-11}
 SHELL_WIDTH = "grad implicit_kernel.shell_width"
-
-
-def machine_sets():
-    """The instruction sets that this build and this machine have."""
-    info = native.build_info()
-    if info is None:
-        return []
-    built = info.build_facts()["instruction_sets"].split()
-    widest = {"baseline": 1, "AVX2": 2, "AVX-512": 3}[info.cpu_instruction_set()]
-    return [name for name in built if cpu.INSTRUCTION_SETS[name] <= widest]
-
-
-@pytest.fixture
-def use_isa(monkeypatch):
-    """Sets the instruction set, and undoes it."""
-
-    def use(name):
-        monkeypatch.setenv("IMPLICIT_STEER_ISA", name)
-        cpu.instruction_set.cache_clear()
-
-    yield use
-    monkeypatch.undo()
-    cpu.instruction_set.cache_clear()
-
-
-@pytest.fixture
-def threads():
-    """Sets the number of threads, and undoes it."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def assert_is_reference(conv, problem, bound=None):

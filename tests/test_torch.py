@@ -1,8 +1,7 @@
-"""The operators as citizens of PyTorch: opcheck, torch.compile, torch.export, torch.func, autocast, DDP."""
+"""The operators as citizens of PyTorch: opcheck, torch.compile, torch.export, torch.func, autocast."""
 
 import copy
 import io
-import socket
 from dataclasses import replace
 
 import escnn
@@ -12,7 +11,6 @@ from escnn.nn import GeometricTensor
 from helpers import layer
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from implicit_steer import native
@@ -53,7 +51,7 @@ def operator_arguments():
     grad_h = torch.randn(len(delta), plan.hidden_size, dtype=torch.float64)
     directions = [torch.randn_like(t) for t in fixed]
     matrix, learned = bound.native.matrix[torch.float64], [leaf(t) for t in bound.learned]
-    values = [t.detach() for t in learned]
+    values, samples = [t.detach() for t in learned], torch.randn(2, 5, 4, dtype=torch.float64).unbind()
     return {
         "conv_forward": (*arrays, weights, x, delta, attr, *edges, plan.out_size, 0),
         "conv_backward": (*arrays, weights, x, delta, attr, *edges, leaf(grad), *by_source, *[True] * 4, 0),
@@ -67,8 +65,8 @@ def operator_arguments():
         "same_values": (values, torch.cat([t.reshape(-1) for t in values])),
         "sort_by_key": (graph.src, graph.num_src),
         "edges_in_range": (graph.edge_index, graph.num_src, graph.num_dst),
-        "fourier_forward": (x.detach()[:, :8], torch.randn(5, 4).double(), torch.randn(5, 4).double(), 0, 0),
-        "fourier_backward": (fixed[1], fixed[1], torch.randn(5, 4).double(), torch.randn(5, 4).double(), 0, 0),
+        "fourier_forward": (x, *samples, 0, 0),
+        "fourier_backward": (leaf(x), x, *samples, 0, 0),
     }
 
 
@@ -250,9 +248,29 @@ def test_other_transforms_are_refused(transform):
 
     with pytest.raises(RuntimeError, match=r"Use torch\.autograd\.grad"):
         transform(loss)(problem.x)
+    with pytest.raises(Exception, match=r"Use torch\.func outside of compiled functions"):
+        torch.compile(transform(loss), fullgraph=True, backend="aot_eager")(problem.x)
 
 
-# ---- checkpointing, autocast, DDP
+@pytest.mark.parametrize("name", ["x", "delta", "attributes", "weights"])
+def test_forward_mode_is_refused(name):
+    """Of every input and parameter, also where nothing requires gradients."""
+    conv = layer(SMALL["o3"]).requires_grad_(False)
+    problem, ad = SMALL["o3"].inputs(conv), torch.autograd.forward_ad
+    with ad.dual_level():
+        assert problem.run(conv).isfinite().all()
+        if name == "weights":
+            linear = conv.implicit_kernel.mlp.mlp[0]
+            values = {"implicit_kernel.mlp.mlp.0.weights": ad.make_dual(linear.weights, linear.weights)}
+            call = lambda: torch.func.functional_call(conv, values, problem.arguments(conv))  # noqa: E731
+        else:
+            value = getattr(problem, name)
+            call = lambda: replace(problem, **{name: ad.make_dual(value, value)}).run(conv)  # noqa: E731
+        with pytest.raises(RuntimeError, match="backend: expected one with forward-mode derivatives, got 'cpu'"):
+            call()
+
+
+# ---- checkpointing, autocast
 
 
 def test_checkpoint():
@@ -280,32 +298,3 @@ def test_autocast():
     assert (out.dtype, halved.dtype) == (torch.float32, torch.bfloat16)
     torch.testing.assert_close(out, expected, rtol=0, atol=2e-3)  # measured: 2e-4, the bias
     torch.testing.assert_close(halved.float(), expected, rtol=0.03, atol=0.03)  # bfloat16 keeps 8 bits
-
-
-def _gradients_of_share(rank: int, world: int, port: int, results) -> None:
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-    conv = layer(SMALL["o3"], "no norm")
-    problem = SMALL["o3"].inputs(conv)
-    parallel = DistributedDataParallel(Exported(conv))
-    problem.x = problem.x * (1 + rank)
-    out = parallel(problem.x, problem.pos, problem.graph.edge_index, problem.delta, problem.attributes)
-    out.square().sum().backward()
-    if rank == 0:
-        results.put([p.grad.tolist() for p in conv.parameters()])
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_give_the_gradients_of_one():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    results = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    torch.multiprocessing.spawn(_gradients_of_share, (2, port, results), nprocs=2)
-    parallel = [torch.tensor(g, dtype=torch.float64) for g in results.get()]
-    conv = layer(SMALL["o3"], "no norm")
-    problem = SMALL["o3"].inputs(conv)
-    loss = sum(replace(problem, x=scale * problem.x).run(conv).square().sum() for scale in (1, 2)) / 2
-    for a, b in zip(parallel, torch.autograd.grad(loss, list(conv.parameters())), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -202,4 +202,5 @@ def _with_scalars(y: Tensor, scalars: Tensor, channels: int) -> Tensor:
 
 
 def _per_structure(energies: Tensor, structures: Structures) -> Tensor:
-    return energies.new_zeros(structures.num_graphs).index_add(0, structures.batch, energies)
+    # No index_add: torch 2.13 cannot compile one into a tensor of a single number (torch._inductor, C++).
+    return energies.new_zeros(structures.num_graphs).scatter_add(0, structures.batch, energies)
