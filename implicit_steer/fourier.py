@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from ._autocast import own_precision
 from .backends.cpu import instruction_set
 from .functions import phi, phi_prime, phi_second
 from .packing import is_transformed
@@ -80,9 +81,10 @@ def _backward_gradient(ctx, v: Tensor):
     """Of grad_x = Aᵀ (φ′(A x) · A⁻ᵀ grad) by grad and x, along v."""
     grad, x, samples, inverse_t = ctx.saved_tensors
     d = samples.shape[1]
-    bends = phi_second(ctx.function, _fields(x, d) @ samples.T) * (_fields(grad, d) @ inverse_t.T)
-    d_grad = _differential(ctx.function, x, v, samples, inverse_t)
-    return d_grad, _through(v, samples, lambda u: bends * u, samples), *_IGNORED
+    with own_precision(x):
+        bends = phi_second(ctx.function, _fields(x, d) @ samples.T) * (_fields(grad, d) @ inverse_t.T)
+        d_x = _through(v, samples, lambda u: bends * u, samples)
+        return _differential(ctx.function, x, v, samples, inverse_t), d_x, *_IGNORED
 
 
 class _Fourier(torch.autograd.Function):

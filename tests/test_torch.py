@@ -8,7 +8,7 @@ import escnn
 import pytest
 import torch
 from escnn.nn import GeometricTensor
-from helpers import layer
+from helpers import BACKENDS, layer
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
@@ -287,14 +287,38 @@ def test_checkpoint():
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_autocast():
-    """The operator computes in float32; the few torch operations around it may round to 16 bits."""
-    conv = layer(SMALL["o3"], dtype=torch.float32)
-    problem = SMALL["o3"].inputs(conv)
-    expected = problem.run(conv)
-    with torch.autocast("cpu", torch.bfloat16):
+@pytest.mark.parametrize("configuration", ["train", "eval"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast(backend, configuration):
+    """The layer keeps its own precision, and the dtype of its features."""
+    conv = layer(SMALL["o3"], configuration, torch.float32, backend=backend)
+    problem, before = SMALL["o3"].inputs(conv), copy.deepcopy(conv.state_dict())
+
+    def results(problem):
+        conv.load_state_dict(before)
         out = problem.run(conv)
+        return [
+            out,
+            *torch.autograd.grad(out.square().sum(), list(conv.parameters())),
+            *map(torch.clone, conv.buffers()),
+        ]
+
+    expected = results(problem)
+    with torch.autocast("cpu", torch.bfloat16):
         halved = replace(problem, x=problem.x.bfloat16()).run(conv)
-    assert (out.dtype, halved.dtype) == (torch.float32, torch.bfloat16)
-    torch.testing.assert_close(out, expected, rtol=0, atol=2e-3)  # measured: 2e-4, the bias
-    torch.testing.assert_close(halved.float(), expected, rtol=0.03, atol=0.03)  # bfloat16 keeps 8 bits
+        found = results(problem)
+        kernel = conv.implicit_kernel(problem.delta, problem.attributes)
+    assert torch.equal(found[0], expected[0])
+    for a, b in zip(found, expected, strict=True):
+        # Measured: 0 for `cpu`; plain PyTorch's backward pass, run inside, takes some products in bfloat16.
+        torch.testing.assert_close(a, b, rtol=0, atol=(1e-5 if backend == "cpu" else 0.02) * b.abs().max().item())
+    assert (halved.dtype, kernel.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(halved.float(), expected[0], rtol=0.03, atol=0.03)  # bfloat16 keeps 8 bits
+
+
+def test_autocast_of_a_compiled_layer():
+    conv = layer(SMALL["o3"], "no norm", torch.float32)
+    run, problem = function_of(conv), SMALL["o3"].inputs(conv)
+    compiled, expected = torch.compile(run, fullgraph=True, backend="aot_eager"), problem.run(conv)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compiled(*arguments_of(problem)), expected, rtol=1e-6, atol=1e-6)

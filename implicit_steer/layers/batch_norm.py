@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._autocast import own_precision
 from .._check import require
 from .fields import Fields, check_features
 
@@ -49,6 +50,10 @@ class NormBase:
 
     def _evaluate(self, x: Tensor) -> Tensor:
         """With the batch's statistics in training mode, which also move the running ones, else with those."""
+        with own_precision(x):
+            return self._normalise(x)
+
+    def _normalise(self, x: Tensor) -> Tensor:
         kinds = self._kinds()
         wide = x.to(torch.promote_types(x.dtype, kinds[0].var.dtype))
         if self.training or not self.track_running_stats:

@@ -120,7 +120,8 @@ class PotentialNet(torch.nn.Module):
 
     def forward(self, structures: Structures) -> Tensor:
         """E (B,) in eV, differentiable in ``structures.pos`` and ``structures.cell``."""
-        energies, _ = self._energies(structures, structures.edge_delta())
+        graph = _graph(structures)
+        energies = self.atomic_energies(self.species_of(structures.numbers), graph, structures.edge_delta())
         return _per_structure(energies, structures)
 
     def predict(self, structures: Structures, *, stress: bool = False, create_graph: bool = False) -> Prediction:
@@ -143,10 +144,11 @@ class PotentialNet(torch.nn.Module):
             else:
                 require(bool((volume > 0).all()), "stress", expected, got)
         with torch.enable_grad():
+            graph, species = _graph(structures), self.species_of(structures.numbers)
             delta = structures.edge_delta()
             if not delta.requires_grad:
                 delta.requires_grad_()
-            energies, graph = self._energies(structures, delta)
+            energies = self.atomic_energies(species, graph, delta)
             (g,) = torch.autograd.grad(energies.sum(), delta, create_graph=create_graph)  # [E, 3]
             # ∂E/∂pos by the chain rule: each edge vector is target minus source
             forces = torch.zeros_like(structures.pos).index_add(0, graph.src, g).index_add(0, graph.dst, -g)
@@ -177,9 +179,9 @@ class PotentialNet(torch.nn.Module):
         """What distinguishes this potential."""
         return f"species={list(self.species)}, cutoff={self.cutoff} Å"
 
-    def _energies(self, structures: Structures, delta: Tensor) -> tuple[Tensor, Graph]:
-        graph = Graph(structures.edge_index, structures.pos.shape[0])
-        return self.atomic_energies(self.species_of(structures.numbers), graph, delta), graph
+
+def _graph(structures: Structures) -> Graph:
+    return Graph(structures.edge_index, structures.pos.shape[0])
 
 
 def _cosines(delta: Tensor, count: int) -> Tensor:
