@@ -15,11 +15,12 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 
 from .. import native
 from .._check import fail, require
 from ..graph import Graph
-from ..packing import Parameters, is_traced, running
+from ..packing import Parameters, is_traced, is_transformed, running
 from ..plan import Plan
 from .cpu_ops import unflatten
 from .cpu_plan import hidden_field_size, kernel_entries, prepare, reads_one
@@ -29,10 +30,15 @@ from .hidden import Statistics
 INSTRUCTION_SETS = {"auto": 0, "baseline": 1, "avx2": 2, "avx512": 3}
 
 
-@cache
+@torch.compiler.assume_constant_result
 def instruction_set() -> int:
     """Number of the instruction set to run, from the environment variable ``IMPLICIT_STEER_ISA`` as it is at the first
     call; 0: the widest."""
+    return _instruction_set()
+
+
+@cache
+def _instruction_set() -> int:
     name = os.environ.get("IMPLICIT_STEER_ISA", "auto")
     require(name in INSTRUCTION_SETS, "IMPLICIT_STEER_ISA", f"one of {tuple(INSTRUCTION_SETS)}", repr(name))
     return INSTRUCTION_SETS[name]
@@ -76,7 +82,6 @@ class NativePlan:
     """A plan as the native operators take it, for parameters of these sizes; the last ``n_last`` are the last layer's.
 
     Attributes:
-        isa: number of the instruction set, for torch.compile.
         arrays, matrix: by dtype, the plan's numbers; what packs the parameters.
         trivial: per batch norm, its trivial coordinates.
         kernel: what :meth:`with_kernel` makes, or None.
@@ -84,7 +89,7 @@ class NativePlan:
     """
 
     def __init__(self, plan: Plan, sizes: tuple[int, ...], n_last: int):
-        self._recipe, self.isa = (plan, sizes, n_last), instruction_set()
+        self._recipe = plan, sizes, n_last
         prepared, dtypes = prepare(plan, sizes), (torch.float32, torch.float64)
         self.arrays = {dtype: prepared.tensors(dtype) for dtype in dtypes}
         self.matrix = {dtype: prepared.matrix(dtype) for dtype in dtypes}
@@ -128,11 +133,6 @@ class Layer:
         self._sources = [*self.learned, *(t for norm in parameters.norms for t in (norm.mean, norm.var))]
         self._kept: tuple[Tensor, Tensor, Tensor] | None = None  # bytes of the sources; statistics, packed weights
 
-    @property
-    def isa(self) -> int:
-        """Number of the instruction set."""
-        return self.native.isa if torch.compiler.is_compiling() else instruction_set()
-
     def kernel_matrix(self) -> Tensor:
         """(C_out · C_in, H) of the last layer."""
         position, column, value = self.native.kernel
@@ -155,7 +155,7 @@ class Layer:
         """The batch norms' statistics over these edges, (n_layers, W (n_trivial + 1)), and packed weights at them."""
         learned = [t.contiguous() for t in self.learned]
         arrays = *self.arrays, *self.matrix, learned, delta, attributes
-        return torch.ops.implicit_steer.conv_statistics(*arrays, *self.native.statistics, self.isa)
+        return torch.ops.implicit_steer.conv_statistics(*arrays, *self.native.statistics, instruction_set())
 
     def running(self) -> Tensor:
         """The statistics that the batch norms keep, in the same order."""
@@ -240,20 +240,22 @@ class _Convolution:
     def forward(self, packed: Tensor, *inputs: Tensor) -> Tensor:
         layer, graph = self.layer, self.graph
         tensors = *layer.arrays, packed, *inputs, graph.src, graph.order, graph.rowptr
-        return torch.ops.implicit_steer.conv_forward(*tensors, layer.plan.out_size, layer.isa)
+        return torch.ops.implicit_steer.conv_forward(*tensors, layer.plan.out_size, instruction_set())
 
     def backward(self, needs: Sequence[bool], grad: Tensor, packed: Tensor, *inputs: Tensor) -> Sequence[Tensor]:
         """The gradients of the inputs and of ``packed``; empty where not needed."""
         edges = self._edges(needs[0], grad)
         return torch.ops.implicit_steer.conv_backward(
-            *self.layer.arrays, packed, *inputs, *edges, *needs, self.layer.isa
+            *self.layer.arrays, packed, *inputs, *edges, *needs, self.instruction_set()
         )
 
     def gradients(self, needs, grad, packed, statistics, inputs, learned) -> list[Tensor]:
         """Of the inputs and the parameters, at once; not differentiable."""
         layer, edges = self.layer, self._edges(needs[0], grad)
         arrays = *layer.arrays, *layer.matrix, learned, statistics, packed
-        *found, of_learned = torch.ops.implicit_steer.conv_gradients(*arrays, *inputs, *edges, *needs, layer.isa)
+        *found, of_learned = torch.ops.implicit_steer.conv_gradients(
+            *arrays, *inputs, *edges, *needs, instruction_set()
+        )
         return [*found, *of_learned]
 
     def _edges(self, by_source: bool, grad: Tensor) -> tuple[Tensor, ...]:
@@ -280,11 +282,12 @@ class _HiddenFeatures:
 
     def forward(self, packed: Tensor, *inputs: Tensor) -> Tensor:
         layer = self.layer
-        return torch.ops.implicit_steer.conv_hidden(*layer.arrays, packed, *inputs, layer.plan.hidden_size, layer.isa)
+        arguments = *layer.arrays, packed, *inputs, layer.plan.hidden_size, instruction_set()
+        return torch.ops.implicit_steer.conv_hidden(*arguments)
 
     def backward(self, needs: Sequence[bool], grad: Tensor, packed: Tensor, *inputs: Tensor) -> Sequence[Tensor]:
         """As that of a convolution, but all of them."""
-        arguments = *self.layer.arrays, packed, *inputs, grad.contiguous(), self.layer.isa
+        arguments = *self.layer.arrays, packed, *inputs, grad.contiguous(), instruction_set()
         return torch.ops.implicit_steer.conv_hidden_backward(*arguments)
 
     def gradients(self, *arguments) -> list[Tensor]:
@@ -330,25 +333,38 @@ class _Operator(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _Operator).apply  # without the detour for torch.func, which is not looking on
 
 
-def _refuse_gradient_transforms() -> None:
-    transforms = torch._C._functorch.get_interpreter_stack() or ()
-    if any(t.key() in (TransformType.Grad, TransformType.Jvp) for t in transforms):
+def _refuse_transforms() -> None:
+    """Raise where torch.func would differentiate past the operators, or give 0."""
+    if torch.compiler.is_compiling():
+        wrong, expected = is_transformed(), "one that torch.func can transform inside torch.compile"
+        remedy = "Use torch.func outside of compiled functions, or backend='reference'."
+    else:
+        transforms = torch._C._functorch.get_interpreter_stack() or ()
+        wrong = any(t.key() in (TransformType.Grad, TransformType.Jvp) for t in transforms)
         expected = "one that torch.func.grad, vjp, jvp, jacrev, jacfwd and hessian can transform"
         remedy = "Use torch.autograd.grad, also inside torch.func.vmap's ensembles, or backend='reference'."
+    if wrong:
         fail("backend", expected, "'cpu'", remedy, RuntimeError)
+
+
+def _refuse_tangents(tensors: Sequence[Tensor]) -> None:
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        remedy = "Use torch.autograd.grad, or backend='reference'."
+        fail("backend", "one with forward-mode derivatives", "'cpu'", remedy, RuntimeError)
 
 
 def _run(call, batch_statistics: bool, *inputs: Tensor) -> tuple[Tensor, Sequence[Statistics]]:
     """The output and the batch statistics. The last inputs: delta, attributes."""
     layer, inputs = call.layer, [t.contiguous() for t in inputs]
     if is_traced():
-        if not torch.compiler.is_compiling():
-            _refuse_gradient_transforms()
+        _refuse_transforms()
         with torch.no_grad():
             statistics = layer.measured(*inputs[-2:])[0] if batch_statistics else layer.running()
         out = call.finish(call.forward(layer.pack(layer.learned, statistics), *inputs))
         measured = BatchStatistics(layer.plan, statistics) if batch_statistics else []
         return out, [measured[n] for n in range(len(measured))]
+    if forward_ad._current_level >= 0:
+        _refuse_tangents([*layer.learned, *inputs, *call.bias])
     with torch._C._AutoDispatchBelowAutograd():
         statistics, packed = layer.measured(*inputs[-2:]) if batch_statistics else layer.packed()
         measured = BatchStatistics(layer.plan, statistics) if batch_statistics else []

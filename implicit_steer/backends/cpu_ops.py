@@ -132,8 +132,8 @@ def _save_pack(ctx, inputs, output) -> None:
 
 
 def _conv_pack_gradient(ctx, grad):
-    *arrays, statistics = ctx.saved_tensors[:6]
-    parameters = ctx.saved_tensors[6:]
+    ints, reals, rowptr, column, value, statistics, *parameters = ctx.saved_tensors
+    arrays = ints, reals, rowptr, column, value
     n = sum(t.numel() for t in parameters)
     flat = torch.ops.implicit_steer.conv_pack_backward(*arrays, statistics, grad.contiguous(), n)
     pieces = flat.split([t.numel() for t in parameters])

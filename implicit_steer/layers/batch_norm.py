@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from .._autocast import own_precision
 from .._check import require
 from ..packing import is_traced
 from .fields import Fields, check_features
@@ -55,6 +56,10 @@ class NormBase:
 
     def _evaluate(self, x: Tensor) -> Tensor:
         """With the batch's statistics in training mode, which also move the running ones, else with those."""
+        with own_precision(x):
+            return self._normalise(x)
+
+    def _normalise(self, x: Tensor) -> Tensor:
         kinds = self._kinds()
         dtype = torch.promote_types(x.dtype, kinds[0].var.dtype)
         wide = x if x.dtype == dtype else x.to(dtype)

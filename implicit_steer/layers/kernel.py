@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import op
+from .._autocast import own_precision
 from .._check import fail, require
 from ..packing import Kept, NormParameters, Parameters, is_traced
 from ..plan import Norm, Plan
@@ -146,7 +147,9 @@ class KernelBase(torch.nn.Module):
         """
         attributes = self.check_points("kernel", pos, attrs, None)
         live = self.uses_batch_statistics(pos.shape[0], "pos") if batch_statistics is None else batch_statistics
-        k, statistics = op.implicit_kernel(self.plan, self.parameters_for_op(), pos, attributes, batch_statistics=live)
+        with own_precision(pos):
+            parameters = self.parameters_for_op()
+            k, statistics = op.implicit_kernel(self.plan, parameters, pos, attributes, batch_statistics=live)
         if self.training:
             self.update_running(statistics)
         return k

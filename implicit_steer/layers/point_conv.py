@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, op
+from .._autocast import own_precision
 from .._check import fail, require
 from ..graph import Graph
 from .fields import Fields, check_tensor
@@ -43,22 +44,24 @@ class PointConvBase(Biased):
     def _evaluate(
         self, kernel: KernelBase, source: Tensor, graph: Graph, edge_delta: Tensor, edge_attr: Tensor | None
     ) -> Tensor:
-        """(N_target, C_out) from checked features and an unchecked geometry; ``kernel`` is ``implicit_kernel``."""
+        """(N_target, C_out) from checked features and an unchecked geometry; ``kernel`` is ``implicit_kernel``. The
+        arithmetic is the parameters', also under torch.autocast."""
         attributes = kernel.check_points("edge", edge_delta, edge_attr, graph.num_edges)
         if graph.device != source.device:
             fail("edge_index", f"device {source.device}", graph.device)
-        out, statistics = op.implicit_conv(
-            kernel.plan,
-            kernel.parameters_for_op(),
-            graph,
-            source,
-            edge_delta,
-            attributes,
-            batch_statistics=kernel.uses_batch_statistics(graph.num_edges),
-            backend=self.backend,
-        )
-        if len(statistics):
-            kernel.update_running(statistics)
+        with own_precision(source):
+            out, statistics = op.implicit_conv(
+                kernel.plan,
+                kernel.parameters_for_op(),
+                graph,
+                source,
+                edge_delta,
+                attributes,
+                batch_statistics=kernel.uses_batch_statistics(graph.num_edges),
+                backend=self.backend,
+            )
+            if len(statistics):
+                kernel.update_running(statistics)
         if out.dtype != source.dtype:
             out = out.to(source.dtype)  # 16-bit features: rounded once, here
         return out
