@@ -246,7 +246,7 @@ class _Convolution:
         """The gradients of the inputs and of ``packed``; empty where not needed."""
         edges = self._edges(needs[0], grad)
         return torch.ops.implicit_steer.conv_backward(
-            *self.layer.arrays, packed, *inputs, *edges, *needs, self.instruction_set()
+            *self.layer.arrays, packed, *inputs, *edges, *needs, instruction_set()
         )
 
     def gradients(self, needs, grad, packed, statistics, inputs, learned) -> list[Tensor]:
