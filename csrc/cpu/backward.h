@@ -190,18 +190,25 @@ struct Backward : Worker<R> {
     }
   }
 
-  // d_f, of dual numbers the tangents, to grad_edge
+  // d_f, of dual numbers the tangents, to grad_edge or into the sums over nodes
   void store_input_gradients() {
+    using P = typename Lane<Real<R>>::Q;
     for (int l = 0; l < n_edges; ++l) {
-      Real<R>* out = a.grad_edge + edge[l] * p.n_gathered;
+      if (this->near_lanes >> l & 1) continue;  // a later tile has them
+      Real<R>* out = a.grad_edge + (a.grad_by_node ? this->source[l] : edge[l]) * p.n_gathered;
       for (int k = 0; k < p.n_gathered; k += QL) {
-        const auto row = load_row(d_f + l * p.n_gathered + k);
-        if constexpr (is_dual<R>)
-          store_numbers(out + k, row.tangent);
-        else
-          store_numbers(out + k, row);
+        const auto row = plane_of(load_row(d_f + l * p.n_gathered + k));
+        store_numbers(out + k, a.grad_by_node ? load_numbers<P>(out + k) + row : row);
       }
     }
+  }
+  // The tangent of dual numbers.
+  template <typename Q>
+  static IST_INLINE auto plane_of(Q row) {
+    if constexpr (is_dual<R>)
+      return row.tangent;
+    else
+      return row;
   }
 
   // From d_rows and d_one, which are 0 in lanes that do not count, and are so again afterwards.

@@ -73,35 +73,45 @@ void forward(const ConvArgs<R>& given) {
   });
 }
 
-// sum[0 ..] = Σ grad_edge[e, x ..] over the edges out of j, M T wide
-template <int M, typename T, typename R>
-IST_INLINE void sum_rows(const ConvArgs<R>& a, int64_t j, int64_t x, R* sum) {
-  const int64_t n = a.plan->n_gathered, end = a.index(a.colptr, j + 1);
+// sum[0 ..] = Σ rows[row(k), x ..] over k < count, M T wide
+template <int M, typename T, typename R, typename Row>
+IST_INLINE void sum_rows(const R* rows, int64_t stride, int64_t count, Row row, int64_t x, R* sum) {
   T total[M] = {};
-  for (int64_t at = a.index(a.colptr, j); at < end; ++at) {
-    const R* in = a.grad_edge + a.index(a.order_by_source, at) * n + x;
+  for (int64_t k = 0; k < count; ++k) {
+    const R* in = rows + row(k) * stride + x;
     for (int m = 0; m < M; ++m) total[m] += load_numbers<T>(in + m * kWidth<T>);
   }
   for (int m = 0; m < M; ++m) store_numbers(sum + m * kWidth<T>, total[m]);
 }
 
-// grad_x[j] = Σ grad_edge[e] over the edges out of j
-template <typename R>
-void sum_by_source(const ConvArgs<R>& a, int64_t first, int64_t last) {
+// grad_x[j] = Σ grad_edge[row(k)] over k < count; sum: [n_gathered]
+template <typename R, typename Row>
+void sum_into_node(const ConvArgs<R>& a, int64_t j, int64_t count, Row row, R* sum) {
   using V = typename Lane<R>::V;
   constexpr int L = Lane<R>::L;
   const PlanView<R>& p = *a.plan;
   const int64_t n = p.n_gathered;
-  R* sum = static_cast<R*>(a.scratch(sizeof(R) * n));
+  int64_t x = 0;
+  for (; x + 2 * L <= n; x += 2 * L) sum_rows<2, V>(a.grad_edge, n, count, row, x, sum + x);
+  for (; x + L <= n; x += L) sum_rows<1, V>(a.grad_edge, n, count, row, x, sum + x);
+  for (; x < n; x += Lane<R>::QL) sum_rows<1, typename Lane<R>::Q>(a.grad_edge, n, count, row, x, sum + x);
+  R* out = a.grad_x + j * p.in_size;
+  for (int64_t k = 0; k < p.in_size; ++k) out[k] = 0;  // also of inputs that no coupling reads
+  for (int64_t k = 0; k < n; ++k)
+    if (p.input[k] >= 0) out[p.input[k]] += sum[k];
+}
+
+// grad_x of the nodes first .. last-1, from the edges out of each or from every thread's sums
+template <typename R>
+void sum_by_source(const ConvArgs<R>& a, int64_t first, int64_t last) {
+  R* sum = static_cast<R*>(a.scratch(sizeof(R) * a.plan->n_gathered));
   for (int64_t j = first; j < last; ++j) {
-    int64_t x = 0;
-    for (; x + 2 * L <= n; x += 2 * L) sum_rows<2, V>(a, j, x, sum + x);
-    for (; x + L <= n; x += L) sum_rows<1, V>(a, j, x, sum + x);
-    for (; x < n; x += Lane<R>::QL) sum_rows<1, typename Lane<R>::Q>(a, j, x, sum + x);
-    R* out = a.grad_x + j * p.in_size;
-    for (int64_t k = 0; k < p.in_size; ++k) out[k] = 0;  // also of inputs that no coupling reads
-    for (int64_t k = 0; k < n; ++k)
-      if (p.input[k] >= 0) out[p.input[k]] += sum[k];
+    if (a.grad_by_node) {
+      sum_into_node(a, j, a.threads, [&](int64_t t) { return t * a.n_src + j; }, sum);
+      continue;
+    }
+    const int64_t begin = a.index(a.colptr, j), count = a.index(a.colptr, j + 1) - begin;
+    sum_into_node(a, j, count, [&](int64_t k) { return a.index(a.order_by_source, begin + k); }, sum);
   }
 }
 
@@ -118,12 +128,15 @@ void backward(const ConvArgs<R>& given) {
   ConvArgs<R> a = given;
   const CouplingSizes sizes = place_couplings(*a.plan);
   const Features<N, R> features(a);
-  const int64_t n_grad = a.plan->n_grad;
+  const int64_t n_grad = a.plan->n_grad, all = a.n_src * a.plan->n_gathered;
+  a.grad_by_node = a.threads * a.n_src <= a.n_edges;
   in_threads(a.threads, [&](int t) {
     const int64_t first = first_node(a, t), last = first_node(a, t + 1);
+    ConvArgs<R> own = a;
+    if (a.grad_edge && a.grad_by_node) memset(own.grad_edge += t * all, 0, sizeof(R) * all);
     R* grad_weights = a.grad_weights ? a.grad_weights + t * n_grad : nullptr;
     if (first < last)
-      Backward<N>(a, sizes, own_edges(a, first, last)).nodes(first, last, grad_weights);
+      Backward<N>(own, sizes, own_edges(a, first, last)).nodes(first, last, grad_weights);
     else if (grad_weights)
       memset(grad_weights, 0, sizeof(R) * n_grad);
   });

@@ -21,7 +21,9 @@ struct ConvArgs {
   R* out;                           // [N_dst, C_out]
   // backward
   const R* grad_out;          // [N_dst, C_out]
-  R* grad_edge;               // [E, n_gathered] features' gradient edge by edge, or null
+  R* grad_edge;               // [E, n_gathered] memory for the features' gradient edge by edge, or null; where
+                              // threads * N_src <= E, it is summed node by node for each thread instead
+  bool grad_by_node = false;  // whether it is, as conv.cpp sets it
   R* grad_x;                  // [N_src, C_in]
   R *grad_delta, *grad_attr;  // as delta and attr, or null
   R* grad_weights;            // [threads, n_grad]; the sum over threads lands in the first; or null

@@ -84,6 +84,7 @@ struct Worker {
   Unit<R>* row_units;     // all rows' channels
   int n_row_units = 0;
   int64_t edge[L];       // edge numbers; padding repeats the last
+  int64_t source[L];     // the neighbours
   int n_edges;           // of the tile
   int64_t ring[kNodes];  // nodes whose T are complete
   int n_ring = 0;
@@ -193,7 +194,7 @@ struct Worker {
     const int64_t stride = p.n_gathered;
     for (int l = 0; l < L; ++l) {
       const int64_t at = begin + (l < last ? l : last), e = near_pass ? near_edge[at] : order[at];
-      edge[l] = e, inputs[l] = features + src[e] * stride;
+      edge[l] = e, source[l] = src[e], inputs[l] = features + source[l] * stride;
     }
   }
 
