@@ -31,6 +31,9 @@ int64_t own_edges(const ConvArgs<R>& a, int64_t first, int64_t last) {
   return a.index(a.rowptr, last) - a.index(a.rowptr, first);
 }
 
+// As aligned_alloc asks: bytes in whole blocks of 64.
+size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
 // Gathers x by field type into memory of its own, which lives as long as this; nothing where x lies so already.
 // N: R, or dual numbers of R where there are tangents.
 template <typename N, typename R>
@@ -41,7 +44,7 @@ struct Features {
     const PlanView<R>& p = *a.plan;
     if (!is_dual<N> && gathered_as_given(p)) return;
     const size_t bytes = sizeof(N) * p.n_gathered * a.n_src;
-    memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    memory = aligned_alloc(64, whole_lines(bytes));
     if (bytes && !memory) abort();
     a.features = memory;
     in_threads(a.threads, [&](int t) {
@@ -104,7 +107,7 @@ void sum_into_node(const ConvArgs<R>& a, int64_t j, int64_t count, Row row, R* s
 // grad_x of the nodes first .. last-1, from the edges out of each or from every thread's sums
 template <typename R>
 void sum_by_source(const ConvArgs<R>& a, int64_t first, int64_t last) {
-  R* sum = static_cast<R*>(a.scratch(sizeof(R) * a.plan->n_gathered));
+  R* sum = static_cast<R*>(a.scratch(whole_lines(sizeof(R) * a.plan->n_gathered)));
   for (int64_t j = first; j < last; ++j) {
     if (a.grad_by_node) {
       sum_into_node(a, j, a.threads, [&](int64_t t) { return t * a.n_src + j; }, sum);
