@@ -194,6 +194,7 @@ def _differentiable(name: str, gradient: Callable):
     ``ctx.numbers``.
     """
     operator = getattr(torch.ops.implicit_steer, name).default
+    n_tensors = sum(str(a.type) == "Tensor" for a in operator._schema.arguments)  # the first ones
 
     def call(arguments, keys):
         with torch._C._AutoDispatchBelowAutograd():
@@ -202,13 +203,16 @@ def _differentiable(name: str, gradient: Callable):
     class Operator(torch.autograd.Function):
         @staticmethod
         def forward(ctx, keys, *arguments):
-            ctx.save_for_backward(*(t for t in arguments if isinstance(t, Tensor)))
-            ctx.numbers = [n for n in arguments if not isinstance(n, Tensor)]
+            ctx.save_for_backward(*arguments[:n_tensors])
+            ctx.numbers = arguments[n_tensors:]
             return call(arguments, keys)
 
         @staticmethod
         def backward(ctx, *grads):
-            return None, *gradient(ctx, *grads)
+            if torch.is_grad_enabled():  # create_graph=True
+                return None, *gradient(ctx, *grads)
+            with torch._C._AutoDispatchBelowAutograd():
+                return None, *gradient(ctx, *grads)
 
     apply = super(
         torch.autograd.Function, Operator
