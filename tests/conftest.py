@@ -16,3 +16,11 @@ torch.set_num_threads(2)
 def _reproducible():
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, and undoes it."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -54,14 +54,6 @@ def use_isa(monkeypatch):
     cpu.instruction_set.cache_clear()
 
 
-@pytest.fixture
-def threads():
-    """Sets the number of threads, and undoes it."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def assert_is_reference(conv, problem, bound=None):
     bound = bound or BOUND[conv.implicit_kernel.shell_width.dtype]
     ours, expected = outcome(conv, problem, "cpu"), outcome(conv, problem, "reference")

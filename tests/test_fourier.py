@@ -40,14 +40,6 @@ def instruction_set(request, monkeypatch):
         pytest.skip("not on this machine")
 
 
-@pytest.fixture
-def threads():
-    """Sets the number of threads, and undoes it."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize(
