@@ -31,7 +31,8 @@ def native_step(case, candidate: Candidate, measure: str) -> Callable[[], Any]:
         _, packed = bound.packed()
     leaves = [t.requires_grad_(with_gradients) for t in (packed, problem.x, problem.delta, problem.attributes)]
     graph, run = problem.graph, torch.ops.implicit_steer.conv_forward
-    arguments = *bound.arrays, *leaves, graph.src, graph.order, graph.rowptr, bound.plan.out_size, instruction_set()
+    edges, bias = (graph.src, graph.order, graph.rowptr), (bound.expansion, bound.bias.detach())
+    arguments = *bound.arrays, *leaves, *edges, *bias, bound.mean, bound.plan.out_size, instruction_set()
 
     def forward_backward() -> tuple[torch.Tensor, ...]:
         output = run(*arguments)

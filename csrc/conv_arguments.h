@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <type_traits>
+#include <vector>
 
 #include "cpu/entry.h"
 #include "op_arguments.h"
@@ -72,6 +73,27 @@ ConvArgs<R> graph_arguments(PlanView<R>& plan, const Tensor& weights, const Tens
   a.src = src.const_data_ptr(), a.order = order.const_data_ptr(), a.rowptr = rowptr.const_data_ptr();
   a.wide = index == ScalarType::Long, a.threads = threads_for(a.n_edges), a.scratch = scratch;
   return a;
+}
+
+// The number of edges into node i, at least 1.
+template <typename R>
+R divisor(const ConvArgs<R>& a, int64_t i) {
+  return static_cast<R>(std::max<int64_t>(a.index(a.rowptr, i + 1) - a.index(a.rowptr, i), 1));
+}
+
+// What follows the sums over the edges: the mean over them if `mean`, then + expansion [C_out, n] · bias [n].
+template <typename R>
+void finish_nodes(const ConvArgs<R>& a, const Tensor& expansion, const Tensor& bias, bool mean) {
+  const int64_t width = a.plan->out_size, n = bias.numel();
+  check(bias, "bias", sizeof(R) == 4 ? ScalarType::Float : ScalarType::Double, n);
+  check(expansion, "expansion", bias.scalar_type(), width * n);
+  if (n == 0 && !mean) return;
+  std::vector<R> shift(width);
+  for (int64_t k = 0; k < width * n; ++k) shift[k / n] += data<R>(expansion)[k] * data<R>(bias)[k % n];
+  for (int64_t i = 0; i < a.n_dst; ++i) {
+    const R edges = mean ? divisor(a, i) : R{1};
+    for (int64_t k = 0; k < width; ++k) a.out[i * width + k] = a.out[i * width + k] / edges + shift[k];
+  }
 }
 
 // The arguments of a call without neighbours.

@@ -13,10 +13,11 @@ namespace {
 
 using namespace implicit_steer;
 
-// -> (N_dst, C_out)
+// -> (N_dst, C_out); expansion, bias, mean: of finish_nodes()
 Tensor conv_forward(const Tensor& ints, const Tensor& reals, const Tensor& weights, const Tensor& x,
                     const Tensor& delta, const Tensor& attr, const Tensor& src, const Tensor& order,
-                    const Tensor& rowptr, int64_t out_size, int64_t isa) {
+                    const Tensor& rowptr, const Tensor& expansion, const Tensor& bias, bool mean, int64_t out_size,
+                    int64_t isa) {
   Tensor out;
   dispatch_real(weights, "weights", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
@@ -27,6 +28,7 @@ Tensor conv_forward(const Tensor& ints, const Tensor& reals, const Tensor& weigh
     out = new_empty(x, {a.n_dst, plan.out_size});
     a.out = mutable_data<R>(out);
     table<R>(isa).forward(a);
+    finish_nodes(a, expansion, bias, mean);
   });
   return out;
 }
@@ -194,7 +196,8 @@ double fma_peak(int64_t isa) {
 STABLE_TORCH_LIBRARY_FRAGMENT(implicit_steer, m) {
   m.def(
       "conv_forward(Tensor plan_ints, Tensor plan_reals, Tensor weights, Tensor x, Tensor delta, Tensor attr, "
-      "Tensor src, Tensor order, Tensor rowptr, int out_size, int isa) -> Tensor");
+      "Tensor src, Tensor order, Tensor rowptr, Tensor expansion, Tensor bias, bool mean, int out_size, int isa) -> "
+      "Tensor");
   m.def(
       "conv_backward(Tensor plan_ints, Tensor plan_reals, Tensor weights, Tensor x, Tensor delta, Tensor attr, "
       "Tensor src, Tensor order, Tensor rowptr, Tensor grad_out, Tensor order_by_source, Tensor colptr, "

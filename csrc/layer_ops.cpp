@@ -179,22 +179,44 @@ std::vector<Tensor> split(const R* vector, const std::vector<Tensor>& parameters
   return pieces;
 }
 
-// The backward pass of a layer: from the gradient of its output those of x, delta, attr and the parameters; those that
-// are not needed are empty.
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> conv_gradients(
+// The gradients of the sums over the edges, and of the bias [n]; see finish_nodes().
+template <typename R>
+void finish_backward(ConvArgs<R>& a, const Tensor& expansion, bool mean, std::vector<R>& of_sums, Tensor& of_bias) {
+  const int64_t width = a.plan->out_size, n = expansion.numel() / std::max<int64_t>(width, 1);
+  std::vector<R> total(width);
+  if (mean) of_sums.resize(a.n_dst * width);
+  for (int64_t i = 0; i < a.n_dst; ++i)
+    for (int64_t k = 0; k < width; ++k) {
+      const R g = a.grad_out[i * width + k];
+      total[k] += g;
+      if (mean) of_sums[i * width + k] = g / divisor(a, i);
+    }
+  if (mean) a.grad_out = of_sums.data();
+  of_bias = new_empty(expansion, {n});
+  check(expansion, "expansion", sizeof(R) == 4 ? ScalarType::Float : ScalarType::Double, width * n);
+  std::fill_n(mutable_data<R>(of_bias), n, R{});
+  for (int64_t k = 0; k < width * n; ++k) mutable_data<R>(of_bias)[k % n] += data<R>(expansion)[k] * total[k / n];
+}
+
+// The backward pass of a layer: from the gradient of its output those of x, delta, attr, bias and the parameters; those
+// that are not needed are empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> conv_gradients(
     const Tensor& ints, const Tensor& reals, const Tensor& pack_rowptr, const Tensor& column, const Tensor& value,
     const std::vector<Tensor>& parameters, const Tensor& statistics, const Tensor& weights, const Tensor& x,
     const Tensor& delta, const Tensor& attr, const Tensor& src, const Tensor& order, const Tensor& rowptr,
-    const Tensor& grad_out, const Tensor& order_by_source, const Tensor& colptr, bool need_x, bool need_delta,
-    bool need_attr, bool need_parameters, int64_t isa) {
+    const Tensor& grad_out, const Tensor& order_by_source, const Tensor& colptr, const Tensor& expansion, bool mean,
+    bool need_x, bool need_delta, bool need_attr, bool need_parameters, int64_t isa) {
   Gradients grads;
+  Tensor of_bias;
   std::vector<Tensor> of_parameters;
   dispatch_real(weights, "weights", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
     PlanView<R> plan{};
     read_plan(plan, ints, reals);
-    const ConvArgs<R> a = backward_arguments(grads, plan, weights, x, delta, attr, src, order, rowptr, grad_out,
-                                             order_by_source, colptr, need_x, need_delta, need_attr, need_parameters);
+    ConvArgs<R> a = backward_arguments(grads, plan, weights, x, delta, attr, src, order, rowptr, grad_out,
+                                       order_by_source, colptr, need_x, need_delta, need_attr, need_parameters);
+    std::vector<R> of_sums;
+    finish_backward(a, expansion, mean, of_sums, of_bias);
     table<R>(isa).backward(a);
     if (!need_parameters) return;
     check_size(plan.n_parameters, count(parameters), "parameters");
@@ -203,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> conv_gradients(
                     grad.data());
     of_parameters = split(grad.data(), parameters);
   });
-  return {grads.x, grads.delta, grads.attr, of_parameters};
+  return {grads.x, grads.delta, grads.attr, of_bias, of_parameters};
 }
 
 }  // namespace
@@ -224,8 +246,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(implicit_steer, m) {
   m.def(
       "conv_gradients(Tensor plan_ints, Tensor plan_reals, Tensor pack_rowptr, Tensor pack_column, Tensor pack_value, "
       "Tensor[] parameters, Tensor statistics, Tensor weights, Tensor x, Tensor delta, Tensor attr, Tensor src, "
-      "Tensor order, Tensor rowptr, Tensor grad_out, Tensor order_by_source, Tensor colptr, bool need_x, "
-      "bool need_delta, bool need_attr, bool need_parameters, int isa) -> (Tensor, Tensor, Tensor, Tensor[])");
+      "Tensor order, Tensor rowptr, Tensor grad_out, Tensor order_by_source, Tensor colptr, Tensor expansion, "
+      "bool mean, bool need_x, bool need_delta, bool need_attr, bool need_parameters, int isa) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor[])");
   m.def("same_values(Tensor[] tensors, Tensor copy) -> Tensor");
 }
 

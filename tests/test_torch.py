@@ -52,6 +52,7 @@ def operator_arguments():
     directions = [torch.randn_like(t) for t in fixed]
     matrix, learned = bound.matrix, [leaf(t) for t in bound.learned]
     values, samples = [t.detach() for t in learned], torch.randn(2, 5, 4, dtype=torch.float64).unbind()
+    bias = bound.expansion, leaf(bound.bias)
     two_kinds = torch.randperm(8), [2, 1], [2, 4]  # 2 fields of 2 coordinates, the first invariant; 1 of 4
 
     def per_kind(*shapes):
@@ -67,7 +68,7 @@ def operator_arguments():
         1e-5,
     )
     return {
-        "conv_forward": (*arrays, weights, x, delta, attr, *edges, plan.out_size, 0),
+        "conv_forward": (*arrays, weights, x, delta, attr, *edges, *bias, True, plan.out_size, 0),
         "conv_backward": (*arrays, weights, x, delta, attr, *edges, leaf(grad), *by_source, *[True] * 4, 0),
         "conv_double_backward": (*arrays, *fixed, *edges, grad, *by_source, *directions, *[True] * 5, 0),
         "conv_hidden": (*arrays, weights, delta, attr, plan.hidden_size, 0),
@@ -75,7 +76,20 @@ def operator_arguments():
         "conv_hidden_double_backward": (*arrays, fixed[0], *fixed[2:], grad_h, directions[0], *directions[2:], 0),
         "conv_pack": (*arrays, *matrix, learned, statistics),
         "conv_pack_backward": (*arrays, *matrix, statistics, leaf(packed), sum(t.numel() for t in learned)),
-        "conv_gradients": (*arrays, *matrix, values, statistics, *fixed, *edges, grad, *by_source, *[True] * 4, 0),
+        "conv_gradients": (
+            *arrays,
+            *matrix,
+            values,
+            statistics,
+            *fixed,
+            *edges,
+            grad,
+            *by_source,
+            bias[0],
+            True,
+            *[True] * 4,
+            0,
+        ),
         "conv_statistics": (*arrays, *matrix, values, *fixed[2:], *bound.native.statistics, 0),
         "conv_move_running": (
             statistics.view(2, -1),

@@ -22,9 +22,8 @@ from .._check import fail, require
 from ..graph import Graph
 from ..packing import Parameters, is_traced, is_transformed, running
 from ..plan import Plan
-from .cpu_ops import unflatten
+from .cpu_ops import finish_backward, unflatten
 from .cpu_plan import hidden_field_size, kernel_entries, prepare, reads_one
-from .finish import bias_gradient, divide, finish
 from .hidden import Statistics
 
 INSTRUCTION_SETS = {"auto": 0, "baseline": 1, "avx2": 2, "avx512": 3}
@@ -131,6 +130,9 @@ class Layer:
         self.dtype = parameters.shell_width.dtype
         self.arrays, self.matrix = native.arrays[self.dtype], native.matrix[self.dtype]
         self._sources = [*self.learned, *(t for norm in parameters.norms for t in (norm.mean, norm.var))]
+        nothing = parameters.shell_width.new_empty(0)
+        self.bias, self.expansion = parameters.bias or (nothing, nothing.view(plan.out_size, 0))
+        self.mean = plan.aggr == "mean"
         self._kept: tuple[Tensor, Tensor, Tensor] | None = None  # bytes of the sources; statistics, packed weights
 
     def kernel_matrix(self) -> Tensor:
@@ -217,45 +219,31 @@ class BatchStatistics(Sequence[Statistics]):
 
 @dataclass(eq=False)
 class _Convolution:
-    """Inputs x, delta, attributes; the output (N, C_out)."""
+    """Inputs x, delta, attributes, bias; the output (N, C_out)."""
 
     layer: Layer
     graph: Graph
-    n_inputs = 3
-
-    @property
-    def bias(self) -> tuple[Tensor, ...]:
-        """Its values, or nothing."""
-        return (self.layer.parameters.bias or ())[:1]
-
-    def finish(self, total: Tensor) -> Tensor:
-        """The output from what :meth:`forward` gives."""
-        return finish(self.layer.plan, self.layer.parameters, self.graph, total)
-
-    def finish_backward(self, grad: Tensor, need_bias: bool) -> tuple[Tensor, list[Tensor]]:
-        """The gradient of what :meth:`forward` gives, and that of the bias."""
-        bias = [bias_gradient(self.layer.parameters, grad)] if need_bias else []
-        return divide(self.layer.plan, self.graph, grad), bias
+    n_inputs = 4
 
     def forward(self, packed: Tensor, *inputs: Tensor) -> Tensor:
-        layer, graph = self.layer, self.graph
-        tensors = *layer.arrays, packed, *inputs, graph.src, graph.order, graph.rowptr
-        return torch.ops.implicit_steer.conv_forward(*tensors, layer.plan.out_size, instruction_set())
+        layer, graph, (*inputs, bias) = self.layer, self.graph, inputs
+        tensors = *layer.arrays, packed, *inputs, graph.src, graph.order, graph.rowptr, layer.expansion, bias
+        return torch.ops.implicit_steer.conv_forward(*tensors, layer.mean, layer.plan.out_size, instruction_set())
 
     def backward(self, needs: Sequence[bool], grad: Tensor, packed: Tensor, *inputs: Tensor) -> Sequence[Tensor]:
-        """The gradients of the inputs and of ``packed``; empty where not needed."""
-        edges = self._edges(needs[0], grad)
-        return torch.ops.implicit_steer.conv_backward(
-            *self.layer.arrays, packed, *inputs, *edges, *needs, instruction_set()
-        )
+        """The gradients of the inputs and of ``packed``; empty where not needed, but for the bias."""
+        layer, needs = self.layer, (*needs[:3], needs[4])
+        of_sums, of_bias = finish_backward(self.graph.rowptr, layer.expansion, layer.mean, grad)
+        tensors = *layer.arrays, packed, *inputs[:3], *self._edges(needs[0], of_sums)
+        *found, of_packed = torch.ops.implicit_steer.conv_backward(*tensors, *needs, instruction_set())
+        return *found, of_bias, of_packed
 
     def gradients(self, needs, grad, packed, statistics, inputs, learned) -> list[Tensor]:
         """Of the inputs and the parameters, at once; not differentiable."""
-        layer, edges = self.layer, self._edges(needs[0], grad)
-        arrays = *layer.arrays, *layer.matrix, learned, statistics, packed
-        *found, of_learned = torch.ops.implicit_steer.conv_gradients(
-            *arrays, *inputs, *edges, *needs, instruction_set()
-        )
+        layer = self.layer
+        tensors = *layer.arrays, *layer.matrix, learned, statistics, packed, *inputs[:3], *self._edges(needs[0], grad)
+        arguments = *tensors, layer.expansion, layer.mean, *needs[:3], needs[4], instruction_set()
+        *found, of_learned = torch.ops.implicit_steer.conv_gradients(*arguments)
         return [*found, *of_learned]
 
     def _edges(self, by_source: bool, grad: Tensor) -> tuple[Tensor, ...]:
@@ -270,15 +258,6 @@ class _HiddenFeatures:
 
     layer: Layer
     n_inputs = 2
-    bias = ()
-
-    def finish(self, h: Tensor) -> Tensor:
-        """As that of a convolution."""
-        return h
-
-    def finish_backward(self, grad: Tensor, need_bias: bool) -> tuple[Tensor, list[Tensor]]:
-        """As that of a convolution."""
-        return grad, []
 
     def forward(self, packed: Tensor, *inputs: Tensor) -> Tensor:
         layer = self.layer
@@ -312,22 +291,20 @@ class _Operator(torch.autograd.Function):
         ctx.save_for_backward(packed, statistics, *tensors)
         ctx.call = call
         with torch._C._AutoDispatchBelowAutograd():
-            return call.finish(call.forward(packed, *tensors[: call.n_inputs]))
+            return call.forward(packed, *tensors[: call.n_inputs])
 
     @staticmethod
     def backward(ctx, grad):
         call, needs, (packed, statistics, *tensors) = ctx.call, ctx.needs_input_grad[3:], ctx.saved_tensors
-        n, end = call.n_inputs, call.n_inputs + len(call.layer.learned)
-        inputs, learned, needed = tensors[:n], tensors[n:end], (*needs[:n], any(needs[n:end]))
-        grad, bias = call.finish_backward(grad, any(needs[end:]))
+        n = call.n_inputs
+        inputs, learned, needed = tensors[:n], tensors[n:], (*needs[:n], any(needs[n:]))
         if torch.is_grad_enabled():  # create_graph=True
             packed = call.layer.pack(learned, statistics)
             found = _composed(call, needed, grad, packed, statistics, inputs, learned)
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 found = call.gradients(needed, grad, packed, statistics, inputs, learned)
-        found = (g if need else None for g, need in zip_longest(found, needs[:end]))
-        return None, None, None, *found, *(bias or [None] * len(needs[end:]))
+        return None, None, None, *(g if need else None for g, need in zip_longest(found, needs))
 
 
 _apply = super(torch.autograd.Function, _Operator).apply  # without the detour for torch.func, which is not looking on
@@ -353,25 +330,26 @@ def _refuse_tangents(tensors: Sequence[Tensor]) -> None:
         fail("backend", "one with forward-mode derivatives", "'cpu'", remedy, RuntimeError)
 
 
-def _run(call, batch_statistics: bool, *inputs: Tensor) -> tuple[Tensor, Sequence[Statistics]]:
-    """The output and the batch statistics. The last inputs: delta, attributes."""
-    layer, inputs = call.layer, [t.contiguous() for t in inputs]
+def _run(
+    call, batch_statistics: bool, delta: Tensor, attributes: Tensor, inputs: Sequence[Tensor]
+) -> tuple[Tensor, Sequence[Statistics]]:
+    """The output and the batch statistics; tensors contiguous."""
+    layer = call.layer
     if is_traced():
         _refuse_transforms()
         with torch.no_grad():
-            statistics = layer.measured(*inputs[-2:])[0] if batch_statistics else layer.running()
-        out = call.finish(call.forward(layer.pack(layer.learned, statistics), *inputs))
+            statistics = layer.measured(delta, attributes)[0] if batch_statistics else layer.running()
+        out = call.forward(layer.pack(layer.learned, statistics), *inputs)
         measured = BatchStatistics(layer.plan, statistics) if batch_statistics else []
         return out, [measured[n] for n in range(len(measured))]
     if forward_ad._current_level >= 0:
-        _refuse_tangents([*layer.learned, *inputs, *call.bias])
+        _refuse_tangents([*layer.learned, *inputs])
     with torch._C._AutoDispatchBelowAutograd():
-        statistics, packed = layer.measured(*inputs[-2:]) if batch_statistics else layer.packed()
+        statistics, packed = layer.measured(delta, attributes) if batch_statistics else layer.packed()
         measured = BatchStatistics(layer.plan, statistics) if batch_statistics else []
-        tensors = (*inputs, *layer.learned, *call.bias)
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)):
-            return call.finish(call.forward(packed, *inputs)), measured
-    return _apply(call, packed, statistics, *tensors), measured
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs, *layer.learned)):
+            return call.forward(packed, *inputs), measured
+    return _apply(call, packed, statistics, *inputs, *layer.learned), measured
 
 
 def forward(
@@ -383,8 +361,10 @@ def forward(
     delta: Tensor,
     attributes: Tensor,
 ) -> tuple[Tensor, Sequence[Statistics]]:
-    """out_i = Σ_{e: j→i} K(x_e, a_e) f_j, shape (N, C_out)."""
-    return _run(_Convolution(_bind(plan, parameters), graph), batch_statistics, x, delta, attributes)
+    """out_i = bias + Σ_{e: j→i} K(x_e, a_e) f_j, shape (N, C_out)."""
+    layer = _bind(plan, parameters)
+    x, delta, attributes = x.contiguous(), delta.contiguous(), attributes.contiguous()
+    return _run(_Convolution(layer, graph), batch_statistics, delta, attributes, (x, delta, attributes, layer.bias))
 
 
 def kernel(
@@ -394,5 +374,6 @@ def kernel(
     layer = _bind(plan, parameters)
     if layer.native.kernel is None:
         layer.native.with_kernel()
-    h, statistics = _run(_HiddenFeatures(layer), batch_statistics, delta, attributes)
+    points = delta.contiguous(), attributes.contiguous()
+    h, statistics = _run(_HiddenFeatures(layer), batch_statistics, *points, points)
     return (h @ layer.kernel_matrix().T).view(h.shape[0], plan.out_size, plan.in_size), statistics

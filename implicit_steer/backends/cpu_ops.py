@@ -47,22 +47,31 @@ def _by_source(src: Tensor, n: int, need: bool, order: Tensor, rowptr: Tensor) -
     return torch.ops.implicit_steer.sort_by_key(src, n) if need else (order, rowptr)
 
 
-# ---- conv_forward(plan_ints, plan_reals, weights, x, delta, attr, src, order, rowptr, out_size, isa)
+# ---- conv_forward(plan_ints, plan_reals, weights, x, delta, attr, src, order, rowptr, expansion, bias, mean, out_size,
+# isa)
 
 
-def _conv_forward_fake(ints, reals, weights, x, delta, attr, src, order, rowptr, out_size, isa):
-    return x.new_empty(rowptr.shape[0] - 1, out_size)
+def _conv_forward_fake(ints, reals, weights, x, delta, attr, src, order, rowptr, *rest):
+    return x.new_empty(rowptr.shape[0] - 1, rest[-2])
 
 
 def _conv_forward_gradient(ctx, grad):
-    ints, reals, weights, x, delta, attr, src, order, rowptr = ctx.saved_tensors
+    ints, reals, weights, x, delta, attr, src, order, rowptr, expansion, _ = ctx.saved_tensors
+    mean, _, isa = ctx.numbers
     of_weights, *of_inputs = ctx.needs_input_grad[3:7]
     needs = (*of_inputs, of_weights)
+    of_sums, of_bias = finish_backward(rowptr, expansion, mean, grad)
     by_source = _by_source(src, x.shape[0], needs[0], order, rowptr)
-    tensors = ints, reals, weights, x, delta, attr, src, order, rowptr, grad.contiguous(), *by_source
-    found = torch.ops.implicit_steer.conv_backward(*tensors, *needs, ctx.numbers[-1])
+    tensors = ints, reals, weights, x, delta, attr, src, order, rowptr, of_sums.contiguous(), *by_source
+    found = torch.ops.implicit_steer.conv_backward(*tensors, *needs, isa)
     *found, d_weights = _masked(found, needs)
-    return None, None, d_weights, *found, *[None] * 5
+    return None, None, d_weights, *found, *[None] * 4, of_bias, *[None] * 3
+
+
+def finish_backward(rowptr: Tensor, expansion: Tensor, mean: bool, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the sums over each node's edges, and of the bias, from that of the output."""
+    of_sums = grad / rowptr.diff().clamp(min=1).to(grad.dtype)[:, None] if mean else grad
+    return of_sums, torch.mv(expansion.T, grad.sum(0))
 
 
 # ---- conv_backward(…, grad_out, order_by_source, colptr, need_x, need_delta, need_attr, need_weights, isa)
@@ -150,9 +159,14 @@ def _conv_pack_backward_gradient(ctx, v):
 
 
 def _conv_gradients_fake(*arguments):
-    parameters, (x, delta, attr), (*needs, need_parameters, _) = arguments[5], arguments[8:11], arguments[17:]
+    parameters, (x, delta, attr), expansion, (*needs, need_parameters, _) = (
+        arguments[5],
+        arguments[8:11],
+        arguments[17],
+        arguments[19:],
+    )
     of_parameters = [t.new_empty(t.shape) for t in parameters] if need_parameters else []
-    return *_wanted((x, delta, attr), needs), of_parameters
+    return *_wanted((x, delta, attr), needs), expansion.new_empty(expansion.shape[1]), of_parameters
 
 
 def _conv_statistics_fake(ints, reals, rowptr, column, value, parameters, delta, attr, n_layers, size, isa):
@@ -194,6 +208,7 @@ def _differentiable(name: str, gradient: Callable):
     ``ctx.numbers``.
     """
     operator = getattr(torch.ops.implicit_steer, name).default
+    n_tensors = sum(str(a.type) == "Tensor" for a in operator._schema.arguments)  # the first ones
 
     def call(arguments, keys):
         with torch._C._AutoDispatchBelowAutograd():
@@ -202,13 +217,16 @@ def _differentiable(name: str, gradient: Callable):
     class Operator(torch.autograd.Function):
         @staticmethod
         def forward(ctx, keys, *arguments):
-            ctx.save_for_backward(*(t for t in arguments if isinstance(t, Tensor)))
-            ctx.numbers = [n for n in arguments if not isinstance(n, Tensor)]
+            ctx.save_for_backward(*arguments[:n_tensors])
+            ctx.numbers = arguments[n_tensors:]
             return call(arguments, keys)
 
         @staticmethod
         def backward(ctx, *grads):
-            return None, *gradient(ctx, *grads)
+            if torch.is_grad_enabled():  # create_graph=True
+                return None, *gradient(ctx, *grads)
+            with torch._C._AutoDispatchBelowAutograd():
+                return None, *gradient(ctx, *grads)
 
     apply = super(
         torch.autograd.Function, Operator
