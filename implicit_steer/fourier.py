@@ -1,7 +1,7 @@
 """Fourier activations y = A⁻ φ(A x) of fields: native on CPU tensors, otherwise plain PyTorch.
 
-The native operators keep no samples in memory: the backward pass evaluates A x again. The operators' derivatives, to any
-order, are here too; second ones and those in forward mode are plain PyTorch.
+The native operators keep no samples in memory: the backward pass evaluates A x again. Their derivatives, to any order,
+are here too; those of the backward pass and in forward mode are plain PyTorch.
 """
 
 from __future__ import annotations
@@ -96,14 +96,20 @@ class _Fourier(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, samples: Tensor, inverse_t: Tensor, number: int, isa: int) -> Tensor:
-        return torch.ops.implicit_steer.fourier_forward(x, samples, inverse_t, number, isa)
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.implicit_steer.fourier_forward(x, samples, inverse_t, number, isa)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         _save(ctx, inputs, output)
         ctx.save_for_forward(*inputs[:3])
 
-    backward = staticmethod(_forward_gradient)
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            return _forward_gradient(ctx, grad)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _forward_gradient(ctx, grad)
 
     @staticmethod
     def jvp(ctx, v: Tensor, *_) -> Tensor:

@@ -20,7 +20,10 @@ def refuse(backend: str, *tensors: Sequence[Tensor]) -> None:
             expected = "one that torch.func can transform inside torch.compile"
             remedy = "Use torch.func outside of compiled functions, or backend='reference'."
             fail("backend", expected, repr(backend), remedy, RuntimeError)
-    elif forward_ad._current_level >= 0 and not is_transformed():
-        if any(forward_ad.unpack_dual(t).tangent is not None for group in tensors for t in group):
-            remedy = "Use torch.autograd.grad, or backend='reference'."
-            fail("backend", "one with forward-mode derivatives", repr(backend), remedy, RuntimeError)
+    elif forward_ad._current_level >= 0 and not is_transformed() and _has_tangent(tensors):
+        remedy = "Use torch.autograd.grad, or backend='reference'."
+        fail("backend", "one with forward-mode derivatives", repr(backend), remedy, RuntimeError)
+
+
+def _has_tangent(tensors: Sequence[Sequence[Tensor]]) -> bool:
+    return any(forward_ad.unpack_dual(t).tangent is not None for group in tensors for t in group)
