@@ -15,10 +15,11 @@ def own_precision(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(*arguments, **keywords):
-        kind = next(a.device.type for a in arguments if isinstance(a, Tensor))
-        if not torch.is_autocast_enabled(kind):
+        tensors = (a for a in (*arguments, *keywords.values()) if isinstance(a, Tensor))
+        first = next(tensors, None)  # without one ``function`` complains itself
+        if first is None or not torch.is_autocast_enabled(first.device.type):
             return function(*arguments, **keywords)
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(first.device.type, enabled=False):
             return function(*arguments, **keywords)
 
     return run

@@ -13,12 +13,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from implicit_steer import native
 from implicit_steer.backends.cpu import Layer
 from implicit_steer.cases import SMALL
 from implicit_steer.nn import ImplicitConv
 
-pytestmark = pytest.mark.skipif(not native.available()[0], reason="the native extension is not built")
 CASES = ["o3", "so2-r3", "c4"]  # zonal, planar, dense coupling
 
 
@@ -307,7 +305,9 @@ def test_autocast(backend, configuration):
     with torch.autocast("cpu", torch.bfloat16):
         halved = replace(problem, x=problem.x.bfloat16()).run(conv)
         found = results(problem)
-        kernel = conv.implicit_kernel(problem.delta, problem.attributes)
+        kernel = conv.implicit_kernel(pos=problem.delta, attrs=problem.attributes)
+        with pytest.raises(TypeError, match=r"pos: expected a torch\.Tensor, got str"):
+            conv.implicit_kernel("here")
     assert torch.equal(found[0], expected[0])
     for a, b in zip(found, expected, strict=True):
         # A backward pass of plain PyTorch that runs inside takes products in bfloat16. Measured: 0.012.
