@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 
-def own_precision(function: Callable) -> Callable:
-    """Decorator: inside ``function`` torch.autocast leaves the dtypes of operations alone, on the device of the first
-    tensor among its arguments."""
-
-    @functools.wraps(function)
-    def run(*arguments, **keywords):
-        tensors = (a for a in (*arguments, *keywords.values()) if isinstance(a, Tensor))
-        first = next(tensors, None)  # without one ``function`` complains itself
-        if first is None or not torch.is_autocast_enabled(first.device.type):
-            return function(*arguments, **keywords)
-        with torch.autocast(first.device.type, enabled=False):
-            return function(*arguments, **keywords)
-
-    return run
+def own_precision(x: Tensor) -> AbstractContextManager:
+    """A guard inside which torch.autocast leaves the dtypes of operations on the device of ``x`` as they are."""
+    kind = x.device.type
+    active = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # "meta" has none
+    return torch.autocast(kind, enabled=False) if active else nullcontext()

@@ -1,7 +1,7 @@
 """Fourier activations y = A⁻ φ(A x) of fields: native on CPU tensors, otherwise plain PyTorch.
 
-The native operators keep no samples in memory: the backward pass evaluates A x again. Their derivatives, to any order,
-are here too; those of the backward pass and in forward mode are plain PyTorch.
+The native operators keep no samples in memory: the backward pass evaluates A x again. The fake kernels of the operators
+and their derivatives, to any order, are here too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def fourier(function: str, x: Tensor, samples: Tensor, inverse_t: Tensor) -> Ten
     """
     if not has_kernel(x) or is_transformed():
         return _plain(function, x, samples, inverse_t)
-    operator = torch.ops.implicit_steer.fourier_forward if torch.compiler.is_compiling() else _apply
+    operator = torch.ops.implicit_steer.fourier_forward if torch.compiler.is_compiling() else _Fourier.apply
     return operator(x.contiguous(), samples, inverse_t, FUNCTIONS.index(function), instruction_set())
 
 
@@ -60,7 +60,7 @@ def _differential(function: str, x: Tensor, v: Tensor, samples: Tensor, inverse_
     return _through(v, samples, lambda u: slopes * u, inverse_t)
 
 
-# ---- derivatives of the operators
+# ---- the operators: fake kernels and derivatives
 
 _IGNORED = (None,) * 4  # samples, inverse_t, number of φ, instruction set
 
@@ -80,15 +80,11 @@ def _forward_gradient(ctx, grad: Tensor):
 def _backward_gradient(ctx, v: Tensor):
     """Of grad_x = Aᵀ (φ′(A x) · A⁻ᵀ grad) by grad and x, along v."""
     grad, x, samples, inverse_t = ctx.saved_tensors
-    return *_second_order(ctx.function, x, v, grad, samples, inverse_t), *_IGNORED
-
-
-@own_precision
-def _second_order(function: str, x: Tensor, v: Tensor, grad: Tensor, samples: Tensor, inverse_t: Tensor):
     d = samples.shape[1]
-    bends = phi_second(function, _fields(x, d) @ samples.T) * (_fields(grad, d) @ inverse_t.T)
-    d_x = _through(v, samples, lambda u: bends * u, samples)
-    return _differential(function, x, v, samples, inverse_t), d_x
+    with own_precision(x):
+        bends = phi_second(ctx.function, _fields(x, d) @ samples.T) * (_fields(grad, d) @ inverse_t.T)
+        d_x = _through(v, samples, lambda u: bends * u, samples)
+        return _differential(ctx.function, x, v, samples, inverse_t), d_x, *_IGNORED
 
 
 class _Fourier(torch.autograd.Function):
@@ -117,8 +113,18 @@ class _Fourier(torch.autograd.Function):
         return _differential(ctx.function, x, v, samples, inverse_t)
 
 
-_apply = super(torch.autograd.Function, _Fourier).apply  # without the detour for torch.func
+def _forward_fake(x, samples, inverse_t, function, isa):
+    return torch.empty_like(x)
+
+
+def _backward_fake(grad, x, samples, inverse_t, function, isa):
+    return torch.empty_like(x)
+
 
 if native.available()[0]:
-    for name, gradient in (("fourier_forward", _forward_gradient), ("fourier_backward", _backward_gradient)):
+    for name, fake, gradient in [
+        ("fourier_forward", _forward_fake, _forward_gradient),
+        ("fourier_backward", _backward_fake, _backward_gradient),
+    ]:
+        torch.library.register_fake(f"implicit_steer::{name}")(fake)
         torch.library.register_autograd(f"implicit_steer::{name}", gradient, setup_context=_save)

@@ -1,4 +1,4 @@
-"""The native extension: where it is, whether it loaded, and the fake kernels of its operators.
+"""The native extension: where it is, whether it loaded, and the fake kernels of its operators on graphs.
 
 ``_ops.so`` registers its operators under ``torch.ops.implicit_steer`` and tells how it was built. It may be absent (a
 pure Python install): :func:`available` then says why, and callers take their torch path.
@@ -34,14 +34,6 @@ def _register_fakes() -> None:
     @torch.library.register_fake("implicit_steer::sort_by_key")
     def _(key: Tensor, n: int) -> tuple[Tensor, Tensor]:
         return key.new_empty(key.shape), key.new_empty(n + 1)
-
-    @torch.library.register_fake("implicit_steer::fourier_forward")
-    def _(x: Tensor, samples: Tensor, inverse_t: Tensor, function: int, isa: int) -> Tensor:
-        return torch.empty_like(x)
-
-    @torch.library.register_fake("implicit_steer::fourier_backward")
-    def _(grad: Tensor, x: Tensor, samples: Tensor, inverse_t: Tensor, function: int, isa: int) -> Tensor:
-        return torch.empty_like(x)
 
 
 _STATE = _load()

@@ -15,16 +15,16 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 
 from .. import native
 from .._check import fail, require
 from ..graph import Graph
-from ..packing import Parameters, is_traced, running
+from ..packing import Parameters, is_traced, is_transformed, running
 from ..plan import Plan
 from .cpu_ops import unflatten, without_derivatives
 from .cpu_plan import hidden_field_size, kernel_entries, prepare, reads_one
 from .hidden import Statistics
-from .transforms import refuse
 
 INSTRUCTION_SETS = {"auto": 0, "baseline": 1, "avx2": 2, "avx512": 3}
 
@@ -81,7 +81,6 @@ class NativePlan:
     """A plan as the native operators take it, for parameters of these sizes; the last ``n_last`` are the last layer's.
 
     Attributes:
-        isa: number of the instruction set, for torch.compile.
         arrays, matrix: by dtype, the plan's numbers; what packs the parameters.
         trivial: per batch norm, its trivial coordinates.
         kernel: what :meth:`with_kernel` makes, or None.
@@ -89,7 +88,7 @@ class NativePlan:
     """
 
     def __init__(self, plan: Plan, sizes: tuple[int, ...], n_last: int):
-        self._recipe, self.isa = (plan, sizes, n_last), instruction_set()
+        self._recipe = plan, sizes, n_last
         prepared, dtypes = prepare(plan, sizes), (torch.float32, torch.float64)
         self.arrays = {dtype: prepared.tensors(dtype) for dtype in dtypes}
         self.matrix = {dtype: prepared.matrix(dtype) for dtype in dtypes}
@@ -133,11 +132,6 @@ class Layer:
         self._sources = [*self.learned, *(t for norm in parameters.norms for t in (norm.mean, norm.var))]
         self._kept: tuple[Tensor, Tensor, Tensor] | None = None  # bytes of the sources; packed weights, statistics
 
-    @property
-    def isa(self) -> int:
-        """Number of the instruction set."""
-        return self.native.isa if torch.compiler.is_compiling() else instruction_set()
-
     def kernel_matrix(self) -> Tensor:
         """(C_out · C_in, H) of the last layer."""
         position, column, value = self.native.kernel
@@ -160,7 +154,7 @@ class Layer:
         """Of the batch norms over these edges, (n_layers, W (n_trivial + 1))."""
         learned = [t.contiguous() for t in self.learned]
         arrays = *self.arrays, *self._matrix, learned, delta, attributes
-        return torch.ops.implicit_steer.conv_statistics(*arrays, *self.native.statistics, self.isa)
+        return torch.ops.implicit_steer.conv_statistics(*arrays, *self.native.statistics, instruction_set())
 
     def running(self) -> Tensor:
         """The statistics that the batch norms keep, in the same order."""
@@ -222,14 +216,14 @@ class _Convolution:
     def forward(self, packed: Tensor, *inputs: Tensor) -> Tensor:
         layer, graph = self.layer, self.graph
         tensors = *layer.arrays, packed, *inputs, graph.src, graph.order, graph.rowptr
-        return torch.ops.implicit_steer.conv_forward(*tensors, layer.plan.out_size, layer.isa)
+        return torch.ops.implicit_steer.conv_forward(*tensors, layer.plan.out_size, instruction_set())
 
     def backward(self, needs: Sequence[bool], grad: Tensor, packed: Tensor, *inputs: Tensor) -> Sequence[Tensor]:
         """The gradients of the inputs and of ``packed``; empty where not needed."""
         layer, graph = self.layer, self.graph
         by_source = (graph.order_by_source, graph.colptr) if needs[0] else (graph.order, graph.rowptr)
         tensors = *layer.arrays, packed, *inputs, graph.src, graph.order, graph.rowptr, grad.contiguous(), *by_source
-        return torch.ops.implicit_steer.conv_backward(*tensors, *needs, layer.isa)
+        return torch.ops.implicit_steer.conv_backward(*tensors, *needs, instruction_set())
 
 
 @dataclass(eq=False)
@@ -241,11 +235,12 @@ class _HiddenFeatures:
 
     def forward(self, packed: Tensor, *inputs: Tensor) -> Tensor:
         layer = self.layer
-        return torch.ops.implicit_steer.conv_hidden(*layer.arrays, packed, *inputs, layer.plan.hidden_size, layer.isa)
+        arguments = *layer.arrays, packed, *inputs, layer.plan.hidden_size, instruction_set()
+        return torch.ops.implicit_steer.conv_hidden(*arguments)
 
     def backward(self, needs: Sequence[bool], grad: Tensor, packed: Tensor, *inputs: Tensor) -> Sequence[Tensor]:
         """As that of a convolution, but all of them."""
-        arguments = *self.layer.arrays, packed, *inputs, grad.contiguous(), self.layer.isa
+        arguments = *self.layer.arrays, packed, *inputs, grad.contiguous(), instruction_set()
         return torch.ops.implicit_steer.conv_hidden_backward(*arguments)
 
 
@@ -281,25 +276,37 @@ class _Operator(torch.autograd.Function):
         return None, None, None, *_gradients(call, needs, grad, packed, statistics, tensors)
 
 
-def _refuse_gradient_transforms() -> None:
-    transforms = torch._C._functorch.get_interpreter_stack() or ()
-    if any(t.key() in (TransformType.Grad, TransformType.Jvp) for t in transforms):
+def _refuse_transforms() -> None:
+    """Raise where torch.func would differentiate past the operators, or give 0."""
+    if torch.compiler.is_compiling():
+        wrong, expected = is_transformed(), "one that torch.func can transform inside torch.compile"
+        remedy = "Use torch.func outside of compiled functions, or backend='reference'."
+    else:
+        transforms = torch._C._functorch.get_interpreter_stack() or ()
+        wrong = any(t.key() in (TransformType.Grad, TransformType.Jvp) for t in transforms)
         expected = "one that torch.func.grad, vjp, jvp, jacrev, jacfwd and hessian can transform"
         remedy = "Use torch.autograd.grad, also inside torch.func.vmap's ensembles, or backend='reference'."
+    if wrong:
         fail("backend", expected, "'cpu'", remedy, RuntimeError)
+
+
+def _refuse_tangents(tensors: Sequence[Tensor]) -> None:
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        remedy = "Use torch.autograd.grad, or backend='reference'."
+        fail("backend", "one with forward-mode derivatives", "'cpu'", remedy, RuntimeError)
 
 
 def _run(call, batch_statistics: bool, *inputs: Tensor) -> tuple[Tensor, list[Statistics]]:
     """The output and the batch statistics. The last inputs: delta, attributes."""
     layer, inputs = call.layer, [t.contiguous() for t in inputs]
-    refuse("cpu", inputs, layer.learned)
     if is_traced():
-        if not torch.compiler.is_compiling():
-            _refuse_gradient_transforms()
+        _refuse_transforms()
         with torch.no_grad():
             statistics = layer.statistics_of(*inputs[-2:]) if batch_statistics else layer.running()
         out = call.forward(layer.pack(layer.learned, statistics), *inputs)
         return out, _split_statistics(layer.plan, statistics) if batch_statistics else []
+    if forward_ad._current_level >= 0:
+        _refuse_tangents([*layer.learned, *inputs])
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (*layer.learned, *inputs))
     with torch.no_grad(), without_derivatives():
         if batch_statistics:

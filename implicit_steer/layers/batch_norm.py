@@ -48,9 +48,12 @@ class NormBase:
         self.register_buffer("_by_kind", channels, persistent=False)
         self.register_buffer("_in_place", None if channels is None else channels.argsort(), persistent=False)
 
-    @own_precision
     def _evaluate(self, x: Tensor) -> Tensor:
         """With the batch's statistics in training mode, which also move the running ones, else with those."""
+        with own_precision(x):
+            return self._normalise(x)
+
+    def _normalise(self, x: Tensor) -> Tensor:
         kinds = self._kinds()
         wide = x.to(torch.promote_types(x.dtype, kinds[0].var.dtype))
         if self.training or not self.track_running_stats:

@@ -119,7 +119,6 @@ class KernelBase(torch.nn.Module):
         check_tensor(attribute, attributes, (delta.shape[0], size), width.dtype, width.device)
         return attributes
 
-    @own_precision
     def forward(self, pos: Tensor, attrs: Tensor | None = None, *, batch_statistics: bool | None = None) -> Tensor:
         """K at P points.
 
@@ -133,7 +132,9 @@ class KernelBase(torch.nn.Module):
         """
         attributes = self.check_points("kernel", pos, attrs, None)
         live = self.uses_batch_statistics(pos.shape[0], "pos") if batch_statistics is None else batch_statistics
-        k, statistics = op.implicit_kernel(self.plan, self.parameters_for_op(), pos, attributes, batch_statistics=live)
+        with own_precision(pos):
+            parameters = self.parameters_for_op()
+            k, statistics = op.implicit_kernel(self.plan, parameters, pos, attributes, batch_statistics=live)
         if self.training:
             self.update_running(statistics)
         return k

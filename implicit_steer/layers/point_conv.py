@@ -41,29 +41,30 @@ class PointConvBase(Biased):
             fail("edge_index", expected, f"one on {sizes[0]} and {sizes[1]}")
         return edge_index
 
-    @own_precision
     def _evaluate(
         self, kernel: KernelBase, source: Tensor, graph: Graph, edge_delta: Tensor, edge_attr: Tensor | None
     ) -> Tensor:
-        """(N_target, C_out) from checked features and an unchecked geometry; ``kernel`` is ``implicit_kernel``."""
+        """(N_target, C_out) from checked features and an unchecked geometry; ``kernel`` is ``implicit_kernel``. The
+        arithmetic is the parameters', also under torch.autocast."""
         attributes = kernel.check_points("edge", edge_delta, edge_attr, graph.num_edges)
         if graph.device != source.device:
             fail("edge_index", f"device {source.device}", graph.device)
-        out, statistics = op.implicit_conv(
-            kernel.plan,
-            kernel.parameters_for_op(),
-            graph,
-            source,
-            edge_delta,
-            attributes,
-            batch_statistics=kernel.uses_batch_statistics(graph.num_edges),
-            backend=self.backend,
-        )
-        if statistics:
-            kernel.update_running(statistics)
-        bias = self.expand_bias()
-        if bias is not None:
-            out = out + bias
+        with own_precision(source):
+            out, statistics = op.implicit_conv(
+                kernel.plan,
+                kernel.parameters_for_op(),
+                graph,
+                source,
+                edge_delta,
+                attributes,
+                batch_statistics=kernel.uses_batch_statistics(graph.num_edges),
+                backend=self.backend,
+            )
+            if statistics:
+                kernel.update_running(statistics)
+            bias = self.expand_bias()
+            if bias is not None:
+                out = out + bias
         if out.dtype != source.dtype:
             out = out.to(source.dtype)  # 16-bit features: rounded once, here
         return out
