@@ -11,4 +11,5 @@ from torch import Tensor
 def own_precision(x: Tensor) -> AbstractContextManager:
     """A guard inside which torch.autocast leaves the dtypes of operations on the device of ``x`` as they are."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    active = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # "meta" has none
+    return torch.autocast(kind, enabled=False) if active else nullcontext()

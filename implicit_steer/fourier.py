@@ -94,14 +94,20 @@ class _Fourier(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, samples: Tensor, inverse_t: Tensor, number: int, isa: int) -> Tensor:
-        return torch.ops.implicit_steer.fourier_forward(x, samples, inverse_t, number, isa)
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.implicit_steer.fourier_forward(x, samples, inverse_t, number, isa)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         _save(ctx, inputs, output)
         ctx.save_for_forward(*inputs[:3])
 
-    backward = staticmethod(_forward_gradient)
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            return _forward_gradient(ctx, grad)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _forward_gradient(ctx, grad)
 
     @staticmethod
     def jvp(ctx, v: Tensor, *_) -> Tensor:

@@ -13,12 +13,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from implicit_steer import native
 from implicit_steer.backends.cpu import Layer
 from implicit_steer.cases import SMALL
 from implicit_steer.nn import ImplicitConv
 
-pytestmark = pytest.mark.skipif(not native.available()[0], reason="the native extension is not built")
 CASES = ["o3", "so2-r3", "c4"]  # zonal, planar, dense coupling
 
 

@@ -14,11 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import implicit_steer as ist
-from implicit_steer import native
 from implicit_steer.models import Potential, QM9Net
 from implicit_steer.structures import Structures
 
-pytestmark = pytest.mark.skipif(not native.available()[0], reason="the native extension is not built")
 MOLECULES = ["CH3CH2OH", "CH3OH", "H2O", "C6H6"]  # 9, 6, 3, 12 atoms
 # Measured: the same bits, but for exported programs, 2e-16 of each tensor's largest number.
 CLOSE = {"rtol": 1e-13, "atol": 1e-13}
