@@ -20,30 +20,40 @@ def features(x, j, ok, start, i, ni, C_IN: tl.constexpr):
 
 
 @triton.jit
-def left(side, t, chunk, n, ok, j, start, ni, x, q, coupling, constant, C_IN: tl.constexpr, NQ: tl.constexpr,
+def harmonics_of(q, n, ok, NQ: tl.constexpr, NQP: tl.constexpr, like):
+    """q of the edges (BE, NQP), padded with 0."""
+    k = tl.arange(0, NQP)
+    if NQ > 0:
+        return tl.load(q + n[:, None] * NQ + k[None, :], ok[:, None] & (k < NQ)[None, :], 0.0)
+    else:
+        return 0.0 * n[:, None].to(like.dtype.element_ty) + 0.0 * k[None, :].to(like.dtype.element_ty)
+
+
+@triton.jit
+def factor(harmonics, coupling, constant, entry, NQ: tl.constexpr, NQP: tl.constexpr, S: tl.constexpr,
+           HAS_ONE: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
+    """Σ_j C[i, j, s] q_j (BE, S), or (1, S) where there are no harmonics; ``entry``: the term's number times D_all + i.
+    Without HAS_ONE the constant q₀ is 0."""
+    s, k = tl.arange(0, S), tl.arange(0, NQP)
+    found = tl.load(constant + entry * S + s)[None, :]
+    if not HAS_ONE:
+        found = found * 0.0
+    if NQ > 0:
+        table = tl.load(coupling + (entry * NQ + k[:, None]) * S + s[None, :], (k < NQ)[:, None], 0.0)
+        found += functions.dot(harmonics, table, PREC)
+    return found
+
+
+@triton.jit
+def left(side, t, chunk, harmonics, ok, j, start, ni, x, coupling, constant, C_IN: tl.constexpr, NQ: tl.constexpr,
          NQP: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DALL: tl.constexpr, HAS_ONE: tl.constexpr,
          PREC: tl.constexpr):  # fmt: skip
     """``side`` (BE, S, V) plus what D components of the input fields, from ``chunk`` · D on, add to L of term t."""
     for i in tl.static_range(D):
         f = features(x, j, ok, start, chunk * D + i, ni, C_IN)
-        c = factor(t, chunk * D + i, n, ok, q, coupling, constant, NQ, NQP, S, DALL, HAS_ONE, f, PREC)
+        c = factor(harmonics, coupling, constant, t * DALL + chunk * D + i, NQ, NQP, S, HAS_ONE, PREC)
         side += c[:, :, None] * f[:, None, :]
     return side
-
-
-@triton.jit
-def factor(t, i, n, ok, q, coupling, constant, NQ: tl.constexpr, NQP: tl.constexpr, S: tl.constexpr,
-           DALL: tl.constexpr, HAS_ONE: tl.constexpr, like, PREC: tl.constexpr):  # fmt: skip
-    """Σ_j C[i, j, s] q_j (BE, S) of term t; without HAS_ONE the constant q₀ is 0."""
-    s, k = tl.arange(0, S), tl.arange(0, NQP)
-    found = 0.0 * ok[:, None].to(like.dtype) * s[None, :].to(like.dtype)
-    if NQ > 0:
-        harmonics = tl.load(q + n[:, None] * NQ + k[None, :], ok[:, None] & (k < NQ)[None, :], 0.0)
-        table = tl.load(coupling + ((t * DALL + i) * NQ + k[:, None]) * S + s[None, :], (k < NQ)[:, None], 0.0)
-        found = functions.dot(harmonics, table, PREC)
-    if HAS_ONE:
-        found += tl.load(constant + (t * DALL + i) * S + s)[None, :]
-    return found
 
 
 @triton.jit
@@ -74,11 +84,12 @@ def contract_forward(
         n = at + tl.arange(0, BE)
         ok = n < high
         j = tl.load(source + n, ok, 0).to(tl.int64)
+        harmonics = harmonics_of(q, n, ok, NQ, NQP, r)
         for t in tl.range(t0, t1):
             side = tl.zeros((BE, S, V), r.dtype.element_ty)
             for chunk in tl.range(tl.load(term_chunks + 2 * t), tl.load(term_chunks + 2 * t + 1)):
-                side = left(side, t, chunk, n, ok, j, start, ni, x, q, coupling, constant, C_IN, NQ, NQP, S, D, DALL,
-                            HAS_ONE, PREC)  # fmt: skip
+                side = left(side, t, chunk, harmonics, ok, j, start, ni, x, coupling, constant, C_IN, NQ, NQP, S, D,
+                            DALL, HAS_ONE, PREC)  # fmt: skip
             column = tl.load(term_column + t * W + w)
             right = tl.load(r + n[:, None] * NR + column[None, :], ok[:, None] & (column >= 0)[None, :], 0.0)
             acc = functions.add_dot(acc, tl.trans(tl.reshape(side, (BE, S * V))), right, PREC)
@@ -109,6 +120,7 @@ def contract_backward_inputs(
         n = at + tl.arange(0, BE)
         ok = n < high
         j = tl.load(source + n, ok, 0).to(tl.int64)
+        harmonics = harmonics_of(q, n, ok, NQ, NQP, r)
         of_f = ()
         for _i in tl.static_range(D):
             of_f = of_f + (tl.zeros((BE, V), r.dtype.element_ty),)
@@ -124,7 +136,7 @@ def contract_backward_inputs(
             added = ()
             for i in tl.static_range(D):
                 if NEED_X:
-                    c = factor(t, chunk * D + i, n, ok, q, coupling, constant, NQ, NQP, S, DALL, HAS_ONE, right, PREC)
+                    c = factor(harmonics, coupling, constant, t * DALL + chunk * D + i, NQ, NQP, S, HAS_ONE, PREC)
                     added = added + (of_f[i] + tl.sum(of_left * c[:, :, None], 1),)
                 else:
                     added = added + (of_f[i],)
@@ -162,6 +174,7 @@ def contract_backward_hidden(
         n = at + tl.arange(0, BE)
         ok = n < high
         j = tl.load(source + n, ok, 0).to(tl.int64)
+        harmonics = harmonics_of(q, n, ok, NQ, NQP, d_r)
         acc = tl.zeros((BE, W), d_r.dtype.element_ty)
         for member in tl.range(t0, t1):
             t = tl.load(column_term + member)
@@ -169,8 +182,8 @@ def contract_backward_hidden(
             start, ni = tl.load(block_start + b * V + v), tl.load(block_extent + 4 * b + 3)
             side = tl.zeros((BE, S, V), d_r.dtype.element_ty)
             for chunk in tl.range(tl.load(term_chunks + 2 * t), tl.load(term_chunks + 2 * t + 1)):
-                side = left(side, t, chunk, n, ok, j, start, ni, x, q, coupling, constant, C_IN, NQ, NQP, S, D, DALL,
-                            HAS_ONE, PREC)  # fmt: skip
+                side = left(side, t, chunk, harmonics, ok, j, start, ni, x, coupling, constant, C_IN, NQ, NQP, S, D,
+                            DALL, HAS_ONE, PREC)  # fmt: skip
             to, _, inside = t_offset(b, block_offset, block_extent, sv, V)
             where = tl.load(column_where + member * W + w)
             of_t = tl.load(row + to[:, None] + where[None, :], inside[:, None] & (where >= 0)[None, :], 0.0)
