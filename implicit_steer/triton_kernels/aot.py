@@ -97,7 +97,7 @@ def launches_of(plan: Plan, dtype: torch.dtype = torch.float32, nodes: int = 64,
     sums = (zeros(nodes, s.in_size), geometry[3], r, zeros(s.n_t, s.out_size), index, offsets, index, index, offsets)
     with launch.recording() as found, torch.no_grad():
         ops.triton_frame(key, *frame)
-        ops.triton_frame_backward(key, *frame, list(geometry))
+        ops.triton_frame_backward(key, *frame, *geometry)
         if s.n_layers:
             ops.triton_layers(key, *geometry[:3], weights)
             ops.triton_layers_backward(key, *geometry[:3], weights, r, True, True)

@@ -16,7 +16,7 @@ from ..backends.hidden import NEAR, SOFTENING, ZERO
 from ..functions import SMALL
 from ..plan import Plan
 from . import contract, frame, layers
-from .configuration import choose
+from .configuration import TILE, Choice, choose
 from .tables import Sizes, Tables, padded, tables
 
 _NODES, _NUMBERS = 4096, 1 << 23  # of the workspace for T, at most
@@ -49,7 +49,7 @@ def recording():
         _recorded = outer
 
 
-def launch(kernel, grid: tuple[int, ...], arguments: Sequence, constants: dict, choice) -> None:
+def launch(kernel, grid: tuple[int, ...], arguments: Sequence, constants: dict, choice: Choice) -> None:
     """``kernel[grid](*arguments, **constants)``; nothing for an empty grid."""
     options = {"num_warps": choice.warps, "num_stages": choice.stages}
     if _recorded is not None:
@@ -81,6 +81,10 @@ class Prepared:
     def sizes(self) -> Sizes:
         return self.tables.sizes
 
+    def choice(self, kernel) -> Choice:
+        """How to launch a kernel."""
+        return choose(kernel.__name__, self.sizes, self.dtype, self.position.device)
+
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name] if name in self.tensors else self.tensors["scalars"]
 
@@ -88,7 +92,6 @@ class Prepared:
     def widths(self) -> dict[str, int]:
         """Constants of layers.py. HP: samples times channels, padded to whole tiles."""
         s = self.sizes
-        tile = choose("layers", s).tile
         return {
             "NI": s.n_inputs,
             "KI": padded(s.n_inputs, 16),
@@ -96,7 +99,7 @@ class Prepared:
             "K0": padded(s.n_zero, 16),
             "N1": s.n_rest,
             "K1": padded(s.n_rest, 16),
-            "HP": -(-s.n_samples // tile) * tile,
+            "HP": -(-s.n_samples // TILE) * TILE,
         }
 
     def layer_offsets(self) -> list[tuple[int, int]]:
@@ -181,7 +184,7 @@ def frame_forward(p: Prepared, delta: Tensor, attr: Tensor, order: Tensor, shell
         delta.new_empty(n, s.n_harmonics),
     )
     fixed, constants = _frame_constants(p)
-    choice = choose("frame_forward", s)
+    choice = p.choice(frame.frame_forward)
     grid = (triton.cdiv(n, choice.edges),)
     arguments = delta, attr, order, shell, *fixed, *out, n
     launch(frame.frame_forward, grid, arguments, constants | {"BE": choice.edges}, choice)
@@ -192,7 +195,7 @@ def frame_backward(p: Prepared, delta, attr, order, shell, gradients: Sequence[T
     """Gradients of delta, attr and the shell's width from those of frame_forward's results."""
     n = len(delta)
     fixed, constants = _frame_constants(p)
-    choice = choose("frame_backward", p.sizes)
+    choice = p.choice(frame.frame_backward)
     programs = triton.cdiv(n, choice.edges)
     out = torch.empty_like(delta), torch.empty_like(attr), delta.new_empty(programs)
     arguments = delta, attr, order, shell, *fixed, *gradients, *out, n
@@ -210,13 +213,13 @@ def _layer_constants(p: Prepared) -> dict:
         "FN": s.function,
         "NEAR": NEAR[p.dtype],
         "SMALL": SMALL[p.dtype],
-        "TH": choose("layers", s).tile,
+        "TH": TILE,
         "PREC": precision(p.dtype),
     }
 
 
 def _layers_forward(p, inputs, radius, factor, weights, r, y, begin, end, n_layers) -> None:
-    choice = choose("layers_forward", p.sizes)
+    choice = p.choice(layers.layers_forward)
     constants = _layer_constants(p) | {
         "NL": n_layers,
         "NR": p.sizes.n_columns,
@@ -273,7 +276,7 @@ def _layers_chunk(p, inputs, radius, weights, y, d_y, out, begin, end, need_inpu
         here = constants | {"FIRST": first, "KI": constants["KI"] if first else constants["K0"]}
         shared = (inputs, radius, y[max(n - 1, 0)], d_y, weights, p["inverse"])
         if d_weights is not None:
-            choice = choose("layers_backward_weights", s)
+            choice = p.choice(layers.layers_backward_weights)
             programs = min(triton.cdiv(end - begin, choice.edges), _PROGRAMS[d_y.device.type])
             last = offsets[n + 1][0]
             partial = d_weights.new_empty(programs, last - base)
@@ -283,7 +286,7 @@ def _layers_chunk(p, inputs, radius, weights, y, d_y, out, begin, end, need_inpu
             d_weights[base:last] += partial.sum(0)
         if first and not need_inputs:
             return
-        choice = choose("layers_backward_inputs", s)
+        choice = p.choice(layers.layers_backward_inputs)
         d_in = out[0] if first else torch.empty_like(d_y)
         more = {"ADD": n < s.n_layers - 1, "BE": choice.edges}
         grid = (triton.cdiv(end - begin, choice.edges),)
@@ -322,7 +325,7 @@ def _contract_constants(p: Prepared, has_one: bool, edges: int) -> dict:
 
 def _t_of(p: Prepared, x, q, r, source, rowptr, has_one: bool, node: int, end: int) -> Tensor:
     """T (end − node, n_t) of nodes node .. end−1."""
-    t, choice = x.new_empty(end - node, p.sizes.n_t), choose("contract_forward", p.sizes)
+    t, choice = x.new_empty(end - node, p.sizes.n_t), p.choice(contract.contract_forward)
     names = "coupling constant block_terms block_start block_extent block_offset term_column term_chunks".split()
     arguments = (x, q, r, source, rowptr, *(p[name] for name in names), t, node)
     constants = _contract_constants(p, has_one, choice.edges)
@@ -359,7 +362,7 @@ def contract_backward(
             _backward_hidden(p, x, q, source, rowptr, d_t, d_r, node, end, has_one)
     d_x = x.new_empty(x.shape if need_x else 0)
     if need_x:
-        choice = choose("sum_by_source", s)
+        choice = p.choice(contract.sum_by_source)
         width = min(padded(s.in_size), 64)
         grid, constants = (len(x), triton.cdiv(s.in_size, width)), {"C": s.in_size, "BC": width, "BE": choice.edges}
         launch(contract.sum_by_source, grid, (rows, by_source, colptr, d_x), constants, choice)
@@ -369,7 +372,7 @@ def contract_backward(
 
 
 def _backward_inputs(p, x, q, r, source, rowptr, order, d_t, rows, d_q, node, end, has_one, need_x, need_q) -> None:
-    choice = choose("contract_backward_inputs", p.sizes)
+    choice = p.choice(contract.contract_backward_inputs)
     names = "coupling constant block_extent block_offset term_block term_column group_terms group_term group_chunk"
     fixed = (p[name] for name in (*names.split(), "group_start", "group_components"))
     arguments = (x, q, r, source, rowptr, order, *fixed, d_t, rows, d_q, node, len(r))
@@ -378,7 +381,7 @@ def _backward_inputs(p, x, q, r, source, rowptr, order, d_t, rows, d_q, node, en
 
 
 def _backward_hidden(p, x, q, source, rowptr, d_t, d_r, node, end, has_one) -> None:
-    choice = choose("contract_backward_hidden", p.sizes)
+    choice = p.choice(contract.contract_backward_hidden)
     names = "coupling constant block_start block_extent block_offset term_block term_chunks column_terms column_term"
     fixed = (p[name] for name in (*names.split(), "column_where"))
     arguments = (x, q, source, rowptr, *fixed, d_t, d_r, node)

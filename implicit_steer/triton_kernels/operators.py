@@ -48,6 +48,7 @@ def _on_device(like: Tensor):
 # ---- schemas and kernels
 
 _FRAME = "str plan, Tensor delta, Tensor attr, Tensor order, Tensor shell_width"
+_OF_FRAME = "Tensor d_inputs, Tensor d_radius, Tensor d_factor, Tensor d_q"
 _LAYERS = "str plan, Tensor inputs, Tensor radius, Tensor factor, Tensor weights"
 _CONTRACT = (
     "str plan, Tensor x, Tensor q, Tensor r, Tensor theta, Tensor source, Tensor rowptr, Tensor order, "
@@ -55,7 +56,7 @@ _CONTRACT = (
 )
 _SCHEMAS = {
     "triton_frame": f"({_FRAME}) -> (Tensor, Tensor, Tensor, Tensor)",
-    "triton_frame_backward": f"({_FRAME}, Tensor[] gradients) -> (Tensor, Tensor, Tensor)",
+    "triton_frame_backward": f"({_FRAME}, {_OF_FRAME}) -> (Tensor, Tensor, Tensor)",
     "triton_layers": f"({_LAYERS}) -> Tensor",
     "triton_layers_backward": (
         f"({_LAYERS}, Tensor gradient, bool need_inputs, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -77,7 +78,7 @@ def _frame(plan, delta, attr, order, shell_width):
         return launch.frame_forward(_prepared(plan, delta), *_contiguous(delta, attr, order, shell_width))
 
 
-def _frame_backward(plan, delta, attr, order, shell_width, gradients):
+def _frame_backward(plan, delta, attr, order, shell_width, *gradients):
     with _on_device(delta):
         fixed = _contiguous(delta, attr, order, shell_width)
         return launch.frame_backward(_prepared(plan, delta), *fixed, _contiguous(*gradients))
@@ -120,7 +121,7 @@ def _frame_fake(plan, delta, attr, order, shell_width):
     return delta.new_empty(n, s.n_inputs), radius, delta.new_empty(n), delta.new_empty(n, s.n_harmonics)
 
 
-def _frame_backward_fake(plan, delta, attr, order, shell_width, gradients):
+def _frame_backward_fake(plan, delta, attr, order, shell_width, *gradients):
     return torch.empty_like(delta), torch.empty_like(attr), torch.empty_like(shell_width)
 
 
@@ -151,8 +152,7 @@ def _contract_backward_fake(plan, x, q, r, theta, source, rowptr, order, by_sour
 
 
 def _save(ctx, inputs, output) -> None:
-    flat = [t for entry in inputs for t in (entry if isinstance(entry, (list, tuple)) else [entry])]
-    ctx.save_for_backward(*(t for t in flat if isinstance(t, Tensor)))
+    ctx.save_for_backward(*(t for t in inputs if isinstance(t, Tensor)))
     ctx.plan, ctx.others = inputs[0], [v for v in inputs[1:] if not isinstance(v, Tensor)]
 
 
@@ -170,20 +170,21 @@ def _derivatives_of_gradients(
         fresh = [t.view_as(t) if live and t.requires_grad else t.detach().requires_grad_() for t in primals]
         given = [t.view_as(t) if live and t.requires_grad else t.detach().requires_grad_() for t in cotangents]
         outputs = function(*fresh)
-        pairs = [(o, g) for o, g in zip(outputs, given, strict=True) if o.requires_grad]
-        firsts = torch.autograd.grad(*zip(*pairs, strict=True), fresh, create_graph=True, materialize_grads=True)
+        outputs, weights = zip(*((o, g) for o, g in zip(outputs, given, strict=True) if o.requires_grad), strict=True)
+        firsts = torch.autograd.grad(outputs, fresh, weights, create_graph=True, materialize_grads=True)
         kept = [(f, v) for f, v in zip(firsts, directions, strict=True) if v is not None and f.requires_grad]
         if not kept:
             return [torch.zeros_like(t) for t in (*primals, *cotangents)]
+        firsts, weights = zip(*kept, strict=True)
         found = torch.autograd.grad(
-            *zip(*kept, strict=True), [*fresh, *given], create_graph=live, allow_unused=True, materialize_grads=True
+            firsts, [*fresh, *given], weights, create_graph=live, allow_unused=True, materialize_grads=True
         )
     return list(found)
 
 
 def _frame_gradient(ctx, *gradients):
     delta, attr, order, shell_width = ctx.saved_tensors
-    found = torch.ops.implicit_steer.triton_frame_backward(ctx.plan, delta, attr, order, shell_width, list(gradients))
+    found = torch.ops.implicit_steer.triton_frame_backward(ctx.plan, delta, attr, order, shell_width, *gradients)
     d_delta, d_attr, d_shell = _masked(found, [ctx.needs_input_grad[n] for n in (1, 2, 4)])
     return None, d_delta, d_attr, None, d_shell
 
@@ -198,7 +199,7 @@ def _frame_backward_gradient(ctx, *directions):
     d_delta, d_attr, d_shell, *rest = _derivatives_of_gradients(
         geometry, (delta, attr, shell_width), gradients, directions
     )
-    return None, d_delta, d_attr, None, d_shell, rest
+    return None, d_delta, d_attr, None, d_shell, *rest
 
 
 def _layers_gradient(ctx, gradient):
