@@ -56,7 +56,10 @@ def arguments_of(case, leaves=True):
 
 @pytest.mark.parametrize("name", operators._KERNELS)
 def test_opcheck(name):
-    opcheck(getattr(torch.ops.implicit_steer, name), arguments_of(TINY)[name])
+    """torch.compile has no derivatives of gradients: of gradient operators those are not traced."""
+    known = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    traced = known if "backward" not in name or "contract" in name else known[:3]
+    opcheck(getattr(torch.ops.implicit_steer, name), arguments_of(TINY)[name], test_utils=traced)
 
 
 @pytest.mark.parametrize("case", ["so2", "o3"])
@@ -65,7 +68,7 @@ def test_host_code_never_waits_for_the_device(case):
     found = arguments_of(small(case), leaves=False)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
-    def fake(entry):
+    def fake(entry):  # as tensors on a GPU would be: without values
         if isinstance(entry, (list, tuple)):
             return [fake(e) for e in entry]
         return mode.from_tensor(entry.detach()) if isinstance(entry, torch.Tensor) else entry
