@@ -1,8 +1,7 @@
 """Triton's interpreter made trustworthy and bearable, for tests: imported where TRITON_INTERPRET=1.
 
-Seen in Triton 3.6.0 and 3.7.1: tl.dot ignores ``input_precision``; nothing checks addresses; every call of a jit function
-patches the language again.
-"""
+Seen in Triton 3.6.0 and 3.7.1: tl.dot ignores ``input_precision``; nothing checks addresses; every call of a jit
+function patches the language again."""
 
 import contextlib
 

@@ -1,4 +1,5 @@
-"""Backend `triton`: CUDA kernels without a compiler on the user's machine; the kernels: ``implicit_steer/triton_kernels``.
+"""Backend `triton`: CUDA kernels without a compiler on the user's machine; the kernels:
+``implicit_steer/triton_kernels``.
 
 Neither E × C_out × C_in nor N × C_in × H exists; the reduced hidden coefficients, E × n_r, are written once. triton is
 imported at the first use. Under ``TRITON_INTERPRET=1`` the kernels run on CPU tensors, slowly.
@@ -42,7 +43,8 @@ def _unsupported(plan: Plan) -> str | None:
 
 
 def supports(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    """CUDA tensors (under TRITON_INTERPRET=1 CPU tensors) in float32 or float64; every plan that the lowering makes with
+    """CUDA tensors (under TRITON_INTERPRET=1 CPU tensors) in float32 or float64; every plan that the lowering makes
+    with
     up to ``MOST_COEFFICIENTS`` coefficients in a hidden layer."""
     expected = "cpu" if interpreted() else "cuda"
     if device.type != expected:

@@ -1,9 +1,8 @@
 """Compilation ahead of time, without a GPU: what the kernels of a layer need on an architecture.
 
-:func:`launches_of` runs a layer's operators on CPU tensors while launches are written down instead of being made, so what
-is compiled is what would be launched. The numbers come from the compiled code itself, read by the tools in triton's
-package.
-"""
+:func:`launches_of` runs a layer's operators on CPU tensors while launches are written down instead of being made, so
+what is compiled is what would be launched. The numbers come from the compiled code itself, read by the tools in
+triton's package."""
 
 from __future__ import annotations
 
@@ -34,8 +33,9 @@ _TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32", t
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one kernel on one architecture: per thread registers and bytes of stack; bytes of shared memory; instructions,
-    all and by name; seconds to compile."""
+    """Of one kernel on one architecture: per thread registers and bytes of stack; bytes of shared memory; how often
+    each
+    instruction stands in the code."""
 
     kernel: str
     architecture: int
@@ -44,6 +44,12 @@ class Resources:
     stack: int
     shared: int
     instructions: Counter
+    in_loops: int  # instructions in innermost loops, and tensor-core instructions among them
+    tensor_in_loops: int
+
+    @property
+    def size(self) -> int:
+        return sum(self.instructions.values())
 
     @property
     def tensor_instructions(self) -> int:
@@ -79,7 +85,9 @@ class Resources:
         return [f"{self.kernel}, sm_{self.architecture}: {text}" for text in found]
 
 
-def launches_of(plan: Plan, dtype: torch.dtype = torch.float32, nodes: int = 64, degree: int = 32) -> list[launch.Launch]:
+def launches_of(
+    plan: Plan, dtype: torch.dtype = torch.float32, nodes: int = 64, degree: int = 32
+) -> list[launch.Launch]:
     """One launch of every kernel and set of constants that a forward and backward pass makes."""
     from .operators import known
 
@@ -134,28 +142,49 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _read(cubin: bytes) -> tuple[int, int, Counter]:
-    """Registers, bytes of stack, and instructions of the one kernel in it."""
+def _read(cubin: bytes) -> tuple[int, int, list[tuple[int, str, int | None]]]:
+    """Registers, bytes of stack, and (address, instruction, target of a branch) of the one kernel in it."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = subprocess.run([_tool("cuobjdump"), "--dump-resource-usage", file.name], **_QUIET).stdout
-        code = subprocess.run([_tool("nvdisasm"), "-c", file.name], **_QUIET).stdout
+        code = subprocess.run([_tool("cuobjdump"), "-sass", file.name], **_QUIET).stdout
     facts = dict(re.findall(r"(REG|STACK):(\d+)", usage))
-    ops = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code, re.MULTILINE)
-    return int(facts["REG"]), int(facts["STACK"]), Counter(ops)
+    found = []
+    for at, name, rest in _INSTRUCTION.findall(code):
+        target = re.search(r"0x([0-9a-f]+)", rest) if name == "BRA" else None
+        found.append((int(at, 16), name, int(target[1], 16) if target else None))
+    return int(facts["REG"]), int(facts["STACK"]), found
 
 
+def _innermost(code: list[tuple[int, str, int | None]]) -> list[str]:
+    """The instructions in loops that hold no other loop."""
+    loops = [(target, at) for at, _, target in code if target is not None and target < at]
+    inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (c, d) != (a, b) for c, d in loops)]
+    return [name for at, name, _ in code if any(a <= at <= b for a, b in inner)]
+
+
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)([^;]*);", re.MULTILINE)
 _QUIET = {"check": True, "capture_output": True, "text": True}
 
 
 def resources(entry: launch.Launch, architecture: int) -> Resources:
     """Compile a launch and read the result."""
     compiled = compile_for(entry, architecture)
-    registers, stack, instructions = _read(compiled.asm["cubin"])
-    warps = entry.options["num_warps"]
-    name = entry.kernel.__name__ + ("_first" if entry.constants.get("FIRST") else "")
-    return Resources(name, architecture, warps, registers, stack, compiled.metadata.shared, instructions)
+    registers, stack, code = _read(compiled.asm["cubin"])
+    constants, inner = entry.constants, Counter(_innermost(code))
+    kind = "_first" if constants.get("FIRST") else "_kept" if constants.get("STORE_Y") else ""
+    return Resources(
+        kernel=entry.kernel.__name__ + kind,
+        architecture=architecture,
+        warps=entry.options["num_warps"],
+        registers=registers,
+        stack=stack,
+        shared=compiled.metadata.shared,
+        instructions=Counter(name for _, name, _ in code),
+        in_loops=sum(inner.values()),
+        tensor_in_loops=sum(inner[name] for name in _TENSOR_OPS),
+    )
 
 
 def report(plan: Plan, architectures: Sequence[int], dtype: torch.dtype = torch.float32) -> Iterator[Resources]:

@@ -1,10 +1,10 @@
 """Edges of a block, warps and pipeline stages of every kernel: a table, and what was measured to be faster on a device.
 
-The table is keyed by kernel and by the widest hidden layer; no entry spills on sm_80, sm_90 or sm_100 (``python -m
-bench.gpu resources``). With blocks of 64 edges sm_100 would use its fifth-generation tensor cores, whose kernels carry a
-trap for failed allocations and spill here: all entries stay below. :func:`tune` measures and keeps what is fastest in a
-file; without that file, and without a call of it, nothing is measured.
-"""
+The table is keyed by kernel and by the widest hidden layer; in float32 no entry spills on sm_80, sm_90 or sm_100
+(``python -m bench.gpu resources``), in float64, which is for checks, the hidden layers do. With blocks of 64 edges
+sm_100 would use its fifth-generation tensor cores, whose kernels carry a trap for failed allocations and spill here:
+all entries stay below. :func:`tune` measures and keeps what is fastest in a file; without that file, and without a call
+of it, nothing is measured."""
 
 from __future__ import annotations
 
@@ -33,17 +33,18 @@ class Choice(NamedTuple):
 
 # kernel: choices for hidden layers up to so many padded coefficients of one kind, and for float64
 _TABLE: dict[str, dict[int, Choice]] = {
-    "frame_forward": {512: Choice(64, 4)},
-    "frame_backward": {512: Choice(64, 4)},
+    "frame_forward": {512: Choice(32, 4)},
+    "frame_backward": {512: Choice(32, 4)},
     "layers_forward": {32: Choice(32, 4), 128: Choice(16, 4), 512: Choice(16, 8)},
     "layers_backward_inputs": {32: Choice(32, 2, 2), 128: Choice(16, 4), 512: Choice(16, 8)},
-    "layers_backward_weights": {128: Choice(16, 4), 512: Choice(16, 8)},
+    "layers_backward_weights": {32: Choice(16, 4), 512: Choice(16, 8)},
     "contract_forward": {512: Choice(32, 4)},
     "contract_backward_inputs": {512: Choice(32, 4)},
     "contract_backward_hidden": {512: Choice(32, 4)},
     "sum_by_source": {512: Choice(32, 4)},
 }
 _DOUBLE = {"frame": Choice(32, 4), "layers": Choice(16, 8), "contract": Choice(16, 4), "sum": Choice(32, 4)}
+_MOST_ON_TENSOR_CORES = 32  # coefficients of order >= 1; three TF32 products of wider layers spill
 CANDIDATES = tuple(Choice(e, w, s) for e in (16, 32, 64) for w in (2, 4, 8) for s in (1, 2))
 
 _tuned: dict[str, Choice] = {}
@@ -60,6 +61,11 @@ def choose(kernel: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) 
         return _DOUBLE[kernel.partition("_")[0]]
     width = padded(max(sizes.n_zero, sizes.n_rest))
     return next(choice for most, choice in _TABLE[kernel].items() if width <= most)
+
+
+def exact_product(sizes: Sizes) -> str:
+    """How hidden layers multiply float32 exactly: three TF32 products on tensor cores, or multiply-adds."""
+    return "tf32x3" if sizes.n_rest <= _MOST_ON_TENSOR_CORES else "ieee"
 
 
 # ---- measuring

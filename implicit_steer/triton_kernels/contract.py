@@ -1,8 +1,7 @@
 """The contraction per target node: T on chip, and its reverse; tables and notation of ``tables.py``.
 
-Node n of a batch is ``node + n`` of the graph; its edges are rows ``rowptr[node + n] .. rowptr[node + n + 1] − 1`` of q, r
-and ``source``, which are sorted by target. T of the batch is (nodes, n_t).
-"""
+Node n of a batch is ``node + n`` of the graph; its edges are rows ``rowptr[node + n] .. rowptr[node + n + 1] − 1`` of
+q, r and ``source``, which are sorted by target. T of the batch is (nodes, n_t)."""
 
 from __future__ import annotations
 
@@ -73,7 +72,8 @@ def contract_forward(
     V: tl.constexpr, W: tl.constexpr, D: tl.constexpr, DALL: tl.constexpr, HAS_ONE: tl.constexpr, BE: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
-    """T of node program_id(0) of the batch and block program_id(1). Sums are added one block of edges after the other."""
+    """T of node program_id(0) of the batch and block program_id(1). Sums are added one block of edges after the
+    other."""
     b, v, w, sv = tl.program_id(1), tl.arange(0, V), tl.arange(0, W), tl.arange(0, S * V)
     low = tl.load(rowptr + node + tl.program_id(0)).to(tl.int64)
     high = tl.load(rowptr + node + tl.program_id(0) + 1).to(tl.int64)
@@ -106,7 +106,8 @@ def contract_backward_inputs(
     V: tl.constexpr, W: tl.constexpr, D: tl.constexpr, DALL: tl.constexpr, HAS_ONE: tl.constexpr,
     NEED_X: tl.constexpr, NEED_Q: tl.constexpr, BE: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Node program_id(0), group of components program_id(1): the gradient of the gathered features, d_x (E, C_IN) in the
+    """Node program_id(0), group of components program_id(1): the gradient of the gathered features, d_x (E, C_IN) in
+    the
     edges' own order, and this group's part of that of q, d_q (groups, total, NQ)."""
     g, v, w, sv = tl.program_id(1), tl.arange(0, V), tl.arange(0, W), tl.arange(0, S * V)
     k, s = tl.arange(0, NQP), tl.arange(0, S)
@@ -123,7 +124,7 @@ def contract_backward_inputs(
         harmonics = harmonics_of(q, n, ok, NQ, NQP, r)
         of_f = ()
         for _i in tl.static_range(D):
-            of_f = of_f + (tl.zeros((BE, V), r.dtype.element_ty),)
+            of_f = of_f + (tl.zeros((BE, V), r.dtype.element_ty),)  # noqa: RUF005
         of_q = tl.zeros((BE, NQP), r.dtype.element_ty)
         for member in tl.range(t0, t1):
             t = tl.load(group_term + member)
@@ -137,9 +138,9 @@ def contract_backward_inputs(
             for i in tl.static_range(D):
                 if NEED_X:
                     c = factor(harmonics, coupling, constant, t * DALL + chunk * D + i, NQ, NQP, S, HAS_ONE, PREC)
-                    added = added + (of_f[i] + tl.sum(of_left * c[:, :, None], 1),)
+                    added = added + (of_f[i] + tl.sum(of_left * c[:, :, None], 1),)  # noqa: RUF005
                 else:
-                    added = added + (of_f[i],)
+                    added = added + (of_f[i],)  # noqa: RUF005
                 if NEED_Q:
                     f = features(x, j, ok, start, chunk * D + i, ni, C_IN)
                     of_c = tl.sum(of_left * f[:, None, :], 2)  # (BE, S)

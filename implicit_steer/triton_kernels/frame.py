@@ -1,9 +1,8 @@
 """Edges into their own frames: the MLP's inputs, the radius, γ s(|x|), the harmonics q; and the reverse sweep.
 
-Formulas and names are those of ``backends/hidden.py``. Edge number ``order[n]`` becomes row n of what is written. KIND is
-a number of ``tables.KINDS``. Regular frames carry what vanishes at the origin divided by the radius: their harmonics of
-order k > 0 have one factor of the radius.
-"""
+Formulas and names are those of ``backends/hidden.py``. Edge number ``order[n]`` becomes row n of what is written. KIND
+is a number of ``tables.KINDS``. Regular frames carry what vanishes at the origin divided by the radius: their harmonics
+of order k > 0 have one factor of the radius."""
 
 from __future__ import annotations
 
@@ -134,7 +133,7 @@ def frame_forward(
             tl.store(radius + n, r, ok)
             c, s, scale = p0 / r, p1 / r, r
         else:
-            rho, inverse, c, s = azimuth(attr, e, ok, p0, p1, pairs, A, PAIRS, ZERO)
+            _, _, c, s = azimuth(attr, e, ok, p0, p1, pairs, A, PAIRS, ZERO)
             tl.store(inputs + n * NI, c * p0 + s * p1, ok)
             tl.store(inputs + n * NI + 1, c * p1 - s * p0, ok)
             k = tl.load(attribute_order + a, a < A, 0)
@@ -172,7 +171,8 @@ def zonal_backward(x0, x1, x2, r, dq, dr, harmonics, powers, NM: tl.constexpr, N
 
 @triton.jit
 def turn_backward(c, s, order, d_cosine, d_sine, MOST: tl.constexpr):
-    """Gradients of (cos φ, sin φ) from those of cos kφ and sin kφ (BE, n): (c + is)^k has derivative k (c + is)^(k−1)."""
+    """Gradients of (cos φ, sin φ) from those of cos kφ and sin kφ (BE, n): (c + is)^k has derivative k (c +
+    is)^(k−1)."""
     re, im = multiples(c, s, order - 1, MOST)
     k = order[None, :].to(c.dtype)
     return tl.sum(k * (d_cosine * re + d_sine * im), 1), tl.sum(k * (d_sine * re - d_cosine * im), 1)
@@ -230,7 +230,7 @@ def frame_backward(
             dr -= dc * c + ds * s  # of q / r, whose factor r cancels 1 / r
             h0, h1 = dc + dr * c, ds + dr * s
         else:
-            rho, inverse, c, s = azimuth(attr, e, ok, p0, p1, pairs, A, PAIRS, ZERO)
+            _, inverse, c, s = azimuth(attr, e, ok, p0, p1, pairs, A, PAIRS, ZERO)
             dc, ds = turn_backward(c, s, m // 2 + 1, of_cosine, of_sine, NQ // 2)
             k = tl.load(attribute_order + a, a < A, 0)
             partner, sign = tl.load(attribute_partner + a, a < A, 0), tl.load(attribute_sign + a, a < A, 0.0)

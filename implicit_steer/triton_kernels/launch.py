@@ -16,7 +16,7 @@ from ..backends.hidden import NEAR, SOFTENING, ZERO
 from ..functions import SMALL
 from ..plan import Plan
 from . import contract, frame, layers
-from .configuration import TILE, Choice, choose
+from .configuration import TILE, Choice, choose, exact_product
 from .tables import Sizes, Tables, padded, tables
 
 _NODES, _NUMBERS = 4096, 1 << 23  # of the workspace for T, at most
@@ -149,7 +149,7 @@ def prepare(plan: Plan, device: torch.device, dtype: torch.dtype) -> Prepared:
 
 def _frame_constants(p: Prepared) -> tuple[list[Tensor], dict]:
     s = p.sizes
-    names = "harmonics powers plane axis attribute_order attribute_partner attribute_sign pairs".split()
+    names = ["harmonics", "powers", "plane", "axis", "attribute_order", "attribute_partner", "attribute_sign", "pairs"]
     indices = p.tables.indices
     degrees = (indices[name].max(initial=0) for name in ("powers", "attribute_order") if name in indices)
     monomials = indices["powers"].shape[1] if "powers" in indices else 0
@@ -207,14 +207,14 @@ def frame_backward(p: Prepared, delta, attr, order, shell, gradients: Sequence[T
 
 
 def _layer_constants(p: Prepared) -> dict:
-    s = p.sizes
+    s, multiply = p.sizes, precision(p.dtype)
     return p.widths | {
         "REGULAR": s.regular,
         "FN": s.function,
         "NEAR": NEAR[p.dtype],
         "SMALL": SMALL[p.dtype],
         "TH": TILE,
-        "PREC": precision(p.dtype),
+        "PREC": exact_product(s) if multiply == "tf32x3" else multiply,
     }
 
 
@@ -326,7 +326,16 @@ def _contract_constants(p: Prepared, has_one: bool, edges: int) -> dict:
 def _t_of(p: Prepared, x, q, r, source, rowptr, has_one: bool, node: int, end: int) -> Tensor:
     """T (end − node, n_t) of nodes node .. end−1."""
     t, choice = x.new_empty(end - node, p.sizes.n_t), p.choice(contract.contract_forward)
-    names = "coupling constant block_terms block_start block_extent block_offset term_column term_chunks".split()
+    names = [
+        "coupling",
+        "constant",
+        "block_terms",
+        "block_start",
+        "block_extent",
+        "block_offset",
+        "term_column",
+        "term_chunks",
+    ]
     arguments = (x, q, r, source, rowptr, *(p[name] for name in names), t, node)
     constants = _contract_constants(p, has_one, choice.edges)
     launch(contract.contract_forward, (end - node, p.sizes.n_blocks), arguments, constants, choice)

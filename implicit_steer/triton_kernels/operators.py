@@ -1,7 +1,7 @@
 """The kernels as operators of torch: schemas, shapes (fake kernels), derivatives of every order.
 
-``triton_frame``, ``triton_layers`` and ``triton_contract`` run in a row; each has a native gradient operator. Derivatives
-of the gradients:
+``triton_frame``, ``triton_layers`` and ``triton_contract`` run in a row; each has a native gradient operator.
+Derivatives of the gradients:
 
 - of the contraction: T is linear in x, r and Θ and affine in q, so they are the same native operators again, with a
   direction in the place of one argument;
@@ -62,9 +62,7 @@ _SCHEMAS = {
         f"({_LAYERS}, Tensor gradient, bool need_inputs, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "triton_contract": f"({_CONTRACT}) -> Tensor",
-    "triton_contract_backward": (
-        f"({_CONTRACT}, Tensor gradient, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
-    ),
+    "triton_contract_backward": (f"({_CONTRACT}, Tensor gradient, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"),
     "triton_hidden": f"({_LAYERS}, int n_layers) -> Tensor",
 }
 

@@ -1,13 +1,13 @@
 """A plan as the kernels read it: sizes, and tables of numbers.
 
-Hidden coefficients are numbered (coefficient, channel): ρ W + w, those of order 0 first. With q₀ = 1 and q the harmonics
-of the edge's direction, a hidden coordinate is h[w, m] = Σ_{ρ, j} H[m, ρ, j] q_j y[ρ, w], and r = γ s(|x|) · (y, 1).
+Hidden coefficients are numbered (coefficient, channel): ρ W + w, those of order 0 first. With q₀ = 1 and q the
+harmonics of the edge's direction, a hidden coordinate is h[w, m] = Σ_{ρ, j} H[m, ρ, j] q_j y[ρ, w], and r = γ s(|x|) ·
+(y, 1).
 
-The coupling is cut into *blocks* of T. A block holds ``T[s, v, ω]`` for some slots s, fields v of one type, and columns ω
-of r; its *terms* t say what an edge adds: ``Σ_t L_t[s, v] · r[column_t[ω]]``, ``L_t[s, v] = Σ_{i, j} C_t[i, j, s] q_j
-f[start[v] + i]``. A slot is a pair (b, o) of the intertwiners, or a pair (i, m) where there are fewer of those
-(regular representations); then Θ carries the intertwiners.
-"""
+The coupling is cut into *blocks* of T. A block holds ``T[s, v, ω]`` for some slots s, fields v of one type, and columns
+ω of r; its *terms* t say what an edge adds: ``Σ_t L_t[s, v] · r[column_t[ω]]``, ``L_t[s, v] = Σ_{i, j} C_t[i, j, s] q_j
+f[start[v] + i]``. A slot is a pair (b, o) of the intertwiners, or a pair (i, m) where there are fewer of those (regular
+representations); then Θ carries the intertwiners."""
 
 from __future__ import annotations
 
@@ -215,7 +215,8 @@ def _blocks_of(columns: _Columns, c: Coupling, slots: list[_Slot], n_slots: int)
     for parts, terms in _groups(slots, n_slots):
         wide = len(parts) * n_w  # columns of a term: (row, w)
         tables = [
-            (sum(map(list, rows), []), np.stack([slots[n][key] for n in parts[0]], -1)) for rows, key in terms
+            ([name for row in rows for name in row], np.stack([slots[n][key] for n in parts[0]], -1))
+            for rows, key in terms
         ]
         row, w = np.divmod(np.arange(wide), n_w)
         source = (np.array(parts).T[:, None, row] * n_v + np.arange(n_v)[None, :, None]) * n_w + w  # (s, v, ω)
@@ -260,7 +261,8 @@ class Sizes:
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """What the kernels read of a plan. ``numbers`` are real, ``indices`` integers; both become tensors on the device."""
+    """What the kernels read of a plan. ``numbers`` are real, ``indices`` integers; both become tensors on the
+    device."""
 
     plan: Plan
     sizes: Sizes
@@ -307,7 +309,8 @@ def _layer_tables(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _by_type(blocks: list[_Block], chunk: int) -> tuple[list[tuple[tuple[int, ...], int, int]], dict]:
-    """Groups of components, (starts of the fields, components of a field, number of the chunk), and each one's number."""
+    """Groups of components, (starts of the fields, components of a field, number of the chunk), and each one's
+    number."""
     sizes = {b.start: b.terms[0][1].shape[0] for b in blocks}
     groups = [(start, n, k) for start, n in sizes.items() for k in range(-(-n // chunk))]
     return groups, {(start, k): g for g, (start, _, k) in enumerate(groups)}

@@ -15,7 +15,6 @@ from implicit_steer.cases import Case
 from implicit_steer.packing import pack
 from implicit_steer.triton_kernels import dense, launch, operators
 
-
 TINY = Case("", "SO(2) on R2", "1 vector", "1 scalar", "1 scalar", 2, 2, nodes=2, degree=2)
 
 

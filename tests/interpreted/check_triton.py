@@ -40,7 +40,9 @@ def test_every_case(n, name):
     check(conv, small(name).inputs(conv))
 
 
-@pytest.mark.parametrize(("name", "configuration"), [("o3", "train"), ("so2", "train"), ("so2-r3", "eval"), ("c4", "train")])
+@pytest.mark.parametrize(
+    ("name", "configuration"), [("o3", "train"), ("so2", "train"), ("so2-r3", "eval"), ("c4", "train")]
+)
 def test_float64(name, configuration):
     conv = layer(small(name), configuration)
     check(conv, small(name).inputs(conv))
@@ -139,7 +141,9 @@ def test_nan_stays_with_its_edge():
 # ---- derivatives
 
 
-@pytest.mark.parametrize(("name", "configuration"), [("o3", "train"), ("so2", "no norm"), ("so2-r3", "eval"), ("c4", "no norm")])
+@pytest.mark.parametrize(
+    ("name", "configuration"), [("o3", "train"), ("so2", "no norm"), ("so2-r3", "eval"), ("c4", "no norm")]
+)
 def test_derivatives_of_gradients(name, configuration):
     conv = layer(small(name), configuration, activation="silu")
     problem = small(name).inputs(conv)
