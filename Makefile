@@ -95,7 +95,7 @@ $(VENV)/.packages: pyproject.toml constraints.txt .ci/system-packages
 	PYTHON=$(PYTHON) .ci/system-packages
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel cmake ninja torch escnn py3nj
-	IMPLICIT_STEER_NATIVE=off $(PIP) --no-build-isolation --editable '.[escnn,train,test]'
+	IMPLICIT_STEER_NATIVE=off $(PIP) --no-build-isolation --editable '.[escnn,triton,train,test]'
 	touch $@
 
 # The native extension, in the source tree; CMake and ninja build what has changed.

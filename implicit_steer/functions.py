@@ -57,7 +57,7 @@ _TABLE: dict[str, _Function] = {
 
 # Below this |k| the quotient is the mean of φ′ over [b, b + k] by 4-point Gauss quadrature (error ~ 6e-10 k⁸ φ⁽⁹⁾),
 # above it the plain quotient (error ~ eps / k).
-_SMALL = {torch.float32: 0.5, torch.float64: 0.05}
+SMALL = {torch.float32: 0.5, torch.float64: 0.05}
 _NODES, _WEIGHTS = (v.tolist() for v in np.polynomial.legendre.leggauss(4))
 
 
@@ -79,7 +79,7 @@ def phi_second(name: str, u: Tensor) -> Tensor:
 def difference_quotient(name: str, b: Tensor, k: Tensor) -> Tensor:
     """(φ(b + k) − φ(b)) / k to full relative precision, φ′(b) at k = 0; differentiable in b and k."""
     value, prime, _, kinked = _TABLE[name]
-    direct = k.abs() > _SMALL[k.dtype]
+    direct = k.abs() > SMALL[k.dtype]
     if kinked:
         direct = direct | (((b < 0) != (b + k < 0)) & (k != 0))
     k_far = torch.where(direct, k, torch.ones_like(k))
