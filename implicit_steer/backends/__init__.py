@@ -27,6 +27,13 @@ def availability() -> dict[str, tuple[bool, str]]:
     }
 
 
+def check(name: str, plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise, as :func:`select` does, where the backend could run neither here nor after ``.cuda()``."""
+    backend = BACKENDS.get(name)
+    if backend is None or not backend.supports(plan, torch.device("cuda"), dtype)[0]:
+        select(name, plan, device, dtype)
+
+
 def select(name: str, plan: Plan, device: torch.device, dtype: torch.dtype):
     """The backend for ``name`` (an object with ``supports`` and ``forward``) and the reason for the choice.
 

@@ -29,11 +29,14 @@ from .hidden import Statistics
 INSTRUCTION_SETS = {"auto": 0, "baseline": 1, "avx2": 2, "avx512": 3}
 
 
-@torch.compiler.assume_constant_result
 def instruction_set() -> int:
     """Number of the instruction set to run, from the environment variable ``IMPLICIT_STEER_ISA`` as it is at the first
     call; 0: the widest."""
     return _instruction_set()
+
+
+# torch.compiler.assume_constant_result does just this, but imports the compiler first, and that triton.
+instruction_set._dynamo_marked_constant = True
 
 
 @cache

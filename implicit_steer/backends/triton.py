@@ -18,6 +18,7 @@ from ..graph import Graph
 from ..packing import Parameters, fold_linear, fold_theta, norm_affine, pack
 from ..plan import Plan
 from ..triton_kernels.tables import unsupported
+from .finish import finish
 from .hidden import Statistics
 
 
@@ -43,9 +44,8 @@ def _unsupported(plan: Plan) -> str | None:
 
 
 def supports(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    """CUDA tensors (under TRITON_INTERPRET=1 CPU tensors) in float32 or float64; every plan that the lowering makes
-    with
-    up to ``MOST_COEFFICIENTS`` coefficients in a hidden layer."""
+    """CUDA tensors (under TRITON_INTERPRET=1 CPU tensors) in float32 or float64; every plan of the lowering with up
+    to ``MOST_COEFFICIENTS`` coefficients in a hidden layer."""
     expected = "cpu" if interpreted() else "cuda"
     if device.type != expected:
         hint = "" if interpreted() else "; TRITON_INTERPRET=1 interprets the kernels on CPU tensors"
@@ -68,7 +68,7 @@ def forward(
     delta: Tensor,
     attributes: Tensor,
 ) -> tuple[Tensor, list[Statistics]]:
-    """out_i = Σ_{e: j→i} K(x_e, a_e) f_j, shape (N, C_out)."""
+    """out_i = bias + Σ_{e: j→i} K(x_e, a_e) f_j, shape (N, C_out)."""
     from ..triton_kernels import dense, launch, operators
 
     key, prepared = operators.known(plan), launch.prepare(plan, x.device, x.dtype)
@@ -95,4 +95,5 @@ def forward(
     by_source = (graph.order_by_source, graph.colptr) if differentiable else (graph.order, graph.rowptr)
     source = graph.src.index_select(0, graph.order)
     mixed = dense.pack_theta(prepared, theta)
-    return ops.triton_contract(key, x, q, r, mixed, source, graph.rowptr, graph.order, *by_source, True), statistics
+    total = ops.triton_contract(key, x, q, r, mixed, source, graph.rowptr, graph.order, *by_source, True)
+    return finish(plan, parameters, graph, total), statistics
