@@ -17,17 +17,28 @@ from implicit_steer.triton_kernels.tables import MOST_COEFFICIENTS, tables, unsu
 
 _TESTS = Path(__file__).parent
 _TRITON = backends.triton
+_FILES = ("check_triton.py", "check_derivatives.py", "check_operators.py")
 
 
-@pytest.mark.parametrize("file", ["check_triton.py", "check_operators.py"])
-def test_interpreted(file):
-    """tests/interpreted, whose output is shown where it fails."""
+@pytest.fixture(scope="module")
+def checks():
+    """A process per file of tests/interpreted, all started at once."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(_TESTS), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", "-p", "no:cacheprovider", file]
-    found = subprocess.run(
-        command, cwd=_TESTS / "interpreted", env=environment, capture_output=True, text=True, check=False
-    )
-    assert found.returncode == 0, found.stdout[-5000:]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", "-p", "no:cacheprovider"]
+    options = {"cwd": _TESTS / "interpreted", "env": environment, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    running = {file: subprocess.Popen([*command, file], **options, **pipes) for file in _FILES}
+    yield running
+    for process in running.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("file", _FILES)
+def test_interpreted(checks, file):
+    """The file's output is shown where it fails."""
+    output, _ = checks[file].communicate()
+    assert checks[file].returncode == 0, output[-5000:]
 
 
 def test_cpu_tensors_are_refused_without_the_interpreter():

@@ -38,7 +38,7 @@ _TABLE: dict[str, dict[int, Choice]] = {
     "layers_forward": {32: Choice(32, 4), 128: Choice(16, 4), 512: Choice(16, 8)},
     "layers_backward_inputs": {32: Choice(32, 2, 2), 128: Choice(16, 4), 512: Choice(16, 8)},
     "layers_backward_weights": {32: Choice(16, 4), 512: Choice(16, 8)},
-    "contract_forward": {512: Choice(32, 4)},
+    "contract_forward": {512: Choice(16, 4)},
     "contract_backward_inputs": {512: Choice(32, 4)},
     "contract_backward_hidden": {512: Choice(32, 4)},
     "sum_by_source": {512: Choice(32, 4)},
