@@ -25,7 +25,7 @@ demo: build
 	$(BIN)/python -m implicit_steer demo
 
 test: lint test-native
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadscope
 
 # Programs without torch and Python (tests/native), on inputs and expected results that native-cases writes.
 NATIVE_TESTS := build/native-tests

@@ -44,6 +44,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--seconds", type=float, metavar="S", default=3.0, help=budget)
     where = "where speed is measured; on cuda with the ceilings of that device (%(default)s)"
     top.add_argument("--device", choices=DEVICES, default="cpu", help=where)
+    tune = "with --device cuda: first measure and keep the fastest configurations of Triton's kernels"
+    top.add_argument("--tune", action="store_true", help=tune)
     top.add_argument("--threads", type=int, metavar="N", default=2, help="(%(default)s)")
     top.add_argument("--out", type=Path, metavar="DIR", default=Path("bench/results"), help="(%(default)s)")
     return top
@@ -102,7 +104,7 @@ def run_on_gpu(args: argparse.Namespace, names: list[str]) -> int:
         return 1
     use_device("cuda")
     cases = [_NAMED[name] for name in args.cases or (_QUICK_CASES if args.quick else LARGE)]
-    return device.run(cases, names, args.compile or (), _effort(args), args.out)
+    return device.run(cases, names, args.compile or (), _effort(args), args.out, args.tune)
 
 
 def run_scaling(args: argparse.Namespace, names: list[str]) -> int:

@@ -13,7 +13,7 @@ from implicit_steer.cases import Case
 from implicit_steer.triton_kernels.configuration import seconds
 
 from . import report, speed
-from .steps import Candidate, candidates, step
+from .steps import Candidate, candidates, layer, step
 
 _COPIED, _MULTIPLIED = 1 << 28, 4096  # bytes of a copy; rows of square matrices
 
@@ -68,6 +68,20 @@ def _once(run, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def tune(case: Case, chosen: Sequence[Candidate], device: torch.device) -> dict[str, dict[str, Any]]:
+    """Measure and keep the configurations of Triton's kernels: candidate → kernel → choice."""
+    from implicit_steer.triton_kernels import configuration, launch  # which import triton
+
+    found = {}
+    for candidate in chosen:
+        if candidate.backend == "triton":
+            plan = layer(case, candidate, None).implicit_kernel.plan
+            run, sizes = step(case, candidate, "train"), launch.tables(plan).sizes
+            choices = configuration.tune(run, sizes, torch.float32, device)
+            found[candidate.label] = {kernel: choice._asdict() for kernel, choice in choices.items()}
+    return found
+
+
 def achieved(times: Sequence[dict[str, Any]], cases: Sequence[Case], limits: dict[str, float]) -> list[list[str]]:
     """Rows of the table of `triton`'s forward passes against the ceilings."""
     rows, by_name = [], {case.name: case for case in cases}
@@ -101,14 +115,16 @@ def text_of(results: dict[str, Any], rows: list[list[str]]) -> str:
     )
 
 
-def run(cases: Sequence[Case], names: list[str], compiled: Sequence[str], effort: tuple[int, float], out: Path) -> int:
-    """Gate, then measure, print and write; 1 on a red gate."""
+def run(
+    cases: Sequence[Case], names: list[str], compiled: Sequence[str], effort: tuple[int, float], out: Path, tuned: bool
+) -> int:
+    """Gate, then measure, print and write; 1 on a red gate. ``tuned``: choose Triton's configurations first."""
     device = torch.device("cuda")
     results: dict[str, Any] = {"environment": report.environment(), "device": torch.cuda.get_device_name()}
-    return measure(cases, names, compiled, effort, out, device, results)
+    return measure(cases, names, compiled, effort, out, tuned, device, results)
 
 
-def measure(cases, names, compiled, effort, out: Path, device: torch.device, results: dict[str, Any]) -> int:
+def measure(cases, names, compiled, effort, out: Path, tuned: bool, device, results: dict[str, Any]) -> int:
     """:func:`run` on any device."""
     chosen, results["skipped"], results["cold starts"] = {}, {}, []
     for case in cases:
@@ -121,6 +137,8 @@ def measure(cases, names, compiled, effort, out: Path, device: torch.device, res
     if not all(check["ok"] for check in results["gate"]):
         report.write(out, "gpu", results, heading)
         return 1
+    if tuned:
+        results["configurations"] = {case.name: tune(case, found, device) for case, found in chosen.items()}
     results["ceilings"] = ceilings(device)
     results["times"] = speed.times(chosen, *effort)
     text = text_of(results, achieved(results["times"], cases, results["ceilings"]))

@@ -23,7 +23,8 @@ _FILES = ("check_triton.py", "check_derivatives.py", "check_operators.py")
 @pytest.fixture(scope="module")
 def checks():
     """A process per file of tests/interpreted, all started at once."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(_TESTS), "OMP_NUM_THREADS": "1"}
+    path = f"{_TESTS}{os.pathsep}{_TESTS.parent}"  # helpers and bench
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", "-p", "no:cacheprovider"]
     options = {"cwd": _TESTS / "interpreted", "env": environment, "text": True}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}

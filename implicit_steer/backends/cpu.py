@@ -22,7 +22,7 @@ from .._check import fail, require
 from ..graph import Graph
 from ..packing import Parameters, is_traced, is_transformed, running
 from ..plan import Plan
-from .cpu_ops import finish_backward, unflatten
+from .cpu_ops import of_bias_backward, of_sums_backward, unflatten
 from .cpu_plan import hidden_field_size, kernel_entries, prepare, reads_one
 from .hidden import Statistics
 
@@ -236,7 +236,8 @@ class _Convolution:
     def backward(self, needs: Sequence[bool], grad: Tensor, packed: Tensor, *inputs: Tensor) -> Sequence[Tensor]:
         """The gradients of the inputs and of ``packed``; empty where not needed, but for the bias."""
         layer, needs = self.layer, (*needs[:3], needs[4])
-        of_sums, of_bias = finish_backward(self.graph.rowptr, layer.expansion, layer.mean, grad)
+        of_sums = of_sums_backward(self.graph.rowptr, layer.mean, grad)
+        of_bias = of_bias_backward(layer.expansion, grad)
         tensors = *layer.arrays, packed, *inputs[:3], *self._edges(needs[0], of_sums)
         *found, of_packed = torch.ops.implicit_steer.conv_backward(*tensors, *needs, instruction_set())
         return *found, of_bias, of_packed

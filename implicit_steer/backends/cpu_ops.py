@@ -44,7 +44,7 @@ def _masked(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor |
 
 def _by_source(src: Tensor, n: int, need: bool, order: Tensor, rowptr: Tensor) -> tuple[Tensor, Tensor]:
     """Edges by source; anything where they are not needed."""
-    return torch.ops.implicit_steer.sort_by_key(src, n) if need else (order, rowptr)
+    return torch.ops.implicit_steer.sort_by_key.default(src, n) if need else (order, rowptr)
 
 
 # ---- conv_forward(plan_ints, plan_reals, weights, x, delta, attr, src, order, rowptr, expansion, bias, mean, out_size,
@@ -60,18 +60,23 @@ def _conv_forward_gradient(ctx, grad):
     mean, _, isa = ctx.numbers
     of_weights, *of_inputs = ctx.needs_input_grad[3:7]
     needs = (*of_inputs, of_weights)
-    of_sums, of_bias = finish_backward(rowptr, expansion, mean, grad)
+    of_sums = of_sums_backward(rowptr, mean, grad).contiguous()
+    of_bias = of_bias_backward(expansion, grad) if ctx.needs_input_grad[11] else None
     by_source = _by_source(src, x.shape[0], needs[0], order, rowptr)
-    tensors = ints, reals, weights, x, delta, attr, src, order, rowptr, of_sums.contiguous(), *by_source
-    found = torch.ops.implicit_steer.conv_backward(*tensors, *needs, isa)
+    tensors = ints, reals, weights, x, delta, attr, src, order, rowptr, of_sums, *by_source
+    found = torch.ops.implicit_steer.conv_backward.default(*tensors, *needs, isa)
     *found, d_weights = _masked(found, needs)
     return None, None, d_weights, *found, *[None] * 4, of_bias, *[None] * 3
 
 
-def finish_backward(rowptr: Tensor, expansion: Tensor, mean: bool, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of the sums over each node's edges, and of the bias, from that of the output."""
-    of_sums = grad / rowptr.diff().clamp(min=1).to(grad.dtype)[:, None] if mean else grad
-    return of_sums, torch.mv(expansion.T, grad.sum(0))
+def of_sums_backward(rowptr: Tensor, mean: bool, grad: Tensor) -> Tensor:
+    """The gradient of the sums over each node's edges from that of the output."""
+    return grad / rowptr.diff().clamp(min=1).to(grad.dtype)[:, None] if mean else grad
+
+
+def of_bias_backward(expansion: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of the bias from that of the output."""
+    return torch.mv(expansion.T, grad.sum(0))
 
 
 # ---- conv_backward(…, grad_out, order_by_source, colptr, need_x, need_delta, need_attr, need_weights, isa)

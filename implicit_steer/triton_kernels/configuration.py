@@ -3,8 +3,8 @@
 The table is keyed by kernel and by the widest hidden layer; in float32 no entry spills on sm_80, sm_90 or sm_100
 (``python -m bench.gpu resources``), in float64, which is for checks, the hidden layers do. With blocks of 64 edges
 sm_100 would use its fifth-generation tensor cores, whose kernels carry a trap for failed allocations and spill here:
-all entries stay below. :func:`tune` measures and keeps what is fastest in a file; without that file, and without a call
-of it, nothing is measured."""
+all entries stay below. :func:`tune` (``python -m bench --device cuda --tune``) measures, and keeps what is fastest in a
+file, which is read at the first launch; nothing is measured unasked."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ _TABLE: dict[str, dict[int, Choice]] = {
     "layers_forward": {32: Choice(32, 4), 128: Choice(16, 4), 512: Choice(16, 8)},
     "layers_backward_inputs": {32: Choice(32, 2, 2), 128: Choice(16, 4), 512: Choice(16, 8)},
     "layers_backward_weights": {32: Choice(16, 4), 512: Choice(16, 8)},
-    "contract_forward": {512: Choice(16, 4)},
+    "contract_forward": {512: Choice(16, 8)},
     "contract_backward_inputs": {512: Choice(32, 4)},
     "contract_backward_hidden": {512: Choice(32, 4)},
     "sum_by_source": {512: Choice(32, 4)},
@@ -47,7 +48,6 @@ _DOUBLE = {"frame": Choice(32, 4), "layers": Choice(16, 8), "contract": Choice(1
 _MOST_ON_TENSOR_CORES = 32  # coefficients of order >= 1; three TF32 products of wider layers spill
 CANDIDATES = tuple(Choice(e, w, s) for e in (16, 32, 64) for w in (2, 4, 8) for s in (1, 2))
 
-_tuned: dict[str, Choice] = {}
 _override: dict[str, Choice] = {}
 
 
@@ -55,7 +55,8 @@ def choose(kernel: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) 
     """What :func:`tune` found for this device, else the table's."""
     if kernel in _override:
         return _override[kernel]
-    if _tuned and (found := _tuned.get(_key(kernel, sizes, dtype, device))):
+    tuned = _tuned(cache_file())
+    if tuned and (found := tuned.get(_key(kernel, sizes, dtype, device))):
         return found
     if dtype == torch.float64:
         return _DOUBLE[kernel.partition("_")[0]]
@@ -82,11 +83,12 @@ def _key(kernel: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) ->
     return f"{name}; {dtype}; {kernel}; {sizes}"
 
 
-def load() -> int:
-    """Use what earlier calls of :func:`tune` wrote; how many choices there are."""
-    if cache_file().exists():
-        _tuned.update({key: Choice(*values) for key, values in json.loads(cache_file().read_text()).items()})
-    return len(_tuned)
+@lru_cache(maxsize=8)
+def _tuned(path: Path) -> dict[str, Choice]:
+    """What earlier calls of :func:`tune` wrote to ``path``."""
+    if not path.exists():
+        return {}
+    return {key: Choice(*values) for key, values in json.loads(path.read_text()).items()}
 
 
 @contextmanager
@@ -128,7 +130,8 @@ def tune(
     """
     from triton.runtime.errors import OutOfResources
 
-    found = {}
+    found, path = {}, cache_file()
+    tuned = _tuned(path)
     for kernel in _TABLE:
         best, least = choose(kernel, sizes, dtype, device), measure(run, device)
         for candidate in candidates:
@@ -139,10 +142,9 @@ def tune(
                     continue
             if took < least:
                 best, least = candidate, took
-        found[kernel] = _tuned[_key(kernel, sizes, dtype, device)] = best
-    path = cache_file()
+        found[kernel] = tuned[_key(kernel, sizes, dtype, device)] = best
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(f".{os.getpid()}")  # others may read meanwhile
-    scratch.write_text(json.dumps(_tuned, indent=1) + "\n")
+    scratch.write_text(json.dumps(tuned, indent=1) + "\n")
     scratch.replace(path)
     return found

@@ -221,7 +221,8 @@ def layers_backward_weights(
     num_programs(0)-th block of edges, at ``d_weights + program_id(0) · part``."""
     n0, n1, k0 = tl.arange(0, K0), tl.arange(0, K1), tl.arange(0, KI)
     h = tl.program_id(1) * TH + tl.arange(0, TH)
-    dp0, dp1 = tl.zeros((KI, TH), weights.dtype.element_ty), tl.zeros((K1, TH), weights.dtype.element_ty)
+    # samples first: sm_100 would use its fifth-generation tensor cores, with their trap, where 64 rows come first
+    dp0, dp1 = tl.zeros((TH, KI), weights.dtype.element_ty), tl.zeros((TH, K1), weights.dtype.element_ty)
     db0, db1 = tl.zeros((TH,), weights.dtype.element_ty), tl.zeros((TH,), weights.dtype.element_ty)
     for block in tl.range(tl.program_id(0).to(tl.int64), tl.cdiv(end - begin, BE), tl.num_programs(0)):
         row = block * BE + tl.arange(0, BE)
@@ -234,18 +235,18 @@ def layers_backward_weights(
         opaque = tl.minimum(block, 0)  # 0: keeps the weights from being held in registers over the loop
         du0, dw, _ = sample_gradients(y0, y1, g0, g1, r, close, weights, base + opaque, inverse, at + opaque, k0, n0,
                                       n1, h, FIRST, REGULAR, KI, K0, K1, HP, FN, NEAR, SMALL, PREC)  # fmt: skip
-        dp0 = functions.add_dot(dp0, tl.trans(y0), du0, PREC)
+        dp0 = functions.add_dot(dp0, tl.trans(du0), y0, PREC)
         db0 += tl.sum(du0, 0)
         if REGULAR:
             if FIRST:
                 db1 += tl.sum(dw, 0)
             else:
-                dp1 = functions.add_dot(dp1, tl.trans(y1), dw, PREC)
+                dp1 = functions.add_dot(dp1, tl.trans(dw), y1, PREC)
     to = d_weights + tl.program_id(0).to(tl.int64) * part
-    tl.store(to + k0[:, None] * HP + h[None, :], dp0)
+    tl.store(to + k0[None, :] * HP + h[:, None], dp0)
     after = KI
     if REGULAR and not FIRST:
-        tl.store(to + (KI + n1[:, None]) * HP + h[None, :], dp1)
+        tl.store(to + (KI + n1[None, :]) * HP + h[:, None], dp1)
         after = KI + K1
     tl.store(to + after * HP + h, db0)
     if REGULAR and FIRST:

@@ -1,5 +1,7 @@
 """The operators of the Triton kernels as citizens of torch, their host code, and the guard that watches the tests."""
 
+from dataclasses import replace
+
 import interpreter
 import pytest
 import torch
@@ -11,9 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from triton.runtime.errors import InterpreterError
 
-from implicit_steer.cases import Case
+from bench import device, report
+from implicit_steer.cases import SMALL, Case
 from implicit_steer.packing import pack
-from implicit_steer.triton_kernels import dense, launch, operators
+from implicit_steer.triton_kernels import configuration, dense, launch, operators
 
 TINY = Case("", "SO(2) on R2", "1 vector", "1 scalar", "1 scalar", 2, 2, nodes=2, degree=2)
 
@@ -127,3 +130,25 @@ def test_exact_products_and_rounded_ones():
     assert torch.equal(results["ieee"], a @ a)
     assert torch.equal(results["tf32x3"], a @ a)
     assert torch.equal(results["tf32"], torch.full((16, 16), 16.0))
+
+
+# ---- the benchmark of a device
+
+
+def test_bench(monkeypatch, tmp_path, capsys):
+    """All of ``python -m bench --device cuda`` but the ceilings, with the interpreter as device."""
+    case = replace(SMALL["c4"], nodes=4, degree=2)
+    ceilings, choice = {"copy, GB/s": 1.0, "float32, TFLOP/s": 1.0}, configuration.Choice(16, 4)
+    monkeypatch.setattr(device, "ceilings", lambda device: ceilings)
+    monkeypatch.setattr(configuration, "tune", lambda run, *_: run() and {"contract_forward": choice})
+    results = {"environment": report.environment(), "device": "the interpreter"}
+    arguments = ["reference", "triton"], (), (1, 0.0), tmp_path, True, torch.device("cpu"), results
+    assert device.measure([case], *arguments) == 0
+    printed = capsys.readouterr().out
+    assert "Gate: green" in printed
+    assert "ms on the interpreter" in printed
+    candidates = {(r["backend"], r["measure"]) for r in results["times"]}
+    assert {("triton", m) for m in ("forward", "train", "train-batch")} <= candidates
+    found = results["configurations"]["c4"].values()
+    assert list(found) == [{"contract_forward": choice._asdict()}] * len(found)
+    assert (tmp_path / "gpu.json").exists()
