@@ -67,7 +67,7 @@ std::vector<R> gather(const std::vector<Tensor>& parameters, int64_t n_parameter
 }
 
 template <typename R>
-void read_plan(PlanView<R>& plan, const Tensor& ints, const Tensor& reals) {
+void read_plan(Plan<R>& plan, const Tensor& ints, const Tensor& reals) {
   STD_TORCH_CHECK(ints.scalar_type() == ScalarType::Int && ints.is_contiguous(), "plan_ints: expected int32.");
   check(reals, "plan_reals", sizeof(R) == 4 ? ScalarType::Float : ScalarType::Double, reals.numel());
   const bool valid = plan_view(plan, data<int32_t>(ints), ints.numel(), data<R>(reals), reals.numel());
@@ -111,7 +111,7 @@ Tensor conv_forward(const Tensor& ints, const Tensor& reals, const Tensor& weigh
   Tensor out;
   dispatch_real(weights, "weights", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
-    PlanView<R> plan{};
+    Plan<R> plan{};
     read_plan(plan, ints, reals);
     check_size(plan.out_size, out_size, "out_size");
     ConvArgs<R> a = graph_arguments(plan, weights, x, delta, attr, src, order, rowptr);
@@ -169,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& ints, con
   Gradients grads;
   dispatch_real(weights, "weights", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
-    PlanView<R> plan{};
+    Plan<R> plan{};
     read_plan(plan, ints, reals);
     ConvArgs<R> a = graph_arguments(plan, weights, x, delta, attr, src, order, rowptr);
     check(grad_out, "grad_out", weights.scalar_type(), a.n_dst * plan.out_size);
@@ -207,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_double_backward(
   Gradients grads;
   dispatch_real(weights, "weights", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
-    PlanView<R> plan{};
+    Plan<R> plan{};
     read_plan(plan, ints, reals);
     ConvArgs<R> a = graph_arguments(plan, weights, x, delta, attr, src, order, rowptr);
     const ScalarType real = weights.scalar_type();
@@ -247,7 +247,7 @@ Tensor conv_hidden(const Tensor& ints, const Tensor& reals, const Tensor& weight
   Tensor out;
   dispatch_real(weights, "weights", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
-    PlanView<R> plan{};
+    Plan<R> plan{};
     read_plan(plan, ints, reals);
     check_size(hidden_size(plan), hidden, "hidden");
     ConvArgs<R> a = point_arguments(plan, weights, delta, attr);
@@ -265,7 +265,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_hidden_backward(const Tensor& ints, cons
   Gradients grads;
   dispatch_real(weights, "weights", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
-    PlanView<R> plan{};
+    Plan<R> plan{};
     read_plan(plan, ints, reals);
     ConvArgs<R> a = point_arguments(plan, weights, delta, attr);
     check(grad_out, "grad_out", weights.scalar_type(), a.n_edges * hidden_size(plan));
@@ -288,7 +288,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_hidden_double_backward(const Ten
   Gradients grads;
   dispatch_real(weights, "weights", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
-    PlanView<R> plan{};
+    Plan<R> plan{};
     read_plan(plan, ints, reals);
     ConvArgs<R> a = point_arguments(plan, weights, delta, attr);
     const ScalarType real = weights.scalar_type();
@@ -314,7 +314,7 @@ Tensor conv_statistics(const Tensor& ints, const Tensor& reals, const Tensor& ro
   Tensor statistics;
   dispatch_real(delta, "delta", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
-    PlanView<R> plan{};
+    Plan<R> plan{};
     read_plan(plan, ints, reals);
     const SparseMatrix<R> matrix = read_matrix(plan, reals, rowptr, column, value);
     const std::vector<R> p = gather<R>(parameters, plan.n_parameters);
@@ -337,7 +337,7 @@ Tensor conv_pack(const Tensor& ints, const Tensor& reals, const Tensor& rowptr, 
   Tensor packed;
   dispatch_real(statistics, "statistics", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
-    PlanView<R> plan{};
+    Plan<R> plan{};
     read_plan(plan, ints, reals);
     const SparseMatrix<R> matrix = read_matrix(plan, reals, rowptr, column, value);
     const std::vector<R> p = gather<R>(parameters, plan.n_parameters);
@@ -357,7 +357,7 @@ Tensor conv_pack_backward(const Tensor& ints, const Tensor& reals, const Tensor&
   Tensor grad;
   dispatch_real(grad_packed, "grad_packed", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
-    PlanView<R> plan{};
+    Plan<R> plan{};
     read_plan(plan, ints, reals);
     const SparseMatrix<R> matrix = read_matrix(plan, reals, rowptr, column, value);
     check(statistics, "statistics", grad_packed.scalar_type(), plan.n_layers * statistics_size(plan));

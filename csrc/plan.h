@@ -5,6 +5,13 @@
 #include <cstdint>
 #include <vector>
 
+// Functions that GPU kernels call, too.
+#if defined(__CUDACC__)
+#define IST_HOST_DEVICE __host__ __device__
+#else
+#define IST_HOST_DEVICE
+#endif
+
 namespace implicit_steer {
 
 enum FrameKind : int32_t { kNone = 0, kZonal = 1, kPlanar = 2 };
@@ -91,37 +98,41 @@ struct PlanView {
   const int32_t* g_first;      // [n_g + 1] nonzeros of G_g
   const int32_t* nz_harmonic;  // [n_nz] m, -1 without a factor Y
   const R* nz_value;
-  std::vector<LayerView<R>> layer_storage;
-  std::vector<CouplingView> coupling_storage;
   const LayerView<R>* layers;
   CouplingView* couplings;
 };
 
+// With the memory of what it views beside the two flat arrays.
+template <typename R>
+struct Plan : PlanView<R> {
+  std::vector<LayerView<R>> layer_storage;
+  std::vector<CouplingView> coupling_storage;
+};
+
 // H: numbers of one edge's hidden features, the constant one included.
 template <typename R>
-int64_t hidden_size(const PlanView<R>& p) {
+IST_HOST_DEVICE int64_t hidden_size(const PlanView<R>& p) {
   return int64_t{p.hidden_flat} / p.c * p.d + 1;
 }
 
-// Reads consecutive numbers.
+// Reads consecutive numbers. The pointers that it hands out lead into a copy of them, `copy`, for the views to be used
+// where the numbers themselves cannot be read.
 template <typename T>
 struct Reader {
   const T* next;
   const T* end;
+  const T* copy;
   bool valid = true;
   const T* take(int64_t n) {
     if (n < 0 || n > end - next) {
       valid = false;
       return nullptr;
     }
-    const T* result = next;
-    next += n;
+    const T* result = copy;
+    next += n, copy += n;
     return result;
   }
-  T one() {
-    const T* p = take(1);
-    return p ? *p : T{};
-  }
+  T one() { return take(1) ? next[-1] : T{}; }
 };
 
 template <typename R>
@@ -144,7 +155,7 @@ void read_frame(PlanView<R>& p, Reader<int32_t>& ints, Reader<R>& reals) {
 }
 
 template <typename R>
-void read_layer(PlanView<R>& p, Reader<int32_t>& ints, Reader<R>& reals) {
+void read_layer(Plan<R>& p, Reader<int32_t>& ints, Reader<R>& reals) {
   LayerView<R> layer{};
   int32_t* const header[] = {&layer.in,      &layer.out,         &layer.n_samples, &layer.weight,   &layer.bias,
                              &layer.affine,  &layer.norm_weight, &layer.norm_bias, &layer.n_values, &layer.n_pairs,
@@ -168,11 +179,13 @@ inline CouplingView read_coupling(Reader<int32_t>& ints) {
   return q;
 }
 
+// The view of a plan whose numbers can be read at `ints` and `reals` now, and where it is used at the copies of these.
 // False when the arrays are not what backends/cpu_plan.py writes.
 template <typename R>
-bool plan_view(PlanView<R>& p, const int32_t* ints_begin, int64_t n_ints, const R* reals_begin, int64_t n_reals) {
-  Reader<int32_t> ints{ints_begin, ints_begin + n_ints};
-  Reader<R> reals{reals_begin, reals_begin + n_reals};
+bool plan_view(Plan<R>& p, const int32_t* ints_begin, int64_t n_ints, const R* reals_begin, int64_t n_reals,
+               const int32_t* ints_copy, const R* reals_copy) {
+  Reader<int32_t> ints{ints_begin, ints_begin + n_ints, ints_copy};
+  Reader<R> reals{reals_begin, reals_begin + n_reals, reals_copy};
   int32_t* const header[] = {&p.kind,     &p.dim,         &p.n_attr,      &p.regular,   &p.n_inputs,  &p.in_size,
                              &p.out_size, &p.n_layers,    &p.d,           &p.c,         &p.channels,  &p.order_zero,
                              &p.function, &p.n_couplings, &p.n_rows,      &p.n_g,       &p.n_weights, &p.n_grad,
@@ -187,15 +200,20 @@ bool plan_view(PlanView<R>& p, const int32_t* ints_begin, int64_t n_ints, const 
   for (int n = 0; n < p.n_layers && ints.valid; ++n) read_layer(p, ints, reals);
   p.row_start = ints.take(p.n_rows + 1);
   if (!ints.valid) return false;
-  p.row = ints.take(p.row_start[p.n_rows]);
+  p.row = ints.take(ints.next[-1]);
   p.n_products = ints.one(), p.product_size = ints.one(), p.products = ints.take(int64_t{5} * p.n_products);
   p.g_input = ints.take(p.n_g), p.g_first = ints.take(p.n_g + 1);
   if (!ints.valid) return false;
-  const int32_t n_nz = p.g_first[p.n_g];
+  const int32_t n_nz = ints.next[-1];
   p.nz_harmonic = ints.take(n_nz), p.nz_value = reals.take(n_nz);
   for (int q = 0; q < p.n_couplings && ints.valid; ++q) p.coupling_storage.push_back(read_coupling(ints));
   p.layers = p.layer_storage.data(), p.couplings = p.coupling_storage.data();
   return ints.valid && reals.valid && ints.next == ints.end && reals.next == reals.end;
+}
+
+template <typename R>
+bool plan_view(Plan<R>& p, const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals) {
+  return plan_view(p, ints, n_ints, reals, n_reals, ints, reals);
 }
 
 }  // namespace implicit_steer

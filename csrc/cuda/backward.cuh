@@ -1,0 +1,183 @@
+// Backward: per node dT = θᵀ g, per tile the forward again and its reverse sweep, per node dθ += g ⊗ T.
+#pragma once
+
+#include "reverse.cuh"
+
+namespace implicit_steer::IST_ISA {
+
+template <typename N>
+struct Backward : Reverse<N, true> {
+  using R = Real<N>;
+  using Base = Reverse<N, true>;
+  using Base::a, Base::p, Base::weights, Base::e, Base::features, Base::f, Base::g, Base::t, Base::d_f, Base::d_g;
+  using Base::d_t, Base::d_hidden, Base::lane, Base::lanes, Base::sub, Base::active, Base::edge;
+  using Base::need_geometry, Base::need_weights, Base::grad_weights;
+  const int64_t n_sums;
+  const bool need_hidden;
+  N *sums, *d_sums, *mixed;  // T, ∂L/∂T, the output's gradient by field type
+
+  __device__ __forceinline__ explicit Backward(const Call<R>& call)
+      : Base(call), n_sums(call.extent.sums), need_hidden(need_geometry || need_weights) {
+    d_sums = this->rest, mixed = d_sums + n_sums, sums = mixed + p.n_mixed;
+  }
+
+  // ---- a node
+
+  __device__ __forceinline__ void start(int64_t node) {
+    for (int k = lane; k < p.out_size; k += 32)
+      if (p.place[k] >= 0) mixed[p.place[k]] = constant_number<N>(a.grad_out[node * p.out_size + k]);
+    if (need_weights) this->clear(sums, n_sums);
+    __syncwarp();
+    for (int k = 0; k < p.n_couplings; ++k) {
+      const CouplingView q = p.couplings[k];
+      for (int slot = 0; slot < q.n_slots; ++slot) {
+        const N* const weight = weights + q.theta + int64_t{q.slots[2 * slot]} * q.n_out * q.slot_size;
+        const N* const grad = mixed + q.out_at + q.slots[2 * slot + 1] * q.out_padded;
+        for (int64_t x = lane; x < q.slot_size; x += 32) {
+          N sum{};
+          for (int u = 0; u < q.n_out; ++u) sum += weight[u * q.slot_size + x] * grad[u];
+          d_sums[q.at_sums + slot * q.slot_size + x] = sum;
+        }
+      }
+    }
+    __syncwarp();
+  }
+
+  // dθ[b][u][v, w] += Σ_o g[u, o] T[b, o][v, w]; the slots of one b follow each other
+  __device__ __forceinline__ void finish(int64_t) {
+    if (!need_weights) return;
+    __syncwarp();
+    for (int k = 0; k < p.n_couplings; ++k) {
+      const CouplingView q = p.couplings[k];
+      for (int slot = 0, end; slot < q.n_slots; slot = end) {
+        const int b = q.slots[2 * slot];
+        for (end = slot + 1; end < q.n_slots && q.slots[2 * end] == b; ++end) {
+        }
+        R* const out = grad_weights + q.theta + int64_t{b} * q.n_out * q.slot_size;
+        for (int u = 0; u < q.n_out; ++u)
+          for (int64_t x = lane; x < q.slot_size; x += 32) {
+            N sum{};
+            for (int s = slot; s < end; ++s)
+              sum += sums[q.at_sums + s * q.slot_size + x] * mixed[q.out_at + q.slots[2 * s + 1] * q.out_padded + u];
+            out[u * q.slot_size + x] += result(sum);
+          }
+      }
+    }
+    __syncwarp();
+  }
+
+  // ---- the edges of a tile that go into one node
+
+  __device__ __forceinline__ void run(int l0, int l1) {
+    if (need_weights) this->accumulate(sums, l0, l1);
+    for (int k = 0; k < p.n_couplings; ++k) {
+      const CouplingView q = p.couplings[k];
+      for (int n = 0; n < q.n_terms; ++n) {
+        const int32_t* term = q.terms + 3 * n;
+        const N* const of_slot = d_sums + q.at_sums + term[0] * q.slot_size;
+        const int32_t* const row = p.row + p.row_start[term[1]];
+        of_products(q, of_slot, row, term[2], l0, l1);
+        if (!need_hidden || q.constant) continue;
+        of_row(q, of_slot, row, term[2], l0, l1);
+        __syncwarp();  // rows can share hidden features
+      }
+    }
+  }
+
+  // d_t[v] += Σ_w dT[v, w] h[w]
+  __device__ __forceinline__ void of_products(const CouplingView& q, const N* of_slot, const int32_t* row, int at,
+                                              int l0, int l1) {
+    const int width = row_width(q.n_in), step = 32 / width;
+    for (int l = l0 + lane / width; l < l1; l += step) {
+      const N* const h = this->of_edge(features, l);
+      for (int v = lane & (width - 1); v < q.n_in; v += width) {
+        N sum{};
+        if (q.constant) sum = of_slot[v];
+        for (int w = 0; w < q.n_hidden && !q.constant; ++w) sum += of_slot[v * q.hidden_padded + w] * h[row[w]];
+        this->of_edge(d_t, l)[at + v] += sum;
+      }
+    }
+  }
+
+  // d_h[w] += Σ_v dT[v, w] t[v]
+  __device__ __forceinline__ void of_row(const CouplingView& q, const N* of_slot, const int32_t* row, int at, int l0,
+                                         int l1) {
+    const int width = row_width(q.n_hidden), step = 32 / width;
+    for (int l = l0 + lane / width; l < l1; l += step) {
+      const N* const product = this->of_edge(t + at, l);
+      for (int w = lane & (width - 1); w < q.n_hidden; w += width) {
+        N sum{};
+        for (int v = 0; v < q.n_in; ++v) sum += of_slot[v * q.hidden_padded + w] * product[v];
+        this->of_edge(d_hidden, l)[row[w]] += sum;
+      }
+    }
+  }
+
+  // ---- a tile
+
+  __device__ __forceinline__ void begin_tile() {
+    if (!active) return;
+    for (int k = sub; k < p.product_size; k += lanes) d_t[k] = N{};
+    for (int k = sub; k < p.n_gathered; k += lanes) d_f[k] = N{};
+    for (int k = sub; k < p.hidden_flat; k += lanes) d_hidden[k] = N{};
+  }
+
+  // d_f[i, v] += d_t[v] G_i, d_G_i = Σ_v d_t[v] f[i, v]; G with the radial factor
+  __device__ __forceinline__ void products_backward() {
+    for (int n = 0; n < p.n_products; ++n) {
+      const int32_t* product = p.products + 5 * n;
+      const int n_in = product[1];
+      const N* const d = d_t + product[4];
+      for (int v = sub; v < n_in; v += lanes)
+        for (int i = product[2]; i < product[3]; ++i) d_f[product[0] + p.g_input[i] * n_in + v] += d[v] * g[i];
+      for (int i = product[2] + sub; i < product[3] && need_hidden; i += lanes) {
+        const N* const in = f + product[0] + p.g_input[i] * n_in;
+        N sum{};
+        for (int v = 0; v < n_in; ++v) sum += d[v] * in[v];
+        d_g[i] = sum;
+      }
+    }
+  }
+
+  // The gradients of the factor and of the harmonics, by one lane.
+  __device__ __forceinline__ void factors_backward() {
+    e.d_factor = N{};
+    for (int m = 0; m < p.d; ++m) e.d_cosine[m] = e.d_sine[m] = N{};
+    for (int k = 0; k < p.n_g; ++k)
+      for (int n = p.g_first[k]; n < p.g_first[k + 1]; ++n) {
+        const N d = d_g[k] * p.nz_value[n];
+        e.d_factor += d * this->harmonic(n);
+        if (p.nz_harmonic[n] >= 0) e.d_cosine[p.nz_harmonic[n]] += d * e.factor;
+      }
+  }
+
+  __device__ __forceinline__ void store_features() {
+    R* const out = a.grad_edge + edge * p.in_size;
+    for (int k = sub; k < p.n_gathered && active; k += lanes) out[p.input[k]] = result(d_f[k]);
+  }
+
+  __device__ __forceinline__ void end_tile() {
+    __syncwarp();
+    if (a.grad_edge && p.n_gathered < p.in_size) {  // inputs that no coupling reads
+      for (int k = sub; k < p.in_size && active; k += lanes) a.grad_edge[edge * p.in_size + k] = R{};
+    }
+    if (active) products_backward();
+    __syncwarp();
+    if (a.grad_edge) store_features();
+    if (!need_hidden) return;
+    e.d_radius = N{};
+    if (active && sub == 0) factors_backward();
+    this->sweep();
+  }
+};
+
+template <typename N>
+__global__ void __launch_bounds__(kThreads) conv_backward(const __grid_constant__ Call<Real<N>> call) {
+  Backward<N> warp(call);
+  if (warp.number >= call.shape.warps) return;
+  warp.clear_gradients();
+  warp.walk(warp);
+  warp.write_shell();
+}
+
+}  // namespace implicit_steer::IST_ISA
