@@ -1,6 +1,8 @@
 # make demo     build everything, then show the library at work
 # make test     build everything, then lint and test: what CI runs
 # make test-native   the native code alone: plain, and under AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer
+# make test-gpu-emulated   the CUDA kernels on the processor: results, memory errors, races, barriers; with nvcc also what
+#                    they take of a GPU (make cuda-resources)
 # make test-arm      the same for 64-bit ARM, with a cross compiler and an emulator
 # make wheel    one wheel for Python >= 3.10 and torch >= 2.10, in dist/
 # make test-wheel    install it without escnn, with NumPy 2, and compare saved models; TORCH=torch==2.10.0 for another
@@ -11,7 +13,7 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
-CPP_SOURCES := $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP_SOURCES := $(shell find csrc tests/native tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # Also for what pip builds in environments of its own, and so that CMake and ninja come from ours.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -19,12 +21,12 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-native test-arm native-cases arm-tools wheel test-wheel bench build lint format clean
+.PHONY: demo test test-gpu-emulated cuda-resources test-native test-arm native-cases arm-tools wheel test-wheel bench build lint format clean
 
 demo: build
 	$(BIN)/python -m implicit_steer demo
 
-test: lint test-native
+test: lint test-native test-gpu-emulated
 	$(BIN)/python -m pytest -q
 
 # Programs without torch and Python (tests/native), on inputs and expected results that native-cases writes.
@@ -44,6 +46,28 @@ native-%: native-cases
 	cmake -S tests/native -B $(NATIVE_TESTS)/$* -G Ninja -DCASES=$(CURDIR)/$(NATIVE_TESTS)/cases $(OPTIONS_$*)
 	cmake --build $(NATIVE_TESTS)/$*
 	ctest --test-dir $(NATIVE_TESTS)/$* --output-on-failure
+
+# The kernels that nvcc compiles, compiled for the processor (tests/simt): results under several schedules, then with
+# AddressSanitizer, then with every access checked; at last every barrier is left out in turn, which has to be noticed.
+EMULATED := build/emulated
+CASES := $(NATIVE_TESTS)/cases
+test-gpu-emulated: emulated-fast emulated-address emulated-trace $(if $(shell command -v nvcc),cuda-resources)
+	$(EMULATED)/fast/conv_test $(CASES) 3
+	$(EMULATED)/fast/conv_test $(CASES)/gpu 1
+	ASAN_OPTIONS=detect_stack_use_after_return=0 $(EMULATED)/address/conv_test $(CASES) 1
+	$(EMULATED)/trace/conv_test $(CASES) trace
+	$(EMULATED)/trace/conv_test $(CASES) mutations zonal linear planar-axis-train zonal-odd-sizes-train none-grid-cutoff
+
+emulated-%: native-cases
+	cmake -S tests/simt -B $(EMULATED)/$* -G Ninja -DMODE=$*
+	cmake --build $(EMULATED)/$*
+
+# The kernels for every architecture, and what they take: docs/cuda_kernels.md must say what is found.
+cuda-resources: build
+	cmake -S csrc/cuda -B build/cuda -G Ninja
+	cmake --build build/cuda
+	$(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(BIN)/python tests/simt/resources.py build/cuda/libimplicit_steer_cuda.so docs/cuda_kernels.md
 
 native-arm: arm-tools
 

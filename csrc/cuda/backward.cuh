@@ -29,7 +29,7 @@ struct Backward : Reverse<N, true> {
     if (need_weights) this->clear(sums, n_sums);
     __syncwarp();
     for (int k = 0; k < p.n_couplings; ++k) {
-      const CouplingView q = p.couplings[k];
+      const CouplingView q = this->coupling_view(k);
       for (int slot = 0; slot < q.n_slots; ++slot) {
         const N* const weight = weights + q.theta + int64_t{q.slots[2 * slot]} * q.n_out * q.slot_size;
         const N* const grad = mixed + q.out_at + q.slots[2 * slot + 1] * q.out_padded;
@@ -46,9 +46,8 @@ struct Backward : Reverse<N, true> {
   // dθ[b][u][v, w] += Σ_o g[u, o] T[b, o][v, w]; the slots of one b follow each other
   __device__ __forceinline__ void finish(int64_t) {
     if (!need_weights) return;
-    __syncwarp();
     for (int k = 0; k < p.n_couplings; ++k) {
-      const CouplingView q = p.couplings[k];
+      const CouplingView q = this->coupling_view(k);
       for (int slot = 0, end; slot < q.n_slots; slot = end) {
         const int b = q.slots[2 * slot];
         for (end = slot + 1; end < q.n_slots && q.slots[2 * end] == b; ++end) {
@@ -71,15 +70,14 @@ struct Backward : Reverse<N, true> {
   __device__ __forceinline__ void run(int l0, int l1) {
     if (need_weights) this->accumulate(sums, l0, l1);
     for (int k = 0; k < p.n_couplings; ++k) {
-      const CouplingView q = p.couplings[k];
+      const CouplingView q = this->coupling_view(k);
       for (int n = 0; n < q.n_terms; ++n) {
         const int32_t* term = q.terms + 3 * n;
         const N* const of_slot = d_sums + q.at_sums + term[0] * q.slot_size;
         const int32_t* const row = p.row + p.row_start[term[1]];
+        __syncwarp();  // T is complete here, as finish() wants it; and rows can share hidden features
         of_products(q, of_slot, row, term[2], l0, l1);
-        if (!need_hidden || q.constant) continue;
-        of_row(q, of_slot, row, term[2], l0, l1);
-        __syncwarp();  // rows can share hidden features
+        if (need_hidden && !q.constant) of_row(q, of_slot, row, term[2], l0, l1);
       }
     }
   }
@@ -172,7 +170,7 @@ struct Backward : Reverse<N, true> {
 };
 
 template <typename N>
-__global__ void __launch_bounds__(kThreads) conv_backward(const __grid_constant__ Call<Real<N>> call) {
+__global__ void __launch_bounds__(kThreads, kResident<N>) conv_backward(const __grid_constant__ Call<Real<N>> call) {
   Backward<N> warp(call);
   if (warp.number >= call.shape.warps) return;
   warp.clear_gradients();

@@ -8,6 +8,10 @@ namespace implicit_steer {
 
 constexpr int kThreads = 128;  // of a block, at most
 
+// Blocks that a multiprocessor should hold, by the size of a kernel's numbers: more of them would have too few registers.
+template <typename N>
+constexpr int kResident = sizeof(N) == 4 ? 3 : 2;
+
 // Which of an edge's arrays a kernel needs: those of neighbours' features, those of the reverse sweep.
 struct Needs {
   bool features, backward;

@@ -20,6 +20,12 @@ __host__ __device__ __forceinline__ float exp2_approximate(float x) {
   return exp2f(x);
 #endif
 }
+// A pointer that was read from memory, for the compiler to know that it leads to global memory.
+template <typename T>
+__device__ __forceinline__ T* global_memory(T* pointer) {
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
 #else
 #include "simt.h"
 #endif

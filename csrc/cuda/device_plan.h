@@ -51,7 +51,8 @@ struct DevicePlan {
     view = there;
     view.layers = reinterpret_cast<const LayerView<R>*>(to + layers_at);
     view.couplings = reinterpret_cast<CouplingView*>(to + couplings_at);
-    return cudaMemcpyAsync(memory, image.data(), bytes, cudaMemcpyHostToDevice, stream);
+    const cudaError_t error = cudaMemcpyAsync(memory, image.data(), bytes, cudaMemcpyHostToDevice, stream);
+    return error == cudaSuccess ? cudaStreamSynchronize(stream) : error;  // calls on other streams will read it
   }
 
  private:

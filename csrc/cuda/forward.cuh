@@ -31,7 +31,7 @@ struct Forward : Warp<N, true, false> {
     this->clear(mixed, p.n_mixed);
     __syncwarp();
     for (int k = 0; k < p.n_couplings; ++k) {
-      const CouplingView q = p.couplings[k];
+      const CouplingView q = this->coupling_view(k);
       for (int slot = 0; slot < q.n_slots; ++slot) mix(q, slot);
     }
     __syncwarp();
@@ -66,7 +66,7 @@ struct Forward : Warp<N, true, false> {
 };
 
 template <typename N>
-__global__ void __launch_bounds__(kThreads) conv_forward(const __grid_constant__ Call<Real<N>> call) {
+__global__ void __launch_bounds__(kThreads, kResident<N>) conv_forward(const __grid_constant__ Call<Real<N>> call) {
   Forward<N> warp(call);
   if (warp.number < call.shape.warps) warp.walk(warp);
 }

@@ -87,13 +87,13 @@ struct HiddenBackward : Reverse<N, false> {
 };
 
 template <typename N>
-__global__ void __launch_bounds__(kThreads) conv_hidden(const __grid_constant__ Call<Real<N>> call) {
+__global__ void __launch_bounds__(kThreads, kResident<N>) conv_hidden(const __grid_constant__ Call<Real<N>> call) {
   HiddenForward<N> warp(call);
   if (warp.number < call.shape.warps) warp.points();
 }
 
 template <typename N>
-__global__ void __launch_bounds__(kThreads) conv_hidden_backward(const __grid_constant__ Call<Real<N>> call) {
+__global__ void __launch_bounds__(kThreads, kResident<N>) conv_hidden_backward(const __grid_constant__ Call<Real<N>> call) {
   HiddenBackward<N> warp(call);
   if (warp.number < call.shape.warps) warp.points();
 }

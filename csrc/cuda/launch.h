@@ -16,7 +16,7 @@ inline Failure failure(const char* name, cudaError_t error) {
 
 template <typename Kernel, typename... Arguments>
 Failure launch(const char* name, Kernel kernel, dim3 grid, dim3 block, int64_t bytes, void* stream,
-               const Arguments&... arguments) {
+               Arguments... arguments) {
   if (grid.x == 0) return {};
   LAUNCH(kernel, grid, block, bytes, static_cast<cudaStream_t>(stream), arguments...);
   return failure(name, cudaGetLastError());
@@ -24,7 +24,7 @@ Failure launch(const char* name, Kernel kernel, dim3 grid, dim3 block, int64_t b
 
 // One thread for each of n.
 template <typename Kernel, typename... Arguments>
-Failure launch_threads(const char* name, Kernel kernel, int64_t n, void* stream, const Arguments&... arguments) {
+Failure launch_threads(const char* name, Kernel kernel, int64_t n, void* stream, Arguments... arguments) {
   const dim3 grid(static_cast<unsigned>((n + kThreads - 1) / kThreads));
   return launch(name, kernel, grid, dim3(kThreads), 0, stream, arguments...);
 }

@@ -49,12 +49,12 @@ Failure sort_any(const void* key, int64_t n, int64_t n_keys, bool wide, void* or
               static_cast<int32_t*>(memory), stream);
 }
 
-Failure copy_to_device(void* to, const void* from, int64_t bytes, void* stream) {
-  return failure("copy_to_device",
-                 cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream)));
+Failure copy(void* to, const void* from, int64_t bytes, void* stream) {
+  return failure("copy",
+                 cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, static_cast<cudaStream_t>(stream)));
 }
 
-constexpr CudaLibrary kLibrary{&kCudaFloat, &kCudaDouble, sort_bytes, sort_any, copy_to_device};
+constexpr CudaLibrary kLibrary{&kCudaFloat, &kCudaDouble, sort_bytes, sort_any, copy};
 
 }  // namespace
 

@@ -1,5 +1,6 @@
 // The kernel library libimplicit_steer_cuda.so as its caller sees it: one C function that gives a table of functions on
-// plain pointers, sizes and a stream. No torch, and nothing of CUDA. None of the functions waits for the device.
+// plain pointers, sizes and a stream. No torch, and nothing of CUDA. None of the functions but
+// plan_create, which a plan needs once, waits for the device.
 #pragma once
 
 #include <cstdint>
@@ -59,9 +60,9 @@ struct CudaLibrary {
   int64_t (*sort_bytes)(int64_t n);
   Failure (*sort)(const void* key, int64_t n, int64_t n_keys, bool wide, void* order, void* offsets, void* memory,
                   void* stream);
-  Failure (*copy_to_device)(void* to, const void* from, int64_t bytes, void* stream);
+  Failure (*copy)(void* to, const void* from, int64_t bytes, void* stream);  // to the device, from anywhere
 };
 
 }  // namespace implicit_steer
 
-extern "C" const implicit_steer::CudaLibrary* implicit_steer_cuda_library();
+extern "C" __attribute__((visibility("default"))) const implicit_steer::CudaLibrary* implicit_steer_cuda_library();

@@ -25,7 +25,6 @@ struct Reverse : Warp<N, kFeatures, true> {
 
   __device__ __forceinline__ void clear_gradients() {
     for (int64_t k = lane; need_weights && k < p.n_grad; k += 32) grad_weights[k] = R{};
-    __syncwarp();
   }
 
   // ---- sums over the tile's edges
@@ -115,7 +114,7 @@ struct Reverse : Warp<N, kFeatures, true> {
   __device__ __forceinline__ void layers_backward(bool need_inputs) {
     const N *z_n = z + all_layers, *y_n = y + all_layers, *normed_n = normed + all_layers;
     for (int n = p.n_layers - 1; n >= 0; --n) {
-      const LayerView<R> layer = p.layers[n];
+      const LayerView<R> layer = this->layer_view(n);
       z_n -= layer.out, y_n -= layer.out, normed_n -= layer.out;
       __syncwarp();
       if (p.has_norms) {

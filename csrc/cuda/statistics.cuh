@@ -59,7 +59,7 @@ struct Statistics : Warp<R, false, false> {
 
 // partial: [warps, 2, channels * d], then [channels * d] what was subtracted
 template <typename R>
-__global__ void __launch_bounds__(kThreads) conv_statistics(const __grid_constant__ Call<R> call) {
+__global__ void __launch_bounds__(kThreads, kResident<R>) conv_statistics(const __grid_constant__ Call<R> call) {
   Statistics<R> warp(call);
   if (warp.number < call.shape.warps) warp.run(call.partial, call.partial + 2 * warp.n_values * call.shape.warps);
 }

@@ -173,6 +173,19 @@ struct Warp : EdgeArrays<N> {
   __device__ __forceinline__ const N* of_edge(const N* mine, int l) const { return mine + (l - slot) * edge_size; }
   __device__ __forceinline__ N* of_edge(N* mine, int l) const { return mine + (l - slot) * edge_size; }
 
+  __device__ __forceinline__ LayerView<R> layer_view(int n) const {
+    LayerView<R> layer = p.layers[n];
+    layer.groups = global_memory(layer.groups);
+    layer.samples = global_memory(layer.samples), layer.inverse_t = global_memory(layer.inverse_t);
+    layer.pair_samples = global_memory(layer.pair_samples), layer.pair_inverse = global_memory(layer.pair_inverse);
+    return layer;
+  }
+  __device__ __forceinline__ CouplingView coupling_view(int n) const {
+    CouplingView coupling = p.couplings[n];
+    coupling.slots = global_memory(coupling.slots), coupling.terms = global_memory(coupling.terms);
+    return coupling;
+  }
+
   // ---- one tile
 
   // Edges at positions begin ..: in target order, or points in their given order.
@@ -272,7 +285,7 @@ struct Warp : EdgeArrays<N> {
     const N* in = e.inputs;
     N *z_n = z, *y_n = y, *normed_n = normed;
     for (int n = 0; n <= last_layer; ++n) {
-      const LayerView<R> layer = p.layers[n];
+      const LayerView<R> layer = layer_view(n);
       if (active) linear(layer, in, z_n);
       __syncwarp();
       const bool norm = p.has_norms && (n < last_layer || norm_last);
@@ -310,7 +323,7 @@ struct Warp : EdgeArrays<N> {
   // T at every call.
   __device__ __forceinline__ void accumulate(N* sums, int l0, int l1) {
     for (int k = 0; k < p.n_couplings; ++k) {
-      const CouplingView q = p.couplings[k];
+      const CouplingView q = coupling_view(k);
       const int width = row_width(q.n_hidden), step = 32 / width;
       for (int n = 0; n < q.n_terms; ++n) {
         const int32_t* term = q.terms + 3 * n;

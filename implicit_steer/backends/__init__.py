@@ -7,12 +7,12 @@ import torch
 from .. import native
 from .._check import fail, require
 from ..plan import Plan
-from . import cpu, eager, reference
+from . import cpu, cuda, eager, reference
 
-BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu}
+BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu, "cuda": cuda}
 
-_PREFERENCE = ("cpu", "eager")  # of "auto": the first that supports the plan, fastest first
-_ABSENT = dict.fromkeys(("triton", "cuda"), "not part of this version of implicit_steer")
+_PREFERENCE = ("cpu", "cuda", "eager")  # of "auto": the first that supports the plan, fastest first
+_ABSENT = dict.fromkeys(("triton",), "not part of this version of implicit_steer")
 NAMES = ("auto", *BACKENDS, *_ABSENT)
 
 
@@ -22,6 +22,7 @@ def availability() -> dict[str, tuple[bool, str]]:
         "reference": (True, "plain PyTorch; materialises the kernel of every edge (the oracle)"),
         "eager": (True, "plain PyTorch; factored"),
         "cpu": native.available(),
+        "cuda": cuda.availability(),
         **{name: (False, reason) for name, reason in _ABSENT.items()},
     }
 

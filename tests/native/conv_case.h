@@ -191,18 +191,16 @@ struct Largest {
   std::string first_where, second_where;
 };
 
-// Number of results beyond the bounds, each of which is printed.
+// The results beyond the bounds, as messages.
 template <typename R>
-int count_failures(const std::string& what, const Case& file, const Results& results, double bound, double second_bound,
-                   Largest& largest) {
-  int failures = 0;
+std::vector<std::string> failures_of(const std::string& what, const Case& file, const Results& results, double bound,
+                                     double second_bound, Largest& largest) {
+  std::vector<std::string> failures;
   for (const auto& [tensor, actual] : results) {
     const double error = deviation(actual, numbers<double>(file[tensor.substr(0, tensor.find('/'))]));
     const bool second = tensor.size() > 2 && tensor.substr(tensor.size() - 2) == "_t";
-    if (!(error <= (second ? second_bound : bound))) {
-      std::printf("FAILED %s: %s deviates by %.2g\n", what.c_str(), tensor.c_str(), error);
-      ++failures;
-    }
+    if (!(error <= (second ? second_bound : bound)))
+      failures.push_back(what + ": " + tensor + " deviates by " + std::to_string(error));
     double& worst = second ? largest.second : largest.first;
     if (error > worst) worst = error, (second ? largest.second_where : largest.first_where) = tensor;
   }

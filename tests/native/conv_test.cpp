@@ -14,6 +14,7 @@ namespace {
 
 using namespace implicit_steer;
 using native_test::Case;
+using native_test::failures_of;
 using native_test::Largest;
 using native_test::numbers;
 using native_test::Problem;
@@ -96,7 +97,10 @@ int check(const std::string& name, const Case& file, int isa) {
     Loops<R> loops{conv_table<R>(isa), threads};
     const Results results = run_all<R>(file, loops);
     const std::string on = what + ", " + std::to_string(threads) + " threads";
-    failures += native_test::count_failures<R>(on, file, results, kBound<R>, second_bound<R>(near), largest);
+    for (const auto& failure : failures_of<R>(on, file, results, kBound<R>, second_bound<R>(near), largest)) {
+      std::printf("FAILED %s\n", failure.c_str());
+      ++failures;
+    }
     if (!same_bits(results, run_all<R>(file, loops))) {
       std::printf("FAILED %s: two runs differ\n", on.c_str());
       ++failures;

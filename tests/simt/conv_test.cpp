@@ -1,6 +1,7 @@
-// conv_test DIR trace|plain SEEDS [CASE ...]: the case files of DIR (or those named) through the emulated CUDA kernels,
-// in float and double, under so many schedules, against the expected results in the files; and the hidden features
-// against the native loops, which the files' other tests hold to them. With `trace` every access is checked, too.
+// conv_test DIR MODE [CASE ...]: the case files of DIR (or those named) through the emulated CUDA kernels, in float and
+// double, against the expected results in the files; the hidden features against the native loops, which the files'
+// other tests hold to them; and the sort of edges. MODE: a number, so many schedules; `trace`: one, every access of
+// which is checked; `mutations`: every barrier that the cases reach is left out in turn, which has to be noticed.
 
 #include <filesystem>
 
@@ -79,53 +80,130 @@ double hidden_deviation(const Case& file, Emulated<R>& engine, bool tangents) {
   return largest;
 }
 
+// Deviations of one case under one schedule, as messages; none: all is right.
 template <typename R>
-int check_case(const std::string& name, const Case& file, bool trace, int seeds) {
+std::vector<std::string> run_case(const std::string& name, const Case& file, bool trace, int seed, Largest& largest,
+                                  Results& results) {
   const bool near = numbers<int64_t>(file["near"])[0];
   const std::string what = name + (sizeof(R) == 4 ? ", float" : ", double");
-  int failures = 0;
-  Largest largest;
-  Results first;
-  double hidden = 0;
-  for (int seed = 0; seed < seeds; ++seed) {
+  std::vector<std::string> failures;
+  try {
     Emulated<R> engine(file, seed, trace);
-    const Results results = native_test::run_all<R>(file, engine);
-    failures += native_test::count_failures<R>(what, file, results, kBound<R>, second_bound<R>(near), largest);
-    if (seed == 0) first = results;
-    if (!native_test::same_bits(first, results))
-      std::printf("FAILED %s: two schedules differ\n", what.c_str()), ++failures;
+    results = native_test::run_all<R>(file, engine);
+    failures = native_test::failures_of<R>(what, file, results, kBound<R>, second_bound<R>(near), largest);
     for (bool tangents : {false, true}) {
       const double deviation = hidden_deviation<R>(file, engine, tangents);
-      hidden = std::max(hidden, deviation);
       if (!(deviation <= (tangents ? second_bound<R>(near) : kBound<R>)))
-        std::printf("FAILED %s: hidden features deviate by %.2g\n", what.c_str(), deviation), ++failures;
+        failures.push_back(what + ": hidden features deviate by " + std::to_string(deviation));
     }
+  } catch (const std::exception& error) {
+    failures.push_back(what + ": " + error.what());
   }
-  std::printf("%s: at most %.2g (%s); second derivatives %.2g (%s); hidden features %.2g\n", what.c_str(),
-              largest.first, largest.first_where.c_str(), largest.second, largest.second_where.c_str(), hidden);
+  return failures;
+}
+
+int print(const std::vector<std::string>& failures) {
+  for (const std::string& failure : failures) std::printf("FAILED %s\n", failure.c_str());
+  return static_cast<int>(failures.size());
+}
+
+template <typename R>
+int check_case(const std::string& name, const Case& file, bool trace, int seeds) {
+  int failures = 0;
+  Largest largest;
+  Results first, results;
+  for (int seed = 0; seed < seeds; ++seed) {
+    failures += print(run_case<R>(name, file, trace, seed, largest, results));
+    if (seed == 0) first = results;
+    if (!native_test::same_bits(first, results)) failures += print({name + ": two schedules differ"});
+  }
+  std::printf("%s, %s: at most %.2g (%s); second derivatives %.2g (%s)\n", name.c_str(),
+              sizeof(R) == 4 ? "float" : "double", largest.first, largest.first_where.c_str(), largest.second,
+              largest.second_where.c_str());
+  return failures;
+}
+
+// Keys with equal ones far apart, of one or several bytes.
+template <typename Index>
+std::vector<std::string> run_sort(int64_t n, int64_t n_keys, bool trace, int seed) {
+  std::vector<Index> key(n), order(n, -1), offsets(n_keys + 1, -1);
+  uint64_t state = 1;
+  for (Index& k : key)
+    k = static_cast<Index>((state = state * 6364136223846793005u + 1442695040888963407u) >> 33) % n_keys;
+  const CudaLibrary& library = *implicit_steer_cuda_library();
+  std::vector<int64_t> memory((3 * n * sizeof(Index) + library.sort_bytes(n)) / 8 + 1);
+  simt::reset(seed, trace);
+  simt::add_array(key.data(), n * sizeof(Index), "key", false);
+  simt::add_array(order.data(), n * sizeof(Index), "order", true);
+  simt::add_array(offsets.data(), offsets.size() * sizeof(Index), "offsets", true);
+  simt::add_array(memory.data(), memory.size() * 8, "memory", true);
+  const std::string what = "sort of " + std::to_string(n) + " keys below " + std::to_string(n_keys);
+  const Failure failure =
+      library.sort(key.data(), n, n_keys, sizeof(Index) == 8, order.data(), offsets.data(), memory.data(), nullptr);
+  if (failure.reason) return {what + ": " + failure.what + ": " + failure.reason};
+  std::vector<Index> expected(n), starts(n_keys + 1);
+  for (int64_t k = 0; k < n; ++k) expected[k] = static_cast<Index>(k), ++starts[key[k] + 1];
+  for (int64_t k = 0; k < n_keys; ++k) starts[k + 1] += starts[k];
+  std::stable_sort(expected.begin(), expected.end(), [&](Index a, Index b) { return key[a] < key[b]; });
+  if (order != expected || offsets != starts) return {what + ": wrong"};
+  return {};
+}
+
+std::vector<std::string> run_sorts(bool trace, int seed) {
+  std::vector<std::string> failures;
+  for (auto [n, n_keys] : {std::pair<int64_t, int64_t>{0, 5}, {1, 1}, {700, 3}, {5000, 300}, {3000, 70000}}) {
+    for (const std::string& failure : run_sort<int32_t>(n, n_keys, trace, seed)) failures.push_back(failure);
+    for (const std::string& failure : run_sort<int64_t>(n, n_keys, trace, seed)) failures.push_back(failure);
+  }
+  return failures;
+}
+
+// Whether any case goes wrong with the barrier that is left out now.
+bool is_noticed(const std::vector<std::pair<std::string, Case>>& cases) {
+  Largest unused;
+  Results results;
+  if (!run_sorts(true, 1).empty()) return true;
+  for (const auto& [name, file] : cases)
+    if (!run_case<float>(name, file, true, 1, unused, results).empty()) return true;
+  return false;
+}
+
+int check_mutations(const std::vector<std::pair<std::string, Case>>& cases) {
+  if (is_noticed(cases)) return print({"the cases as they are"});
+  const auto sites = simt::barriers();
+  int failures = 0;
+  for (const auto& [file, line] : sites) {
+    simt::skip_barrier(file, line);
+    const bool noticed = is_noticed(cases);
+    std::printf("without the barrier at %s:%d: %s\n", file.c_str(), line,
+                noticed ? "noticed" : "FAILED, nothing noticed");
+    failures += !noticed;
+  }
+  std::printf("%zu barriers\n", sites.size());
   return failures;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const bool trace = std::string(argv[2]) == "trace";
-  const int seeds = std::atoi(argv[3]);
-  std::vector<std::filesystem::path> files;
-  for (int k = 4; k < argc; ++k) files.push_back(std::filesystem::path(argv[1]) / (std::string(argv[k]) + ".case"));
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  const std::string mode = argv[2];
+  std::vector<std::filesystem::path> paths;
+  for (int k = 3; k < argc; ++k) paths.push_back(std::filesystem::path(argv[1]) / (std::string(argv[k]) + ".case"));
   for (const auto& entry : std::filesystem::directory_iterator(argv[1]))
-    if (argc == 4 && entry.path().extension() == ".case") files.push_back(entry.path());
-  int failures = 0;
-  for (const auto& path : files) {
-    const Case file(path.string());
-    try {
-      failures += check_case<float>(path.stem(), file, trace, seeds);
-      failures += check_case<double>(path.stem(), file, trace, seeds);
-    } catch (const std::exception& error) {
-      std::printf("FAILED %s: %s\n", path.stem().c_str(), error.what());
-      ++failures;
-    }
+    if (argc == 3 && entry.path().extension() == ".case") paths.push_back(entry.path());
+  std::vector<std::pair<std::string, Case>> cases;
+  for (const auto& path : paths) cases.emplace_back(path.stem(), Case(path.string()));
+  int failures = cases.empty();
+  if (mode == "mutations") {
+    failures += check_mutations(cases);
+  } else {
+    const bool trace = mode == "trace";
+    const int seeds = trace ? 1 : std::stoi(mode);
+    for (int seed = 0; seed < seeds; ++seed) failures += print(run_sorts(trace, seed));
+    for (const auto& [name, file] : cases)
+      failures += check_case<float>(name, file, trace, seeds) + check_case<double>(name, file, trace, seeds);
   }
-  std::printf("%zu cases, %d failures\n", files.size(), failures);
-  return failures > 0 || files.empty();
+  std::printf("%zu cases, %d failures\n", cases.size(), failures);
+  return failures > 0;
 }

@@ -344,6 +344,6 @@ const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorLaunchFailure ? simt::message.c_str() : "invalid configuration";
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : static_cast<int>(simt::kMostShared);
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 1 : static_cast<int>(simt::kMostShared);
   return cudaSuccess;
 }

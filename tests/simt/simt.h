@@ -130,14 +130,19 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline int atomicAdd(int* address, int value) { return simt::atomic_add(address, value); }
 inline float exp2_approximate(float x) { return exp2f(x); }
+template <typename T>
+T* global_memory(T* pointer) {
+  return pointer;
+}
 
-// ---- the runtime, of a device with few multiprocessors, so that warps go through many tiles
+// ---- the runtime, of a device with one multiprocessor, so that warps go through several tiles
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaMemcpyKind { cudaMemcpyHostToDevice };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDefault };
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
 cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t error);
