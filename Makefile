@@ -15,6 +15,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
 CPP_SOURCES := $(shell find csrc tests/native tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
+# nvcc takes minutes for all architectures: make IMPLICIT_STEER_CUDA=auto build.
+export IMPLICIT_STEER_CUDA ?= off
+
 # Also for what pip builds in environments of its own, and so that CMake and ninja come from ours.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
@@ -119,7 +122,7 @@ $(VENV)/.packages: pyproject.toml constraints.txt .ci/system-packages
 	PYTHON=$(PYTHON) .ci/system-packages
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel cmake ninja torch escnn py3nj
-	IMPLICIT_STEER_NATIVE=off $(PIP) --no-build-isolation --editable '.[escnn,train,test]'
+	IMPLICIT_STEER_NATIVE=off $(PIP) --no-build-isolation --editable '.[escnn,triton,train,test]'
 	touch $@
 
 # The native extension, in the source tree; CMake and ninja build what has changed.

@@ -1,6 +1,6 @@
 """What can only be measured in a process of its own: peak memory, and the first construction of a model.
 
-``python -m bench.fresh WHAT ... THREADS`` prints JSON: ``memory CASE BACKEND SAMPLING``, ``scaling EDGES BACKEND
+``python -m bench.fresh WHAT ... THREADS`` prints JSON: ``memory CASE BACKEND/SAMPLING ...``, ``scaling EDGES BACKEND
 SAMPLING``, ``forces BACKEND SAMPLING``, ``lowering``.
 """
 
@@ -53,18 +53,20 @@ def _resident(field: str) -> int:
     return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text())[1])
 
 
-def memory(case: str, backend: str, sampling: str) -> dict[str, float]:
-    """Peak memory in MB of each measure, beyond the layer and its inputs."""
+def memory(case: str, *candidates: str) -> dict[str, dict[str, float]]:
+    """Per candidate ("backend/sampling") the peak memory in MB of each measure, beyond the layer and its inputs."""
     from implicit_steer import cases
 
     from .steps import Candidate, step
 
-    candidate, named = Candidate(backend, sampling), cases.SMALL | cases.LARGE | cases.GROUPS
-    peaks = {}
-    for measure in candidate.measures:
-        run = step(named[case], candidate, measure)
-        run()  # what is made once and kept does not count
-        peaks[measure] = peak_memory(run) / 1e6
+    named, peaks = cases.SMALL | cases.LARGE | cases.GROUPS, {}
+    for name in candidates:
+        candidate = Candidate(*name.split("/"))
+        peaks[name] = {}
+        for measure in candidate.measures:
+            run = step(named[case], candidate, measure)
+            run()  # what is made once and kept does not count
+            peaks[name][measure] = peak_memory(run) / 1e6
     return peaks
 
 

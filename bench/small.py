@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from implicit_steer.backends import BACKENDS
-from implicit_steer.backends.cpu import Layer
+from implicit_steer.backends.cpu import Layer, instruction_set
 from implicit_steer.cases import LARGE
 
 from .report import table
@@ -28,10 +28,11 @@ def native_step(case, candidate: Candidate, measure: str) -> Callable[[], Any]:
     problem, parameters = case.inputs(conv), conv.implicit_kernel.parameters_for_op()
     bound = Layer(conv.implicit_kernel.plan, parameters.kept.native, parameters)
     with torch.no_grad():
-        packed = bound.packed()[0]
+        _, packed = bound.packed()
     leaves = [t.requires_grad_(with_gradients) for t in (packed, problem.x, problem.delta, problem.attributes)]
     graph, run = problem.graph, torch.ops.implicit_steer.conv_forward
-    arguments = *bound.arrays, *leaves, graph.src, graph.order, graph.rowptr, bound.plan.out_size, bound.isa
+    edges, bias = (graph.src, graph.order, graph.rowptr), (bound.expansion, bound.bias.detach())
+    arguments = *bound.arrays, *leaves, *edges, *bias, bound.mean, bound.plan.out_size, instruction_set()
 
     def forward_backward() -> tuple[torch.Tensor, ...]:
         output = run(*arguments)

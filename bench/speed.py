@@ -48,23 +48,19 @@ def times(chosen: Chosen, rounds: int, budget: float) -> list[dict[str, Any]]:
 
 
 def memory(chosen: Chosen, threads: int) -> list[dict[str, Any]]:
-    """A record per case, measure and candidate: peak memory in MB, each case and candidate in a process of its own.
+    """A record per case, measure and candidate: peak memory in MB, each case in a process of its own.
 
     Not of what torch.compile makes, which it would have to make again there.
     """
-    asked = {case: [c for c in candidates if c != COMPILED] for case, candidates in chosen.items()}
     records = []
-    with tqdm(total=sum(map(len, asked.values())), desc="memory", unit="process") as progress:
-        for case, candidates in asked.items():
-            peaks = {}
-            for c in candidates:
-                found = fresh.ask("memory", case.name, c.backend, c.sampling, threads)
-                peaks |= {(c, measure): peak for measure, peak in found.items()}
-                progress.update()
-            for (c, measure), peak in peaks.items():
-                baseline = peaks.get((MATERIALISE, measure))
-                ratio = baseline / peak if baseline and peak else None
-                records.append(_record(case, c, measure) | {"peak_mb": peak, "ratio": ratio})
+    for case, candidates in tqdm(chosen.items(), desc="memory", unit="process"):
+        asked = {f"{c.backend}/{c.sampling}": c for c in candidates if c != COMPILED}
+        found = fresh.ask("memory", case.name, *asked, threads)
+        peaks = {(asked[name], measure): peak for name, of in found.items() for measure, peak in of.items()}
+        for (c, measure), peak in peaks.items():
+            baseline = peaks.get((MATERIALISE, measure))
+            ratio = baseline / peak if baseline and peak else None
+            records.append(_record(case, c, measure) | {"peak_mb": peak, "ratio": ratio})
     return records
 
 

@@ -21,11 +21,19 @@ from .compiled import compiled_call
 TOLERANCE = 2e-5  # float32, relative to the largest entry of the reference's tensor
 SAMPLINGS = ("auto", "escnn")
 NORMS = {"forward": "batch", "train": None, "train-batch": "batch"}  # measure → norm
+DEVICES = ("cpu", "cuda")
+_device = [torch.device("cpu")]  # where every step runs
 MEASURES = {
     "forward": "forward: evaluation mode, no gradients",
     "train": "forward + backward, norm=None",
     "train-batch": "forward + backward, norm='batch'",
 }
+
+
+def use_device(name: str) -> torch.device:
+    """From now on, steps run there."""
+    _device[0] = torch.device(name)
+    return _device[0]
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ def candidates(case: Case, names: list[str], compile_eager: bool = False) -> tup
             continue
         for name in (n for n in names if n != MATERIALISE.backend):
             candidate = Candidate(name, sampling)
-            ok, reason = backends.BACKENDS[name].supports(plan, torch.device("cpu"), torch.float32)
+            ok, reason = backends.BACKENDS[name].supports(plan, _device[0], torch.float32)
             if not ok:
                 skipped[candidate.label] = reason
             else:
@@ -110,13 +118,13 @@ def step(case: Case, candidate: Candidate, measure: str) -> Callable[[], dict[st
 
 def _step(case: Case, candidate: Candidate, measure: str) -> Callable[[], dict[str, Tensor]]:
     with_gradients = measure != "forward"
-    conv = layer(case, candidate, NORMS[measure]).train(with_gradients)
+    conv = layer(case, candidate, NORMS[measure]).to(_device[0]).train(with_gradients)
     problem = case.inputs(conv)
     inputs = problem.requires_grad() if with_gradients else []
     module, call = conv, partial(problem.run, conv)
     if candidate.backend == related.NAME:
         size = 0 if conv.edge_attr_type is None else conv.edge_attr_type.size
-        module = related.Layer(conv.in_type, conv.out_type, size, candidate.sampling)
+        module = related.Layer(conv.in_type, conv.out_type, size, candidate.sampling).to(_device[0])
         call = partial(module, problem)
 
     def forward() -> dict[str, Tensor]:
@@ -142,7 +150,7 @@ def operator_step(case: Case, candidate: Candidate, measure: str) -> Callable[[]
     """As :func:`step`, for the operator alone, without the module around it: its output; in training the gradients of
     ½ |output|² in x, the edges' geometry and every parameter of the kernel."""
     with_gradients = measure != "forward"
-    conv = layer(case, candidate, NORMS[measure]).train(with_gradients)
+    conv = layer(case, candidate, NORMS[measure]).to(_device[0]).train(with_gradients)
     problem, kernel = case.inputs(conv), conv.implicit_kernel
     leaves = [*problem.requires_grad(), *kernel.parameters()] if with_gradients else []
     attributes = problem.delta.new_zeros(len(problem.delta), 0) if problem.attributes is None else problem.attributes

@@ -1,4 +1,4 @@
-// The torch operators of csrc/conv_ops.cpp and csrc/ops.cpp for CUDA tensors, through torch's stable ABI. Free of CUDA:
+// The torch operators of conv_ops.cpp, layer_ops.cpp and ops.cpp for CUDA tensors, through torch's stable ABI. No CUDA:
 // the kernels are in libimplicit_steer_cuda.so beside this library, which the first call opens.
 //
 // The arrays of a plan and of its packing matrix are CPU tensors; their copies on a device are made at the first call
@@ -226,7 +226,7 @@ struct Arguments {
     const R* tangent = pointer(weights, "tangent_weights", plan.n_weights);
     args.delta_tangent = pointer(delta, "tangent_delta", args.n_edges * plan.dim);
     args.attr_tangent = pointer(attr, "tangent_attr", args.n_edges * plan.n_attr);
-    pairs = torch::stable::new_empty(weights, {2 * int64_t{plan.n_weights}});
+    pairs = new_empty(weights, {2 * int64_t{plan.n_weights}});
     check(kernels<R>().pair_weights(device_plan, args.weights, tangent, mutable_data<R>(pairs), context.stream));
     args.weights = data<R>(pairs);
   }
@@ -242,13 +242,11 @@ struct Results {
 
   template <typename R>
   void bind(Arguments<R>& a, const Tensor& like, bool need_x, bool need_delta, bool need_attr, bool need_weights) {
-    const auto rows = [&](bool need, int64_t n, int64_t columns) {
-      return torch::stable::new_empty(like, {need ? n : 0, columns});
-    };
+    const auto rows = [&](bool need, int64_t n, int64_t columns) { return new_empty(like, {need ? n : 0, columns}); };
     const int64_t e = a.args.n_edges;
     x = rows(need_x, a.args.n_src, a.plan.in_size), of_edges = rows(need_x, std::max<int64_t>(e, 1), a.plan.in_size);
     delta = rows(need_delta, e, a.plan.dim), attr = rows(need_attr, e, a.plan.n_attr);
-    weights = torch::stable::new_empty(like, {need_weights ? a.plan.n_weights : 0});
+    weights = new_empty(like, {need_weights ? a.plan.n_weights : 0});
     a.args.grad_x = mutable_data<R>(x), a.args.grad_edge = mutable_data<R>(of_edges);
     a.args.grad_delta = mutable_data<R>(delta), a.args.grad_attr = mutable_data<R>(attr);
     a.args.grad_weights = mutable_data<R>(weights);
@@ -264,18 +262,21 @@ void with_arguments(const Tensor& ints, const Tensor& reals, const Tensor& delta
   });
 }
 
-// ---- the operators; conv_ops.cpp says what they give
+// ---- the operators; conv_ops.cpp and layer_ops.cpp say what they give
 
 Tensor conv_forward(const Tensor& ints, const Tensor& reals, const Tensor& weights, const Tensor& x,
                     const Tensor& delta, const Tensor& attr, const Tensor& src, const Tensor& order,
-                    const Tensor& rowptr, int64_t, int64_t) {
+                    const Tensor& rowptr, const Tensor& expansion, const Tensor& bias, bool mean, int64_t, int64_t) {
   Tensor out;
   with_arguments(ints, reals, delta, attr, [&](auto& a, auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
     a.weights(weights), a.graph(x, src, order, rowptr);
-    out = torch::stable::new_empty(x, {a.args.n_dst, a.plan.out_size});
+    out = new_empty(x, {a.args.n_dst, a.plan.out_size});
     a.args.out = mutable_data<R>(out);
     a.run(kernels<R>().forward);
+    const int64_t n = bias.numel();
+    const R *matrix = a.pointer(expansion, "expansion", a.plan.out_size * n), *values = a.pointer(bias, "bias", n);
+    if (n > 0 || mean) check(kernels<R>().finish(a.device_plan, a.args, matrix, values, n, mean, a.context.stream));
   });
   return out;
 }
@@ -312,7 +313,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_double_backward(
     if (need_x) a.by_source(order_by_source, colptr);
     a.args.x_tangent = a.pointer(tangent_x, "tangent_x", x.numel());
     a.args.grad_out = a.pointer(grad_out, "grad_out", a.args.n_dst * a.plan.out_size);
-    out = torch::stable::new_empty(x, {need_out ? a.args.n_dst : 0, a.plan.out_size});
+    out = new_empty(x, {need_out ? a.args.n_dst : 0, a.plan.out_size});
     a.args.out = mutable_data<R>(out);
     if (need_out) a.run(kernels<R>().forward_tangent);
     results.bind(a, x, need_x, need_delta, need_attr, need_weights);
@@ -327,7 +328,7 @@ Tensor conv_hidden(const Tensor& ints, const Tensor& reals, const Tensor& weight
   with_arguments(ints, reals, delta, attr, [&](auto& a, auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
     a.weights(weights);
-    out = torch::stable::new_empty(delta, {a.args.n_edges, hidden_size(a.plan)});
+    out = new_empty(delta, {a.args.n_edges, hidden_size(a.plan)});
     a.args.out = mutable_data<R>(out);
     a.run(kernels<R>().hidden_forward);
   });
@@ -360,7 +361,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_hidden_double_backward(const Ten
     using R = std::remove_pointer_t<decltype(tag)>;
     a.weights(weights), a.direction(tangent_weights, tangent_delta, tangent_attr);
     a.args.grad_out = a.pointer(grad_out, "grad_out", a.args.n_edges * hidden_size(a.plan));
-    out = torch::stable::new_empty(delta, {a.args.n_edges, hidden_size(a.plan)});
+    out = new_empty(delta, {a.args.n_edges, hidden_size(a.plan)});
     a.args.out = mutable_data<R>(out);
     a.run(kernels<R>().hidden_forward_tangent);
     results.bind(a, delta, false, true, true, true);
@@ -386,11 +387,11 @@ Tensor gathered(const Context& context, const std::vector<Tensor>& parameters, i
   return vector;
 }
 
-// -> the batch norms' statistics over these edges, (n_layers, W · (n_trivial + 1)): mean [W, n_trivial], variance [W]
-Tensor conv_statistics_cuda(const Tensor& ints, const Tensor& reals, const Tensor& rowptr, const Tensor& column,
-                            const Tensor& value, const std::vector<Tensor>& parameters, const Tensor& delta,
-                            const Tensor& attr, int64_t n_layers, int64_t size) {
-  Tensor statistics;
+std::tuple<Tensor, Tensor> conv_statistics(const Tensor& ints, const Tensor& reals, const Tensor& rowptr,
+                                           const Tensor& column, const Tensor& value,
+                                           const std::vector<Tensor>& parameters, const Tensor& delta,
+                                           const Tensor& attr, int64_t n_layers, int64_t size, int64_t) {
+  Tensor statistics, packed;
   with_arguments(ints, reals, delta, attr, [&](auto& a, auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
     STD_TORCH_CHECK(a.plan.has_norms, "plan: expected one with batch norms.");
@@ -399,14 +400,14 @@ Tensor conv_statistics_cuda(const Tensor& ints, const Tensor& reals, const Tenso
     STD_TORCH_CHECK(a.args.n_edges > 1, "delta: expected at least 2 edges, one has no variance.");
     const HeldMatrix<R>& held = device_matrix(a.context, a.plan, rowptr, column, value);
     const Tensor p = gathered<R>(a.context, parameters, a.plan.n_parameters, a.real);
-    Tensor packed = torch::stable::new_empty(delta, {a.plan.n_weights});
+    packed = new_empty(delta, {a.plan.n_weights});
     // Overwritten norm by norm; until then finite numbers stand where the packing reads them.
     statistics = torch::stable::new_zeros(delta, {a.plan.n_layers, statistics_size(a.plan)});
     R *const weights = mutable_data<R>(packed), *const out = mutable_data<R>(statistics);
     check(kernels<R>().pack(a.device_plan, held.matrix, data<R>(p), out, weights, a.context.stream));
     check(kernels<R>().statistics(a.device_plan, a.args, data<R>(p), weights, out, a.context.stream));
   });
-  return statistics;
+  return {statistics, packed};
 }
 
 Tensor conv_pack(const Tensor& ints, const Tensor& reals, const Tensor& rowptr, const Tensor& column,
@@ -420,7 +421,7 @@ Tensor conv_pack(const Tensor& ints, const Tensor& reals, const Tensor& rowptr, 
     const ScalarType real = statistics.scalar_type();
     implicit_steer::check(statistics, "statistics", real, view.n_layers * statistics_size(view));
     const Tensor p = gathered<R>(context, parameters, view.n_parameters, real);
-    packed = torch::stable::new_empty(statistics, {view.n_weights});
+    packed = new_empty(statistics, {view.n_weights});
     check(kernels<R>().pack(plan, device_matrix(context, view, rowptr, column, value).matrix, data<R>(p),
                             data<R>(statistics), mutable_data<R>(packed), context.stream));
   });
@@ -438,7 +439,7 @@ Tensor conv_pack_backward(const Tensor& ints, const Tensor& reals, const Tensor&
     const ScalarType real = grad_packed.scalar_type();
     implicit_steer::check(statistics, "statistics", real, view.n_layers * statistics_size(view));
     implicit_steer::check(grad_packed, "grad_packed", real, view.n_weights);
-    grad = torch::stable::new_empty(grad_packed, {view.n_parameters});
+    grad = new_empty(grad_packed, {view.n_parameters});
     check(kernels<R>().pack_backward(plan, device_matrix(context, view, rowptr, column, value).transposed,
                                      data<R>(statistics), data<R>(grad_packed), mutable_data<R>(grad), context.stream));
   });
@@ -453,7 +454,7 @@ std::tuple<Tensor, Tensor> sort_by_key(const Tensor& key, int64_t n) {
   const Tensor keys = torch::stable::contiguous(key);
   const Context context(keys);
   const int64_t edges = keys.numel(), size = index == ScalarType::Long ? 8 : 4;
-  Tensor order = torch::stable::new_empty(keys, {edges}), offsets = torch::stable::new_empty(keys, {n + 1});
+  Tensor order = new_empty(keys, {edges}), offsets = new_empty(keys, {n + 1});
   Tensor memory = context.bytes(3 * edges * size + library().sort_bytes(edges) + 1);
   check(library().sort(keys.const_data_ptr(), edges, n, index == ScalarType::Long, order.mutable_data_ptr(),
                        offsets.mutable_data_ptr(), memory.mutable_data_ptr(), context.stream));
@@ -474,9 +475,6 @@ int64_t cuda_shared_bytes(const Tensor& ints, const Tensor& reals) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(implicit_steer, m) {
-  m.def(
-      "conv_statistics_cuda(Tensor plan_ints, Tensor plan_reals, Tensor pack_rowptr, Tensor pack_column, "
-      "Tensor pack_value, Tensor[] parameters, Tensor delta, Tensor attr, int n_layers, int size) -> Tensor");
   m.def("cuda_shared_bytes(Tensor plan_ints, Tensor plan_reals) -> int");
 }
 
@@ -487,7 +485,7 @@ STABLE_TORCH_LIBRARY_IMPL(implicit_steer, CUDA, m) {
   m.impl("conv_hidden", TORCH_BOX(&conv_hidden));
   m.impl("conv_hidden_backward", TORCH_BOX(&conv_hidden_backward));
   m.impl("conv_hidden_double_backward", TORCH_BOX(&conv_hidden_double_backward));
-  m.impl("conv_statistics_cuda", TORCH_BOX(&conv_statistics_cuda));
+  m.impl("conv_statistics", TORCH_BOX(&conv_statistics));
   m.impl("conv_pack", TORCH_BOX(&conv_pack));
   m.impl("conv_pack_backward", TORCH_BOX(&conv_pack_backward));
   m.impl("sort_by_key", TORCH_BOX(&sort_by_key));

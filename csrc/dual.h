@@ -6,7 +6,7 @@
 #if defined(IST_SCALAR)
 #include "cuda/lane.h"
 #else
-#include "simd.h"
+#include "erf.h"
 #endif
 
 namespace implicit_steer::IST_ISA {
@@ -197,16 +197,9 @@ IST_INLINE Dual<A> lane_exp(Dual<A> x) {
   return {e, e * x.tangent};
 }
 template <typename A>
-IST_INLINE Dual<A> lane_expm1_below(Dual<A> x, Dual<A>& exp) {
-  A e;
-  const A below = lane_expm1_below(x.value, e);
-  exp = {e, e * x.tangent};
-  return {below, exp.tangent};
-}
-template <typename A>
-IST_INLINE Dual<A> lane_expm1_below(Dual<A> x) {
-  Dual<A> exp;
-  return lane_expm1_below(x, exp);
+IST_INLINE Dual<A> lane_elu(Dual<A> x) {
+  const A y = lane_elu(x.value);
+  return {y, select(x.value > 0, A{} + 1, y + 1) * x.tangent};
 }
 template <typename A>
 IST_INLINE Dual<A> lane_erf(Dual<A> x) {

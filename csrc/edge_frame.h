@@ -41,7 +41,7 @@ struct Edges {
   V* unit;            // zonal: x / radius; planar: cos φ, sin φ
   V* plane;           // planar: x in the plane
   V factor;           // γ s(|x|)
-  V* power;           // zonal: [3, max_power + 1]; planar: cos kφ, sin kφ [2, max_power + 1]
+  V* power;           // planar: cos kφ, sin kφ [2, max_power + 1]
   V* monomial;        // [n_monomials]
   V *cosine, *sine;   // [d]
   // gradients
@@ -54,7 +54,7 @@ struct Edges {
   IST_LANES void place(A& arena, const PlanView<Real<R>>& p, bool backward) {
     arena.take(delta, 3), arena.take(unit, 3), arena.take(plane, 2);
     arena.take(attr, p.n_attr), arena.take(rotated, p.n_attr), arena.take(inputs, p.n_inputs);
-    arena.take(power, 3 * (p.max_power + 1)), arena.take(monomial, p.n_monomials);
+    arena.take(power, 2 * (p.max_power + 1)), arena.take(monomial, p.n_monomials);
     arena.take(cosine, p.d), arena.take(sine, p.d);
     if (!backward) return;
     arena.take(d_inputs, p.n_inputs), arena.take(d_cosine, p.d), arena.take(d_sine, p.d);
@@ -133,26 +133,20 @@ IST_LANES void zonal_forward(const PlanView<Real<R>>& p, Edges<R>& e, bool all) 
   using V = typename Lane<R>::V;
   const int n_monomials = all ? p.n_monomials : p.used_monomials;
   const int n_harmonics = all ? p.n_harmonics : p.used_harmonics;
-  const int width = p.max_power + 1;
   e.radius = lane_sqrt(e.squared + Limits<Real<R>>::softening), e.inverse = 1 / e.radius;
-  for (int k = 0; k < 3; ++k) {
-    e.unit[k] = e.delta[k] * e.inverse;
-    e.power[k * width] = V{} + 1;
-    for (int n = 1; n < width; ++n) e.power[k * width + n] = e.power[k * width + n - 1] * e.unit[k];
+  for (int k = 0; k < 3; ++k) e.unit[k] = e.delta[k] * e.inverse;
+  e.monomial[0] = V{} + 1;
+  for (int j = 1; j < n_monomials; ++j) e.monomial[j] = e.monomial[p.monomial[2 * j]] * e.unit[p.monomial[2 * j + 1]];
+  for (int j = 0; j < n_harmonics;) {
+    const int m = p.harmonic[2 * j];
+    const bool linear = e.near && p.degree[m] == 1;  // radius times: linear in x
+    V sum{};
+    for (; j < n_harmonics && p.harmonic[2 * j] == m; ++j) {
+      const int n = p.harmonic[2 * j + 1];
+      sum += (linear ? e.delta[p.monomial[2 * n + 1]] : e.monomial[n]) * p.harmonic_value[j];
+    }
+    e.cosine[m] = e.near && p.degree[m] > 1 ? sum * e.radius : sum;
   }
-  for (int j = 0; j < n_monomials; ++j) {
-    const int32_t* n = p.powers + 3 * j;
-    e.monomial[j] = e.power[n[0]] * e.power[width + n[1]] * e.power[2 * width + n[2]];
-  }
-  for (int m = 0; m < p.d; ++m) e.cosine[m] = V{};
-  for (int j = 0; j < n_harmonics; ++j) {
-    const int m = p.harmonic[2 * j], mono = p.harmonic[2 * j + 1];
-    const int32_t* n = p.powers + 3 * mono;
-    const V y = e.near && p.degree[m] == 1 ? e.delta[n[1] + 2 * n[2]] : e.monomial[mono];  // radius times: linear in x
-    e.cosine[m] += y * p.harmonic_value[j];
-  }
-  for (int m = 0; m < p.d && e.near; ++m)
-    if (p.degree[m] > 1) e.cosine[m] *= e.radius;
   e.inputs[0] = e.near ? V{} + 1 : e.radius;
   for (int j = 0; j < p.n_attr; ++j) e.inputs[1 + j] = e.rotated[j];
 }
@@ -160,7 +154,6 @@ IST_LANES void zonal_forward(const PlanView<Real<R>>& p, Edges<R>& e, bool all) 
 template <typename R>
 IST_LANES void zonal_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
   using V = typename Lane<R>::V;
-  const int width = p.max_power + 1;
   for (int j = 0; j < p.n_attr; ++j) e.d_rotated[j] = e.d_inputs[1 + j];
   for (int j = 0; j < p.used_monomials; ++j) e.d_monomial[j] = V{};
   if (!e.near) e.d_radius += e.d_inputs[0];
@@ -170,24 +163,18 @@ IST_LANES void zonal_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
       e.d_cosine[m] *= e.radius;
     }
   for (int j = 0; j < p.used_harmonics; ++j) {
-    const int m = p.harmonic[2 * j], mono = p.harmonic[2 * j + 1];
-    const int32_t* n = p.powers + 3 * mono;
+    const int m = p.harmonic[2 * j], n = p.harmonic[2 * j + 1];
     const V g = e.d_cosine[m] * p.harmonic_value[j];
-    if (e.near && p.degree[m] == 1) {
-      e.d_delta[n[1] + 2 * n[2]] += g;
-    } else if (p.degree[m] > 0) {
-      e.d_monomial[mono] += g;
-    }
+    if (e.near && p.degree[m] == 1)
+      e.d_delta[p.monomial[2 * n + 1]] += g;
+    else
+      e.d_monomial[n] += g;
   }
   V d_unit[3] = {};
-  for (int j = 0; j < p.used_monomials; ++j) {
-    const int32_t* n = p.powers + 3 * j;
-    for (int k = 0; k < 3; ++k) {
-      if (n[k] == 0) continue;
-      const int a = (k + 1) % 3, b = (k + 2) % 3;
-      d_unit[k] += e.d_monomial[j] * Real<R>(n[k]) * e.power[k * width + n[k] - 1] * e.power[a * width + n[a]] *
-                   e.power[b * width + n[b]];
-    }
+  for (int j = p.used_monomials - 1; j > 0; --j) {
+    const int earlier = p.monomial[2 * j], k = p.monomial[2 * j + 1];
+    d_unit[k] += e.d_monomial[j] * e.monomial[earlier];
+    e.d_monomial[earlier] += e.d_monomial[j] * e.unit[k];
   }
   for (int k = 0; k < 3; ++k) e.d_radius -= d_unit[k] * e.unit[k] * e.inverse;
   for (int k = 0; k < 3; ++k) e.d_delta[k] += d_unit[k] * e.inverse + e.d_radius * e.unit[k];

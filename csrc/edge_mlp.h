@@ -38,6 +38,19 @@ IST_LANES void linear_forward(const LayerView<Real<R>>& layer, const R* weights,
   }
 }
 
+// d_y[col] += Σ_row W[row, i] d_z[row] for N columns
+template <int N, typename R, typename V>
+IST_INLINE void linear_columns(const R* w, int n_rows, int n_columns, const int32_t* rows, const int32_t* columns,
+                               const V* d_z, V* d_y) {
+  V acc[N];
+  for (int i = 0; i < N; ++i) acc[i] = d_y[columns[i]];
+  for (int r = 0; r < n_rows; ++r, w += n_columns) {
+    const V d = d_z[rows[r]];
+    for (int i = 0; i < N; ++i) acc[i] += d * w[i];
+  }
+  for (int i = 0; i < N; ++i) d_y[columns[i]] = acc[i];
+}
+
 // d_y += Wᵀ d_z (unless null); d_w[value] += d_z ⊗ y and d_b += d_z, lane by lane (unless null).
 template <typename R>
 IST_LANES void linear_backward(const LayerView<Real<R>>& layer, const R* weights, const typename Lane<R>::V* y,
@@ -51,16 +64,12 @@ IST_LANES void linear_backward(const LayerView<Real<R>>& layer, const R* weights
   for (int n = 0; n < layer.n_groups; ++n) {
     const int n_rows = g[0], n_columns = g[1];
     const int32_t *rows = g + 2, *columns = rows + n_rows;
-    for (int i = 0; i < n_columns; ++i) {
-      if (d_y) {
-        V acc = d_y[columns[i]];
-        for (int r = 0; r < n_rows; ++r) acc += d_z[rows[r]] * w[r * n_columns + i];
-        d_y[columns[i]] = acc;
-      }
-      if (d_w) {
-        const V in = y[columns[i]];
-        for (int r = 0; r < n_rows; ++r) d_w[r * n_columns + i] += d_z[rows[r]] * in;
-      }
+    int i = 0;
+    for (; i + 4 <= n_columns && d_y; i += 4) linear_columns<4>(w + i, n_rows, n_columns, rows, columns + i, d_z, d_y);
+    for (; i < n_columns && d_y; ++i) linear_columns<1>(w + i, n_rows, n_columns, rows, columns + i, d_z, d_y);
+    for (i = 0; i < n_columns && d_w; ++i) {
+      const V in = y[columns[i]];
+      for (int r = 0; r < n_rows; ++r) d_w[r * n_columns + i] += d_z[rows[r]] * in;
     }
     w += n_rows * n_columns;
     if (d_w) d_w += n_rows * n_columns;

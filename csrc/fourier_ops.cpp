@@ -10,7 +10,7 @@ namespace {
 using namespace implicit_steer;
 
 // Below this many evaluations of φ per thread, waking a second thread costs more than it saves.
-constexpr int64_t kSamplesPerThread = 1 << 17;
+constexpr int64_t kSamplesPerThread = 1 << 14;
 
 template <typename R>
 const FourierTable<R>& table(int64_t wanted) {
@@ -40,7 +40,7 @@ Tensor run(const Tensor* grad, const Tensor& x, const Tensor& samples, const Ten
     if (grad) check(*grad, "grad", x.scalar_type(), x.numel());
     a.n_samples = static_cast<int>(n_samples), a.function = static_cast<int>(function);
     a.threads = static_cast<int>(std::clamp<int64_t>(a.fields * n_samples / kSamplesPerThread, 1, threads));
-    Tensor scratch = torch::stable::new_empty(x, {a.threads, fourier_scratch<R>(a.d)});
+    Tensor scratch = new_empty(x, {a.threads, fourier_scratch<R>(a.d)});
     a.x = data<R>(x), a.samples = data<R>(samples), a.inverse_t = data<R>(inverse_t);
     a.out = mutable_data<R>(out), a.scratch = mutable_data<R>(scratch);
     if (grad) a.grad = data<R>(*grad);

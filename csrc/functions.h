@@ -17,8 +17,7 @@ struct Elu {
   static constexpr bool is_elu = true;
   template <typename V>
   static IST_INLINE V value(V x) {
-    const V negative = lane_expm1_below(x);
-    return select(x > 0, x, negative);
+    return lane_elu(x);
   }
   template <typename V>
   static IST_INLINE V prime(V x) {
@@ -26,10 +25,9 @@ struct Elu {
   }
   template <typename V>
   static IST_INLINE V both(V x, V& slope) {
-    V e;
-    const V negative = lane_expm1_below(x, e);
-    slope = select(x > 0, V{} + 1, e);
-    return select(x > 0, x, negative);
+    const V y = lane_elu(x);
+    slope = select(x > 0, V{} + 1, y + 1);
+    return y;
   }
   template <typename V>
   static IST_INLINE V second(V x) {

@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "cpu/instruction_set.h"
 
@@ -39,6 +40,31 @@ inline void check(const Tensor& t, const char* name, ScalarType type, int64_t nu
   STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous(), name,
                   ": expected a contiguous tensor of another dtype.");
   STD_TORCH_CHECK(t.numel() == numel, name, ": expected ", numel, " numbers, got ", t.numel(), ".");
+}
+
+inline int32_t dtype_of(const Tensor& t) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+
+// A contiguous tensor on the device of `like`. torch::stable::new_empty looks its operator up by name, at three times
+// the cost.
+inline Tensor new_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape, int32_t dtype) {
+  constexpr int kMost = 4;
+  int64_t strides[kMost] = {}, stride = 1;
+  STD_TORCH_CHECK(shape.size() <= kMost, "shape: expected at most ", kMost, " dimensions, got ", shape.size(), ".");
+  for (size_t k = shape.size(); k-- > 0; stride *= shape[k]) strides[k] = stride;
+  int32_t device, index;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides,
+                                                         dtype, device, index, &handle));
+  return Tensor(handle);
+}
+inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape) {
+  return new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype_of(like));
 }
 
 template <typename R>

@@ -1,21 +1,20 @@
 // The torch operators of graph.h, through torch's stable ABI: one binary for every torch >= 2.10, no Python.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <cstdint>
 #include <limits>
 #include <tuple>
 #include <type_traits>
 
 #include "graph.h"
+#include "op_arguments.h"
 
 namespace {
 
+using implicit_steer::new_empty;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+Tensor in_order(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // Calls f with a null pointer of the tensor's index type: the type is all it carries.
 template <typename F>
@@ -33,10 +32,10 @@ void dispatch_index(const Tensor& index, const char* name, F f) {
 // edge_index [2, E] -> scalar bool: every source in 0 .. num_src-1 and every target in 0 .. num_dst-1.
 Tensor edges_in_range(const Tensor& edge_index, int64_t num_src, int64_t num_dst) {
   STD_TORCH_CHECK(edge_index.dim() == 2 && edge_index.size(0) == 2, "edge_index: expected a tensor of shape (2, E).");
-  const Tensor rows = torch::stable::contiguous(edge_index);
+  const Tensor rows = in_order(edge_index);
   const int64_t edges = rows.size(1);
   const int threads = static_cast<int>(torch::stable::get_num_threads());
-  Tensor result = torch::stable::new_empty(rows, {}, ScalarType::Bool);
+  Tensor result = new_empty(rows, {}, aoti_torch_dtype_bool());
   dispatch_index(rows, "edge_index", [&](auto* tag) {
     using Index = std::remove_pointer_t<decltype(tag)>;
     const auto* row = static_cast<const Index*>(rows.const_data_ptr());
@@ -50,11 +49,11 @@ Tensor edges_in_range(const Tensor& edge_index, int64_t num_src, int64_t num_dst
 std::tuple<Tensor, Tensor> sort_by_key(const Tensor& key, int64_t n) {
   STD_TORCH_CHECK(key.dim() == 1, "key: expected a tensor of shape (E,), got rank ", key.dim(), ".");
   STD_TORCH_CHECK(n >= 0, "n: expected a count >= 0, got ", n, ".");
-  const Tensor keys = torch::stable::contiguous(key);
+  const Tensor keys = in_order(key);
   const int64_t edges = keys.numel();
   const int threads = static_cast<int>(torch::stable::get_num_threads());
-  Tensor order = torch::stable::new_empty(keys, {edges});
-  Tensor offsets = torch::stable::new_empty(keys, {n + 1});
+  Tensor order = new_empty(keys, {edges});
+  Tensor offsets = new_empty(keys, {n + 1});
   dispatch_index(keys, "key", [&](auto* tag) {
     using Index = std::remove_pointer_t<decltype(tag)>;
     STD_TORCH_CHECK(edges <= std::numeric_limits<Index>::max(), "key: more edges than its dtype can number.");

@@ -51,23 +51,18 @@ struct Transposed {
   }
 };
 
-// Numbers of a row of n channels.
-inline int64_t padded_channels(int64_t n) { return (n + kChannels - 1) / kChannels * kChannels; }
-
 // Calls f(from, to) for every weight of θ: its positions in the packed weights in the layouts [b][u][v, w] and
 // [b][v][w][u], whose rows of channels are padded.
 template <typename R, typename F>
 void for_theta(const PlanView<R>& plan, F f) {
   for (const CouplingView* next = plan.couplings; next < plan.couplings + plan.n_couplings; ++next) {
     const CouplingView& q = *next;
-    const int64_t row = q.constant ? 1 : padded_channels(q.n_hidden), slot = padded_channels(q.n_in * row);
-    const int64_t outputs = padded_channels(q.n_out);
     for (int64_t b = 0; b < q.n_basis; ++b)
       for (int64_t u = 0; u < q.n_out; ++u)
         for (int64_t v = 0; v < q.n_in; ++v)
           for (int64_t w = 0; w < q.n_hidden; ++w)
-            f(q.theta + (b * q.n_out + u) * slot + v * row + w,
-              q.theta_forward + ((b * q.n_in + v) * q.n_hidden + w) * outputs + u);
+            f(q.theta + (b * q.n_out + u) * q.theta_size + v * q.hidden_padded + w,
+              q.theta_forward + ((b * q.n_in + v) * q.n_hidden + w) * q.out_padded + u);
   }
 }
 

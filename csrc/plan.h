@@ -17,6 +17,10 @@ namespace implicit_steer {
 enum FrameKind : int32_t { kNone = 0, kZonal = 1, kPlanar = 2 };
 // Rows of channels in the packed weights, and in what is multiplied with them, are padded to whole multiples of this.
 constexpr int64_t kChannels = 8;
+// Numbers of a row of n channels.
+__attribute__((always_inline)) constexpr int64_t padded(int64_t n) {
+  return (n + kChannels - 1) / kChannels * kChannels;
+}
 
 enum Function : int32_t { kElu = 0, kRelu = 1, kSilu = 2, kGelu = 3, kTanh = 4 };
 
@@ -43,26 +47,27 @@ struct LayerView {
   const R *pair_samples, *pair_inverse;  // [n_pairs + singles, c]
 };
 
-// U x V x W fields that share intertwiners. Hidden features enter by `rows`: one coefficient of all W channels.
-// A product is t[v] = Σ_g f[i_g, v] G_g, where G_g is a constant or Σ value · Y[m]; a term adds a product t[v] row[w]
-// to T[slot, v, w].
+// U x V x W fields that share intertwiners. Hidden features enter by rows: one coefficient of all W channels, or the
+// constant one. A product is t[v] = Σ_g f[i_g, v] G_g, where G_g is a constant or Σ value · Y[m]. Slots (b, o) that
+// read the same rows form a group; a block is one of these rows, with the products that it meets in the group's slots:
+//   T[slot, w, v] += h[row, w] t[slot, v]
 struct CouplingView {
   int32_t n_out, n_in, n_hidden, n_basis;  // U, V, W, n_b
-  int32_t constant;                        // reads the constant-one feature: W = 1, no row
-  int32_t n_slots, n_terms;
+  int32_t constant;                        // reads the constant one: W = 1
+  int32_t n_slots, n_groups, n_blocks;
   int32_t theta, theta_forward;  // positions in the packed weights of θ [b][u][v, w] and [b][v][w][u]
-  int32_t in_at, out_at;         // positions of component 0: the V inputs; the U outputs, padded
+  int32_t out_at;                // position of component 0 of the U outputs
   const int32_t* slots;          // [n_slots, 2] b, o
-  const int32_t* terms;          // [n_terms, 3] slot, row, position of the product
-  // positions in a worker's buffers, set by place()
-  int32_t hidden_padded, in_padded, out_padded;  // rows of channels: whole kChannels
-  int64_t slot_size;                             // numbers of T[slot]
-  int64_t at_sums, at_sums_t, at_d_terms;
+  const int32_t* groups;         // [n_groups, 4] first slot, slots, first block, blocks
+  const int32_t* blocks;         // [n_blocks, 2] row (n_rows: the constant one), position of the products
+  int32_t hidden_padded, in_padded, out_padded;  // rows of channels: whole kChannels; of the constant one: 1
+  int64_t theta_size;                            // of θ[b, u], as [v, w]
+  int64_t at_sums, at_slots;                     // positions in a worker's buffers; set by place_couplings()
 };
 
-// Sizes of a worker's buffers over all couplings.
+// Numbers of T over all couplings: group by group [w][slot, v], and slot by slot [v][w]; rows are padded.
 struct CouplingSizes {
-  int64_t sums = 0, sums_t = 0, d_terms = 0;
+  int64_t sums = 0, slots = 0;
 };
 
 template <typename R>
@@ -71,9 +76,9 @@ struct PlanView {
   int32_t n_even;  // coefficients of a channel that come first, see LayerView
   int32_t n_couplings, n_rows, n_g, n_weights, n_grad, has_cutoff, shell, hidden_flat, has_norms, n_trivial,
       n_parameters;
-  // Inputs and outputs are gathered by field type, component by component: all channels of one side by side.
-  int32_t n_gathered, n_mixed;  // gathered inputs; places for outputs, rows of channels padded
-  const int32_t* input;         // [n_gathered] number of the input
+  // Inputs and outputs are gathered by field type, component by component: all channels of one side by side, padded.
+  int32_t n_gathered, n_mixed;  // places for inputs and outputs
+  const int32_t* input;         // [n_gathered] number of the input, or -1: padding
   const int32_t* place;         // [C_out] place of the output, or -1: always 0
 
   R gamma, cutoff, eps;               // eps: of the batch norms
@@ -83,8 +88,9 @@ struct PlanView {
   const int32_t* attribute_identity;  // [1]
   const R* attribute;                 // [A, A]
   int32_t n_harmonics, n_monomials, max_power;
-  int32_t used_harmonics, used_monomials;     // those that the couplings read come first
-  const int32_t *degree, *powers, *harmonic;  // [d], [n_mon, 3], [n_harmonics, 2] m and monomial
+  int32_t used_harmonics, used_monomials;       // those that the couplings read come first
+  const int32_t *degree, *monomial, *harmonic;  // [d]; [n_monomials, 2] an earlier one and the coordinate that it is
+                                                // multiplied with, the first is 1; [n_harmonics, 2] m and monomial
   const R* harmonic_value;
   const R *plane, *axis, *sign, *attribute_sign;  // [dim, 2], [dim, dim-2], [c], [A]
   const int32_t *order, *partner, *attribute_order, *attribute_partner;
@@ -92,12 +98,17 @@ struct PlanView {
   const int32_t* row_start;  // [n_rows + 1]
   const int32_t* row;        // positions
   int32_t n_products, product_size;
-  const int32_t*
-      products;  // [n_products, 5] position of the inputs' component 0, V, first g, one past the last, position
-  const int32_t* g_input;      // [n_g] i
+  const int32_t* products;     // [n_products, 4] place in t, padded V, first g, one past the last
+  const int32_t* g_from;       // [n_g] place of the input's component
   const int32_t* g_first;      // [n_g + 1] nonzeros of G_g
   const int32_t* nz_harmonic;  // [n_nz] m, -1 without a factor Y
   const R* nz_value;
+  int32_t n_adjoint;       // rows of inputs
+  const int32_t* adjoint;  // [n_adjoint, 4] place among the inputs, padded V, first term, one past the last
+  const int32_t *adjoint_from, *adjoint_g;  // per term: place in t, g
+  int32_t n_harmonic_terms;
+  const int32_t* harmonic_terms;  // [n_harmonic_terms, 4] m, ascending; places of the input and in t; padded V
+  const R* harmonic_term_value;
   const LayerView<R>* layers;
   CouplingView* couplings;
 };
@@ -113,6 +124,14 @@ struct Plan : PlanView<R> {
 template <typename R>
 IST_HOST_DEVICE int64_t hidden_size(const PlanView<R>& p) {
   return int64_t{p.hidden_flat} / p.c * p.d + 1;
+}
+
+// Whether the features of a node lie in memory as they are gathered.
+template <typename R>
+bool gathered_as_given(const PlanView<R>& p) {
+  bool same = p.n_gathered == p.in_size;
+  for (int32_t k = 0; k < p.n_gathered && same; ++k) same = p.input[k] == k;
+  return same;
 }
 
 // Reads consecutive numbers. The pointers that it hands out lead into a copy of them, `copy`, for the views to be used
@@ -140,10 +159,10 @@ void read_frame(PlanView<R>& p, Reader<int32_t>& ints, Reader<R>& reals) {
   p.attribute_identity = ints.take(1);
   p.attribute = reals.take(int64_t{p.n_attr} * p.n_attr);
   if (p.kind == kZonal) {
-    p.n_harmonics = ints.one(), p.n_monomials = ints.one(), p.max_power = ints.one();
+    p.n_harmonics = ints.one(), p.n_monomials = ints.one();
     p.used_harmonics = ints.one(), p.used_monomials = ints.one();
     p.degree = ints.take(p.d);
-    p.powers = ints.take(int64_t{3} * p.n_monomials), p.harmonic = ints.take(int64_t{2} * p.n_harmonics);
+    p.monomial = ints.take(int64_t{2} * p.n_monomials), p.harmonic = ints.take(int64_t{2} * p.n_harmonics);
     p.harmonic_value = reals.take(p.n_harmonics);
   } else if (p.kind == kPlanar) {
     p.max_power = ints.one();
@@ -172,11 +191,30 @@ void read_layer(Plan<R>& p, Reader<int32_t>& ints, Reader<R>& reals) {
 inline CouplingView read_coupling(Reader<int32_t>& ints) {
   CouplingView q{};
   q.n_out = ints.one(), q.n_in = ints.one(), q.n_hidden = ints.one(), q.n_basis = ints.one();
-  q.constant = ints.one(), q.n_slots = ints.one(), q.n_terms = ints.one();
-  q.theta = ints.one(), q.theta_forward = ints.one();
-  q.in_at = ints.one(), q.out_at = ints.one();
-  q.slots = ints.take(int64_t{2} * q.n_slots), q.terms = ints.take(int64_t{3} * q.n_terms);
+  q.constant = ints.one(), q.n_slots = ints.one(), q.n_groups = ints.one(), q.n_blocks = ints.one();
+  q.theta = ints.one(), q.theta_forward = ints.one(), q.out_at = ints.one();
+  q.slots = ints.take(int64_t{2} * q.n_slots), q.groups = ints.take(int64_t{4} * q.n_groups);
+  q.blocks = ints.take(int64_t{2} * q.n_blocks);
+  q.hidden_padded = q.constant ? 1 : static_cast<int32_t>(padded(q.n_hidden));
+  q.in_padded = static_cast<int32_t>(padded(q.n_in)), q.out_padded = static_cast<int32_t>(padded(q.n_out));
+  q.theta_size = padded(int64_t{q.n_in} * q.hidden_padded);
   return q;
+}
+
+template <typename R>
+bool read_products(PlanView<R>& p, Reader<int32_t>& ints, Reader<R>& reals) {
+  p.n_products = ints.one(), p.product_size = ints.one(), p.products = ints.take(int64_t{4} * p.n_products);
+  p.g_from = ints.take(p.n_g), p.g_first = ints.take(p.n_g + 1);
+  if (!ints.valid) return false;
+  const int32_t n_nz = ints.next[-1];
+  p.nz_harmonic = ints.take(n_nz), p.nz_value = reals.take(n_nz);
+  p.n_adjoint = ints.one(), p.adjoint = ints.take(int64_t{4} * p.n_adjoint);
+  if (!ints.valid) return false;
+  const int32_t n_terms = p.n_adjoint ? ints.next[-1] : 0;
+  p.adjoint_from = ints.take(n_terms), p.adjoint_g = ints.take(n_terms);
+  p.n_harmonic_terms = ints.one(), p.harmonic_terms = ints.take(int64_t{4} * p.n_harmonic_terms);
+  p.harmonic_term_value = reals.take(p.n_harmonic_terms);
+  return ints.valid;
 }
 
 // The view of a plan whose numbers can be read at `ints` and `reals` now, and where it is used at the copies of these.
@@ -201,11 +239,7 @@ bool plan_view(Plan<R>& p, const int32_t* ints_begin, int64_t n_ints, const R* r
   p.row_start = ints.take(p.n_rows + 1);
   if (!ints.valid) return false;
   p.row = ints.take(ints.next[-1]);
-  p.n_products = ints.one(), p.product_size = ints.one(), p.products = ints.take(int64_t{5} * p.n_products);
-  p.g_input = ints.take(p.n_g), p.g_first = ints.take(p.n_g + 1);
-  if (!ints.valid) return false;
-  const int32_t n_nz = ints.next[-1];
-  p.nz_harmonic = ints.take(n_nz), p.nz_value = reals.take(n_nz);
+  if (!read_products(p, ints, reals)) return false;
   for (int q = 0; q < p.n_couplings && ints.valid; ++q) p.coupling_storage.push_back(read_coupling(ints));
   p.layers = p.layer_storage.data(), p.couplings = p.coupling_storage.data();
   return ints.valid && reals.valid && ints.next == ints.end && reals.next == reals.end;

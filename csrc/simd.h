@@ -106,6 +106,21 @@ IST_INLINE auto lane_sum(V x) {
 }
 #endif
 
+// Bit l: whether lane l of a comparison's result is set.
+template <typename M>
+IST_INLINE uint32_t lane_bits(M mask) {
+#if IST_LANE_BYTES == 64
+  if constexpr (sizeof(mask[0]) == 4)
+    return _mm512_movepi32_mask((__m512i)mask);
+  else
+    return _mm512_movepi64_mask((__m512i)mask);
+#else
+  uint32_t bits = 0;
+  for (unsigned l = 0; l < sizeof(M) / sizeof(mask[0]); ++l) bits |= static_cast<uint32_t>(mask[l] != 0) << l;
+  return bits;
+#endif
+}
+
 // One step of a transposition: blocks of S x S numbers of the rows a and b (S rows further down) change places.
 template <int S, typename V, int... K>
 IST_INLINE void exchange(V& a, V& b, std::integer_sequence<int, K...>) {
@@ -114,27 +129,6 @@ IST_INLINE void exchange(V& a, V& b, std::integer_sequence<int, K...>) {
   b = __builtin_shufflevector(a, b, (K & S ? L + K : K + S)...);
   a = upper;
 }
-// rows[L] of L numbers each, in place
-template <int L, int S = L / 2, typename V>
-IST_INLINE void transpose(V* rows) {
-  for (int i = 0; i < L; ++i)
-    if (!(i & S)) exchange<S>(rows[i], rows[i + S], std::make_integer_sequence<int, L>{});
-  if constexpr (S > 1) transpose<L, S / 2>(rows);
-}
-
-// Of L vectors, which it overwrites: lane j of the result is the sum over the lanes of rows[j].
-template <int L, int S = L / 2, typename V>
-IST_INLINE V lane_sums(V* rows) {
-  for (int i = 0; i < S; ++i) {
-    exchange<S>(rows[i], rows[i + S], std::make_integer_sequence<int, L>{});
-    rows[i] += rows[i + S];
-  }
-  if constexpr (S > 1)
-    return lane_sums<L, S / 2>(rows);
-  else
-    return rows[0];
-}
-
 template <typename V>
 IST_INLINE V lane_abs(V x) {
   return select(x < 0, -x, x);
@@ -209,15 +203,13 @@ IST_INLINE VF lane_exp(VF x) {
   const ExpParts e = exp_parts<true>(lane_min(splat<VF>(88.3f), lane_max(splat<VF>(-86.6f), x)));
   return e.scale + e.rest;
 }
-// e^x - 1 where x <= 0, anything elsewhere but NaN for NaN; e^x into `exp`.
-IST_INLINE VF lane_expm1_below(VF x, VF& exp) {
-  const ExpParts e = exp_parts<true>(lane_max(splat<VF>(-86.6f), x));
-  exp = e.scale + e.rest;
-  return (e.scale - 1) + e.rest;
-}
-IST_INLINE VF lane_expm1_below(VF x) {
-  const ExpParts e = exp_parts<false>(lane_max(splat<VF>(-86.6f), x));
-  return (e.scale - 1) + e.rest;
+// x where x > 0, else e^x - 1. As integers, negative floats are below all others and grow with their magnitude: one
+// minimum bounds them from below, and turns all others into that bound, of which e^x - 1 is below them.
+IST_INLINE VF lane_elu(VF x) {
+  using I = Lane<float>::I;
+  const I bound = (I)splat<VF>(-20.0f), bits = (I)x;  // where -1 is reached
+  const ExpParts e = exp_parts<false>((VF)(bits < bound ? bits : bound));
+  return lane_max((e.scale - 1) + e.rest, x);
 }
 IST_INLINE VD lane_exp(VD x) {
   constexpr double magic = 6755399441055744.0;  // 1.5 * 2^52
@@ -235,17 +227,6 @@ IST_INLINE VD lane_exp(VD x) {
   return (VD)((I)p + ((I)shifted << 52));
 }
 
-IST_INLINE VD lane_expm1_below(VD x, VD& exp) {
-  exp = lane_exp(x);
-  return exp - 1;
-}
-IST_INLINE VD lane_expm1_below(VD x) { return lane_exp(x) - 1; }
-
-template <typename V>
-IST_INLINE V lane_erf(V x) {
-  for (unsigned l = 0; l < sizeof(V) / sizeof(x[0]); ++l)
-    x[l] = sizeof(x[0]) == 4 ? __builtin_erff(x[l]) : __builtin_erf(x[l]);
-  return x;
-}
+IST_INLINE VD lane_elu(VD x) { return lane_max(lane_exp(lane_min(VD{}, x)) - 1, x); }
 
 }  // namespace implicit_steer::IST_ISA

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -31,14 +33,17 @@ class Calculator(_base.Calculator):
     """energy, free_energy (eV), energies (eV per atom), forces (eV/Å), stress (eV/Å³, Voigt) of a potential.
 
     Neighbours are found up to the cutoff plus ``skin`` and found anew when an atom has moved by more than half of it,
-    or when species, cell or periodicity changed; pairs beyond the cutoff do not count.
+    or when species, cell or periodicity changed; pairs beyond the cutoff do not count. Charges and magnetic moments of
+    the atoms are not looked at: they are those of the potential's training data.
 
     Args:
         potential: a :class:`~implicit_steer.models.Potential`, or another module with its ``cutoff`` and ``predict``;
             it is copied. Its dtype and device are the calculation's: use ``potential.double()`` for dynamics.
         skin: Å, ≥ 0.
+        kwargs: of ASE's ``Calculator``: atoms, label, directory, restart.
 
     Raises:
+        TypeError: no potential, no number as skin, or other keywords, which would have no effect.
         ValueError: an unknown species; "stress" asked for without three lattice vectors.
 
     Example:
@@ -52,7 +57,14 @@ class Calculator(_base.Calculator):
 
     def __init__(self, potential: Potential, skin: float = 0.3, **kwargs: Any):
         super().__init__(**kwargs)
-        require(skin >= 0, "skin", "a length >= 0 in Å", skin)
+        remedy = "The potential has nothing to set: total charge and spin are those of its training data."
+        expected = "ASE's options (atoms, label, directory, restart)"
+        require(not self.parameters, "kwargs", expected, dict(self.parameters), remedy, TypeError)
+        is_potential = isinstance(potential, torch.nn.Module) and hasattr(potential, "predict")
+        require(is_potential, "potential", "a Potential", type(potential).__name__, kind=TypeError)
+        real = isinstance(skin, Real) and not isinstance(skin, bool)
+        require(real, "skin", "a number", repr(skin), kind=TypeError)
+        require(0 <= skin < math.inf, "skin", "a length >= 0 in Å", skin)
         self.potential = copy.deepcopy(potential).eval().requires_grad_(False)
         self.skin = float(skin)
         self._parameter = next(iter(self.potential.parameters()))

@@ -1,7 +1,7 @@
 """Fourier activations y = A⁻ φ(A x) of fields: native on CPU tensors, otherwise plain PyTorch.
 
-The native operators keep no samples in memory: the backward pass evaluates A x again. Gradients that are to be
-differentiated again come from plain PyTorch.
+The native operators keep no samples in memory: the backward pass evaluates A x again. The fake kernels of the operators
+and their derivatives, to any order, are here too.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from . import native
+from ._autocast import own_precision
 from .backends.cpu import instruction_set
-from .functions import phi, phi_prime
+from .functions import phi, phi_prime, phi_second
+from .packing import is_traced, is_transformed
 from .plan import FUNCTIONS
 
 
@@ -26,45 +28,108 @@ def fourier(function: str, x: Tensor, samples: Tensor, inverse_t: Tensor) -> Ten
     Returns:
         y, in the shape of x.
     """
-    if x.is_cpu and x.dtype in (torch.float32, torch.float64) and native.available()[0]:
-        number, isa = FUNCTIONS.index(function), instruction_set()
-        return _Fourier.apply(x.contiguous(), samples, inverse_t, number, isa)
-    return _plain(function, x, samples, inverse_t)
+    if not has_kernel(x) or is_transformed():
+        return _plain(function, x, samples, inverse_t)
+    arguments = x.contiguous(), samples, inverse_t, FUNCTIONS.index(function), instruction_set()
+    if torch.compiler.is_compiling():
+        return torch.ops.implicit_steer.fourier_forward(*arguments)
+    return (_Fourier.apply if is_traced() else _apply)(*arguments)
 
 
-def _plain(function: str, x: Tensor, samples: Tensor, inverse_t: Tensor) -> Tensor:
-    y = phi(function, _fields(x, samples) @ samples.T) @ inverse_t
+def has_kernel(x: Tensor) -> bool:
+    """Whether the native operators take it."""
+    return x.is_cpu and x.dtype in (torch.float32, torch.float64) and native.available()[0]
+
+
+def _fields(x: Tensor, d: int) -> Tensor:
+    """(N, C · d, ...) → (N, C, ..., d)."""
+    return x.unflatten(1, (-1, d)).movedim(2, -1)
+
+
+def _through(x: Tensor, into: Tensor, change, out: Tensor) -> Tensor:
+    """``out``ᵀ change(``into`` x) of every field; into, out (S, d); ``change`` keeps the shape (N, C, ..., S)."""
+    y = change(_fields(x, into.shape[1]) @ into.T) @ out
     return y.movedim(-1, 2).reshape(x.shape)
 
 
-def _plain_backward(function: str, grad: Tensor, x: Tensor, samples: Tensor, inverse_t: Tensor) -> Tensor:
-    slopes = phi_prime(function, _fields(x, samples) @ samples.T)
-    grad_x = (slopes * (_fields(grad, samples) @ inverse_t.T)) @ samples
-    return grad_x.movedim(-1, 2).reshape(x.shape)
+def _plain(function: str, x: Tensor, samples: Tensor, inverse_t: Tensor) -> Tensor:
+    return _through(x, samples, lambda u: phi(function, u), inverse_t)
 
 
-def _fields(x: Tensor, samples: Tensor) -> Tensor:
-    """(N, C · d, ...) → (N, C, ..., d)."""
-    return x.unflatten(1, (-1, samples.shape[1])).movedim(2, -1)
+def _differential(function: str, x: Tensor, v: Tensor, samples: Tensor, inverse_t: Tensor) -> Tensor:
+    """A⁻ (φ′(A x) · A v): the derivative of y along v."""
+    slopes = phi_prime(function, _fields(x, samples.shape[1]) @ samples.T)
+    return _through(v, samples, lambda u: slopes * u, inverse_t)
+
+
+# ---- the operators: fake kernels and derivatives
+
+_IGNORED = (None,) * 4  # samples, inverse_t, number of φ, instruction set
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, number, ctx.isa = inputs
+    ctx.function = FUNCTIONS[number]
+    ctx.save_for_backward(*tensors)
+
+
+def _forward_gradient(ctx, grad: Tensor):
+    tensors = grad.contiguous(), *ctx.saved_tensors
+    grad_x = torch.ops.implicit_steer.fourier_backward(*tensors, FUNCTIONS.index(ctx.function), ctx.isa)
+    return grad_x, *_IGNORED
+
+
+def _backward_gradient(ctx, v: Tensor):
+    """Of grad_x = Aᵀ (φ′(A x) · A⁻ᵀ grad) by grad and x, along v."""
+    grad, x, samples, inverse_t = ctx.saved_tensors
+    d = samples.shape[1]
+    with own_precision(x):
+        bends = phi_second(ctx.function, _fields(x, d) @ samples.T) * (_fields(grad, d) @ inverse_t.T)
+        d_x = _through(v, samples, lambda u: bends * u, samples)
+        return _differential(ctx.function, x, v, samples, inverse_t), d_x, *_IGNORED
 
 
 class _Fourier(torch.autograd.Function):
-    generate_vmap_rule = True  # for the transforms of torch.func
+    """The operator with less overhead outside of compiled programs, and with forward-mode derivatives."""
 
     @staticmethod
     def forward(x: Tensor, samples: Tensor, inverse_t: Tensor, number: int, isa: int) -> Tensor:
-        return torch.ops.implicit_steer.fourier_forward(x, samples, inverse_t, number, isa)
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.implicit_steer.fourier_forward(x, samples, inverse_t, number, isa)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        *tensors, ctx.number, ctx.isa = inputs
-        ctx.save_for_backward(*tensors)
+        _save(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:3])
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True
-            grad_x = _plain_backward(FUNCTIONS[ctx.number], grad, *ctx.saved_tensors)
-        else:
-            tensors = (grad.contiguous(), *ctx.saved_tensors)
-            grad_x = torch.ops.implicit_steer.fourier_backward(*tensors, ctx.number, ctx.isa)
-        return grad_x, None, None, None, None
+            return _forward_gradient(ctx, grad)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _forward_gradient(ctx, grad)
+
+    @staticmethod
+    def jvp(ctx, v: Tensor, *_) -> Tensor:
+        x, samples, inverse_t = ctx.saved_tensors
+        return _differential(ctx.function, x, v, samples, inverse_t)
+
+
+_apply = super(torch.autograd.Function, _Fourier).apply  # without the detour for torch.func
+
+
+def _forward_fake(x, samples, inverse_t, function, isa):
+    return torch.empty_like(x)
+
+
+def _backward_fake(grad, x, samples, inverse_t, function, isa):
+    return torch.empty_like(x)
+
+
+if native.available()[0]:
+    for name, fake, gradient in [
+        ("fourier_forward", _forward_fake, _forward_gradient),
+        ("fourier_backward", _backward_fake, _backward_gradient),
+    ]:
+        torch.library.register_fake(f"implicit_steer::{name}")(fake)
+        torch.library.register_autograd(f"implicit_steer::{name}", gradient, setup_context=_save)

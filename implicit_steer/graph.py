@@ -61,7 +61,8 @@ class Graph:
 
     Raises:
         TypeError: ``edge_index`` is no tensor of integers, or ``num_nodes`` is no integer or pair of integers.
-        ValueError: wrong shape, or an index (negative ones included) outside the nodes.
+        ValueError: wrong shape, or an index (negative ones included) outside the nodes. On a GPU such an index is a
+            failed assertion of the device, as in torch's own indexing: nothing here waits for the device.
 
     Example:
         >>> graph = Graph(torch.tensor([[0, 1, 2, 2], [1, 2, 1, 0]]), num_nodes=3)
@@ -159,7 +160,8 @@ def _checked_edges(edge_index: Any, num_src: int, num_dst: int) -> Tensor:
     if edge_index.dtype != torch.int32 or num_edges > _INT32_MAX:
         edge_index = edge_index.to(torch.int64)
     edge_index = edge_index.contiguous()
-    if torch.compiler.is_compiling():  # a compiled program cannot wait for the answer: it stops where it is wrong
+    # Neither a compiled program nor a stream of a GPU's work can wait for the answer: they stop where it is wrong.
+    if torch.compiler.is_compiling() or edge_index.is_cuda:
         right = (edge_index >= 0).all() & (edge_index[0] < num_src).all() & (edge_index[1] < num_dst).all()
         torch._assert_async(right, "edge_index: expected indices of nodes, in 0 .. num_nodes - 1, got others.")
         return edge_index

@@ -1,4 +1,4 @@
-"""The native extension: where it is, whether it loaded, and the fake kernels of its operators.
+"""The native extension: where it is, whether it loaded, and the fake kernels of its operators on graphs.
 
 ``_ops.so`` registers its operators under ``torch.ops.implicit_steer`` and tells how it was built. It may be absent (a
 pure Python install): :func:`available` then says why, and callers take their torch path.
@@ -36,13 +36,21 @@ def _register_fakes() -> None:
     def _(key: Tensor, n: int) -> tuple[Tensor, Tensor]:
         return key.new_empty(key.shape), key.new_empty(n + 1)
 
-    @torch.library.register_fake("implicit_steer::fourier_forward")
-    def _(x: Tensor, samples: Tensor, inverse_t: Tensor, function: int, isa: int) -> Tensor:
-        return torch.empty_like(x)
+    @torch.library.register_fake("implicit_steer::field_statistics")
+    def _(x, channels, counts, sizes, averages) -> tuple[list[Tensor], list[Tensor]]:
+        kinds = zip(counts, sizes, averages, strict=True)
+        means = [x.new_empty(count if average.numel() else 0, size) for count, size, average in kinds]
+        return means, [x.new_empty(count, 1) for count in counts]
 
-    @torch.library.register_fake("implicit_steer::fourier_backward")
-    def _(grad: Tensor, x: Tensor, samples: Tensor, inverse_t: Tensor, function: int, isa: int) -> Tensor:
-        return torch.empty_like(x)
+    @torch.library.register_fake("implicit_steer::field_norm")
+    def _(x, *arguments) -> Tensor:
+        return x.new_empty(x.shape)
+
+    @torch.library.register_fake("implicit_steer::field_norm_backward")
+    def _(
+        grad, x, channels, counts, sizes, means, variances, weights, biases, bases, eps
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        return x.new_empty(x.shape), *([t.new_empty(t.shape) for t in tensors] for tensors in (weights, biases))
 
 
 _STATE = _load()

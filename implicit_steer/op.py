@@ -1,4 +1,4 @@
-"""The one operator: out_i = Σ_{e: j→i} γ s(|x_e|) K(x_e, a_e) f_j, and the kernel K alone."""
+"""The one operator: out_i = bias + Σ_{e: j→i} γ s(|x_e|) K(x_e, a_e) f_j, and the kernel K alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .plan import Plan
 
 def _compute_dtype(parameters: Parameters) -> torch.dtype:
     """float64 with float64 parameters, else float32."""
-    return torch.promote_types(parameters.shell_width.dtype, torch.float32)
+    return torch.float64 if parameters.shell_width.dtype == torch.float64 else torch.float32
 
 
 def prepared(plan: Plan, parameters: Parameters, *, values: bool) -> cpu.NativePlan | None:
@@ -42,6 +42,7 @@ def _cast(parameters: Parameters, dtype: torch.dtype) -> Parameters:
         tuple(type(n)(*(t.to(dtype) for t in n)) for n in parameters.norms),
         parameters.shell_width.to(dtype),
         parameters.kept,
+        None if parameters.bias is None else tuple(t.to(dtype) for t in parameters.bias),
     )
 
 
@@ -76,11 +77,8 @@ def implicit_conv(
     engine = _compiled_engine(parameters, backend, x.device) or backends.select(backend, plan, x.device, dtype)[0]
     parameters = _cast(parameters, dtype)
     live = batch_statistics and bool(plan.norms) and graph.num_edges > 0
-    tensors = (t if t.dtype == dtype else t.to(dtype) for t in (x, edge_delta, edge_attr))
-    out, statistics = engine.forward(plan, parameters, live, graph, *tensors)
-    if plan.aggr == "mean":
-        out = out / graph.degree.clamp(min=1).to(dtype)[:, None]
-    return out, statistics
+    tensors = [t if t.dtype == dtype else t.to(dtype) for t in (x, edge_delta, edge_attr)]
+    return engine.forward(plan, parameters, live, graph, *tensors)
 
 
 def implicit_kernel(

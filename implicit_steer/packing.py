@@ -15,7 +15,12 @@ from .plan import Activation, Coupling, Linear, Norm, Plan
 def is_traced() -> bool:
     """Whether torch.compile, torch.export or a transform of torch.func is looking on: tensors are then stand-ins, of
     which nothing is to be kept."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func (grad, jvp, vmap, …) is looking on."""
+    return torch._C._are_functorch_transforms_active()
 
 
 class NormParameters(NamedTuple):
@@ -53,6 +58,7 @@ class Parameters(NamedTuple):
     norms: tuple[NormParameters, ...]
     shell_width: Tensor  # σ, any shape with one element
     kept: Kept | None = None
+    bias: tuple[Tensor, Tensor] | None = None  # of a convolution: values (n,), what they multiply (C_out, n)
 
 
 @dataclass

@@ -21,6 +21,8 @@ class Structures:
     edge_index (2, E) source j, target i; shift (E, 3) whole numbers: the edge's vector is
     ``pos[i] - pos[j] + shift @ cell``; batch (N,) structure of each atom, ascending; num_graphs = B;
     energy (B,) float64 and forces (N, 3), where they are known.
+
+    Raises ValueError where the shapes do not fit each other.
     """
 
     numbers: Tensor
@@ -32,6 +34,15 @@ class Structures:
     num_graphs: int
     energy: Tensor | None = None
     forces: Tensor | None = None
+
+    def __post_init__(self):
+        n, edges, graphs = self.pos.shape[0], self.edge_index.shape[-1], self.num_graphs
+        shapes = {"numbers": (n,), "pos": (n, 3), "cell": (graphs, 3, 3), "edge_index": (2, edges)}
+        shapes |= {"shift": (edges, 3), "batch": (n,), "energy": (graphs,), "forces": (n, 3)}
+        for name, shape in shapes.items():
+            tensor = getattr(self, name)
+            if tensor is not None:
+                require(tensor.shape == shape, name, f"shape {shape}", tuple(tensor.shape))
 
     @classmethod
     def single(cls, numbers: Tensor, pos: Tensor, r: float, cell: Tensor | None = None, pbc: Any = None) -> Structures:

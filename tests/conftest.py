@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from implicit_steer.backends import cpu
+
 torch.set_num_threads(2)
 
 
@@ -16,3 +18,24 @@ torch.set_num_threads(2)
 def _reproducible():
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture
+def use_isa(monkeypatch):
+    """Sets the instruction set, and undoes it."""
+
+    def use(name):
+        monkeypatch.setenv("IMPLICIT_STEER_ISA", name)
+        cpu._instruction_set.cache_clear()
+
+    yield use
+    monkeypatch.undo()
+    cpu._instruction_set.cache_clear()
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, and undoes it."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import torch
 from escnn.nn import GeometricTensor
 
-from implicit_steer import Graph
+from implicit_steer import Graph, native
+from implicit_steer.backends.cpu import INSTRUCTION_SETS
 from implicit_steer.cases import SMALL
 
 BACKENDS = ["reference", "eager", "cpu"]
@@ -38,6 +39,16 @@ def layer(case, configuration="eval", dtype=torch.float64, **options):
                 trivial = [n for n, row in enumerate(getattr(norm, name.replace("running_mean", "avg"))) if row.any()]
                 buffer[:, trivial] = 0.3 * torch.randn(len(buffer), len(trivial), generator=generator).to(buffer)
     return conv.train(configuration == "train")
+
+
+def machine_sets():
+    """The instruction sets that this build and this machine have."""
+    info = native.build_info()
+    if info is None:
+        return []
+    built = info.build_facts()["instruction_sets"].split()
+    widest = {"baseline": 1, "AVX2": 2, "AVX-512": 3}[info.cpu_instruction_set()]
+    return [name for name in built if INSTRUCTION_SETS[name] <= widest]
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from ase import Atoms
 from ase.build import bulk, molecule
 from ase.filters import UnitCellFilter
 from ase.optimize import BFGS
@@ -111,9 +112,40 @@ def test_molecules_have_no_stress(potential):
         atoms.get_stress()
 
 
+@pytest.mark.parametrize(
+    "atoms",
+    [
+        Atoms(),
+        Atoms("Cu"),
+        Atoms("Cu", cell=[1.8, 1.8, 1.8], pbc=True),
+        Atoms("Cu", cell=[[0, 2.0, 0], [2.0, 0, 0], [0, 0, 2.0]], pbc=True),
+        Atoms("CuO", [[0, 0, 0], [0, 0, 1.9]], cell=[2.5, 2.5, 0], pbc=[True, True, False]),
+        Atoms("Cu2"),
+    ],
+    ids=["none", "one", "cell smaller than the cutoff", "left-handed cell", "slab", "in one place"],
+)
+def test_unusual_structures(potential, atoms):
+    atoms.calc = Calculator(potential)
+    forces = atoms.get_forces()
+    assert np.isfinite(atoms.get_potential_energy())
+    assert np.abs(forces.sum(0)).max(initial=0) < 1e-12
+    if atoms.cell.rank == 3:
+        supercell = atoms.repeat(2)
+        supercell.calc = Calculator(potential)
+        assert supercell.get_potential_energy() == pytest.approx(8 * atoms.get_potential_energy(), rel=1e-11)
+        np.testing.assert_allclose(supercell.get_stress(), atoms.get_stress(), rtol=1e-9, atol=1e-13)
+
+
 def test_messages(potential, monkeypatch):
-    with pytest.raises(ValueError, match="skin: expected a length >= 0 in Å, got -1"):
-        Calculator(potential, skin=-1)
+    for skin in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"skin: expected a length >= 0 in Å, got {skin}"):
+            Calculator(potential, skin=skin)
+    with pytest.raises(TypeError, match="skin: expected a number, got '1'"):
+        Calculator(potential, skin="1")
+    with pytest.raises(TypeError, match="potential: expected a Potential, got Linear"):
+        Calculator(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"kwargs: expected ASE's options .* got {'charge': 1}"):
+        Calculator(potential, charge=1)
     atoms = molecule("NH3")
     atoms.calc = Calculator(potential)
     with pytest.raises(ValueError, match=r"numbers: expected atomic numbers among \[1, 6, 8, 29\], got \[7\]"):
@@ -134,11 +166,13 @@ def test_energy_is_conserved(potential):
         atoms = copper()
         atoms.calc = Calculator(potential)
         BFGS(atoms, logfile=None).run(steps=5)
-        options = MDOptions("", steps=int(150 / dt), dt=dt, temperature=300.0, progress=False)
+        options = MDOptions("", steps=int(300 / dt), dt=dt, temperature=300.0, progress=False)
         runs.append(run_nve(atoms, options))
-        assert runs[-1].energies.shape == (int(150 / dt) + 1, 4)
+        assert runs[-1].energies.shape == (int(300 / dt) + 1, 4)
         assert np.ptp(runs[-1].energies[:, 1]) / 32 > 1e-3  # it moves
     coarse, fine = (run.energies[:, 3] for run in runs)
+    # eV/atom/ps. Measured: 2e-8.
+    assert abs(runs[1].drift()) < 1e-5
     # Velocity Verlet: the ripple is of second order in the step.
     ratio = np.abs(coarse - coarse[0]).max() / np.abs(fine - fine[0]).max()
     # Measured: 4.0007.

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import accuracy, bound, fresh, related, report, scaling, small, speed, steps
+from bench import accuracy, bound, forces, fresh, related, report, scaling, small, speed, steps
 from bench.__main__ import main
 from bench.compiled import compiled_call
 from bench.steps import COMPILED, MATERIALISE, MEASURES, TOLERANCE, Candidate, candidates, gate, relative_error, step
@@ -166,9 +166,10 @@ def test_peak_memory_counts_what_is_freed_again():
 
 
 def test_memory_of_a_case_in_a_process_of_its_own():
-    peaks = fresh.ask("memory", "o3", "reference", "escnn", 1)
-    assert set(peaks) == set(MEASURES)
-    assert all(0 <= peak < 50 for peak in peaks.values())
+    peaks = fresh.ask("memory", "o3", "reference/escnn", "eager/auto", 1)
+    assert list(peaks) == ["reference/escnn", "eager/auto"]
+    assert all(set(of) == set(MEASURES) for of in peaks.values())
+    assert all(0 <= peak < 50 for of in peaks.values() for peak in of.values())
 
 
 def test_sorting_is_measured_against_argsort(monkeypatch):
@@ -365,6 +366,47 @@ def test_overhead_of_small_graphs(tmp_path, capsys, monkeypatch):
     assert all(r["us"] > 1 for r in calls)
     missed = capsys.readouterr().out.partition("`cpu` above its target:")[2]
     assert missed.count("- operator") == missed.count("- module") == (2 if "cpu" in names else 0)
+
+
+# ---- energy and forces
+
+
+@pytest.fixture
+def small_forces(monkeypatch):
+    """One small case instead of the cloud, and made-up peaks of memory."""
+    monkeypatch.setattr(forces, "CASE", replace(cases.SMALL["o3"], knn=True))
+    monkeypatch.setattr(forces, "CHECKED_NODES", 12)
+    peaks = {"reference": 10**6, "eager": 10**5, "cpu": 10**4}
+    monkeypatch.setattr(fresh, "ask", lambda what, backend, sampling, threads: {"bytes": peaks[backend]})
+    monkeypatch.setattr(fresh, "measures_memory", lambda: True)
+
+
+@pytest.mark.usefixtures("small_forces")
+def test_training_on_forces(tmp_path, capsys, monkeypatch):
+    assert main(["forces", "--quick", "--threads", "1", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "forces.json").read_text())
+    names = [name for name, (ok, _) in backends.availability().items() if ok]
+    rest = [f"{name}, {s}" for s in steps.SAMPLINGS for name in names if (name, s) != ("reference", "escnn")]
+    assert [r["candidate"] for r in results["records"]] == ["materialise", *rest]
+    assert set(results["errors"]) == {label for label in rest if not label.startswith("reference")}
+    assert all(0 <= error < forces.TOLERANCE for error in results["errors"].values())
+    assert "Gate: green" in capsys.readouterr().out
+    monkeypatch.setattr(fresh, "measures_memory", lambda: False)
+    assert main(["forces", "--quick", "--threads", "1", "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(forces, "TOLERANCE", 0.0)
+    assert main(["forces", "--quick", "--threads", "1", "--out", str(tmp_path)]) == 1
+    assert "Gate: RED: nothing was timed" in capsys.readouterr().out
+
+
+def test_targets_of_training_on_forces():
+    times = {"materialise": 400.0, "eager, auto": 49.0, "cpu, auto": 10.0, "eager, escnn": 60.0, "cpu, escnn": 11.0}
+    records = [{"candidate": name, "median_ms": ms, "bytes": None} for name, ms in times.items()]
+    assert forces.missed(records) == [
+        "- cpu, auto: 4.9x eager, auto, below 5x",
+        "- cpu, escnn: 36.4x materialise, below 40x",
+    ]
+    records[2]["bytes"] = 1501 * forces.CASE.edges
+    assert "- cpu, auto: 1,501 bytes per edge" in forces.missed(records)
 
 
 # ---- accuracy

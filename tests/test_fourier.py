@@ -3,10 +3,9 @@
 import pytest
 import torch
 from escnn.nn import GeometricTensor
-from helpers import relative
+from helpers import machine_sets, relative
 
 from implicit_steer import fourier as module
-from implicit_steer.backends.cpu import INSTRUCTION_SETS
 from implicit_steer.cases import SPACES
 from implicit_steer.fourier import fourier
 from implicit_steer.nn import FourierActivation
@@ -30,24 +29,6 @@ def gradient(run, x, weight):
     return torch.autograd.grad(run(x), x, weight)[0]
 
 
-@pytest.fixture(params=[name for name in INSTRUCTION_SETS if name != "auto"])
-def instruction_set(request, monkeypatch):
-    """Every instruction set that this machine has."""
-    monkeypatch.setenv("IMPLICIT_STEER_ISA", request.param)
-    try:
-        fourier("elu", torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1, 1))
-    except RuntimeError:
-        pytest.skip("not on this machine")
-
-
-@pytest.fixture
-def threads():
-    """Sets the number of threads, and undoes it."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize(
@@ -62,8 +43,9 @@ def threads():
         ((2, 4, 2, 3, 3), 1),
     ],
 )
-@pytest.mark.usefixtures("instruction_set")
-def test_native_is_plain(function, shape, samples, dtype):
+@pytest.mark.parametrize("isa", machine_sets())
+def test_native_is_plain(function, shape, samples, dtype, isa, use_isa):
+    use_isa(isa)
     constants = matrices(samples, 4, dtype)
     x, weight = torch.randn(2, *shape, dtype=dtype)
     runs = [lambda x, f=f: f(function, x, *constants) for f in (fourier, plain)]
@@ -98,28 +80,42 @@ def test_memory_layouts():
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("shape", [(3, 8), (2, 4, 3)])
 def test_derivatives(function, shape):
+    """First ones in reverse and forward mode, second and third ones, of the function and of the bare operators."""
     constants = matrices(6, 4)
-    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    x, weight = torch.randn(2, *shape, dtype=torch.float64).requires_grad_().unbind()
     run = lambda x: fourier(function, x, *constants)  # noqa: E731
-    assert torch.autograd.gradcheck(run, x)
+    assert torch.autograd.gradcheck(run, x, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(run, x)
+    numbers = FUNCTIONS.index(function), 0
+    forward = lambda x: ops.fourier_forward(x, *constants, *numbers)  # noqa: E731
+    backward = lambda grad, x: ops.fourier_backward(grad, x, *constants, *numbers)  # noqa: E731
+    assert torch.autograd.gradcheck(forward, x)
+    assert torch.autograd.gradcheck(backward, (weight, x))
+    assert torch.autograd.gradgradcheck(backward, (weight, x), atol=1e-4)
 
 
 def test_first_derivatives_are_native(monkeypatch):
     constants = matrices(6, 4)
     x = torch.randn(3, 4, dtype=torch.float64)
     expected = gradient(lambda x: fourier("elu", x, *constants), x, torch.ones_like(x))
-    monkeypatch.setattr(module, "_plain", None)
-    monkeypatch.setattr(module, "_plain_backward", None)
+    monkeypatch.setattr(module, "_through", None)
     assert torch.equal(gradient(lambda x: fourier("elu", x, *constants), x, torch.ones_like(x)), expected)
 
 
-def test_function_transforms():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_function_transforms(compiled):
     constants = matrices(6, 4)
     x = torch.randn(2, 8, dtype=torch.float64)
     losses = [lambda x, f=f: f("tanh", x, *constants).square().sum() for f in (fourier, plain)]
-    torch.testing.assert_close(*(torch.func.grad(loss)(x) for loss in losses))
-    torch.testing.assert_close(*(torch.func.jacrev(torch.func.grad(loss))(x) for loss in losses))
+    compiler = {True: torch.compile(fullgraph=True, backend="aot_eager"), False: lambda f: f}[compiled]
+    for transform in (
+        torch.func.grad,
+        torch.func.hessian,
+        lambda f: lambda x: torch.func.jvp(f, (x,), (x,))[1],
+        lambda f: lambda x: torch.func.vmap(f)(x[None]),
+    ):
+        found, expected = compiler(transform(losses[0]))(x), transform(losses[1])(x)
+        torch.testing.assert_close(found, expected)
 
 
 def test_without_the_extension(monkeypatch):
@@ -172,7 +168,7 @@ def test_half_precision_is_plain(dtype):
 @pytest.mark.parametrize("shape", [(3, 8), (2, 4, 3)])
 def test_operators_pass_opcheck(shape, dtype):
     constants = matrices(6, 4, dtype)
-    x, grad = torch.randn(2, *shape, dtype=dtype)
+    x, grad = (torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(2))
     torch.library.opcheck(ops.fourier_forward.default, (x, *constants, 0, 0))
     torch.library.opcheck(ops.fourier_backward.default, (grad, x, *constants, 0, 0))
 

@@ -68,12 +68,32 @@ def test_both_orders(name, sampling, configuration, backend):
     assert_both_orders(conv, problem_of(name, conv), fast=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("configuration", ["no norm", "eval"])
+@pytest.mark.parametrize(("name", "sampling"), SAMPLED)
+def test_every_entry_of_both_orders(name, sampling, configuration):
+    """Of the native code: every input and every weight, the shell's width and the norms' among them."""
+    conv = layer(CASES[name], configuration, sampling=sampling, activation="silu", backend="cpu")
+    assert_both_orders(conv, with_edges(problem_of(name, conv), slice(4)), fast=False)
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager"])
 @pytest.mark.parametrize(("name", "frame"), [("zonal", "zonal"), ("planar on R3", "planar"), ("sphere grid", "none")])
-def test_every_entry_of_both_orders(name, frame, backend):
+def test_every_entry_in_plain_torch(name, frame, backend):
     conv = layer(CASES[name], "no norm", activation="silu", backend=backend)
     assert conv.implicit_kernel.plan.frame.kind == frame
     assert_both_orders(conv, with_edges(problem_of(name, conv), slice(4)), fast=False)
+
+
+@pytest.mark.parametrize("sampling", ["auto", "escnn"])
+@pytest.mark.parametrize("name", ["zonal", "planar on R2"])
+def test_third_order_through_eager(name, sampling):
+    conv = layer(CASES[name], "no norm", sampling=sampling, activation="silu", backend="eager")
+    run, arguments = differentiable(conv, with_edges(problem_of(name, conv), slice(4)))
+
+    def gradients(*arguments):
+        return torch.autograd.grad(run(*arguments).square().sum(), arguments, create_graph=True)
+
+    assert gradgradcheck(gradients, arguments, fast_mode=True, atol=1e-4)
 
 
 @pytest.mark.parametrize("activation", ["elu", "relu", "gelu", "tanh"])

@@ -352,6 +352,12 @@ def test_wrong_structures(ethanol):
         Structures.single(ethanol.numbers[:3], pos, CUTOFF)
     with pytest.raises(ValueError, match=r"pos: expected shape \(N, 3\), got \(9, 2\)"):
         Structures.single(ethanol.numbers, pos[:, :2], CUTOFF)
+    with pytest.raises(ValueError, match=r"edge_index\[0\]: expected sources in 0 .. 8, got index 9"):
+        potential.predict(replace(ethanol, edge_index=ethanol.edge_index + 1))
+    wrong = {"numbers": ethanol.numbers[1:], "cell": torch.eye(3), "shift": ethanol.shift[1:], "batch": torch.zeros(2)}
+    for name, tensor in {**wrong, "edge_index": ethanol.edge_index.t(), "forces": pos[1:], "energy": pos[0]}.items():
+        with pytest.raises(ValueError, match=r"(shift|" + name + r"): expected shape \("):
+            replace(ethanol, **{name: tensor})
     with pytest.raises(ValueError, match="parts: expected at least one structure"):
         Structures.join([])
 

@@ -9,13 +9,12 @@ template <typename R>
 struct Backward : Worker<R> {
   using Base = Worker<R>;
   using V = typename Lane<R>::V;
-  using Base::a, Base::p, Base::weights, Base::mixed, Base::grads, Base::sums, Base::ring, Base::n_ring, Base::size,
-      Base::e, Base::mlp;
-  using Base::d_theta, Base::d_sums, Base::d_sums_t, Base::d_terms, Base::d_rows, Base::rows, Base::row_at;
-  using Base::n_edges, Base::edge, Base::shell, Base::near_pass;
-  using Base::t, Base::d_t, Base::f, Base::d_f, Base::f_raw, Base::d_f_raw, Base::g, Base::d_g, Base::hidden,
-      Base::d_hidden;
-  static constexpr int L = Lane<R>::L;
+  using Base::a, Base::p, Base::weights, Base::mixed, Base::grads, Base::sums, Base::slot_sums, Base::ring,
+      Base::n_ring;
+  using Base::d_harmonics, Base::t, Base::d_t, Base::g, Base::h, Base::inputs, Base::features, Base::d_hidden;
+  using Base::d_theta, Base::d_sums, Base::d_sums_t, Base::d_rows, Base::row_at, Base::d_f, Base::d_one;
+  using Base::size, Base::e, Base::mlp, Base::n_edges, Base::edge, Base::shell, Base::near_pass;
+  static constexpr int L = Lane<R>::L, QL = Lane<R>::QL;
   bool need_geometry, need_weights, need_hidden;
   int64_t last_node = 0;
   int64_t prepared[kNodes];  // nodes whose ∂L/∂T stand in d_sums
@@ -31,23 +30,26 @@ struct Backward : Worker<R> {
 
   // Position of θ [b][u] of a coupling in d_theta.
   R* theta_gradient(const CouplingView& q, int b) const {
-    return d_theta + (q.theta - p.couplings[0].theta) + int64_t{b} * q.n_out * q.slot_size;
+    return d_theta + (q.theta - p.couplings[0].theta) + int64_t{b} * q.n_out * q.theta_size;
+  }
+  // Position of T[slot] of a coupling in slot_sums and d_sums.
+  static int64_t at_slot(const CouplingView& q, int slot) {
+    return q.at_slots + int64_t{slot} * q.in_padded * q.hidden_padded;
   }
 
-  // d_sums of the node, and its transpose [slot][w][v]
+  // ∂L/∂T of the node, in both layouts
   void start(int64_t node) {
     if (++current >= n_prepared || prepared[current] != node) prepare(node);
-    const R* d_node = d_sums + current * size.sums;
-    for (int k = 0; k < p.n_couplings; ++k) {
-      const CouplingView& q = p.couplings[k];
-      for (int slot = 0; slot < q.n_slots && !q.constant; ++slot) {
-        R* transposed = d_sums_t + q.at_sums_t + int64_t{slot} * q.n_hidden * q.in_padded;
-        transpose_rows(q.n_in, q.n_hidden, d_node + q.at_sums + slot * q.slot_size, q.hidden_padded, transposed,
-                       q.in_padded);
-      }
-    }
+    for_groups(p.couplings, p.n_couplings, [&](const Group& group, const int32_t*, int) {
+      const R* d = d_sums + current * size.slots + group.slots;
+      if (group.q.constant)
+        memcpy(static_cast<void*>(d_sums_t + group.sums), d, sizeof(R) * group.width);
+      else
+        transpose_rows(static_cast<int>(group.width), group.q.n_hidden, d, group.q.hidden_padded, d_sums_t + group.sums,
+                       group.width);
+    });
+    this->untouched = true;
     if (!need_weights) return;
-    memset(static_cast<void*>(sums + n_ring * size.sums), 0, sizeof(R) * size.sums);
     memcpy(static_cast<void*>(grads + n_ring * p.n_mixed), mixed + current * p.n_mixed, sizeof(R) * p.n_mixed);
   }
 
@@ -68,44 +70,64 @@ struct Backward : Worker<R> {
   void sum_outputs(const CouplingView& q, int slot) {
     using Q = typename Lane<R>::Q;
     const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
-    const R* weight = weights + q.theta + int64_t{b} * q.n_out * q.slot_size;
+    const R* weight = weights + q.theta + int64_t{b} * q.n_out * q.theta_size;
     const R* node[kNodes];
     for (int n = 0; n < kNodes; ++n) node[n] = whole(mixed + n * p.n_mixed + q.out_at + o * q.out_padded);
-    R* d = d_sums + q.at_sums + slot * q.slot_size;
-    for (int64_t x = 0; x < q.slot_size; x += Lane<R>::QL) {
-      Q acc[kNodes] = {};
-      for (int u = 0; u < q.n_out; ++u) {
-        const Q row = load_row(weight + u * q.slot_size + x);
-        for (int n = 0; n < kNodes; ++n) acc[n] += row * node[n][u];
-      }
-      for (int n = 0; n < n_prepared; ++n) store_row(d + n * size.sums + x, acc[n]);
+    R* d = d_sums + at_slot(q, slot);
+    int64_t x = 0;
+    for (; x + L <= q.theta_size; x += L) sum_block<V>(q, weight + x, node, d + x);
+    for (; x < q.theta_size; x += QL) sum_block<Q>(q, weight + x, node, d + x);
+  }
+  // T numbers wide
+  template <typename T>
+  IST_INLINE void sum_block(const CouplingView& q, const R* weight, const R* const* node, R* d) {
+    T acc[kNodes] = {};
+    for (int u = 0; u < q.n_out; ++u) {
+      const T row = load_numbers<T>(weight + u * q.theta_size);
+      for (int n = 0; n < kNodes; ++n) acc[n] += row * node[n][u];
+    }
+    for (int n = 0; n < n_prepared; ++n) store_numbers(d + n * size.slots, acc[n]);
+  }
+
+  // d_t and d_rows of the lanes l0 .. l1-1, all into one node.
+  void run(int l0, int l1) {
+    if (need_weights) this->accumulate(sums, l0, l1);
+    this->for_blocks([&](const Group& group, int row, int products) {
+      const CouplingView& q = group.q;
+      const int64_t at = int64_t{l0} * p.product_size + products, pad = q.hidden_padded;
+      rank_updates<false>(l1 - l0, d_t + at, p.product_size, lane_by_lane(h + p.row_start[row], l0),
+                          d_sums_t + group.sums, group.width, 0, q.n_hidden, group.width);
+      const R* d = d_sums + current * size.slots + group.slots;
+      if (q.constant)
+        dots(l0, l1, t + at, d, group.width);
+      else if (need_hidden)
+        rank_updates(l1 - l0, d_rows + row_at[row] + l0 * pad, pad, numbers_at(t + at, p.product_size, 1), d, pad, 0,
+                     static_cast<int>(group.width), pad);
+    });
+  }
+
+  // d_one[l] += products of row l and d
+  void dots(int l0, int l1, const R* row, const R* d, int64_t n) {
+    for (int l = l0; l < l1; ++l, row += p.product_size) {
+      typename Lane<R>::Q sum = load_row(d_one + l * QL);
+      for (int64_t x = 0; x < n; x += QL) sum += load_row(row + x) * load_row(d + x);
+      store_row(d_one + l * QL, sum);
     }
   }
 
-  // dt [term][edge][v] and d_rows [row][edge][w] of the lanes l0 .. l1-1, all into one node.
-  void run(int l0, int l1) {
-    if (need_weights) this->accumulate(sums + n_ring * size.sums, l0, l1);
-    for (int k = 0; k < p.n_couplings; ++k) {
-      const CouplingView& q = p.couplings[k];
-      for (int n = 0; n < q.n_terms; ++n) {
-        const int slot = q.terms[3 * n], row = q.terms[3 * n + 1];
-        const V* product = t + q.terms[3 * n + 2];
-        const R* d = d_sums + current * size.sums + q.at_sums + slot * q.slot_size;
-        R* d_term = d_terms + q.at_d_terms + (int64_t{n} * L + l0) * q.in_padded;
-        if (q.constant) {
-          for (int l = l0; l < l1; ++l, d_term += q.in_padded)
-            memcpy(static_cast<void*>(d_term), d, sizeof(R) * q.n_in);
-          continue;
-        }
-        const int64_t pad = q.hidden_padded;
-        const int64_t at = row_at[row] + l0 * pad;
-        memset(static_cast<void*>(d_term), 0, sizeof(R) * (l1 - l0) * q.in_padded);
-        rank_updates(l1 - l0, d_term, q.in_padded, numbers_at(rows + at, pad, 1),
-                     d_sums_t + q.at_sums_t + int64_t{slot} * q.n_hidden * q.in_padded, q.in_padded, 0, q.n_hidden,
-                     q.in_padded);
-        if (need_hidden) rank_updates(l1 - l0, d_rows + at, pad, lane_by_lane(product, l0), d, pad, 0, q.n_in, pad);
-      }
-    }
+  // T of a node, complete, slot by slot.
+  void finish(int64_t node) {
+    this->complete(sums);
+    for_groups(p.couplings, p.n_couplings, [&](const Group& group, const int32_t*, int) {
+      const CouplingView& q = group.q;
+      R* out = slot_sums + n_ring * size.slots + group.slots;
+      if (q.constant)
+        memcpy(static_cast<void*>(out), sums + group.sums, sizeof(R) * group.width);
+      else if (need_weights)
+        transpose_rows(q.n_hidden, static_cast<int>(group.width), sums + group.sums, group.width, out, q.hidden_padded);
+    });
+    ring[n_ring++] = node;
+    if (n_ring == kNodes) flush();
   }
 
   // dθ [b][u][v, w] += Σ_n g_n[u, o] T_n[slot][v, w] over the nodes in the ring
@@ -114,9 +136,9 @@ struct Backward : Worker<R> {
       const CouplingView& q = p.couplings[k];
       for (int slot = 0; slot < q.n_slots; ++slot) {
         const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
-        rank_updates(q.n_out, theta_gradient(q, b), q.slot_size,
-                     numbers_at(grads + q.out_at + o * q.out_padded, 1, p.n_mixed),
-                     sums + q.at_sums + slot * q.slot_size, size.sums, 0, n_ring, q.slot_size);
+        rank_updates(q.n_out, theta_gradient(q, b), q.theta_size,
+                     numbers_at(grads + q.out_at + o * q.out_padded, 1, p.n_mixed), slot_sums + at_slot(q, slot),
+                     size.slots, 0, n_ring, q.theta_size);
       }
     }
     n_ring = 0;
@@ -124,78 +146,96 @@ struct Backward : Worker<R> {
 
   // ---- the reverse sweep of one tile
 
-  // df and dG from dt; zero in lanes past the end.
-  void couplings() {
-    const bool harmonics = p.kind == kZonal && need_geometry;
-    for (int k = 0; k < p.n_gathered; ++k) d_f[k] = V{};
-    for (int k = 0; k < p.n_g; ++k) d_g[k] = V{};
-    for (int k = 0; k < p.product_size; ++k) d_t[k] = V{};
-    if (n_edges < L) clear_padding();
-    units_to_lanes<R>(this->n_term_units, this->term_units, d_terms, d_t);
-    for (int n = 0; n < p.n_products; ++n) {
-      const int32_t* product = p.products + 5 * n;
-      const int n_in = product[1];
-      const V* d = d_t + product[4];
-      int v = 0;
-      for (; v + 8 <= n_in; v += 8) product_backward<8>(product, v, d + v, harmonics);
-      for (; v + 2 <= n_in; v += 2) product_backward<2>(product, v, d + v, harmonics);
-      for (; v < n_in; ++v) product_backward<1>(product, v, d + v, harmonics);
+  // d_f and d_harmonics from d_t
+  void products() {
+    const R* rows[L];
+    for (int l = 0; l < L; ++l) rows[l] = d_t + int64_t{l} * p.product_size;
+    const auto factor = [&](int k) { return g + p.adjoint_g[k]; };
+    for (const int32_t* sum = p.adjoint; sum < p.adjoint + 4 * p.n_adjoint; sum += 4)
+      this->sum_products(sum, p.adjoint_from, factor, rows, d_f, p.n_gathered);
+    for (int n = 0; n < p.n_harmonic_terms && need_geometry;) {
+      const int m = p.harmonic_terms[4 * n], first = n;
+      while (n < p.n_harmonic_terms && p.harmonic_terms[4 * n] == m) ++n;
+      if (p.degree[m] > 0) harmonic(d_harmonics + m * L * QL, first, n);
     }
   }
 
+  // out[l] = Σ value f d_t over the terms first .. last-1
+  void harmonic(R* out, int first, int last) {
+    const int32_t* term = p.harmonic_terms;
+    for (int k = first; k < last;)
+      if (k + 1 < last && term[4 * k + 3] == term[4 * k + 7])
+        add_terms<2>(k == first, k, out), k += 2;
+      else
+        add_terms<1>(k == first, k, out), k += 1;
+  }
+  // N terms, of the same size; the first ones, or added to what is there.
   template <int N>
-  IST_INLINE void product_backward(const int32_t* product, int first, const V* d_product, bool harmonics) {
-    V d[N];
-    for (int v = 0; v < N; ++v) d[v] = d_product[v];
-    for (int i = product[2]; i < product[3]; ++i) {
-      const V factor = g[i];
-      const int at = product[0] + p.g_input[i] * product[1] + first;
-      V* d_input = whole(d_f + at);
-      for (int v = 0; v < N; ++v) d_input[v] += d[v] * factor;
-      if (!harmonics) continue;
-      const V* input = whole(f + at);
-      V sum{};
-      for (int v = 0; v < N; ++v) sum += d[v] * input[v];
-      d_g[i] += sum;
+  IST_INLINE void add_terms(bool is_first, int first, R* out) {
+    const int32_t* term = p.harmonic_terms + 4 * first;
+    const int lanes = n_edges;
+    for (int x = 0; x < term[3]; x += QL) {
+      int64_t at[N], at_t[N];
+      Real<R> value[N];
+      for (int k = 0; k < N; ++k)
+        at[k] = term[4 * k + 1] + x, at_t[k] = term[4 * k + 2] + x, value[k] = p.harmonic_term_value[first + k];
+      const R* d = d_t;
+      R* to = out;
+      for (int l = 0; l < lanes; ++l, to += QL, d += p.product_size) {
+        typename Lane<R>::Q total{};
+        if (!is_first || x > 0) total = load_row(to);
+        for (int k = 0; k < N; ++k) total += load_row(inputs[l] + at[k]) * load_row(d + at_t[k]) * value[k];
+        store_row(to, total);
+      }
     }
   }
 
-  // Rows past the last edge of an incomplete tile hold what an earlier tile left there.
-  void clear_padding() {
-    for (int k = 0; k < p.n_couplings; ++k) {
-      const CouplingView& q = p.couplings[k];
-      for (int n = 0; n < q.n_terms; ++n)
-        memset(static_cast<void*>(d_terms + q.at_d_terms + (int64_t{n} * L + n_edges) * q.in_padded), 0,
-               sizeof(R) * (L - n_edges) * q.in_padded);
+  // d_f, of dual numbers the tangents, to grad_edge or into the sums over nodes
+  void store_input_gradients() {
+    using P = typename Lane<Real<R>>::Q;
+    for (int l = 0; l < n_edges; ++l) {
+      if (this->near_lanes >> l & 1) continue;  // a later tile has them
+      Real<R>* out = a.grad_edge + (a.grad_by_node ? this->source[l] : edge[l]) * p.n_gathered;
+      for (int k = 0; k < p.n_gathered; k += QL) {
+        const auto row = plane_of(load_row(d_f + l * p.n_gathered + k));
+        store_numbers(out + k, a.grad_by_node ? load_numbers<P>(out + k) + row : row);
+      }
     }
   }
+  // The tangent of dual numbers.
+  template <typename Q>
+  static IST_INLINE auto plane_of(Q row) {
+    if constexpr (is_dual<R>)
+      return row.tangent;
+    else
+      return row;
+  }
 
+  // From d_rows and d_one, which are 0 in lanes that do not count, and are so again afterwards.
   void hidden_features() {
     for (int k = 0; k < p.hidden_flat; ++k) d_hidden[k] = V{};
     units_to_lanes<R>(this->n_row_units, this->row_units, d_rows, d_hidden);
+    e.d_factor = row_sums(d_one);
+    for (int k = 0; k < p.hidden_flat; ++k) {
+      e.d_factor += d_hidden[k] * features[k];
+      d_hidden[k] *= e.factor;
+    }
     memset(static_cast<void*>(d_rows), 0, sizeof(R) * this->row_size);
+    memset(static_cast<void*>(d_one), 0, sizeof(R) * L * QL);
     this->sweep_mlp(need_weights, need_geometry);
   }
 
   void end_tile() {
-    couplings();
-    e.d_factor = V{};
-    for (int k = 0; k < p.in_size && p.n_gathered < p.in_size; ++k) d_f_raw[k] = V{};  // inputs that no coupling reads
-    for (int k = 0; k < p.n_gathered; ++k) {
-      e.d_factor += d_f[k] * f_raw[p.input[k]];
-      d_f_raw[p.input[k]] = d_f[k] * e.factor;
-    }
-    if (a.grad_edge) this->store(d_f_raw, p.in_size, a.grad_edge);
+    products();
+    if (a.grad_edge) store_input_gradients();
     if (!need_hidden) return;
     hidden_features();
     if (!need_geometry) {
       e.d_shell += e.d_factor * e.factor * e.squared;
       return;
     }
-    if (p.kind == kZonal)
-      for (int k = 0; k < p.n_g; ++k)
-        for (int z = p.g_first[k]; z < p.g_first[k + 1]; ++z)
-          if (p.nz_harmonic[z] >= 0) e.d_cosine[p.nz_harmonic[z]] += d_g[k] * p.nz_value[z];
+    for (int m = 0; m < p.d && p.kind == kZonal; ++m)
+      if (p.degree[m] > 0) e.d_cosine[m] += row_sums(d_harmonics + m * L * QL);
     this->sweep_frame();
   }
 
@@ -203,10 +243,7 @@ struct Backward : Worker<R> {
     last_node = last;
     const auto begin = [&](int64_t i) { start(i); };
     const auto lanes = [&](int l0, int l1) { run(l0, l1); };
-    const auto finish = [&](int64_t i) {
-      ring[n_ring++] = i;
-      if (n_ring == kNodes) flush();
-    };
+    const auto finish = [&](int64_t i) { this->finish(i); };
     const auto sweep = [&] { end_tile(); };
     this->walk(first, last, begin, lanes, finish, [](int64_t) {}, sweep);
     flush();

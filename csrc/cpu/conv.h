@@ -17,10 +17,13 @@ struct ConvArgs {
   int64_t n_src, n_dst, n_edges;
   int threads;
   void* (*scratch)(int64_t bytes);  // 64-byte aligned memory of the calling thread, valid until its next call
+  const void* features = nullptr;   // [N_src, n_gathered] x by field type, with tangents in pairs; set by the loops
   R* out;                           // [N_dst, C_out]
   // backward
   const R* grad_out;          // [N_dst, C_out]
-  R* grad_edge;               // [E, C_in] features' gradient edge by edge, or null
+  R* grad_edge;               // [E, n_gathered] memory for the features' gradient edge by edge, or null; where
+                              // threads * N_src <= E, it is summed node by node for each thread instead
+  bool grad_by_node = false;  // whether it is, as conv.cpp sets it
   R* grad_x;                  // [N_src, C_in]
   R *grad_delta, *grad_attr;  // as delta and attr, or null
   R* grad_weights;            // [threads, n_grad]; the sum over threads lands in the first; or null
@@ -45,7 +48,7 @@ struct ConvTable {
   void (*hidden_backward)(const ConvArgs<R>&);  // grad_out: of h
   void (*hidden_forward_tangent)(const ConvArgs<R>&);
   void (*hidden_backward_tangent)(const ConvArgs<R>&);
-  void (*function)(int which, const R* x, R* y, int64_t n);  // 0 .. 4: φ of Function; 5: exp. For tests.
+  void (*function)(int which, const R* x, R* y, int64_t n);  // 0 .. 4: φ of Function; 5: exp; 6: erf. For tests.
   int64_t (*peak)(int threads, int64_t rounds, R* sums);     // multiply-adds made; sums: [threads]. For the benchmark.
 };
 

@@ -14,16 +14,18 @@ struct Forward : Worker<R> {
   Forward(const ConvArgs<Real<R>>& args, const CouplingSizes& sizes, int64_t own_edges)
       : Base(args, sizes, false, own_edges) {}
 
-  // mixed[n, o, u] += Σ_{v, w} θ[b, v, w, u] T_n[slot, v, w] for the nodes in the ring
-  void mix_slot(const CouplingView& q, int slot) {
+  // mixed[n, o, u] += Σ_{v, w} θ[b, v, w, u] T_n[w, slot, v] for the nodes in the ring
+  void mix(const Group& group, int slot) {
+    const CouplingView& q = group.q;
     const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
     const R* node[kNodes];
-    for (int n = 0; n < kNodes; ++n) node[n] = whole(sums + n * size.sums + q.at_sums + slot * q.slot_size);
+    for (int n = 0; n < kNodes; ++n)
+      node[n] = whole(sums + n * size.sums + group.sums + (slot - group.first) * q.in_padded);
     for (int u0 = 0; u0 < q.n_out; u0 += Lane<R>::QL) {
       const R* weight = weights + q.theta_forward + int64_t{b} * q.n_in * q.n_hidden * q.out_padded + u0;
       Q acc[kNodes] = {};
-      for (int64_t v = 0; v < q.n_in * q.hidden_padded; v += q.hidden_padded)
-        for (int64_t x = v; x < v + q.n_hidden; ++x, weight += q.out_padded) {
+      for (int v = 0; v < q.n_in; ++v)
+        for (int64_t x = v; x < q.n_hidden * group.width; x += group.width, weight += q.out_padded) {
           const Q row = load_row(weight);
           for (int n = 0; n < kNodes; ++n) acc[n] += row * node[n][x];
         }
@@ -34,8 +36,9 @@ struct Forward : Worker<R> {
 
   void flush() {
     memset(static_cast<void*>(mixed), 0, sizeof(R) * kNodes * p.n_mixed);
-    for (int k = 0; k < p.n_couplings; ++k)
-      for (int slot = 0; slot < p.couplings[k].n_slots; ++slot) mix_slot(p.couplings[k], slot);
+    for_groups(p.couplings, p.n_couplings, [&](const Group& group, const int32_t*, int) {
+      for (int slot = group.first; slot < group.first + group.n_slots; ++slot) mix(group, slot);
+    });
     for (int n = 0; n < n_ring; ++n) {
       const R* in = mixed + n * p.n_mixed;
       Real<R>* out = a.out + ring[n] * p.out_size;
@@ -48,11 +51,11 @@ struct Forward : Worker<R> {
   }
 
   void nodes(int64_t first, int64_t last) {
-    const auto start = [&](int64_t) {
-      memset(static_cast<void*>(sums + n_ring * size.sums), 0, sizeof(R) * size.sums);
-    };
-    const auto run = [&](int l0, int l1) { this->accumulate(sums + n_ring * size.sums, l0, l1); };
+    const auto node = [&] { return sums + n_ring * size.sums; };
+    const auto start = [&](int64_t) { this->untouched = true; };
+    const auto run = [&](int l0, int l1) { this->accumulate(node(), l0, l1); };
     const auto finish = [&](int64_t i) {
+      this->complete(node());
       ring[n_ring++] = i;
       if (n_ring == kNodes) flush();
     };

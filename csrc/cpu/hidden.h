@@ -52,7 +52,8 @@ struct Hidden : Worker<R> {
     for (int k = 0; k < size; ++k) d_h[k] = V{};
     rows_to_lanes<Real<R>>(
         size, [&](int l) { return a.grad_out + edge[l] * n; },
-        [&](int l, int at) { return edge[l] * n + at + L <= a.n_edges * n; }, plane<R>(d_h, 0), kPlanes<R>);
+        [&](int l, int at, int count) { return edge[l] * n + at + count <= a.n_edges * n; }, plane<R>(d_h, 0),
+        kPlanes<R>);
     const auto inside = this->counting_lanes() > 0;
     e.d_factor = V{};
     for (int k = 0; k < size; ++k) {

@@ -21,52 +21,97 @@ IST_INLINE void zip(Dual<Q> row, R* out, std::integer_sequence<int, K...>) {
   memcpy(out, &low, sizeof low), memcpy(out + QL, &high, sizeof high);
 }
 
+// How many numbers a T of lanes or channels has.
+template <typename T>
+constexpr int kWidth = sizeof(typename Parts<T>::Plain) / sizeof(Real<T>);
+
+// rows[N], in place, whose numbers are blocks of N x N side by side
+template <int N, int S = N / 2, typename V>
+IST_INLINE void transpose(V* rows) {
+  for (int i = 0; i < N; ++i)
+    if (!(i & S)) exchange<S>(rows[i], rows[i + S], std::make_integer_sequence<int, kWidth<V>>{});
+  if constexpr (S > 1) transpose<N, S / 2>(rows);
+}
+
+// Of N vectors, which it overwrites: lane j of the result is the sum of rows[j % N] over the lanes of j's own N.
+template <int N, int S = N / 2, typename V>
+IST_INLINE V lane_sums(V* rows) {
+  for (int i = 0; i < S; ++i) {
+    exchange<S>(rows[i], rows[i + S], std::make_integer_sequence<int, kWidth<V>>{});
+    rows[i] += rows[i + S];
+  }
+  if constexpr (S > 1)
+    return lane_sums<N, S / 2>(rows);
+  else
+    return rows[0];
+}
+
 // Dual numbers of a row lie side by side in memory: a value, its tangent, the next value.
+template <typename T, typename R>
+IST_INLINE T load_numbers(const R* p) {
+  T x;
+  if constexpr (is_dual<R>) {
+    using Plain = typename Parts<T>::Plain;
+    const Real<R>* next = reinterpret_cast<const Real<R>*>(p);
+    unzip(load_numbers<Plain>(next), load_numbers<Plain>(next + kWidth<T>), x,
+          std::make_integer_sequence<int, kWidth<T>>{});
+  } else {
+    memcpy(&x, p, sizeof x);
+  }
+  return x;
+}
+template <typename T, typename R>
+IST_INLINE void store_numbers(R* p, T x) {
+  if constexpr (is_dual<R>)
+    zip(x, reinterpret_cast<Real<R>*>(p), std::make_integer_sequence<int, kWidth<T>>{});
+  else
+    memcpy(p, &x, sizeof x);
+}
 template <typename R>
 IST_INLINE typename Lane<R>::Q load_row(const R* p) {
-  typename Lane<R>::Q q;
-  if constexpr (is_dual<R>) {
-    constexpr int QL = Lane<R>::QL;
-    const Real<R>* next = reinterpret_cast<const Real<R>*>(p);
-    unzip(load_row(next), load_row(next + QL), q, std::make_integer_sequence<int, QL>{});
-  } else {
-    memcpy(&q, p, sizeof q);
-  }
-  return q;
+  return load_numbers<typename Lane<R>::Q>(p);
 }
 template <typename R>
 IST_INLINE void store_row(R* p, typename Lane<R>::Q q) {
-  if constexpr (is_dual<R>) {
-    constexpr int QL = Lane<R>::QL;
-    zip(q, reinterpret_cast<Real<R>*>(p), std::make_integer_sequence<int, QL>{});
-  } else {
-    memcpy(p, &q, sizeof q);
-  }
+  store_numbers(p, q);
 }
-IST_INLINE int64_t padded(int64_t n) { return (n + kChannels - 1) / kChannels * kChannels; }
 
-// y[j, :] += Σ_{k0 <= k < k1} a(j, k) b[k, :] for j < N; rows of `pad` channels, y's `y_stride`
-template <int N, typename R, typename A>
-IST_INLINE void rank_update(R* y, int64_t y_stride, A a, const R* b, int64_t b_stride, int k0, int k1, int64_t pad) {
-  using Q = typename Lane<R>::Q;
-  for (int64_t x = 0; x < pad; x += Lane<R>::QL) {
-    Q acc[N];
-    for (int j = 0; j < N; ++j) acc[j] = load_row(y + j * y_stride + x);
-    for (int k = k0; k < k1; ++k) {
-      const Q row = load_row(b + k * b_stride + x);
-      for (int j = 0; j < N; ++j) acc[j] += row * a(j, k);
+// y[j, :] = Σ_{k0 <= k < k1} a(j, k) b[k, :] for j < N, M T wide; added to what is there if kAdd
+template <bool kAdd, int N, int M, typename T, typename R, typename A>
+IST_INLINE void rank_update(R* y, int64_t y_stride, A a, const R* b, int64_t b_stride, int k0, int k1) {
+  T acc[N * M];
+  for (int j = 0; j < N * M; ++j) acc[j] = kAdd ? load_numbers<T>(y + j / M * y_stride + j % M * kWidth<T>) : T{};
+  for (int k = k0; k < k1; ++k) {
+    T row[M];
+    for (int m = 0; m < M; ++m) row[m] = load_numbers<T>(b + k * b_stride + m * kWidth<T>);
+    for (int j = 0; j < N; ++j) {
+      const auto factor = a(j, k);
+      for (int m = 0; m < M; ++m) acc[j * M + m] += row[m] * factor;
     }
-    for (int j = 0; j < N; ++j) store_row(y + j * y_stride + x, acc[j]);
   }
+  for (int j = 0; j < N * M; ++j) store_numbers(y + j / M * y_stride + j % M * kWidth<T>, acc[j]);
 }
 
-// The same for any number of rows; a(j) are the numbers from row j on.
-template <typename R, typename A>
+// The same over rows of `pad` channels.
+template <bool kAdd, int N, typename R, typename A>
+IST_INLINE void rank_block(R* y, int64_t y_stride, A a, const R* b, int64_t b_stride, int k0, int k1, int64_t pad) {
+  using V = typename Lane<R>::V;
+  constexpr int L = Lane<R>::L, M = is_dual<R> ? 1 : 2;  // as many as the registers hold
+  int64_t x = 0;
+  for (; x + M * L <= pad; x += M * L) rank_update<kAdd, N, M, V>(y + x, y_stride, a, b + x, b_stride, k0, k1);
+  for (; M > 1 && x + L <= pad; x += L) rank_update<kAdd, N, 1, V>(y + x, y_stride, a, b + x, b_stride, k0, k1);
+  for (; x < pad; x += Lane<R>::QL)
+    rank_update<kAdd, N, 1, typename Lane<R>::Q>(y + x, y_stride, a, b + x, b_stride, k0, k1);
+}
+
+// The same for any number n of rows; a(j) are the numbers from row j on.
+template <bool kAdd = true, typename R, typename A>
 void rank_updates(int n, R* y, int64_t y_stride, A a, const R* b, int64_t b_stride, int k0, int k1, int64_t pad) {
+  constexpr int most = IST_LANE_BYTES == 64 ? 8 : 4;
   int j = 0;
-  for (; j + 8 <= n; j += 8) rank_update<8>(y + j * y_stride, y_stride, a(j), b, b_stride, k0, k1, pad);
-  for (; j + 4 <= n; j += 4) rank_update<4>(y + j * y_stride, y_stride, a(j), b, b_stride, k0, k1, pad);
-  for (; j < n; ++j) rank_update<1>(y + j * y_stride, y_stride, a(j), b, b_stride, k0, k1, pad);
+  for (; j + most <= n; j += most) rank_block<kAdd, most>(y + j * y_stride, y_stride, a(j), b, b_stride, k0, k1, pad);
+  for (; j + 2 <= n; j += 2) rank_block<kAdd, 2>(y + j * y_stride, y_stride, a(j), b, b_stride, k0, k1, pad);
+  if (j < n) rank_block<kAdd, 1>(y + j * y_stride, y_stride, a(j), b, b_stride, k0, k1, pad);
 }
 
 // a for rank_updates: numbers in memory; lanes k of vectors j; lanes l0 + j of vectors k.
@@ -105,15 +150,56 @@ IST_INLINE void transpose_rows(int n, int m, const R* in, int64_t in_pad, R* out
 
 // ---- between lanes (one vector per number, an edge per lane) and rows (an edge's numbers side by side)
 
-// rows[l][0 .. n-1] -> lanes[0], lanes[step] ..; `inside` tells whether L numbers may be read from a row at an offset.
+template <typename Q, int... K>
+IST_INLINE auto join(Q a, Q b, std::integer_sequence<int, K...>) {
+  return __builtin_shufflevector(a, b, K...);
+}
+// The numbers of vectors from(0), from(step), .. one after the other, as a V.
+template <typename V, typename F>
+IST_INLINE V join_all(F from, int first, int step) {
+  const auto one = from(first);
+  if constexpr (sizeof(V) == sizeof(one)) {
+    return one;
+  } else {
+    typedef Real<V> Half __attribute__((vector_size(sizeof(V) / 2)));
+    constexpr int half = sizeof(V) / 2 / sizeof(one);
+    return join(join_all<Half>(from, first, step), join_all<Half>(from, first + half * step, step),
+                std::make_integer_sequence<int, kWidth<V>>{});
+  }
+}
+
+// rows_to_lanes for n <= 4, four numbers of a row at a time.
+template <typename R, typename Row, typename Inside>
+IST_INLINE void short_rows_to_lanes(int n, Row row, Inside inside, typename Lane<R>::V* lanes, int step) {
+  using V = typename Lane<R>::V;
+  constexpr int L = Lane<R>::L;
+  typedef R Four __attribute__((vector_size(4 * sizeof(R))));
+  if constexpr (L >= 4) {
+    const auto four = [&](int l) {
+      Four x{};
+      if (inside(l, 0, 4))
+        memcpy(&x, row(l), sizeof x);
+      else
+        for (int k = 0; k < n; ++k) x[k] = row(l)[k];
+      return x;
+    };
+    V block[4];
+    for (int k = 0; k < 4; ++k) block[k] = join_all<V>(four, k, 4);
+    transpose<4>(block);
+    for (int k = 0; k < n; ++k) lanes[k * step] = block[k];
+  } else {
+    for (int k = 0; k < n; ++k)
+      for (int l = 0; l < L; ++l) lanes[k * step][l] = row(l)[k];
+  }
+}
+
+// rows[l][0 .. n-1] -> lanes[0], lanes[step] ..; `inside`: whether so many numbers may be read from row l at an offset.
 template <typename R, typename Row, typename Inside>
 IST_INLINE void rows_to_lanes(int n, Row row, Inside inside, typename Lane<R>::V* lanes, int step) {
   using V = typename Lane<R>::V;
   constexpr int L = Lane<R>::L;
-  if (n <= 4) {  // one by one is less work than a transposition
-    R* out = reinterpret_cast<R*>(lanes);
-    for (int l = 0; l < L; ++l)
-      for (int k = 0; k < n; ++k) out[k * step * L + l] = row(l)[k];
+  if (n <= 4) {
+    short_rows_to_lanes<R>(n, row, inside, lanes, step);
     return;
   }
   for (int k = 0; k < n; k += L) {
@@ -121,7 +207,7 @@ IST_INLINE void rows_to_lanes(int n, Row row, Inside inside, typename Lane<R>::V
     const int width = n - at < L ? n - at : L;
     V block[L];
     for (int l = 0; l < L; ++l) {
-      if (width == L || inside(l, at)) {
+      if (width == L || inside(l, at, L)) {
         memcpy(&block[l], row(l) + at, sizeof(V));
       } else {
         R part[L] = {};
@@ -157,11 +243,7 @@ IST_INLINE void lanes_to_rows(int n, const typename Lane<R>::V* lanes, int step,
   }
 }
 
-template <typename Q, int... K>
-IST_INLINE auto join(Q a, Q b, std::integer_sequence<int, K...>) {
-  return __builtin_shufflevector(a, b, K...);
-}
-// One or two Q as lanes, whichever fill them; and Q number i of lanes.
+// One or two Q as lanes, whichever fill them.
 template <typename V, typename Q>
 IST_INLINE V join_rows(Q a, Q b) {
   if constexpr (is_dual<V>)
@@ -171,14 +253,14 @@ IST_INLINE V join_rows(Q a, Q b) {
   else
     return join(a, b, std::make_integer_sequence<int, sizeof(V) / sizeof(a[0])>{});
 }
-template <typename Q, typename V>
-IST_INLINE Q part_of_lanes(const V& x, int i) {
-  Q q;
-  if constexpr (is_dual<V>)
-    q = {part_of_lanes<decltype(q.value)>(x.value, i), part_of_lanes<decltype(q.value)>(x.tangent, i)};
-  else
-    memcpy(&q, reinterpret_cast<const char*>(&x) + i * sizeof(Q), sizeof(Q));
-  return q;
+// Lane l of the result: the sum of the QL numbers at rows + l QL.
+template <typename R>
+IST_INLINE typename Lane<R>::V row_sums(const R* rows) {
+  using V = typename Lane<R>::V;
+  constexpr int QL = Lane<R>::QL, step = Lane<R>::L - QL;
+  V block[QL];
+  for (int j = 0; j < QL; ++j) block[j] = join_rows<V>(load_row(rows + j * QL), load_row(rows + (j + step) * QL));
+  return lane_sums<QL>(block);
 }
 
 // QL channels of all edges: lanes at `position` (-1: none) <-> rows [L, pad] at `at`
@@ -187,25 +269,6 @@ struct Unit {
   int64_t at, pad;
   int32_t position[Lane<R>::QL];
 };
-
-template <typename R>
-IST_INLINE void units_to_rows(int n, const Unit<R>* units, const typename Lane<R>::V* lanes, R* rows) {
-  using V = typename Lane<R>::V;
-  constexpr int L = Lane<R>::L, QL = Lane<R>::QL;
-  for (int u = 0; u < n; u += L / QL) {
-    V block[L];
-    for (int j = 0; j < L; ++j) {
-      const int position = u + j / QL < n ? units[u + j / QL].position[j % QL] : -1;
-      block[j] = position >= 0 ? lanes[position] : V{};
-    }
-    transpose<L>(block);
-    for (int i = 0; i < L / QL && u + i < n; ++i) {
-      R* out = rows + units[u + i].at;
-      const int64_t pad = units[u + i].pad;
-      for (int l = 0; l < L; ++l) store_row(out + l * pad, part_of_lanes<typename Lane<R>::Q>(block[l], i));
-    }
-  }
-}
 
 // lanes += rows
 template <typename R>

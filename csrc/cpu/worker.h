@@ -9,25 +9,37 @@ namespace implicit_steer::IST_ISA {
 
 constexpr int kNodes = 8;  // nodes whose sums T are mixed together
 
-// Sets the couplings' positions in a worker's buffers. Rows of channels are padded:
-//   T [slot][v, w] with w padded, or [slot][v] where the hidden feature is the constant one
-//   Tᵀ [slot][w][v] with v padded
-// The sizes are in numbers, dual or not.
+// Sets the couplings' positions in a worker's buffers. The sizes are in numbers, dual or not.
 template <typename R>
 CouplingSizes place_couplings(PlanView<R>& p) {
   CouplingSizes size;
   for (int k = 0; k < p.n_couplings; ++k) {
     CouplingView& q = p.couplings[k];
-    q.hidden_padded = q.constant ? 1 : static_cast<int32_t>(padded(q.n_hidden));
-    q.in_padded = static_cast<int32_t>(padded(q.n_in));
-    q.out_padded = static_cast<int32_t>(padded(q.n_out));
-    q.slot_size = padded(int64_t{q.n_in} * q.hidden_padded);
-    q.at_sums = size.sums, q.at_sums_t = size.sums_t, q.at_d_terms = size.d_terms;
-    size.sums += q.n_slots * q.slot_size;
-    size.sums_t += int64_t{q.n_slots} * q.n_hidden * q.in_padded;
-    size.d_terms += int64_t{q.n_terms} * Lane<R>::L * q.in_padded;
+    q.at_sums = size.sums, q.at_slots = size.slots;
+    size.sums += int64_t{q.n_slots} * q.n_hidden * q.in_padded;
+    size.slots += int64_t{q.n_slots} * q.in_padded * q.hidden_padded;
   }
   return size;
+}
+
+// Slots of a coupling that read the same rows; their T lie at `sums` as [w][slot, v] with rows of `width` numbers, or
+// at `slots` as [slot, v][w].
+struct Group {
+  const CouplingView& q;
+  int first, n_slots;
+  int64_t width, sums, slots;
+};
+template <typename F>
+IST_INLINE void for_groups(const CouplingView* couplings, int n, F f) {
+  for (int k = 0; k < n; ++k) {
+    const CouplingView& q = couplings[k];
+    for (const int32_t* group = q.groups; group < q.groups + 4 * q.n_groups; group += 4) {
+      const int64_t before = int64_t{group[0]} * q.in_padded;
+      f(Group{q, group[0], group[1], int64_t{group[1]} * q.in_padded, q.at_sums + before * q.n_hidden,
+              q.at_slots + before * q.hidden_padded},
+        q.blocks + 2 * group[2], group[3]);
+    }
+  }
 }
 
 // R: float, double or, for derivatives along a direction, dual numbers of them.
@@ -47,26 +59,32 @@ struct Worker {
   Edges<R> e;
   Mlp<R> mlp;
   R shell;
-  V *hidden, *d_hidden;            // [flat hidden size] in the couplings' coordinates
-  V *f_raw, *d_f_raw;              // [C_in] neighbour features
-  V *f, *d_f;                      // [n_gathered] the same gathered by field type, times the radial factor
-  V *g, *d_g;                      // [n_g]
-  V *t, *d_t;                      // [product_size] products f · G
-  R *rows, *d_rows;                // per row [L, padded W]
-  R* d_terms;                      // per coupling [term][L, padded V]
-  R* sums;                         // T [kNodes, size.sums]
-  R *d_theta, *d_sums, *d_sums_t;  // [b][u][v, w]; ∂L/∂T [kNodes, size.sums]; of one node, [slot][w][v]
-  R* mixed;                        // [kNodes, n_mixed] outputs or their gradients, by field type
-  R* grads;                        // [kNodes, n_mixed] of the nodes in the ring
-  int64_t* row_at;                 // [n_rows] positions in rows
-  int64_t row_size;                // of all rows together
-  Unit<R>* row_units;              // all rows' channels
-  Unit<R>* term_units;             // all terms' (term, v), in t and d_terms
-  int n_row_units = 0, n_term_units = 0;
+  V *hidden, *d_hidden;   // [flat hidden size] in the couplings' coordinates
+  const V* features;      // [flat hidden size] `hidden`, or in frames without a way back the MLP's last features
+  V* h;                   // all rows' channels, and last the constant one, times the radial factor
+  const R* inputs[L];     // [n_gathered] of the neighbours, by field type
+  V* g;                   // [n_g]
+  R *t, *d_t;             // [L, product_size] products f · G
+  R* d_f;                 // [L, n_gathered]
+  R* d_harmonics;         // [d, L, QL] sums over QL are the harmonics' gradients
+  R* d_one;               // [L, QL] as these, of the constant one in h
+  R* d_rows;              // per row [L, padded W]
+  R* sums;                // T of kNodes nodes, or in the reverse sweep of one, as [w][slot, v]
+  R *slot_sums, *d_sums;  // T and ∂L/∂T of kNodes nodes, as [slot, v][w]
+  R* d_sums_t;            // ∂L/∂T of one node, as [w][slot, v]
+  R* d_theta;             // [b][u][v, w]
+  R* mixed;               // [kNodes, n_mixed] outputs or their gradients, by field type
+  R* grads;               // [kNodes, n_mixed] of the nodes in the ring
+  int64_t* row_at;        // [n_rows] positions in d_rows
+  int64_t row_size;       // of all rows together
+  Unit<R>* row_units;     // all rows' channels
+  int n_row_units = 0;
   int64_t edge[L];       // edge numbers; padding repeats the last
+  int64_t source[L];     // the neighbours
   int n_edges;           // of the tile
   int64_t ring[kNodes];  // nodes whose T are complete
   int n_ring = 0;
+  bool untouched = true;  // the T of the current node
   // Edges near the origin in regular frames: the tile in which they come counts them as absent and puts them into this
   // list, which is gone through afterwards, so that no other edge takes the slow way.
   bool near_pass = false;
@@ -93,7 +111,7 @@ struct Worker {
            zeroed);  // the list is written before it is read: no page of it is touched
     place(arena);
     place_list(arena);
-    list_units();
+    if (backward) list_units();
     for (int k = 0; k < p.n_g; ++k) {
       g[k] = V{};
       for (int z = p.g_first[k]; z < p.g_first[k + 1]; ++z) g[k] += p.nz_value[z];
@@ -114,32 +132,23 @@ struct Worker {
       }
       at += L * pad;
     }
-    for (int k = 0; k < p.n_couplings && backward; ++k) {
-      const CouplingView& q = p.couplings[k];
-      for (int n = 0; n < q.n_terms; ++n)
-        for (int v = 0; v < q.n_in; v += QL) {
-          Unit<R>& unit = term_units[n_term_units++];
-          unit.at = q.at_d_terms + int64_t{n} * L * q.in_padded + v, unit.pad = q.in_padded;
-          for (int j = 0; j < QL; ++j) unit.position[j] = v + j < q.n_in ? q.terms[3 * n + 2] + v + j : -1;
-        }
-    }
   }
 
   void place(Arena& arena) {
+    const int L_QL = L * Lane<R>::QL;
     e.place(arena, p, backward), mlp.place(arena, p, weights, backward);
+    arena.take(hidden, p.hidden_flat), arena.take(h, p.row_start[p.n_rows] + 1);
+    arena.take(g, p.n_g), arena.take(t, int64_t{L} * p.product_size), arena.take(mixed, kNodes * p.n_mixed);
+    arena.take(sums, (backward ? 1 : kNodes) * size.sums), arena.take(extra, n_extra);
+    if (!backward) return;
     row_size = 0;
     for (int r = 0; r < p.n_rows; ++r) row_size += L * padded(p.row_start[r + 1] - p.row_start[r]);
-    arena.take(row_units, row_size / (L * Lane<R>::QL)), arena.take(row_at, p.n_rows), arena.take(rows, row_size),
-        arena.take(hidden, p.hidden_flat);
-    arena.take(f_raw, p.in_size), arena.take(f, p.n_gathered), arena.take(g, p.n_g), arena.take(t, p.product_size);
-    arena.take(sums, kNodes * size.sums), arena.take(mixed, kNodes * p.n_mixed);
-    arena.take(extra, n_extra);
-    if (!backward) return;
-    arena.take(term_units, size.d_terms / (L * Lane<R>::QL)), arena.take(d_hidden, p.hidden_flat),
-        arena.take(d_f_raw, p.in_size), arena.take(d_f, p.n_gathered), arena.take(grads, kNodes * p.n_mixed);
-    arena.take(d_g, p.n_g), arena.take(d_t, p.product_size), arena.take(d_rows, row_size);
-    arena.take(d_terms, size.d_terms), arena.take(d_theta, theta_size());
-    arena.take(d_sums, kNodes * size.sums), arena.take(d_sums_t, size.sums_t);
+    arena.take(row_units, row_size / L_QL), arena.take(row_at, p.n_rows), arena.take(d_rows, row_size);
+    arena.take(d_hidden, p.hidden_flat), arena.take(d_t, int64_t{L} * p.product_size);
+    arena.take(d_f, int64_t{L} * p.n_gathered), arena.take(d_harmonics, p.d * L_QL), arena.take(d_one, L_QL);
+    arena.take(grads, kNodes * p.n_mixed), arena.take(d_theta, theta_size());
+    arena.take(slot_sums, kNodes * size.slots), arena.take(d_sums, kNodes * size.slots);
+    arena.take(d_sums_t, size.sums);
   }
 
   void place_list(Arena& arena) { arena.take(near_edge, capacity), arena.take(near_node, capacity); }
@@ -149,20 +158,14 @@ struct Worker {
 
   // ---- one tile
 
-  // lanes [n] from row(l) + offset of `from`, or where there are tangents, of both; `inside` as in rows_to_lanes.
-  template <typename Row, typename Inside>
-  void load_rows(int n, const Real<R>* from, const Real<R>* tangent, Row row, Inside inside, V* lanes) {
+  // lanes [n] from rows of n numbers, one per edge, of `from` or, where there are tangents, of both
+  void load_edges(int n, const Real<R>* from, const Real<R>* tangent, V* lanes) {
     const Real<R>* const arrays[] = {from, tangent};
     for (int k = 0; k < kPlanes<R>; ++k) {
-      const Real<R>* array = arrays[k];
-      rows_to_lanes<Real<R>>(n, [=](int l) { return array + row(l); }, inside, plane<R>(lanes, k), kPlanes<R>);
+      const auto row = [this, n, array = arrays[k]](int l) { return array + edge[l] * n; };
+      const auto inside = [=](int l, int at, int count) { return edge[l] * n + at + count <= a.n_edges * n; };
+      rows_to_lanes<Real<R>>(n, row, inside, plane<R>(lanes, k), kPlanes<R>);
     }
-  }
-
-  void load_edges(int n, const Real<R>* from, const Real<R>* tangent, V* lanes) {
-    load_rows(
-        n, from, tangent, [=](int l) { return edge[l] * n; },
-        [=](int l, int at) { return edge[l] * n + at + L <= a.n_edges * n; }, lanes);
   }
 
   void load_geometry() {
@@ -170,21 +173,25 @@ struct Worker {
     if (p.n_attr) load_edges(p.n_attr, a.attr, a.attr_tangent, e.attr);
   }
 
-  // Edges order[begin ..] or, in the near pass, near_edge[begin ..]; lanes past the end repeat the last edge, with
-  // features 0.
+  // Edges order[begin ..] or, in the near pass, near_edge[begin ..]; lanes past the end repeat the last edge.
   void load(int64_t begin, int64_t end) {
     n_edges = end - begin < L ? static_cast<int>(end - begin) : L;
-    const int64_t n = p.in_size;
-    int64_t source[L];
-    for (int l = 0; l < L; ++l) {
-      const int64_t at = begin + (l < n_edges ? l : n_edges - 1);
-      edge[l] = near_pass ? near_edge[at] : a.index(a.order, at);
-      source[l] = a.index(a.src, edge[l]) * n;
-    }
+    a.wide ? find_edges<int64_t>(begin) : find_edges<int32_t>(begin);
+    for (int l = 0; l < n_edges; ++l)
+      for (int k = 0; k < p.n_gathered; k += 64 / sizeof(R)) __builtin_prefetch(inputs[l] + k);
     load_geometry();
-    load_rows(
-        p.in_size, a.x, a.x_tangent, [&](int l) { return source[l]; },
-        [&](int l, int at) { return source[l] + at + L <= a.n_src * n; }, f_raw);
+  }
+
+  template <typename I>
+  void find_edges(int64_t begin) {
+    const I *order = static_cast<const I*>(a.order), *src = static_cast<const I*>(a.src);
+    const R* features = static_cast<const R*>(a.features ? a.features : static_cast<const void*>(a.x));
+    const int last = n_edges - 1;
+    const int64_t stride = p.n_gathered;
+    for (int l = 0; l < L; ++l) {
+      const int64_t at = begin + (l < last ? l : last), e = near_pass ? near_edge[at] : order[at];
+      edge[l] = e, source[l] = src[e], inputs[l] = features + source[l] * stride;
+    }
   }
 
   // The frame, and which lanes count: those of edges of this tile, but for near ones outside the near pass.
@@ -193,8 +200,7 @@ struct Worker {
     frame_forward(p, shell, e, all_harmonics);
     near_lanes = 0;
     if (!p.regular || near_pass) return;
-    const auto small = e.radius < Limits<Real<R>>::near;
-    for (int l = 0; l < n_edges; ++l) near_lanes |= static_cast<uint32_t>(small[l] != 0) << l;
+    near_lanes = lane_bits(e.radius < Limits<Real<R>>::near) & ((1u << n_edges) - 1);
   }
   // 1 in these lanes, 0 in others
   typename Lane<Real<R>>::V counting_lanes() const {
@@ -203,92 +209,98 @@ struct Worker {
     return lanes;
   }
 
-  // Hidden features, in the couplings' coordinates, as rows of channels per edge; G and t.
+  // Hidden features times the radial factor, and products.
   void evaluate() {
     enter_frame(false);
-    if (near_lanes || n_edges < L) {
-      const auto inside = counting_lanes() > 0;
-      for (int k = 0; k < p.in_size; ++k) f_raw[k] = select(inside, f_raw[k], V{});
-    }
-    const V* y = mlp.hidden(e);
+    features = mlp.hidden(e);
     if (p.kind == kPlanar) {
-      expand_forward(p, e, y, hidden);
-      y = hidden;
+      expand_forward(p, e, features, hidden);
+      features = hidden;
     }
-    units_to_rows<R>(n_row_units, row_units, y, rows);
-    for (int k = 0; k < p.n_gathered; ++k) f[k] = f_raw[p.input[k]] * e.factor;
-    if (p.kind == kZonal)
-      for (int k = 0; k < p.n_g; ++k) {
-        if (p.nz_harmonic[p.g_first[k]] < 0) continue;  // constant
-        V sum{};
-        for (int z = p.g_first[k]; z < p.g_first[k + 1]; ++z) sum += e.cosine[p.nz_harmonic[z]] * p.nz_value[z];
-        g[k] = sum;
+    const int n = p.row_start[p.n_rows];
+    for (int k = 0; k < n; ++k) h[k] = features[p.row[k]] * e.factor;
+    h[n] = e.factor;
+    for (int k = 0; k < p.n_g && p.kind == kZonal; ++k) {
+      if (p.nz_harmonic[p.g_first[k]] < 0) continue;  // constant
+      V sum{};
+      for (int z = p.g_first[k]; z < p.g_first[k + 1]; ++z) sum += e.cosine[p.nz_harmonic[z]] * p.nz_value[z];
+      g[k] = sum;
+    }
+    for (const int32_t* product = p.products; product < p.products + 4 * p.n_products; product += 4)
+      sum_products(product, p.g_from, [&](int k) { return g + k; }, inputs, t, p.product_size);
+  }
+
+  // out[l][place + v] = Σ_k in[l][from[k] + v] factor(k)[l] for all edges l; sum: place, padded V, first k, one past
+  // the last.
+  template <typename Factor>
+  IST_INLINE void sum_products(const int32_t* sum, const int32_t* from, Factor factor, const R* const* in, R* out,
+                               int64_t stride) {
+    const int first = sum[2], last = sum[3];
+    for (int x = 0; x < sum[1]; x += Lane<R>::QL) {
+      R* to = out + sum[0] + x;
+      int k = first;
+      switch ((last - first) % 3) {
+        case 1:
+          add_products<true, 1>(from + k, x, factor(k), nullptr, nullptr, in, to, stride);
+          k += 1;
+          break;
+        case 2:
+          add_products<true, 2>(from + k, x, factor(k), factor(k + 1), nullptr, in, to, stride);
+          k += 2;
+          break;
+        default:
+          if (first == last)
+            add_products<true, 0>(from, x, nullptr, nullptr, nullptr, in, to, stride);
+          else
+            add_products<true, 3>(from + k, x, factor(k), factor(k + 1), factor(k + 2), in, to, stride);
+          k += 3;
       }
-    for (int n = 0; n < p.n_products; ++n) {
-      const int32_t* product = p.products + 5 * n;
-      const int n_in = product[1];
-      const V* in = f + product[0];
-      V* out = t + product[4];
-      int v = 0;
-      for (; v + 8 <= n_in; v += 8) product_forward<8>(product, in + v, out + v);
-      for (; v + 2 <= n_in; v += 2) product_forward<2>(product, in + v, out + v);
-      for (; v < n_in; ++v) product_forward<1>(product, in + v, out + v);
+      for (; k < last; k += 3)
+        add_products<false, 3>(from + k, x, factor(k), factor(k + 1), factor(k + 2), in, to, stride);
+    }
+  }
+  // The same of N terms, N <= 3, as many as addresses stay in registers; the first ones, or added to what is there.
+  template <bool kFirst, int N>
+  IST_INLINE void add_products(const int32_t* from, int x, const V* a0, const V* a1, const V* a2, const R* const* in,
+                               R* out, int64_t stride) {
+    const V* const factors[] = {a0, a1, a2};
+    int64_t at[3] = {};
+    for (int k = 0; k < N; ++k) at[k] = from[k] + x;
+    const int lanes = n_edges;
+    for (int l = 0; l < lanes; ++l, out += stride) {
+      typename Lane<R>::Q total{};
+      if (!kFirst) total = load_row(out);
+      for (int k = 0; k < N; ++k) total += load_row(in[l] + at[k]) * number(*factors[k], l);
+      store_row(out, total);
     }
   }
 
-  // t[v] = Σ_g f[i_g, v] G_g for N fields
-  template <int N>
-  IST_INLINE void product_forward(const int32_t* product, const V* in, V* out) {
-    V sum[N] = {};
-    for (int i = product[2]; i < product[3]; ++i) {
-      const V factor = g[i];
-      const V* input = whole(in + p.g_input[i] * product[1]);
-      for (int v = 0; v < N; ++v) sum[v] += input[v] * factor;
-    }
-    for (int v = 0; v < N; ++v) out[v] = sum[v];
+  // f(group, row, position of the products)
+  template <typename F>
+  IST_INLINE void for_blocks(F f) {
+    for_groups(p.couplings, p.n_couplings, [&](const Group& group, const int32_t* blocks, int n_blocks) {
+      for (int k = 0; k < n_blocks; ++k) f(group, blocks[2 * k], blocks[2 * k + 1]);
+    });
   }
 
-  // T += Σ t ⊗ h over the lanes l0 .. l1-1, all into one node.
+  // T = h ⊗ t over the lanes l0 .. l1-1, all into one node; added to that of its earlier lanes.
   void accumulate(R* node, int l0, int l1) {
-    for (int k = 0; k < p.n_couplings; ++k) {
-      const CouplingView& q = p.couplings[k];
-      if (q.constant) {
-        accumulate_constant(q, node + q.at_sums, l0, l1);
-        continue;
+    for_groups(p.couplings, p.n_couplings, [&](const Group& group, const int32_t* blocks, int n_blocks) {
+      for (int k = 0; k < n_blocks; ++k) {
+        const auto update = [&](auto add) {
+          rank_updates<decltype(add)::value == 1>(group.q.n_hidden, node + group.sums, group.width,
+                                                  lanes_of(h + p.row_start[blocks[2 * k]]), t + blocks[2 * k + 1],
+                                                  p.product_size, l0, l1, group.width);
+        };
+        untouched&& k == 0 ? update(Count<0>{}) : update(Count<1>{});
       }
-      for (int n = 0; n < q.n_terms; ++n) {
-        const int32_t* term = q.terms + 3 * n;
-        rank_updates(q.n_in, node + q.at_sums + term[0] * q.slot_size, q.hidden_padded, lanes_of(t + term[2]),
-                     rows + row_at[term[1]], q.hidden_padded, l0, l1, q.hidden_padded);
-      }
-    }
+    });
+    untouched = false;
   }
 
-  // The same where the hidden feature is the constant one: sums over lanes, L of them at a time.
-  void accumulate_constant(const CouplingView& q, R* sums_of_node, int l0, int l1) {
-    V block[L];
-    R* target[L];
-    typename Lane<Real<R>>::V inside;
-    for (int l = 0; l < L; ++l) inside[l] = l0 <= l && l < l1;
-    const bool whole_tile = l0 == 0 && l1 == L;
-    int count = 0;
-    const auto reduce = [&] {
-      const V total = lane_sums<L>(block);
-      for (int k = 0; k < count; ++k) *target[k] += number(total, k);
-      count = 0;
-    };
-    for (int n = 0; n < q.n_terms; ++n) {
-      const int32_t* term = q.terms + 3 * n;
-      for (int v = 0; v < q.n_in; ++v) {
-        const V x = t[term[2] + v];
-        block[count] = whole_tile ? x : select(inside > 0, x, V{});
-        target[count++] = sums_of_node + term[0] * q.slot_size + v;
-        if (count == L) reduce();
-      }
-    }
-    if (count == 0) return;
-    for (int k = count; k < L; ++k) block[k] = V{};
-    reduce();
+  // After a node's last edge: where all of them were deferred, nothing has been written yet.
+  void complete(R* node) {
+    if (untouched) memset(static_cast<void*>(node), 0, sizeof(R) * size.sums);
   }
 
   // Walks the nodes first .. last-1: start(i) before a node's first edge, run(l0, l1) for the lanes of a tile that
@@ -311,8 +323,10 @@ struct Worker {
         if (!started) start(node);
         started = true;
         const int stop = node_end - next < n_edges ? static_cast<int>(node_end - next) : n_edges;
-        run(l, stop);
-        if (near_lanes) defer(node, l, stop);
+        if (near_lanes)
+          run_far(node, l, stop, run);
+        else
+          run(l, stop);
         l = stop;
       }
       end_tile();
@@ -342,6 +356,16 @@ struct Worker {
     for (int64_t at = 0; at < n_near; at += L) {
       load_points(at, n_near);
       f();
+    }
+  }
+
+  // run() for the lanes between near ones, which are deferred
+  template <typename Run>
+  void run_far(int64_t node, int l0, int l1, Run run) {
+    defer(node, l0, l1);
+    for (int l = l0; l < l1; l = l0 + 1) {
+      for (l0 = l; l0 < l1 && !(near_lanes >> l0 & 1);) ++l0;
+      if (l < l0) run(l, l0);
     }
   }
 

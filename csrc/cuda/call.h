@@ -8,7 +8,8 @@ namespace implicit_steer {
 
 constexpr int kThreads = 128;  // of a block, at most
 
-// Blocks that a multiprocessor should hold, by the size of a kernel's numbers: more of them would have too few registers.
+// Blocks that a multiprocessor should hold, by the size of a kernel's numbers: more of them would have too few
+// registers.
 template <typename N>
 constexpr int kResident = sizeof(N) == 4 ? 3 : 2;
 
@@ -20,6 +21,11 @@ struct Needs {
 // Numbers of hidden coefficients of all layers and of the widest one; of one node's T.
 struct Extent {
   int64_t all_layers, widest, sums;
+};
+
+// Where the inputs lie among those gathered by field type: input i at the places at[first[i] .. first[i + 1] - 1].
+struct Places {
+  const int32_t *first, *at;
 };
 
 // Sizes are in numbers of the kernel's kind: float, double or dual.
@@ -36,6 +42,7 @@ struct Call {
   ConvArgs<R> args;  // plan: null
   PlanView<R> plan;  // pointers to device memory
   Extent extent;
+  Places places;
   Shape shape;
   R* partial;  // results warp by warp: [warps, 2, C_out], [warps, n_grad] or [warps, 2, channels * d]
 };

@@ -26,7 +26,8 @@ struct EdgeKernel {
 
   // `rest`: numbers of a warp behind its edges; `most_warps`: more get no edges.
   Failure prepare(const DevicePlan<R>& plan, const ConvArgs<R>& args, Needs needs, int64_t rest, int64_t most_warps) {
-    call.args = args, call.args.plan = nullptr, call.plan = plan.view, call.extent = plan.extent;
+    call.args = args, call.args.plan = nullptr, call.plan = plan.view, call.extent = plan.extent,
+    call.places = plan.places;
     Shape& shape = call.shape;
     shape = best_shape<N>(plan.view, plan.extent, needs, rest);
     const int64_t warp_bytes = static_cast<int64_t>(sizeof(N)) * shape.warp_size;
@@ -81,14 +82,29 @@ Failure forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream
                         stream, edges.call);
 }
 
+// launch(tag of the indices' type)
+template <typename Launch>
+Failure with_index(const ConvArgs<R>& a, Launch launch) {
+  return a.wide ? launch(static_cast<int64_t*>(nullptr)) : launch(static_cast<int32_t*>(nullptr));
+}
+
 Failure sum_features(const DevicePlan<R>& plan, const ConvArgs<R>& a, void* stream) {
-  const auto run = [&](auto* index) {
-    using Index = std::remove_pointer_t<decltype(index)>;
+  return with_index(a, [&](auto* tag) {
+    using Index = std::remove_pointer_t<decltype(tag)>;
     return launch_threads("sum_by_source", sum_by_source<R, Index>, a.n_src * plan.view.in_size, stream, a.grad_edge,
                           static_cast<const Index*>(a.order_by_source), static_cast<const Index*>(a.colptr), a.n_src,
                           plan.view.in_size, a.grad_x);
-  };
-  return a.wide ? run(static_cast<int64_t*>(nullptr)) : run(static_cast<int32_t*>(nullptr));
+  });
+}
+
+Failure finish(const DevicePlan<R>& plan, const ConvArgs<R>& a, const R* expansion, const R* bias, int64_t n, bool mean,
+               void* stream) {
+  return with_index(a, [&](auto* tag) {
+    using Index = std::remove_pointer_t<decltype(tag)>;
+    return launch_threads("finish_nodes", finish_nodes<R, Index>, a.n_dst * plan.view.out_size, stream,
+                          static_cast<const Index*>(a.rowptr), a.n_dst, plan.view.out_size, expansion, bias, n, mean,
+                          a.out);
+  });
 }
 
 // The kernel, then the sum over its warps' gradients of the weights: [n_weights], 0 in the second layout of θ.
@@ -188,6 +204,7 @@ const CudaTable<R> IST_TABLE{plan_bytes<R>,
                              shared_bytes,
                              forward<R>,
                              backward<R>,
+                             finish,
                              forward<Dual<R>>,
                              backward<Dual<R>>,
                              hidden_forward<R>,

@@ -18,13 +18,15 @@ struct DevicePlan {
   Plan<R> host{};      // of these
   PlanView<R> view{};  // of their copies on the device
   Extent extent;
-  int64_t reals_at, layers_at, couplings_at, bytes;  // of the copies, in one piece of memory
+  std::vector<int32_t> input_places;                            // of Places: first, then at
+  Places places{};                                              // of their copy on the device
+  int64_t reals_at, layers_at, couplings_at, places_at, bytes;  // of the copies, in one piece of memory
 
   // False when the arrays are not what backends/cpu_plan.py writes.
   bool read(const int32_t* ints_begin, int64_t n_ints, const R* reals_begin, int64_t n_reals) {
     ints.assign(ints_begin, ints_begin + n_ints), reals.assign(reals_begin, reals_begin + n_reals);
     if (!::implicit_steer::plan_view(host, ints.data(), n_ints, reals.data(), n_reals)) return false;
-    place_couplings(host);
+    place_couplings(host), list_places();
     extent.all_layers = extent.widest = 0;
     for (int n = 0; n < host.n_layers; ++n) {
       extent.all_layers += host.layers[n].out;
@@ -33,7 +35,8 @@ struct DevicePlan {
     const auto aligned = [](int64_t n) { return (n + 255) / 256 * 256; };
     reals_at = aligned(n_ints * sizeof(int32_t)), layers_at = reals_at + aligned(n_reals * sizeof(R));
     couplings_at = layers_at + aligned(host.n_layers * sizeof(LayerView<R>));
-    bytes = couplings_at + aligned(host.n_couplings * sizeof(CouplingView));
+    places_at = couplings_at + aligned(host.n_couplings * sizeof(CouplingView));
+    bytes = places_at + aligned(input_places.size() * sizeof(int32_t));
     return true;
   }
 
@@ -48,24 +51,31 @@ struct DevicePlan {
       if (!numbers.empty()) std::memcpy(image.data() + at, numbers.data(), numbers.size() * sizeof(numbers[0]));
     };
     put(0, ints), put(reals_at, reals), put(layers_at, there.layer_storage), put(couplings_at, there.coupling_storage);
+    put(places_at, input_places);
     view = there;
     view.layers = reinterpret_cast<const LayerView<R>*>(to + layers_at);
     view.couplings = reinterpret_cast<CouplingView*>(to + couplings_at);
+    places.first = reinterpret_cast<const int32_t*>(to + places_at), places.at = places.first + host.in_size + 1;
     const cudaError_t error = cudaMemcpyAsync(memory, image.data(), bytes, cudaMemcpyHostToDevice, stream);
     return error == cudaSuccess ? cudaStreamSynchronize(stream) : error;  // calls on other streams will read it
   }
 
  private:
-  // Sets the couplings' sizes and positions in T.
+  // Sets the couplings' positions in T, [slot][v, w] as in the first layout of θ.
   void place_couplings(Plan<R>& p) {
     extent.sums = 0;
-    for (CouplingView& q : p.coupling_storage) {
-      q.hidden_padded = q.constant ? 1 : static_cast<int32_t>(padded_channels(q.n_hidden));
-      q.out_padded = static_cast<int32_t>(padded_channels(q.n_out));
-      q.slot_size = padded_channels(int64_t{q.n_in} * q.hidden_padded);
-      q.at_sums = extent.sums;
-      extent.sums += q.n_slots * q.slot_size;
-    }
+    for (CouplingView& q : p.coupling_storage) q.at_sums = extent.sums, extent.sums += q.n_slots * q.theta_size;
+  }
+
+  void list_places() {
+    input_places.assign(host.in_size + 1, 0);
+    for (int k = 0; k < host.n_gathered; ++k)
+      if (host.input[k] >= 0) ++input_places[host.input[k] + 1];
+    for (int i = 0; i < host.in_size; ++i) input_places[i + 1] += input_places[i];
+    std::vector<int32_t> next(input_places);
+    input_places.resize(host.in_size + 1 + next.back());
+    for (int k = 0; k < host.n_gathered; ++k)
+      if (host.input[k] >= 0) input_places[host.in_size + 1 + next[host.input[k]]++] = k;
   }
 };
 

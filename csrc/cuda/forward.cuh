@@ -50,7 +50,7 @@ struct Forward : Warp<N, true, false> {
   __device__ __forceinline__ void mix(const CouplingView& q, int slot) {
     const int width = row_width(q.n_out), parts = 32 / width, part = lane / width;
     const N* const weight = weights + q.theta_forward + int64_t{q.slots[2 * slot]} * q.n_in * q.n_hidden * q.out_padded;
-    const N* const of_slot = sums + q.at_sums + slot * q.slot_size;
+    const N* const of_slot = sums + q.at_sums + slot * q.theta_size;
     N* const out = mixed + q.out_at + q.slots[2 * slot + 1] * q.out_padded;
     for (int u0 = 0; u0 < q.n_out; u0 += width) {
       const int u = u0 + (lane & (width - 1));

@@ -57,27 +57,22 @@ IST_INLINE float exp_unbounded(float x) { return exp2_approximate(x * 1.44269504
 // e^x; arguments above 88 (float) and 709 (double) count as these, so that derivatives stay finite.
 IST_INLINE float lane_exp(float x) { return exp_unbounded(lane_min(88.0f, x)); }
 IST_INLINE double lane_exp(double x) { return exp(lane_min(709.0, x)); }
-// e^x - 1 where x <= 0, anything elsewhere but NaN for NaN; e^x into `exp`. Near 0 by the series, which keeps the
-// digits that e^x - 1 would lose: its error is 1e-7 of the result at -0.35.
-IST_INLINE float lane_expm1_below(float x, float& exp) {
-  exp = exp_unbounded(x);
+// x where x > 0, else e^x - 1: near 0 by the series, which keeps the digits that e^x - 1 would lose; its error is 1e-7
+// of the result at -0.35.
+IST_INLINE float lane_elu(float x) {
+  const float exp = exp_unbounded(x);
   float series = 1 / 720.0f;
   series = series * x + 1 / 120.0f;
   series = series * x + 1 / 24.0f;
   series = series * x + 1 / 6.0f;
   series = series * x + 0.5f;
   series = series * x + 1;
-  return x > -0.35f ? series * x : exp - 1;
+  const float below = x > -0.35f ? series * x : exp - 1;
+  return x > 0 ? x : below;
 }
-IST_INLINE double lane_expm1_below(double x, double& exp) {
+IST_INLINE double lane_elu(double x) {
   const double below = expm1(x);
-  exp = below + 1;
-  return below;
-}
-template <typename V>
-IST_INLINE V lane_expm1_below(V x) {
-  V exp;
-  return lane_expm1_below(x, exp);
+  return x > 0 ? x : below;
 }
 IST_INLINE float lane_erf(float x) { return erff(x); }
 IST_INLINE double lane_erf(double x) { return erf(x); }

@@ -50,8 +50,7 @@ Failure sort_any(const void* key, int64_t n, int64_t n_keys, bool wide, void* or
 }
 
 Failure copy(void* to, const void* from, int64_t bytes, void* stream) {
-  return failure("copy",
-                 cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, static_cast<cudaStream_t>(stream)));
+  return failure("copy", cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, static_cast<cudaStream_t>(stream)));
 }
 
 constexpr CudaLibrary kLibrary{&kCudaFloat, &kCudaDouble, sort_bytes, sort_any, copy};

@@ -31,9 +31,13 @@ struct CudaTable {
   // The most shared memory, in bytes, that a block of one of the plan's kernels cannot do without, those of second
   // derivatives included; -1 as above.
   int64_t (*shared_bytes)(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals);
-  // As ConvTable's, with device pointers. ConvArgs.plan is not read; `scratch` gives device memory.
+  // As ConvTable's, with device pointers. ConvArgs.plan is not read; `scratch` gives device memory; grad_edge is
+  // [E, C_in].
   Failure (*forward)(const DevicePlan<R>&, const ConvArgs<R>&, void* stream);
   Failure (*backward)(const DevicePlan<R>&, const ConvArgs<R>&, void* stream);
+  // After forward: out_i becomes its mean over the edges into i, if `mean`, plus expansion [C_out, n] · bias [n].
+  Failure (*finish)(const DevicePlan<R>&, const ConvArgs<R>&, const R* expansion, const R* bias, int64_t n, bool mean,
+                    void* stream);
   Failure (*forward_tangent)(const DevicePlan<R>&, const ConvArgs<R>&, void* stream);
   Failure (*backward_tangent)(const DevicePlan<R>&, const ConvArgs<R>&, void* stream);
   Failure (*hidden_forward)(const DevicePlan<R>&, const ConvArgs<R>&, void* stream);

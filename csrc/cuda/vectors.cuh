@@ -38,6 +38,18 @@ __global__ void sum_by_source(const R* grad_edge, const Index* order, const Inde
   grad_x[at] = sum;
 }
 
+// out[i, k] / (edges into i), if `mean`, + Σ expansion[k, n] bias[n]
+template <typename R, typename Index>
+__global__ void finish_nodes(const Index* rowptr, int64_t n_dst, int width, const R* expansion, const R* bias,
+                             int64_t n_bias, bool mean, R* out) {
+  const int64_t at = thread_number();
+  if (at >= n_dst * width) return;
+  const int64_t i = at / width, edges = rowptr[i + 1] - rowptr[i];
+  R shift{};
+  for (int64_t n = 0; n < n_bias; ++n) shift += expansion[at % width * n_bias + n] * bias[n];
+  out[at] = (mean && edges > 1 ? out[at] / static_cast<R>(edges) : out[at]) + shift;
+}
+
 template <typename R>
 __global__ void multiply(const __grid_constant__ SparseMatrix<R> matrix, const R* in, R* out) {
   const int64_t i = thread_number();
@@ -73,7 +85,8 @@ __global__ void pair_weights(const __grid_constant__ PlanView<R> plan, const R* 
   for (int n = 1; n < plan.n_couplings && plan.couplings[n].theta_forward <= k; ++n) q = plan.couplings + n;
   const int64_t at = k - q->theta_forward, u = at % q->out_padded, w = at / q->out_padded % q->n_hidden;
   const int64_t v = at / q->out_padded / q->n_hidden % q->n_in, b = at / q->out_padded / q->n_hidden / q->n_in;
-  if (u < q->n_out) pairs[2 * k + 1] = tangent[q->theta + (b * q->n_out + u) * q->slot_size + v * q->hidden_padded + w];
+  if (u < q->n_out)
+    pairs[2 * k + 1] = tangent[q->theta + (b * q->n_out + u) * q->theta_size + v * q->hidden_padded + w];
 }
 
 }  // namespace implicit_steer::IST_ISA

@@ -182,7 +182,8 @@ struct Warp : EdgeArrays<N> {
   }
   __device__ __forceinline__ CouplingView coupling_view(int n) const {
     CouplingView coupling = p.couplings[n];
-    coupling.slots = global_memory(coupling.slots), coupling.terms = global_memory(coupling.terms);
+    coupling.slots = global_memory(coupling.slots), coupling.groups = global_memory(coupling.groups);
+    coupling.blocks = global_memory(coupling.blocks);
     return coupling;
   }
 
@@ -200,7 +201,8 @@ struct Warp : EdgeArrays<N> {
     }
     if (!kFeatures) return;
     const int64_t source = index(a.src, edge) * p.in_size;
-    for (int k = sub; k < p.n_gathered; k += lanes) f[k] = input(a.x, a.x_tangent, source + p.input[k]);
+    for (int k = sub; k < p.n_gathered; k += lanes)
+      f[k] = p.input[k] < 0 ? N{} : input(a.x, a.x_tangent, source + p.input[k]);
     node = target(begin + slot);
   }
 
@@ -217,6 +219,7 @@ struct Warp : EdgeArrays<N> {
   __device__ __forceinline__ void enter_frame(bool all_harmonics) {
     e.near = false, e.radius = e.factor = N{};
     if (active && sub == 0) {
+      for (int m = 0; m < p.d; ++m) e.cosine[m] = N{};  // those of harmonics that no coupling reads stay 0
 #pragma unroll 1
       for (int n = 0; n < 2; ++n) {
         frame_forward(p, shell, e, all_harmonics);
@@ -246,12 +249,11 @@ struct Warp : EdgeArrays<N> {
   // t[v] = Σ f[i, v] G_i
   __device__ __forceinline__ void products() {
     for (int n = 0; n < p.n_products; ++n) {
-      const int32_t* product = p.products + 5 * n;
-      const int n_in = product[1];
-      for (int v = sub; v < n_in; v += lanes) {
+      const int32_t* product = p.products + 4 * n;
+      for (int v = sub; v < product[1]; v += lanes) {
         N sum{};
-        for (int i = product[2]; i < product[3]; ++i) sum += f[product[0] + p.g_input[i] * n_in + v] * g[i];
-        t[product[4] + v] = sum;
+        for (int i = product[2]; i < product[3]; ++i) sum += f[p.g_from[i] + v] * g[i];
+        t[product[0] + v] = sum;
       }
     }
   }
@@ -319,26 +321,38 @@ struct Warp : EdgeArrays<N> {
 
   // ---- sums over the edges of a node
 
-  // T += Σ t ⊗ h over the edges l0 .. l1-1 of the tile, all into one node. A lane owns the same entries of a coupling's
-  // T at every call.
-  __device__ __forceinline__ void accumulate(N* sums, int l0, int l1) {
+  // f(coupling, first slot, slots, positions of the row's channels, place of the products) for every block of every
+  // group of slots.
+  template <typename F>
+  __device__ __forceinline__ void for_blocks(F f) const {
     for (int k = 0; k < p.n_couplings; ++k) {
       const CouplingView q = coupling_view(k);
+      for (int n = 0; n < q.n_groups; ++n) {
+        const int32_t *group = q.groups + 4 * n, *block = q.blocks + 2 * group[2];
+        for (int left = group[3]; left > 0; --left, block += 2)
+          f(q, group[0], group[1], p.row + p.row_start[block[0]], block[1]);
+      }
+    }
+  }
+
+  // T += Σ t ⊗ h over the edges l0 .. l1-1 of the tile, all into one node. A lane owns the same entries of a coupling's
+  // T at every call.
+  __device__ __forceinline__ void accumulate(N* sums, int l0, int l1) const {
+    for_blocks([&](const CouplingView& q, int first_slot, int n_slots, const int32_t* row, int at) {
       const int width = row_width(q.n_hidden), step = 32 / width;
-      for (int n = 0; n < q.n_terms; ++n) {
-        const int32_t* term = q.terms + 3 * n;
-        N* const of_slot = sums + q.at_sums + term[0] * q.slot_size;
-        const int32_t* const row = p.row + p.row_start[term[1]];
+      for (int s = 0; s < n_slots; ++s) {
+        N* const of_slot = sums + q.at_sums + (first_slot + s) * q.theta_size;
         for (int w = lane & (width - 1); w < q.n_hidden; w += width)
           for (int v = lane / width; v < q.n_in; v += step) {
-            const N *product = of_edge(t + term[2] + v, l0), *h = of_edge(features + (q.constant ? 0 : row[w]), l0);
+            const N* product = of_edge(t + at + s * q.in_padded + v, l0);
+            const N* h = of_edge(features + (q.constant ? 0 : row[w]), l0);
             N sum{};
             for (int l = l0; l < l1; ++l, product += edge_size, h += edge_size)
               sum += q.constant ? *product : *product * *h;
             of_slot[v * q.hidden_padded + w] += sum;
           }
       }
-    }
+    });
   }
 
   __device__ __forceinline__ void clear(N* numbers, int64_t n) {

@@ -5,15 +5,14 @@ from __future__ import annotations
 import torch
 
 from .. import native
-from .._check import fail, require
+from .._check import fail
 from ..plan import Plan
-from . import cpu, cuda, eager, reference
+from . import cpu, cuda, eager, reference, triton
 
-BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu, "cuda": cuda}
+BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu, "cuda": cuda, "triton": triton}
 
-_PREFERENCE = ("cpu", "cuda", "eager")  # of "auto": the first that supports the plan, fastest first
-_ABSENT = dict.fromkeys(("triton",), "not part of this version of implicit_steer")
-NAMES = ("auto", *BACKENDS, *_ABSENT)
+_PREFERENCE = ("cpu", "cuda", "triton", "eager")  # of "auto": the first that supports the plan, fastest first
+NAMES = ("auto", *BACKENDS)
 
 
 def availability() -> dict[str, tuple[bool, str]]:
@@ -22,9 +21,16 @@ def availability() -> dict[str, tuple[bool, str]]:
         "reference": (True, "plain PyTorch; materialises the kernel of every edge (the oracle)"),
         "eager": (True, "plain PyTorch; factored"),
         "cpu": native.available(),
-        "cuda": cuda.availability(),
-        **{name: (False, reason) for name, reason in _ABSENT.items()},
+        "cuda": cuda.available(),
+        "triton": triton.available(),
     }
+
+
+def check(name: str, plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise, as :func:`select` does, where the backend could run neither here nor after ``.cuda()``."""
+    backend = BACKENDS.get(name)
+    if backend is None or not backend.supports(plan, torch.device("cuda"), dtype)[0]:
+        select(name, plan, device, dtype)
 
 
 def select(name: str, plan: Plan, device: torch.device, dtype: torch.dtype):
@@ -42,9 +48,8 @@ def select(name: str, plan: Plan, device: torch.device, dtype: torch.dtype):
                 return BACKENDS[candidate], f"{candidate}: {reason}{refused}"
             refused += f"; not {candidate}: {reason}"
         fail("backend", "one that supports the plan", f"none{refused}", "See implicit_steer.info().", RuntimeError)
-    require(name in NAMES, "backend", f"one of {NAMES}", repr(name), "See implicit_steer.info().")
-    if name in _ABSENT:
-        fail("backend", "one that is available", f"{name!r} ({_ABSENT[name]})", "Use backend='auto'.", RuntimeError)
+    if name not in BACKENDS:
+        fail("backend", f"one of {NAMES}", repr(name), "See implicit_steer.info().")
     ok, reason = BACKENDS[name].supports(plan, device, dtype)
     if not ok:
         fail("backend", f"a plan that {name!r} supports", reason, "Use backend='auto'.", RuntimeError)

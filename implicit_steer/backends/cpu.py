@@ -15,23 +15,32 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 
 from .. import native
 from .._check import fail, require
 from ..graph import Graph
-from ..packing import Parameters, is_traced, running
+from ..packing import Parameters, is_traced, is_transformed, running
 from ..plan import Plan
-from .cpu_ops import unflatten, without_derivatives
+from .cpu_ops import finish_backward, unflatten
 from .cpu_plan import hidden_field_size, kernel_entries, prepare, reads_one
 from .hidden import Statistics
 
 INSTRUCTION_SETS = {"auto": 0, "baseline": 1, "avx2": 2, "avx512": 3}
 
 
-@cache
 def instruction_set() -> int:
     """Number of the instruction set to run, from the environment variable ``IMPLICIT_STEER_ISA`` as it is at the first
     call; 0: the widest."""
+    return _instruction_set()
+
+
+# torch.compiler.assume_constant_result does just this, but imports the compiler first, and that triton.
+instruction_set._dynamo_marked_constant = True
+
+
+@cache
+def _instruction_set() -> int:
     name = os.environ.get("IMPLICIT_STEER_ISA", "auto")
     require(name in INSTRUCTION_SETS, "IMPLICIT_STEER_ISA", f"one of {tuple(INSTRUCTION_SETS)}", repr(name))
     return INSTRUCTION_SETS[name]
@@ -75,7 +84,6 @@ class NativePlan:
     """A plan as the native operators take it, for parameters of these sizes; the last ``n_last`` are the last layer's.
 
     Attributes:
-        isa: number of the instruction set, for torch.compile.
         arrays, matrix: by dtype, the plan's numbers; what packs the parameters.
         trivial: per batch norm, its trivial coordinates.
         kernel: what :meth:`with_kernel` makes, or None.
@@ -83,7 +91,7 @@ class NativePlan:
     """
 
     def __init__(self, plan: Plan, sizes: tuple[int, ...], n_last: int):
-        self._recipe, self.isa = (plan, sizes, n_last), instruction_set()
+        self._recipe = plan, sizes, n_last
         prepared, dtypes = prepare(plan, sizes), (torch.float32, torch.float64)
         self.arrays = {dtype: prepared.tensors(dtype) for dtype in dtypes}
         self.matrix = {dtype: prepared.matrix(dtype) for dtype in dtypes}
@@ -119,22 +127,23 @@ def native_plan(plan: Plan, parameters: Parameters) -> NativePlan:
 class Layer:
     """A plan with what was learned for it, and its weights as the native code reads them."""
 
+    backend = "cpu"  # as errors name it
+
     def __init__(self, plan: Plan, native: NativePlan, parameters: Parameters):
         self.plan, self.native = plan, native
         self.parameters, self.learned = parameters, _learned(parameters)
         self.dtype = parameters.shell_width.dtype
-        self.arrays, self._matrix = native.arrays[self.dtype], native.matrix[self.dtype]
+        self.arrays, self.matrix = native.arrays[self.dtype], native.matrix[self.dtype]
         self._sources = [*self.learned, *(t for norm in parameters.norms for t in (norm.mean, norm.var))]
-        self._kept: tuple[Tensor, Tensor, Tensor] | None = None  # bytes of the sources; packed weights, statistics
-
-    @property
-    def isa(self) -> int:
-        """Number of the instruction set."""
-        return self.native.isa if torch.compiler.is_compiling() else instruction_set()
+        nothing = parameters.shell_width.new_empty(0)
+        self.bias, self.expansion = parameters.bias or (nothing, nothing.view(plan.out_size, 0))
+        self.mean = plan.aggr == "mean"
+        self.trivial, self.kernel_entries = native.trivial, native.kernel
+        self._kept: tuple[Tensor, Tensor, Tensor] | None = None  # bytes of the sources; statistics, packed weights
 
     def kernel_matrix(self) -> Tensor:
         """(C_out · C_in, H) of the last layer."""
-        position, column, value = self.native.kernel
+        position, column, value = self.kernel_entries
         last = torch.cat([t.reshape(-1) for t in self.parameters.linears[-1] if t is not None])
         plan, value = self.plan, value.to(last.dtype) * last.index_select(0, column)
         flat = value.new_zeros(plan.out_size * plan.in_size * plan.hidden_size).index_add(0, position, value)
@@ -143,33 +152,33 @@ class Layer:
     def pack(self, learned: Sequence[Tensor], statistics: Tensor) -> Tensor:
         """Packed weights of the parameters ``learned`` at these statistics of the batch norms; linear in them."""
         pieces = [t.contiguous() for t in learned]
-        return torch.ops.implicit_steer.conv_pack(*self.arrays, *self._matrix, pieces, statistics)
+        return torch.ops.implicit_steer.conv_pack(*self.arrays, *self.matrix, pieces, statistics)
 
     def unpack_gradient(self, grad: Tensor, learned: Sequence[Tensor], statistics: Tensor) -> list[Tensor]:
         """The gradients of ``learned`` from that of the packed weights."""
-        arrays, size = (*self.arrays, *self._matrix, statistics), sum(t.numel() for t in learned)
+        arrays, size = (*self.arrays, *self.matrix, statistics), sum(t.numel() for t in learned)
         return unflatten(torch.ops.implicit_steer.conv_pack_backward(*arrays, grad, size), learned)
 
-    def statistics_of(self, delta: Tensor, attributes: Tensor) -> Tensor:
-        """Of the batch norms over these edges, (n_layers, W (n_trivial + 1))."""
+    def measured(self, delta: Tensor, attributes: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch norms' statistics over these edges, (n_layers, W (n_trivial + 1)), and packed weights at them."""
         learned = [t.contiguous() for t in self.learned]
-        arrays = *self.arrays, *self._matrix, learned, delta, attributes
-        return torch.ops.implicit_steer.conv_statistics(*arrays, *self.native.statistics, self.isa)
+        arrays = *self.arrays, *self.matrix, learned, delta, attributes
+        return torch.ops.implicit_steer.conv_statistics(*arrays, *self.native.statistics, instruction_set())
 
     def running(self) -> Tensor:
         """The statistics that the batch norms keep, in the same order."""
         if not self.plan.norms:
             return self.parameters.shell_width.new_empty(0)
-        pairs = zip(self.native.trivial, self.parameters.norms, strict=True)
+        pairs = zip(self.trivial, self.parameters.norms, strict=True)
         return torch.cat([t.reshape(-1) for trivial, p in pairs for t in running(p, trivial)])
 
     def packed(self) -> tuple[Tensor, Tensor]:
-        """Packed weights at the running statistics, and these; packed again only if a parameter or a statistic holds
-        other bytes than last time."""
+        """The batch norms' running statistics, and packed weights at them; packed again only if a parameter or a
+        statistic holds other bytes than last time."""
         kept = self._kept
         if kept is None or not torch.ops.implicit_steer.same_values(self._sources, kept[0]):
             copy, statistics = torch.cat([t.reshape(-1) for t in self._sources]), self.running()
-            self._kept = kept = copy, self.pack(self.learned, statistics), statistics
+            self._kept = kept = copy, statistics, self.pack(self.learned, statistics)
         return kept[1:]
 
 
@@ -197,33 +206,56 @@ def _learned(parameters: Parameters) -> list[Tensor]:
     return [*tensors, parameters.shell_width, *(t for t in parameters.linears[-1] if t is not None)]
 
 
-def _split_statistics(plan: Plan, statistics: Tensor) -> list[Statistics]:
-    channels = plan.norms[0].channels
-    return [Statistics(row[:-channels].view(channels, -1), row[-channels:]) for row in statistics.unbind()]
+class BatchStatistics(Sequence[Statistics]):
+    """The batch norms' statistics, ``together`` in one tensor (n_layers, W (n_trivial + 1))."""
+
+    def __init__(self, plan: Plan, together: Tensor):
+        self.together, self._channels = together, plan.norms[0].channels
+
+    def __len__(self) -> int:
+        return self.together.shape[0]
+
+    def __getitem__(self, n) -> Statistics:
+        row, channels = self.together[n], self._channels
+        return Statistics(row[:-channels].view(channels, -1), row[-channels:])
 
 
 # ---- the operator
 
 
 @dataclass(eq=False)
-class _Convolution:
-    """Inputs x, delta, attributes; the output (N, C_out)."""
+class Convolution:
+    """Inputs x, delta, attributes, bias; the output (N, C_out)."""
 
     layer: Layer
     graph: Graph
-    n_inputs = 3
+    n_inputs = 4
 
     def forward(self, packed: Tensor, *inputs: Tensor) -> Tensor:
-        layer, graph = self.layer, self.graph
-        tensors = *layer.arrays, packed, *inputs, graph.src, graph.order, graph.rowptr
-        return torch.ops.implicit_steer.conv_forward(*tensors, layer.plan.out_size, layer.isa)
+        layer, graph, (*inputs, bias) = self.layer, self.graph, inputs
+        tensors = *layer.arrays, packed, *inputs, graph.src, graph.order, graph.rowptr, layer.expansion, bias
+        return torch.ops.implicit_steer.conv_forward(*tensors, layer.mean, layer.plan.out_size, instruction_set())
 
     def backward(self, needs: Sequence[bool], grad: Tensor, packed: Tensor, *inputs: Tensor) -> Sequence[Tensor]:
-        """The gradients of the inputs and of ``packed``; empty where not needed."""
-        layer, graph = self.layer, self.graph
-        by_source = (graph.order_by_source, graph.colptr) if needs[0] else (graph.order, graph.rowptr)
-        tensors = *layer.arrays, packed, *inputs, graph.src, graph.order, graph.rowptr, grad.contiguous(), *by_source
-        return torch.ops.implicit_steer.conv_backward(*tensors, *needs, layer.isa)
+        """The gradients of the inputs and of ``packed``; empty where not needed, but for the bias."""
+        layer, needs = self.layer, (*needs[:3], needs[4])
+        of_sums, of_bias = finish_backward(self.graph.rowptr, layer.expansion, layer.mean, grad)
+        tensors = *layer.arrays, packed, *inputs[:3], *self._edges(needs[0], of_sums)
+        *found, of_packed = torch.ops.implicit_steer.conv_backward(*tensors, *needs, instruction_set())
+        return *found, of_bias, of_packed
+
+    def gradients(self, needs, grad, packed, statistics, inputs, learned) -> list[Tensor]:
+        """Of the inputs and the parameters, at once; not differentiable."""
+        layer = self.layer
+        tensors = *layer.arrays, *layer.matrix, learned, statistics, packed, *inputs[:3], *self._edges(needs[0], grad)
+        arguments = *tensors, layer.expansion, layer.mean, *needs[:3], needs[4], instruction_set()
+        *found, of_learned = torch.ops.implicit_steer.conv_gradients(*arguments)
+        return [*found, *of_learned]
+
+    def _edges(self, by_source: bool, grad: Tensor) -> tuple[Tensor, ...]:
+        graph = self.graph
+        order = (graph.order_by_source, graph.colptr) if by_source else (graph.order, graph.rowptr)
+        return graph.src, graph.order, graph.rowptr, grad.contiguous(), *order
 
 
 @dataclass(eq=False)
@@ -235,23 +267,23 @@ class _HiddenFeatures:
 
     def forward(self, packed: Tensor, *inputs: Tensor) -> Tensor:
         layer = self.layer
-        return torch.ops.implicit_steer.conv_hidden(*layer.arrays, packed, *inputs, layer.plan.hidden_size, layer.isa)
+        arguments = *layer.arrays, packed, *inputs, layer.plan.hidden_size, instruction_set()
+        return torch.ops.implicit_steer.conv_hidden(*arguments)
 
     def backward(self, needs: Sequence[bool], grad: Tensor, packed: Tensor, *inputs: Tensor) -> Sequence[Tensor]:
         """As that of a convolution, but all of them."""
-        arguments = *self.layer.arrays, packed, *inputs, grad.contiguous(), self.layer.isa
+        arguments = *self.layer.arrays, packed, *inputs, grad.contiguous(), instruction_set()
         return torch.ops.implicit_steer.conv_hidden_backward(*arguments)
 
+    def gradients(self, *arguments) -> list[Tensor]:
+        """As those of a convolution."""
+        return composed_gradients(self, *arguments)
 
-def _gradients(call, needs: Sequence[bool], grad: Tensor, packed: Tensor, statistics: Tensor, tensors) -> list:
-    """Of the inputs and the parameters; None where not needed."""
-    inputs, learned = tensors[: call.n_inputs], tensors[call.n_inputs :]
-    of_weights = any(needs[call.n_inputs :])
-    with without_derivatives():
-        *found, of_packed = call.backward((*needs[: call.n_inputs], of_weights), grad, packed, *inputs)
-        if of_weights:
-            found += call.layer.unpack_gradient(of_packed, learned, statistics)
-    return [g if need else None for g, need in zip_longest(found, needs)]
+
+def composed_gradients(call, needs, grad, packed, statistics, inputs, learned) -> list[Tensor]:
+    """The gradients of the inputs and the parameters by operators that know their derivatives."""
+    *found, of_packed = call.backward(needs, grad, packed, *inputs)
+    return [*found, *call.layer.unpack_gradient(of_packed, learned, statistics)] if needs[-1] else found
 
 
 class _Operator(torch.autograd.Function):
@@ -264,46 +296,66 @@ class _Operator(torch.autograd.Function):
     def forward(ctx, call, packed, statistics, *tensors):
         ctx.save_for_backward(packed, statistics, *tensors)
         ctx.call = call
-        with without_derivatives():
+        with torch._C._AutoDispatchBelowAutograd():
             return call.forward(packed, *tensors[: call.n_inputs])
 
     @staticmethod
     def backward(ctx, grad):
         call, needs, (packed, statistics, *tensors) = ctx.call, ctx.needs_input_grad[3:], ctx.saved_tensors
-        if torch.is_grad_enabled():
-            packed = call.layer.pack(tensors[call.n_inputs :], statistics)
-        return None, None, None, *_gradients(call, needs, grad, packed, statistics, tensors)
+        n = call.n_inputs
+        inputs, learned, needed = tensors[:n], tensors[n:], (*needs[:n], any(needs[n:]))
+        if torch.is_grad_enabled():  # create_graph=True
+            packed = call.layer.pack(learned, statistics)
+            found = composed_gradients(call, needed, grad, packed, statistics, inputs, learned)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                found = call.gradients(needed, grad, packed, statistics, inputs, learned)
+        return None, None, None, *(g if need else None for g, need in zip_longest(found, needs))
 
 
-def _refuse_gradient_transforms() -> None:
-    transforms = torch._C._functorch.get_interpreter_stack() or ()
-    if any(t.key() in (TransformType.Grad, TransformType.Jvp) for t in transforms):
+_apply = super(torch.autograd.Function, _Operator).apply  # without the detour for torch.func, which is not looking on
+
+
+def _refuse_transforms(backend: str) -> None:
+    """Raise where torch.func would differentiate past the operators, or give 0."""
+    if torch.compiler.is_compiling():
+        wrong, expected = is_transformed(), "one that torch.func can transform inside torch.compile"
+        remedy = "Use torch.func outside of compiled functions, or backend='reference'."
+    else:
+        transforms = torch._C._functorch.get_interpreter_stack() or ()
+        wrong = any(t.key() in (TransformType.Grad, TransformType.Jvp) for t in transforms)
         expected = "one that torch.func.grad, vjp, jvp, jacrev, jacfwd and hessian can transform"
         remedy = "Use torch.autograd.grad, also inside torch.func.vmap's ensembles, or backend='reference'."
-        fail("backend", expected, "'cpu'", remedy, RuntimeError)
+    if wrong:
+        fail("backend", expected, repr(backend), remedy, RuntimeError)
 
 
-def _run(call, batch_statistics: bool, *inputs: Tensor) -> tuple[Tensor, list[Statistics]]:
-    """The output and the batch statistics. The last inputs: delta, attributes."""
-    layer, inputs = call.layer, [t.contiguous() for t in inputs]
+def _refuse_tangents(backend: str, tensors: Sequence[Tensor]) -> None:
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        remedy = "Use torch.autograd.grad, or backend='reference'."
+        fail("backend", "one with forward-mode derivatives", repr(backend), remedy, RuntimeError)
+
+
+def _run(
+    call, batch_statistics: bool, delta: Tensor, attributes: Tensor, inputs: Sequence[Tensor]
+) -> tuple[Tensor, Sequence[Statistics]]:
+    """The output and the batch statistics; tensors contiguous."""
+    layer = call.layer
     if is_traced():
-        if not torch.compiler.is_compiling():
-            _refuse_gradient_transforms()
+        _refuse_transforms(layer.backend)
         with torch.no_grad():
-            statistics = layer.statistics_of(*inputs[-2:]) if batch_statistics else layer.running()
+            statistics = layer.measured(delta, attributes)[0] if batch_statistics else layer.running()
         out = call.forward(layer.pack(layer.learned, statistics), *inputs)
-        return out, _split_statistics(layer.plan, statistics) if batch_statistics else []
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (*layer.learned, *inputs))
-    with torch.no_grad(), without_derivatives():
-        if batch_statistics:
-            statistics = layer.statistics_of(*inputs[-2:])
-            packed = layer.pack(layer.learned, statistics)
-        else:
-            packed, statistics = layer.packed()
-        measured = _split_statistics(layer.plan, statistics) if batch_statistics else []
-        if not differentiable:
+        measured = BatchStatistics(layer.plan, statistics) if batch_statistics else []
+        return out, [measured[n] for n in range(len(measured))]
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(layer.backend, [*layer.learned, *inputs])
+    with torch._C._AutoDispatchBelowAutograd():
+        statistics, packed = layer.measured(delta, attributes) if batch_statistics else layer.packed()
+        measured = BatchStatistics(layer.plan, statistics) if batch_statistics else []
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs, *layer.learned)):
             return call.forward(packed, *inputs), measured
-    return _Operator.apply(call, packed, statistics, *inputs, *layer.learned), measured
+    return _apply(call, packed, statistics, *inputs, *layer.learned), measured
 
 
 def forward(
@@ -314,17 +366,33 @@ def forward(
     x: Tensor,
     delta: Tensor,
     attributes: Tensor,
-) -> tuple[Tensor, list[Statistics]]:
-    """out_i = Σ_{e: j→i} K(x_e, a_e) f_j, shape (N, C_out)."""
-    return _run(_Convolution(_bind(plan, parameters), graph), batch_statistics, x, delta, attributes)
+) -> tuple[Tensor, Sequence[Statistics]]:
+    """out_i = bias + Σ_{e: j→i} K(x_e, a_e) f_j, shape (N, C_out)."""
+    return convolve(Convolution(_bind(plan, parameters), graph), batch_statistics, x, delta, attributes)
+
+
+def convolve(
+    call: Convolution, batch_statistics: bool, x: Tensor, delta: Tensor, attributes: Tensor
+) -> tuple[Tensor, Sequence[Statistics]]:
+    """The convolution, and the batch norms' statistics over its edges, if asked for."""
+    x, delta, attributes = x.contiguous(), delta.contiguous(), attributes.contiguous()
+    return _run(call, batch_statistics, delta, attributes, (x, delta, attributes, call.layer.bias))
 
 
 def kernel(
     plan: Plan, parameters: Parameters, batch_statistics: bool, delta: Tensor, attributes: Tensor
-) -> tuple[Tensor, list[Statistics]]:
+) -> tuple[Tensor, Sequence[Statistics]]:
     """K(x, a) (P, C_out, C_in): hidden features from the native code, the last layer one matrix product."""
     layer = _bind(plan, parameters)
-    if layer.native.kernel is None:
-        layer.native.with_kernel()
-    h, statistics = _run(_HiddenFeatures(layer), batch_statistics, delta, attributes)
+    if layer.kernel_entries is None:
+        layer.kernel_entries = layer.native.with_kernel().kernel
+    return kernel_values(layer, batch_statistics, delta, attributes)
+
+
+def kernel_values(
+    layer: Layer, batch_statistics: bool, delta: Tensor, attributes: Tensor
+) -> tuple[Tensor, Sequence[Statistics]]:
+    """K(x, a) (P, C_out, C_in) of a layer whose kernel entries are ready."""
+    plan, points = layer.plan, (delta.contiguous(), attributes.contiguous())
+    h, statistics = _run(_HiddenFeatures(layer), batch_statistics, *points, points)
     return (h @ layer.kernel_matrix().T).view(h.shape[0], plan.out_size, plan.in_size), statistics

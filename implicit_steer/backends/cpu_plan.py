@@ -5,7 +5,6 @@ The counterparts in C++ are ``csrc/plan.h`` and ``csrc/packing.h``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,20 +14,9 @@ from scipy import sparse
 from torch import Tensor
 
 from ..plan import FUNCTIONS, Activation, Coupling, Linear, Plan
+from .cpu_terms import Monomials, Terms, hidden_field_size, padded, reads_one
 
-_CHANNELS = 8  # kChannels of csrc/plan.h
 _LARGEST_SEARCH = 400  # samples that are searched for pairs: all are compared with all
-
-
-def hidden_field_size(plan: Plan) -> int:
-    """d: coordinates of one hidden field."""
-    if not plan.activations:
-        return 1
-    return len(plan.frame.coefficient) if plan.frame.kind == "zonal" else len(plan.frame.order)
-
-
-def reads_one(plan: Plan, c: Coupling) -> bool:
-    return len(c.hidden_start) == 1 and c.basis.shape[3] == 1 and c.hidden_start[0] == plan.hidden_size - 1
 
 
 # ---- the plan as two flat arrays, in the order in which csrc/plan.h reads them
@@ -79,84 +67,7 @@ def _groups(layer: Linear, coefficients: int, into: np.ndarray, out: np.ndarray)
     return _Groups(ints, len(by_columns), np.concatenate([*index, np.zeros(0, dtype=np.int64)]), active)
 
 
-class _Gathered:
-    """Channels by field type: for each tuple of field starts, component by component, all fields side by side."""
-
-    def __init__(self, row_size: Callable[[int], int]):
-        self.row_size = row_size  # of a row of so many fields
-        self.at: dict[tuple[int, ...], int] = {}
-        self.channel: list[int] = []  # number of the channel at each place, −1 in padding
-
-    def add(self, starts: np.ndarray, size: int) -> int:
-        """The place of component 0 of the fields at ``starts``, of ``size`` components each."""
-        key = tuple(starts.tolist())
-        if key not in self.at:
-            self.at[key] = len(self.channel)
-            padding = [-1] * (self.row_size(len(key)) - len(key))
-            self.channel += [c for component in range(size) for c in [*(start + component for start in key), *padding]]
-        return self.at[key]
-
-
-class _Terms:
-    """The couplings as terms ``T[slot, v, w] += t[v] · row[w]``, with products ``t[v] = Σ_g f[i_g, v] G_g`` and
-    ``G = Σ value · Y[m]``."""
-
-    def __init__(self, plan: Plan, couplings: tuple[Coupling, ...], position: np.ndarray):
-        self.plan, self.position = plan, position
-        self.products, self.product_at, self.product_size = [], {}, 0
-        self.inputs, self.outputs = _Gathered(lambda n: n), _Gathered(_padded)
-        self.rows: dict[tuple[int, ...], int] = {}  # positions of the channels → number
-        self.g_input, self.g_first, self.nz_harmonic, self.nz_value = [], [0], [], []
-        self.couplings = [self._coupling(c) for c in couplings]
-        # what the couplings read of a channel's coefficients: the first ones, by degree
-        order = np.argsort(position)
-        used = max((int(order[p % len(order)]) for row in self.rows for p in row), default=0)
-        self.used = len(order) if plan.frame.kind == "planar" else used + 1
-
-    def _read(self, c: Coupling, m: int) -> tuple[int, int]:
-        """Row (−1: the constant one) and harmonic (−1: none) of coordinate m of the coupling's hidden fields."""
-        if reads_one(self.plan, c):
-            return -1, -1
-        field, coefficient = np.divmod(c.hidden_start + m, hidden_field_size(self.plan))
-        harmonic = -1
-        if self.plan.frame.kind == "zonal":
-            harmonic, coefficient = m, self.plan.frame.coefficient[coefficient]
-        positions = field * len(self.position) + self.position[coefficient]
-        return self.rows.setdefault(tuple(map(int, positions)), len(self.rows)), harmonic
-
-    def _coupling(self, c: Coupling) -> list[int]:
-        """The coupling's numbers but for its θ, which is put in front."""
-        slots = {slot: n for n, slot in enumerate(c.slots)}
-        terms: dict[tuple[int, int], dict[int, list[tuple[int, float]]]] = {}
-        for b, o, i, m, value in c.nonzeros:
-            row, harmonic = self._read(c, m)
-            terms.setdefault((slots[b, o], row), {}).setdefault(i, []).append((harmonic, value))
-        _, n_out, n_in, _ = c.basis.shape
-        inputs, outputs = self.inputs.add(c.in_start, n_in), self.outputs.add(c.out_start, n_out)
-        flat = []
-        for (slot, row), factors in terms.items():
-            flat += [slot, max(row, 0), self._product(inputs, len(c.in_start), factors)]
-        sizes = [len(c.out_start), len(c.in_start), len(c.hidden_start), c.basis.shape[0], int(reads_one(self.plan, c))]
-        return [*sizes, len(slots), len(terms), inputs, outputs, *(n for slot in slots for n in slot), *flat]
-
-    def _product(self, inputs: int, n_in: int, factors: dict[int, list[tuple[int, float]]]) -> int:
-        """The position of a product, which terms share where it is the same."""
-        key = (inputs, tuple((i, tuple(g)) for i, g in factors.items()))
-        if key in self.product_at:
-            return self.product_at[key]
-        first = len(self.g_input)
-        for i, g in factors.items():
-            self.g_input.append(i)
-            self.nz_harmonic += [harmonic for harmonic, _ in g]
-            self.nz_value += [value for _, value in g]
-            self.g_first.append(len(self.nz_value))
-        self.products += [inputs, n_in, first, len(self.g_input), self.product_size]
-        self.product_at[key] = self.product_size
-        self.product_size += n_in
-        return self.product_at[key]
-
-
-def _flatten_frame(plan: Plan, flat: _Flat, terms: _Terms, position: np.ndarray) -> None:
+def _flatten_frame(plan: Plan, flat: _Flat, terms: Terms, position: np.ndarray) -> None:
     frame = plan.frame
     flat.i(int(np.array_equal(frame.attribute, np.eye(frame.n_attributes))))
     flat.r(frame.attribute)
@@ -164,12 +75,13 @@ def _flatten_frame(plan: Plan, flat: _Flat, terms: _Terms, position: np.ndarray)
         used = set(terms.nz_harmonic)
         entries = [(m, j) for m, j in zip(*np.nonzero(np.abs(frame.harmonics) > 1e-14), strict=True)]
         entries.sort(key=lambda entry: entry[0] not in used)
-        monomials = list(dict.fromkeys(int(j) for _, j in entries))
+        monomials = Monomials()
+        numbers = [monomials.add(tuple(frame.powers[j].tolist())) for _, j in entries]
         n_used = sum(m in used for m, _ in entries)
-        n_used_monomials = len({j for _, j in entries[:n_used]})
-        flat.i(len(entries), len(monomials), int(frame.powers.max()), n_used, n_used_monomials)
-        flat.i(frame.order[frame.coefficient], frame.powers[monomials])
-        flat.i([(m, monomials.index(j)) for m, j in entries])
+        n_used_monomials = 1 + max(numbers[:n_used], default=0)
+        flat.i(len(entries), len(monomials.factors), n_used, n_used_monomials)
+        flat.i(frame.order[frame.coefficient], monomials.factors)
+        flat.i([(m, number) for (m, _), number in zip(entries, numbers, strict=True)])
         flat.r([frame.harmonics[m, j] for m, j in entries])
     elif frame.kind == "planar":
         flat.i(max(frame.order.max(initial=0), frame.attribute_order.max(initial=0)))
@@ -310,18 +222,14 @@ def _pad(array: np.ndarray, axis: int, size: int) -> np.ndarray:
     return np.pad(array, width, constant_values=-1)
 
 
-def _padded(n: int) -> int:
-    return -(-n // _CHANNELS) * _CHANNELS
-
-
 def _theta_layouts(columns: np.ndarray, constant: bool) -> tuple[np.ndarray, np.ndarray]:
     """Parameter numbers (U, V, W, b) of θ in the order [b][u][v, w] of the backward and [b][v][w][u] of the forward
     direction, rows of channels padded with −1."""
     n_out, _, n_hidden, n_b = columns.shape
     by_in = columns.transpose(3, 0, 1, 2)
-    by_in = by_in[..., 0] if constant else _pad(by_in, 3, _padded(n_hidden)).reshape(n_b, n_out, -1)
-    by_out = _pad(columns.transpose(3, 1, 2, 0), 3, _padded(n_out))
-    return _pad(by_in, 2, _padded(by_in.shape[2])).reshape(-1), by_out.reshape(-1)
+    by_in = by_in[..., 0] if constant else _pad(by_in, 3, padded(n_hidden)).reshape(n_b, n_out, -1)
+    by_out = _pad(columns.transpose(3, 1, 2, 0), 3, padded(n_out))
+    return _pad(by_in, 2, padded(by_in.shape[2])).reshape(-1), by_out.reshape(-1)
 
 
 def _dense_couplings(plan: Plan) -> tuple[Coupling, ...]:
@@ -367,7 +275,7 @@ def prepare(plan: Plan, sizes: tuple[int, ...]) -> Prepared:
     frame, flat, place, pairs = plan.frame, _Flat(), _Position(), _pairs(plan)
     couplings = _dense_couplings(plan) if plan.dense_coupling else plan.couplings
     position = np.argsort(np.argsort(pairs.odd, kind="stable"))  # of each coefficient in a channel: even ones first
-    terms = _Terms(plan, couplings, position)
+    terms = Terms(plan, couplings, position)
     starts, n_parameters = iter(np.cumsum([0, *sizes]).tolist()), sum(sizes)
     coefficients, n_trivial = max(len(frame.order), 1), len(plan.norms[0].trivial) if plan.norms else 0
     groups, layers, matrices, into = [], [], [], np.arange(frame.n_position + frame.n_attributes)
@@ -418,11 +326,9 @@ def prepare(plan: Plan, sizes: tuple[int, ...]) -> Prepared:
         used = terms.used if n + 1 == len(plan.linears) and not plan.norms else coefficients
         _flatten_layer(flat, layer, group, act, pairs, used, layers[n])
     flat.i(0, np.cumsum([len(row) for row in terms.rows]), [p for row in terms.rows for p in row])
-    flat.i(len(terms.products) // 5, terms.product_size, terms.products)
-    flat.i(terms.g_input, terms.g_first, terms.nz_harmonic)
-    flat.r(terms.nz_value)
+    _flatten_products(flat, terms)
     for numbers, at in zip(terms.couplings, theta, strict=True):
-        flat.i(numbers[:7], at, numbers[7:])
+        flat.i(numbers[:8], at, numbers[8:])
     return _as_tensors(flat, sparse.vstack(matrices).tocsr())
 
 
@@ -438,7 +344,7 @@ def _as_tensors(flat: _Flat, matrix: sparse.csr_matrix) -> Prepared:
     )
 
 
-def _flatten_header(plan: Plan, flat: _Flat, terms: _Terms, position: np.ndarray, sizes: tuple[int, ...]) -> None:
+def _flatten_header(plan: Plan, flat: _Flat, terms: Terms, position: np.ndarray, sizes: tuple[int, ...]) -> None:
     frame, (n_couplings, n_weights, n_grad, shell, n_trivial, n_parameters) = plan.frame, sizes
     coefficients = max(len(frame.order), 1)
     n_inputs = frame.n_position + frame.n_attributes
@@ -448,7 +354,7 @@ def _flatten_header(plan: Plan, flat: _Flat, terms: _Terms, position: np.ndarray
     order_zero = int(np.searchsorted(frame.order, 1))
     flat.i(kind, frame.dim, frame.n_attributes, int(frame.regular), n_inputs, plan.in_size, plan.out_size)
     flat.i(len(plan.linears), hidden_field_size(plan), coefficients, hidden // coefficients, order_zero, function)
-    flat.i(n_couplings, len(terms.rows), len(terms.g_input), n_weights, n_grad, shell)
+    flat.i(n_couplings, len(terms.rows), len(terms.factors), n_weights, n_grad, shell)
     place = np.full(plan.out_size, -1)
     inside = np.array(terms.outputs.channel, dtype=int)
     place[inside[inside >= 0]] = np.flatnonzero(inside >= 0)
@@ -460,6 +366,16 @@ def _flatten_header(plan: Plan, flat: _Flat, terms: _Terms, position: np.ndarray
         measured = plan.norms[0].measured  # coordinates of h: those of the frame's coefficients but for zonal frames
         flat.i(position[plan.norms[0].trivial], measured if frame.kind == "zonal" else position[measured])
     flat.i(terms.inputs.channel, place)
+
+
+def _flatten_products(flat: _Flat, terms: Terms) -> None:
+    flat.i(len(terms.products) // 4, terms.product_size, terms.products, [place for place, _, _ in terms.factors])
+    flat.i(terms.g_first, terms.nz_harmonic)
+    flat.r(terms.nz_value)
+    (adjoint, adjoint_terms), (harmonic_terms, values) = terms.adjoint(), terms.harmonic_terms()
+    flat.i(len(adjoint) // 4, adjoint, [place for place, _ in adjoint_terms], [g for _, g in adjoint_terms])
+    flat.i(len(values), harmonic_terms)
+    flat.r(values)
 
 
 def _flatten_layer(

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..graph import Graph
 from ..packing import Parameters, dense_kernel
 from ..plan import Plan
+from .finish import finish
 from .hidden import Statistics, hidden_features, radial_factor
 
 _WORKSPACE = 1 << 21  # numbers per block
@@ -58,7 +59,7 @@ def forward(
     delta: Tensor,
     attributes: Tensor,
 ) -> tuple[Tensor, list[Statistics]]:
-    """out_i = Σ_{e: j→i} K(x_e, a_e) f_j, shape (N, C_out)."""
+    """out_i = bias + Σ_{e: j→i} K(x_e, a_e) f_j, shape (N, C_out)."""
     h, weights, statistics = hidden_features(plan, parameters, batch_statistics, delta, attributes)
     h = h * radial_factor(plan, weights.shell_width, delta)[:, None]
     kernel = dense_kernel(plan, weights).permute(1, 2, 0).reshape(-1, plan.out_size)
@@ -73,4 +74,5 @@ def forward(
         outputs.append(checkpoint(_block, *args, use_reentrant=False, preserve_rng_state=False))
         indices.append(nodes)
     out = x.new_zeros(graph.num_dst, plan.out_size)
-    return out.index_copy(0, torch.cat(indices), torch.cat(outputs)), statistics
+    out = out.index_copy(0, torch.cat(indices), torch.cat(outputs))
+    return finish(plan, parameters, graph, out), statistics

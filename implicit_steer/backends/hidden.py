@@ -26,11 +26,11 @@ from ..packing import Parameters, Weights, constant, fold_linear, fold_theta, no
 from ..plan import Activation, Frame, Plan
 
 # Radii below this take the difference quotient; above it A⁻ φ(u₀ + r w) / r is right to eps / r.
-_NEAR = {torch.float32: 0.1, torch.float64: 0.01}
+NEAR = {torch.float32: 0.1, torch.float64: 0.01}
 # ε² of regular frames, in the squared unit of the positions.
-_SOFTENING = {torch.float32: 1e-10, torch.float64: 1e-18}
+SOFTENING = {torch.float32: 1e-10, torch.float64: 1e-18}
 # Squared lengths below this count as 0 elsewhere: their square would underflow.
-_ZERO = {torch.float32: 1e-24, torch.float64: 1e-100}
+ZERO = {torch.float32: 1e-24, torch.float64: 1e-100}
 
 
 class Statistics(NamedTuple):
@@ -52,13 +52,13 @@ class _Edge(NamedTuple):
 def safe_norm(x: Tensor) -> Tensor:
     """|x| along the last axis; exactly 0, with derivative 0, at the origin."""
     squared = x.square().sum(-1)
-    nonzero = squared > _ZERO[x.dtype]
+    nonzero = squared > ZERO[x.dtype]
     return torch.where(nonzero, squared, torch.ones_like(squared)).sqrt() * nonzero
 
 
 def _soft_norm(x: Tensor) -> Tensor:
     """sqrt(|x|² + ε²) along the last axis."""
-    return (x.square().sum(-1) + _SOFTENING[x.dtype]).sqrt()
+    return (x.square().sum(-1) + SOFTENING[x.dtype]).sqrt()
 
 
 def _unit(x: Tensor, radius: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ def _activate(plan: Plan, act: Activation, edge: _Edge, z: Tensor, merged: bool)
     samples, inverse = _samples(act, merged, z.dtype, z.device)
     if edge.radius is None:
         return phi(act.function, z @ samples.T) @ inverse.T
-    near = edge.radius < _NEAR[z.dtype]
+    near = edge.radius < NEAR[z.dtype]
     rows = near.nonzero().squeeze(1)
     n = int(np.searchsorted(plan.frame.order, 1))  # coefficients of order 0 come first
     r = torch.where(near, torch.ones_like(edge.radius), edge.radius)[:, None, None]

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..graph import Graph
 from ..packing import Parameters, dense_kernel
 from ..plan import Plan
+from .finish import finish
 from .hidden import Statistics, hidden_features, radial_factor
 
 
@@ -34,7 +35,8 @@ def forward(
     delta: Tensor,
     attributes: Tensor,
 ) -> tuple[Tensor, list[Statistics]]:
-    """out_i = Σ_{e: j→i} K(x_e, a_e) f_j, shape (N, C_out)."""
+    """out_i = bias + Σ_{e: j→i} K(x_e, a_e) f_j, shape (N, C_out)."""
     k, statistics = kernel(plan, parameters, batch_statistics, delta, attributes)
     messages = torch.einsum("eoi,ei->eo", k, x.index_select(0, graph.src))
-    return x.new_zeros(graph.num_dst, plan.out_size).index_add(0, graph.dst, messages), statistics
+    out = x.new_zeros(graph.num_dst, plan.out_size).index_add(0, graph.dst, messages)
+    return finish(plan, parameters, graph, out), statistics

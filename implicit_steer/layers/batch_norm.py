@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .. import native
+from .._autocast import own_precision
 from .._check import require
+from ..packing import is_traced
 from .fields import Fields, check_features
 
 
@@ -23,6 +27,9 @@ class Kind(NamedTuple):
     var: Tensor  # (fields, 1) running
     average: Tensor | None  # (d, d) projection on the trivial irreps
     basis: Tensor | None  # (d, n_trivial) of what they span
+
+
+_Statistics = tuple[Tensor | None, Tensor]  # of a kind: mean (fields, d), None without trivial irreps; var (fields, 1)
 
 
 class NormBase:
@@ -49,23 +56,46 @@ class NormBase:
 
     def _evaluate(self, x: Tensor) -> Tensor:
         """With the batch's statistics in training mode, which also move the running ones, else with those."""
+        with own_precision(x):
+            return self._normalise(x)
+
+    def _normalise(self, x: Tensor) -> Tensor:
         kinds = self._kinds()
-        wide = x.to(torch.promote_types(x.dtype, kinds[0].var.dtype))
+        dtype = torch.promote_types(x.dtype, kinds[0].var.dtype)
+        wide = x if x.dtype == dtype else x.to(dtype)
         if self.training or not self.track_running_stats:
             statistics = self._batch_statistics(wide, kinds)
         else:
             statistics = [(kind.mean, kind.var) for kind in kinds]
         if self.training:
             self._update_running(statistics, kinds)
+        if self._is_native(wide, kinds):
+            statistics, learned = zip(*statistics, strict=True), zip(*((k.weight, k.bias) for k in kinds), strict=True)
+            tensors = (_some(t, dtype) for column in (*statistics, *learned) for t in column)
+            y = _apply(self, kinds, wide.contiguous(), *tensors)
+        else:
+            y = self._normalised(wide, kinds, statistics)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
+
+    @staticmethod
+    def _is_native(x: Tensor, kinds: list[Kind]) -> bool:
+        right = not is_traced() and x.is_cpu and x.dim() == 2 and x.dtype == kinds[0].var.dtype
+        return right and x.dtype in (torch.float32, torch.float64) and native.available()[0]
+
+    def _normalised(self, x: Tensor, kinds: list[Kind], statistics: list[_Statistics]) -> Tensor:
         affine = [self._affine(kind, *s) for kind, s in zip(kinds, statistics, strict=True)]
-        mean, scale, shift = (_on_channels(self._joined(parts), wide) for parts in zip(*affine, strict=True))
-        return torch.addcmul(shift, wide - mean, scale).to(x.dtype)
+        mean, scale, shift = (_on_channels(self._joined(parts), x) for parts in zip(*affine, strict=True))
+        return torch.addcmul(shift, x - mean, scale)
 
     @torch.no_grad()
-    def _batch_statistics(self, x: Tensor, kinds: list[Kind]) -> list[tuple[Tensor | None, Tensor]]:
+    def _batch_statistics(self, x: Tensor, kinds: list[Kind]) -> list[_Statistics]:
         """Per kind of field: mean (fields, d), or None without trivial irreps, and variance (fields, 1)."""
         points, count = (0, *range(2, x.dim())), x.numel() // self.in_type.size
         require(count > 1, "x", "at least 2 points in training mode", count, "Call .eval(), or use larger batches.")
+        if self._is_native(x, kinds):
+            averages = [_some(kind.average, x.dtype) for kind in kinds]
+            found = torch.ops.implicit_steer.field_statistics(x.contiguous(), *self._fields(kinds), averages)
+            return [(mean if len(mean) else None, var) for mean, var in zip(*found, strict=True)]
         mean = x.mean(points)
         squares = (x - _on_channels(mean, x)).square_().sum(points)
         if self._by_kind is not None:
@@ -77,16 +107,20 @@ class NormBase:
             statistics.append((trivial, s.view(-1, kind.size).mean(1, keepdim=True) / (count - 1)))
         return statistics
 
+    def _fields(self, kinds: list[Kind]) -> tuple[Tensor, list[int], list[int]]:
+        """As the native operators take it: the channels sorted by kind, of every kind number and size of fields."""
+        return _some(self._by_kind, torch.int64), [kind.var.shape[0] for kind in kinds], [kind.size for kind in kinds]
+
     @torch.no_grad()
-    def _update_running(self, statistics: list[tuple[Tensor | None, Tensor]], kinds: list[Kind]) -> None:
+    def _update_running(self, statistics: list[_Statistics], kinds: list[Kind]) -> None:
         self.num_batches_tracked += 1
         if not self.track_running_stats:
             return
         factor = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
-        for kind, batch in zip(kinds, statistics, strict=True):
-            for running, value in zip((kind.mean, kind.var), batch, strict=True):
-                if value is not None:
-                    running.lerp_(value, factor)
+        pairs = [(kind.var, var) for kind, (_, var) in zip(kinds, statistics, strict=True)]
+        pairs += [(kind.mean, mean) for kind, (mean, _) in zip(kinds, statistics, strict=True) if mean is not None]
+        running, batch = zip(*pairs, strict=True)
+        torch._foreach_lerp_(running, batch, factor)
 
     def _affine(self, kind: Kind, mean: Tensor | None, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """mean, scale and shift of a kind's channels, (fields, d) each."""
@@ -104,9 +138,61 @@ class NormBase:
         return torch.cat([part.reshape(-1) for part in parts])[self._in_place]
 
 
+@lru_cache
+def _nothing(dtype: torch.dtype) -> Tensor:
+    return torch.empty(0, dtype=dtype)
+
+
+def _some(t: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A tensor for the native operators; an empty one for None."""
+    return _nothing(dtype) if t is None else t
+
+
 def _on_channels(values: Tensor, x: Tensor) -> Tensor:
     """values (C,), in a shape that broadcasts to the channels of x (N, C, ...)."""
     return values.view(-1, *(1,) * (x.dim() - 2)) if x.dim() > 2 else values
+
+
+class _Norm(torch.autograd.Function):
+    """x, and of all kinds means, variances, weights and biases → the normalised x, by the native operators."""
+
+    @staticmethod
+    def forward(ctx, norm: NormBase, kinds: list[Kind], x: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *tensors)
+        ctx.of = norm, kinds
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.implicit_steer.field_norm(x, *_Norm.arguments(norm, kinds, tensors))
+
+    @staticmethod
+    def arguments(norm: NormBase, kinds: list[Kind], tensors: Sequence[Tensor]) -> tuple:
+        n = len(kinds)
+        columns = [tensors[k : k + n] for k in range(0, 4 * n, n)]
+        return *norm._fields(kinds), *columns, [_some(kind.basis, tensors[0].dtype) for kind in kinds], norm.eps
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (norm, kinds), (x, *tensors) = ctx.of, ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            return None, None, *_differentiable(norm, kinds, grad, x, tensors)
+        arguments = _Norm.arguments(norm, kinds, tensors)
+        d_x, weights, biases = torch.ops.implicit_steer.field_norm_backward(grad.contiguous(), x, *arguments)
+        return None, None, d_x, *[None] * (2 * len(kinds)), *weights, *biases
+
+
+def _differentiable(norm: NormBase, kinds: list[Kind], grad: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> list:
+    """The gradients of x and ``tensors`` by plain PyTorch."""
+    n, given = len(kinds), [t if t.numel() else None for t in tensors]
+    statistics = list(zip(given[:n], given[n : 2 * n], strict=True))
+    learned = zip(given[2 * n : 3 * n], given[3 * n :], strict=True)
+    y = norm._normalised(
+        x, [k._replace(weight=w, bias=b) for k, (w, b) in zip(kinds, learned, strict=True)], statistics
+    )
+    wanted = [t.requires_grad for t in (x, *tensors)]
+    found = iter(torch.autograd.grad(y, [t for t in (x, *tensors) if t.requires_grad], grad, create_graph=True))
+    return [next(found) if want else None for want in wanted]
+
+
+_apply = super(torch.autograd.Function, _Norm).apply  # without the detour for torch.func, which is not looking on
 
 
 class _KindState(torch.nn.Module):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import op
+from .._autocast import own_precision
 from .._check import fail, require
 from ..packing import Kept, NormParameters, Parameters, is_traced
 from ..plan import Norm, Plan
@@ -48,11 +49,18 @@ class KernelBase(torch.nn.Module):
         # With the dictionary in which torch keeps each, which spares the detour over Module.__getattr__.
         self._tensors = [(m, "_buffers" if name in m._buffers else "_parameters", name) for m, name in tensors]
 
+    def adopt_bias(self, conv: Biased) -> None:
+        """From now on the operator gets the bias of the convolution as well."""
+        if conv.bias is not None:
+            self._tensors += [(conv, "_parameters", "bias"), (conv, "_buffers", "bias_expansion")]
+            self._kept.tensors = None
+
     def _set_plan(self, plan: Plan) -> None:
         self.plan = plan
         # Numbers that torch.compile would look for in the plan's arrays.
         self._dim, self.n_attributes = plan.frame.dim, plan.frame.n_attributes
         self._trivial = [norm.full_trivial.tolist() for norm in plan.norms]
+        self._columns = torch.tensor(self._trivial, dtype=torch.int64)
         self._kept.native = op.prepared(plan, self.parameters_for_op(), values=self._values)
 
     def prepare_values(self) -> None:
@@ -69,10 +77,11 @@ class KernelBase(torch.nn.Module):
             tensors = [getattr(module, name) for module, _, name in self._tensors]
         if not traced and kept.tensors is not None and all(map(operator.is_, tensors, kept.tensors)):
             return kept.parameters
-        n = 2 * len(self._linears)
-        linears, norms, (shell_width,) = tensors[:n], tensors[n:-1], tensors[-1:]
-        norms = tuple(NormParameters(*norms[k : k + 4]) for k in range(0, len(norms), 4))
-        parameters = Parameters(tuple(zip(linears[::2], linears[1::2], strict=True)), norms, shell_width, kept)
+        n, m = 2 * len(self._linears), 4 * len(self._norms)
+        linears, norms, (shell_width, *bias) = tensors[:n], tensors[n : n + m], tensors[n + m :]
+        norms = tuple(NormParameters(*norms[k : k + 4]) for k in range(0, m, 4))
+        linears = tuple(zip(linears[::2], linears[1::2], strict=True))
+        parameters = Parameters(linears, norms, shell_width, kept, tuple(bias) or None)
         if not traced and all(t is None or t.is_leaf for t in tensors):  # others hold a graph: not to be kept alive
             kept.tensors, kept.parameters = tensors, parameters
         return parameters
@@ -89,16 +98,23 @@ class KernelBase(torch.nn.Module):
             fail(argument, expected, "1", "Call .eval(), use larger graphs, or norm=None.")
         return live
 
-    def update_running(self, statistics: list) -> None:
+    def update_running(self, statistics: Sequence) -> None:
         """Move the batch norms' running statistics towards those of a batch, as escnn does in its forward pass."""
-        for (norm, names), trivial, batch in zip(self._norms, self._trivial, statistics, strict=False):
-            mean, var = (getattr(norm, name) for name in names[2:])
-            with torch.no_grad():
-                norm.num_batches_tracked += 1
-                var.lerp_(batch.var.to(var.dtype)[:, None], norm.momentum)
-                target = torch.zeros_like(mean)
-                target[:, trivial] = batch.mean.to(mean.dtype)
-                mean.lerp_(target, norm.momentum)
+        buffers = [norm._buffers for norm, _ in self._norms]
+        means, variances = ([b[names[k]] for b, (_, names) in zip(buffers, self._norms, strict=True)] for k in (2, 3))
+        counts = [b["num_batches_tracked"] for b in buffers]
+        together = getattr(statistics, "together", None)
+        if together is not None and together.dtype == variances[0].dtype:
+            arguments = self._columns, [norm.momentum for norm, _ in self._norms]
+            torch.ops.implicit_steer.conv_move_running(together, means, variances, counts, *arguments)
+            return
+        for n, batch in enumerate(statistics):
+            kept, measured = [variances[n].view(-1)], [batch.var.to(variances[n].dtype)]
+            for k, column in enumerate(self._trivial[n]):  # the other columns of the mean are 0
+                kept.append(means[n].select(1, column))
+                measured.append(batch.mean.select(1, k).to(means[n].dtype))
+            torch._foreach_lerp_(kept, measured, self._norms[n][0].momentum)
+            counts[n].add_(1)
 
     def check_points(self, prefix: str, delta: Tensor, attributes: Tensor | None, n: int | None) -> Tensor:
         """Validate positions and attributes; returns the attributes, (n, 0) where there are none."""
@@ -131,7 +147,9 @@ class KernelBase(torch.nn.Module):
         """
         attributes = self.check_points("kernel", pos, attrs, None)
         live = self.uses_batch_statistics(pos.shape[0], "pos") if batch_statistics is None else batch_statistics
-        k, statistics = op.implicit_kernel(self.plan, self.parameters_for_op(), pos, attributes, batch_statistics=live)
+        with own_precision(pos):
+            parameters = self.parameters_for_op()
+            k, statistics = op.implicit_kernel(self.plan, parameters, pos, attributes, batch_statistics=live)
         if self.training:
             self.update_running(statistics)
         return k
@@ -228,7 +246,7 @@ class Biased(torch.nn.Module):
     def expand_bias(self) -> Tensor | None:
         """(C_out,) or None."""
         bias = self.bias
-        return None if bias is None else self.bias_expansion @ bias
+        return None if bias is None else torch.mv(self.bias_expansion, bias)
 
     @property
     def n_bias(self) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, op
+from .._autocast import own_precision
 from .._check import fail, require
 from ..graph import Graph
 from .fields import Fields, check_tensor
@@ -17,7 +18,7 @@ from .kernel import Biased, KernelBase
 class PointConvBase(Biased):
     """out_i = bias + Σ_{e: j→i} γ s(|x_e|) K(x_e, a_e) f_j, on tensors.
 
-    A subclass sets ``implicit_kernel``, ``backend`` and the bias.
+    A subclass sets ``implicit_kernel``, which adopts the bias, and ``backend``.
     """
 
     backend: str
@@ -43,25 +44,24 @@ class PointConvBase(Biased):
     def _evaluate(
         self, kernel: KernelBase, source: Tensor, graph: Graph, edge_delta: Tensor, edge_attr: Tensor | None
     ) -> Tensor:
-        """(N_target, C_out) from checked features and an unchecked geometry; ``kernel`` is ``implicit_kernel``."""
+        """(N_target, C_out) from checked features and an unchecked geometry; ``kernel`` is ``implicit_kernel``. The
+        arithmetic is the parameters', also under torch.autocast."""
         attributes = kernel.check_points("edge", edge_delta, edge_attr, graph.num_edges)
         if graph.device != source.device:
             fail("edge_index", f"device {source.device}", graph.device)
-        out, statistics = op.implicit_conv(
-            kernel.plan,
-            kernel.parameters_for_op(),
-            graph,
-            source,
-            edge_delta,
-            attributes,
-            batch_statistics=kernel.uses_batch_statistics(graph.num_edges),
-            backend=self.backend,
-        )
-        if statistics:
-            kernel.update_running(statistics)
-        bias = self.expand_bias()
-        if bias is not None:
-            out = out + bias
+        with own_precision(source):
+            out, statistics = op.implicit_conv(
+                kernel.plan,
+                kernel.parameters_for_op(),
+                graph,
+                source,
+                edge_delta,
+                attributes,
+                batch_statistics=kernel.uses_batch_statistics(graph.num_edges),
+                backend=self.backend,
+            )
+            if len(statistics):
+                kernel.update_running(statistics)
         if out.dtype != source.dtype:
             out = out.to(source.dtype)  # 16-bit features: rounded once, here
         return out
@@ -101,6 +101,7 @@ class ImplicitPointConv(PointConvBase):
         self.in_type, self.out_type, self.backend = in_type, out_type, backend
         self._set_bias(torch.zeros(out_type.size, n_bias))
         self.implicit_kernel = implicit_kernel
+        implicit_kernel.adopt_bias(self)
         self._check_sizes()
 
     def arguments(self) -> dict:

@@ -97,8 +97,10 @@ class PotentialNet(torch.nn.Module):
         """(N,) atomic numbers → (N,) positions in ``species``; ``ValueError`` for one that is not among them."""
         known = self.species_index[numbers.clamp(0, MAX_NUMBER)]
         wrong = (known < 0) | (numbers != numbers.clamp(0, MAX_NUMBER))
-        if wrong.any():
-            expected = f"atomic numbers among {list(self.species)}"
+        expected = f"atomic numbers among {list(self.species)}"
+        if torch.compiler.is_compiling():  # a compiled program cannot wait for the answer: it stops where it is wrong
+            torch._assert_async(~wrong.any(), f"numbers: expected {expected}, got others.")
+        elif wrong.any():
             fail("numbers", expected, sorted(set(numbers[wrong].tolist())), "Build the potential with these species.")
         return known
 
@@ -118,7 +120,8 @@ class PotentialNet(torch.nn.Module):
 
     def forward(self, structures: Structures) -> Tensor:
         """E (B,) in eV, differentiable in ``structures.pos`` and ``structures.cell``."""
-        energies, _ = self._energies(structures, structures.edge_delta())
+        graph = _graph(structures)
+        energies = self.atomic_energies(self.species_of(structures.numbers), graph, structures.edge_delta())
         return _per_structure(energies, structures)
 
     def predict(self, structures: Structures, *, stress: bool = False, create_graph: bool = False) -> Prediction:
@@ -135,12 +138,17 @@ class PotentialNet(torch.nn.Module):
         """
         if stress:
             volume = torch.linalg.det(structures.cell).abs()
-            require(bool((volume > 0).all()), "stress", "cells with three lattice vectors", "a cell without volume")
+            expected, got = "cells with three lattice vectors", "a cell without volume"
+            if torch.compiler.is_compiling():
+                torch._assert_async((volume > 0).all(), f"stress: expected {expected}, got {got}.")
+            else:
+                require(bool((volume > 0).all()), "stress", expected, got)
         with torch.enable_grad():
+            graph, species = _graph(structures), self.species_of(structures.numbers)
             delta = structures.edge_delta()
             if not delta.requires_grad:
                 delta.requires_grad_()
-            energies, graph = self._energies(structures, delta)
+            energies = self.atomic_energies(species, graph, delta)
             (g,) = torch.autograd.grad(energies.sum(), delta, create_graph=create_graph)  # [E, 3]
             # ∂E/∂pos by the chain rule: each edge vector is target minus source
             forces = torch.zeros_like(structures.pos).index_add(0, graph.src, g).index_add(0, graph.dst, -g)
@@ -171,9 +179,9 @@ class PotentialNet(torch.nn.Module):
         """What distinguishes this potential."""
         return f"species={list(self.species)}, cutoff={self.cutoff} Å"
 
-    def _energies(self, structures: Structures, delta: Tensor) -> tuple[Tensor, Graph]:
-        graph = Graph(structures.edge_index, structures.pos.shape[0])
-        return self.atomic_energies(self.species_of(structures.numbers), graph, delta), graph
+
+def _graph(structures: Structures) -> Graph:
+    return Graph(structures.edge_index, structures.pos.shape[0])
 
 
 def _cosines(delta: Tensor, count: int) -> Tensor:
@@ -196,4 +204,5 @@ def _with_scalars(y: Tensor, scalars: Tensor, channels: int) -> Tensor:
 
 
 def _per_structure(energies: Tensor, structures: Structures) -> Tensor:
-    return energies.new_zeros(structures.num_graphs).index_add(0, structures.batch, energies)
+    # No index_add: torch 2.13 cannot compile one into a tensor of a single number (torch._inductor, C++).
+    return energies.new_zeros(structures.num_graphs).scatter_add(0, structures.batch, energies)

@@ -61,7 +61,7 @@ class FourierActivation(FourierBase, EquivariantModule):
 
     def forward(self, x: GeometricTensor) -> GeometricTensor:
         """Apply the activation to every field."""
-        if not isinstance(x, GeometricTensor) or x.type != self.in_type:
+        if not isinstance(x, GeometricTensor) or (x.type is not self.in_type and x.type != self.in_type):
             fail("x", f"a GeometricTensor of {self.in_type}", getattr(x, "type", type(x)), kind=TypeError)
         return GeometricTensor(self._evaluate(x.tensor), self.out_type, x.coords)
 

@@ -33,7 +33,7 @@ class IIDBatchNorm1d(NormBase, escnn.nn.IIDBatchNorm1d):
 
     def forward(self, x: GeometricTensor) -> GeometricTensor:
         """Normalise with the batch's statistics in training mode, which also move the running ones, else with those."""
-        if not isinstance(x, GeometricTensor) or x.type != self.in_type:
+        if not isinstance(x, GeometricTensor) or (x.type is not self.in_type and x.type != self.in_type):
             fail("x", f"a GeometricTensor of {self.in_type}", getattr(x, "type", type(x)), kind=TypeError)
         return GeometricTensor(self._evaluate(x.tensor), self.out_type, x.coords)
 

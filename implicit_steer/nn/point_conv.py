@@ -5,6 +5,7 @@ from __future__ import annotations
 from escnn.nn import FieldType, GeometricTensor
 from torch import Tensor
 
+from .. import backends
 from .._check import fail, require
 from ..graph import Graph
 from ..layers.fields import check_tensor
@@ -76,8 +77,10 @@ class ImplicitPointConv(CheckedBias, PointConvBase):
             cutoff=cutoff,
             aggr=aggr,
         )
+        self.implicit_kernel.adopt_bias(self)
         self.backend = backend
-        self._select()  # an unknown name fails here
+        width = self.implicit_kernel.shell_width
+        backends.check(backend, self.implicit_kernel.plan, width.device, width.dtype)
 
     def forward(
         self,

@@ -51,6 +51,10 @@ struct Problem {
   }
 
   int n_norms() const { return plan.has_norms ? plan.n_layers : 0; }
+  // Numbers of the features' gradient edge by edge, given or gathered, whichever an engine keeps; not null.
+  int64_t edge_gradient_size() const {
+    return std::max<int64_t>(file["src"].size(), 1) * std::max(plan.in_size, plan.n_gathered);
+  }
 
   ConvArgs<R> arguments() {
     ConvArgs<R> a{};
@@ -101,7 +105,7 @@ struct Needs {
 template <typename R, typename Engine>
 void run_backward(Problem<R>& p, Engine& engine, const Needs& needs, Results& results) {
   ConvArgs<R> a = p.arguments();
-  auto grad_edge = unwritten<R>(needs.x ? std::max<int64_t>(a.n_edges, 1) * p.plan.in_size : 0);
+  auto grad_edge = unwritten<R>(needs.x ? p.edge_gradient_size() : 0);
   auto grad_x = unwritten<R>(needs.x ? p.x.size() : 0), grad_delta = unwritten<R>(needs.delta ? p.delta.size() : 0);
   auto grad_attr = unwritten<R>(needs.attr ? p.attr.size() : 0);
   auto grad_weights = unwritten<R>(needs.weights ? engine.gradient_size(p) : 0);
@@ -134,7 +138,7 @@ void run_second(Problem<R>& p, Engine& engine, Results& results) {
   auto out = unwritten<R>(a.n_dst * p.plan.out_size);
   a.out = out.data();
   engine.forward_tangent(p, a);
-  auto grad_edge = unwritten<R>(std::max<int64_t>(a.n_edges, 1) * p.plan.in_size), grad_x = unwritten<R>(p.x.size());
+  auto grad_edge = unwritten<R>(p.edge_gradient_size()), grad_x = unwritten<R>(p.x.size());
   auto grad_delta = unwritten<R>(p.delta.size()), grad_attr = unwritten<R>(p.attr.size());
   auto grad_weights = unwritten<R>(engine.gradient_size(p));
   a.grad_edge = grad_edge.data(), a.grad_x = grad_x.data(), a.grad_delta = grad_delta.data();

@@ -38,9 +38,10 @@ class Recorder(TorchDispatchMode):
             self.calls.append((func._opname, dict(zip(names, args, strict=False))))
         return func(*args, **(kwargs or {}))
 
-    def of(self, name):
-        """The arguments of each call of the operator ``name``."""
-        return [arguments for called, arguments in self.calls if called == name]
+    def of(self, *names):
+        """The arguments of the only call of one of these operators."""
+        (found,) = (arguments for called, arguments in self.calls if called in names)
+        return found
 
 
 def run(problem, conv):
@@ -72,7 +73,7 @@ def directions(conv, problem, gradients):
                 conv.backend = "cpu"
                 parameters[name] += sign * v
                 run(problem, conv)
-                packed.append(flat(recorder.of("conv_pack")[0]["parameters"]))
+                packed.append(flat(recorder.of("conv_pack", "conv_statistics")["parameters"]))
         steps.append((packed[0] - packed[1]) / 2)
         assert steps[-1].any(), name
         slopes.append((gradients[f"grad implicit_kernel.{name}"] * v).sum())
@@ -119,10 +120,10 @@ def arrays_of(conv, problem):
     with Recorder() as recorder:
         outcome(conv, problem, "cpu", run)
     expected = outcome(conv, problem, "reference", run)
-    (packing,), (call,) = recorder.of("conv_pack"), recorder.of("conv_backward")
-    packing["parameters"], running = flat(packing["parameters"]), packing.pop("statistics")
-    arrays = packing | {name: value for name, value in call.items() if isinstance(value, torch.Tensor)}
+    call = recorder.of("conv_gradients")
+    arrays = {name: value for name, value in call.items() if isinstance(value, torch.Tensor)}
     del arrays["weights"]  # packed anew
+    arrays["parameters"], running = flat(call["parameters"]), arrays.pop("statistics")
     if conv.training:
         arrays["statistics"] = statistics(conv, call["delta"], call["attr"])
     else:
@@ -199,7 +200,7 @@ def radius(r):
     """The problem with every other edge of that length."""
 
     def change(problem):
-        problem.delta[::2] *= r / problem.delta[::2].norm(dim=1, keepdim=True)
+        problem.delta[::2] = r * torch.nn.functional.normalize(problem.delta[::2])
         return problem
 
     return change

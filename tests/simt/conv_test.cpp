@@ -80,6 +80,29 @@ double hidden_deviation(const Case& file, Emulated<R>& engine, bool tangents) {
   return largest;
 }
 
+// The mean over a node's edges and the bias, of nodes with 0 to 3 edges.
+template <typename R>
+std::vector<std::string> run_finish(const Case& file, bool trace, int seed) {
+  Problem<R> p(file);
+  Emulated<R> engine(file, seed, trace);
+  const int64_t n = 3, width = p.plan.out_size, nodes = p.file["rowptr"].size() - 1;
+  std::vector<R> out(nodes * width), expansion(width * n), bias{1, -2, 3};
+  for (size_t k = 0; k < out.size(); ++k) out[k] = static_cast<R>(k % 11) - 5;
+  for (size_t k = 0; k < expansion.size(); ++k) expansion[k] = static_cast<R>(k % 5) / 4;
+  for (bool mean : {false, true}) {
+    std::vector<R> actual(out);
+    engine.finish(p, actual, expansion, bias, mean);
+    for (int64_t k = 0; k < nodes * width; ++k) {
+      const int64_t edges = p.arguments().index(p.arguments().rowptr, k / width + 1) -
+                            p.arguments().index(p.arguments().rowptr, k / width);
+      const R* row = expansion.data() + k % width * n;
+      const R expected = (mean ? out[k] / std::max<R>(edges, 1) : out[k]) + (row[0] - 2 * row[1] + 3 * row[2]);
+      if (!(std::abs(actual[k] - expected) <= 1e-6)) return {"mean and bias: wrong at " + std::to_string(k)};
+    }
+  }
+  return {};
+}
+
 // Deviations of one case under one schedule, as messages; none: all is right.
 template <typename R>
 std::vector<std::string> run_case(const std::string& name, const Case& file, bool trace, int seed, Largest& largest,
@@ -91,6 +114,7 @@ std::vector<std::string> run_case(const std::string& name, const Case& file, boo
     Emulated<R> engine(file, seed, trace);
     results = native_test::run_all<R>(file, engine);
     failures = native_test::failures_of<R>(what, file, results, kBound<R>, second_bound<R>(near), largest);
+    for (const std::string& failure : run_finish<R>(file, trace, seed)) failures.push_back(what + ": " + failure);
     for (bool tangents : {false, true}) {
       const double deviation = hidden_deviation<R>(file, engine, tangents);
       if (!(deviation <= (tangents ? second_bound<R>(near) : kBound<R>)))

@@ -92,6 +92,15 @@ class Emulated {
   void forward_tangent(Problem<R>& p, ConvArgs<R> a) { run(p, a, table<R>().forward_tangent); }
   void backward_tangent(Problem<R>& p, ConvArgs<R> a) { run(p, a, table<R>().backward_tangent); }
 
+  void finish(Problem<R>& p, std::vector<R>& out, const std::vector<R>& expansion, const std::vector<R>& bias,
+              bool mean) {
+    ConvArgs<R> a = p.arguments();
+    a.out = out.data();
+    begin(), inputs(p, a);
+    reads(expansion), reads(bias), writes(out);
+    check(table<R>().finish(*plan_, a, expansion.data(), bias.data(), bias.size(), mean, nullptr));
+  }
+
   using Pass = Failure (*)(const DevicePlan<R>&, const ConvArgs<R>&, void*);
   // `pass` on points, whose results have `hidden` numbers each.
   void run_points(Problem<R>& p, ConvArgs<R> a, Pass pass, int64_t hidden) {

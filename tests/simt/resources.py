@@ -116,8 +116,8 @@ def table(kernels: list[Kernel]) -> str:
     by_name: dict[str, dict[str, Kernel]] = {}
     for k in kernels:
         by_name.setdefault(k.name, {})[k.architecture] = k
-    rows = ["| kernel | registers on " + ", ".join(architectures) + " | instructions | LDS | LDG | stack, local, generic |"]
-    rows.append("|---|---|---|---|---|---|")
+    columns = f"registers on {', '.join(architectures)} | instructions | LDS | LDG | stack, local, generic"
+    rows = [f"| kernel | {columns} |", "|---|---|---|---|---|---|"]
     for name, of in sorted(by_name.items()):
         k = of[architectures[-1]]
         registers = ", ".join(str(of[a].registers) for a in architectures)

@@ -1,0 +1,129 @@
+"""``python -m bench --device cuda``: the gate, then every backend and e3nn's layers, with what the device can do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from implicit_steer.cases import Case
+from implicit_steer.triton_kernels.configuration import seconds
+
+from . import report, speed
+from .steps import Candidate, candidates, step
+
+_COPIED, _MULTIPLIED = 1 << 28, 4096  # bytes of a copy; rows of square matrices
+
+
+def ceilings(device: torch.device, copied: int = _COPIED, rows: int = _MULTIPLIED) -> dict[str, float]:
+    """What this device reaches: GB/s of a copy, read and written; TFLOP/s of float32 matrix products as torch's
+    precision has them, and in TF32."""
+    source = torch.ones(copied // 4, device=device)
+    target = torch.empty_like(source)
+    found = {"copy, GB/s": 2 * copied / seconds(lambda: target.copy_(source), device) / 1e9}
+    a, before = torch.ones(rows, rows, device=device), torch.get_float32_matmul_precision()
+    for label, precision in (("float32", "highest"), ("TF32", "high")):
+        torch.set_float32_matmul_precision(precision)
+        try:
+            found[f"{label}, TFLOP/s"] = 2 * rows**3 / seconds(lambda: a @ a, device) / 1e12
+        finally:
+            torch.set_float32_matmul_precision(before)
+    return found
+
+
+def work(case: Case, sampling: str) -> dict[str, float]:
+    """Of a forward pass, from the plan: multiply-adds counted twice, and bytes of the tensors that Triton's kernels are
+    given, each once."""
+    from implicit_steer.triton_kernels import aot  # which imports triton
+
+    from .predict import bytes_of
+
+    plan = case.layer(norm=None, sampling=sampling, backend="reference").implicit_kernel.plan
+    cost, nodes = plan.cost(), case.nodes * case.copies
+    flop = 2 * (
+        case.edges * (cost["mlp per edge"] + cost["sparse coupling per edge"]) + nodes * cost["mixing per node"]
+    )
+    launches = [e for e in aot.launches_of(plan) if e.kernel.__name__.endswith("forward")]
+    kept = [e for e in launches if not e.constants.get("STORE_Y")]
+    return {"flop": flop, "bytes": sum(bytes_of(e, 64, 64 * 32) for e in kept) * case.edges / (64 * 32)}
+
+
+def cold_starts(case: Case, chosen: Sequence[Candidate], device: torch.device) -> list[dict[str, Any]]:
+    """Seconds of each candidate's first call, its compilation included."""
+    found = []
+    for candidate in chosen:
+        run = step(case, candidate, "forward")
+        found.append({"case": case.name, "candidate": candidate.label, "seconds": _once(run, device)})
+    return found
+
+
+def _once(run, device: torch.device) -> float:
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def achieved(times: Sequence[dict[str, Any]], cases: Sequence[Case], limits: dict[str, float]) -> list[list[str]]:
+    """Rows of the table of `triton`'s forward passes against the ceilings."""
+    rows, by_name = [], {case.name: case for case in cases}
+    for r in times:
+        if r["backend"] == "triton" and r["measure"] == "forward":
+            amount, took = work(by_name[r["case"]], r["sampling"]), r["median_ms"] / 1e3
+            bandwidth, rate = amount["bytes"] / took / 1e9, amount["flop"] / took / 1e12
+            shares = bandwidth / limits["copy, GB/s"], rate / limits["float32, TFLOP/s"]
+            name = f"{r['case']}, {r['sampling']}"
+            rows.append([name, f"{bandwidth:.0f}", f"{shares[0]:.0%}", f"{rate:.2f}", f"{shares[1]:.0%}"])
+    return rows
+
+
+def text_of(results: dict[str, Any], rows: list[list[str]]) -> str:
+    """Times, cold starts, ceilings and what was reached of them."""
+    name = results["device"]
+    limits = ", ".join(f"{label} {value:.1f}" for label, value in results["ceilings"].items())
+    times = [
+        [f"{r['case']}, {r['measure']}", r["candidate"], f"{r['median_ms']:.3f}", f"{r['q1_ms']:.3f}–{r['q3_ms']:.3f}"]
+        for r in results["times"]
+    ]
+    starts = [[r["case"], r["candidate"], f"{r['seconds']:.2f}"] for r in results["cold starts"]]
+    reached = ["forward pass of triton", "GB/s", "of copy", "TFLOP/s", "of float32"]
+    return "\n\n".join(
+        [
+            f"{name}: measured ceilings: {limits}. e3nn: related operators, other functions.",
+            report.table(["case", "candidate", f"ms on {name}", "quartiles"], times),
+            report.table(["case", "candidate", "first call, s"], starts),
+            report.table(reached, rows),
+        ]
+    )
+
+
+def run(cases: Sequence[Case], names: list[str], compiled: Sequence[str], effort: tuple[int, float], out: Path) -> int:
+    """Gate, then measure, print and write; 1 on a red gate."""
+    device = torch.device("cuda")
+    results: dict[str, Any] = {"environment": report.environment(), "device": torch.cuda.get_device_name()}
+    return measure(cases, names, compiled, effort, out, device, results)
+
+
+def measure(cases, names, compiled, effort, out: Path, device: torch.device, results: dict[str, Any]) -> int:
+    """:func:`run` on any device."""
+    chosen, results["skipped"], results["cold starts"] = {}, {}, []
+    for case in cases:
+        chosen[case], results["skipped"][case.name] = candidates(case, names, compile_eager=case.name in compiled)
+        results["cold starts"] += cold_starts(case, chosen[case], device)
+    results["gate"] = [check.record() for check in speed.check_all(chosen)]
+    heading = report.header(results["environment"]) + "\n\n" + report.gate_text(results["gate"])
+    print(heading)
+    out.mkdir(parents=True, exist_ok=True)
+    if not all(check["ok"] for check in results["gate"]):
+        report.write(out, "gpu", results, heading)
+        return 1
+    results["ceilings"] = ceilings(device)
+    results["times"] = speed.times(chosen, *effort)
+    text = text_of(results, achieved(results["times"], cases, results["ceilings"]))
+    print("\n" + text)
+    report.write(out, "gpu", results, heading + "\n\n" + text)
+    return 0

@@ -1,0 +1,107 @@
+"""Backend `triton`: derivatives beyond the first, workspaces and block sizes."""
+
+import pytest
+import torch
+from helpers import assert_close, deviations, layer, outcome, relative
+from problems import small
+
+from implicit_steer.triton_kernels import configuration, launch
+
+
+@pytest.mark.parametrize(
+    ("name", "configuration"), [("o3", "train"), ("so2", "no norm"), ("so2-r3", "eval"), ("c4", "no norm")]
+)
+def test_derivatives_of_gradients(name, configuration):
+    conv = layer(small(name), configuration, activation="silu")
+    problem = small(name).inputs(conv)
+    problem.delta = torch.randn(problem.delta.shape, dtype=torch.float64)  # no self-loops: both are inexact there
+
+    def second(problem, conv):
+        """The gradient of forces, of features' gradients and of a weight's gradient, all at once."""
+        leaves = [problem.x, problem.delta, next(conv.parameters())]
+        energy = problem.run(conv).square().sum()
+        first = torch.autograd.grad(energy, leaves, create_graph=True)
+        return sum((g * torch.linspace(-1, 1, g.numel(), dtype=g.dtype).view_as(g)).sum() for g in first)[None]
+
+    expected = outcome(conv, problem, "reference", run=second)
+    assert_close(outcome(conv, problem, "triton", run=second), expected, 1e-10)
+
+
+def test_third_derivative():
+    conv = layer(small("c4"), "no norm", activation="tanh", backend="triton")
+    problem = small("c4").inputs(conv)
+    _, delta, _ = problem.requires_grad()
+    results = []
+    for backend in ("triton", "reference"):
+        conv.backend, value = backend, problem.run(conv).sum()
+        for _ in range(3):
+            value = torch.autograd.grad(value, delta, create_graph=True)[0].square().sum()
+        results.append(value)
+    assert relative(*results) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["o3", "c4"])
+def test_directional_derivative(name):
+    conv = layer(small(name), "no norm", activation="silu", backend="triton")
+    problem = small(name).inputs(conv)
+    leaves = [*problem.requires_grad(), *conv.parameters()]
+    gradients = torch.autograd.grad(problem.run(conv).square().sum(), leaves)
+    directions = [torch.randn_like(t) for t in leaves]
+    expected, values = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True)), []
+    for step in (1e-5, -2e-5):  # to +h, from there to −h
+        with torch.no_grad():
+            for t, d in zip(leaves, directions, strict=True):
+                t += step * d
+            values.append(problem.run(conv).square().sum())
+    assert relative((values[0] - values[1]) / 2e-5, expected) < 1e-7
+
+
+def test_batches_of_nodes_and_edges(monkeypatch):
+    """Workspaces of two nodes and eight edges give the same numbers; and the same bits each time."""
+    conv = layer(small("so2"), "no norm")
+    problem = small("so2").inputs(conv)
+    whole = outcome(conv, problem, "triton")
+    monkeypatch.setattr(launch, "_NODES", 2)
+    monkeypatch.setattr(launch, "_EDGES", 8)
+    parts, again = outcome(conv, problem, "triton"), outcome(conv, problem, "triton")
+    assert_close(parts, whole, 1e-13)
+    assert all(torch.equal(parts[name], again[name]) for name in parts)
+
+
+# ---- configurations
+
+
+def test_every_choice_gives_the_same_numbers():
+    conv = layer(small("c4"), "no norm", torch.float32)
+    problem = small("c4").inputs(conv)
+    expected = outcome(conv, problem, "triton")
+    for kernel in ("layers_forward", "layers_backward_weights", "contract_forward", "contract_backward_inputs"):
+        with configuration.using(kernel, configuration.Choice(64, 8, 2)):
+            found = deviations(outcome(conv, problem, "triton"), expected)
+            assert max(found.values()) < 1e-5
+
+
+def test_tuning_keeps_the_fastest(monkeypatch, tmp_path):
+    monkeypatch.setenv("IMPLICIT_STEER_CACHE", str(tmp_path))
+    monkeypatch.setattr(configuration, "_tuned", {})
+    conv = layer(small("c4"), "no norm", torch.float32, backend="triton")
+    problem = small("c4").inputs(conv)
+    sizes = launch.tables(conv.implicit_kernel.plan).sizes
+    seen = []
+
+    def measure(run, device):
+        run()
+        seen.append(dict(configuration._override))
+        return 1.0 if configuration.Choice(16, 2) in seen[-1].values() else 2.0
+
+    candidates = (configuration.Choice(16, 2), configuration.Choice(32, 8))
+    device = torch.device("cpu")
+    with torch.no_grad():
+        found = configuration.tune(lambda: problem.run(conv), sizes, torch.float32, device, measure, candidates)
+    assert set(found.values()) == {configuration.Choice(16, 2)}
+    assert len(seen) == 3 * len(found)
+    monkeypatch.setattr(configuration, "_tuned", {})
+    assert configuration.load() == len(found)
+    assert configuration.choose("contract_forward", sizes, torch.float32, device) == configuration.Choice(16, 2)
+    other = configuration.choose("contract_forward", sizes, torch.float64, device)
+    assert other == configuration._DOUBLE["contract"]
