@@ -1,8 +1,9 @@
 # make demo     build everything, then show the library at work
 # make test     build everything, then lint and test: what CI runs
 # make test-native   the native code alone: plain, and under AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer
-# make test-gpu-emulated   the CUDA kernels on the processor: results, memory errors, races, barriers; with nvcc also what
-#                    they take of a GPU (make cuda-resources)
+# make test-gpu-emulated   the CUDA kernels on the processor: results, memory errors, races, barriers; make test-gpu-quick:
+#                    the part of it that CI runs
+# make cuda-kernels  compile them with nvcc, hold their machine code to its gates, write docs/cuda_kernels.md
 # make test-arm      the same for 64-bit ARM, with a cross compiler and an emulator
 # make wheel    one wheel for Python >= 3.10 and torch >= 2.10, in dist/
 # make test-wheel    install it without escnn, with NumPy 2, and compare saved models; TORCH=torch==2.10.0 for another
@@ -24,12 +25,12 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-gpu-emulated cuda-resources test-native test-arm native-cases arm-tools wheel test-wheel bench build lint format clean
+.PHONY: demo test test-gpu-emulated test-gpu-quick cuda-kernels test-native test-arm native-cases arm-tools wheel test-wheel bench build lint format clean
 
 demo: build
 	$(BIN)/python -m implicit_steer demo
 
-test: lint test-native test-gpu-emulated
+test: lint test-native test-gpu-quick
 	$(BIN)/python -m pytest -q
 
 # Programs without torch and Python (tests/native), on inputs and expected results that native-cases writes.
@@ -54,23 +55,33 @@ native-%: native-cases
 # AddressSanitizer, then with every access checked; at last every barrier is left out in turn, which has to be noticed.
 EMULATED := build/emulated
 CASES := $(NATIVE_TESTS)/cases
-test-gpu-emulated: emulated-fast emulated-address emulated-trace $(if $(shell command -v nvcc),cuda-resources)
+MUTATED := zonal linear planar-axis-train zonal-odd-sizes-train none-grid-cutoff
+test-gpu-emulated: emulated-fast emulated-address emulated-trace
 	$(EMULATED)/fast/conv_test $(CASES) 3
 	$(EMULATED)/fast/conv_test $(CASES)/gpu 1
 	ASAN_OPTIONS=detect_stack_use_after_return=0 $(EMULATED)/address/conv_test $(CASES) 1
 	$(EMULATED)/trace/conv_test $(CASES) trace
-	$(EMULATED)/trace/conv_test $(CASES) mutations zonal linear planar-axis-train zonal-odd-sizes-train none-grid-cutoff
+	$(EMULATED)/trace/conv_test $(CASES) mutations $(MUTATED)
+
+test-gpu-quick: emulated-trace
+	$(EMULATED)/trace/conv_test $(CASES) trace $(MUTATED)
 
 emulated-%: native-cases
 	cmake -S tests/simt -B $(EMULATED)/$* -G Ninja -DMODE=$*
 	cmake --build $(EMULATED)/$*
 
-# The kernels for every architecture, and what they take: docs/cuda_kernels.md must say what is found.
-cuda-resources: build
+# For every architecture; the library opens without a driver.
+cuda-kernels: emulated-trace
+ifneq ($(shell command -v nvcc),)
 	cmake -S csrc/cuda -B build/cuda -G Ninja
 	cmake --build build/cuda
 	$(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
-	$(BIN)/python tests/simt/resources.py build/cuda/libimplicit_steer_cuda.so docs/cuda_kernels.md
+	$(BIN)/python -c "import ctypes; ctypes.CDLL('build/cuda/libimplicit_steer_cuda.so').implicit_steer_cuda_library"
+	$(EMULATED)/trace/conv_test $(CASES)/gpu count cloud > build/cuda/counts.txt
+	$(BIN)/python -m bench.cuda build/cuda/libimplicit_steer_cuda.so build/cuda/counts.txt
+else
+	@echo "nvcc is not on this machine: the CUDA kernels are not compiled."
+endif
 
 native-arm: arm-tools
 

@@ -69,9 +69,14 @@ def _parameter_sizes(plan: Plan) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=256)
-def _on_device(plan: cpu.NativePlan, device: torch.device) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """The norms' trivial coordinates and the kernel's entries, on the device."""
-    return [t.to(device) for t in plan.trivial], tuple(t.to(device) for t in plan.with_kernel().kernel)
+def _trivial(plan: cpu.NativePlan, device: torch.device) -> list[Tensor]:
+    """The norms' trivial coordinates, on the device."""
+    return [t.to(device) for t in plan.trivial]
+
+
+@lru_cache(maxsize=256)
+def _kernel_entries(plan: cpu.NativePlan, device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(t.to(device) for t in plan.with_kernel().kernel)
 
 
 class _Layer(cpu.Layer):
@@ -81,7 +86,7 @@ class _Layer(cpu.Layer):
 
     def __init__(self, plan: Plan, parameters: Parameters):
         super().__init__(plan, cpu.native_plan(plan, parameters), parameters)
-        self.trivial, self.kernel_entries = _on_device(self.native, parameters.shell_width.device)
+        self.trivial = _trivial(self.native, parameters.shell_width.device)
 
     def packed(self) -> tuple[Tensor, Tensor]:
         """The batch norms' running statistics, and packed weights at them."""
@@ -112,4 +117,6 @@ def kernel(
     plan: Plan, parameters: Parameters, batch_statistics: bool, delta: Tensor, attributes: Tensor
 ) -> tuple[Tensor, Sequence[Statistics]]:
     """K(x, a) (P, C_out, C_in): hidden features from the kernels, the last layer one matrix product."""
-    return cpu.kernel_values(_Layer(plan, parameters), batch_statistics, delta, attributes)
+    layer = _Layer(plan, parameters)
+    layer.kernel_entries = _kernel_entries(layer.native, delta.device)
+    return cpu.kernel_values(layer, batch_statistics, delta, attributes)

@@ -209,9 +209,12 @@ def radius(r):
 def gpu_cases():
     """More kinds of graph, for the emulated CUDA kernels."""
 
-    def made(change, case="o3"):
-        conv = layer(SMALL[case], "eval", activation="silu")
-        return conv, change(SMALL[case].inputs(conv))
+    def made(change, case="o3", configuration="eval", activation="silu"):
+        case = SMALL.get(case, case)
+        conv = layer(case, configuration, activation=activation)
+        return conv, change(case.inputs(conv))
+
+    cloud = Case("cloud", "O(3)", "8 scalar+vector", "8 scalar+vector", "1 scalar", n_layers=3, n_channels=8)
 
     return {
         "one-edge": made(nodes(5, 1)),
@@ -219,6 +222,7 @@ def gpu_cases():
         "65-nodes": made(nodes(65, 300)),
         "130-nodes": made(nodes(130, 500), "so2"),
         "hub": made(hub),
+        "cloud": made(nodes(16, 512), cloud, "no norm", "elu"),
         "radius-0": made(radius(0), "o3-l2"),
         "radius-1e-6": made(radius(1e-6), "o3-l2"),
     }

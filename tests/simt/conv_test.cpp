@@ -1,7 +1,8 @@
 // conv_test DIR MODE [CASE ...]: the case files of DIR (or those named) through the emulated CUDA kernels, in float and
 // double, against the expected results in the files; the hidden features against the native loops, which the files'
 // other tests hold to them; and the sort of edges. MODE: a number, so many schedules; `trace`: one, every access of
-// which is checked; `mutations`: every barrier that the cases reach is left out in turn, which has to be noticed.
+// which is checked; `mutations`: every barrier that the cases reach is left out in turn, which has to be noticed;
+// `count`: nothing is compared, the memory instructions of a forward and a backward pass in float are printed.
 
 #include <filesystem>
 
@@ -192,6 +193,20 @@ bool is_noticed(const std::vector<std::pair<std::string, Case>>& cases) {
   return false;
 }
 
+// Lines "kernel instructions-per-edge threads shared-bytes", of simt::Count.
+void print_counts(const Case& file) {
+  Problem<float> p(file);
+  Emulated<float> engine(file, 0, true);
+  Results results;
+  engine.pack(p, results);
+  simt::take_counts();
+  native_test::run_forward(p, engine, results);
+  native_test::run_backward(p, engine, {true, true, true, true, ""}, results);
+  for (const auto& [kernel, count] : simt::take_counts())
+    std::printf("%s %g %u %zu\n", kernel.c_str(), count.instructions / static_cast<double>(p.arguments().n_edges),
+                count.threads, count.shared_bytes);
+}
+
 int check_mutations(const std::vector<std::pair<std::string, Case>>& cases) {
   if (is_noticed(cases)) return print({"the cases as they are"});
   const auto sites = simt::barriers();
@@ -219,6 +234,10 @@ int main(int argc, char** argv) {
   std::vector<std::pair<std::string, Case>> cases;
   for (const auto& path : paths) cases.emplace_back(path.stem(), Case(path.string()));
   int failures = cases.empty();
+  if (mode == "count") {
+    for (const auto& named : cases) print_counts(named.second);
+    return cases.empty();
+  }
   if (mode == "mutations") {
     failures += check_mutations(cases);
   } else {

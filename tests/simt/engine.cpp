@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <set>
+#include <utility>
 
 #include "simt.h"
 #include "trace.h"
@@ -69,6 +70,7 @@ void* main_stack_pointer;
 void (*current_call)(void*);
 void* current_context;
 const char* kernel_name;
+std::map<std::string, Count> counts;
 uint64_t seed, random_state;
 enum Policy { kAnyLane, kOneWarpFirst, kLastLane, kInOrder } policy;
 bool failed;
@@ -102,6 +104,15 @@ bool is_skipped(const Site& site) {
   name = name ? name + 1 : site.file;
   reached.emplace(name, site.line);
   return site.line == skipped_line && skipped_file == name;
+}
+
+void end_stretch(unsigned w, uint32_t lanes) {
+  unsigned most = 0;
+  for (uint32_t left = lanes; left; left &= left - 1) {
+    unsigned& accesses = threads[w * 32 + __builtin_ctz(left)].accesses;
+    most = std::max(most, accesses), accesses = 0;
+  }
+  counts[kernel_name].instructions += most;
 }
 
 void no_operation(Operand*, uint32_t, size_t) {}
@@ -170,7 +181,7 @@ void prepare_block() {
   trace_block(dynamic_bytes);
   for (unsigned i = 0; i < n_threads; ++i) {
     Thread& t = threads[i];
-    t.number = i, t.lane = i % 32, t.warp = i / 32;
+    t.number = i, t.lane = i % 32, t.warp = i / 32, t.accesses = 0;
     t.index = {i % block_size.x, i / block_size.x % block_size.y, i / (block_size.x * block_size.y)};
     prepare_stack(t);
   }
@@ -239,6 +250,8 @@ void run_block() {
     WITH_ASAN(__sanitizer_finish_switch_fiber(main_fake_stack, nullptr, nullptr);)
     self = nullptr;
   }
+  for (unsigned w = 0; w < n_warps; ++w)
+    end_stretch(w, std::min(32u, n_threads - 32 * w) == 32 ? ~0u : (1u << n_threads % 32) - 1);
 }
 
 }  // namespace
@@ -271,7 +284,7 @@ void block_barrier(Site site) {
   warps[self->warp].waiting |= 1u << self->lane;
   if (++n_arrived == n_alive) {  // the last one goes back to the queue, too: no thread has a head start
     for (unsigned w = 0; w < n_warps; ++w) {
-      wake(w, warps[w].waiting);
+      wake(w, warps[w].waiting), end_stretch(w, warps[w].waiting);
       warps[w].waiting = 0, warps[w].epoch = 0;
     }
     n_arrived = 0, ++epoch;
@@ -294,6 +307,7 @@ void collective(uint32_t mask, Site site, Operand operand, size_t bytes, WarpOpe
   warp.operands[self->lane] = operand;
   if ((meeting->arrived |= mine) != mask) return to_scheduler(false);
   operation(warp.operands, mask, bytes);
+  end_stretch(self->warp, mask);
   if (operation == no_operation && mask == warp.alive) ++warp.epoch;  // only barriers order memory
   warp.meetings.erase(meeting);
   wake(self->warp, mask & ~mine);
@@ -315,6 +329,7 @@ void run(dim3 grid, dim3 block, size_t bytes, void (*call)(void*), void* context
     failed = true, message = std::string(name) + ": no legal launch";
     return;
   }
+  counts[kernel_name].threads = n_threads, counts[kernel_name].shared_bytes = bytes;
   trace_launch(context);
   random_state = 88172645463325252ull ^ (seed * 0x9E3779B97F4A7C15ull);
   random_number(), random_number();
@@ -333,6 +348,7 @@ void reset(uint64_t new_seed, bool trace) {
   failed = false, message.clear(), seed = new_seed;
   trace_reset(trace);
 }
+std::map<std::string, Count> take_counts() { return std::exchange(counts, {}); }
 std::string failure() { return message; }
 std::vector<std::pair<std::string, int>> barriers() { return {reached.begin(), reached.end()}; }
 void skip_barrier(const std::string& file, int line) { skipped_file = file, skipped_line = line; }
