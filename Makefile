@@ -55,16 +55,16 @@ native-%: native-cases
 # AddressSanitizer, then with every access checked; at last every barrier is left out in turn, which has to be noticed.
 EMULATED := build/emulated
 CASES := $(NATIVE_TESTS)/cases
-MUTATED := zonal linear planar-axis-train zonal-odd-sizes-train none-grid-cutoff
-test-gpu-emulated: emulated-fast emulated-address emulated-trace
+MUTATED := zonal linear planar-axis-train zonal-odd-sizes-train none-grid-cutoff planar
+test-gpu-emulated: test-gpu-quick emulated-fast emulated-address
 	$(EMULATED)/fast/conv_test $(CASES) 3
 	$(EMULATED)/fast/conv_test $(CASES)/gpu 1
 	ASAN_OPTIONS=detect_stack_use_after_return=0 $(EMULATED)/address/conv_test $(CASES) 1
 	$(EMULATED)/trace/conv_test $(CASES) trace
-	$(EMULATED)/trace/conv_test $(CASES) mutations $(MUTATED)
 
 test-gpu-quick: emulated-trace
 	$(EMULATED)/trace/conv_test $(CASES) trace $(MUTATED)
+	$(EMULATED)/trace/conv_test $(CASES) mutations $(MUTATED)
 
 emulated-%: native-cases
 	cmake -S tests/simt -B $(EMULATED)/$* -G Ninja -DMODE=$*

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import assert_close, layer, outcome
-from torch._subclasses import FakeTensorMode
-from torch.utils._pytree import tree_map
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from implicit_steer import backends, native
 from implicit_steer.backends import cuda
@@ -84,7 +85,7 @@ def both(monkeypatch):
 
 def _wide():
     """Hidden layers that tensor cores are for."""
-    return layer(Case("", "O(3)", "1 scalar", "1 scalar", None, 3, 400), "no norm").implicit_kernel.plan
+    return layer(Case("", "C4 on R2", "1 scalar", "1 scalar", None, 3, 128), "no norm").implicit_kernel.plan
 
 
 @pytest.mark.parametrize(("plan", "expected"), [(lambda: layer(SMALL["o3"]).implicit_kernel.plan, "cuda"),
@@ -152,32 +153,52 @@ def test_shared_memory_is_counted(dtype):
 # ---- stand-ins for CUDA tensors
 
 
-def _stand_in(mode, value):
-    return mode.from_tensor(value.detach()).to(GPU) if isinstance(value, torch.Tensor) else value
+class _Calls(TorchDispatchMode):
+    """Every call of a native operator: itself, its arguments, its results."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "implicit_steer" and func._opname != "conv_move_running":  # of CPU tensors alone
+            self.seen.append((func, args, result))
+        return result
+
+
+def _kind(tree):
+    return tree_map(lambda t: (t.shape, t.dtype) if isinstance(t, torch.Tensor) else t, tree)
 
 
 @pytest.mark.parametrize("configuration", ["train", "eval"])
 @pytest.mark.parametrize("name", ["o3", "so2-mixed", "c4"])
-def test_shapes_and_devices_of_results(name, configuration):
-    """Of a forward and a backward pass whose tensors have no memory: as on the processor, but on the GPU."""
+def test_shapes_and_devices_of_operators(monkeypatch, name, configuration):
+    """All that the backend calls up to second derivatives, on tensors that have no memory: the results are of the
+    shapes that they have on the processor, but on the GPU. The plan's arrays stay CPU tensors."""
+    monkeypatch.setattr(cuda, "supports", lambda plan, device, dtype: (True, ""))
     conv = layer(SMALL[name], configuration)
-    kernel, problem = conv.implicit_kernel, SMALL[name].inputs(conv)
-    graph = problem.graph
-    parts = ("src", "order", "rowptr", "order_by_source", "colptr")
-    cuda._trivial.cache_clear()
-    with FakeTensorMode() as mode:
-        on_gpu = SimpleNamespace(**{part: _stand_in(mode, getattr(graph, part)) for part in parts})
-        parameters = tree_map(lambda t: _stand_in(mode, t), kernel.parameters_for_op()._replace(kept=None))
-        inputs = [_stand_in(mode, t) for t in (problem.x, problem.delta, problem.attributes)]
-        leaves = [t.requires_grad_() for t in (*inputs, parameters.shell_width, parameters.linears[0][0])]
-        out, statistics = cuda.forward(kernel.plan, parameters, conv.training, on_gpu, *inputs)
-        gradients = torch.autograd.grad(out.sum(), leaves, create_graph=True)
-        second = torch.autograd.grad(sum(g.sum() for g in gradients), leaves)
-    cuda._trivial.cache_clear()
-    assert out.shape == (graph.num_dst, kernel.plan.out_size)
-    assert len(statistics) == (len(kernel.plan.norms) if conv.training else 0)
-    for result in (out, *gradients, *second, *(t for pair in statistics for t in pair)):
-        assert result.device.type == "cuda"
-        assert result.dtype == torch.float64
-    for found in (gradients, second):
-        assert [g.shape for g in found] == [t.shape for t in leaves]
+    conv.backend, problem = "cuda", SMALL[name].inputs(conv)
+    with _Calls() as calls:
+        inputs = problem.requires_grad()
+        (gradient,) = torch.autograd.grad(problem.run(conv).square().sum(), inputs[1], create_graph=True)
+        gradient.square().sum().backward()
+    expected = {"conv_pack", "conv_forward", "conv_backward", "conv_double_backward", "conv_pack_backward"}
+    assert {func._opname for func, _, _ in calls.seen} >= expected
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def stand_in(argument, value):
+        if argument.name.startswith(("plan_", "pack_")):
+            return value
+        on_gpu = torch.device("cuda", 0)
+        return tree_map(
+            lambda t: FakeTensor(mode, torch.empty_like(t, device="meta", requires_grad=False), on_gpu)
+            if isinstance(t, torch.Tensor) else t,
+            value,
+        )  # fmt: skip
+
+    for func, arguments, result in calls.seen:
+        with mode, torch.no_grad():
+            found = func(*map(stand_in, func._schema.arguments, arguments))
+        assert _kind(found) == _kind(result), func
+        assert all(t.device.type == "cuda" for t in tree_leaves(found)), func

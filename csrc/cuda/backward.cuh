@@ -24,6 +24,7 @@ struct Backward : Reverse<N, true> {
 
   // ---- a node
 
+  // Behind it run() has a barrier before it reads d_sums.
   __device__ __forceinline__ void start(int64_t node) {
     for (int k = lane; k < p.out_size; k += 32)
       if (p.place[k] >= 0) mixed[p.place[k]] = constant_number<N>(a.grad_out[node * p.out_size + k]);
@@ -41,7 +42,6 @@ struct Backward : Reverse<N, true> {
         }
       }
     }
-    __syncwarp();
   }
 
   // dθ[b][u][v, w] += Σ_o g[u, o] T[b, o][v, w]; the slots of one b follow each other

@@ -80,7 +80,6 @@ struct HiddenBackward : Reverse<N, false> {
       e.d_factor = sum_lanes(e.d_factor, 1, lanes);
       __syncwarp();
       this->sweep();
-      __syncwarp();
     }
     this->write_shell();
   }
