@@ -46,6 +46,7 @@ struct Edges {
   V *cosine, *sine;   // [d]
   // gradients
   V *d_inputs, *d_cosine, *d_sine, *d_monomial, *d_rotated;
+  V* d_unit;  // [3] zonal
   V d_radius, d_factor;
   V *d_delta, *d_attr;  // [dim], [A]
   V d_shell;            // σ³ times the gradient of σ, summed over all tiles of a thread
@@ -59,7 +60,7 @@ struct Edges {
     if (!backward) return;
     arena.take(d_inputs, p.n_inputs), arena.take(d_cosine, p.d), arena.take(d_sine, p.d);
     arena.take(d_monomial, p.n_monomials), arena.take(d_rotated, p.n_attr), arena.take(d_attr, p.n_attr);
-    arena.take(d_delta, 3);
+    arena.take(d_delta, 3), arena.take(d_unit, 3);
   }
 };
 
@@ -170,7 +171,8 @@ IST_LANES void zonal_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
     else
       e.d_monomial[n] += g;
   }
-  V d_unit[3] = {};
+  V* const d_unit = e.d_unit;  // in memory, as it is indexed by data
+  for (int k = 0; k < 3; ++k) d_unit[k] = V{};
   for (int j = p.used_monomials - 1; j > 0; --j) {
     const int earlier = p.monomial[2 * j], k = p.monomial[2 * j + 1];
     d_unit[k] += e.d_monomial[j] * e.monomial[earlier];
