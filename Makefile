@@ -1,6 +1,9 @@
 # make demo     build everything, then show the library at work
 # make test     build everything, then lint and test: what CI runs
 # make test-native   the native code alone: plain, and under AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer
+# make test-gpu-emulated   the CUDA kernels on the processor: results, memory errors, races, barriers; make test-gpu-quick:
+#                    the part of it that CI runs
+# make cuda-kernels  compile them with nvcc, hold their machine code to its gates, write docs/cuda_kernels.md
 # make test-arm      the same for 64-bit ARM, with a cross compiler and an emulator
 # make wheel    one wheel for Python >= 3.10 and torch >= 2.10, in dist/
 # make test-wheel    install it without escnn, with NumPy 2, and compare saved models; TORCH=torch==2.10.0 for another
@@ -11,7 +14,10 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
-CPP_SOURCES := $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP_SOURCES := $(shell find csrc tests/native tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# nvcc takes minutes for all architectures: make IMPLICIT_STEER_CUDA=auto build.
+export IMPLICIT_STEER_CUDA ?= off
 
 # Also for what pip builds in environments of its own, and so that CMake and ninja come from ours.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -19,12 +25,12 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-native test-arm native-cases arm-tools wheel test-wheel bench build lint format clean
+.PHONY: demo test test-gpu-emulated test-gpu-quick cuda-kernels test-native test-arm native-cases arm-tools wheel test-wheel bench build lint format clean
 
 demo: build
 	$(BIN)/python -m implicit_steer demo
 
-test: lint test-native
+test: lint test-native test-gpu-quick
 	$(BIN)/python -m pytest -q -n 2 --dist loadscope
 
 # Programs without torch and Python (tests/native), on inputs and expected results that native-cases writes.
@@ -44,6 +50,38 @@ native-%: native-cases
 	cmake -S tests/native -B $(NATIVE_TESTS)/$* -G Ninja -DCASES=$(CURDIR)/$(NATIVE_TESTS)/cases $(OPTIONS_$*)
 	cmake --build $(NATIVE_TESTS)/$*
 	ctest --test-dir $(NATIVE_TESTS)/$* --output-on-failure
+
+# The kernels that nvcc compiles, compiled for the processor (tests/simt): results under several schedules, then with
+# AddressSanitizer, then with every access checked; at last every barrier is left out in turn, which has to be noticed.
+EMULATED := build/emulated
+CASES := $(NATIVE_TESTS)/cases
+MUTATED := zonal linear planar-axis-train zonal-odd-sizes-train none-grid-cutoff planar
+test-gpu-emulated: test-gpu-quick emulated-fast emulated-address
+	$(EMULATED)/fast/conv_test $(CASES) 3
+	$(EMULATED)/fast/conv_test $(CASES)/gpu 1
+	ASAN_OPTIONS=detect_stack_use_after_return=0 $(EMULATED)/address/conv_test $(CASES) 1
+	$(EMULATED)/trace/conv_test $(CASES) trace
+
+test-gpu-quick: emulated-trace
+	$(EMULATED)/trace/conv_test $(CASES) trace $(MUTATED)
+	$(EMULATED)/trace/conv_test $(CASES) mutations $(MUTATED)
+
+emulated-%: native-cases
+	cmake -S tests/simt -B $(EMULATED)/$* -G Ninja -DMODE=$*
+	cmake --build $(EMULATED)/$*
+
+# For every architecture; the library opens without a driver.
+cuda-kernels: emulated-trace
+ifneq ($(shell command -v nvcc),)
+	cmake -S csrc/cuda -B build/cuda -G Ninja
+	cmake --build build/cuda
+	$(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(BIN)/python -c "import ctypes; ctypes.CDLL('build/cuda/libimplicit_steer_cuda.so').implicit_steer_cuda_library"
+	$(EMULATED)/trace/conv_test $(CASES)/gpu count cloud > build/cuda/counts.txt
+	$(BIN)/python -m bench.cuda build/cuda/libimplicit_steer_cuda.so build/cuda/counts.txt
+else
+	@echo "nvcc is not on this machine: the CUDA kernels are not compiled."
+endif
 
 native-arm: arm-tools
 

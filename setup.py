@@ -2,6 +2,8 @@
 
 ``IMPLICIT_STEER_NATIVE`` decides what happens: ``auto`` (default) builds it where a compiler, CMake and ninja are
 found and otherwise installs pure Python with a warning; ``require`` fails instead; ``off`` never builds it.
+``IMPLICIT_STEER_CUDA`` decides likewise about its CUDA kernels, which need nvcc; ``IMPLICIT_STEER_CUDA_ARCHITECTURES``,
+like ``"80 90"``, what they are compiled for.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "implicit_steer"
-OPS = "_ops.so"  # independent of Python, so without its suffix
+LIBRARIES = ("_ops.so", "libimplicit_steer_cuda.so")  # independent of Python, so without its suffix
 
 
 def missing_tools() -> list[str]:
@@ -31,15 +33,22 @@ def missing_tools() -> list[str]:
     return missing if importlib.util.find_spec("torch") else [*missing, "the Python package torch"]
 
 
+def mode_of(variable: str) -> str:
+    """``auto``, ``require`` or ``off``: what the environment variable says."""
+    mode = os.environ.get(variable, "auto")
+    if mode not in ("auto", "require", "off"):
+        raise SystemExit(f"{variable}: expected auto, require or off, got {mode!r}.")
+    return mode
+
+
 class CMakeBuild(build_ext):
     """CMake builds the shared object into the package folder."""
 
     def run(self) -> None:
         """Build, or not, as ``IMPLICIT_STEER_NATIVE`` says."""
-        mode = os.environ.get("IMPLICIT_STEER_NATIVE", "auto")
-        if mode not in ("auto", "require", "off"):
-            raise SystemExit(f"IMPLICIT_STEER_NATIVE: expected auto, require or off, got {mode!r}.")
-        self.output().unlink(missing_ok=True)  # of an earlier build: neither shipped nor loaded by a build without it
+        mode = mode_of("IMPLICIT_STEER_NATIVE")
+        for output in self.outputs():  # of an earlier build: neither shipped nor loaded by a build without them
+            output.unlink(missing_ok=True)
         if mode == "off":
             return
         if missing := missing_tools():
@@ -60,7 +69,10 @@ class CMakeBuild(build_ext):
             "PACKAGE_VERSION": self.distribution.get_version(),
             "TORCH_DIR": Path(torch.__file__).parent,
             "TORCH_VERSION": torch.__version__,
+            "CUDA_KERNELS": mode_of("IMPLICIT_STEER_CUDA"),
         }
+        if architectures := os.environ.get("IMPLICIT_STEER_CUDA_ARCHITECTURES"):
+            definitions["CUDA_ARCHITECTURES"] = ";".join(architectures.split())
         configure = [f"-D{name}={value}" for name, value in definitions.items()]
         try:
             subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *configure], check=True)
@@ -73,11 +85,11 @@ class CMakeBuild(build_ext):
     def package_folder(self) -> Path:
         return (ROOT if self.inplace else Path(self.build_lib).resolve()) / PACKAGE
 
-    def output(self) -> Path:
-        return self.package_folder() / OPS
+    def outputs(self) -> list[Path]:
+        return [self.package_folder() / name for name in LIBRARIES]
 
     def get_outputs(self) -> list[str]:
-        return [str(self.output())] if self.output().exists() else []
+        return [str(output) for output in self.outputs() if output.exists()]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

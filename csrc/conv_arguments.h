@@ -48,7 +48,7 @@ const ConvTable<R>& table(int64_t wanted) {
 }
 
 template <typename R>
-void read_plan(PlanView<R>& plan, const Tensor& ints, const Tensor& reals) {
+void read_plan(Plan<R>& plan, const Tensor& ints, const Tensor& reals) {
   STD_TORCH_CHECK(ints.scalar_type() == ScalarType::Int && ints.is_contiguous(), "plan_ints: expected int32.");
   check(reals, "plan_reals", sizeof(R) == 4 ? ScalarType::Float : ScalarType::Double, reals.numel());
   const bool valid = plan_view(plan, data<int32_t>(ints), ints.numel(), data<R>(reals), reals.numel());

@@ -21,7 +21,7 @@ Tensor conv_forward(const Tensor& ints, const Tensor& reals, const Tensor& weigh
   Tensor out;
   dispatch_real(weights, "weights", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
-    PlanView<R> plan{};
+    Plan<R> plan{};
     read_plan(plan, ints, reals);
     check_size(plan.out_size, out_size, "out_size");
     ConvArgs<R> a = graph_arguments(plan, weights, x, delta, attr, src, order, rowptr);
@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& ints, con
   Gradients grads;
   dispatch_real(weights, "weights", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
-    PlanView<R> plan{};
+    Plan<R> plan{};
     read_plan(plan, ints, reals);
     const ConvArgs<R> a = backward_arguments(grads, plan, weights, x, delta, attr, src, order, rowptr, grad_out,
                                              order_by_source, colptr, need_x, need_delta, need_attr, need_weights);
@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_double_backward(
   Gradients grads;
   dispatch_real(weights, "weights", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
-    PlanView<R> plan{};
+    Plan<R> plan{};
     read_plan(plan, ints, reals);
     ConvArgs<R> a = backward_arguments(grads, plan, weights, x, delta, attr, src, order, rowptr, grad_out,
                                        order_by_source, colptr, need_x, need_delta, need_attr, need_weights);
@@ -103,7 +103,7 @@ Tensor conv_hidden(const Tensor& ints, const Tensor& reals, const Tensor& weight
   Tensor out;
   dispatch_real(weights, "weights", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
-    PlanView<R> plan{};
+    Plan<R> plan{};
     read_plan(plan, ints, reals);
     check_size(hidden_size(plan), hidden, "hidden");
     ConvArgs<R> a = point_arguments(plan, weights, delta, attr);
@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_hidden_backward(const Tensor& ints, cons
   Gradients grads;
   dispatch_real(weights, "weights", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
-    PlanView<R> plan{};
+    Plan<R> plan{};
     read_plan(plan, ints, reals);
     ConvArgs<R> a = point_arguments(plan, weights, delta, attr);
     check(grad_out, "grad_out", weights.scalar_type(), a.n_edges * hidden_size(plan));
@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_hidden_double_backward(const Ten
   Gradients grads;
   dispatch_real(weights, "weights", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
-    PlanView<R> plan{};
+    Plan<R> plan{};
     read_plan(plan, ints, reals);
     ConvArgs<R> a = point_arguments(plan, weights, delta, attr);
     const ScalarType real = weights.scalar_type();

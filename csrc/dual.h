@@ -3,7 +3,11 @@
 // of a Hessian and a vector: every second derivative that is needed, without a formula of its own.
 #pragma once
 
+#if defined(IST_SCALAR)
+#include "cuda/lane.h"
+#else
 #include "erf.h"
+#endif
 
 namespace implicit_steer::IST_ISA {
 

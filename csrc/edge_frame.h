@@ -32,31 +32,35 @@ struct Limits<double> {
 template <typename R>
 struct Edges {
   using V = typename Lane<R>::V;
-  V delta[3];         // [dim]
+  V* delta;           // [dim]
   V *attr, *rotated;  // [A] as given; times the frame's matrix
   V* inputs;          // [n_inputs]
   V squared;          // |x|²
   bool near = false;  // regular frames: hidden coefficients of orders >= 1 are carried divided by the radius
   V radius, inverse;  // softened, or safe_norm in planar frames that are not regular; 1 / radius (0 at 0)
-  V unit[3];          // zonal: x / radius; planar: cos φ, sin φ
-  V plane[2];         // planar: x in the plane
+  V* unit;            // zonal: x / radius; planar: cos φ, sin φ
+  V* plane;           // planar: x in the plane
   V factor;           // γ s(|x|)
   V* power;           // planar: cos kφ, sin kφ [2, max_power + 1]
   V* monomial;        // [n_monomials]
   V *cosine, *sine;   // [d]
   // gradients
   V *d_inputs, *d_cosine, *d_sine, *d_monomial, *d_rotated;
-  V d_radius, d_factor, d_delta[3];
-  V* d_attr;  // [A]
-  V d_shell;  // σ³ times the gradient of σ, summed over all tiles of a thread
+  V* d_unit;  // [3] zonal
+  V d_radius, d_factor;
+  V *d_delta, *d_attr;  // [dim], [A]
+  V d_shell;            // σ³ times the gradient of σ, summed over all tiles of a thread
 
-  void place(Arena& arena, const PlanView<Real<R>>& p, bool backward) {
+  template <typename A>
+  IST_LANES void place(A& arena, const PlanView<Real<R>>& p, bool backward) {
+    arena.take(delta, 3), arena.take(unit, 3), arena.take(plane, 2);
     arena.take(attr, p.n_attr), arena.take(rotated, p.n_attr), arena.take(inputs, p.n_inputs);
     arena.take(power, 2 * (p.max_power + 1)), arena.take(monomial, p.n_monomials);
     arena.take(cosine, p.d), arena.take(sine, p.d);
     if (!backward) return;
     arena.take(d_inputs, p.n_inputs), arena.take(d_cosine, p.d), arena.take(d_sine, p.d);
     arena.take(d_monomial, p.n_monomials), arena.take(d_rotated, p.n_attr), arena.take(d_attr, p.n_attr);
+    arena.take(d_delta, 3), arena.take(d_unit, 3);
   }
 };
 
@@ -71,7 +75,7 @@ IST_INLINE void safe_norm(V squared, V& norm, V& inverse) {
 
 // γ times the Gaussian shell times the cutoff 1 − 10 t³ + 15 t⁴ − 6 t⁵.
 template <typename R>
-void radial_forward(const PlanView<Real<R>>& p, R shell, Edges<R>& e) {
+IST_LANES void radial_forward(const PlanView<Real<R>>& p, R shell, Edges<R>& e) {
   using V = typename Lane<R>::V;
   e.factor = p.gamma * lane_exp(e.squared * (Real<R>(-0.5) / (shell * shell)));
   if (!p.has_cutoff) return;
@@ -82,7 +86,7 @@ void radial_forward(const PlanView<Real<R>>& p, R shell, Edges<R>& e) {
 }
 
 template <typename R>
-void radial_backward(const PlanView<Real<R>>& p, R shell, Edges<R>& e) {
+IST_LANES void radial_backward(const PlanView<Real<R>>& p, R shell, Edges<R>& e) {
   using V = typename Lane<R>::V;
   V slope = e.d_factor * e.factor * (-1 / (shell * shell));  // ∂L/∂(|x|²/2) of the shell
   e.d_shell += e.d_factor * e.factor * e.squared;
@@ -100,7 +104,7 @@ void radial_backward(const PlanView<Real<R>>& p, R shell, Edges<R>& e) {
 
 // rotated = attributeᵀ attr
 template <typename R>
-void attributes_forward(const PlanView<Real<R>>& p, Edges<R>& e) {
+IST_LANES void attributes_forward(const PlanView<Real<R>>& p, Edges<R>& e) {
   for (int j = 0; j < p.n_attr; ++j) {
     if (*p.attribute_identity) {
       e.rotated[j] = e.attr[j];
@@ -112,7 +116,7 @@ void attributes_forward(const PlanView<Real<R>>& p, Edges<R>& e) {
 }
 
 template <typename R>
-void attributes_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
+IST_LANES void attributes_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
   for (int i = 0; i < p.n_attr; ++i) {
     if (*p.attribute_identity) {
       e.d_attr[i] = e.d_rotated[i];
@@ -126,7 +130,7 @@ void attributes_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
 // ---- zonal: solid harmonics
 
 template <typename R>
-void zonal_forward(const PlanView<Real<R>>& p, Edges<R>& e, bool all) {
+IST_LANES void zonal_forward(const PlanView<Real<R>>& p, Edges<R>& e, bool all) {
   using V = typename Lane<R>::V;
   const int n_monomials = all ? p.n_monomials : p.used_monomials;
   const int n_harmonics = all ? p.n_harmonics : p.used_harmonics;
@@ -149,7 +153,7 @@ void zonal_forward(const PlanView<Real<R>>& p, Edges<R>& e, bool all) {
 }
 
 template <typename R>
-void zonal_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
+IST_LANES void zonal_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
   using V = typename Lane<R>::V;
   for (int j = 0; j < p.n_attr; ++j) e.d_rotated[j] = e.d_inputs[1 + j];
   for (int j = 0; j < p.used_monomials; ++j) e.d_monomial[j] = V{};
@@ -167,7 +171,8 @@ void zonal_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
     else
       e.d_monomial[n] += g;
   }
-  V d_unit[3] = {};
+  V* const d_unit = e.d_unit;  // in memory, as it is indexed by data
+  for (int k = 0; k < 3; ++k) d_unit[k] = V{};
   for (int j = p.used_monomials - 1; j > 0; --j) {
     const int earlier = p.monomial[2 * j], k = p.monomial[2 * j + 1];
     d_unit[k] += e.d_monomial[j] * e.monomial[earlier];
@@ -181,7 +186,7 @@ void zonal_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
 
 // cos kφ, sin kφ for k = 0 .. max_power from unit = (cos φ, sin φ), in power[0 ..] and power[width ..].
 template <typename R>
-void multiples(const PlanView<Real<R>>& p, Edges<R>& e) {
+IST_LANES void multiples(const PlanView<Real<R>>& p, Edges<R>& e) {
   using V = typename Lane<R>::V;
   V *cosines = e.power, *sines = e.power + p.max_power + 1;
   cosines[0] = V{} + 1, sines[0] = V{};
@@ -193,7 +198,7 @@ void multiples(const PlanView<Real<R>>& p, Edges<R>& e) {
 
 // On the axis the azimuth is that of the first nonzero attribute of order 1 (a constant), or 0.
 template <typename R>
-void attribute_direction(const PlanView<Real<R>>& p, Edges<R>& e) {
+IST_LANES void attribute_direction(const PlanView<Real<R>>& p, Edges<R>& e) {
   using V = typename Lane<R>::V;
   V direction[2] = {V{} + 1, V{}};
   for (int m = p.n_attr - 1; m >= 0; --m) {
@@ -209,7 +214,7 @@ void attribute_direction(const PlanView<Real<R>>& p, Edges<R>& e) {
 }
 
 template <typename R>
-void planar_forward(const PlanView<Real<R>>& p, Edges<R>& e) {
+IST_LANES void planar_forward(const PlanView<Real<R>>& p, Edges<R>& e) {
   using V = typename Lane<R>::V;
   for (int k = 0; k < 2; ++k) {
     e.plane[k] = V{};
@@ -250,7 +255,7 @@ void planar_forward(const PlanView<Real<R>>& p, Edges<R>& e) {
 }
 
 template <typename R>
-void planar_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
+IST_LANES void planar_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
   using V = typename Lane<R>::V;
   const V *cosines = e.power, *sines = e.power + p.max_power + 1;
   V d_plane[2] = {}, d_unit[2] = {};
@@ -300,7 +305,7 @@ void planar_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
 
 // From delta and attr; with `all`, every harmonic, not only those that the couplings read.
 template <typename R>
-void frame_forward(const PlanView<Real<R>>& p, R shell, Edges<R>& e, bool all) {
+IST_LANES void frame_forward(const PlanView<Real<R>>& p, R shell, Edges<R>& e, bool all) {
   e.squared = typename Lane<R>::V{};
   for (int k = 0; k < p.dim; ++k) e.squared += e.delta[k] * e.delta[k];
   radial_forward(p, shell, e);
@@ -313,7 +318,7 @@ void frame_forward(const PlanView<Real<R>>& p, R shell, Edges<R>& e, bool all) {
 
 // d_delta and d_attr from d_inputs, d_cosine, d_sine, d_radius and d_factor.
 template <typename R>
-void frame_backward(const PlanView<Real<R>>& p, R shell, Edges<R>& e) {
+IST_LANES void frame_backward(const PlanView<Real<R>>& p, R shell, Edges<R>& e) {
   for (int k = 0; k < p.dim; ++k) e.d_delta[k] = typename Lane<R>::V{};
   radial_backward(p, shell, e);
   if (p.kind == kZonal) {
@@ -327,17 +332,24 @@ void frame_backward(const PlanView<Real<R>>& p, R shell, Edges<R>& e) {
   attributes_backward(p, e);
 }
 
-// Planar: hidden coordinates h[w, m] = cosine[m] y[w, m] + sine[m] y[w, partner[m]].
+// Planar: hidden coordinate m of a channel with coefficients y [c].
 template <typename R>
-void expand_forward(const PlanView<Real<R>>& p, const Edges<R>& e, const typename Lane<R>::V* y,
-                    typename Lane<R>::V* h) {
+IST_INLINE typename Lane<R>::V turned(const PlanView<Real<R>>& p, const Edges<R>& e, const typename Lane<R>::V* y,
+                                      int m) {
+  return e.cosine[m] * y[m] + e.sine[m] * y[p.partner[m]];
+}
+
+// h[w, m] of all channels
+template <typename R>
+IST_LANES void expand_forward(const PlanView<Real<R>>& p, const Edges<R>& e, const typename Lane<R>::V* y,
+                              typename Lane<R>::V* h) {
   for (int w = 0; w < p.channels; ++w)
-    for (int m = 0; m < p.c; ++m) h[w * p.c + m] = e.cosine[m] * y[w * p.c + m] + e.sine[m] * y[w * p.c + p.partner[m]];
+    for (int m = 0; m < p.c; ++m) h[w * p.c + m] = turned(p, e, y + w * p.c, m);
 }
 
 template <typename R>
-void expand_backward(const PlanView<Real<R>>& p, Edges<R>& e, const typename Lane<R>::V* y,
-                     const typename Lane<R>::V* d_h, typename Lane<R>::V* d_y) {
+IST_LANES void expand_backward(const PlanView<Real<R>>& p, Edges<R>& e, const typename Lane<R>::V* y,
+                               const typename Lane<R>::V* d_h, typename Lane<R>::V* d_y) {
   using V = typename Lane<R>::V;
   for (int m = 0; m < p.c; ++m) e.d_cosine[m] = e.d_sine[m] = V{};
   for (int k = 0; k < p.channels * p.c; ++k) d_y[k] = V{};

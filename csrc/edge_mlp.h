@@ -22,8 +22,8 @@ IST_INLINE void linear_rows(const R* w, const R* bias, int n_columns, const int3
 }
 
 template <typename R>
-void linear_forward(const LayerView<Real<R>>& layer, const R* weights, const typename Lane<R>::V* y,
-                    typename Lane<R>::V* z) {
+IST_LANES void linear_forward(const LayerView<Real<R>>& layer, const R* weights, const typename Lane<R>::V* y,
+                              typename Lane<R>::V* z) {
   const R *w = weights + layer.weight, *bias = weights + layer.bias;
   const int32_t* g = layer.groups;
   for (int n = 0; n < layer.n_groups; ++n) {
@@ -53,9 +53,9 @@ IST_INLINE void linear_columns(const R* w, int n_rows, int n_columns, const int3
 
 // d_y += Wᵀ d_z (unless null); d_w[value] += d_z ⊗ y and d_b += d_z, lane by lane (unless null).
 template <typename R>
-void linear_backward(const LayerView<Real<R>>& layer, const R* weights, const typename Lane<R>::V* y,
-                     const typename Lane<R>::V* d_z, typename Lane<R>::V* d_y, typename Lane<R>::V* d_w,
-                     typename Lane<R>::V* d_b) {
+IST_LANES void linear_backward(const LayerView<Real<R>>& layer, const R* weights, const typename Lane<R>::V* y,
+                               const typename Lane<R>::V* d_z, typename Lane<R>::V* d_y, typename Lane<R>::V* d_w,
+                               typename Lane<R>::V* d_b) {
   using V = typename Lane<R>::V;
   if (d_b)
     for (int o = 0; o < layer.out; ++o) d_b[o] += d_z[o];
@@ -117,14 +117,21 @@ IST_INLINE void apply(V* x, V* slopes) {
     for (int j = 0; j < N; ++j) x[j] = F::value(x[j]);
 }
 
+// φ of the samples, x [2 N], and φ′ into slopes (unless null)
 template <typename F, int N, typename V>
-IST_INLINE void pairs_forward(const LayerView<Real<V>>& layer, int row, int c, int even, const V* z, V* y, V* slopes) {
-  const Real<V>*a = layer.pair_samples + row * c, *inverse = layer.pair_inverse + row * c;
-  V x[2 * N];  // even parts, odd parts; then the samples; then their sums and differences
-  products<N>(a, c, 0, layer.in_even, z, x);
+IST_INLINE void pair_values(const LayerView<Real<V>>& layer, int row, int c, int even, const V* z, V* x, V* slopes) {
+  const Real<V>* a = layer.pair_samples + row * c;
+  products<N>(a, c, 0, layer.in_even, z, x);  // even parts
   products<N>(a, c, even, even + layer.in_odd, z, x + N);
   butterfly<N>(x, x + N);
   apply<F, 2 * N>(x, slopes);
+}
+
+template <typename F, int N, typename V>
+IST_INLINE void pairs_forward(const LayerView<Real<V>>& layer, int row, int c, int even, const V* z, V* y, V* slopes) {
+  const Real<V>* inverse = layer.pair_inverse + row * c;
+  V x[2 * N];  // the samples, then their sums and differences
+  pair_values<F, N>(layer, row, c, even, z, x, slopes);
   butterfly<N>(x, x + N);
   add_products<N>(row == 0, inverse, c, 0, layer.out_even, x, y);
   add_products<N>(row == 0, inverse, c, even, even + layer.out_odd, x + N, y);
@@ -170,6 +177,10 @@ template <typename F>
 IST_INLINE void row_blocks(int begin, int end, F f) {
   int s = begin;
   for (; s + 5 <= end; s += 5) f(Count<5>{}, s);
+  if constexpr (kOneLane) {  // less code, and no pipeline to be filled by the few rows left
+    for (; s < end; ++s) f(Count<1>{}, s);
+    return;
+  }
   switch (end - s) {
     case 4:
       return f(Count<4>{}, s);
@@ -225,7 +236,7 @@ IST_INLINE Quotient<V> quadrature_mean(V b, V k) {
 template <typename F, bool kDerivatives, typename V>
 IST_INLINE Quotient<V> quotient(V b, V k) {
   auto direct = lane_abs(k) > Limits<Real<V>>::quotient;
-  if (F::kinked) direct = direct | (((b < 0) != (b + k < 0)) & (k != 0));
+  if (F::kinked()) direct = direct | (((b < 0) != (b + k < 0)) & (k != 0));
   const V far = select(direct, k, V{} + 1), near = select(direct, V{}, k);
   const V difference = (F::value(b + far) - F::value(b)) / far;
   Quotient<V> mean;
@@ -245,7 +256,7 @@ IST_INLINE Quotient<V> quotient(V b, V k) {
 
 // One channel near the origin: z and y of orders >= 1 (from coefficient `zero` on) divided by the radius r.
 template <typename F, typename V>
-void near_forward(const LayerView<Real<V>>& layer, int c, int zero, V r, const V* z, V* y) {
+IST_LANES void near_forward(const LayerView<Real<V>>& layer, int c, int zero, V r, const V* z, V* y) {
   for (int k = 0; k < c; ++k) y[k] = V{};
   for (int s = 0; s < layer.n_samples; ++s) {
     const Real<V>*a = layer.samples + s * c, *inv = layer.inverse_t + s * c;
@@ -259,7 +270,8 @@ void near_forward(const LayerView<Real<V>>& layer, int c, int zero, V r, const V
 }
 
 template <typename F, typename V>
-void near_backward(const LayerView<Real<V>>& layer, int c, int zero, V r, const V* z, const V* d_y, V* d_z, V& d_r) {
+IST_LANES void near_backward(const LayerView<Real<V>>& layer, int c, int zero, V r, const V* z, const V* d_y, V* d_z,
+                             V& d_r) {
   for (int k = 0; k < c; ++k) d_z[k] = V{};
   for (int s = 0; s < layer.n_samples; ++s) {
     const Real<V>*a = layer.samples + s * c, *inv = layer.inverse_t + s * c;
@@ -285,30 +297,33 @@ IST_INLINE void clear_unused(const PlanView<Real<V>>& p, int even, int odd, V* y
 }
 
 template <typename F, typename R>
-void activation_forward(const PlanView<Real<R>>& p, const LayerView<Real<R>>& layer, const Edges<R>& e,
-                        const typename Lane<R>::V* z, typename Lane<R>::V* y, typename Lane<R>::V* slopes) {
+IST_INLINE void channel_forward(const PlanView<Real<R>>& p, const LayerView<Real<R>>& layer, const Edges<R>& e,
+                                const typename Lane<R>::V* z, typename Lane<R>::V* y, typename Lane<R>::V* slopes) {
   const int c = p.c, rows = layer.n_samples - layer.n_pairs;
-  for (int w = 0; w < layer.out; w += c, z += c, y += c) {
-    if (e.near) {
-      near_forward<F>(layer, c, p.order_zero, e.radius, z, y);
-      continue;
-    }
-    clear_unused(p, layer.out_even, layer.out_odd, y);
-    row_blocks(0, layer.n_pairs, [&](auto n, int row) {
-      pairs_forward<F, decltype(n)::value>(layer, row, c, p.n_even, z, y, slopes ? slopes + 2 * row : nullptr);
-    });
-    row_blocks(layer.n_pairs, rows, [&](auto n, int row) {
-      singles_forward<F, decltype(n)::value>(layer, row, c, z, y, slopes ? slopes + layer.n_pairs + row : nullptr);
-    });
+  if (e.near) return near_forward<F>(layer, c, p.order_zero, e.radius, z, y);
+  clear_unused(p, layer.out_even, layer.out_odd, y);
+  row_blocks(0, layer.n_pairs, [&](auto n, int row) {
+    pairs_forward<F, decltype(n)::value>(layer, row, c, p.n_even, z, y, slopes ? slopes + 2 * row : nullptr);
+  });
+  row_blocks(layer.n_pairs, rows, [&](auto n, int row) {
+    singles_forward<F, decltype(n)::value>(layer, row, c, z, y, slopes ? slopes + layer.n_pairs + row : nullptr);
+  });
+}
+
+template <typename F, typename R>
+IST_LANES void activation_forward(const PlanView<Real<R>>& p, const LayerView<Real<R>>& layer, const Edges<R>& e,
+                                  const typename Lane<R>::V* z, typename Lane<R>::V* y, typename Lane<R>::V* slopes) {
+  for (int w = 0; w < layer.out; w += p.c, z += p.c, y += p.c) {
+    channel_forward<F>(p, layer, e, z, y, slopes);
     if (slopes) slopes += layer.n_samples;
   }
 }
 
 // d_z from d_y; near the origin d_r += the radius' gradient.
 template <typename F, typename R>
-void activation_backward(const PlanView<Real<R>>& p, const LayerView<Real<R>>& layer, Edges<R>& e,
-                         const typename Lane<R>::V* z, const typename Lane<R>::V* d_y,
-                         const typename Lane<R>::V* slopes, typename Lane<R>::V* d_z) {
+IST_LANES void activation_backward(const PlanView<Real<R>>& p, const LayerView<Real<R>>& layer, Edges<R>& e,
+                                   const typename Lane<R>::V* z, const typename Lane<R>::V* d_y,
+                                   const typename Lane<R>::V* slopes, typename Lane<R>::V* d_z) {
   const int c = p.c, rows = layer.n_samples - layer.n_pairs;
   for (int w = 0; w < layer.out; w += c, z += c, d_y += c, d_z += c, slopes += layer.n_samples) {
     if (e.near) {
@@ -327,20 +342,24 @@ void activation_backward(const PlanView<Real<R>>& p, const LayerView<Real<R>>& l
 
 // ---- batch norms: scale [W] times y, plus shift [W, n_trivial] on the trivial coefficients
 
+template <typename R, typename V>
+IST_INLINE void norm_channel(const PlanView<Real<R>>& p, R scale, const R* shift, const V* y, V* normed) {
+  for (int k = 0; k < p.c; ++k) normed[k] = y[k] * scale;
+  for (int k = 0; k < p.n_trivial; ++k) normed[p.trivial[k]] += shift[k];
+}
+
 template <typename R>
-void norm_forward(const PlanView<Real<R>>& p, const R* affine, int channels, const typename Lane<R>::V* y,
-                  typename Lane<R>::V* normed) {
+IST_LANES void norm_forward(const PlanView<Real<R>>& p, const R* affine, int channels, const typename Lane<R>::V* y,
+                            typename Lane<R>::V* normed) {
   const R* shift = affine + channels;
-  for (int w = 0; w < channels; ++w, y += p.c, normed += p.c, shift += p.n_trivial) {
-    for (int k = 0; k < p.c; ++k) normed[k] = y[k] * affine[w];
-    for (int k = 0; k < p.n_trivial; ++k) normed[p.trivial[k]] += shift[k];
-  }
+  for (int w = 0; w < channels; ++w, y += p.c, normed += p.c, shift += p.n_trivial)
+    norm_channel(p, affine[w], shift, y, normed);
 }
 
 // d_y in place, from the gradient of the output; d_affine += its gradient, lane by lane (unless null).
 template <typename R>
-void norm_backward(const PlanView<Real<R>>& p, const R* affine, int channels, const typename Lane<R>::V* y,
-                   typename Lane<R>::V* d_y, typename Lane<R>::V* d_affine) {
+IST_LANES void norm_backward(const PlanView<Real<R>>& p, const R* affine, int channels, const typename Lane<R>::V* y,
+                             typename Lane<R>::V* d_y, typename Lane<R>::V* d_affine) {
   for (int w = 0; w < channels; ++w, y += p.c, d_y += p.c) {
     if (d_affine)
       for (int k = 0; k < p.n_trivial; ++k) d_affine[channels + w * p.n_trivial + k] += d_y[p.trivial[k]];

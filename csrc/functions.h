@@ -13,7 +13,7 @@ IST_INLINE V sigmoid(V x) {
 // ---- φ, φ′ and φ″, and φ with φ′ together; `kinked`: φ, φ′ or φ″ jumps at 0
 
 struct Elu {
-  static constexpr bool kinked = true;
+  static constexpr IST_LANES bool kinked() { return true; }
   static constexpr bool is_elu = true;
   template <typename V>
   static IST_INLINE V value(V x) {
@@ -37,7 +37,7 @@ struct Elu {
 };
 
 struct Relu {
-  static constexpr bool kinked = true;
+  static constexpr IST_LANES bool kinked() { return true; }
   static constexpr bool is_elu = false;
   template <typename V>
   static IST_INLINE V value(V x) {
@@ -59,7 +59,7 @@ struct Relu {
 };
 
 struct Silu {
-  static constexpr bool kinked = false;
+  static constexpr IST_LANES bool kinked() { return false; }
   static constexpr bool is_elu = false;
   template <typename V>
   static IST_INLINE V value(V x) {
@@ -84,7 +84,7 @@ struct Silu {
 };
 
 struct Gelu {
-  static constexpr bool kinked = false;
+  static constexpr IST_LANES bool kinked() { return false; }
   static constexpr bool is_elu = false;
   template <typename V>
   static IST_INLINE V normal(V x) {  // standard normal density
@@ -117,7 +117,7 @@ struct Gelu {
 };
 
 struct Tanh {
-  static constexpr bool kinked = false;
+  static constexpr IST_LANES bool kinked() { return false; }
   static constexpr bool is_elu = false;
   template <typename V>
   static IST_INLINE V value(V x) {

@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor> conv_statistics(const Tensor& ints, const Tensor& rea
   Tensor statistics, packed;
   dispatch_real(delta, "delta", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
-    PlanView<R> plan{};
+    Plan<R> plan{};
     read_plan(plan, ints, reals);
     const SparseMatrix<R> matrix = read_matrix(plan, reals, rowptr, column, value);
     const std::vector<R> p = gather<R>(parameters, plan.n_parameters);
@@ -105,7 +105,7 @@ Tensor conv_pack(const Tensor& ints, const Tensor& reals, const Tensor& rowptr, 
   Tensor packed;
   dispatch_real(statistics, "statistics", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
-    PlanView<R> plan{};
+    Plan<R> plan{};
     read_plan(plan, ints, reals);
     const SparseMatrix<R> matrix = read_matrix(plan, reals, rowptr, column, value);
     const std::vector<R> p = gather<R>(parameters, plan.n_parameters);
@@ -137,7 +137,7 @@ Tensor conv_pack_backward(const Tensor& ints, const Tensor& reals, const Tensor&
   Tensor grad;
   dispatch_real(grad_packed, "grad_packed", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
-    PlanView<R> plan{};
+    Plan<R> plan{};
     read_plan(plan, ints, reals);
     const SparseMatrix<R> matrix = read_matrix(plan, reals, rowptr, column, value);
     check(grad_packed, "grad_packed", grad_packed.scalar_type(), plan.n_weights);
@@ -211,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> conv_gradients(
   std::vector<Tensor> of_parameters;
   dispatch_real(weights, "weights", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
-    PlanView<R> plan{};
+    Plan<R> plan{};
     read_plan(plan, ints, reals);
     ConvArgs<R> a = backward_arguments(grads, plan, weights, x, delta, attr, src, order, rowptr, grad_out,
                                        order_by_source, colptr, need_x, need_delta, need_attr, need_parameters);

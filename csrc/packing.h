@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <vector>
 
 #include "plan.h"
 
@@ -15,12 +16,13 @@ struct SparseMatrix {
   const int32_t *rowptr, *column;
   const R* value;
 
+  IST_HOST_DEVICE R multiply_row(int64_t i, const R* p) const {
+    R sum = 0;
+    for (int32_t k = rowptr[i]; k < rowptr[i + 1]; ++k) sum += value[k] * p[column[k]];
+    return sum;
+  }
   void multiply(const R* p, R* packed) const {
-    for (int64_t i = 0; i < n_rows; ++i) {
-      R sum = 0;
-      for (int32_t k = rowptr[i]; k < rowptr[i + 1]; ++k) sum += value[k] * p[column[k]];
-      packed[i] = sum;
-    }
+    for (int64_t i = 0; i < n_rows; ++i) packed[i] = multiply_row(i, p);
   }
   // grad_p += transpose · grad, over the first n rows
   void multiply_transposed(int64_t n, const R* grad, R* grad_p) const {
@@ -29,56 +31,98 @@ struct SparseMatrix {
   }
 };
 
+// The transpose of a matrix's first n rows.
+template <typename R>
+struct Transposed {
+  std::vector<int32_t> rowptr, column;
+  std::vector<R> value;
+
+  Transposed(const SparseMatrix<R>& matrix, int64_t n, int64_t n_columns) : rowptr(n_columns + 1), column(), value() {
+    const int32_t n_values = matrix.rowptr[n];
+    column.resize(n_values), value.resize(n_values);
+    for (int32_t k = 0; k < n_values; ++k) ++rowptr[matrix.column[k] + 1];
+    for (int64_t j = 0; j < n_columns; ++j) rowptr[j + 1] += rowptr[j];
+    std::vector<int32_t> next(rowptr.begin(), rowptr.end() - 1);
+    for (int64_t i = 0; i < n; ++i)
+      for (int32_t k = matrix.rowptr[i]; k < matrix.rowptr[i + 1]; ++k) {
+        const int32_t to = next[matrix.column[k]]++;
+        column[to] = static_cast<int32_t>(i), value[to] = matrix.value[k];
+      }
+  }
+};
+
 // Calls f(from, to) for every weight of θ: its positions in the packed weights in the layouts [b][u][v, w] and
 // [b][v][w][u], whose rows of channels are padded.
 template <typename R, typename F>
 void for_theta(const PlanView<R>& plan, F f) {
-  const auto padded = [](int64_t n) { return (n + kChannels - 1) / kChannels * kChannels; };
-  for (const CouplingView& q : plan.coupling_storage) {
-    const int64_t row = q.constant ? 1 : padded(q.n_hidden), slot = padded(q.n_in * row), outputs = padded(q.n_out);
+  for (const CouplingView* next = plan.couplings; next < plan.couplings + plan.n_couplings; ++next) {
+    const CouplingView& q = *next;
     for (int64_t b = 0; b < q.n_basis; ++b)
       for (int64_t u = 0; u < q.n_out; ++u)
         for (int64_t v = 0; v < q.n_in; ++v)
           for (int64_t w = 0; w < q.n_hidden; ++w)
-            f(q.theta + (b * q.n_out + u) * slot + v * row + w,
-              q.theta_forward + ((b * q.n_in + v) * q.n_hidden + w) * outputs + u);
+            f(q.theta + (b * q.n_out + u) * q.theta_size + v * q.hidden_padded + w,
+              q.theta_forward + ((b * q.n_in + v) * q.n_hidden + w) * q.out_padded + u);
   }
 }
 
 // Statistics of one batch norm: mean [W, n_trivial], variance [W].
 template <typename R>
-int64_t statistics_size(const PlanView<R>& p) {
+IST_HOST_DEVICE int64_t statistics_size(const PlanView<R>& p) {
   return p.has_norms ? int64_t{p.layers[0].out / p.c} * (p.n_trivial + 1) : 0;
 }
 
-// scale = weight / sqrt(variance + eps), shift = bias - mean * scale of batch norm n
+// Mean and variance of channel w of a batch norm, from the sums [2, channels * d] of h - shift and of its square over
+// `count` edges; the variance is unbiased, the mean over the field's coordinates.
+template <typename R, typename Shift>
+IST_HOST_DEVICE void channel_statistics(const PlanView<R>& plan, int channels, int w, const double* sums,
+                                        const Shift* shift, double count, R* mean, R* variance) {
+  const double* const squares = sums + channels * plan.d;
+  double sum = 0;
+  for (int k = w * plan.d; k < (w + 1) * plan.d; ++k) {
+    const double about_mean = squares[k] - sums[k] / count * sums[k];
+    sum += (about_mean > 0 ? about_mean : 0) / (count - 1);
+  }
+  variance[w] = static_cast<R>(sum / plan.d);
+  for (int k = 0; k < plan.n_trivial; ++k) {
+    const int m = w * plan.d + plan.measured[k];
+    mean[w * plan.n_trivial + k] = static_cast<R>(shift[m] + sums[m] / count);
+  }
+}
+
+// scale = weight / sqrt(variance + eps), shift = bias - mean * scale of channel w of batch norm n
 template <typename R>
-void pack_affine(const PlanView<R>& plan, int n, const R* p, const R* statistics, R* packed) {
+IST_HOST_DEVICE void pack_channel(const PlanView<R>& plan, int n, int w, const R* p, const R* statistics, R* packed) {
   const LayerView<R>& layer = plan.layers[n];
   const int channels = layer.out / plan.c, trivial = plan.n_trivial;
   const R *mean = statistics + n * statistics_size(plan), *variance = mean + channels * trivial;
   R *scale = packed + layer.affine, *shift = scale + channels;
-  for (int w = 0; w < channels; ++w) {
-    scale[w] = p[layer.norm_weight + w] / std::sqrt(variance[w] + plan.eps);
-    for (int k = w * trivial; k < (w + 1) * trivial; ++k) shift[k] = p[layer.norm_bias + k] - mean[k] * scale[w];
-  }
+  scale[w] = p[layer.norm_weight + w] / std::sqrt(variance[w] + plan.eps);
+  for (int k = w * trivial; k < (w + 1) * trivial; ++k) shift[k] = p[layer.norm_bias + k] - mean[k] * scale[w];
+}
+template <typename R>
+void pack_affine(const PlanView<R>& plan, int n, const R* p, const R* statistics, R* packed) {
+  for (int w = 0; w < plan.layers[n].out / plan.c; ++w) pack_channel(plan, n, w, p, statistics, packed);
 }
 
 // Its reverse; the statistics are constants, as in escnn.
 template <typename R>
-void pack_affine_backward(const PlanView<R>& plan, int n, const R* statistics, const R* grad, R* grad_p) {
+IST_HOST_DEVICE void pack_channel_backward(const PlanView<R>& plan, int n, int w, const R* statistics, const R* grad,
+                                           R* grad_p) {
   const LayerView<R>& layer = plan.layers[n];
   const int channels = layer.out / plan.c, trivial = plan.n_trivial;
   const R *mean = statistics + n * statistics_size(plan), *variance = mean + channels * trivial;
   const R *d_scale = grad + layer.affine, *d_shift = d_scale + channels;
-  for (int w = 0; w < channels; ++w) {
-    R d = d_scale[w];
-    for (int k = w * trivial; k < (w + 1) * trivial; ++k) {
-      grad_p[layer.norm_bias + k] += d_shift[k];
-      d -= d_shift[k] * mean[k];
-    }
-    grad_p[layer.norm_weight + w] += d / std::sqrt(variance[w] + plan.eps);
+  R d = d_scale[w];
+  for (int k = w * trivial; k < (w + 1) * trivial; ++k) {
+    grad_p[layer.norm_bias + k] += d_shift[k];
+    d -= d_shift[k] * mean[k];
   }
+  grad_p[layer.norm_weight + w] += d / std::sqrt(variance[w] + plan.eps);
+}
+template <typename R>
+void pack_affine_backward(const PlanView<R>& plan, int n, const R* statistics, const R* grad, R* grad_p) {
+  for (int w = 0; w < plan.layers[n].out / plan.c; ++w) pack_channel_backward(plan, n, w, statistics, grad, grad_p);
 }
 
 }  // namespace implicit_steer

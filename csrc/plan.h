@@ -5,11 +5,22 @@
 #include <cstdint>
 #include <vector>
 
+// Functions that GPU kernels call, too.
+#if defined(__CUDACC__)
+#define IST_HOST_DEVICE __host__ __device__
+#else
+#define IST_HOST_DEVICE
+#endif
+
 namespace implicit_steer {
 
 enum FrameKind : int32_t { kNone = 0, kZonal = 1, kPlanar = 2 };
 // Rows of channels in the packed weights, and in what is multiplied with them, are padded to whole multiples of this.
 constexpr int64_t kChannels = 8;
+// Numbers of a row of n channels.
+__attribute__((always_inline)) constexpr int64_t padded(int64_t n) {
+  return (n + kChannels - 1) / kChannels * kChannels;
+}
 
 enum Function : int32_t { kElu = 0, kRelu = 1, kSilu = 2, kGelu = 3, kTanh = 4 };
 
@@ -49,10 +60,9 @@ struct CouplingView {
   const int32_t* slots;          // [n_slots, 2] b, o
   const int32_t* groups;         // [n_groups, 4] first slot, slots, first block, blocks
   const int32_t* blocks;         // [n_blocks, 2] row (n_rows: the constant one), position of the products
-  // set by place_couplings()
   int32_t hidden_padded, in_padded, out_padded;  // rows of channels: whole kChannels; of the constant one: 1
   int64_t theta_size;                            // of θ[b, u], as [v, w]
-  int64_t at_sums, at_slots;                     // positions in a worker's buffers
+  int64_t at_sums, at_slots;                     // positions in a worker's buffers; set by place_couplings()
 };
 
 // Numbers of T over all couplings: group by group [w][slot, v], and slot by slot [v][w]; rows are padded.
@@ -99,15 +109,20 @@ struct PlanView {
   int32_t n_harmonic_terms;
   const int32_t* harmonic_terms;  // [n_harmonic_terms, 4] m, ascending; places of the input and in t; padded V
   const R* harmonic_term_value;
-  std::vector<LayerView<R>> layer_storage;
-  std::vector<CouplingView> coupling_storage;
   const LayerView<R>* layers;
   CouplingView* couplings;
 };
 
+// With the memory of what it views beside the two flat arrays.
+template <typename R>
+struct Plan : PlanView<R> {
+  std::vector<LayerView<R>> layer_storage;
+  std::vector<CouplingView> coupling_storage;
+};
+
 // H: numbers of one edge's hidden features, the constant one included.
 template <typename R>
-int64_t hidden_size(const PlanView<R>& p) {
+IST_HOST_DEVICE int64_t hidden_size(const PlanView<R>& p) {
   return int64_t{p.hidden_flat} / p.c * p.d + 1;
 }
 
@@ -119,25 +134,24 @@ bool gathered_as_given(const PlanView<R>& p) {
   return same;
 }
 
-// Reads consecutive numbers.
+// Reads consecutive numbers. The pointers that it hands out lead into a copy of them, `copy`, for the views to be used
+// where the numbers themselves cannot be read.
 template <typename T>
 struct Reader {
   const T* next;
   const T* end;
+  const T* copy;
   bool valid = true;
   const T* take(int64_t n) {
     if (n < 0 || n > end - next) {
       valid = false;
       return nullptr;
     }
-    const T* result = next;
-    next += n;
+    const T* result = copy;
+    next += n, copy += n;
     return result;
   }
-  T one() {
-    const T* p = take(1);
-    return p ? *p : T{};
-  }
+  T one() { return take(1) ? next[-1] : T{}; }
 };
 
 template <typename R>
@@ -160,7 +174,7 @@ void read_frame(PlanView<R>& p, Reader<int32_t>& ints, Reader<R>& reals) {
 }
 
 template <typename R>
-void read_layer(PlanView<R>& p, Reader<int32_t>& ints, Reader<R>& reals) {
+void read_layer(Plan<R>& p, Reader<int32_t>& ints, Reader<R>& reals) {
   LayerView<R> layer{};
   int32_t* const header[] = {&layer.in,      &layer.out,         &layer.n_samples, &layer.weight,   &layer.bias,
                              &layer.affine,  &layer.norm_weight, &layer.norm_bias, &layer.n_values, &layer.n_pairs,
@@ -181,6 +195,9 @@ inline CouplingView read_coupling(Reader<int32_t>& ints) {
   q.theta = ints.one(), q.theta_forward = ints.one(), q.out_at = ints.one();
   q.slots = ints.take(int64_t{2} * q.n_slots), q.groups = ints.take(int64_t{4} * q.n_groups);
   q.blocks = ints.take(int64_t{2} * q.n_blocks);
+  q.hidden_padded = q.constant ? 1 : static_cast<int32_t>(padded(q.n_hidden));
+  q.in_padded = static_cast<int32_t>(padded(q.n_in)), q.out_padded = static_cast<int32_t>(padded(q.n_out));
+  q.theta_size = padded(int64_t{q.n_in} * q.hidden_padded);
   return q;
 }
 
@@ -189,21 +206,24 @@ bool read_products(PlanView<R>& p, Reader<int32_t>& ints, Reader<R>& reals) {
   p.n_products = ints.one(), p.product_size = ints.one(), p.products = ints.take(int64_t{4} * p.n_products);
   p.g_from = ints.take(p.n_g), p.g_first = ints.take(p.n_g + 1);
   if (!ints.valid) return false;
-  p.nz_harmonic = ints.take(p.g_first[p.n_g]), p.nz_value = reals.take(p.g_first[p.n_g]);
+  const int32_t n_nz = ints.next[-1];
+  p.nz_harmonic = ints.take(n_nz), p.nz_value = reals.take(n_nz);
   p.n_adjoint = ints.one(), p.adjoint = ints.take(int64_t{4} * p.n_adjoint);
   if (!ints.valid) return false;
-  const int32_t n_terms = p.n_adjoint ? p.adjoint[4 * p.n_adjoint - 1] : 0;
+  const int32_t n_terms = p.n_adjoint ? ints.next[-1] : 0;
   p.adjoint_from = ints.take(n_terms), p.adjoint_g = ints.take(n_terms);
   p.n_harmonic_terms = ints.one(), p.harmonic_terms = ints.take(int64_t{4} * p.n_harmonic_terms);
   p.harmonic_term_value = reals.take(p.n_harmonic_terms);
   return ints.valid;
 }
 
+// The view of a plan whose numbers can be read at `ints` and `reals` now, and where it is used at the copies of these.
 // False when the arrays are not what backends/cpu_plan.py writes.
 template <typename R>
-bool plan_view(PlanView<R>& p, const int32_t* ints_begin, int64_t n_ints, const R* reals_begin, int64_t n_reals) {
-  Reader<int32_t> ints{ints_begin, ints_begin + n_ints};
-  Reader<R> reals{reals_begin, reals_begin + n_reals};
+bool plan_view(Plan<R>& p, const int32_t* ints_begin, int64_t n_ints, const R* reals_begin, int64_t n_reals,
+               const int32_t* ints_copy, const R* reals_copy) {
+  Reader<int32_t> ints{ints_begin, ints_begin + n_ints, ints_copy};
+  Reader<R> reals{reals_begin, reals_begin + n_reals, reals_copy};
   int32_t* const header[] = {&p.kind,     &p.dim,         &p.n_attr,      &p.regular,   &p.n_inputs,  &p.in_size,
                              &p.out_size, &p.n_layers,    &p.d,           &p.c,         &p.channels,  &p.order_zero,
                              &p.function, &p.n_couplings, &p.n_rows,      &p.n_g,       &p.n_weights, &p.n_grad,
@@ -218,11 +238,16 @@ bool plan_view(PlanView<R>& p, const int32_t* ints_begin, int64_t n_ints, const 
   for (int n = 0; n < p.n_layers && ints.valid; ++n) read_layer(p, ints, reals);
   p.row_start = ints.take(p.n_rows + 1);
   if (!ints.valid) return false;
-  p.row = ints.take(p.row_start[p.n_rows]);
+  p.row = ints.take(ints.next[-1]);
   if (!read_products(p, ints, reals)) return false;
   for (int q = 0; q < p.n_couplings && ints.valid; ++q) p.coupling_storage.push_back(read_coupling(ints));
   p.layers = p.layer_storage.data(), p.couplings = p.coupling_storage.data();
   return ints.valid && reals.valid && ints.next == ints.end && reals.next == reals.end;
+}
+
+template <typename R>
+bool plan_view(Plan<R>& p, const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals) {
+  return plan_view(p, ints, n_ints, reals, n_reals, ints, reals);
 }
 
 }  // namespace implicit_steer

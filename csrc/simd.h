@@ -23,8 +23,11 @@
 #define IST_ROW_BYTES 16
 #endif
 #define IST_INLINE inline __attribute__((always_inline))
+#define IST_LANES  // functions of lanes that the compiler may leave apart; gpu/lane.h needs more words
 
 namespace implicit_steer::IST_ISA {
+
+constexpr bool kOneLane = false;  // of a type that is a plain number
 
 // V: L edges. Q: QL neighbouring channels of one edge or node.
 template <typename R>

@@ -24,13 +24,17 @@ def _is_native(tensor: Tensor) -> bool:
     return tensor.is_cpu and native.available()[0]
 
 
+def _sorts_natively(key: Tensor) -> bool:
+    return _is_native(key) or (key.is_cuda and native.cuda_available()[0])
+
+
 def sort_by_key(key: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Stable sort of ``key`` (E,), integers in 0 .. n-1.
 
     Returns ``order`` (E,), with ``key[order]`` ascending and equal keys in their given order, and ``offsets`` (n+1,):
     the positions of node k are ``order[offsets[k]:offsets[k + 1]]``. Both have the dtype and device of ``key``.
     """
-    if _is_native(key):
+    if _sorts_natively(key):
         return torch.ops.implicit_steer.sort_by_key(key, n)
     order = torch.argsort(key, stable=True)
     offsets = torch.searchsorted(key[order], torch.arange(n + 1, dtype=key.dtype, device=key.device))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("_ops.so")
+CUDA_LIBRARY = Path(__file__).with_name("libimplicit_steer_cuda.so")  # opened by _ops.so at the first CUDA call
 
 
 def _load() -> tuple[bool, str]:
@@ -60,6 +61,15 @@ if _STATE[0]:
 def available() -> tuple[bool, str]:
     """``(True, where it was loaded from)`` or ``(False, why there is no native extension)``."""
     return _STATE
+
+
+def cuda_available() -> tuple[bool, str]:
+    """``(True, where they are)`` or ``(False, why there are no CUDA kernels)``; needs no driver and no device."""
+    if not _STATE[0]:
+        return False, f"the native extension is missing: {_STATE[1]}"
+    if not CUDA_LIBRARY.exists():
+        return False, "this build has no CUDA kernels. Reinstall where nvcc is found, with IMPLICIT_STEER_CUDA=require"
+    return True, f"kernels in {CUDA_LIBRARY}"
 
 
 class BuildInfo:

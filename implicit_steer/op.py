@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends import cpu, reference
+from .backends import cpu, cuda, reference
 from .backends.hidden import Statistics
 from .graph import Graph
 from .packing import Parameters
@@ -84,11 +84,12 @@ def implicit_conv(
 def implicit_kernel(
     plan: Plan, parameters: Parameters, delta: Tensor, attributes: Tensor, *, batch_statistics: bool
 ) -> tuple[Tensor, list[Statistics]]:
-    """K (P, C_out, C_in) at P points: delta (P, dim), attributes (P, A). Native on CPU tensors, else `reference`."""
+    """K (P, C_out, C_in) at P points: delta (P, dim), attributes (P, A). Native on CPU tensors, `cuda` on CUDA
+    tensors where it can, else `reference`."""
     dtype = _compute_dtype(parameters)
     parameters = _cast(parameters, dtype)
     live = batch_statistics and bool(plan.norms) and delta.shape[0] > 0
     native = _compiled_engine(parameters, "cpu", delta.device) or cpu.supports(plan, delta.device, dtype)[0]
-    kernel = cpu.kernel if native else reference.kernel
-    k, statistics = kernel(plan, parameters, live, delta.to(dtype), attributes.to(dtype))
+    engine = cpu if native else cuda if cuda.supports(plan, delta.device, dtype)[0] else reference
+    k, statistics = engine.kernel(plan, parameters, live, delta.to(dtype), attributes.to(dtype))
     return k.to(delta.dtype), statistics

@@ -1,7 +1,6 @@
 // What every caller of the loops needs: the table of an instruction set, and the statistics of batch norms. No torch.
 #pragma once
 
-#include <algorithm>
 #include <type_traits>
 #include <vector>
 
@@ -34,16 +33,8 @@ void batch_statistics(const ConvTable<R>& table, ConvArgs<R>& a, const R* p, R* 
     sums.resize(int64_t{2} * size * a.threads), shift.resize(size);
     a.layer = n, a.sums = sums.data(), a.shift = shift.data();
     table.statistics(a);
-    for (int w = 0; w < channels; ++w) {
-      double sum = 0;
-      for (int k = w * plan.d; k < (w + 1) * plan.d; ++k)
-        sum += std::max(sums[size + k] - sums[k] / count * sums[k], 0.0) / (count - 1);
-      variance[w] = static_cast<R>(sum / plan.d);
-      for (int k = 0; k < plan.n_trivial; ++k) {
-        const int m = w * plan.d + plan.measured[k];
-        mean[w * plan.n_trivial + k] = static_cast<R>(shift[m] + sums[m] / count);
-      }
-    }
+    for (int w = 0; w < channels; ++w)
+      channel_statistics(plan, channels, w, sums.data(), shift.data(), count, mean, variance);
     pack_affine(plan, n, p, statistics, packed);
   }
 }

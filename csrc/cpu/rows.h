@@ -75,7 +75,6 @@ template <typename R>
 IST_INLINE void store_row(R* p, typename Lane<R>::Q q) {
   store_numbers(p, q);
 }
-IST_INLINE int64_t padded(int64_t n) { return (n + kChannels - 1) / kChannels * kChannels; }
 
 // y[j, :] = Σ_{k0 <= k < k1} a(j, k) b[k, :] for j < N, M T wide; added to what is there if kAdd
 template <bool kAdd, int N, int M, typename T, typename R, typename A>

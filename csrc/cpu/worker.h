@@ -15,10 +15,6 @@ CouplingSizes place_couplings(PlanView<R>& p) {
   CouplingSizes size;
   for (int k = 0; k < p.n_couplings; ++k) {
     CouplingView& q = p.couplings[k];
-    q.hidden_padded = q.constant ? 1 : static_cast<int32_t>(padded(q.n_hidden));
-    q.in_padded = static_cast<int32_t>(padded(q.n_in));
-    q.out_padded = static_cast<int32_t>(padded(q.n_out));
-    q.theta_size = padded(int64_t{q.n_in} * q.hidden_padded);
     q.at_sums = size.sums, q.at_slots = size.slots;
     size.sums += int64_t{q.n_slots} * q.n_hidden * q.in_padded;
     size.slots += int64_t{q.n_slots} * q.in_padded * q.hidden_padded;

@@ -7,13 +7,13 @@ import torch
 from .. import native
 from .._check import fail
 from ..plan import Plan
-from . import cpu, eager, reference, triton
+from . import cpu, cuda, eager, reference, triton
+from .gpu_cost import instructions_per_edge
 
-BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu, "triton": triton}
+BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu, "cuda": cuda, "triton": triton}
 
-_PREFERENCE = ("cpu", "triton", "eager")  # of "auto": the first that supports the plan, fastest first
-_ABSENT = {"cuda": "not part of this version of implicit_steer"}
-NAMES = ("auto", *BACKENDS, *_ABSENT)
+_PREFERENCE = ("cpu", "cuda", "triton", "eager")  # of "auto": the first that supports the plan
+NAMES = ("auto", *BACKENDS)
 
 
 def availability() -> dict[str, tuple[bool, str]]:
@@ -22,8 +22,8 @@ def availability() -> dict[str, tuple[bool, str]]:
         "reference": (True, "plain PyTorch; materialises the kernel of every edge (the oracle)"),
         "eager": (True, "plain PyTorch; factored"),
         "cpu": native.available(),
+        "cuda": cuda.available(),
         "triton": triton.available(),
-        **{name: (False, reason) for name, reason in _ABSENT.items()},
     }
 
 
@@ -34,6 +34,16 @@ def check(name: str, plan: Plan, device: torch.device, dtype: torch.dtype) -> No
         select(name, plan, device, dtype)
 
 
+def _by_preference(plan: Plan, device: torch.device) -> tuple[tuple[str, ...], str]:
+    """The backends, the one to be preferred first, and on a GPU why."""
+    if device.type != "cuda":
+        return _PREFERENCE, ""
+    predicted = instructions_per_edge(plan)
+    first, second = sorted(predicted, key=predicted.get)
+    reason = f"; predicted {predicted[first]:,.0f} warp instructions per edge, {second} {predicted[second]:,.0f}"
+    return (first, second, *(name for name in _PREFERENCE if name not in predicted)), reason
+
+
 def select(name: str, plan: Plan, device: torch.device, dtype: torch.dtype):
     """The backend for ``name`` (an object with ``supports`` and ``forward``) and the reason for the choice.
 
@@ -42,15 +52,13 @@ def select(name: str, plan: Plan, device: torch.device, dtype: torch.dtype):
         RuntimeError: a backend asked for by name that is not there or does not support the plan, with its reason.
     """
     if name == "auto":
-        refused = ""
-        for candidate in _PREFERENCE:
+        refused, (preferred, why) = "", _by_preference(plan, device)
+        for candidate in preferred:
             ok, reason = BACKENDS[candidate].supports(plan, device, dtype)
             if ok:
-                return BACKENDS[candidate], f"{candidate}: {reason}{refused}"
+                return BACKENDS[candidate], f"{candidate}: {reason}{why if candidate == preferred[0] else refused}"
             refused += f"; not {candidate}: {reason}"
         fail("backend", "one that supports the plan", f"none{refused}", "See implicit_steer.info().", RuntimeError)
-    if name in _ABSENT:
-        fail("backend", "one that is available", f"{name!r} ({_ABSENT[name]})", "Use backend='auto'.", RuntimeError)
     if name not in BACKENDS:
         fail("backend", f"one of {NAMES}", repr(name), "See implicit_steer.info().")
     ok, reason = BACKENDS[name].supports(plan, device, dtype)

@@ -127,6 +127,8 @@ def native_plan(plan: Plan, parameters: Parameters) -> NativePlan:
 class Layer:
     """A plan with what was learned for it, and its weights as the native code reads them."""
 
+    backend = "cpu"  # as errors name it
+
     def __init__(self, plan: Plan, native: NativePlan, parameters: Parameters):
         self.plan, self.native = plan, native
         self.parameters, self.learned = parameters, _learned(parameters)
@@ -136,11 +138,12 @@ class Layer:
         nothing = parameters.shell_width.new_empty(0)
         self.bias, self.expansion = parameters.bias or (nothing, nothing.view(plan.out_size, 0))
         self.mean = plan.aggr == "mean"
+        self.trivial, self.kernel_entries = native.trivial, native.kernel
         self._kept: tuple[Tensor, Tensor, Tensor] | None = None  # bytes of the sources; statistics, packed weights
 
     def kernel_matrix(self) -> Tensor:
         """(C_out · C_in, H) of the last layer."""
-        position, column, value = self.native.kernel
+        position, column, value = self.kernel_entries
         last = torch.cat([t.reshape(-1) for t in self.parameters.linears[-1] if t is not None])
         plan, value = self.plan, value.to(last.dtype) * last.index_select(0, column)
         flat = value.new_zeros(plan.out_size * plan.in_size * plan.hidden_size).index_add(0, position, value)
@@ -166,7 +169,7 @@ class Layer:
         """The statistics that the batch norms keep, in the same order."""
         if not self.plan.norms:
             return self.parameters.shell_width.new_empty(0)
-        pairs = zip(self.native.trivial, self.parameters.norms, strict=True)
+        pairs = zip(self.trivial, self.parameters.norms, strict=True)
         return torch.cat([t.reshape(-1) for trivial, p in pairs for t in running(p, trivial)])
 
     def packed(self) -> tuple[Tensor, Tensor]:
@@ -221,7 +224,7 @@ class BatchStatistics(Sequence[Statistics]):
 
 
 @dataclass(eq=False)
-class _Convolution:
+class Convolution:
     """Inputs x, delta, attributes, bias; the output (N, C_out)."""
 
     layer: Layer
@@ -275,10 +278,10 @@ class _HiddenFeatures:
 
     def gradients(self, *arguments) -> list[Tensor]:
         """As those of a convolution."""
-        return _composed(self, *arguments)
+        return composed_gradients(self, *arguments)
 
 
-def _composed(call, needs, grad, packed, statistics, inputs, learned) -> list[Tensor]:
+def composed_gradients(call, needs, grad, packed, statistics, inputs, learned) -> list[Tensor]:
     """The gradients of the inputs and the parameters by operators that know their derivatives."""
     *found, of_packed = call.backward(needs, grad, packed, *inputs)
     return [*found, *call.layer.unpack_gradient(of_packed, learned, statistics)] if needs[-1] else found
@@ -304,7 +307,7 @@ class _Operator(torch.autograd.Function):
         inputs, learned, needed = tensors[:n], tensors[n:], (*needs[:n], any(needs[n:]))
         if torch.is_grad_enabled():  # create_graph=True
             packed = call.layer.pack(learned, statistics)
-            found = _composed(call, needed, grad, packed, statistics, inputs, learned)
+            found = composed_gradients(call, needed, grad, packed, statistics, inputs, learned)
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 found = call.gradients(needed, grad, packed, statistics, inputs, learned)
@@ -314,7 +317,7 @@ class _Operator(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _Operator).apply  # without the detour for torch.func, which is not looking on
 
 
-def _refuse_transforms() -> None:
+def _refuse_transforms(backend: str) -> None:
     """Raise where torch.func would differentiate past the operators, or give 0."""
     if torch.compiler.is_compiling():
         wrong, expected = is_transformed(), "one that torch.func can transform inside torch.compile"
@@ -325,13 +328,13 @@ def _refuse_transforms() -> None:
         expected = "one that torch.func.grad, vjp, jvp, jacrev, jacfwd and hessian can transform"
         remedy = "Use torch.autograd.grad, also inside torch.func.vmap's ensembles, or backend='reference'."
     if wrong:
-        fail("backend", expected, "'cpu'", remedy, RuntimeError)
+        fail("backend", expected, repr(backend), remedy, RuntimeError)
 
 
-def _refuse_tangents(tensors: Sequence[Tensor]) -> None:
+def _refuse_tangents(backend: str, tensors: Sequence[Tensor]) -> None:
     if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         remedy = "Use torch.autograd.grad, or backend='reference'."
-        fail("backend", "one with forward-mode derivatives", "'cpu'", remedy, RuntimeError)
+        fail("backend", "one with forward-mode derivatives", repr(backend), remedy, RuntimeError)
 
 
 def _run(
@@ -340,14 +343,14 @@ def _run(
     """The output and the batch statistics; tensors contiguous."""
     layer = call.layer
     if is_traced():
-        _refuse_transforms()
+        _refuse_transforms(layer.backend)
         with torch.no_grad():
             statistics = layer.measured(delta, attributes)[0] if batch_statistics else layer.running()
         out = call.forward(layer.pack(layer.learned, statistics), *inputs)
         measured = BatchStatistics(layer.plan, statistics) if batch_statistics else []
         return out, [measured[n] for n in range(len(measured))]
     if forward_ad._current_level >= 0:
-        _refuse_tangents([*layer.learned, *inputs])
+        _refuse_tangents(layer.backend, [*layer.learned, *inputs])
     with torch._C._AutoDispatchBelowAutograd():
         statistics, packed = layer.measured(delta, attributes) if batch_statistics else layer.packed()
         measured = BatchStatistics(layer.plan, statistics) if batch_statistics else []
@@ -366,9 +369,15 @@ def forward(
     attributes: Tensor,
 ) -> tuple[Tensor, Sequence[Statistics]]:
     """out_i = bias + Σ_{e: j→i} K(x_e, a_e) f_j, shape (N, C_out)."""
-    layer = _bind(plan, parameters)
+    return convolve(Convolution(_bind(plan, parameters), graph), batch_statistics, x, delta, attributes)
+
+
+def convolve(
+    call: Convolution, batch_statistics: bool, x: Tensor, delta: Tensor, attributes: Tensor
+) -> tuple[Tensor, Sequence[Statistics]]:
+    """The convolution, and the batch norms' statistics over its edges, if asked for."""
     x, delta, attributes = x.contiguous(), delta.contiguous(), attributes.contiguous()
-    return _run(_Convolution(layer, graph), batch_statistics, delta, attributes, (x, delta, attributes, layer.bias))
+    return _run(call, batch_statistics, delta, attributes, (x, delta, attributes, call.layer.bias))
 
 
 def kernel(
@@ -376,8 +385,15 @@ def kernel(
 ) -> tuple[Tensor, Sequence[Statistics]]:
     """K(x, a) (P, C_out, C_in): hidden features from the native code, the last layer one matrix product."""
     layer = _bind(plan, parameters)
-    if layer.native.kernel is None:
-        layer.native.with_kernel()
-    points = delta.contiguous(), attributes.contiguous()
+    if layer.kernel_entries is None:
+        layer.kernel_entries = layer.native.with_kernel().kernel
+    return kernel_values(layer, batch_statistics, delta, attributes)
+
+
+def kernel_values(
+    layer: Layer, batch_statistics: bool, delta: Tensor, attributes: Tensor
+) -> tuple[Tensor, Sequence[Statistics]]:
+    """K(x, a) (P, C_out, C_in) of a layer whose kernel entries are ready."""
+    plan, points = layer.plan, (delta.contiguous(), attributes.contiguous())
     h, statistics = _run(_HiddenFeatures(layer), batch_statistics, *points, points)
     return (h @ layer.kernel_matrix().T).view(h.shape[0], plan.out_size, plan.in_size), statistics

@@ -19,7 +19,8 @@ _NAMESPACE = "implicit_steer"
 
 def _no_third_derivatives(ctx, *_) -> NoReturn:
     raise RuntimeError(
-        "backend: expected one with third derivatives, got 'cpu', which has first and second ones. Use backend='eager'."
+        "backend: expected one with third derivatives, got 'cpu' or 'cuda', which have first and second ones. "
+        "Use backend='eager'."
     )
 
 

@@ -104,7 +104,7 @@ class KernelBase(torch.nn.Module):
         means, variances = ([b[names[k]] for b, (_, names) in zip(buffers, self._norms, strict=True)] for k in (2, 3))
         counts = [b["num_batches_tracked"] for b in buffers]
         together = getattr(statistics, "together", None)
-        if together is not None and together.dtype == variances[0].dtype:
+        if together is not None and together.is_cpu and together.dtype == variances[0].dtype:
             arguments = self._columns, [norm.momentum for norm, _ in self._norms]
             torch.ops.implicit_steer.conv_move_running(together, means, variances, counts, *arguments)
             return

@@ -1,4 +1,5 @@
-"""Writes the case files of the native tests: ``PYTHONPATH=.:tests python tests/native/write_cases.py DIR``.
+"""Writes the case files of the native tests: ``PYTHONPATH=.:tests python tests/native/write_cases.py DIR``;
+those for the emulated CUDA kernels alone are in DIR/gpu.
 
 A case file is a sequence of arrays, each a line of text ``name dtype size size ...\\n`` (one size per axis) followed by
 the numbers, C order, little endian, and nothing else. dtype: int32, int64 or float64.
@@ -183,6 +184,50 @@ def all_near_origin(problem):
     return problem
 
 
+def hub(problem):
+    """10,000 edges into one of 40 nodes, a few into the others."""
+    edges = random_edges(10_200, 40, 40)
+    edges[1, 100:10_100] = 7
+    return on(problem, edges, (40, 40))
+
+
+def nodes(n, e):
+    """The problem on n nodes with e random edges."""
+    return lambda problem: on(problem, random_edges(e, n, n), (n, n))
+
+
+def radius(r):
+    """The problem with every other edge of that length."""
+
+    def change(problem):
+        problem.delta[::2] = r * torch.nn.functional.normalize(problem.delta[::2])
+        return problem
+
+    return change
+
+
+def gpu_cases():
+    """More kinds of graph, for the emulated CUDA kernels."""
+
+    def made(change, case="o3", configuration="eval", activation="silu"):
+        case = SMALL.get(case, case)
+        conv = layer(case, configuration, activation=activation)
+        return conv, change(case.inputs(conv))
+
+    cloud = Case("cloud", "O(3)", "8 scalar+vector", "8 scalar+vector", "1 scalar", n_layers=3, n_channels=8)
+
+    return {
+        "one-edge": made(nodes(5, 1)),
+        "1-node": made(nodes(1, 40)),
+        "65-nodes": made(nodes(65, 300)),
+        "130-nodes": made(nodes(130, 500), "so2"),
+        "hub": made(hub),
+        "cloud": made(nodes(16, 512), cloud, "no norm", "elu"),
+        "radius-0": made(radius(0), "o3-l2"),
+        "radius-1e-6": made(radius(1e-6), "o3-l2"),
+    }
+
+
 def cases():
     """Name → layer, problem: all frames, all activations, with and without batch statistics, kinds of graph."""
 
@@ -222,12 +267,12 @@ def cases():
 
 
 def main():
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("*.case"):
-        stale.unlink()
-    for name, (conv, problem) in cases().items():
-        write(folder / f"{name}.case", arrays_of(conv, problem))
+    for folder, made in ((Path(sys.argv[1]), cases()), (Path(sys.argv[1]) / "gpu", gpu_cases())):
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob("*.case"):
+            stale.unlink()
+        for name, (conv, problem) in made.items():
+            write(folder / f"{name}.case", arrays_of(conv, problem))
 
 
 if __name__ == "__main__":

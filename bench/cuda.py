@@ -1,0 +1,203 @@
+"""What the compiled CUDA kernels take of a GPU, and gates on it: ``python -m bench.cuda LIBRARY COUNTS`` writes
+docs/cuda_kernels.md; ``make cuda-kernels`` makes the library and COUNTS first.
+
+Registers, memory and instructions of every kernel are read from the library's machine code with cuobjdump; no GPU is
+needed. COUNTS is what the emulator of tests/simt counts in a forward and a backward pass: ``conv_test … count``.
+
+Gates: no stack and no local memory, no generic loads (every address is known to be shared or global), and no arithmetic
+in double in kernels of float. What may break them is listed in ``EXCUSED``, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .predict import DEVICES, SHARES
+from .report import table
+
+PAGE = Path("docs/cuda_kernels.md")
+_REGISTERS, _WARPS = 65536, 64  # of a multiprocessor
+_SHARED = {80: 164, 90: 228, 100: 228, 120: 100}  # KB of a multiprocessor; 1 KB of it goes to each block
+# Kernel and count that need not be 0 → why.
+EXCUSED = {
+    ("sum_rows", "double"): "the sums of batch statistics are formed in double",
+    ("norm_statistics", "double"): "variances from those sums",
+}
+_INTRODUCTION = """# What the CUDA kernels need
+
+Read from the machine code, by `make cuda-kernels`. Registers per thread, on each architecture; all instructions in the
+code and those that load, on the newest one; bytes of stack, local and generic accesses, the most of any architecture:
+the last ones are held to 0. NOTHING HERE RAN ON A GPU."""
+_PREDICTION = """## Predicted times
+
+PREDICTIONS, never measurements, for 1,000,000 edges of degree 32 in float32: the benchmark's case `cloud` (8 fields of
+l <= 1, three hidden layers of 8 channels). The emulator counts the memory instructions of every warp; the machine code
+says how many instructions there are for each of these; a multiprocessor issues four a cycle. The two numbers of a
+prediction assume the good and the ordinary share of that rate that kernels reach. What is left out: latencies that few
+resident warps do not hide, bank conflicts, misses of the caches. Occupancy: the share of a multiprocessor's warps that
+registers and shared memory leave resident."""
+
+
+@dataclass
+class Kernel:
+    """One kernel for one architecture."""
+
+    name: str
+    architecture: str
+    registers: int
+    stack: int
+    shared: int  # static
+    instructions: Counter = field(default_factory=Counter)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What the gates look at, by name."""
+        n = self.instructions
+        return {
+            "stack": self.stack,
+            "local": n["LDL"] + n["STL"],
+            "generic": n["LD"] + n["ST"],
+            "double": n["DFMA"] + n["DADD"] + n["DMUL"] if "double" not in self.name else 0,
+        }
+
+    def failures(self) -> list[str]:
+        """The gates that it breaks."""
+        base = self.name.split("<")[0]
+        broken = [(what, n) for what, n in self.counts.items() if n and (base, what) not in EXCUSED]
+        return [f"{self.architecture} {self.name}: {what} {n}, expected 0" for what, n in broken]
+
+
+def tool(name: str) -> str:
+    """Where the program is: on the path, or in NVIDIA's package of its name."""
+    packaged = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin" / name
+    found = shutil.which(name) or (str(packaged) if packaged.exists() else None)
+    if found is None:
+        sys.exit(f"{name}: not found. Install nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm, or the CUDA toolkit.")
+    return found
+
+
+def readable(symbols: list[str]) -> dict[str, str]:
+    """Mangled name → ``kernel<kinds of numbers>``."""
+    run = subprocess.run(["c++filt"], input="\n".join(symbols), check=True, capture_output=True, text=True)
+    names = {}
+    for symbol, name in zip(symbols, run.stdout.splitlines(), strict=True):
+        name = re.sub(r"implicit_steer::|gpu::|^void ", "", name)
+        names[symbol] = re.sub(r" (?=>)", "", re.split(r"\((?![^<]*>)", name, maxsplit=1)[0])
+    return names
+
+
+def kernels_of(library: Path) -> list[Kernel]:
+    """All kernels of all architectures."""
+    cuobjdump = tool("cuobjdump")
+    environment = {"PATH": f"{Path(tool('nvdisasm')).parent}:{Path(cuobjdump).parent}:/usr/bin:/bin"}
+
+    def dump(option: str) -> list[str]:
+        run = subprocess.run([cuobjdump, option, library], check=True, capture_output=True, text=True, env=environment)
+        return run.stdout.splitlines()
+
+    found: dict[tuple[str, str], Kernel] = {}
+    architecture = symbol = ""
+    for line in dump("--dump-resource-usage"):
+        if match := re.search(r"\barch = (sm_\d+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function (\S+?):?$", line):
+            symbol = match[1]
+        elif "REG:" in line:
+            number = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", line)}
+            found[architecture, symbol] = Kernel(symbol, architecture, number["REG"], number["STACK"], number["SHARED"])
+    for line in dump("-sass"):
+        if match := re.search(r"code for (sm_\d+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function : (\S+)", line):
+            symbol = match[1]
+        elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)(\.[A-Z0-9_.]*)?", line):
+            count = found[architecture, symbol].instructions
+            count[match[1]] += 1
+    names = readable([kernel.name for kernel in found.values()])
+    for kernel in found.values():
+        kernel.name = names[kernel.name]
+    return list(found.values())
+
+
+def resources(kernels: Sequence[Kernel]) -> str:
+    """The table of all kernels."""
+    architectures = sorted({k.architecture for k in kernels}, key=lambda a: int(a[3:]))
+    by_name: dict[str, dict[str, Kernel]] = {}
+    for k in kernels:
+        by_name.setdefault(k.name, {})[k.architecture] = k
+    rows = []
+    for name, of in sorted(by_name.items()):
+        n = of[architectures[-1]].instructions
+        registers = ", ".join(str(of[a].registers) for a in architectures)
+        worst = ", ".join(str(max(o.counts[what] for o in of.values())) for what in ("stack", "local", "generic"))
+        rows.append([f"`{name}`", registers, f"{n.total():,}", str(n["LDS"]), str(n["LDG"]), worst])
+    head = ["kernel", f"registers, {', '.join(architectures)}", "instructions", "LDS", "LDG", "stack, local, generic"]
+    return table(head, rows)
+
+
+@dataclass
+class Launch:
+    """What the emulator counted of a kernel: memory instructions of warps per edge; threads and bytes of a block."""
+
+    instructions: float
+    threads: int
+    shared: int
+
+    def occupancy(self, kernel: Kernel) -> float:
+        """Share of a multiprocessor's warps that can be resident."""
+        warps = self.threads // 32
+        of_registers = _REGISTERS // (-(-kernel.registers // 8) * 8 * self.threads)
+        of_memory = _SHARED[int(kernel.architecture[3:])] * 1024 // (self.shared + kernel.shared + 1024)
+        return min(of_registers, of_memory, _WARPS // warps) * warps / _WARPS
+
+
+def predictions(kernels: Sequence[Kernel], launches: dict[str, Launch]) -> str:
+    """The table of the kernels that were counted, in float, and the devices of bench/predict.py."""
+    rows = []
+    for label, device in DEVICES.items():
+        for name, launch in launches.items():
+            found = [k for k in kernels if k.name.startswith(f"{name}<float") and "Dual" not in k.name
+                     and k.architecture == f"sm_{device.architecture}"]  # fmt: skip
+            if not found:
+                continue
+            kernel, n = found[0], found[0].instructions
+            in_memory = sum(n[what] for what in ("LDS", "LDG", "STS", "STG"))
+            executed = launch.instructions * n.total() / in_memory
+            least = 1e6 * executed / (4 * device.clock * 1e9 * device.multiprocessors)
+            low, high = (1e3 * least / share for share in SHARES["issue"])
+            occupancy = f"{100 * launch.occupancy(kernel):.0f} %"
+            rows.append([f"`{name}`", label, f"{executed:,.0f}", occupancy, f"{low:.2f} – {high:.2f}"])
+    head = ["kernel", "device", "warp instructions per edge", "occupancy", "ms, PREDICTED"]
+    return table(head, rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 1 where a gate fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("library", type=Path)
+    parser.add_argument("counts", type=Path)
+    parser.add_argument("--page", type=Path, default=PAGE, help="(%(default)s)")
+    options = parser.parse_args(arguments)
+    kernels = kernels_of(options.library)
+    failures = [failure for kernel in kernels for failure in kernel.failures()]
+    launches = {}
+    for line in options.counts.read_text().splitlines():
+        name, instructions, threads, shared = line.split()
+        launches[name] = Launch(float(instructions), int(threads), int(shared))
+    parts = [_INTRODUCTION, resources(kernels), _PREDICTION, predictions(kernels, launches)]
+    options.page.write_text("\n\n".join(parts) + "\n")
+    print("\n".join(failures) or f"{len(kernels)} kernels: all gates hold, {options.page} says what they take")
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

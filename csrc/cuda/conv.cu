@@ -1,0 +1,219 @@
+// The entry points for one kind of number: IST_REAL, in the table IST_TABLE. Compiled once for float, once for double.
+
+#include "../packing.h"
+#include "backward.cuh"
+#include "device_plan.h"
+#include "forward.cuh"
+#include "hidden.cuh"
+#include "launch.h"
+#include "library.h"
+#include "statistics.cuh"
+#include "vectors.cuh"
+
+namespace implicit_steer::IST_ISA {
+
+namespace {
+
+using R = IST_REAL;
+
+// A kernel on edges or points, and the shape of its launch.
+template <typename N>
+struct EdgeKernel {
+  const char* name;
+  void (*kernel)(Call<R>);
+  Call<R> call;
+  int warps_per_block;
+
+  // `rest`: numbers of a warp behind its edges; `most_warps`: more get no edges.
+  Failure prepare(const DevicePlan<R>& plan, const ConvArgs<R>& args, Needs needs, int64_t rest, int64_t most_warps) {
+    call.args = args, call.args.plan = nullptr, call.plan = plan.view, call.extent = plan.extent,
+    call.places = plan.places;
+    Shape& shape = call.shape;
+    shape = best_shape<N>(plan.view, plan.extent, needs, rest);
+    const int64_t warp_bytes = static_cast<int64_t>(sizeof(N)) * shape.warp_size;
+    const int64_t available = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    warps_per_block = static_cast<int>(std::min<int64_t>(kThreads / 32, (available - kBlockBytes) / warp_bytes));
+    if (warps_per_block == 0) return failure(name, cudaErrorInvalidConfiguration);
+    const int64_t bytes = kBlockBytes + warps_per_block * warp_bytes;
+    IST_TRY(failure(
+        name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes))));
+    int blocks = 0;
+    IST_TRY(failure(name, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, 32 * warps_per_block, bytes)));
+    const int64_t resident = int64_t{blocks} * warps_per_block * device_attribute(cudaDevAttrMultiProcessorCount);
+    const int64_t tile = 32 / shape.lanes, most = std::max<int64_t>(std::min(resident, most_warps), 1);
+    const int64_t tiles = (args.n_edges + tile - 1) / tile;
+    shape.edges_per_warp = std::max<int64_t>((tiles + most - 1) / most, 1) * tile;
+    shape.warps = static_cast<int>((args.n_edges + shape.edges_per_warp - 1) / shape.edges_per_warp);
+    return {};
+  }
+
+  Failure run(void* stream) const {
+    const dim3 grid((call.shape.warps + warps_per_block - 1) / warps_per_block);
+    const int64_t bytes = kBlockBytes + static_cast<int64_t>(sizeof(N)) * call.shape.warp_size * warps_per_block;
+    return launch(name, kernel, grid, dim3(32 * warps_per_block), bytes, stream, call);
+  }
+};
+
+// Memory of a call for `n` numbers of every warp and `more`; at least one number.
+R* partial_results(const ConvArgs<R>& args, const Shape& shape, int64_t n, int64_t more = 0) {
+  return static_cast<R*>(args.scratch(std::max<int64_t>(n * shape.warps + more, 1) * sizeof(R)));
+}
+
+template <typename Sum>
+Failure sum_partial(const R* rows, int64_t n_rows, int64_t n, Sum* out, int64_t n_out, void* stream) {
+  const dim3 grid(static_cast<unsigned>((n_out + kColumns - 1) / kColumns)), block(kColumns, kRows);
+  return launch("sum_rows", sum_rows<R, Sum>, grid, block, 0, stream, rows, n_rows, n, out, n_out);
+}
+
+// Warps beyond those that have this much memory for their gradients of the weights would cost more than they save.
+constexpr int64_t kGradientBytes = int64_t{64} << 20;
+int64_t most_warps(const PlanView<R>& plan) {
+  return kGradientBytes / (static_cast<int64_t>(sizeof(R)) * std::max(plan.n_grad, 1));
+}
+constexpr int64_t kAnyWarps = int64_t{1} << 30;
+
+template <typename N>
+Failure forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream) {
+  EdgeKernel<N> edges{"conv_forward", conv_forward<N>, {}, 0};
+  IST_TRY(edges.prepare(plan, args, {true, false}, forward_rest(plan), kAnyWarps));
+  edges.call.partial = partial_results(args, edges.call.shape, 2 * plan.view.out_size);
+  IST_TRY(edges.run(stream));
+  return launch_threads("conv_forward_shared_nodes", conv_forward_shared_nodes<R>, args.n_dst * plan.view.out_size,
+                        stream, edges.call);
+}
+
+// launch(tag of the indices' type)
+template <typename Launch>
+Failure with_index(const ConvArgs<R>& a, Launch launch) {
+  return a.wide ? launch(static_cast<int64_t*>(nullptr)) : launch(static_cast<int32_t*>(nullptr));
+}
+
+Failure sum_features(const DevicePlan<R>& plan, const ConvArgs<R>& a, void* stream) {
+  return with_index(a, [&](auto* tag) {
+    using Index = std::remove_pointer_t<decltype(tag)>;
+    return launch_threads("sum_by_source", sum_by_source<R, Index>, a.n_src * plan.view.in_size, stream, a.grad_edge,
+                          static_cast<const Index*>(a.order_by_source), static_cast<const Index*>(a.colptr), a.n_src,
+                          plan.view.in_size, a.grad_x);
+  });
+}
+
+Failure finish(const DevicePlan<R>& plan, const ConvArgs<R>& a, const R* expansion, const R* bias, int64_t n, bool mean,
+               void* stream) {
+  return with_index(a, [&](auto* tag) {
+    using Index = std::remove_pointer_t<decltype(tag)>;
+    return launch_threads("finish_nodes", finish_nodes<R, Index>, a.n_dst * plan.view.out_size, stream,
+                          static_cast<const Index*>(a.rowptr), a.n_dst, plan.view.out_size, expansion, bias, n, mean,
+                          a.out);
+  });
+}
+
+// The kernel, then the sum over its warps' gradients of the weights: [n_weights], 0 in the second layout of θ.
+template <typename N>
+Failure run_backward(EdgeKernel<N>& edges, const DevicePlan<R>& plan, const ConvArgs<R>& args, Needs needs,
+                     int64_t rest, void* stream) {
+  const int64_t n_grad = args.grad_weights ? plan.view.n_grad : 0;
+  IST_TRY(edges.prepare(plan, args, needs, rest, args.grad_weights ? most_warps(plan.view) : kAnyWarps));
+  edges.call.partial = partial_results(args, edges.call.shape, n_grad);
+  IST_TRY(edges.run(stream));
+  if (!args.grad_weights) return {};
+  return sum_partial(edges.call.partial, edges.call.shape.warps, n_grad, args.grad_weights, plan.view.n_weights,
+                     stream);
+}
+
+template <typename N>
+Failure backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream) {
+  EdgeKernel<N> edges{"conv_backward", conv_backward<N>, {}, 0};
+  IST_TRY(run_backward(edges, plan, args, {true, true}, backward_rest(plan), stream));
+  return args.grad_x ? sum_features(plan, args, stream) : Failure{};
+}
+
+template <typename N>
+Failure hidden_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream) {
+  EdgeKernel<N> points{"conv_hidden", conv_hidden<N>, {}, 0};
+  IST_TRY(points.prepare(plan, args, {false, false}, 0, kAnyWarps));
+  return points.run(stream);
+}
+
+template <typename N>
+Failure hidden_backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream) {
+  EdgeKernel<N> points{"conv_hidden_backward", conv_hidden_backward<N>, {}, 0};
+  return run_backward(points, plan, args, {false, true}, 0, stream);
+}
+
+Failure statistics(const DevicePlan<R>& plan, const ConvArgs<R>& args, const R* parameters, R* packed, R* statistics,
+                   void* stream) {
+  const PlanView<R>& view = plan.view;
+  const int channels = plan.host.layers[0].out / view.c, size = channels * view.d;
+  EdgeKernel<R> points{"conv_statistics", conv_statistics<R>, {}, 0};
+  IST_TRY(points.prepare(plan, args, {false, false}, statistics_rest(plan), kAnyWarps));
+  const int64_t warps = points.call.shape.warps, doubles = 2 * size * (sizeof(double) / sizeof(R));
+  double* const sums = reinterpret_cast<double*>(partial_results(args, points.call.shape, 2 * size, size + doubles));
+  points.call.partial = reinterpret_cast<R*>(sums + 2 * size);
+  points.call.args.weights = packed;
+  for (int n = 0; n < view.n_layers; ++n) {
+    points.call.args.layer = n;
+    IST_TRY(points.run(stream));
+    IST_TRY(sum_partial(points.call.partial, warps, 2 * size, sums, 2 * size, stream));
+    IST_TRY(launch_threads("norm_statistics", norm_statistics<R>, channels, stream, view, n, sums,
+                           points.call.partial + 2 * size * warps, static_cast<double>(args.n_edges), parameters,
+                           statistics, packed));
+  }
+  return {};
+}
+
+Failure pack(const DevicePlan<R>& plan, const SparseMatrix<R>& matrix, const R* parameters, const R* statistics,
+             R* packed, void* stream) {
+  IST_TRY(launch_threads("multiply", multiply<R>, matrix.n_rows, stream, matrix, parameters, packed));
+  return launch_threads("pack_norms", pack_norms<R>, norm_channels(plan), stream, plan.view, parameters, statistics,
+                        packed);
+}
+
+Failure pack_backward(const DevicePlan<R>& plan, const SparseMatrix<R>& transposed, const R* statistics,
+                      const R* grad_packed, R* grad_parameters, void* stream) {
+  IST_TRY(launch_threads("multiply", multiply<R>, transposed.n_rows, stream, transposed, grad_packed, grad_parameters));
+  return launch_threads("pack_norms_backward", pack_norms_backward<R>, norm_channels(plan), stream, plan.view,
+                        statistics, grad_packed, grad_parameters);
+}
+
+Failure pairs_of_weights(const DevicePlan<R>& plan, const R* weights, const R* tangent, R* pairs, void* stream) {
+  return launch_threads("pair_weights", pair_weights<R>, plan.view.n_weights, stream, plan.view, weights, tangent,
+                        pairs);
+}
+
+// A block has at least one warp, and that at least one edge.
+template <typename N>
+int64_t least_bytes(const DevicePlan<R>& plan, Needs needs, int64_t rest) {
+  return kBlockBytes + static_cast<int64_t>(sizeof(N)) * shape_of<N>(plan.host, plan.extent, needs, rest, 32).warp_size;
+}
+
+int64_t shared_bytes(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals) {
+  DevicePlan<R> plan;
+  if (!plan.read(ints, n_ints, reals, n_reals)) return -1;
+  const int64_t backward = least_bytes<Dual<R>>(plan, {true, true}, backward_rest(plan));
+  const int64_t statistics = least_bytes<R>(plan, {false, false}, statistics_rest(plan));
+  return std::max(backward, statistics);
+}
+
+}  // namespace
+
+extern const CudaTable<R> IST_TABLE;
+const CudaTable<R> IST_TABLE{plan_bytes<R>,
+                             plan_create<R>,
+                             plan_destroy<R>,
+                             plan_view_of<R>,
+                             shared_bytes,
+                             forward<R>,
+                             backward<R>,
+                             finish,
+                             forward<Dual<R>>,
+                             backward<Dual<R>>,
+                             hidden_forward<R>,
+                             hidden_backward<R>,
+                             hidden_forward<Dual<R>>,
+                             hidden_backward<Dual<R>>,
+                             statistics,
+                             pack,
+                             pack_backward,
+                             pairs_of_weights};
+
+}  // namespace implicit_steer::IST_ISA

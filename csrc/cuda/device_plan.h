@@ -1,0 +1,122 @@
+// A plan in device memory: one piece with its two arrays of numbers and the views of its layers and couplings.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "../packing.h"
+#include "call.h"
+#include "compat.cuh"
+
+namespace implicit_steer {
+
+template <typename R>
+struct DevicePlan {
+  std::vector<int32_t> ints;
+  std::vector<R> reals;
+  Plan<R> host{};      // of these
+  PlanView<R> view{};  // of their copies on the device
+  Extent extent;
+  std::vector<int32_t> input_places;                            // of Places: first, then at
+  Places places{};                                              // of their copy on the device
+  int64_t reals_at, layers_at, couplings_at, places_at, bytes;  // of the copies, in one piece of memory
+
+  // False when the arrays are not what backends/cpu_plan.py writes.
+  bool read(const int32_t* ints_begin, int64_t n_ints, const R* reals_begin, int64_t n_reals) {
+    ints.assign(ints_begin, ints_begin + n_ints), reals.assign(reals_begin, reals_begin + n_reals);
+    if (!::implicit_steer::plan_view(host, ints.data(), n_ints, reals.data(), n_reals)) return false;
+    place_couplings(host), list_places();
+    extent.all_layers = extent.widest = 0;
+    for (int n = 0; n < host.n_layers; ++n) {
+      extent.all_layers += host.layers[n].out;
+      extent.widest = std::max<int64_t>(extent.widest, host.layers[n].out);
+    }
+    const auto aligned = [](int64_t n) { return (n + 255) / 256 * 256; };
+    reals_at = aligned(n_ints * sizeof(int32_t)), layers_at = reals_at + aligned(n_reals * sizeof(R));
+    couplings_at = layers_at + aligned(host.n_layers * sizeof(LayerView<R>));
+    places_at = couplings_at + aligned(host.n_couplings * sizeof(CouplingView));
+    bytes = places_at + aligned(input_places.size() * sizeof(int32_t));
+    return true;
+  }
+
+  cudaError_t copy(void* memory, cudaStream_t stream) {
+    char* const to = static_cast<char*>(memory);
+    std::vector<char> image(bytes);
+    Plan<R> there{};
+    ::implicit_steer::plan_view(there, ints.data(), ints.size(), reals.data(), reals.size(),
+                                reinterpret_cast<const int32_t*>(to), reinterpret_cast<const R*>(to + reals_at));
+    place_couplings(there);
+    const auto put = [&](int64_t at, const auto& numbers) {
+      if (!numbers.empty()) std::memcpy(image.data() + at, numbers.data(), numbers.size() * sizeof(numbers[0]));
+    };
+    put(0, ints), put(reals_at, reals), put(layers_at, there.layer_storage), put(couplings_at, there.coupling_storage);
+    put(places_at, input_places);
+    view = there;
+    view.layers = reinterpret_cast<const LayerView<R>*>(to + layers_at);
+    view.couplings = reinterpret_cast<CouplingView*>(to + couplings_at);
+    places.first = reinterpret_cast<const int32_t*>(to + places_at), places.at = places.first + host.in_size + 1;
+    const cudaError_t error = cudaMemcpyAsync(memory, image.data(), bytes, cudaMemcpyHostToDevice, stream);
+    return error == cudaSuccess ? cudaStreamSynchronize(stream) : error;  // calls on other streams will read it
+  }
+
+ private:
+  // Sets the couplings' positions in T, [slot][v, w] as in the first layout of θ.
+  void place_couplings(Plan<R>& p) {
+    extent.sums = 0;
+    for (CouplingView& q : p.coupling_storage) q.at_sums = extent.sums, extent.sums += q.n_slots * q.theta_size;
+  }
+
+  void list_places() {
+    input_places.assign(host.in_size + 1, 0);
+    for (int k = 0; k < host.n_gathered; ++k)
+      if (host.input[k] >= 0) ++input_places[host.input[k] + 1];
+    for (int i = 0; i < host.in_size; ++i) input_places[i + 1] += input_places[i];
+    std::vector<int32_t> next(input_places);
+    input_places.resize(host.in_size + 1 + next.back());
+    for (int k = 0; k < host.n_gathered; ++k)
+      if (host.input[k] >= 0) input_places[host.in_size + 1 + next[host.input[k]]++] = k;
+  }
+};
+
+// Numbers of a warp's memory behind its edges.
+template <typename R>
+int64_t forward_rest(const DevicePlan<R>& plan) {
+  return plan.extent.sums + plan.host.n_mixed;
+}
+template <typename R>
+int64_t backward_rest(const DevicePlan<R>& plan) {
+  return 2 * plan.extent.sums + plan.host.n_mixed;
+}
+template <typename R>
+int64_t statistics_rest(const DevicePlan<R>& plan) {
+  return int64_t{3} * (plan.extent.widest / plan.host.c) * plan.host.d;
+}
+// Channels of all batch norms.
+template <typename R>
+int64_t norm_channels(const DevicePlan<R>& plan) {
+  return plan.host.has_norms ? int64_t{plan.host.n_layers} * (plan.host.layers[0].out / plan.host.c) : 0;
+}
+
+template <typename R>
+int64_t plan_bytes(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals) {
+  DevicePlan<R> plan;
+  return plan.read(ints, n_ints, reals, n_reals) ? plan.bytes : -1;
+}
+template <typename R>
+DevicePlan<R>* plan_create(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals, void* memory,
+                           void* stream) {
+  auto plan = std::make_unique<DevicePlan<R>>();
+  const bool read = plan->read(ints, n_ints, reals, n_reals);
+  return read && plan->copy(memory, static_cast<cudaStream_t>(stream)) == cudaSuccess ? plan.release() : nullptr;
+}
+template <typename R>
+void plan_destroy(DevicePlan<R>* plan) {
+  delete plan;
+}
+template <typename R>
+const PlanView<R>* plan_view_of(const DevicePlan<R>* plan) {
+  return &plan->host;
+}
+
+}  // namespace implicit_steer

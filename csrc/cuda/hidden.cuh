@@ -1,0 +1,101 @@
+// Hidden features alone, for kernels on a grid: h_e = factor · (features of the last layer, 1), and their gradients.
+#pragma once
+
+#include "reverse.cuh"
+
+namespace implicit_steer::IST_ISA {
+
+template <typename N>
+struct HiddenForward : Warp<N, false, false> {
+  using Base = Warp<N, false, false>;
+  using Base::Base, Base::a, Base::p, Base::e, Base::lanes, Base::sub, Base::active, Base::edge;
+
+  __device__ __forceinline__ void write() const {
+    Real<N>* const out = a.out + edge * hidden_size(p);
+    const int channels = p.hidden_flat / p.c;
+    for (int w = 0; w < channels; ++w)
+      for (int m = sub; m < p.d; m += lanes) {
+        N h = this->features[w * p.c + p.coordinate[m]] * e.factor;
+        if (p.kind == kZonal) h *= e.cosine[m];
+        out[w * p.d + m] = result(h);
+      }
+    if (sub == 0) out[channels * p.d] = result(e.factor);
+  }
+
+  __device__ __forceinline__ void points() {
+    for (int64_t at = this->first; at < this->last; at += this->tile) {
+      this->load(at, this->last);
+      this->enter_frame(false);
+      this->hidden_features();
+      if (active) write();
+      __syncwarp();
+    }
+  }
+};
+
+template <typename N>
+struct HiddenBackward : Reverse<N, false> {
+  using R = Real<N>;
+  using Base = Reverse<N, false>;
+  using Base::Base, Base::a, Base::p, Base::e, Base::d_hidden, Base::lanes, Base::sub, Base::active, Base::edge;
+
+  // ∂L/∂h without the factor
+  __device__ __forceinline__ N grad(int64_t k) const {
+    return constant_number<N>(a.grad_out[edge * hidden_size(p) + k]);
+  }
+
+  // A lane has whole channels.
+  __device__ __forceinline__ void of_channels() {
+    const int channels = p.hidden_flat / p.c;
+    for (int w = sub; w < channels; w += lanes) {
+      for (int k = w * p.c; k < (w + 1) * p.c; ++k) d_hidden[k] = N{};
+      for (int m = 0; m < p.d; ++m) {
+        const int at = w * p.c + p.coordinate[m];
+        N d = grad(w * p.d + m);
+        if (p.kind == kZonal) d *= e.cosine[m];
+        e.d_factor += d * this->features[at];
+        d_hidden[at] += d * e.factor;
+      }
+    }
+    if (sub == 0) e.d_factor += grad(channels * p.d);
+  }
+
+  __device__ __forceinline__ void of_harmonics() {
+    for (int m = sub; m < p.d; m += lanes) {
+      N sum{};
+      for (int w = 0; w < p.hidden_flat / p.c && p.kind == kZonal; ++w)
+        sum += grad(w * p.d + m) * this->features[w * p.c + p.coordinate[m]];
+      e.d_cosine[m] = sum * e.factor, e.d_sine[m] = N{};
+    }
+  }
+
+  __device__ __forceinline__ void points() {
+    this->clear_gradients();
+    for (int64_t at = this->first; at < this->last; at += this->tile) {
+      this->load(at, this->last);
+      this->enter_frame(false);
+      this->hidden_features();
+      e.d_factor = e.d_radius = N{};
+      if (active) of_channels(), of_harmonics();
+      e.d_factor = sum_lanes(e.d_factor, 1, lanes);
+      __syncwarp();
+      this->sweep();
+    }
+    this->write_shell();
+  }
+};
+
+template <typename N>
+__global__ void __launch_bounds__(kThreads, kResident<N>) conv_hidden(const __grid_constant__ Call<Real<N>> call) {
+  HiddenForward<N> warp(call);
+  if (warp.number < call.shape.warps) warp.points();
+}
+
+template <typename N>
+__global__ void __launch_bounds__(kThreads, kResident<N>)
+    conv_hidden_backward(const __grid_constant__ Call<Real<N>> call) {
+  HiddenBackward<N> warp(call);
+  if (warp.number < call.shape.warps) warp.points();
+}
+
+}  // namespace implicit_steer::IST_ISA

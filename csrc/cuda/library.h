@@ -1,0 +1,72 @@
+// The kernel library libimplicit_steer_cuda.so as its caller sees it: one C function that gives a table of functions on
+// plain pointers, sizes and a stream. No torch, and nothing of CUDA. None of the functions but
+// plan_create, which a plan needs once, waits for the device.
+#pragma once
+
+#include <cstdint>
+
+#include "../cpu/conv.h"
+#include "../packing.h"
+
+namespace implicit_steer {
+
+// What could not be launched, and why; reason null: nothing failed.
+struct Failure {
+  const char *what, *reason;
+};
+
+// A plan in the memory of one device; belongs to whoever made it.
+template <typename R>
+struct DevicePlan;
+
+template <typename R>
+struct CudaTable {
+  // Bytes of device memory that the plan needs; -1 when the arrays are not what backends/cpu_plan.py writes.
+  int64_t (*plan_bytes)(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals);
+  // The plan in that memory, aligned to 256 bytes; null when the copy fails. Its numbers can be read on the host.
+  DevicePlan<R>* (*plan_create)(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals, void* memory,
+                                void* stream);
+  void (*plan_destroy)(DevicePlan<R>*);
+  const PlanView<R>* (*plan_view)(const DevicePlan<R>*);
+  // The most shared memory, in bytes, that a block of one of the plan's kernels cannot do without, those of second
+  // derivatives included; -1 as above.
+  int64_t (*shared_bytes)(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals);
+  // As ConvTable's, with device pointers. ConvArgs.plan is not read; `scratch` gives device memory; grad_edge is
+  // [E, C_in].
+  Failure (*forward)(const DevicePlan<R>&, const ConvArgs<R>&, void* stream);
+  Failure (*backward)(const DevicePlan<R>&, const ConvArgs<R>&, void* stream);
+  // After forward: out_i becomes its mean over the edges into i, if `mean`, plus expansion [C_out, n] · bias [n].
+  Failure (*finish)(const DevicePlan<R>&, const ConvArgs<R>&, const R* expansion, const R* bias, int64_t n, bool mean,
+                    void* stream);
+  Failure (*forward_tangent)(const DevicePlan<R>&, const ConvArgs<R>&, void* stream);
+  Failure (*backward_tangent)(const DevicePlan<R>&, const ConvArgs<R>&, void* stream);
+  Failure (*hidden_forward)(const DevicePlan<R>&, const ConvArgs<R>&, void* stream);
+  Failure (*hidden_backward)(const DevicePlan<R>&, const ConvArgs<R>&, void* stream);
+  Failure (*hidden_forward_tangent)(const DevicePlan<R>&, const ConvArgs<R>&, void* stream);
+  Failure (*hidden_backward_tangent)(const DevicePlan<R>&, const ConvArgs<R>&, void* stream);
+  // Statistics of all batch norms over args.n_edges edges; the packed weights get the norms' scales and shifts.
+  Failure (*statistics)(const DevicePlan<R>&, const ConvArgs<R>&, const R* parameters, R* packed, R* statistics,
+                        void* stream);
+  // packed = matrix · parameters, and the norms' scales and shifts at these statistics
+  Failure (*pack)(const DevicePlan<R>&, const SparseMatrix<R>&, const R* parameters, const R* statistics, R* packed,
+                  void* stream);
+  // The gradient of the parameters; `transposed`: of the first n_grad rows of the matrix.
+  Failure (*pack_backward)(const DevicePlan<R>&, const SparseMatrix<R>& transposed, const R* statistics,
+                           const R* grad_packed, R* grad_parameters, void* stream);
+  // [n_weights, 2] weights and tangents
+  Failure (*pair_weights)(const DevicePlan<R>&, const R* weights, const R* tangent, R* pairs, void* stream);
+};
+
+struct CudaLibrary {
+  const CudaTable<float>* f32;
+  const CudaTable<double>* f64;
+  // Stable sort of n keys in 0 .. n_keys-1 of 4 or, if wide, 8 bytes; memory: 3 n keys and sort_bytes(n).
+  int64_t (*sort_bytes)(int64_t n);
+  Failure (*sort)(const void* key, int64_t n, int64_t n_keys, bool wide, void* order, void* offsets, void* memory,
+                  void* stream);
+  Failure (*copy)(void* to, const void* from, int64_t bytes, void* stream);  // to the device, from anywhere
+};
+
+}  // namespace implicit_steer
+
+extern "C" __attribute__((visibility("default"))) const implicit_steer::CudaLibrary* implicit_steer_cuda_library();

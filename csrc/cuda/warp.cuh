@@ -1,0 +1,388 @@
+// One warp's edges: their memory, and what all kernels do with a tile of them.
+//
+// A warp walks a contiguous range of edges in target order, a tile at a time. `lanes` neighbouring lanes share an edge:
+// they divide the rows of linear layers, the channels of activations and the fields of products among them, and one of
+// them, `sub` 0, computes the frame. So the memory of an edge is used by several lanes, and the tile's memory is small
+// enough for many warps. Every edge has a slice of shared memory of an odd number of words: lanes that read the same
+// place of different slices meet in no bank.
+#pragma once
+
+#include "../edge_mlp.h"
+#include "call.h"
+
+namespace implicit_steer::IST_ISA {
+
+constexpr unsigned kWarp = 0xffffffffu;
+
+// φ of the plan, chosen at run time where it is evaluated: everything around it is compiled once. Its number stands in
+// the first word of the block's shared memory.
+struct ChosenFunction {
+  static constexpr bool is_elu = false;
+  static __device__ __forceinline__ int& number() {
+    SHARED_MEMORY(int, word);
+    return word[0];
+  }
+  static __device__ __forceinline__ bool kinked() { return number() == kElu || number() == kRelu; }
+  template <typename V>
+  static __device__ __forceinline__ V value(V x) {
+    V y{};
+    with_function<V>(number(), [&](auto f) { y = decltype(f)::value(x); });
+    return y;
+  }
+  template <typename V>
+  static __device__ __forceinline__ V prime(V x) {
+    V slope{};
+    with_function<V>(number(), [&](auto f) { slope = decltype(f)::prime(x); });
+    return slope;
+  }
+  template <typename V>
+  static __device__ __forceinline__ V second(V x) {
+    V curvature{};
+    with_function<V>(number(), [&](auto f) { curvature = decltype(f)::second(x); });
+    return curvature;
+  }
+  template <typename V>
+  static __device__ __forceinline__ V both(V x, V& slope) {
+    V y{};
+    with_function<V>(number(), [&](auto f) { y = decltype(f)::both(x, slope); });
+    return y;
+  }
+};
+constexpr int kBlockBytes = 16;  // of shared memory in front of the warps'
+
+template <typename T>
+__device__ __forceinline__ T from_lane(T x, int lane) {
+  return __shfl_sync(kWarp, x, lane);
+}
+template <typename T>
+__device__ __forceinline__ Dual<T> from_lane(Dual<T> x, int lane) {
+  return {from_lane(x.value, lane), from_lane(x.tangent, lane)};
+}
+template <typename T>
+__device__ __forceinline__ T from_lane_xor(T x, int bits) {
+  return __shfl_xor_sync(kWarp, x, bits);
+}
+template <typename T>
+__device__ __forceinline__ Dual<T> from_lane_xor(Dual<T> x, int bits) {
+  return {from_lane_xor(x.value, bits), from_lane_xor(x.tangent, bits)};
+}
+
+// Sum over the lanes whose numbers differ in the bits from `low` up to, not including, `high`.
+template <typename T>
+__device__ __forceinline__ T sum_lanes(T x, int low, int high) {
+  for (int bit = low; bit < high; bit *= 2) x += from_lane_xor(x, bit);
+  return x;
+}
+
+// The smallest power of two that is at least n, at most 32: so many lanes stand side by side in a row of n.
+__device__ __forceinline__ int row_width(int n) { return n <= 1 ? 1 : n > 16 ? 32 : 1 << (32 - __clz(n - 1)); }
+
+// Hands out pieces of a warp's memory; with a null base it only counts.
+template <typename N>
+struct Slice {
+  N* base;
+  int64_t used = 0;
+  IST_INLINE void take(N*& pointer, int64_t n) {
+    pointer = base + used;
+    used += n;
+  }
+};
+
+// The arrays of one edge.
+template <typename N>
+struct EdgeArrays {
+  Edges<N> e;
+  N *z, *y, *normed;  // pre-activations, activations, after the batch norm (or y); backward: of all layers, else of one
+  N *d_z, *d_y;       // of one layer, the widest
+  N *hidden, *d_hidden;  // [flat hidden size] in the couplings' coordinates; `hidden` for planar frames alone
+  N *f, *d_f;            // [n_gathered] neighbour features gathered by field type
+  N *g, *d_g;            // [n_g] G times the radial factor
+  N *t, *d_t;            // [product_size]
+
+  IST_INLINE void place(Slice<N>& slice, const PlanView<Real<N>>& p, const Extent& extent, Needs needs) {
+    e.place(slice, p, needs.backward);
+    const int64_t n = needs.backward ? extent.all_layers : extent.widest;
+    slice.take(z, n), slice.take(y, n);
+    normed = y;
+    if (needs.backward && p.has_norms) slice.take(normed, n);
+    slice.take(hidden, p.kind == kPlanar ? p.hidden_flat : 0);
+    if (needs.backward) {
+      slice.take(d_z, extent.widest), slice.take(d_y, extent.widest);
+      d_hidden = p.n_layers ? d_y : e.d_inputs;
+      if (p.kind == kPlanar) slice.take(d_hidden, p.hidden_flat);
+    }
+    if (!needs.features) return;
+    slice.take(f, p.n_gathered), slice.take(g, p.n_g), slice.take(t, p.product_size);
+    if (needs.backward) slice.take(d_f, p.n_gathered), slice.take(d_g, p.n_g), slice.take(d_t, p.product_size);
+  }
+};
+
+// kFeatures: the edges have neighbours, else they are points in their given order.
+template <typename N, bool kFeatures, bool kBackward>
+struct Warp : EdgeArrays<N> {
+  using R = Real<N>;
+  using Base = EdgeArrays<N>;
+  using Base::e, Base::z, Base::y, Base::normed, Base::hidden, Base::f, Base::g, Base::t;
+  const ConvArgs<R>& a;
+  const PlanView<R>& p;
+  const N* weights;  // packed
+  N shell;
+  N* rest;  // of the warp's memory, behind the edges
+  const int lane, lanes, sub, slot, tile, edge_size;
+  const int64_t number;       // of the warp
+  const int64_t first, last;  // positions of its edges
+  int n_edges = 0;            // of the tile
+  bool active = false;        // the tile has an edge for this lane
+  int64_t edge = 0, node = 0;
+
+  __device__ __forceinline__ explicit Warp(const Call<R>& call)
+      : a(call.args),
+        p(call.plan),
+        weights(reinterpret_cast<const N*>(call.args.weights)),
+        lane(threadIdx.x % 32),
+        lanes(call.shape.lanes),
+        sub(lane & (lanes - 1)),
+        slot(lane / lanes),
+        tile(32 / lanes),
+        edge_size(call.shape.edge_size),
+        number((int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32),
+        first(number * call.shape.edges_per_warp),
+        last(first + call.shape.edges_per_warp < a.n_edges ? first + call.shape.edges_per_warp : a.n_edges) {
+    if (threadIdx.x == 0) ChosenFunction::number() = p.function;
+    __syncthreads();
+    SHARED_MEMORY(unsigned char, memory);
+    N* const edges = reinterpret_cast<N*>(memory + kBlockBytes) + threadIdx.x / 32 * call.shape.warp_size;
+    Slice<N> slice{edges + slot * edge_size};
+    this->place(slice, p, call.extent, Needs{kFeatures, kBackward});
+    rest = edges + tile * edge_size;
+    shell = weights[p.shell];
+    e.d_shell = N{};
+  }
+
+  __device__ __forceinline__ int64_t index(const void* numbers, int64_t n) const {
+    return a.wide ? static_cast<const int64_t*>(numbers)[n] : static_cast<const int32_t*>(numbers)[n];
+  }
+  // Number n of an array that may have tangents.
+  __device__ __forceinline__ N input(const R* values, const R* tangents, int64_t n) const {
+    if constexpr (is_dual<N>)
+      return {values[n], tangents[n]};
+    else
+      return values[n];
+  }
+  // The array of the tile's edge l that is `mine` of this lane's edge.
+  __device__ __forceinline__ const N* of_edge(const N* mine, int l) const { return mine + (l - slot) * edge_size; }
+  __device__ __forceinline__ N* of_edge(N* mine, int l) const { return mine + (l - slot) * edge_size; }
+
+  __device__ __forceinline__ LayerView<R> layer_view(int n) const {
+    LayerView<R> layer = p.layers[n];
+    layer.groups = global_memory(layer.groups);
+    layer.samples = global_memory(layer.samples), layer.inverse_t = global_memory(layer.inverse_t);
+    layer.pair_samples = global_memory(layer.pair_samples), layer.pair_inverse = global_memory(layer.pair_inverse);
+    return layer;
+  }
+  __device__ __forceinline__ CouplingView coupling_view(int n) const {
+    CouplingView coupling = p.couplings[n];
+    coupling.slots = global_memory(coupling.slots), coupling.groups = global_memory(coupling.groups);
+    coupling.blocks = global_memory(coupling.blocks);
+    return coupling;
+  }
+
+  // ---- one tile
+
+  // Edges at positions begin ..: in target order, or points in their given order.
+  __device__ __forceinline__ void load(int64_t begin, int64_t end) {
+    n_edges = end - begin < tile ? static_cast<int>(end - begin) : tile;
+    active = slot < n_edges;
+    if (!active) return;
+    edge = kFeatures ? index(a.order, begin + slot) : begin + slot;
+    if (sub == 0) {
+      for (int k = 0; k < p.dim; ++k) e.delta[k] = input(a.delta, a.delta_tangent, edge * p.dim + k);
+      for (int k = 0; k < p.n_attr; ++k) e.attr[k] = input(a.attr, a.attr_tangent, edge * p.n_attr + k);
+    }
+    if (!kFeatures) return;
+    const int64_t source = index(a.src, edge) * p.in_size;
+    for (int k = sub; k < p.n_gathered; k += lanes)
+      f[k] = p.input[k] < 0 ? N{} : input(a.x, a.x_tangent, source + p.input[k]);
+    node = target(begin + slot);
+  }
+
+  // The node into which the edge at this position goes; from the last one on.
+  __device__ __forceinline__ int64_t target(int64_t at) const {
+    int64_t low = node, step = 1;
+    const auto starts = [&](int64_t i) { return i < a.n_dst && index(a.rowptr, i) <= at; };
+    for (; starts(low + step); step *= 2) low += step;
+    for (; step > 1; step /= 2)
+      if (starts(low + step / 2)) low += step / 2;
+    return low;
+  }
+
+  __device__ __forceinline__ void enter_frame(bool all_harmonics) {
+    e.near = false, e.radius = e.factor = N{};
+    if (active && sub == 0) {
+      for (int m = 0; m < p.d; ++m) e.cosine[m] = N{};  // those of harmonics that no coupling reads stay 0
+#pragma unroll 1
+      for (int n = 0; n < 2; ++n) {
+        frame_forward(p, shell, e, all_harmonics);
+        if (!p.regular || e.near || !(e.radius < Limits<R>::near)) break;
+        e.near = true;  // once more, as such an edge wants it
+      }
+    }
+    const int leader = lane - sub;
+    e.near = from_lane(static_cast<int>(e.near), leader);
+    e.radius = from_lane(e.radius, leader), e.factor = from_lane(e.factor, leader);
+    __syncwarp();
+  }
+
+  // G times the radial factor
+  __device__ __forceinline__ void factors() {
+    for (int k = sub; k < p.n_g; k += lanes) {
+      N sum{};
+      for (int n = p.g_first[k]; n < p.g_first[k + 1]; ++n) sum += harmonic(n) * p.nz_value[n];
+      g[k] = sum * e.factor;
+    }
+  }
+  // The harmonic of nonzero n of the couplings, or 1
+  __device__ __forceinline__ N harmonic(int n) const {
+    return p.nz_harmonic[n] < 0 ? N{} + 1 : e.cosine[p.nz_harmonic[n]];
+  }
+
+  // t[v] = Σ f[i, v] G_i
+  __device__ __forceinline__ void products() {
+    for (int n = 0; n < p.n_products; ++n) {
+      const int32_t* product = p.products + 4 * n;
+      for (int v = sub; v < product[1]; v += lanes) {
+        N sum{};
+        for (int i = product[2]; i < product[3]; ++i) sum += f[p.g_from[i] + v] * g[i];
+        t[product[0] + v] = sum;
+      }
+    }
+  }
+
+  // ---- the MLP
+
+  __device__ __forceinline__ void linear(const LayerView<R>& layer, const N* in, N* out) {
+    const N *w = weights + layer.weight, *bias = weights + layer.bias;
+    const int32_t* group = layer.groups;
+    for (int n = 0; n < layer.n_groups; ++n) {
+      const int n_rows = group[0], n_columns = group[1];
+      const int32_t *rows = group + 2, *columns = rows + n_rows;
+      for (int r = sub; r < n_rows; r += lanes)
+        linear_rows<1>(w + r * n_columns, bias, n_columns, columns, rows + r, in, out);
+      w += n_rows * n_columns;
+      group = columns + n_columns;
+    }
+  }
+
+  __device__ __forceinline__ void activations(const LayerView<R>& layer, bool norm, const N* z_n, N* y_n, N* normed_n) {
+    const int channels = layer.out / p.c;
+    const N *scale = weights + layer.affine, *shift = scale + channels;
+    for (int w = sub; w < channels; w += lanes) {
+      channel_forward<ChosenFunction>(p, layer, e, z_n + w * p.c, y_n + w * p.c, static_cast<N*>(nullptr));
+      if (norm) norm_channel<N>(p, scale[w], shift + w * p.n_trivial, y_n + w * p.c, normed_n + w * p.c);
+    }
+  }
+
+  // Layers 0 .. last; the last one's activations before its batch norm if not `norm_last`.
+  __device__ __forceinline__ const N* layers(int last_layer, bool norm_last) {
+    const N* in = e.inputs;
+    N *z_n = z, *y_n = y, *normed_n = normed;
+    for (int n = 0; n <= last_layer; ++n) {
+      const LayerView<R> layer = layer_view(n);
+      if (active) linear(layer, in, z_n);
+      __syncwarp();
+      const bool norm = p.has_norms && (n < last_layer || norm_last);
+      if (active) activations(layer, norm, z_n, y_n, normed_n);
+      __syncwarp();
+      in = norm ? normed_n : y_n;
+      if (kBackward) z_n += layer.out, y_n += layer.out, normed_n += layer.out;
+    }
+    return in;
+  }
+
+  // What the couplings read, in their coordinates: `features`; the MLP's output itself: `coefficients`.
+  const N *features, *coefficients;
+  __device__ __forceinline__ void hidden_features() {
+    coefficients = features = p.n_layers ? layers(p.n_layers - 1, true) : e.inputs;
+    if (p.kind != kPlanar) return;
+    for (int w = sub; w < p.channels && active; w += lanes)
+      for (int m = 0; m < p.c; ++m) hidden[w * p.c + m] = turned(p, e, coefficients + w * p.c, m);
+    features = hidden;
+    __syncwarp();
+  }
+
+  // Everything up to the products.
+  __device__ __forceinline__ void evaluate() {
+    enter_frame(false);
+    if (active) factors();
+    if (!p.n_layers) __syncwarp();
+    hidden_features();
+    if (active) products();
+  }
+
+  // ---- sums over the edges of a node
+
+  // f(coupling, first slot, slots, positions of the row's channels, place of the products) for every block of every
+  // group of slots.
+  template <typename F>
+  __device__ __forceinline__ void for_blocks(F f) const {
+    for (int k = 0; k < p.n_couplings; ++k) {
+      const CouplingView q = coupling_view(k);
+      for (int n = 0; n < q.n_groups; ++n) {
+        const int32_t *group = q.groups + 4 * n, *block = q.blocks + 2 * group[2];
+        for (int left = group[3]; left > 0; --left, block += 2)
+          f(q, group[0], group[1], p.row + p.row_start[block[0]], block[1]);
+      }
+    }
+  }
+
+  // T += Σ t ⊗ h over the edges l0 .. l1-1 of the tile, all into one node. A lane owns the same entries of a coupling's
+  // T at every call.
+  __device__ __forceinline__ void accumulate(N* sums, int l0, int l1) const {
+    for_blocks([&](const CouplingView& q, int first_slot, int n_slots, const int32_t* row, int at) {
+      const int width = row_width(q.n_hidden), step = 32 / width;
+      for (int s = 0; s < n_slots; ++s) {
+        N* const of_slot = sums + q.at_sums + (first_slot + s) * q.theta_size;
+        for (int w = lane & (width - 1); w < q.n_hidden; w += width)
+          for (int v = lane / width; v < q.n_in; v += step) {
+            const N* product = of_edge(t + at + s * q.in_padded + v, l0);
+            const N* h = of_edge(features + (q.constant ? 0 : row[w]), l0);
+            N sum{};
+            for (int l = l0; l < l1; ++l, product += edge_size, h += edge_size)
+              sum += q.constant ? *product : *product * *h;
+            of_slot[v * q.hidden_padded + w] += sum;
+          }
+      }
+    });
+  }
+
+  __device__ __forceinline__ void clear(N* numbers, int64_t n) {
+    for (int64_t k = lane; k < n; k += 32) numbers[k] = N{};
+  }
+
+  // Walks the warp's edges: nodes.start(i) before a node's first edge here, run(l0, l1) for the edges of a tile that
+  // go into it, nodes.finish(i) after its last one here; begin_tile() and end_tile() around each tile.
+  template <typename Nodes>
+  __device__ __forceinline__ void walk(Nodes& nodes) {
+    int64_t current = -1;
+    for (int64_t at = first; at < last; at += tile) {
+      load(at, last);
+      nodes.begin_tile();
+      evaluate();
+      __syncwarp();
+      for (int l = 0, stop; l < n_edges; l = stop) {
+        const int64_t i = from_lane(node, l * lanes);
+        stop = l + __popc(__ballot_sync(kWarp, active && sub == 0 && node == i));
+        if (i != current) {
+          if (current >= 0) nodes.finish(current);
+          nodes.start(current = i);
+        }
+        nodes.run(l, stop);
+      }
+      nodes.end_tile();
+      __syncwarp();
+    }
+    nodes.finish(current);
+  }
+};
+
+}  // namespace implicit_steer::IST_ISA

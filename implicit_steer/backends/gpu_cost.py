@@ -1,0 +1,32 @@
+"""Which of the GPU backends "auto" takes: warp instructions per edge, counted in place of times that nobody measured.
+
+`cuda` multiplies only where a matrix is not 0, on the ordinary units, with both factors from shared memory: 4
+instructions per multiply-add and 16 per φ, of 32 lanes each. `triton` multiplies whole matrices on tensor cores, in
+three TF32 products of 1,024 multiply-adds per instruction that reach a quarter of their rate; everything else in it is
+what the compiled kernels of the benchmark's case ``cloud`` take (docs/gpu-predictions.md): 8 instructions per φ and 0.4
+per multiply-add of the coupling.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from ..plan import Plan
+
+_LANES, _NODE_DEGREE = 32, 16
+_CUDA_PRODUCT, _CUDA_FUNCTION = 4 / _LANES, 16 / _LANES
+_TRITON_PRODUCT, _TRITON_FUNCTION, _TRITON_COUPLING = 4 * 3 / 1024, 8.0, 0.4
+
+
+@lru_cache(maxsize=256)
+def instructions_per_edge(plan: Plan) -> dict[str, float]:
+    """Backend → warp instructions per edge of a forward pass, predicted."""
+    cost = plan.cost()
+    coupling, phi = cost["sparse coupling per edge"], cost["φ per edge"]
+    mixing = cost["mixing per node"] / _NODE_DEGREE
+    dense = sum(layer.out_size * layer.in_size for layer in plan.linears)
+    dense += sum(2 * a.channels * a.samples.size for a in plan.activations)
+    return {
+        "cuda": _CUDA_PRODUCT * (cost["mlp per edge"] + coupling + mixing) + _CUDA_FUNCTION * phi,
+        "triton": _TRITON_PRODUCT * (dense + mixing) + _TRITON_FUNCTION * phi + _TRITON_COUPLING * coupling,
+    }

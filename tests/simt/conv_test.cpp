@@ -1,0 +1,252 @@
+// conv_test DIR MODE [CASE ...]: the case files of DIR (or those named) through the emulated CUDA kernels, in float and
+// double, against the expected results in the files; the hidden features against the native loops, which the files'
+// other tests hold to them; and the sort of edges. MODE: a number, so many schedules; `trace`: one, every access of
+// which is checked; `mutations`: every barrier that the cases reach is left out in turn, which has to be noticed;
+// `count`: nothing is compared, the memory instructions of a forward and a backward pass in float are printed.
+
+#include <filesystem>
+
+#include "../../csrc/cpu/entry.h"
+#include "emulated.h"
+
+namespace {
+
+using namespace simt_test;
+using native_test::Case;
+using native_test::Largest;
+using native_test::second_bound;
+
+// ‖actual − expected‖ / ‖expected‖ allowed; measured: at most 1.9e-6 (float), 1.1e-14 (double).
+template <typename R>
+constexpr double kBound = sizeof(R) == 4 ? 1e-5 : 1e-12;
+
+// Of memory that the native loops ask for.
+void* host_scratch(int64_t bytes) {
+  static std::unique_ptr<void, decltype(&std::free)> memory(nullptr, std::free);
+  memory.reset(std::aligned_alloc(64, bytes));
+  return memory.get();
+}
+
+// Results of the hidden features' passes, by name.
+template <typename R, typename Pass>
+Results hidden_results(Problem<R>& p, bool tangents, int64_t n_weights, Pass pass) {
+  const int64_t size = hidden_size(p.plan);
+  ConvArgs<R> a = p.arguments();
+  std::vector<R> pairs, delta, attr, grad(a.n_edges * size), out = unwritten<R>(a.n_edges * size);
+  for (size_t k = 0; k < grad.size(); ++k) grad[k] = static_cast<R>(0.01) * (static_cast<int>(k * 7 % 19) - 9);
+  if (tangents) {
+    for (R w : p.packed) pairs.push_back(w), pairs.push_back(w / 3);
+    delta = numbers<R>(p.file["tangent_delta"]), attr = numbers<R>(p.file["tangent_attr"]);
+    a.weights = pairs.data(), a.delta_tangent = delta.data(), a.attr_tangent = attr.data();
+  }
+  a.x = nullptr, a.src = a.order = a.rowptr = a.order_by_source = a.colptr = nullptr;
+  a.out = out.data(), a.grad_out = nullptr;
+  pass(a, false);
+  auto grad_delta = unwritten<R>(p.delta.size()), grad_attr = unwritten<R>(p.attr.size());
+  auto grad_weights = unwritten<R>(n_weights);
+  a.out = nullptr, a.grad_out = grad.data(), a.grad_delta = grad_delta.data();
+  a.grad_attr = grad_attr.empty() ? nullptr : grad_attr.data(), a.grad_weights = grad_weights.data();
+  pass(a, true);
+  grad_weights.resize(p.plan.n_couplings ? p.plan.couplings[0].theta : p.plan.n_grad);
+  return {{"out", widened(out)},
+          {"grad_delta", widened(grad_delta)},
+          {"grad_attr", widened(grad_attr)},
+          {"grad_weights", widened(grad_weights)}};
+}
+
+// How far the hidden features are from those of the native loops.
+template <typename R>
+double hidden_deviation(const Case& file, Emulated<R>& engine, bool tangents) {
+  Problem<R> p(file);
+  Results unused;
+  engine.pack(p, unused);
+  const int64_t size = hidden_size(p.plan);
+  const auto& cuda = table<R>();
+  const Results actual = hidden_results(p, tangents, p.plan.n_weights, [&](ConvArgs<R> a, bool backward) {
+    const auto forward_pass = tangents ? cuda.hidden_forward_tangent : cuda.hidden_forward;
+    const auto backward_pass = tangents ? cuda.hidden_backward_tangent : cuda.hidden_backward;
+    engine.run_points(p, a, backward ? backward_pass : forward_pass, size);
+  });
+  const ConvTable<R>& cpu = conv_table<R>(1);
+  const Results expected = hidden_results(p, tangents, p.plan.n_grad, [&](ConvArgs<R> a, bool backward) {
+    a.plan = &p.plan, a.threads = 1, a.scratch = host_scratch;
+    if (backward)
+      tangents ? cpu.hidden_backward_tangent(a) : cpu.hidden_backward(a);
+    else
+      tangents ? cpu.hidden_forward_tangent(a) : cpu.hidden_forward(a);
+  });
+  double largest = 0;
+  for (const auto& [name, values] : actual)
+    largest = std::max(largest, native_test::deviation(values, expected.at(name)));
+  return largest;
+}
+
+// The mean over a node's edges and the bias, of nodes with 0 to 3 edges.
+template <typename R>
+std::vector<std::string> run_finish(const Case& file, bool trace, int seed) {
+  Problem<R> p(file);
+  Emulated<R> engine(file, seed, trace);
+  const int64_t n = 3, width = p.plan.out_size, nodes = p.file["rowptr"].size() - 1;
+  std::vector<R> out(nodes * width), expansion(width * n), bias{1, -2, 3};
+  for (size_t k = 0; k < out.size(); ++k) out[k] = static_cast<R>(k % 11) - 5;
+  for (size_t k = 0; k < expansion.size(); ++k) expansion[k] = static_cast<R>(k % 5) / 4;
+  for (bool mean : {false, true}) {
+    std::vector<R> actual(out);
+    engine.finish(p, actual, expansion, bias, mean);
+    for (int64_t k = 0; k < nodes * width; ++k) {
+      const int64_t edges = p.arguments().index(p.arguments().rowptr, k / width + 1) -
+                            p.arguments().index(p.arguments().rowptr, k / width);
+      const R* row = expansion.data() + k % width * n;
+      const R expected = (mean ? out[k] / std::max<R>(edges, 1) : out[k]) + (row[0] - 2 * row[1] + 3 * row[2]);
+      if (!(std::abs(actual[k] - expected) <= 1e-6)) return {"mean and bias: wrong at " + std::to_string(k)};
+    }
+  }
+  return {};
+}
+
+// Deviations of one case under one schedule, as messages; none: all is right.
+template <typename R>
+std::vector<std::string> run_case(const std::string& name, const Case& file, bool trace, int seed, Largest& largest,
+                                  Results& results) {
+  const bool near = numbers<int64_t>(file["near"])[0];
+  const std::string what = name + (sizeof(R) == 4 ? ", float" : ", double");
+  std::vector<std::string> failures;
+  try {
+    Emulated<R> engine(file, seed, trace);
+    results = native_test::run_all<R>(file, engine);
+    failures = native_test::failures_of<R>(what, file, results, kBound<R>, second_bound<R>(near), largest);
+    for (const std::string& failure : run_finish<R>(file, trace, seed)) failures.push_back(what + ": " + failure);
+    for (bool tangents : {false, true}) {
+      const double deviation = hidden_deviation<R>(file, engine, tangents);
+      if (!(deviation <= (tangents ? second_bound<R>(near) : kBound<R>)))
+        failures.push_back(what + ": hidden features deviate by " + std::to_string(deviation));
+    }
+  } catch (const std::exception& error) {
+    failures.push_back(what + ": " + error.what());
+  }
+  return failures;
+}
+
+int print(const std::vector<std::string>& failures) {
+  for (const std::string& failure : failures) std::printf("FAILED %s\n", failure.c_str());
+  return static_cast<int>(failures.size());
+}
+
+template <typename R>
+int check_case(const std::string& name, const Case& file, bool trace, int seeds) {
+  int failures = 0;
+  Largest largest;
+  Results first, results;
+  for (int seed = 0; seed < seeds; ++seed) {
+    failures += print(run_case<R>(name, file, trace, seed, largest, results));
+    if (seed == 0) first = results;
+    if (!native_test::same_bits(first, results)) failures += print({name + ": two schedules differ"});
+  }
+  std::printf("%s, %s: at most %.2g (%s); second derivatives %.2g (%s)\n", name.c_str(),
+              sizeof(R) == 4 ? "float" : "double", largest.first, largest.first_where.c_str(), largest.second,
+              largest.second_where.c_str());
+  return failures;
+}
+
+// Keys with equal ones far apart, of one or several bytes.
+template <typename Index>
+std::vector<std::string> run_sort(int64_t n, int64_t n_keys, bool trace, int seed) {
+  std::vector<Index> key(n), order(n, -1), offsets(n_keys + 1, -1);
+  uint64_t state = 1;
+  for (Index& k : key)
+    k = static_cast<Index>((state = state * 6364136223846793005u + 1442695040888963407u) >> 33) % n_keys;
+  const CudaLibrary& library = *implicit_steer_cuda_library();
+  std::vector<int64_t> memory((3 * n * sizeof(Index) + library.sort_bytes(n)) / 8 + 1);
+  simt::reset(seed, trace);
+  simt::add_array(key.data(), n * sizeof(Index), "key", false);
+  simt::add_array(order.data(), n * sizeof(Index), "order", true);
+  simt::add_array(offsets.data(), offsets.size() * sizeof(Index), "offsets", true);
+  simt::add_array(memory.data(), memory.size() * 8, "memory", true);
+  const std::string what = "sort of " + std::to_string(n) + " keys below " + std::to_string(n_keys);
+  const Failure failure =
+      library.sort(key.data(), n, n_keys, sizeof(Index) == 8, order.data(), offsets.data(), memory.data(), nullptr);
+  if (failure.reason) return {what + ": " + failure.what + ": " + failure.reason};
+  std::vector<Index> expected(n), starts(n_keys + 1);
+  for (int64_t k = 0; k < n; ++k) expected[k] = static_cast<Index>(k), ++starts[key[k] + 1];
+  for (int64_t k = 0; k < n_keys; ++k) starts[k + 1] += starts[k];
+  std::stable_sort(expected.begin(), expected.end(), [&](Index a, Index b) { return key[a] < key[b]; });
+  if (order != expected || offsets != starts) return {what + ": wrong"};
+  return {};
+}
+
+std::vector<std::string> run_sorts(bool trace, int seed) {
+  std::vector<std::string> failures;
+  for (auto [n, n_keys] : {std::pair<int64_t, int64_t>{0, 5}, {1, 1}, {700, 3}, {5000, 300}, {3000, 70000}}) {
+    for (const std::string& failure : run_sort<int32_t>(n, n_keys, trace, seed)) failures.push_back(failure);
+    for (const std::string& failure : run_sort<int64_t>(n, n_keys, trace, seed)) failures.push_back(failure);
+  }
+  return failures;
+}
+
+// Whether any case goes wrong with the barrier that is left out now.
+bool is_noticed(const std::vector<std::pair<std::string, Case>>& cases) {
+  Largest unused;
+  Results results;
+  if (!run_sorts(true, 1).empty()) return true;
+  for (const auto& [name, file] : cases)
+    if (!run_case<float>(name, file, true, 1, unused, results).empty()) return true;
+  return false;
+}
+
+// Lines "kernel instructions-per-edge threads shared-bytes", of simt::Count.
+void print_counts(const Case& file) {
+  Problem<float> p(file);
+  Emulated<float> engine(file, 0, true);
+  Results results;
+  engine.pack(p, results);
+  simt::take_counts();
+  native_test::run_forward(p, engine, results);
+  native_test::run_backward(p, engine, {true, true, true, true, ""}, results);
+  for (const auto& [kernel, count] : simt::take_counts())
+    std::printf("%s %g %u %zu\n", kernel.c_str(), count.instructions / static_cast<double>(p.arguments().n_edges),
+                count.threads, count.shared_bytes);
+}
+
+int check_mutations(const std::vector<std::pair<std::string, Case>>& cases) {
+  if (is_noticed(cases)) return print({"the cases as they are"});
+  const auto sites = simt::barriers();
+  int failures = 0;
+  for (const auto& [file, line] : sites) {
+    simt::skip_barrier(file, line);
+    const bool noticed = is_noticed(cases);
+    std::printf("without the barrier at %s:%d: %s\n", file.c_str(), line,
+                noticed ? "noticed" : "FAILED, nothing noticed");
+    failures += !noticed;
+  }
+  std::printf("%zu barriers\n", sites.size());
+  return failures;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  const std::string mode = argv[2];
+  std::vector<std::filesystem::path> paths;
+  for (int k = 3; k < argc; ++k) paths.push_back(std::filesystem::path(argv[1]) / (std::string(argv[k]) + ".case"));
+  for (const auto& entry : std::filesystem::directory_iterator(argv[1]))
+    if (argc == 3 && entry.path().extension() == ".case") paths.push_back(entry.path());
+  std::vector<std::pair<std::string, Case>> cases;
+  for (const auto& path : paths) cases.emplace_back(path.stem(), Case(path.string()));
+  int failures = cases.empty();
+  if (mode == "count") {
+    for (const auto& named : cases) print_counts(named.second);
+    return cases.empty();
+  }
+  if (mode == "mutations") {
+    failures += check_mutations(cases);
+  } else {
+    const bool trace = mode == "trace";
+    const int seeds = trace ? 1 : std::stoi(mode);
+    for (int seed = 0; seed < seeds; ++seed) failures += print(run_sorts(trace, seed));
+    for (const auto& [name, file] : cases)
+      failures += check_case<float>(name, file, trace, seeds) + check_case<double>(name, file, trace, seeds);
+  }
+  std::printf("%zu cases, %d failures\n", cases.size(), failures);
+  return failures > 0;
+}

@@ -1,0 +1,163 @@
+// The kernel library, emulated, as an engine of tests/native/conv_case.h. The emulator's device memory is the host's.
+#pragma once
+
+#include <memory>
+#include <stdexcept>
+#include <type_traits>
+
+#include "../../csrc/cuda/library.h"
+#include "../native/conv_case.h"
+#include "engine.h"
+
+namespace simt_test {
+
+using namespace implicit_steer;
+using native_test::numbers;
+using native_test::Problem;
+using native_test::Results;
+using native_test::unwritten;
+using native_test::widened;
+
+inline void check(const Failure& failure) {
+  if (failure.reason) throw std::runtime_error(std::string(failure.what) + ": " + failure.reason);
+}
+
+// Device memory of one call; a new block, all bits set (NaN), at every call.
+inline void* scratch(int64_t bytes) {
+  static std::vector<double> memory;
+  memory.assign(bytes / 8 + 1, 0);
+  std::memset(static_cast<void*>(memory.data()), 0xff, memory.size() * 8);
+  simt::add_array(memory.data(), memory.size() * 8, "scratch", true);
+  return memory.data();
+}
+
+template <typename R>
+const CudaTable<R>& table() {
+  if constexpr (std::is_same_v<R, float>)
+    return *implicit_steer_cuda_library()->f32;
+  else
+    return *implicit_steer_cuda_library()->f64;
+}
+
+template <typename R>
+class Emulated {
+ public:
+  Emulated(const native_test::Case& file, uint64_t seed, bool trace)
+      : seed_(seed), trace_(trace), ints_(numbers<int32_t>(file["plan_ints"])), reals_(numbers<R>(file["plan_reals"])) {
+    const int64_t bytes = table<R>().plan_bytes(ints_.data(), ints_.size(), reals_.data(), reals_.size());
+    memory_.resize(bytes / 8 + 1);
+    plan_ = table<R>().plan_create(ints_.data(), ints_.size(), reals_.data(), reals_.size(), memory_.data(), nullptr);
+    if (!plan_) throw std::runtime_error("plan_create");
+  }
+  ~Emulated() { table<R>().plan_destroy(plan_); }
+
+  void pack(Problem<R>& p, Results& results) {
+    p.packed = unwritten<R>(p.plan.n_weights);
+    const bool running = p.file.has("running");
+    p.statistics = running ? numbers<R>(p.file["running"]) : unwritten<R>(p.n_norms() * statistics_size(p.plan));
+    begin();
+    reads(p.rowptr), reads(p.column), reads(p.value), reads(p.parameters), reads(p.statistics), writes(p.packed);
+    check(table<R>().pack(*plan_, p.matrix, p.parameters.data(), p.statistics.data(), p.packed.data(), nullptr));
+    if (running) return;
+    ConvArgs<R> a = p.arguments();
+    begin(), inputs(p, a);
+    reads(p.parameters), writes(p.packed), writes(p.statistics);
+    check(table<R>().statistics(*plan_, a, p.parameters.data(), p.packed.data(), p.statistics.data(), nullptr));
+    results["statistics"] = widened(p.statistics);
+  }
+  std::vector<R> unpack(Problem<R>& p, const std::vector<R>& grad_packed) {
+    const Transposed<R> transposed(p.matrix, p.plan.n_grad, p.plan.n_parameters);
+    const SparseMatrix<R> matrix{p.plan.n_parameters, transposed.rowptr.data(), transposed.column.data(),
+                                 transposed.value.data()};
+    auto grad = unwritten<R>(p.plan.n_parameters);
+    begin();
+    reads(transposed.rowptr), reads(transposed.column), reads(transposed.value), reads(p.statistics);
+    reads(grad_packed), writes(grad);
+    check(table<R>().pack_backward(*plan_, matrix, p.statistics.data(), grad_packed.data(), grad.data(), nullptr));
+    return grad;
+  }
+  // The kernel reads the first layout of θ alone.
+  std::vector<R> pairs(Problem<R>& p, std::vector<R> tangents) {
+    std::fill(tangents.begin() + p.plan.n_grad, tangents.end(), std::numeric_limits<R>::quiet_NaN());
+    auto pairs = unwritten<R>(2 * p.plan.n_weights);
+    begin();
+    reads(p.packed), reads(tangents), writes(pairs);
+    check(table<R>().pair_weights(*plan_, p.packed.data(), tangents.data(), pairs.data(), nullptr));
+    return pairs;
+  }
+  int64_t gradient_size(Problem<R>& p) const { return p.plan.n_weights; }
+
+  void forward(Problem<R>& p, ConvArgs<R> a) { run(p, a, table<R>().forward); }
+  void backward(Problem<R>& p, ConvArgs<R> a) { run(p, a, table<R>().backward); }
+  void forward_tangent(Problem<R>& p, ConvArgs<R> a) { run(p, a, table<R>().forward_tangent); }
+  void backward_tangent(Problem<R>& p, ConvArgs<R> a) { run(p, a, table<R>().backward_tangent); }
+
+  void finish(Problem<R>& p, std::vector<R>& out, const std::vector<R>& expansion, const std::vector<R>& bias,
+              bool mean) {
+    ConvArgs<R> a = p.arguments();
+    a.out = out.data();
+    begin(), inputs(p, a);
+    reads(expansion), reads(bias), writes(out);
+    check(table<R>().finish(*plan_, a, expansion.data(), bias.data(), bias.size(), mean, nullptr));
+  }
+
+  using Pass = Failure (*)(const DevicePlan<R>&, const ConvArgs<R>&, void*);
+  // `pass` on points, whose results have `hidden` numbers each.
+  void run_points(Problem<R>& p, ConvArgs<R> a, Pass pass, int64_t hidden) {
+    a.grad_x = a.grad_edge = nullptr;
+    run(p, a, pass, a.n_edges * hidden);
+  }
+
+ private:
+  const uint64_t seed_;
+  const bool trace_;
+  std::vector<int32_t> ints_;
+  std::vector<R> reals_;
+  std::vector<double> memory_;
+  DevicePlan<R>* plan_;
+
+  // ---- the arrays of a call
+
+  void begin() {
+    simt::reset(seed_, trace_);
+    simt::add_array(memory_.data(), memory_.size() * 8, "plan", false);
+  }
+  void add(const void* begin, int64_t bytes, const char* name, bool writable) {
+    if (begin && bytes) simt::add_array(begin, bytes, name, writable);
+  }
+  template <typename T>
+  void reads(const std::vector<T>& v) {
+    add(v.data(), v.size() * sizeof(T), "input", false);
+  }
+  template <typename T>
+  void writes(const std::vector<T>& v) {
+    add(v.data(), v.size() * sizeof(T), "result", true);
+  }
+  void numbers_at(const R* begin, int64_t n, const char* name, bool writable = false) {
+    add(begin, n * sizeof(R), name, writable);
+  }
+  void inputs(Problem<R>& p, ConvArgs<R>& a) {
+    a.scratch = scratch;
+    const int64_t e = a.n_edges, index = a.wide ? 8 : 4;
+    numbers_at(a.delta, e * p.plan.dim, "delta"), numbers_at(a.delta_tangent, e * p.plan.dim, "delta_tangent");
+    numbers_at(a.attr, e * p.plan.n_attr, "attr"), numbers_at(a.attr_tangent, e * p.plan.n_attr, "attr_tangent");
+    numbers_at(a.x, a.n_src * p.plan.in_size, "x"), numbers_at(a.x_tangent, a.n_src * p.plan.in_size, "x_tangent");
+    add(a.src, e * index, "src", false), add(a.order, e * index, "order", false);
+    add(a.rowptr, (a.n_dst + 1) * index, "rowptr", false), add(a.colptr, (a.n_src + 1) * index, "colptr", false);
+    add(a.order_by_source, e * index, "order_by_source", false);
+  }
+  void run(Problem<R>& p, ConvArgs<R> a, Pass pass, int64_t results = -1) {
+    begin(), inputs(p, a);
+    if (results < 0) results = a.n_dst * p.plan.out_size;
+    numbers_at(a.weights, p.plan.n_weights * (a.delta_tangent ? 2 : 1), "weights");
+    numbers_at(a.out, results, "out", true), numbers_at(a.grad_out, results, "grad_out");
+    numbers_at(a.grad_edge, a.n_edges * p.plan.in_size, "grad_edge", true);
+    numbers_at(a.grad_x, a.n_src * p.plan.in_size, "grad_x", true);
+    numbers_at(a.grad_delta, a.n_edges * p.plan.dim, "grad_delta", true);
+    numbers_at(a.grad_attr, a.n_edges * p.plan.n_attr, "grad_attr", true);
+    numbers_at(a.grad_weights, p.plan.n_weights, "grad_weights", true);
+    check(pass(*plan_, a, nullptr));
+  }
+};
+
+}  // namespace simt_test

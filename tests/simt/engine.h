@@ -1,0 +1,33 @@
+// What a test asks of the emulator.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace simt {
+
+// Before a call: forget failures and arrays; seed 0: threads and blocks in order, else in some other one.
+void reset(uint64_t seed, bool trace);
+// With `trace`: an array that kernels may read, and write if so. All others are out of bounds.
+void add_array(const void* begin, size_t bytes, const char* name, bool writable);
+// Of the launches of a kernel: with `trace` the memory instructions of all warps, where between two barriers a warp
+// takes as many as the lane that has most; threads and dynamic shared memory of a block.
+struct Count {
+  uint64_t instructions;
+  unsigned threads;
+  size_t shared_bytes;
+};
+// By kernel, since the last call of this.
+std::map<std::string, Count> take_counts();
+// Why the call failed; empty if it did not.
+std::string failure();
+
+// Barriers that some thread has reached, and one to be left out.
+std::vector<std::pair<std::string, int>> barriers();
+void skip_barrier(const std::string& file, int line);
+
+}  // namespace simt

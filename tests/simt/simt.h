@@ -1,0 +1,162 @@
+// CUDA C++ on the processor, for tests: csrc/cuda/compat.cuh includes this where nvcc does not compile. Every CUDA
+// thread is a fiber of one processor thread, and a kernel is compiled as it stands.
+//
+// What is checked: results under random schedules, with shared memory full of NaN at the start of every block; barriers
+// that not all threads reach, deadlocks, lanes that meet at different instructions; with -fsanitize=address and bounds,
+// memory errors; with -fsanitize=thread, whose hooks engine.cpp supplies itself, data races within a block and between
+// blocks, accesses outside the registered arrays, and misaligned ones.
+//
+// Not modelled: what blocks that wait for each other would need (they run one after another), weakly ordered memory
+// beyond what the race check sees, and time.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+
+#define __global__
+#define __device__
+#define __host__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __forceinline__ inline __attribute__((always_inline))
+// The library's thread-local memory is the shared memory of the block that runs: nothing else in it may be
+// thread_local.
+#define __shared__ thread_local
+#define SIMT_UNTRACED __attribute__((no_sanitize("thread")))
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace simt {
+
+struct Thread {
+  uint3 index;
+  unsigned number, lane, warp;
+  unsigned accesses;  // of memory since the warp's last barrier or operation
+  void *stack_pointer, *stack;
+  void* fake_stack;  // AddressSanitizer's
+};
+extern Thread* self;
+extern uint3 block_index;
+extern dim3 block_size, grid_size;
+
+// What a lane brings to an operation of its warp.
+struct Operand {
+  const void* in;
+  void* out;
+  int argument;
+};
+using WarpOperation = void (*)(Operand*, uint32_t mask, size_t bytes);
+
+struct Site {
+  const char* what;
+  const char* file;
+  int line;
+};
+
+void block_barrier(Site site);
+void warp_barrier(uint32_t mask, Site site);
+void collective(uint32_t mask, Site site, Operand operand, size_t bytes, WarpOperation operation);
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+enum Access { kRead, kWrite, kAtomic };
+void trace(const void* address, size_t bytes, Access access, const void* instruction);
+unsigned char* dynamic_shared();
+void run(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(void*), void* context, const char* name);
+
+template <typename F>
+void launch(dim3 grid, dim3 block, size_t shared_bytes, const char* name, F call) {
+  run(grid, block, shared_bytes, [](void* f) { (*static_cast<F*>(f))(); }, &call, name);
+}
+
+SIMT_UNTRACED inline void shuffle(Operand* lanes, uint32_t mask, size_t bytes) {
+  for (int i = 0; i < 32; ++i) {
+    if (!(mask >> i & 1)) continue;
+    const int source = lanes[i].argument;
+    if (!(mask >> source & 1)) fail("shuffle: lane %d reads lane %d, which takes no part", i, source);
+    memcpy(lanes[i].out, lanes[source].in, bytes);
+  }
+}
+SIMT_UNTRACED inline void ballot(Operand* lanes, uint32_t mask, size_t) {
+  uint32_t set = 0;
+  for (int i = 0; i < 32; ++i)
+    if (mask >> i & 1) set |= static_cast<uint32_t>(lanes[i].argument != 0) << i;
+  for (int i = 0; i < 32; ++i)
+    if (mask >> i & 1) *static_cast<uint32_t*>(lanes[i].out) = set;
+}
+template <typename T>
+SIMT_UNTRACED __attribute__((noinline)) T shuffled(uint32_t mask, T value, int source, Site site) {
+  T result;
+  collective(mask, site, {&value, &result, source}, sizeof value, shuffle);
+  return result;
+}
+SIMT_UNTRACED inline uint32_t balloted(uint32_t mask, bool set, Site site) {
+  uint32_t result;
+  collective(mask, site, {nullptr, &result, set}, 0, ballot);
+  return result;
+}
+template <typename T>
+SIMT_UNTRACED __attribute__((noinline)) T atomic_add(T* address, T value) {
+  trace(address, sizeof value, kAtomic, __builtin_return_address(0));
+  const T old = *address;
+  *address = old + value;
+  return old;
+}
+
+}  // namespace simt
+
+#define SIMT_SITE(what) (simt::Site{what, __FILE__, __LINE__})
+#define threadIdx (simt::self->index)
+#define blockIdx simt::block_index
+#define blockDim simt::block_size
+#define gridDim simt::grid_size
+#define __syncthreads() simt::block_barrier(SIMT_SITE("__syncthreads"))
+#define __syncwarp() simt::warp_barrier(0xffffffffu, SIMT_SITE("__syncwarp"))
+#define __shfl_sync(mask, value, lane) simt::shuffled(mask, value, lane, SIMT_SITE("__shfl_sync"))
+#define __shfl_xor_sync(mask, value, bits) \
+  simt::shuffled(mask, value, static_cast<int>(simt::self->lane ^ (bits)), SIMT_SITE("__shfl_xor_sync"))
+#define __ballot_sync(mask, set) simt::balloted(mask, set, SIMT_SITE("__ballot_sync"))
+#define LAUNCH(kernel, grid, block, bytes, stream, ...) \
+  (static_cast<void>(stream), simt::launch(grid, block, bytes, name, [&] { kernel(__VA_ARGS__); }))
+#define SHARED_MEMORY(T, name) T* const name = reinterpret_cast<T*>(simt::dynamic_shared())
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
+inline int atomicAdd(int* address, int value) { return simt::atomic_add(address, value); }
+inline float exp2_approximate(float x) { return exp2f(x); }
+template <typename T>
+T* global_memory(T* pointer) {
+  return pointer;
+}
+
+// ---- the runtime, of a device with one multiprocessor, so that warps go through several tiles
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDefault };
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+
+cudaError_t cudaGetLastError();
+const char* cudaGetErrorString(cudaError_t error);
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  return memcpy(to, from, bytes), cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  return *blocks = 1, cudaSuccess;
+}

@@ -1,0 +1,22 @@
+// Between engine.cpp and trace.cpp.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace simt {
+
+// Who runs, and between which barriers: block and thread count from 1.
+struct Moment {
+  uint32_t block, thread, warp, block_epoch, warp_epoch;
+};
+Moment now();
+
+void trace_reset(bool on);
+const void* traced_instruction();        // of the last access; null without trace
+void trace_launch(const void* context);  // the launch's arguments lie around it
+void trace_block(size_t dynamic_bytes);
+void trace_ignore(uintptr_t begin, uintptr_t end);
+void trace_shared(const void* begin, size_t bytes, const void* dynamic, size_t dynamic_capacity);
+
+}  // namespace simt

@@ -1,0 +1,204 @@
+"""Backend `cuda` where there is no GPU: how it refuses, which of the GPU backends "auto" takes, the operators' shapes
+and devices on stand-ins for CUDA tensors, and its Python side on the native loops, which the operators run on CPU
+tensors. The kernels themselves: `make test-gpu-emulated`."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import assert_close, layer, outcome
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from implicit_steer import backends, native
+from implicit_steer.backends import cuda
+from implicit_steer.backends.gpu_cost import instructions_per_edge
+from implicit_steer.cases import SMALL, Case
+
+GPU = torch.device("cuda")
+
+
+# ---- without a device
+
+
+def test_cpu_tensors_are_refused():
+    conv = layer(SMALL["c4"])
+    with pytest.raises(RuntimeError, match="runs on CUDA tensors, these are on cpu"):
+        outcome(conv, SMALL["c4"].inputs(conv), "cuda")
+
+
+def test_importing_and_asking_opens_no_cuda_library():
+    script = (
+        "import sys, implicit_steer as ist;"
+        "ok, reason = ist.info().backends['cuda']; print(ok, reason);"
+        "sys.exit('libimplicit_steer_cuda' in open('/proc/self/maps').read())"
+    )
+    run = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    ok, _, reason = run.stdout.partition(" ")
+    assert ok == str(native.cuda_available()[0] and torch.cuda.is_available())
+    assert reason.strip()
+
+
+def test_missing_kernels_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "CUDA_LIBRARY", tmp_path / "none.so")
+    ok, reason = cuda.available()
+    assert not ok
+    assert "IMPLICIT_STEER_CUDA=require" in reason
+    ok, reason = cuda.supports(SMALL["c4"].layer().implicit_kernel.plan, GPU, torch.float32)
+    assert not ok
+    assert "no CUDA kernels" in reason
+
+
+def test_a_missing_device_is_named(monkeypatch, tmp_path):
+    (tmp_path / "kernels.so").touch()
+    monkeypatch.setattr(native, "CUDA_LIBRARY", tmp_path / "kernels.so")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        backends.select("cuda", SMALL["c4"].layer().implicit_kernel.plan, GPU, torch.float32)
+
+
+def test_too_large_a_plan_is_refused(monkeypatch):
+    plan = layer(SMALL["o3"]).implicit_kernel.plan
+    monkeypatch.setattr(cuda, "available", lambda: (True, ""))
+    monkeypatch.setattr(cuda, "shared_bytes", lambda plan, dtype: 300_000)
+    properties = SimpleNamespace(shared_memory_per_block_optin=232_448)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert cuda.supports(plan, GPU, torch.float32) == (
+        False,
+        "needs 300000 bytes of shared memory per block, cuda has 232448",
+    )
+    assert cuda.supports(plan, GPU, torch.float16)[1] == "computes in float32 or float64, not torch.float16"
+
+
+# ---- which of the two
+
+
+@pytest.fixture
+def both(monkeypatch):
+    """Both GPU backends support everything."""
+    for backend in (cuda, backends.triton):
+        monkeypatch.setattr(backend, "supports", lambda plan, device, dtype: (True, "supported"))
+
+
+def _wide():
+    """Hidden layers that tensor cores are for."""
+    return layer(Case("", "C4 on R2", "1 scalar", "1 scalar", None, 3, 128), "no norm").implicit_kernel.plan
+
+
+@pytest.mark.parametrize(("plan", "expected"), [(lambda: layer(SMALL["o3"]).implicit_kernel.plan, "cuda"),
+                                                (_wide, "triton")])  # fmt: skip
+def test_auto_takes_the_one_with_fewer_instructions(both, plan, expected):
+    plan = plan()
+    predicted = instructions_per_edge(plan)
+    chosen, reason = backends.select("auto", plan, GPU, torch.float32)
+    assert chosen is backends.BACKENDS[expected]
+    assert predicted[expected] == min(predicted.values())
+    assert f"{expected}: supported; predicted {predicted[expected]:,.0f} warp instructions per edge" in reason
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_both_can_be_forced(both, name):
+    plan = layer(SMALL["o3"]).implicit_kernel.plan
+    assert backends.select(name, plan, GPU, torch.float32)[0] is backends.BACKENDS[name]
+
+
+def test_the_other_one_steps_in(both, monkeypatch):
+    monkeypatch.setattr(cuda, "supports", lambda plan, device, dtype: (False, "no kernels"))
+    chosen, reason = backends.select("auto", layer(SMALL["o3"]).implicit_kernel.plan, GPU, torch.float32)
+    assert chosen is backends.triton
+    assert reason == "triton: supported; not cuda: no kernels"
+
+
+# ---- its Python side
+
+
+@pytest.mark.parametrize("configuration", ["train", "eval", "no norm"])
+@pytest.mark.parametrize(("name", "options"), [("o3", {}), ("so2-mixed", {"aggr": "mean"}), ("c4", {"cutoff": 1.5})])
+def test_on_the_native_loops_it_is_reference(monkeypatch, name, options, configuration):
+    """Packing at every call, its gradients composed of operators, batch statistics, mean and bias."""
+    monkeypatch.setattr(cuda, "supports", lambda plan, device, dtype: (True, ""))
+    conv = layer(SMALL[name], configuration, **options)
+    problem = SMALL[name].inputs(conv)
+    assert_close(outcome(conv, problem, "cuda"), outcome(conv, problem, "reference"), 1e-12)
+
+
+def test_kernel_values_on_the_native_loops():
+    conv = layer(SMALL["o3"])
+    kernel, problem = conv.implicit_kernel, SMALL["o3"].inputs(conv)
+    arguments = kernel.plan, kernel.parameters_for_op(), False, problem.delta, problem.attributes
+    assert torch.allclose(cuda.kernel(*arguments)[0], backends.reference.kernel(*arguments)[0], atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_parameter_sizes_are_those_of_the_layer(name):
+    conv = layer(SMALL[name])
+    sizes = tuple(t.numel() for t in backends.cpu._learned(conv.implicit_kernel.parameters_for_op()))
+    assert cuda._parameter_sizes(conv.implicit_kernel.plan) == sizes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_shared_memory_is_counted(dtype):
+    """By the kernel library, where this build has it."""
+    plan = layer(SMALL["o3"]).implicit_kernel.plan
+    if native.cuda_available()[0]:
+        assert 0 < cuda.shared_bytes(plan, dtype) < 227 * 1024
+    else:
+        with pytest.raises(RuntimeError, match="backend 'cuda': its kernels could not be loaded"):
+            cuda.shared_bytes(plan, dtype)
+
+
+# ---- stand-ins for CUDA tensors
+
+
+class _Calls(TorchDispatchMode):
+    """Every call of a native operator: itself, its arguments, its results."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "implicit_steer" and func._opname != "conv_move_running":  # of CPU tensors alone
+            self.seen.append((func, args, result))
+        return result
+
+
+def _kind(tree):
+    return tree_map(lambda t: (t.shape, t.dtype) if isinstance(t, torch.Tensor) else t, tree)
+
+
+@pytest.mark.parametrize("configuration", ["train", "eval"])
+@pytest.mark.parametrize("name", ["o3", "so2-mixed", "c4"])
+def test_shapes_and_devices_of_operators(monkeypatch, name, configuration):
+    """All that the backend calls up to second derivatives, on tensors that have no memory: the results are of the
+    shapes that they have on the processor, but on the GPU. The plan's arrays stay CPU tensors."""
+    monkeypatch.setattr(cuda, "supports", lambda plan, device, dtype: (True, ""))
+    conv = layer(SMALL[name], configuration)
+    conv.backend, problem = "cuda", SMALL[name].inputs(conv)
+    with _Calls() as calls:
+        inputs = problem.requires_grad()
+        (gradient,) = torch.autograd.grad(problem.run(conv).square().sum(), inputs[1], create_graph=True)
+        gradient.square().sum().backward()
+    expected = {"conv_pack", "conv_forward", "conv_backward", "conv_double_backward", "conv_pack_backward"}
+    assert {func._opname for func, _, _ in calls.seen} >= expected
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def stand_in(argument, value):
+        if argument.name.startswith(("plan_", "pack_")):
+            return value
+        on_gpu = torch.device("cuda", 0)
+        return tree_map(
+            lambda t: FakeTensor(mode, torch.empty_like(t, device="meta", requires_grad=False), on_gpu)
+            if isinstance(t, torch.Tensor) else t,
+            value,
+        )  # fmt: skip
+
+    for func, arguments, result in calls.seen:
+        with mode, torch.no_grad():
+            found = func(*map(stand_in, func._schema.arguments, arguments))
+        assert _kind(found) == _kind(result), func
+        assert all(t.device.type == "cuda" for t in tree_leaves(found)), func
