@@ -1,6 +1,7 @@
 """Data sets of the experiments."""
 
 from .forces import ForceData
+from .modelnet import Clouds, CloudSet, ModelNet
 from .qm9 import QM9, Batch, MoleculeSet
 
-__all__ = ["QM9", "Batch", "ForceData", "MoleculeSet"]
+__all__ = ["QM9", "Batch", "CloudSet", "Clouds", "ForceData", "ModelNet", "MoleculeSet"]

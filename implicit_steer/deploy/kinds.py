@@ -21,6 +21,7 @@ class Kind(NamedTuple):
 
 # Modules with ``arguments()``, by the name of their class.
 _PLAIN = (
+    layers.CloudNet,
     layers.FourierActivation,
     layers.Gate,
     layers.IIDBatchNorm1d,

@@ -6,6 +6,7 @@ arithmetic it shares: the base classes of this package. ``in_type`` and ``out_ty
 
 from .activation import FourierActivation
 from .batch_norm import IIDBatchNorm1d
+from .clouds import CloudNet
 from .fields import Fields, values, with_values
 from .grid_conv import ImplicitConv
 from .kernel import ImplicitKernel
@@ -15,6 +16,7 @@ from .point_conv import ImplicitPointConv, ImplicitPointConvWithDownsampling
 from .potential import Gate, PotentialNet, Prediction
 
 __all__ = [
+    "CloudNet",
     "Fields",
     "FourierActivation",
     "Gate",

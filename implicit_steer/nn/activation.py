@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from escnn.group import Group
 from escnn.gspaces import GSpace
 from escnn.nn import EquivariantModule, FieldType, GeometricTensor
 
@@ -11,6 +12,11 @@ from .._check import fail, require
 from ..layers.activation import FourierBase
 from ..lowering import parse_sampling
 from ..plan import FUNCTIONS
+
+
+def paper_function(group: Group) -> str:
+    """φ as the paper chooses it: ELU, but ReLU on groups of order 1 and 2."""
+    return "relu" if not group.continuous and group.order() <= 2 else "elu"
 
 
 class FourierActivation(FourierBase, EquivariantModule):

@@ -12,10 +12,11 @@ from escnn.nn import FieldType
 
 from .. import sampling as sp
 from .._check import fail, require
+from ..clebsch_gordan import install
 from ..layers.kernel import NORM_TENSORS
 from ..lowering import polished_blocks
 from ..plan import FUNCTIONS
-from .activation import FourierActivation
+from .activation import FourierActivation, paper_function
 
 _INIT = ("he", "deltaorthonormal")
 # Suffixes of the buffers that fix what weights mean; escnn derives them from the group's Clebsch-Gordan coefficients.
@@ -29,6 +30,7 @@ def fiber_space(group: Group, name: str) -> GSpace0D:
     One per space, not per group: that cache goes by names of representations, and the actions of one group on two
     spaces may share theirs.
     """
+    install(group)
     return no_base_space(group)
 
 
@@ -105,8 +107,8 @@ class KernelMLP(torch.nn.Module):
         require(activation in FUNCTIONS, "activation", f"one of {FUNCTIONS}", repr(activation))
         self.in_type, self.out_type, self.n_channels = in_type, out_type, n_channels
         group, gspace = in_type.fibergroup, in_type.gspace
-        if activation == "elu" and not group.continuous and group.order() <= 2:
-            activation = "relu"
+        if activation == "elu":
+            activation = paper_function(group)
         modules, hidden = [], in_type
         if n_layers > 1:
             band_limit = sp.max_frequency(out_type.representations) + 1
