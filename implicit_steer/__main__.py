@@ -6,7 +6,8 @@ import argparse
 import logging
 from collections.abc import Sequence
 
-from . import info, md, train, train_forces
+from . import info, md
+from .train import TASKS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -14,21 +15,11 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m implicit_steer", description="Steerable implicit convolutions.")
     commands = top.add_subparsers(dest="command", required=True, metavar="{train,md,demo,info}")
     training = commands.add_parser("train", help="train a network")
-    tasks = training.add_subparsers(dest="task", required=True, metavar="{qm9,forces}")
-    qm9 = tasks.add_parser(
-        "qm9",
-        help="a property of small molecules",
-        description="Train the paper's network on QM9; print the mean absolute error on the test set.",
-    )
-    train.add_qm9_arguments(qm9)
-    qm9.set_defaults(run=train.main)
-    forces = tasks.add_parser(
-        "forces",
-        help="a potential of metals or molecules",
-        description="Fit a potential to energies and forces; print the mean absolute errors on the test set.",
-    )
-    train_forces.add_forces_arguments(forces)
-    forces.set_defaults(run=train_forces.main)
+    tasks = training.add_subparsers(dest="task", required=True, metavar=f"{{{','.join(TASKS)}}}")
+    for name, task in TASKS.items():
+        command = tasks.add_parser(name, help=task.HELP, description=task.DESCRIPTION)
+        task.add_arguments(command)
+        command.set_defaults(run=task.main)
     dynamics = commands.add_parser(
         "md",
         help="molecular dynamics with a potential",

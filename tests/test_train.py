@@ -12,12 +12,11 @@ from escnn import gspaces
 from escnn.nn import IIDBatchNorm1d, QuotientFourierELU
 from helpers import relative
 
-from implicit_steer import _lightning
 from implicit_steer.__main__ import main
-from implicit_steer._lightning import EpochShuffle, Regressor, loader
 from implicit_steer.data import QM9
 from implicit_steer.models import QM9Net
-from implicit_steer.train import QM9Options, train_qm9
+from implicit_steer.train import QM9Options, lightning, train_qm9
+from implicit_steer.train.lightning import EpochShuffle, Regressor, loader
 
 # One result per seed AND number of threads: the number is part of every run.
 SMALL = {"limit": 200, "blocks": 1, "epochs": 3, "progress": False, "num_threads": 1}
@@ -45,7 +44,7 @@ def run(tmp_path_factory):
     """An uninterrupted run whose learning rate is halved after the first and the second epoch: folder, result."""
     out = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_lightning, "MILESTONES", (1, 2))
+        patch.setattr(lightning, "MILESTONES", (1, 2))
         return out, train_qm9(QM9Options(out=str(out), **SMALL))
 
 
@@ -72,7 +71,7 @@ def test_loss_falls(run):
 
 
 def test_same_seed_same_result(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(_lightning, "MILESTONES", (1, 2))
+    monkeypatch.setattr(lightning, "MILESTONES", (1, 2))
     again = train_qm9(QM9Options(out=str(tmp_path / "a"), **SMALL))
     assert again["test_mae"] == run[1]["test_mae"]
     assert rows(tmp_path / "a") == rows(run[0])
@@ -82,7 +81,7 @@ def test_same_seed_same_result(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("epoch", "step"), [(0, 2), (2, 3)])
 def test_interrupted_and_resumed(run, tmp_path, monkeypatch, capsys, epoch, step):
-    monkeypatch.setattr(_lightning, "MILESTONES", (1, 2))
+    monkeypatch.setattr(lightning, "MILESTONES", (1, 2))
     training_step = Regressor.training_step
 
     def interrupted(self, batch, index):

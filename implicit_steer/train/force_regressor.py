@@ -1,4 +1,4 @@
-"""The PyTorch Lightning side of :mod:`implicit_steer.train_forces`; importing it needs the extra ``train``."""
+"""The PyTorch Lightning side of :mod:`implicit_steer.train.forces`; importing it needs the extra ``train``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import l1_loss
 
-from ._lightning import SHOW_EVERY, RunningMean
-from .models.potential import Potential
-from .structures import Structures
+from ..models.potential import Potential
+from ..structures import Structures
+from .lightning import SHOW_EVERY, RunningMean
 
 MAX_NORM = 10.0  # of the gradient: a few configurations have very large forces
 

@@ -1,4 +1,4 @@
-"""The PyTorch Lightning side of :mod:`implicit_steer.train`; importing it needs the extra ``train``."""
+"""The PyTorch Lightning side of training runs; importing it needs the extra ``train``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 
-from .data.forces import StructureSet
-from .data.qm9 import Batch, MoleculeSet
+from ..data.qm9 import Batch
+from .common import Run
 
 MILESTONES = (25, 50, 75, 100, 125)  # epochs after which the learning rate is halved
 WEIGHT_DECAY = 1e-8
@@ -127,7 +127,7 @@ class EpochShuffle(torch.utils.data.Sampler):
 
 
 def loader(
-    data: MoleculeSet | StructureSet, batch_size: int, shuffle_seed: int | None = None
+    data: torch.utils.data.Dataset, batch_size: int, shuffle_seed: int | None = None
 ) -> torch.utils.data.DataLoader:
     """Batches of ``data``, in its order, or shuffled anew in each epoch.
 
@@ -213,3 +213,17 @@ def trainer_for(out: Path, epochs: int, device: str, progress: bool) -> pl.Train
         inference_mode=False,  # forces are derivatives in validation too
         num_sanity_val_steps=0,
     )
+
+
+def fit_and_test(module: pl.LightningModule, data: Any, run: Run) -> dict[str, float]:
+    """Train ``module`` on ``data.train``, choose an epoch by ``data.val``, and test that epoch on ``data.test``.
+
+    Gives what the module logs in the test, and ``val_mae``, the chosen epoch's.
+    """
+    options = run.options
+    trainer = trainer_for(run.out, options.epochs, options.device, options.progress)
+    train, val = loader(data.train, options.batch_size, options.seed), loader(data.val, 4 * options.batch_size)
+    trainer.fit(module, train, val, ckpt_path=run.checkpoint)
+    best, test = str(run.out / "best.ckpt"), loader(data.test, 4 * options.batch_size)
+    metrics = trainer.test(module, test, ckpt_path=best, verbose=False)[0]
+    return {**metrics, "val_mae": float(trainer.checkpoint_callback.best_model_score)}

@@ -1,0 +1,12 @@
+"""Training runs: ``python -m implicit_steer train TASK``, or the functions of this package from Python.
+
+Each task is a module with ``HELP``, ``DESCRIPTION``, ``add_arguments(parser)`` and ``main(args)``.
+"""
+
+from . import forces, qm9
+from .forces import ForcesOptions, train_forces
+from .qm9 import QM9Options, train_qm9
+
+TASKS = {"qm9": qm9, "forces": forces}
+
+__all__ = ["TASKS", "ForcesOptions", "QM9Options", "train_forces", "train_qm9"]
