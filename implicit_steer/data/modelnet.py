@@ -58,6 +58,8 @@ class CloudSet(torch.utils.data.Dataset):
     - ``stream``: whole numbers that seed the samples.
     """
 
+    endless = True
+
     def __init__(
         self,
         folder: Path,

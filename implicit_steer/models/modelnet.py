@@ -14,15 +14,16 @@ from ..layers.clouds import CloudNet
 from ..nn import FourierActivation, IIDBatchNorm1d, ImplicitPointConv, ImplicitPointConvWithDownsampling
 from ..nn.activation import paper_function
 
-GROUPS = {  # as the paper names them; rotations about z, mirrors and axes that contain or cross it
-    "m": ("M", gspaces.mirOnR3),
-    "inv": ("Inv", gspaces.invOnR3),
-    "so2-inv": ("SO(2) ⋊ Inv", gspaces.cylindricalOnR3),
-    "so2": ("SO(2)", gspaces.rot2dOnR3),
-    "so2-f": ("SO(2) ⋊ F", gspaces.dihedralOnR3),
-    "so2-m": ("SO(2) ⋊ M", gspaces.conicalOnR3),
-    "so3": ("SO(3)", gspaces.rot3dOnR3),
-    "o3": ("O(3)", gspaces.flipRot3dOnR3),
+# The paper's eight groups; rotations are about z, mirrors contain it, the axes of half turns cross it.
+SPACES = {
+    "m": gspaces.mirOnR3,
+    "inv": gspaces.invOnR3,
+    "so2-inv": gspaces.cylindricalOnR3,
+    "so2": gspaces.rot2dOnR3,
+    "so2-f": gspaces.dihedralOnR3,
+    "so2-m": gspaces.conicalOnR3,
+    "so3": gspaces.rot3dOnR3,
+    "o3": gspaces.flipRot3dOnR3,
 }
 
 
@@ -31,7 +32,7 @@ class ModelNetNet(CloudNet):
     """Clouds of points (B, P, 3) → (B, classes): see :class:`~implicit_steer.layers.CloudNet`.
 
     - ``classes``: their number.
-    - ``gspace``: an escnn ``GSpace`` of R³, such as those of :data:`GROUPS`.
+    - ``gspace``: an escnn ``GSpace`` of R³, such as those of :data:`SPACES`.
     - ``points``, ``neighbours``: P, and edges into every point.
     - ``levels``: convolutions, each onto half of the points.
     - ``width``: numbers per point of a hidden layer, about: as many fields as come closest, at least one.

@@ -3,10 +3,19 @@
 Each task is a module with ``HELP``, ``DESCRIPTION``, ``add_arguments(parser)`` and ``main(args)``.
 """
 
-from . import forces, qm9
+from . import forces, modelnet, qm9
 from .forces import ForcesOptions, train_forces
+from .modelnet import ModelNetOptions, train_modelnet
 from .qm9 import QM9Options, train_qm9
 
-TASKS = {"qm9": qm9, "forces": forces}
+TASKS = {"qm9": qm9, "forces": forces, "modelnet": modelnet}
 
-__all__ = ["TASKS", "ForcesOptions", "QM9Options", "train_forces", "train_qm9"]
+__all__ = [
+    "TASKS",
+    "ForcesOptions",
+    "ModelNetOptions",
+    "QM9Options",
+    "train_forces",
+    "train_modelnet",
+    "train_qm9",
+]

@@ -110,10 +110,13 @@ class Regressor(pl.LightningModule):
 
 
 class EpochShuffle(torch.utils.data.Sampler):
-    """A permutation of 0 .. count-1 that depends on seed and epoch alone, so a resumed run sees the same order."""
+    """A permutation of 0 .. count-1 that depends on seed and epoch alone, so a resumed run sees the same order.
 
-    def __init__(self, count: int, seed: int):
-        self.count, self.seed, self.epoch = count, seed, 0
+    ``fresh``: entry n is n + epoch · count, a further one of a data set without end.
+    """
+
+    def __init__(self, count: int, seed: int, fresh: bool = False):
+        self.count, self.seed, self.fresh, self.epoch = count, seed, fresh, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before each epoch."""
@@ -123,7 +126,8 @@ class EpochShuffle(torch.utils.data.Sampler):
         return self.count
 
     def __iter__(self) -> Iterator[int]:
-        return iter(np.random.default_rng((self.seed, self.epoch)).permutation(self.count).tolist())
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
+        return iter((order + self.epoch * self.count * self.fresh).tolist())
 
 
 def loader(
@@ -131,11 +135,13 @@ def loader(
 ) -> torch.utils.data.DataLoader:
     """Batches of ``data``, in its order, or shuffled anew in each epoch.
 
-    A last batch of one entry is dropped where it is shuffled: batch norm over one molecule is undefined.
+    Data that are ``endless`` give fresh entries in each epoch. A last batch of one entry is dropped where it is shuffled:
+    batch norm over one molecule is undefined.
     """
     if shuffle_seed is None:
         return torch.utils.data.DataLoader(data, batch_size, collate_fn=_as_is)
-    sampler, alone = EpochShuffle(len(data), shuffle_seed), len(data) % batch_size == 1
+    fresh = getattr(data, "endless", False)
+    sampler, alone = EpochShuffle(len(data), shuffle_seed, fresh), len(data) % batch_size == 1
     return torch.utils.data.DataLoader(data, batch_size, sampler=sampler, drop_last=alone, collate_fn=_as_is)
 
 
@@ -188,8 +194,8 @@ class EpochLog(pl.Callback):
             print(f"\nInterrupted in epoch {trainer.current_epoch}; {self.first} is complete. Continue with --resume.")
 
 
-def trainer_for(out: Path, epochs: int, device: str, progress: bool) -> pl.Trainer:
-    """A trainer that validates, logs and saves once per epoch."""
+def trainer_for(out: Path, epochs: int, device: str, progress: bool, monitor: str = "val_mae") -> pl.Trainer:
+    """A trainer that validates, logs and saves once per epoch; the best epoch has the lowest ``monitor``."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it announces hardware that is not there
     # Batches are gathered faster than a worker process could send them; the folder is meant to be used again;
     # Lightning 2.6 calls what torch 2.13 has deprecated.
@@ -197,7 +203,7 @@ def trainer_for(out: Path, epochs: int, device: str, progress: bool) -> pl.Train
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.* is deprecated.*")
     every_epoch = {"save_on_train_epoch_end": True, "enable_version_counter": False}
-    best = ModelCheckpoint(out, filename="best", monitor="val_mae", **every_epoch)
+    best = ModelCheckpoint(out, filename="best", monitor=monitor, **every_epoch)
     last = ModelCheckpoint(out, filename="last", **every_epoch)  # after best, whose state it holds
     bar = [TQDMProgressBar(refresh_rate=SHOW_EVERY)] if progress else []
     return pl.Trainer(
@@ -218,12 +224,12 @@ def trainer_for(out: Path, epochs: int, device: str, progress: bool) -> pl.Train
 def fit_and_test(module: pl.LightningModule, data: Any, run: Run) -> dict[str, float]:
     """Train ``module`` on ``data.train``, choose an epoch by ``data.val``, and test that epoch on ``data.test``.
 
-    Gives what the module logs in the test, and ``val_mae``, the chosen epoch's.
+    Gives what the module logs in the test, and the chosen epoch's ``val_mae``, or what its ``monitor`` names instead.
     """
-    options = run.options
-    trainer = trainer_for(run.out, options.epochs, options.device, options.progress)
+    options, monitor = run.options, getattr(module, "monitor", "val_mae")
+    trainer = trainer_for(run.out, options.epochs, options.device, options.progress, monitor)
     train, val = loader(data.train, options.batch_size, options.seed), loader(data.val, 4 * options.batch_size)
     trainer.fit(module, train, val, ckpt_path=run.checkpoint)
     best, test = str(run.out / "best.ckpt"), loader(data.test, 4 * options.batch_size)
     metrics = trainer.test(module, test, ckpt_path=best, verbose=False)[0]
-    return {**metrics, "val_mae": float(trainer.checkpoint_callback.best_model_score)}
+    return {**metrics, monitor: float(trainer.checkpoint_callback.best_model_score)}
