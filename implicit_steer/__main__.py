@@ -1,4 +1,4 @@
-"""``python -m implicit_steer``: train, md, demo, info."""
+"""``python -m implicit_steer``: train, groups, md, demo, info."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ import logging
 from collections.abc import Sequence
 
 from . import info, md
-from .train import TASKS
+from .train import TASKS, groups
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m implicit_steer", description="Steerable implicit convolutions.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="{train,md,demo,info}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{train,groups,md,demo,info}")
     training = commands.add_parser("train", help="train a network")
     tasks = training.add_subparsers(dest="task", required=True, metavar=f"{{{','.join(TASKS)}}}")
     for name, task in TASKS.items():
         command = tasks.add_parser(name, help=task.HELP, description=task.DESCRIPTION)
         task.add_arguments(command)
         command.set_defaults(run=task.main)
+    comparison = commands.add_parser("groups", help=groups.HELP, description=groups.DESCRIPTION)
+    groups.add_arguments(comparison)
+    comparison.set_defaults(run=groups.main)
     dynamics = commands.add_parser(
         "md",
         help="molecular dynamics with a potential",

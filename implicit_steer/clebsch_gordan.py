@@ -1,8 +1,9 @@
 """Products of irreps of planar rotation groups with reflections or inversions, in place of escnn's numerical search.
 
-escnn knows closed forms for SO(2), SO(3), O(3) and C_N. For other groups it solves a linear system per triple of irreps,
-with signs that differ between installations, and only among irreps that happen to have been made before: it fails at
-the frequencies of a kernel on vector features, or takes minutes. Here invariant tensors are columns of a Haar average.
+escnn knows closed forms for SO(2), SO(3), O(3) and C_N. For other groups it solves a linear system per triple of
+irreps, with signs that differ between installations, and only among irreps that happen to have been made before: at the
+frequencies of a kernel between hidden layers it fails or takes minutes. Here invariant tensors are columns of a Haar
+average.
 """
 
 from __future__ import annotations

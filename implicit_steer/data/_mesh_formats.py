@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -120,6 +121,6 @@ def _fans(faces: Iterable[list[int]]) -> np.ndarray:
 
     def triangles() -> Iterator[tuple[int, int, int]]:
         for first, *rest in faces:
-            yield from ((first, *pair) for pair in zip(rest, rest[1:], strict=False))
+            yield from ((first, *pair) for pair in pairwise(rest))
 
     return np.array(list(triangles()), dtype=np.int64).reshape(-1, 3)

@@ -144,5 +144,7 @@ def _catalogue(path: Path) -> list[dict[str, str]]:
 def digest(source: OffFiles | FurnitureFiles) -> str:
     """Of names, parts and sizes of what a source has: another or a truncated file never meets an old cache."""
     sizes = {entry.file: entry.file.stat().st_size for entry in source.entries}
-    content = [(entry.label, entry.part, entry.member or entry.file.name, sizes[entry.file]) for entry in source.entries]
+    content = [
+        (entry.label, entry.part, entry.member or entry.file.name, sizes[entry.file]) for entry in source.entries
+    ]
     return hashlib.sha256(repr(content).encode()).hexdigest()[:12]

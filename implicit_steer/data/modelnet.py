@@ -94,7 +94,7 @@ class CloudSet(torch.utils.data.Dataset):
 
 
 def random_rotation(kind: str, rng: np.random.Generator) -> np.ndarray:
-    """(3, 3): "z", by a uniform angle about the third axis; "so3", uniform among all rotations; "none", the identity."""
+    """(3, 3): "z", by a uniform angle about the third axis; "so3", uniform among rotations; "none", the identity."""
     if kind == "z":
         c, s = np.cos(angle := 2 * np.pi * rng.random()), np.sin(angle)
         return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])

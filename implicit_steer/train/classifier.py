@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -18,15 +19,17 @@ SMOOTHING = 0.2  # of the labels, in training
 class Classifier(pl.LightningModule):
     """Cross entropy with smoothed labels; AdamW, the learning rate halved at each of ``MILESTONES``.
 
-    ``model(positions)`` gives one number per cloud and class. ``meshes``: how many the test set has; a mesh's prediction
-    is the class of the largest probability, averaged over its samples. ``options`` is stored in every checkpoint.
+    Dropout draws from ``seed`` and the step, so that a resumed run draws the same.
+
+    ``model(positions)`` gives one number per cloud and class. ``meshes``: how many the test set has; the prediction for
+    a mesh is the class of the largest probability, averaged over its samples. ``options`` is stored in checkpoints.
     """
 
     monitor = "val_loss"
 
-    def __init__(self, model: torch.nn.Module, meshes: int, lr: float, options: dict[str, Any]):
+    def __init__(self, model: torch.nn.Module, meshes: int, lr: float, seed: int, options: dict[str, Any]):
         super().__init__()
-        self.model, self.meshes, self.lr, self.options = model, meshes, lr, options
+        self.model, self.meshes, self.lr, self.seed, self.options = model, meshes, lr, seed, options
         self.train_loss, self.train_hits, self.loss, self.hits = (RunningMean() for _ in range(4))
 
     def on_train_epoch_start(self) -> None:
@@ -36,6 +39,7 @@ class Classifier(pl.LightningModule):
 
     def training_step(self, batch: Clouds, step: int) -> Tensor:
         """The loss, which also enters the epoch's mean."""
+        torch.manual_seed(int(np.random.SeedSequence((self.seed, self.global_step)).generate_state(1)[0]))
         logits = self.model(batch.pos)
         loss = cross_entropy(logits, batch.y, label_smoothing=SMOOTHING)
         self.train_loss.add(loss, len(batch.y))

@@ -135,8 +135,8 @@ def loader(
 ) -> torch.utils.data.DataLoader:
     """Batches of ``data``, in its order, or shuffled anew in each epoch.
 
-    Data that are ``endless`` give fresh entries in each epoch. A last batch of one entry is dropped where it is shuffled:
-    batch norm over one molecule is undefined.
+    Data that are ``endless`` give fresh entries in each epoch. A last batch of one entry is dropped where it is
+    shuffled: batch norm over one molecule is undefined.
     """
     if shuffle_seed is None:
         return torch.utils.data.DataLoader(data, batch_size, collate_fn=_as_is)

@@ -116,7 +116,7 @@ def train_modelnet(options: ModelNetOptions) -> dict[str, Any]:
         sampling=options.sampling,
         backend=options.backend,
     )
-    module = Classifier(model, len(data.split["test"]), options.lr, options.identity())
+    module = Classifier(model, len(data.split["test"]), options.lr, options.seed, options.identity())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     log.info("%s, group %s: %d parameters", data.name, options.group, parameters)
     metrics = fit_and_test(module, data, run)
