@@ -3,10 +3,11 @@
 Each task is a module with ``HELP``, ``DESCRIPTION``, ``add_arguments(parser)`` and ``main(args)``.
 """
 
-from . import forces, qm9
+from . import forces, nbody, qm9
 from .forces import ForcesOptions, train_forces
+from .nbody import NBodyOptions, train_nbody
 from .qm9 import QM9Options, train_qm9
 
-TASKS = {"qm9": qm9, "forces": forces}
+TASKS = {"qm9": qm9, "forces": forces, "nbody": nbody}
 
-__all__ = ["TASKS", "ForcesOptions", "QM9Options", "train_forces", "train_qm9"]
+__all__ = ["TASKS", "ForcesOptions", "NBodyOptions", "QM9Options", "train_forces", "train_nbody", "train_qm9"]

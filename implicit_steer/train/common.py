@@ -57,6 +57,11 @@ class RunOptions:
         """The options of a command line that :func:`add_run_arguments` and a task's own arguments have read."""
         return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
+    def network(self) -> dict[str, Any]:
+        """What the options say about a network of residual blocks, as its constructor takes it."""
+        names = ("blocks", "channels", "sampling", "backend")
+        return {**{name: getattr(self, name) for name in names}, "norm": None if self.norm == "none" else self.norm}
+
     def identity(self) -> dict[str, Any]:
         """The options that a resumed run must share with the interrupted one."""
         return {name: getattr(self, name) for name in self.identity_names}
@@ -68,6 +73,15 @@ def add_numbers(group: Any, default: RunOptions, texts: dict[str, str]) -> None:
         value = getattr(default, name)
         flag = "--" + name.replace("_", "-")
         group.add_argument(flag, type=type(value), metavar="N", default=value, help=f"{text} (%(default)s)")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, default: RunOptions) -> Any:
+    """The options that :meth:`RunOptions.network` reads; returns their group."""
+    model = parser.add_argument_group("model")
+    model.add_argument("--sampling", default=default.sampling, help=f"{SAMPLINGS} (%(default)s)")
+    model.add_argument("--norm", choices=("batch", "none"), default=default.norm, help="of kernel MLPs (%(default)s)")
+    add_numbers(model, default, {"blocks": "residual blocks", "channels": "fields per hidden layer"})
+    return model
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, default: RunOptions, out: str) -> None:

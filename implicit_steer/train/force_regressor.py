@@ -23,6 +23,8 @@ class ForceRegressor(pl.LightningModule):
     ``epochs`` along a cosine.
     """
 
+    monitor = "val_mae"  # the loss of both in eV/Å
+
     def __init__(
         self,
         potential: Potential,

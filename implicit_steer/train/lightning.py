@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 
-from ..data.qm9 import Batch
 from .common import Run
 
 MILESTONES = (25, 50, 75, 100, 125)  # epochs after which the learning rate is halved
@@ -44,52 +43,73 @@ class RunningMean:
         return float(torch.stack(self._sums).cpu().double().sum()) / self._count
 
 
-class Regressor(pl.LightningModule):
-    """L1 regression of ``(y - mean) / std``; errors are reported in the unit of y.
+ERRORS = {"mae": torch.nn.functional.l1_loss, "mse": torch.nn.functional.mse_loss}
 
-    ``model(batch)`` gives one number per molecule. ``options`` is stored in every checkpoint.
+
+class Regressor(pl.LightningModule):
+    """Regression of ``(y - mean) / std``; errors are reported in the unit of y, or its square.
+
+    ``model(batch)`` has the shape of ``batch.y``, (rows, ...); ``mean`` and ``std`` are numbers, or tensors that
+    broadcast to it. ``error`` is the loss: "mae", the mean of absolute values, or "mse", that of squares. ``options``
+    is stored in every checkpoint.
     """
 
-    def __init__(self, model: torch.nn.Module, mean: float, std: float, lr: float, options: dict[str, Any]):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        mean: float | torch.Tensor,
+        std: float | torch.Tensor,
+        lr: float,
+        options: dict[str, Any],
+        error: str = "mae",
+    ):
         super().__init__()
-        self.model, self.mean, self.std, self.lr, self.options = model, mean, std, lr, options
-        self.train_error, self.error = RunningMean(), RunningMean()
+        self.model, self.lr, self.options, self.error = model, lr, options, error
+        for name, value in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float64), persistent=False)
+        self.monitor = f"val_{error}"
+        self.train_error, self.eval_error = RunningMean(), RunningMean()
 
-    def loss(self, batch: Batch) -> torch.Tensor:
-        """Mean absolute error of a batch, in standard deviations."""
+    def loss(self, batch: Any) -> torch.Tensor:
+        """Mean error of a batch, in standard deviations."""
+        return self._measured(batch, self.train_error)
+
+    def _measured(self, batch: Any, mean: RunningMean) -> torch.Tensor:
+        """The loss; the error in the unit of y is added to ``mean``."""
         target = ((batch.y - self.mean) / self.std).to(batch.pos.dtype)
-        return torch.nn.functional.l1_loss(self.model(batch), target)
+        predicted, error = self.model(batch), ERRORS[self.error]
+        mean.add(error(predicted.detach() * self.std, target * self.std), len(batch.y))
+        return error(predicted, target)
 
     def on_train_epoch_start(self) -> None:
         """A fresh average."""
         self.train_error.reset()
 
-    def training_step(self, batch: Batch, step: int) -> torch.Tensor:
-        """The loss, which also enters the epoch's mean."""
+    def training_step(self, batch: Any, step: int) -> torch.Tensor:
+        """The loss; the error enters the epoch's mean."""
         loss = self.loss(batch)
-        self.train_error.add(loss, batch.num_graphs)
         if step % SHOW_EVERY == 0:
             self.log("loss", loss.detach(), prog_bar=True, batch_size=batch.num_graphs)
         return loss
 
     def on_validation_epoch_start(self) -> None:
         """A fresh average."""
-        self.error.reset()
+        self.eval_error.reset()
 
-    def validation_step(self, batch: Batch, step: int) -> None:
+    def validation_step(self, batch: Any, step: int) -> None:
         """Collect the error of a batch."""
-        self.error.add(self.loss(batch), batch.num_graphs)
+        self._measured(batch, self.eval_error)
 
     def on_validation_epoch_end(self) -> None:
-        """``val_mae``."""
-        self.log("val_mae", self.error.value() * self.std, prog_bar=True)
+        """``val_mae`` or ``val_mse``."""
+        self.log(self.monitor, self.eval_error.value(), prog_bar=True)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
 
     def on_test_epoch_end(self) -> None:
-        """``test_mae``."""
-        self.log("test_mae", self.error.value() * self.std)
+        """``test_mae`` or ``test_mse``."""
+        self.log(f"test_{self.error}", self.eval_error.value())
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW; the learning rate is halved at each of :data:`MILESTONES`."""
@@ -102,7 +122,7 @@ class Regressor(pl.LightningModule):
 
     def epoch_errors(self, logged: dict[str, torch.Tensor]) -> dict[str, float]:
         """What an epoch's row of the log holds beside step, learning rate and time."""
-        return {"train_mae": self.train_error.value() * self.std, "val_mae": float(logged["val_mae"])}
+        return {f"train_{self.error}": self.train_error.value(), self.monitor: float(logged[self.monitor])}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what a resumed run is compared with."""
@@ -188,8 +208,8 @@ class EpochLog(pl.Callback):
             print(f"\nInterrupted in epoch {trainer.current_epoch}; {self.first} is complete. Continue with --resume.")
 
 
-def trainer_for(out: Path, epochs: int, device: str, progress: bool) -> pl.Trainer:
-    """A trainer that validates, logs and saves once per epoch."""
+def trainer_for(out: Path, monitor: str, epochs: int, device: str, progress: bool) -> pl.Trainer:
+    """A trainer that validates, logs and saves once per epoch; the best epoch has the lowest ``monitor``."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it announces hardware that is not there
     # Batches are gathered faster than a worker process could send them; the folder is meant to be used again;
     # Lightning 2.6 calls what torch 2.13 has deprecated.
@@ -197,7 +217,7 @@ def trainer_for(out: Path, epochs: int, device: str, progress: bool) -> pl.Train
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.* is deprecated.*")
     every_epoch = {"save_on_train_epoch_end": True, "enable_version_counter": False}
-    best = ModelCheckpoint(out, filename="best", monitor="val_mae", **every_epoch)
+    best = ModelCheckpoint(out, filename="best", monitor=monitor, **every_epoch)
     last = ModelCheckpoint(out, filename="last", **every_epoch)  # after best, whose state it holds
     bar = [TQDMProgressBar(refresh_rate=SHOW_EVERY)] if progress else []
     return pl.Trainer(
@@ -218,12 +238,12 @@ def trainer_for(out: Path, epochs: int, device: str, progress: bool) -> pl.Train
 def fit_and_test(module: pl.LightningModule, data: Any, run: Run) -> dict[str, float]:
     """Train ``module`` on ``data.train``, choose an epoch by ``data.val``, and test that epoch on ``data.test``.
 
-    Gives what the module logs in the test, and ``val_mae``, the chosen epoch's.
+    Gives what the module logs in the test, and ``val_…``, what has chosen the epoch.
     """
     options = run.options
-    trainer = trainer_for(run.out, options.epochs, options.device, options.progress)
+    trainer = trainer_for(run.out, module.monitor, options.epochs, options.device, options.progress)
     train, val = loader(data.train, options.batch_size, options.seed), loader(data.val, 4 * options.batch_size)
     trainer.fit(module, train, val, ckpt_path=run.checkpoint)
     best, test = str(run.out / "best.ckpt"), loader(data.test, 4 * options.batch_size)
     metrics = trainer.test(module, test, ckpt_path=best, verbose=False)[0]
-    return {**metrics, "val_mae": float(trainer.checkpoint_callback.best_model_score)}
+    return {**metrics, module.monitor: float(trainer.checkpoint_callback.best_model_score)}
