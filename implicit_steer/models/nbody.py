@@ -29,6 +29,7 @@ class NBodyNet(ParticleNet):
     - ``gspace``: an escnn ``GSpace`` of R³; None: O(3), ``gspaces.flipRot3dOnR3()``.
     - ``blocks``, ``channels``, ``max_frequency``: depth, hidden fields (functions on the sphere, or on the circle),
       their frequency.
+    - ``reach``: initial width of the kernels' shells, in the unit of the positions: particles are far apart.
     - ``kernel_layers``, ``kernel_channels``: size of the kernel MLPs; further keywords (``sampling``, ``norm``,
       ``backend``, ...) go to every :class:`~implicit_steer.nn.ImplicitPointConv`.
 
@@ -42,6 +43,7 @@ class NBodyNet(ParticleNet):
         blocks: int = 2,
         channels: int = 8,
         max_frequency: int = 1,
+        reach: float = 4.0,
         kernel_layers: int = 3,
         kernel_channels: int = 8,
         **convolution: Any,
@@ -55,7 +57,9 @@ class NBodyNet(ParticleNet):
         hidden, inputs, out = activation.in_type, gspace.type(vector, vector, scalar), gspace.type(vector)
 
         def conv():
-            return ImplicitPointConv(hidden, hidden, attributes, kernel_layers, kernel_channels, **convolution)
+            layer = ImplicitPointConv(hidden, hidden, attributes, kernel_layers, kernel_channels, **convolution)
+            torch.nn.init.constant_(layer.implicit_kernel.shell_width, reach)
+            return layer
 
         super().__init__(
             inputs,

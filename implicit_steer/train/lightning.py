@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 
+from .. import processes
+from .._check import require
 from .common import Run
 
 MILESTONES = (25, 50, 75, 100, 125)  # epochs after which the learning rate is halved
@@ -23,7 +26,8 @@ SHOW_EVERY = 20  # steps between updates of the progress bar
 
 
 class RunningMean:
-    """Mean of per-batch means, weighted by the batches' sizes; no synchronisation with the device until it is asked."""
+    """Mean of per-batch means, weighted by the batches' sizes; no synchronisation with the device, or with other
+    processes, until it is asked."""
 
     def __init__(self):
         self.reset()
@@ -33,14 +37,16 @@ class RunningMean:
         self._sums: list[torch.Tensor] = []
         self._count = 0
 
-    def add(self, mean: torch.Tensor, count: int) -> None:
+    def add(self, mean: torch.Tensor, count: float) -> None:
         """A batch of ``count`` values."""
         self._sums.append(mean.detach() * count)
         self._count += count
 
     def value(self) -> float:
-        """The mean so far."""
-        return float(torch.stack(self._sums).cpu().double().sum()) / self._count
+        """The mean so far, over all processes, each of which has to ask."""
+        sums = torch.stack(self._sums).double().sum()
+        total = processes.total(torch.stack([sums, sums.new_tensor(self._count)]))
+        return float(total[0] / total[1])
 
 
 ERRORS = {"mae": torch.nn.functional.l1_loss, "mse": torch.nn.functional.mse_loss}
@@ -86,8 +92,8 @@ class Regressor(pl.LightningModule):
         self.train_error.reset()
 
     def training_step(self, batch: Any, step: int) -> torch.Tensor:
-        """The loss; the error enters the epoch's mean."""
-        loss = self.loss(batch)
+        """The loss, times this process's :func:`~implicit_steer.processes.share`; the error enters the epoch's mean."""
+        loss = self.loss(batch) * processes.share(len(batch.y), self.device)
         if step % SHOW_EVERY == 0:
             self.log("loss", loss.detach(), prog_bar=True, batch_size=batch.num_graphs)
         return loss
@@ -146,17 +152,38 @@ class EpochShuffle(torch.utils.data.Sampler):
         return iter(np.random.default_rng((self.seed, self.epoch)).permutation(self.count).tolist())
 
 
+class Shares(torch.utils.data.Sampler):
+    """This process's share of every batch: consecutive entries; shares differ by one entry at most."""
+
+    def __init__(self, batches: torch.utils.data.BatchSampler):
+        self.batches = batches
+        self.sampler = batches.sampler  # where Lightning looks for set_epoch
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rank, count = processes.rank(), processes.count()
+        for batch in self.batches:
+            yield batch[rank * len(batch) // count : (rank + 1) * len(batch) // count]
+
+
 def loader(
     data: torch.utils.data.Dataset, batch_size: int, shuffle_seed: int | None = None
 ) -> torch.utils.data.DataLoader:
-    """Batches of ``data``, in its order, or shuffled anew in each epoch.
+    """Batches of ``data``, in its order, or shuffled anew in each epoch; of several processes each has its share.
 
     A last batch of one entry is dropped where it is shuffled: batch norm over one molecule is undefined.
+
+    Raises ``ValueError`` where a batch has fewer entries than there are processes.
     """
-    if shuffle_seed is None:
-        return torch.utils.data.DataLoader(data, batch_size, collate_fn=_as_is)
-    sampler, alone = EpochShuffle(len(data), shuffle_seed), len(data) % batch_size == 1
-    return torch.utils.data.DataLoader(data, batch_size, sampler=sampler, drop_last=alone, collate_fn=_as_is)
+    shuffled, rest = shuffle_seed is not None, len(data) % batch_size
+    sampler = EpochShuffle(len(data), shuffle_seed) if shuffled else torch.utils.data.SequentialSampler(data)
+    batches = torch.utils.data.BatchSampler(sampler, batch_size, drop_last=shuffled and rest == 1)
+    least = batch_size if batches.drop_last or rest == 0 else rest
+    expected = f"batches with an entry for each of {processes.count()} processes"
+    require(least >= processes.count(), "batch_size", expected, f"one of {least} among {len(data)} entries")
+    return torch.utils.data.DataLoader(data, batch_sampler=Shares(batches), collate_fn=_as_is)
 
 
 def _as_is(batch: Any) -> Any:
@@ -170,13 +197,15 @@ class EpochLog(pl.Callback):
     Also saves ``last.ckpt`` before the first step, so that a run can be resumed whenever it is interrupted.
     """
 
-    def __init__(self, out: Path):
-        self.path, self.first = out / "log.csv", out / "last.ckpt"
+    def __init__(self, out: Path, fresh: bool):
+        self.path, self.first, self.fresh = out / "log.csv", out / "last.ckpt", fresh
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Cut the log to the epochs before this one."""
-        if not self.first.exists():
+        if self.fresh:
             trainer.save_checkpoint(self.first)
+        if processes.rank() > 0:
+            return
         rows = []
         if self.path.exists():
             with self.path.open(newline="") as file:
@@ -200,7 +229,9 @@ class EpochLog(pl.Callback):
         """Append the epoch's row."""
         seconds = round(time.perf_counter() - self._start, 2)
         row = {"epoch": trainer.current_epoch, "step": trainer.global_step, "lr": self._lr}
-        self._append({**row, **module.epoch_errors(trainer.callback_metrics), "seconds": seconds})
+        row |= module.epoch_errors(trainer.callback_metrics)  # of all processes
+        if processes.rank() == 0:
+            self._append({**row, "seconds": seconds})
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         """Say how to go on after Ctrl-C."""
@@ -208,26 +239,32 @@ class EpochLog(pl.Callback):
             print(f"\nInterrupted in epoch {trainer.current_epoch}; {self.first} is complete. Continue with --resume.")
 
 
-def trainer_for(out: Path, monitor: str, epochs: int, device: str, progress: bool) -> pl.Trainer:
+def trainer_for(run: Run, monitor: str) -> pl.Trainer:
     """A trainer that validates, logs and saves once per epoch; the best epoch has the lowest ``monitor``."""
+    out, options = run.out, run.options
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it announces hardware that is not there
-    # Batches are gathered faster than a worker process could send them; the folder is meant to be used again;
-    # Lightning 2.6 calls what torch 2.13 has deprecated.
+    # Batches are gathered faster than a worker process could send them; what is logged is of all processes; the folder
+    # is meant to be used again; Lightning 2.6 calls what torch 2.13 has deprecated.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.* is deprecated.*")
     every_epoch = {"save_on_train_epoch_end": True, "enable_version_counter": False}
     best = ModelCheckpoint(out, filename="best", monitor=monitor, **every_epoch)
     last = ModelCheckpoint(out, filename="last", **every_epoch)  # after best, whose state it holds
-    bar = [TQDMProgressBar(refresh_rate=SHOW_EVERY)] if progress else []
+    bar = [TQDMProgressBar(refresh_rate=SHOW_EVERY)] if options.progress else []
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if processes.count() > 1 else 1
     return pl.Trainer(
-        accelerator=device,
-        devices=1,
+        accelerator=options.device,
+        devices=local,
+        num_nodes=processes.count() // local,
+        strategy="ddp" if processes.count() > 1 else "auto",
+        use_distributed_sampler=False,  # the loaders give shares
         # Sums over edges and atoms have a fixed order on a CPU; on a GPU torch has to be asked.
-        deterministic="warn" if device != "cpu" and torch.cuda.is_available() else None,
-        max_epochs=epochs,
-        callbacks=[EpochLog(out), best, last, *bar],
-        enable_progress_bar=progress,
+        deterministic="warn" if options.device != "cpu" and torch.cuda.is_available() else None,
+        max_epochs=options.epochs,
+        callbacks=[EpochLog(out, fresh=run.checkpoint is None), best, last, *bar],
+        enable_progress_bar=options.progress,
         enable_model_summary=False,
         logger=False,
         inference_mode=False,  # forces are derivatives in validation too
@@ -241,7 +278,8 @@ def fit_and_test(module: pl.LightningModule, data: Any, run: Run) -> dict[str, f
     Gives what the module logs in the test, and ``val_…``, what has chosen the epoch.
     """
     options = run.options
-    trainer = trainer_for(run.out, module.monitor, options.epochs, options.device, options.progress)
+    processes.synchronise(module)
+    trainer = trainer_for(run, module.monitor)
     train, val = loader(data.train, options.batch_size, options.seed), loader(data.val, 4 * options.batch_size)
     trainer.fit(module, train, val, ckpt_path=run.checkpoint)
     best, test = str(run.out / "best.ckpt"), loader(data.test, 4 * options.batch_size)

@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from .. import processes
 from .._check import require
 from ..data.nbody import SYSTEMS, NBody
 from .common import Run, RunOptions, add_model_arguments, add_numbers, add_run_arguments
@@ -86,13 +87,14 @@ def train_nbody(options: NBodyOptions) -> dict[str, Any]:
     from ..models.nbody import SPACES, NBodyNet
     from .lightning import Regressor, fit_and_test
 
-    data = NBody(
-        options.system,
-        strength=options.strength,
-        limit=options.limit,
-        cache=options.cache,
-        progress=options.progress,
-    )
+    with processes.first_process_first():
+        data = NBody(
+            options.system,
+            strength=options.strength,
+            limit=options.limit,
+            cache=options.cache,
+            progress=options.progress,
+        )
     seed_everything(options.seed, verbose=False)
     model = NBodyNet(SPACES[options.group](), **options.network())
     module = Regressor(model, 0.0, data.scale, options.lr, options.identity(), error="mse")
@@ -115,4 +117,4 @@ def main(args: argparse.Namespace) -> None:
     """``python -m implicit_steer train nbody``: train, and print the test error."""
     result = train_nbody(NBodyOptions.parsed(args))
     task = f"{result['system']}, strength {result['strength']:g}, {result['group']}"
-    print(f"test MSE {task}: {result['test_mse']:.3e} ({result['seconds']} s)")
+    processes.say(f"test MSE {task}: {result['test_mse']:.3e} ({result['seconds']} s)")

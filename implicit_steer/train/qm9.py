@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from .. import processes
 from ..data.qm9 import EDGE_ATTRIBUTES, QM9
 from ..data.qm9 import TARGETS as QM9_TARGETS
 from .common import Run, RunOptions, add_model_arguments, add_numbers, add_run_arguments
@@ -84,14 +85,15 @@ def train_qm9(options: QM9Options) -> dict[str, Any]:
     from ..models import QM9Net
     from .lightning import Regressor, fit_and_test
 
-    data = QM9(
-        options.data,
-        target=options.target,
-        limit=options.limit,
-        edge_attr=options.edge_attr,
-        cache=options.cache,
-        progress=options.progress,
-    )
+    with processes.first_process_first():
+        data = QM9(
+            options.data,
+            target=options.target,
+            limit=options.limit,
+            edge_attr=options.edge_attr,
+            cache=options.cache,
+            progress=options.progress,
+        )
     seed_everything(options.seed, verbose=False)
     model = QM9Net(edge_attr=options.edge_attr, **options.network())
     module = Regressor(model, data.mean, data.std, options.lr, options.identity())
@@ -108,4 +110,4 @@ def train_qm9(options: QM9Options) -> dict[str, Any]:
 def main(args: argparse.Namespace) -> None:
     """``python -m implicit_steer train qm9``: train, and print the test error."""
     result = train_qm9(QM9Options.parsed(args))
-    print(f"test MAE {result['target']}: {result['test_mae']:.4f} {result['unit']} ({result['seconds']} s)")
+    processes.say(f"test MAE {result['target']}: {result['test_mae']:.4f} {result['unit']} ({result['seconds']} s)")
