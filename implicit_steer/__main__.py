@@ -1,4 +1,4 @@
-"""``python -m implicit_steer``: train, md, demo, info."""
+"""``python -m implicit_steer``: train, figure, md, demo, info."""
 
 from __future__ import annotations
 
@@ -6,20 +6,28 @@ import argparse
 import logging
 from collections.abc import Sequence
 
-from . import info, md
+from . import figures, info, md
 from .train import TASKS
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m implicit_steer", description="Steerable implicit convolutions.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="{train,md,demo,info}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{train,figure,md,demo,info}")
     training = commands.add_parser("train", help="train a network")
     tasks = training.add_subparsers(dest="task", required=True, metavar=f"{{{','.join(TASKS)}}}")
     for name, task in TASKS.items():
         command = tasks.add_parser(name, help=task.HELP, description=task.DESCRIPTION)
         task.add_arguments(command)
         command.set_defaults(run=task.main)
+    figure = commands.add_parser("figure", help="an experiment of the paper: a grid of runs, and its picture")
+    experiments = figure.add_subparsers(dest="experiment", required=True, metavar="{nbody}")
+    nbody = experiments.add_parser(
+        "nbody",
+        help="rotations about z against O(3)",
+        description="Train on springs with planes of several stiffnesses; draw the test errors.",
+    )
+    figures.add_nbody_arguments(nbody)
     dynamics = commands.add_parser(
         "md",
         help="molecular dynamics with a potential",

@@ -57,7 +57,8 @@ class Regressor(pl.LightningModule):
 
     ``model(batch)`` has the shape of ``batch.y``, (rows, ...); ``mean`` and ``std`` are numbers, or tensors that
     broadcast to it. ``error`` is the loss: "mae", the mean of absolute values, or "mse", that of squares. ``options``
-    is stored in every checkpoint.
+    is stored in every checkpoint. The learning rate falls to 0 along a cosine over ``cosine_epochs``; where that is
+    None it is halved at each of :data:`MILESTONES`.
     """
 
     def __init__(
@@ -68,12 +69,13 @@ class Regressor(pl.LightningModule):
         lr: float,
         options: dict[str, Any],
         error: str = "mae",
+        cosine_epochs: int | None = None,
     ):
         super().__init__()
         self.model, self.lr, self.options, self.error = model, lr, options, error
         for name, value in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.as_tensor(value, dtype=torch.float64), persistent=False)
-        self.monitor = f"val_{error}"
+        self.monitor, self.cosine_epochs = f"val_{error}", cosine_epochs
         self.train_error, self.eval_error = RunningMean(), RunningMean()
 
     def loss(self, batch: Any) -> torch.Tensor:
@@ -118,13 +120,15 @@ class Regressor(pl.LightningModule):
         self.log(f"test_{self.error}", self.eval_error.value())
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW; the learning rate is halved at each of :data:`MILESTONES`."""
+        """AdamW and the schedule."""
         # fused: one call for all parameters, of which most are small
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=WEIGHT_DECAY, fused=True)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, MILESTONES, gamma=0.5),
-        }
+        schedules = torch.optim.lr_scheduler
+        if self.cosine_epochs is None:
+            schedule = schedules.MultiStepLR(optimizer, MILESTONES, gamma=0.5)
+        else:
+            schedule = schedules.CosineAnnealingLR(optimizer, self.cosine_epochs)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def epoch_errors(self, logged: dict[str, torch.Tensor]) -> dict[str, float]:
         """What an epoch's row of the log holds beside step, learning rate and time."""

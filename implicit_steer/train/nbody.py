@@ -23,15 +23,17 @@ GROUPS = ("o3", "so3", "so2")  # of the network; so2: rotations about z
 class NBodyOptions(RunOptions):
     """A run on simulated particles. The command line has the same names; its help explains them.
 
-    AdamW with the learning rate halved at epochs 25, 50, 75, 100 and 125; mean squared error of the displacements,
-    in units of their root mean square. ``norm`` is "batch" or "none".
+    AdamW with a learning rate that falls to 0 along a cosine; mean squared error of the displacements, in units of
+    their root mean square. ``norm`` is "batch" or "none".
     """
 
     system: str = "springs"
     strength: float = 0.0
     group: str = "o3"
     limit: int | None = None
+    epochs: int = 50
     batch_size: int = 64
+    lr: float = 5e-3
     sampling: str = "auto"
     norm: str = "batch"
     blocks: int = 2
@@ -40,7 +42,8 @@ class NBodyOptions(RunOptions):
     choices: ClassVar = {"system": SYSTEMS, "group": GROUPS, "norm": ("batch", "none")}
     least: ClassVar = {"limit": 2, "blocks": 1, "channels": 1}
     identity_names: ClassVar = (
-        *("system", "strength", "group", "batch_size", "limit", "seed", "lr", "sampling", "norm", "blocks", "channels"),
+        *("system", "strength", "group", "limit", "epochs", "batch_size", "seed", "lr"),
+        *("sampling", "norm", "blocks", "channels"),
     )
 
     def __post_init__(self):
@@ -60,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training = {
         "epochs": "passes over the training set",
         "batch_size": "systems per step",
-        "lr": "learning rate",
+        "lr": "first learning rate",
         "seed": "of weights and shuffling",
     }
     add_numbers(parser.add_argument_group("training"), default, training)
@@ -97,7 +100,7 @@ def train_nbody(options: NBodyOptions) -> dict[str, Any]:
         )
     seed_everything(options.seed, verbose=False)
     model = NBodyNet(SPACES[options.group](), **options.network())
-    module = Regressor(model, 0.0, data.scale, options.lr, options.identity(), error="mse")
+    module = Regressor(model, 0.0, data.scale, options.lr, options.identity(), "mse", options.epochs)
     sizes = {name: len(part) for name, part in (("train", data.train), ("val", data.val), ("test", data.test))}
     parameters = sum(parameter.numel() for parameter in module.parameters())
     log.info(
