@@ -1,4 +1,4 @@
-"""``python -m implicit_steer``: train, groups, md, demo, info."""
+"""``python -m implicit_steer``: train, figure, md, demo, info."""
 
 from __future__ import annotations
 
@@ -6,23 +6,34 @@ import argparse
 import logging
 from collections.abc import Sequence
 
-from . import info, md
-from .train import TASKS, groups
+from . import figure_groups, figures, info, md
+from .train import TASKS
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m implicit_steer", description="Steerable implicit convolutions.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="{train,groups,md,demo,info}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{train,figure,md,demo,info}")
     training = commands.add_parser("train", help="train a network")
     tasks = training.add_subparsers(dest="task", required=True, metavar=f"{{{','.join(TASKS)}}}")
     for name, task in TASKS.items():
         command = tasks.add_parser(name, help=task.HELP, description=task.DESCRIPTION)
         task.add_arguments(command)
         command.set_defaults(run=task.main)
-    comparison = commands.add_parser("groups", help=groups.HELP, description=groups.DESCRIPTION)
-    groups.add_arguments(comparison)
-    comparison.set_defaults(run=groups.main)
+    figure = commands.add_parser("figure", help="an experiment of the paper: a grid of runs, and its picture or table")
+    experiments = figure.add_subparsers(dest="experiment", required=True, metavar="{nbody,groups}")
+    nbody = experiments.add_parser(
+        "nbody",
+        help="rotations about z against O(3)",
+        description="Train on springs with planes of several stiffnesses; draw the test errors.",
+    )
+    figures.add_nbody_arguments(nbody)
+    groups = experiments.add_parser(
+        "groups",
+        help="the paper's eight groups on classes of meshes",
+        description="Train a classifier of clouds of points for each group; print the accuracies.",
+    )
+    figure_groups.add_arguments(groups)
     dynamics = commands.add_parser(
         "md",
         help="molecular dynamics with a potential",

@@ -207,6 +207,31 @@ def log_lines(
     return figure
 
 
+def error_bars(
+    curves: Mapping[str, Mapping[float, Sequence[float]]], *, xlabel: str, ylabel: str, title: str = ""
+) -> Figure:
+    """``curves[name]``: x → the values found there. Their mean and standard deviation, one place for every x; the y axis
+    is logarithmic."""
+    figure = _figure(6.5, 4.2)
+    axes = figure.subplots()
+    places = sorted({x for curve in curves.values() for x in curve})
+    for n, ((name, curve), colour) in enumerate(zip(curves.items(), cycle(_COLOURS), strict=False)):
+        shift = 0.12 * (n - (len(curves) - 1) / 2)  # side by side
+        at = [places.index(x) + shift for x in curve]
+        values = [np.asarray(found) for found in curve.values()]
+        spread = [found.std(ddof=1) if len(found) > 1 else 0.0 for found in values]
+        style = {"color": colour, "label": name, "marker": "o", "markersize": 5, "capsize": 4, "linewidth": 1}
+        axes.errorbar(at, [found.mean() for found in values], yerr=spread, **style)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(places)), [f"{x:g}" for x in places])
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.set_title(title, fontsize=10)
+    _plain_axes(axes, "y")
+    axes.legend(frameon=False)
+    return figure
+
+
 def convergence(
     counts: Sequence[int],
     errors: Mapping[str, Sequence[float]],

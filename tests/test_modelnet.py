@@ -7,7 +7,6 @@ activations. Changes that are not in the group move the logits by 1e-3 or more.
 
 import csv
 import json
-import re
 
 import numpy as np
 import pytest
@@ -20,11 +19,11 @@ from implicit_steer import clebsch_gordan
 from implicit_steer.__main__ import main
 from implicit_steer.cases import SPACES as CASE_SPACES
 from implicit_steer.data import ModelNet
+from implicit_steer.figure_groups import NAMES
 from implicit_steer.layers.clouds import reach
 from implicit_steer.models.modelnet import SPACES, ModelNetNet
 from implicit_steer.train import ModelNetOptions, train_modelnet
 from implicit_steer.train.classifier import SMOOTHING, Classifier
-from implicit_steer.train.groups import NAMES, table
 from implicit_steer.train.modelnet import GROUPS
 
 SIZES = {"points": 32, "neighbours": 8, "levels": 2, "width": 12}
@@ -189,7 +188,7 @@ def test_training_interrupted_and_resumed(options, tmp_path, monkeypatch):
 def test_metrics(archive, tmp_path):  # noqa: F811 - the fixture
     data = ModelNet(archive, points=32, copies=2, cache=tmp_path, progress=False)
     net = ModelNetNet(2, SPACES["inv"](), **SIZES)
-    module = Classifier(net, 6, 1e-3, 0, {})
+    module = Classifier(net, 6, 2, 1e-3, 0, {})
     logged = {}
     module.log = lambda name, value, **_: logged.update({name: float(value)})
     batch = data.train.__getitems__(range(8))
@@ -215,35 +214,21 @@ def test_metrics(archive, tmp_path):  # noqa: F811 - the fixture
 
 def test_comparison_of_groups(options, tmp_path, capsys):
     out = tmp_path / "groups"
-    arguments = [
-        "groups",
-        "--data",
-        options().data,
-        "--cache",
-        options().cache,
-        "--out",
-        str(out),
-        "--groups",
-        "inv",
-        "so2",
-    ]
-    sizes = "--points 32 --neighbours 4 --levels 1 --width 6 --epochs 1 --copies 1 --seeds 2 --circle 8 --batch-size 8"
-    arguments += [*sizes.split(), "--no-progress", "--num-threads", "1"]
+    arguments = ["figure", "groups", "--data", options().data, "--cache", options().cache, "--runs", str(out)]
+    sizes = "--points 32 --neighbours 4 --levels 1 --width 6 --epochs 1 --copies 2 --seeds 2 --circle 8 --batch-size 8"
+    arguments += [*sizes.split(), "--groups", "inv", "so2"]
     main(arguments)
     printed = capsys.readouterr().out
+    assert "22 meshes for training, 2 for validation, 6 for" in printed
     results = {path.parent.name: json.loads(path.read_text()) for path in out.glob("*/result.json")}
     assert results.keys() == {"inv-seed0", "inv-seed1", "so2-seed0", "so2-seed1"}
-    assert {name: r["options"]["sampling"] for name, r in results.items() if name.endswith("0")} == {
-        "inv-seed0": "auto",
-        "so2-seed0": "exact-8",
-    }
+    assert [results[f"{name}-seed1"]["options"]["sampling"] for name in ("inv", "so2")] == ["auto", "exact-8"]
     values = 100 * np.array([results[f"so2-seed{seed}"]["test_accuracy"] for seed in (0, 1)])
     row = next(line for line in printed.splitlines() if line.startswith("| SO(2) |"))
     assert f"| {values.mean():.1f} ± {values.std(ddof=1):.1f} |" in row
-    assert re.search(r"\| 2 \|$", row)
     times = {path: path.stat().st_mtime_ns for path in out.glob("*/*")}
-    main([*arguments, "--table"])
     main(arguments)  # everything is there
+    assert capsys.readouterr().out == printed
     assert times == {path: path.stat().st_mtime_ns for path in out.glob("*/*")}
-    with pytest.raises(ValueError, match=r"expected complete runs GROUP-seedSEED, got none"):
-        table(tmp_path)
+    with pytest.raises(ValueError, match=r"epochs: expected 1 as in .*result\.json, got 2.*--runs"):
+        main([*arguments, "--epochs", "2"])

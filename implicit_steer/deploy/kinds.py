@@ -31,6 +31,7 @@ _PLAIN = (
     layers.ImplicitPointConvWithDownsampling,
     layers.Linear,
     layers.MoleculeNet,
+    layers.ParticleNet,
     layers.PotentialNet,
     layers.ResidualBlock,
     layers.TensorProduct,

@@ -12,6 +12,7 @@ from .grid_conv import ImplicitConv
 from .kernel import ImplicitKernel
 from .linear import Linear, TensorProduct
 from .molecules import MoleculeNet, ResidualBlock
+from .particles import ParticleNet
 from .point_conv import ImplicitPointConv, ImplicitPointConvWithDownsampling
 from .potential import Gate, PotentialNet, Prediction
 
@@ -27,6 +28,7 @@ __all__ = [
     "ImplicitPointConvWithDownsampling",
     "Linear",
     "MoleculeNet",
+    "ParticleNet",
     "PotentialNet",
     "Prediction",
     "ResidualBlock",

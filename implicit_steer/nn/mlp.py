@@ -45,11 +45,19 @@ def own_basis(expansion: torch.nn.Module) -> None:
         setattr(expansion, name, index.clone(memory_format=torch.contiguous_format))
 
 
+def _at_a_point(kind: FieldType) -> FieldType:
+    if isinstance(kind.gspace, GSpace0D):
+        return kind
+    return fiber_space(kind.fibergroup, kind.gspace.name).type(*kind.representations)
+
+
 class Linear(escnn.nn.Linear):
-    """escnn's equivariant Linear without its expanded matrix: one ``state_dict`` in training and evaluation mode."""
+    """escnn's equivariant Linear without its expanded matrix: one ``state_dict`` in training and evaluation mode. The
+    types may be fields on any space: it maps the features of each point."""
 
     def __init__(self, in_type: FieldType, out_type: FieldType):
-        super().__init__(in_type, out_type, bias=True, initialize=False)
+        super().__init__(_at_a_point(in_type), _at_a_point(out_type), bias=True, initialize=False)
+        self.in_type, self.out_type = in_type, out_type
         del self.matrix
         if self.bias is not None:
             del self.expanded_bias
@@ -120,7 +128,7 @@ class KernelMLP(torch.nn.Module):
             hidden = act.out_type
         self.mlp = escnn.nn.SequentialModule(*modules, Linear(hidden, out_type))
         for layer in self.linears:
-            _initialise(layer, init_scheme)
+            initialise(layer, init_scheme)
 
     @property
     def linears(self) -> list[Linear]:
@@ -175,7 +183,8 @@ def check_basis(mlp: KernelMLP, state_dict: dict, prefix: str) -> None:
 _HE_DEVIATION: dict[tuple, torch.Tensor] = {}  # (n_weights,) of escnn's generalised He scheme; slow to collect
 
 
-def _initialise(layer: Linear, scheme: str) -> None:
+def initialise(layer: Linear, scheme: str) -> None:
+    """Draw the weights, ``"he"`` or ``"deltaorthonormal"``; the bias stays 0."""
     if layer.weights.numel() == 0:
         return
     if scheme == "he":

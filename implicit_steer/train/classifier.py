@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from .. import processes
 from ..data.modelnet import Clouds
 from .lightning import MILESTONES, SHOW_EVERY, RunningMean
 
@@ -21,15 +22,17 @@ class Classifier(pl.LightningModule):
 
     Dropout draws from ``seed`` and the step, so that a resumed run draws the same.
 
-    ``model(positions)`` gives one number per cloud and class. ``meshes``: how many the test set has; the prediction for
-    a mesh is the class of the largest probability, averaged over its samples. ``options`` is stored in checkpoints.
+    ``model(positions)`` gives one number per cloud and class. The test set has ``copies`` samples of ``meshes`` meshes;
+    the prediction for a mesh is the class of the largest probability, averaged over its samples. ``options`` is stored
+    in checkpoints.
     """
 
     monitor = "val_loss"
 
-    def __init__(self, model: torch.nn.Module, meshes: int, lr: float, seed: int, options: dict[str, Any]):
+    def __init__(self, model: torch.nn.Module, meshes: int, copies: int, lr: float, seed: int, options: dict[str, Any]):
         super().__init__()
-        self.model, self.meshes, self.lr, self.seed, self.options = model, meshes, lr, seed, options
+        self.model, self.lr, self.seed, self.options = model, lr, seed, options
+        self.meshes, self.copies = meshes, copies
         self.train_loss, self.train_hits, self.loss, self.hits = (RunningMean() for _ in range(4))
 
     def on_train_epoch_start(self) -> None:
@@ -38,7 +41,7 @@ class Classifier(pl.LightningModule):
         self.train_hits.reset()
 
     def training_step(self, batch: Clouds, step: int) -> Tensor:
-        """The loss, which also enters the epoch's mean."""
+        """The loss, times this process's :func:`~implicit_steer.processes.share`; it enters the epoch's mean."""
         torch.manual_seed(int(np.random.SeedSequence((self.seed, self.global_step)).generate_state(1)[0]))
         logits = self.model(batch.pos)
         loss = cross_entropy(logits, batch.y, label_smoothing=SMOOTHING)
@@ -46,7 +49,7 @@ class Classifier(pl.LightningModule):
         self.train_hits.add((logits.argmax(1) == batch.y).float().mean(), len(batch.y))
         if step % SHOW_EVERY == 0:
             self.log("loss", loss.detach(), prog_bar=True, batch_size=len(batch.y))
-        return loss
+        return loss * processes.share(len(batch.y), self.device)
 
     def on_validation_epoch_start(self) -> None:
         """Fresh averages."""
@@ -76,11 +79,12 @@ class Classifier(pl.LightningModule):
         if self.probability is None:
             self.probability = probability.new_zeros(self.meshes, probability.shape[1])
         self.probability.index_add_(0, batch.mesh, probability)
-        self.truth[batch.mesh] = batch.y
+        self.truth.index_add_(0, batch.mesh, batch.y)
 
     def on_test_epoch_end(self) -> None:
         """``test_accuracy`` of the averages, ``sample_accuracy`` of single samples."""
-        self.log("test_accuracy", (self.probability.argmax(1) == self.truth).float().mean())
+        probability, truth = processes.total(self.probability), processes.total(self.truth)
+        self.log("test_accuracy", (probability.argmax(1) == truth // self.copies).float().mean())
         self.log("sample_accuracy", self.hits.value())
 
     def configure_optimizers(self) -> dict[str, Any]:

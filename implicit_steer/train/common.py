@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import time
 from dataclasses import asdict, dataclass, fields
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from .. import processes
 from .._check import fail, require
 from .._extras import load_extra
 from ..backends import NAMES as BACKEND_NAMES
@@ -57,6 +59,11 @@ class RunOptions:
         """The options of a command line that :func:`add_run_arguments` and a task's own arguments have read."""
         return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
+    def network(self) -> dict[str, Any]:
+        """What the options say about a network of residual blocks, as its constructor takes it."""
+        names = ("blocks", "channels", "sampling", "backend")
+        return {**{name: getattr(self, name) for name in names}, "norm": None if self.norm == "none" else self.norm}
+
     def identity(self) -> dict[str, Any]:
         """The options that a resumed run must share with the interrupted one."""
         return {name: getattr(self, name) for name in self.identity_names}
@@ -68,6 +75,15 @@ def add_numbers(group: Any, default: RunOptions, texts: dict[str, str]) -> None:
         value = getattr(default, name)
         flag = "--" + name.replace("_", "-")
         group.add_argument(flag, type=type(value), metavar="N", default=value, help=f"{text} (%(default)s)")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, default: RunOptions) -> Any:
+    """The options that :meth:`RunOptions.network` reads; returns their group."""
+    model = parser.add_argument_group("model")
+    model.add_argument("--sampling", default=default.sampling, help=f"{SAMPLINGS} (%(default)s)")
+    model.add_argument("--norm", choices=("batch", "none"), default=default.norm, help="of kernel MLPs (%(default)s)")
+    add_numbers(model, default, {"blocks": "residual blocks", "channels": "fields per hidden layer"})
+    return model
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, default: RunOptions, out: str) -> None:
@@ -93,6 +109,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, default: RunOptions, out:
 
 class Run:
     """A run that has begun: its folder ``out``, and the ``checkpoint`` to continue from, None for a fresh run.
+    Where ``torchrun`` has started several processes, they train together.
 
     ``default_out`` is the folder where ``options.out`` is None. Sets the number of threads; raises ``RuntimeError``
     where lightning or escnn is missing, ``ValueError`` where the folder holds another run.
@@ -102,10 +119,15 @@ class Run:
         load_extra("lightning.pytorch")
         load_extra("escnn", "escnn")
         self.options, self.started = options, time.time()
-        self.out = Path(options.out or default_out)
-        self.checkpoint = prepare_folder(self.out, options)
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
+        processes.begin(options.device)
+        if processes.rank() > 0:
+            logging.getLogger("implicit_steer").setLevel(logging.WARNING)
+        self.out = Path(options.out or default_out)
+        if processes.rank() == 0:
+            prepare_folder(self.out, options)
+        self.checkpoint = str(self.out / "last.ckpt") if options.resume else None
 
     def finish(self, result: dict[str, Any]) -> dict[str, Any]:
         """``result`` with the time, threads and options of the run, which is also what ``result.json`` then holds."""
@@ -113,14 +135,16 @@ class Run:
             **result,
             "seconds": round(time.time() - self.started, 1),
             "threads": torch.get_num_threads(),
+            "processes": processes.count(),
             "options": asdict(self.options),
         }
-        write_json(self.out / "result.json", result)
+        if processes.rank() == 0:
+            write_json(self.out / "result.json", result)
         return result
 
 
-def prepare_folder(out: Path, options: RunOptions) -> str | None:
-    """The checkpoint to continue from, or None for a fresh run in a folder without one."""
+def prepare_folder(out: Path, options: RunOptions) -> None:
+    """Check the checkpoint to continue from, or clear the folder for a fresh run."""
     last = out / "last.ckpt"
     if not options.resume:
         remedy = "Use --resume to continue it, --overwrite to discard it, or another folder."
@@ -128,7 +152,7 @@ def prepare_folder(out: Path, options: RunOptions) -> str | None:
         for name in RESULTS:
             (out / name).unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
-        return None
+        return
     require(last.exists(), "resume", "a checkpoint of an interrupted run", f"no file {last}", "Start without --resume.")
     remedy = "The checkpoint is damaged: start again with --overwrite."
     try:
@@ -137,7 +161,6 @@ def prepare_folder(out: Path, options: RunOptions) -> str | None:
         fail(str(last), "a checkpoint of a training run", error, remedy)
     for name, value in options.identity().items():
         require(saved.get(name) == value, name, f"{saved.get(name)!r} as in the run to resume", repr(value))
-    return str(last)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

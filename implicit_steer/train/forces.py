@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from .. import processes
 from .._check import require
 from ..data.forces import SYSTEMS, ForceData
 from ..structures import Structures
@@ -95,7 +96,8 @@ def train_forces(options: ForcesOptions) -> dict[str, Any]:
     from .lightning import fit_and_test
 
     sizes = {"train": options.limit, "val": EVALUATION, "test": EVALUATION}
-    data = ForceData(options.system, cutoff=options.cutoff, cache=options.cache, progress=options.progress, **sizes)
+    with processes.first_process_first():
+        data = ForceData(options.system, cutoff=options.cutoff, cache=options.cache, progress=options.progress, **sizes)
     seed_everything(options.seed, verbose=False)
     potential = Potential(
         SYSTEMS[options.system].species,
@@ -118,7 +120,8 @@ def train_forces(options: ForcesOptions) -> dict[str, Any]:
     parameters = sum(parameter.numel() for parameter in potential.parameters())
     log.info("%s: %s configurations; %d parameters", options.system, sizes, parameters)
     metrics = fit_and_test(module, data, run)
-    potential.save(run.out / "potential.pt")
+    if processes.rank() == 0:
+        potential.save(run.out / "potential.pt")
     result = {
         "system": options.system,
         "energy_mae": metrics["test_energy_mae"],
@@ -134,7 +137,7 @@ def main(args: argparse.Namespace) -> None:
     """``python -m implicit_steer train forces``: fit, and print the test errors."""
     result = train_forces(ForcesOptions.parsed(args))
     energy, forces, zero = (1000 * result[name] for name in ("energy_mae", "forces_mae", "zero_forces_mae"))
-    print(
+    processes.say(
         f"test MAE {result['system']}: energy {energy:.3f} meV per atom, forces {forces:.2f} meV/Å "
         f"(forces of 0: {zero:.0f}) ({result['seconds']} s)"
     )

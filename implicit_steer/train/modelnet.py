@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from .. import processes
 from ..data.modelnet import ROTATIONS, ModelNet
 from .common import SAMPLINGS, Run, RunOptions, add_numbers, add_run_arguments
 
@@ -40,7 +41,7 @@ class ModelNetOptions(RunOptions):
     least: ClassVar = {"copies": 1, "neighbours": 1, "levels": 1, "width": 1, "max_frequency": 0}
     identity_names: ClassVar = (
         *("data", "group", "rotate", "points", "copies", "neighbours", "levels", "width", "max_frequency", "dropout"),
-        *("sampling", "batch_size", "seed", "lr"),
+        *("sampling", "epochs", "batch_size", "seed", "lr"),
     )
 
 
@@ -94,15 +95,16 @@ def train_modelnet(options: ModelNetOptions) -> dict[str, Any]:
     from .classifier import Classifier
     from .lightning import fit_and_test
 
-    data = ModelNet(
-        options.data,
-        points=options.points,
-        rotate=options.rotate,
-        copies=options.copies,
-        seed=options.seed,
-        cache=options.cache,
-        progress=options.progress,
-    )
+    with processes.first_process_first():
+        data = ModelNet(
+            options.data,
+            points=options.points,
+            rotate=options.rotate,
+            copies=options.copies,
+            seed=options.seed,
+            cache=options.cache,
+            progress=options.progress,
+        )
     seed_everything(options.seed, verbose=False)
     model = ModelNetNet(
         len(data.classes),
@@ -116,7 +118,7 @@ def train_modelnet(options: ModelNetOptions) -> dict[str, Any]:
         sampling=options.sampling,
         backend=options.backend,
     )
-    module = Classifier(model, len(data.split["test"]), options.lr, options.seed, options.identity())
+    module = Classifier(model, len(data.split["test"]), options.copies, options.lr, options.seed, options.identity())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     log.info("%s, group %s: %d parameters", data.name, options.group, parameters)
     metrics = fit_and_test(module, data, run)
@@ -127,7 +129,7 @@ def train_modelnet(options: ModelNetOptions) -> dict[str, Any]:
 def main(args: argparse.Namespace) -> None:
     """``python -m implicit_steer train modelnet``: train, and print the accuracy."""
     result = train_modelnet(ModelNetOptions.parsed(args))
-    print(
+    processes.say(
         f"test accuracy on {result['meshes']['test']} meshes in {len(result['classes'])} classes: "
         f"{100 * result['test_accuracy']:.1f} % (single samples: {100 * result['sample_accuracy']:.1f} %) "
         f"({result['seconds']} s)"

@@ -7,9 +7,10 @@ import logging
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from .. import processes
 from ..data.qm9 import EDGE_ATTRIBUTES, QM9
 from ..data.qm9 import TARGETS as QM9_TARGETS
-from .common import SAMPLINGS, Run, RunOptions, add_numbers, add_run_arguments
+from .common import Run, RunOptions, add_model_arguments, add_numbers, add_run_arguments
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "seed": "of weights and shuffling",
     }
     add_numbers(parser.add_argument_group("training"), default, training)
-    model = parser.add_argument_group("model")
-    model.add_argument("--sampling", default=default.sampling, help=f"{SAMPLINGS} (%(default)s)")
-    model.add_argument("--norm", choices=("batch", "none"), default=default.norm, help="of kernel MLPs (%(default)s)")
-    add_numbers(model, default, {"blocks": "residual blocks", "channels": "fields per hidden layer"})
+    add_model_arguments(parser, default)
     add_run_arguments(parser, default, "runs/qm9-TARGET-seedSEED")
 
 
@@ -87,23 +85,17 @@ def train_qm9(options: QM9Options) -> dict[str, Any]:
     from ..models import QM9Net
     from .lightning import Regressor, fit_and_test
 
-    data = QM9(
-        options.data,
-        target=options.target,
-        limit=options.limit,
-        edge_attr=options.edge_attr,
-        cache=options.cache,
-        progress=options.progress,
-    )
+    with processes.first_process_first():
+        data = QM9(
+            options.data,
+            target=options.target,
+            limit=options.limit,
+            edge_attr=options.edge_attr,
+            cache=options.cache,
+            progress=options.progress,
+        )
     seed_everything(options.seed, verbose=False)
-    model = QM9Net(
-        edge_attr=options.edge_attr,
-        blocks=options.blocks,
-        channels=options.channels,
-        sampling=options.sampling,
-        norm=None if options.norm == "none" else options.norm,
-        backend=options.backend,
-    )
+    model = QM9Net(edge_attr=options.edge_attr, **options.network())
     module = Regressor(model, data.mean, data.std, options.lr, options.identity())
     log.info(
         "QM9 %s: %d training, %d validation, %d test molecules; %d parameters",
@@ -118,4 +110,4 @@ def train_qm9(options: QM9Options) -> dict[str, Any]:
 def main(args: argparse.Namespace) -> None:
     """``python -m implicit_steer train qm9``: train, and print the test error."""
     result = train_qm9(QM9Options.parsed(args))
-    print(f"test MAE {result['target']}: {result['test_mae']:.4f} {result['unit']} ({result['seconds']} s)")
+    processes.say(f"test MAE {result['target']}: {result['test_mae']:.4f} {result['unit']} ({result['seconds']} s)")
