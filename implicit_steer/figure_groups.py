@@ -24,17 +24,17 @@ NAMES = {
 }
 DEFAULT = ModelNetOptions(
     data="furniture",
-    points=96,
-    neighbours=10,
+    points=64,
+    neighbours=8,
     copies=8,
-    epochs=36,
+    epochs=24,
     batch_size=16,
-    lr=2e-3,
+    lr=4e-3,
     dropout=0.2,
     num_threads=1,
     progress=False,
 )
-CIRCLE = 12  # samples around the axis in kernels of groups with SO(2)
+CIRCLE = 10  # samples around the axis in kernels of groups with SO(2)
 
 Results = Mapping[str, Sequence[dict[str, Any]]]  # group → results of every seed
 
