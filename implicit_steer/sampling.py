@@ -170,9 +170,12 @@ def group_matrices(space: HiddenSpace) -> tuple[np.ndarray, np.ndarray]:
 
 
 @identity_cache
-def _rotation_matrices(space: HiddenSpace, n: int) -> tuple[np.ndarray, np.ndarray]:
+def rotation_matrices(space: HiddenSpace, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """A and A⁻ of n equispaced rotations x the discrete part of a group with one continuous rotation."""
+    known = rotations(space.group, 0.0) is not None
+    require(known, "sampling", "a group with rotations in one plane for equispaced samples", space.group)
     a = _samples(space, equispaced(space.group, n))
-    return a, _inverse(a, name=f"exact-{n}")
+    return a, _inverse(a, name=f"{n} rotations")
 
 
 def merge_samples(a: np.ndarray, inverse: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -346,5 +349,5 @@ def planar_frame(space: HiddenSpace, position: Representation, attributes: list[
         attribute_partner=a_partner,
         attribute_sign=a_sign,
     )
-    a, inverse = _rotation_matrices(space, n)
+    a, inverse = rotation_matrices(space, n)
     return frame, z, a @ z, z.T @ inverse

@@ -273,7 +273,12 @@ def equivariance_errors(errors: Mapping[str, Sequence[float]], *, title: str = "
 
 
 def graph(
-    pos: torch.Tensor, edge_index: torch.Tensor, *, plane: str = "xy", values: torch.Tensor | None = None, title: str = ""
+    pos: torch.Tensor,
+    edge_index: torch.Tensor,
+    *,
+    plane: str = "xy",
+    values: torch.Tensor | None = None,
+    title: str = "",
 ) -> Figure:
     """Points (N, 2 or 3) and their edges (2, E), seen along the axis that is not in ``plane``; ``values`` (N,) colour the
     points."""

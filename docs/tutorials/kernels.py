@@ -2,9 +2,9 @@
 # # Kernels and what they look like
 #
 # A steerable convolution needs a kernel `K(x)`, a matrix at every relative position `x`, with `K(g x) = ρ_out(g) K(x)
-# ρ_in(g)⁻¹` for every symmetry `g`. Classical steerable networks solve this equation and parametrise its solutions. Here
-# the kernel is the value of a network that is equivariant itself: `vec K(x) = MLP(x)`, a map from the representation of
-# positions to `ρ_out ⊗ ρ_in`. Any group works for which such a network can be built.
+# ρ_in(g)⁻¹` for every symmetry `g`. Classical steerable networks solve this equation and parametrise its solutions.
+# Here the kernel is the value of a network that is equivariant itself: `vec K(x) = MLP(x)`, a map from the
+# representation of positions to `ρ_out ⊗ ρ_in`. Any group works for which such a network can be built.
 
 # %%
 import escnn
@@ -17,20 +17,21 @@ torch.manual_seed(1)
 gspace = escnn.gspaces.flipRot3dOnR3()  # O(3): all rotations and reflections of space
 scalar, vector = gspace.type(gspace.trivial_repr), gspace.type(gspace.irrep(1, 1))
 kernel = ImplicitKernel(scalar, vector, n_layers=3, n_channels=8)
-kernel(torch.randn(5, 3)).shape  # five points, a matrix from one scalar to the three components of a vector
+print(kernel(torch.randn(5, 3)).shape)  # five points, a matrix from one scalar to the three components of a vector
 
 # %% [markdown]
-# From a scalar to a vector with all rotations, there is only one kind of kernel: `K(x)` points along `x`, with a length that
-# depends on `|x|` alone. In escnn's basis of the irrep `l = 1` of O(3) the components are `y, z, x`.
+# From a scalar to a vector with all rotations, there is only one kind of kernel: `K(x)` points along `x`, with a
+# length that depends on `|x|` alone. In escnn's basis of the irrep `l = 1` of O(3) the components are `y, z, x`.
 
 # %%
-viz.kernel_slice(kernel, entries={"vector field": ((2, 0), 0), "component along x": (2, 0)}, title="O(3): scalar to vector")
+entries = {"vector field": ((2, 0), 0), "component along x": (2, 0)}
+viz.kernel_slice(kernel, entries=entries, title="O(3): scalar to vector")
 
 # %% [markdown]
 # ## Fewer symmetries, more kernels
 #
-# With rotations in the plane alone, SO(2), the field may also swirl: no reflection forbids it. The function is still fixed
-# everywhere by its values along one ray.
+# With rotations in the plane alone, SO(2), the field may also swirl: no reflection forbids it. The function is still
+# fixed everywhere by its values along one ray.
 
 # %%
 plane = escnn.gspaces.rot2dOnR2()
@@ -42,29 +43,21 @@ viz.kernel_slice(swirl, entries=entries, title="SO(2): scalar to vector")
 # ## Attributes
 #
 # The network may see more than the position: properties of an edge, scalars or tensors, each with its own way to
-# transform. Below, the same kernel for two values of one scalar attribute, and one that has a vector attribute along x: it
-# is equivariant if position *and* attribute are turned, so its picture need not be round.
+# transform. Below, a kernel between scalars with a vector attribute along x: it is equivariant if position *and*
+# attribute are turned together, so its picture need not be round.
 
 # %%
-with_scalar = ImplicitKernel(scalar, scalar, scalar, n_layers=3, n_channels=8)
-values = {}
-for value in (-2.0, 2.0):
-    values[f"attribute {value:g}"] = with_scalar(torch.randn(3, 3), torch.full((3, 1), value)).detach()
-print({name: tuple(v.shape) for name, v in values.items()})
-viz.kernel_slice(with_scalar, attributes=torch.tensor([2.0]), entries={"attribute 2": (0, 0)}, title="scalar attribute")
-
-# %%
-direction = ImplicitKernel(
-    plane.type(plane.trivial_repr), plane.type(plane.trivial_repr), plane.type(plane.irrep(1)), n_layers=3, n_channels=8
-)
-viz.kernel_slice(direction, attributes=torch.tensor([2.0, 0.0]), entries={"attribute (2, 0)": (0, 0)}, title="vector attribute")
+dot, arrow = plane.type(plane.trivial_repr), plane.type(plane.irrep(1))
+along = ImplicitKernel(dot, dot, arrow, n_layers=3, n_channels=8)
+entries = {"attribute (2, 0)": (0, 0)}
+viz.kernel_slice(along, attributes=torch.tensor([2.0, 0.0]), entries=entries, title="SO(2): vector attribute")
 
 # %% [markdown]
 # ## How equivariant?
 #
-# The nonlinearities act on samples of functions on the group or the sphere. `sampling="exact"`, the default where it exists,
-# evaluates every edge in a frame of its own and is equivariant to rounding. `sampling="escnn"` takes the grid of escnn and
-# of the paper's authors: their function, and as equivariant as that grid is fine.
+# The nonlinearities act on samples of functions on the group or the sphere. `sampling="exact"`, the default where it
+# exists, evaluates every edge in a frame of its own and is equivariant to rounding. `sampling="escnn"` takes the grid
+# of escnn and of the paper's authors: their function, and as equivariant as that grid is fine.
 
 
 # %%

@@ -16,7 +16,9 @@ from .mlp import KernelMLP  # noqa: E402
 from .point_conv import ImplicitPointConv, ImplicitPointConvWithDownsampling  # noqa: E402
 
 _escnn_pickle.register()
-_numerical.randomized_svd = None  # scikit-learn's, where that is installed, refuses escnn's matrices; scipy's takes them
+_numerical.randomized_svd = (
+    None  # scikit-learn's, where that is installed, refuses escnn's matrices; scipy's takes them
+)
 
 __all__ = [
     "FourierActivation",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from escnn.group import Group
 from escnn.gspaces import GSpace
@@ -31,7 +33,8 @@ class FourierActivation(FourierBase, EquivariantModule):
         channels: number of fields.
         max_frequency: band limit L (without effect for finite groups, which keep every irrep).
         function: ``"elu" | "relu" | "silu" | "gelu" | "tanh"``.
-        sampling: ``"escnn"`` (the authors' grid; exact for finite groups) or ``"lebedev-N"`` (SO(3), O(3)).
+        sampling: ``"escnn"`` (the authors' grid; exact for finite groups), ``"lebedev-N"`` (SO(3), O(3)), or
+            ``"circle-N"`` (N equispaced rotations: SO(2), O(2) and their extensions; the authors take 125).
 
     Shape: x and y (N, channels · d, ...) as GeometricTensor of ``in_type == out_type``.
 
@@ -49,14 +52,17 @@ class FourierActivation(FourierBase, EquivariantModule):
         require(function in FUNCTIONS, "function", f"one of {FUNCTIONS}", repr(function))
         whole = isinstance(channels, int) and not isinstance(channels, bool)
         require(whole and channels > 0, "channels", "a positive integer", repr(channels))
-        kind, n = parse_sampling(sampling)
+        circle = re.fullmatch(r"circle-(\d+)", sampling) if isinstance(sampling, str) else None
+        kind, n = ("circle", int(circle[1])) if circle else parse_sampling(sampling)
         space = sp.hidden_space(gspace.fibergroup, max_frequency)
         if kind == "escnn":
             a, inverse = sp.escnn_matrices(space)
         elif kind == "lebedev":
             a, inverse = sp.lebedev_matrices(space, n)
+        elif kind == "circle":
+            a, inverse = sp.rotation_matrices(space, n)
         else:
-            fail("sampling", "'escnn' or 'lebedev-N'", repr(sampling))
+            fail("sampling", "'escnn', 'lebedev-N' or 'circle-N'", repr(sampling))
         self.sampling, self.band_limit = sampling, max_frequency
         self.in_type = self.out_type = FieldType(gspace, [space.rho] * channels)
         # the authors' buffers, kept for checkpoints; the merged matrices below are what is evaluated
