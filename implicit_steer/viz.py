@@ -210,8 +210,8 @@ def log_lines(
 def error_bars(
     curves: Mapping[str, Mapping[float, Sequence[float]]], *, xlabel: str, ylabel: str, title: str = ""
 ) -> Figure:
-    """``curves[name]``: x → the values found there. Their mean and standard deviation, one place for every x; the y axis
-    is logarithmic."""
+    """``curves[name]``: x → the values found there. Their mean and standard deviation, one place for every x; the y
+    axis is logarithmic."""
     figure = _figure(6.5, 4.2)
     axes = figure.subplots()
     places = sorted({x for curve in curves.values() for x in curve})
@@ -280,8 +280,8 @@ def graph(
     values: torch.Tensor | None = None,
     title: str = "",
 ) -> Figure:
-    """Points (N, 2 or 3) and their edges (2, E), seen along the axis that is not in ``plane``; ``values`` (N,) colour the
-    points."""
+    """Points (N, 2 or 3) and their edges (2, E), seen along the axis that is not in ``plane``; ``values`` (N,) are the
+    points' colours."""
     axes_shown = ["xyz".index(axis) for axis in plane]
     points, ends = pos.detach().cpu().numpy()[:, axes_shown], edge_index.cpu().numpy()
     segments = points[ends.T]  # (E, 2, 2)

@@ -134,3 +134,40 @@ def test_energy_conservation():
     np.testing.assert_allclose(drawn["kinetic"], [0, -100, -200])
     np.testing.assert_allclose(alone.get_lines()[0].get_ydata(), [0, 0, 100], atol=1e-9)
     assert (both.get_ylabel(), alone.get_ylabel()) == ("change (meV per atom)", "total (µeV per atom)")
+
+
+def test_equivariance_errors_are_drawn_row_by_row():
+    figure = viz.equivariance_errors({"a": [1e-7, 2e-7], "b": [0.0, 1e-3, 1e-2]})
+    axes = figure.axes[0]
+    rows = [collection.get_offsets() for collection in axes.collections]
+    np.testing.assert_allclose(rows[0][:, 0], [1e-7, 2e-7])
+    np.testing.assert_allclose(rows[1][:, 0], [1e-17, 1e-3, 1e-2])
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b"]
+    assert axes.get_xscale() == "log"
+    assert axes.get_xlabel() == "relative equivariance error"
+
+
+def test_a_graph_shows_points_and_edges_in_a_plane(tmp_path):
+    pos, edges = torch.randn(5, 3), torch.tensor([[0, 1, 2], [1, 2, 4]])
+    figure = viz.graph(pos, edges, plane="xz", values=torch.arange(5.0))
+    axes = figure.axes[0]
+    lines, dots = axes.collections
+    np.testing.assert_allclose(dots.get_offsets(), pos[:, [0, 2]])
+    np.testing.assert_allclose(dots.get_array(), np.arange(5))
+    np.testing.assert_allclose(np.array(lines.get_segments()), pos[:, [0, 2]].numpy()[edges.T.numpy()])
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("x", "z")
+    assert png_size(figure, tmp_path / "graph.png") > 5000
+
+
+def test_parity_and_images_hold_their_data():
+    true, predicted = np.array([[0.0, 1.0], [2.0, 3.0]]), np.array([[0.1, 0.9], [2.0, 3.5]])
+    axes = viz.parity(true, {"fit": predicted}, label="y").axes[0]
+    np.testing.assert_allclose(axes.collections[0].get_offsets(), np.stack([true.ravel(), predicted.ravel()], 1))
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), [[0, 0], [3, 3]])
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("y, true", "y, predicted")
+    pictures = np.random.default_rng(0).random((3, 4, 4))
+    figure = viz.images({"one": pictures, "two": pictures[:2]})
+    shown = [panel.images[0].get_array() for panel in figure.axes if panel.images]
+    assert len(shown) == 5
+    np.testing.assert_array_equal(shown[3], pictures[0])
+    assert figure.axes[0].get_ylabel() == "one"

@@ -6,11 +6,10 @@
 # %%
 import escnn
 import torch
-from escnn.nn import R3PointConv
 
 import implicit_steer as ist
 from implicit_steer import viz
-from implicit_steer.nn import ImplicitPointConv
+from implicit_steer.nn import ImplicitKernel, ImplicitPointConv
 
 torch.manual_seed(0)
 gspace = escnn.gspaces.flipRot3dOnR3()
@@ -53,19 +52,23 @@ print(f"the grid is off by {float((grid - limit).norm() / limit.norm()):.0e}")
 # | `edge_delta = pos[row] − pos[col]`, where row 0 is the source | `pos[edge_index[1]] − pos[edge_index[0]]` |
 # | no attributes | `edge_attr_type`: scalars, vectors, tensors |
 #
-# The field types stay, and both take and give a `GeometricTensor`: networks can mix them. The picture shows which
-# kernels of a scalar to a vector each has at first: in both a field along the radius.
+# The field types stay, and both take and give a `GeometricTensor`: networks can mix them. Both kernels solve the same
+# equation. escnn's layer has weights for a basis of solutions, with a choice of rings and frequencies; a network has
+# no such choice to make. At a fixed radius every implicit kernel is a combination of escnn's basis: from vectors to
+# vectors, of two functions, `1` and `x xᵀ`.
 
 # %%
-one_scalar, one_vector = gspace.type(gspace.trivial_repr), gspace.type(gspace.irrep(1, 1))
-basis = R3PointConv(one_scalar, one_vector, width=1.0, n_rings=3)
-mixed = one_scalar(torch.randn(50, 1), pos)
+vector = gspace.irrep(1, 1)
+kernel = ImplicitKernel(gspace.type(vector), gspace.type(vector), n_layers=3, n_channels=8)
+basis = gspace.build_kernel_basis(vector, vector, sigma=[0.6], rings=[1.0], maximum_frequency=2)
+sphere = torch.nn.functional.normalize(torch.randn(200, 3), dim=1)
 with torch.no_grad():
-    shapes = [basis(mixed, edge_index).shape]
-    implicit = ImplicitPointConv(one_scalar, one_vector, None, n_layers=3, n_channels=8)
-    shapes.append(implicit(mixed, edge_index, delta).shape)
-print(shapes)
-viz.kernel_slice(implicit.implicit_kernel, entries={"vector field": ((2, 0), 0)}, title="ImplicitPointConv")
+    values = kernel(sphere, batch_statistics=False).flatten()[:, None]
+functions = basis.sample(sphere).transpose(0, 1).flatten(1).T  # (200 · 9, 2)
+rest = functions @ torch.linalg.lstsq(functions, values).solution - values
+print(f"{functions.shape[1]} functions, what they miss: {float(rest.norm() / values.norm()):.0e}")
+entries = {"from x to x": (2, 2), "from x to y": (0, 2), "from y to y": (0, 0), "from z to z": (1, 1)}
+viz.kernel_slice(kernel, entries=entries, title="O(3): vector to vector, components")
 
 # %% [markdown]
 # ## From PyG
