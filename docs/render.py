@@ -87,10 +87,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = sorted(path.stem for path in TUTORIALS.glob("*.py"))
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(names))
-    (TUTORIALS / PICTURES).mkdir(exist_ok=True)
+    pictures = TUTORIALS / PICTURES
+    pictures.mkdir(exist_ok=True)
     for name in parser.parse_args().names or names:
         started, path = time.perf_counter(), TUTORIALS / f"{name}.py"
-        path.with_suffix(".md").write_text(page(path, TUTORIALS / PICTURES))
+        for old in pictures.glob(f"{name}-*.png"):
+            old.unlink()
+        path.with_suffix(".md").write_text(page(path, pictures))
         print(f"{path.with_suffix('.md')}: {time.perf_counter() - started:.0f} s")
 
 

@@ -49,8 +49,9 @@ viz.images({"upright": examples[:, 0].numpy(), "turned": turned(examples, 1)[:, 
 
 # %%
 def head(invariants):
-    """Invariant numbers → one number per digit."""
-    return torch.nn.Sequential(torch.nn.BatchNorm1d(invariants), torch.nn.ELU(), torch.nn.Linear(invariants, 10))
+    """Invariant numbers of every pixel → one number per digit."""
+    pool = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+    return torch.nn.Sequential(torch.nn.BatchNorm2d(invariants), torch.nn.ELU(), *pool, torch.nn.Linear(invariants, 10))
 
 
 class Steerable(torch.nn.Module):
@@ -74,7 +75,7 @@ class Steerable(torch.nn.Module):
         for conv, norm in zip((self.first, self.second), self.norms, strict=True):
             x = self.activation(norm(conv(x)))
             x = x.type(avg_pool2d(x.tensor, 3, stride=2, padding=1))
-        return self.head(self.third(x).tensor.mean((2, 3)))
+        return self.head(self.third(x).tensor)
 
 
 def plain(width=24, invariants=32):
@@ -84,7 +85,7 @@ def plain(width=24, invariants=32):
         conv = torch.nn.Conv2d(size, width, 5, padding=2)
         parts += [conv, torch.nn.BatchNorm2d(width), torch.nn.ELU(), torch.nn.AvgPool2d(3, stride=2, padding=1)]
         size = width
-    parts += [torch.nn.Conv2d(width, invariants, 5, padding=2), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()]
+    parts.append(torch.nn.Conv2d(width, invariants, 5, padding=2))
     return torch.nn.Sequential(*parts, head(invariants))
 
 

@@ -47,9 +47,9 @@ class Dipole(torch.nn.Module):
         self.activation = FourierActivation(gspace, channels, 1, sampling="lebedev-50")
         hidden = self.activation.in_type
         self.charge, vector = gspace.type(gspace.trivial_repr), gspace.type(gspace.irrep(1, 1))
-        self.first = ImplicitPointConv(self.charge, hidden, None, n_layers=3, n_channels=8)
+        self.first = ImplicitPointConv(self.charge, hidden, None, n_layers=3, n_channels=8, aggr="mean")
         self.norm = IIDBatchNorm1d(hidden)
-        self.last = ImplicitPointConv(hidden, vector, None, n_layers=3, n_channels=8)
+        self.last = ImplicitPointConv(hidden, vector, None, n_layers=3, n_channels=8, aggr="mean")
 
     def forward(self, pos, charge):
         clouds, points = pos.shape[:2]
@@ -70,15 +70,15 @@ print(f"{sum(p.numel() for p in net.parameters())} parameters")
 
 # %%
 optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
-schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 250)
-for step in range(250):
+schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
+for step in range(400):
     pos, charge, dipole = clouds(32)
     loss = (net(pos, charge) - dipole).square().mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     schedule.step()
-    if step % 50 == 0:
+    if step % 80 == 0:
         print(f"step {step}: {float(loss.detach()):.4f}")
 net.eval()
 pos, charge, dipole = clouds(200)

@@ -12,7 +12,6 @@ from escnn.nn import EquivariantModule, FieldType, GeometricTensor
 from .. import sampling as sp
 from .._check import fail, require
 from ..layers.activation import FourierBase
-from ..lowering import parse_sampling
 from ..plan import FUNCTIONS
 
 
@@ -52,17 +51,14 @@ class FourierActivation(FourierBase, EquivariantModule):
         require(function in FUNCTIONS, "function", f"one of {FUNCTIONS}", repr(function))
         whole = isinstance(channels, int) and not isinstance(channels, bool)
         require(whole and channels > 0, "channels", "a positive integer", repr(channels))
-        circle = re.fullmatch(r"circle-(\d+)", sampling) if isinstance(sampling, str) else None
-        kind, n = ("circle", int(circle[1])) if circle else parse_sampling(sampling)
+        match = re.fullmatch(r"(escnn)|(lebedev|circle)-([1-9]\d*)", sampling) if isinstance(sampling, str) else None
+        require(match is not None, "sampling", "'escnn', 'lebedev-N' or 'circle-N'", repr(sampling))
         space = sp.hidden_space(gspace.fibergroup, max_frequency)
-        if kind == "escnn":
+        if match[1]:
             a, inverse = sp.escnn_matrices(space)
-        elif kind == "lebedev":
-            a, inverse = sp.lebedev_matrices(space, n)
-        elif kind == "circle":
-            a, inverse = sp.rotation_matrices(space, n)
         else:
-            fail("sampling", "'escnn', 'lebedev-N' or 'circle-N'", repr(sampling))
+            grid = {"lebedev": sp.lebedev_matrices, "circle": sp.rotation_matrices}[match[2]]
+            a, inverse = grid(space, int(match[3]))
         self.sampling, self.band_limit = sampling, max_frequency
         self.in_type = self.out_type = FieldType(gspace, [space.rho] * channels)
         # the authors' buffers, kept for checkpoints; the merged matrices below are what is evaluated
