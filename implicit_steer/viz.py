@@ -210,7 +210,7 @@ def log_lines(
 def error_bars(
     curves: Mapping[str, Mapping[float, Sequence[float]]], *, xlabel: str, ylabel: str, title: str = ""
 ) -> Figure:
-    """``curves[name]``: x → the values found there. Their mean and standard deviation, one place for every x; the y axis
+    """``curves[name]``: x → the values found there. Mean and standard deviation, one place for every x; the y axis
     is logarithmic."""
     figure = _figure(6.5, 4.2)
     axes = figure.subplots()
