@@ -76,6 +76,15 @@ def share(rows: int, device: torch.device) -> float:
     return rows * count() / float(total(torch.tensor(float(rows), dtype=torch.float64, device=device)))
 
 
+def take_over(module: torch.nn.Module) -> None:
+    """Every process continues with process 0's parameters and buffers. They go by name: the order in which escnn
+    registers its buffers, by which DistributedDataParallel would send them, differs from process to process."""
+    if count() > 1:
+        state = [module.state_dict()]
+        dist.broadcast_object_list(state)
+        module.load_state_dict(state[0])
+
+
 def pooled(n: int, mean: Tensor, squares: Tensor) -> Moments:
     """Number, mean and sum of squared deviations of all processes' rows, from this one's; not differentiable."""
     own = torch.cat([mean.new_tensor([n]), mean.reshape(-1), squares.reshape(-1)]).double()

@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.strategies import DDPStrategy
 
 from .. import processes
 from .._check import require
@@ -290,7 +291,7 @@ def trainer_for(run: Run, monitor: str) -> pl.Trainer:
         accelerator=options.device,
         devices=local,
         num_nodes=processes.count() // local,
-        strategy="ddp" if processes.count() > 1 else "auto",
+        strategy=DDPStrategy(init_sync=False, broadcast_buffers=False) if processes.count() > 1 else "auto",
         use_distributed_sampler=False,  # the loaders give shares
         # Sums over edges and atoms have a fixed order on a CPU; on a GPU torch has to be asked.
         deterministic="warn" if options.device != "cpu" and torch.cuda.is_available() else None,
@@ -310,6 +311,7 @@ def fit_and_test(module: pl.LightningModule, data: Any, run: Run) -> dict[str, f
     Gives what the module logs in the test, and ``val_…``, what has chosen the epoch.
     """
     options = run.options
+    processes.take_over(module)
     processes.synchronise(module)
     trainer = trainer_for(run, module.monitor)
     train, val = loader(data.train, options.batch_size, options.seed), loader(data.val, 4 * options.batch_size)
