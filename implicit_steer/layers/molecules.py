@@ -44,22 +44,26 @@ class TensorReadout(Module):
     """Symmetric matrices α = m₀(s) 1 + Σ_t m_t(s) T_t from invariants s and symmetric traceless T_t of each molecule.
 
     Args:
+        fields: wraps s and T as features: a field type, or :class:`Fields` without escnn.
+        norm: a batch norm of them.
         basis: (9, 5): the entries of a matrix, row by row, from the coordinates of an l = 2 field.
         mlp: m, from the invariants (G, I) to (G, 1 + number of T).
         invariants: I.
     """
 
-    def __init__(self, basis: np.ndarray, mlp: Module, invariants: int):
+    def __init__(self, fields: Callable, norm: Module, basis: np.ndarray, mlp: Module, invariants: int):
         super().__init__()
-        self.mlp, self.invariants = mlp, invariants
+        self.fields, self.norm, self.mlp, self.invariants = fields, norm, mlp, invariants
         self.register_buffer("basis", torch.tensor(np.asarray(basis), dtype=torch.get_default_dtype()))
 
     def arguments(self) -> dict:
         """What it is built from."""
-        return {"basis": self.basis.cpu().numpy(), "mlp": self.mlp, "invariants": self.invariants}
+        names = ("fields", "norm", "mlp", "invariants")
+        return {name: getattr(self, name) for name in names} | {"basis": self.basis.double().cpu().numpy()}
 
     def forward(self, pooled: Tensor) -> Tensor:
         """(G, I + 5 T) → (G, 3, 3)."""
+        pooled = values(self.norm(self.fields(pooled)))
         scalars, tensors = pooled[:, : self.invariants], pooled[:, self.invariants :].unflatten(1, (-1, 5))
         weights = self.mlp(scalars)
         traceless = torch.einsum("gt,gtc,kc->gk", weights[:, 1:], tensors, self.basis).unflatten(1, (3, 3))

@@ -107,6 +107,9 @@ class QM9Net(MoleculeNet):
             torch.nn.ELU(),
             torch.nn.Linear(invariants, outputs),
         )
+        if tensors:
+            fields = no_space.type(*pooled)
+            head = TensorReadout(fields, IIDBatchNorm1d(fields), basis, head, invariants)
         super().__init__(
             scalars,
             torch.nn.Linear(ATOM_FEATURES, channels),
@@ -114,7 +117,7 @@ class QM9Net(MoleculeNet):
             activation,
             torch.nn.ModuleList(block() for _ in range(blocks)),
             conv(hidden, gspace.type(*pooled)),
-            TensorReadout(basis, head, invariants) if tensors else head,
+            head,
         )
 
 
