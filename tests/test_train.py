@@ -225,7 +225,7 @@ def test_prediction_is_invariant(data, model):
 @torch.no_grad()
 def test_tensor_prediction_turns_with_the_molecule(data):
     torch.manual_seed(0)
-    model = QM9Net(blocks=1, channels=4, tensors=4, sampling="lebedev-110").double()
+    model = QM9Net(blocks=1, channels=4, tensors=4).double()
     batch = double(data.train.__getitems__(range(8)))
     for _ in range(30):  # momentum 0.1: the statistics are there to 5 %
         model(batch)

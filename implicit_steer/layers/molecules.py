@@ -54,19 +54,20 @@ class TensorReadout(Module):
     def __init__(self, fields: Callable, norm: Module, basis: np.ndarray, mlp: Module, invariants: int):
         super().__init__()
         self.fields, self.norm, self.mlp, self.invariants = fields, norm, mlp, invariants
-        self.register_buffer("basis", torch.tensor(np.asarray(basis), dtype=torch.get_default_dtype()))
+        self.basis = np.asarray(basis, dtype=np.float64)  # no buffer: .double() would find float32
 
     def arguments(self) -> dict:
         """What it is built from."""
-        names = ("fields", "norm", "mlp", "invariants")
-        return {name: getattr(self, name) for name in names} | {"basis": self.basis.double().cpu().numpy()}
+        return {name: getattr(self, name) for name in ("fields", "norm", "basis", "mlp", "invariants")}
 
     def forward(self, pooled: Tensor) -> Tensor:
         """(G, I + 5 T) → (G, 3, 3)."""
         pooled = values(self.norm(self.fields(pooled)))
         scalars, tensors = pooled[:, : self.invariants], pooled[:, self.invariants :].unflatten(1, (-1, 5))
         weights = self.mlp(scalars)
-        traceless = torch.einsum("gt,gtc,kc->gk", weights[:, 1:], tensors, self.basis).unflatten(1, (3, 3))
+        traceless = torch.einsum("gt,gtc,kc->gk", weights[:, 1:], tensors, pooled.new_tensor(self.basis)).unflatten(
+            1, (3, 3)
+        )
         one = torch.eye(3, dtype=pooled.dtype, device=pooled.device)
         return weights[:, :1, None] * one + traceless
 
