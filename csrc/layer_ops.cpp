@@ -85,8 +85,10 @@ Tensor conv_moments(const Tensor& ints, const Tensor& reals, const Tensor& weigh
     std::fill(out, out + 2 * size, R{0});
     if (a.n_edges == 0) return;
     const Moments found = batch_moments(table<R>(isa), a, static_cast<int>(layer));
-    std::copy(found.mean.begin(), found.mean.end(), out);
-    std::copy(found.squares.begin(), found.squares.end(), out + size);
+    for (int64_t k = 0; k < size; ++k) {
+      const int64_t m = k % plan.d, own = k - m + (plan.kind == kZonal ? m : plan.coordinate[m]);  // in our order
+      out[k] = static_cast<R>(found.mean[own]), out[size + k] = static_cast<R>(found.squares[own]);
+    }
   });
   return moments;
 }

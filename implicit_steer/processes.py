@@ -19,6 +19,7 @@ from torch import Tensor
 from ._check import require
 from .layers.batch_norm import NormBase
 from .layers.kernel import KernelBase
+from .moments import Moments, combined
 
 
 def begin(device: str) -> None:
@@ -75,20 +76,25 @@ def share(rows: int, device: torch.device) -> float:
     return rows * count() / float(total(torch.tensor(float(rows), dtype=torch.float64, device=device)))
 
 
-def pooled(n: int, mean: Tensor, squares: Tensor) -> tuple[int, Tensor, Tensor]:
-    """Number, mean and sum of squared deviations of all processes' rows, from this one's; not differentiable.
+def take_over(module: torch.nn.Module) -> None:
+    """Every process continues with process 0's parameters and buffers. They go by name: the order in which escnn
+    registers its buffers, by which DistributedDataParallel would send them, differs from process to process."""
+    if count() > 1:
+        state = [module.state_dict()]
+        dist.broadcast_object_list(state)
+        module.load_state_dict(state[0])
 
-    Source: Chan, Golub, LeVeque, *Algorithms for computing the sample variance*, The American Statistician 37 (1983).
-    """
+
+def pooled(n: int, mean: Tensor, squares: Tensor) -> Moments:
+    """Number, mean and sum of squared deviations of all processes' rows, from this one's; not differentiable."""
     own = torch.cat([mean.new_tensor([n]), mean.reshape(-1), squares.reshape(-1)]).double()
-    parts = [torch.empty_like(own) for _ in range(count())]
-    dist.all_gather(parts, own)
-    every = torch.stack([part for part in parts if part[0] > 0])  # without rows there is no mean
-    rows, (means, deviations) = every[:, :1], every[:, 1:].chunk(2, 1)
-    all_rows = rows.sum()
-    together = (rows * means).sum(0) / all_rows
-    deviations = deviations.sum(0) + (rows * (means - together).square()).sum(0)
-    return int(all_rows), together.view_as(mean).to(mean.dtype), deviations.view_as(squares).to(squares.dtype)
+    every = [torch.empty_like(own) for _ in range(count())]
+    dist.all_gather(every, own)
+    parts = []
+    for part in every:
+        of_mean, of_squares = part[1:].to(mean.dtype).chunk(2)
+        parts.append((int(part[0]), of_mean.view_as(mean), of_squares.view_as(squares)))
+    return combined(parts)
 
 
 class _Total(torch.autograd.Function):

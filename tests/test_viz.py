@@ -125,6 +125,21 @@ def test_log_lines_end_with_their_notes(tmp_path):
     assert png_size(figure, tmp_path / "lines.png") > 5000
 
 
+def test_error_bars(tmp_path):
+    curves = {"one": {0.0: [1.0, 3.0], 5.0: [2.0, 2.0]}, "other": {0.0: [4.0]}}
+    figure = viz.error_bars(curves, xlabel="k", ylabel="error")
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "5"]
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == ("k", "error", "log")
+    one, other = axes.containers
+    assert [bars.get_label() for bars in axes.containers] == ["one", "other"]
+    assert one.lines[0].get_ydata().tolist() == [2.0, 2.0]
+    lengths = [float(bar[1, 1] - bar[0, 1]) for bar in one.lines[2][0].get_segments()]
+    assert lengths == pytest.approx([2 * 2**0.5, 0.0])
+    assert other.lines[0].get_xdata()[0] > one.lines[0].get_xdata()[0]
+    assert png_size(figure, tmp_path / "bars.png") > 5000
+
+
 def test_energy_conservation():
     energies = np.array([[-3.0, 0.5, -2.5], [-2.9, 0.4, -2.5], [-2.8, 0.3, -2.4999]])
     figure = viz.energy_conservation(np.array([0.0, 0.1, 0.2]), energies)

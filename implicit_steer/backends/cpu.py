@@ -21,7 +21,7 @@ from .. import native
 from .._check import fail, require
 from ..graph import Graph
 from ..moments import Pool
-from ..packing import Parameters, is_traced, is_transformed, running
+from ..packing import Parameters, constant, is_traced, is_transformed, running
 from ..plan import Plan
 from .cpu_ops import finish_backward, unflatten
 from .cpu_plan import hidden_field_size, kernel_entries, prepare, reads_one
@@ -176,7 +176,7 @@ class Layer:
             tensors, size = (*self.arrays, packed, delta, attributes), shape[1] * shape[2]
             found = torch.ops.implicit_steer.conv_moments(*tensors, n, size, instruction_set())
             count, mean, squares = pool(len(delta), *found.view(shape))
-            mean = mean.index_select(1, self.native.trivial[n])
+            mean = mean.index_select(1, constant(norm, "measured", mean))
             statistics[n] = torch.cat([mean.reshape(-1), squares.mean(1) / (count - 1)])
             packed = self.pack(self.learned, statistics)
         return statistics, packed

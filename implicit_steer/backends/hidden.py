@@ -213,7 +213,7 @@ def _statistics(norm, h: Tensor, pool: Pool | bool) -> Statistics:
     """Batch statistics over the edges, detached as escnn's are: means of the trivial ones among the hidden features h
     (E, W, d), variances of all."""
     n, mean, squares = moments(h.detach(), pool)
-    return Statistics(mean.index_select(1, constant(norm, "full_trivial", h)), squares.mean(1) / (n - 1))
+    return Statistics(mean.index_select(1, constant(norm, "measured", h)), squares.mean(1) / (n - 1))
 
 
 def hidden_features(

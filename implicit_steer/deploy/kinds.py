@@ -35,6 +35,7 @@ _PLAIN = (
     layers.PotentialNet,
     layers.ResidualBlock,
     layers.TensorProduct,
+    layers.TensorReadout,
 )
 
 # torch's: their constructors' arguments, which are attributes too.

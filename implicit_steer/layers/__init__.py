@@ -11,7 +11,7 @@ from .fields import Fields, values, with_values
 from .grid_conv import ImplicitConv
 from .kernel import ImplicitKernel
 from .linear import Linear, TensorProduct
-from .molecules import MoleculeNet, ResidualBlock
+from .molecules import MoleculeNet, ResidualBlock, TensorReadout
 from .particles import ParticleNet
 from .point_conv import ImplicitPointConv, ImplicitPointConvWithDownsampling
 from .potential import Gate, PotentialNet, Prediction
@@ -33,6 +33,7 @@ __all__ = [
     "Prediction",
     "ResidualBlock",
     "TensorProduct",
+    "TensorReadout",
     "values",
     "with_values",
 ]

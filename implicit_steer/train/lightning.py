@@ -8,6 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.strategies import DDPStrategy
 
 from .. import processes
 from .._check import require
@@ -84,10 +86,14 @@ class Regressor(pl.LightningModule):
 
     def _measured(self, batch: Any, mean: RunningMean) -> torch.Tensor:
         """The loss; the error in the unit of y is added to ``mean``."""
-        target = ((batch.y - self.mean) / self.std).to(batch.pos.dtype)
         predicted, error = self.model(batch), ERRORS[self.error]
+        target = self.target(((batch.y - self.mean) / self.std).to(batch.pos.dtype), predicted.detach())
         mean.add(error(predicted.detach() * self.std, target * self.std), len(batch.y))
         return error(predicted, target)
+
+    def target(self, y: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+        """What ``predicted`` is compared with, from the standardised y."""
+        return y
 
     def on_train_epoch_start(self) -> None:
         """A fresh average."""
@@ -137,6 +143,29 @@ class Regressor(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what a resumed run is compared with."""
         checkpoint["options"] = self.options
+
+
+class AxesRegressor(Regressor):
+    """Regression of matrices y (rows, 3, 3) whose axes have unknown names and directions: what is predicted is compared
+    with the nearest of R y Rᵀ, R the 24 rotations of the cube."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.register_buffer("rotations", cube_rotations(), persistent=False)
+
+    def target(self, y: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+        """(rows, 3, 3)."""
+        turns = self.rotations.to(y.dtype)
+        candidates = turns @ y[:, None] @ turns.mT  # (rows, 24, 3, 3)
+        nearest = (candidates - predicted[:, None]).square().sum((2, 3)).argmin(1)
+        return candidates[torch.arange(len(y), device=y.device), nearest]
+
+
+def cube_rotations() -> torch.Tensor:
+    """(24, 3, 3): signed permutations of the axes with determinant 1."""
+    signs = torch.cartesian_prod(*[torch.tensor([1.0, -1.0])] * 3)
+    matrices = [sign[:, None] * torch.eye(3)[list(order)] for order in permutations(range(3)) for sign in signs]
+    return torch.stack([matrix for matrix in matrices if torch.linalg.det(matrix) > 0])
 
 
 class EpochShuffle(torch.utils.data.Sampler):
@@ -269,7 +298,7 @@ def trainer_for(run: Run, monitor: str) -> pl.Trainer:
         accelerator=options.device,
         devices=local,
         num_nodes=processes.count() // local,
-        strategy="ddp" if processes.count() > 1 else "auto",
+        strategy=DDPStrategy(init_sync=False, broadcast_buffers=False) if processes.count() > 1 else "auto",
         use_distributed_sampler=False,  # the loaders give shares
         # Sums over edges and atoms have a fixed order on a CPU; on a GPU torch has to be asked.
         deterministic="warn" if options.device != "cpu" and torch.cuda.is_available() else None,
@@ -289,6 +318,7 @@ def fit_and_test(module: pl.LightningModule, data: Any, run: Run) -> dict[str, f
     Gives what the module logs in the test, and ``val_…``, what has chosen the epoch.
     """
     options = run.options
+    processes.take_over(module)
     processes.synchronise(module)
     trainer = trainer_for(run, module.monitor)
     train, val = loader(data.train, options.batch_size, options.seed), loader(data.val, 4 * options.batch_size)

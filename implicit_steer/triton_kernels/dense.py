@@ -112,7 +112,7 @@ def statistics(prepared: Prepared, norm: Norm, y: Tensor, q: Tensor, pool: Pool 
     total = squares.sum(0) + (n * weight * (means - mean).square()).sum(0)  # (d, channels)
     if callable(pool):
         n, mean, total = pool(n, mean, total)
-    trivial = mean.index_select(0, constant(norm, "full_trivial", y))
+    trivial = mean.index_select(0, constant(norm, "measured", y))
     return Statistics(trivial.T.contiguous(), (total / (n - 1)).mean(0))
 
 
