@@ -8,6 +8,7 @@
 # make wheel    one wheel for Python >= 3.10 and torch >= 2.10, in dist/
 # make test-wheel    install it without escnn, with NumPy 2, and compare saved models; TORCH=torch==2.10.0 for another
 # make bench    build everything, then check and time every backend
+# make docs     run the tutorials (docs/tutorials/*.py) and write their pages and pictures
 # make lint, make format, make clean
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || echo python3)
@@ -25,7 +26,7 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-gpu-emulated test-gpu-quick cuda-kernels test-native test-arm native-cases arm-tools wheel test-wheel bench build lint format clean
+.PHONY: demo test test-gpu-emulated test-gpu-quick cuda-kernels test-native test-arm native-cases arm-tools wheel test-wheel bench docs build lint format clean
 
 demo: build
 	$(BIN)/python -m implicit_steer demo
@@ -110,6 +111,9 @@ test-wheel: wheel
 
 bench: build
 	$(BIN)/python -m bench
+
+docs: build
+	$(BIN)/python docs/render.py
 
 build: $(VENV)/.native
 

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from escnn.nn import GeometricTensor, IIDBatchNorm1d
 
-from implicit_steer._lightning import Regressor
 from implicit_steer.data import QM9
 from implicit_steer.data.qm9 import MoleculeSet
 from implicit_steer.models.qm9 import QM9Net, TensorProduct
 from implicit_steer.nn import FourierActivation, ImplicitPointConv
+from implicit_steer.train.lightning import Regressor
 
 from . import report
 from .timing import summary

@@ -1,5 +1,6 @@
 // The torch operators of a layer: parameters to packed weights and back, and the whole backward pass.
 
+#include <algorithm>
 #include <cstring>
 #include <tuple>
 #include <vector>
@@ -65,6 +66,33 @@ std::tuple<Tensor, Tensor> conv_statistics(const Tensor& ints, const Tensor& rea
     batch_statistics(table<R>(isa), a, p.data(), weights, mutable_data<R>(statistics));
   });
   return {statistics, packed};
+}
+
+// -> (2, W · d): of the input of batch norm `layer` over these edges, mean and sum of squared deviations of every
+// coordinate, 0 without edges; the packed weights are at the statistics of the norms before it.
+Tensor conv_moments(const Tensor& ints, const Tensor& reals, const Tensor& weights, const Tensor& delta,
+                    const Tensor& attr, int64_t layer, int64_t size, int64_t isa) {
+  Tensor moments;
+  dispatch_real(delta, "delta", [&](auto* tag) {
+    using R = std::remove_pointer_t<decltype(tag)>;
+    Plan<R> plan{};
+    read_plan(plan, ints, reals);
+    STD_TORCH_CHECK(plan.has_norms && layer >= 0 && layer < plan.n_layers, "layer: expected a batch norm's number.");
+    check_size(plan.layers[layer].out / plan.c * plan.d, size, "size");
+    ConvArgs<R> a = point_arguments(plan, weights, delta, attr);
+    moments = new_empty(delta, {2, size});
+    R* out = mutable_data<R>(moments);
+    std::fill(out, out + 2 * size, R{0});
+    if (a.n_edges == 0) return;
+    const Sums found = batch_sums(table<R>(isa), a, static_cast<int>(layer));
+    const double count = static_cast<double>(a.n_edges);
+    for (int k = 0; k < size; ++k) {
+      const int m = k % plan.d, own = k - m + (plan.kind == kZonal ? m : plan.coordinate[m]);  // in our order
+      out[k] = static_cast<R>(found.shift[own] + found.sums[own] / count);
+      out[size + k] = static_cast<R>(squared_deviations(found.sums.data(), static_cast<int>(size), own, count));
+    }
+  });
+  return moments;
 }
 
 // Moves the running statistics of the batch norms, means [W, d], variances [W, 1] and counts [], towards `statistics`,
@@ -235,6 +263,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(implicit_steer, m) {
       "conv_statistics(Tensor plan_ints, Tensor plan_reals, Tensor pack_rowptr, Tensor pack_column, Tensor pack_value, "
       "Tensor[] parameters, Tensor delta, Tensor attr, int n_layers, int size, int isa) -> (Tensor, Tensor)");
   m.def(
+      "conv_moments(Tensor plan_ints, Tensor plan_reals, Tensor weights, Tensor delta, Tensor attr, int layer, int "
+      "size, "
+      "int isa) -> Tensor");
+  m.def(
       "conv_move_running(Tensor statistics, Tensor(a!)[] means, Tensor(b!)[] variances, Tensor(c!)[] counts, "
       "Tensor trivial, float[] momentum) -> ()");
   m.def(
@@ -254,6 +286,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(implicit_steer, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(implicit_steer, CPU, m) {
   m.impl("conv_statistics", TORCH_BOX(&conv_statistics));
+  m.impl("conv_moments", TORCH_BOX(&conv_moments));
   m.impl("conv_gradients", TORCH_BOX(&conv_gradients));
   m.impl("same_values", TORCH_BOX(&same_values));
   m.impl("conv_move_running", TORCH_BOX(&conv_move_running));

@@ -72,17 +72,20 @@ IST_HOST_DEVICE int64_t statistics_size(const PlanView<R>& p) {
   return p.has_norms ? int64_t{p.layers[0].out / p.c} * (p.n_trivial + 1) : 0;
 }
 
-// Mean and variance of channel w of a batch norm, from the sums [2, channels * d] of h - shift and of its square over
-// `count` edges; the variance is unbiased, the mean over the field's coordinates.
+// The sum of squared deviations from the mean of coordinate k, from sums [2, size] of h - shift and of its square.
+IST_HOST_DEVICE inline double squared_deviations(const double* sums, int size, int k, double count) {
+  const double found = sums[size + k] - sums[k] / count * sums[k];
+  return found > 0 ? found : 0;
+}
+
+// Mean and variance of channel w of a batch norm, from such sums [2, channels * d] over `count` edges; the variance is
+// unbiased, the mean over the field's coordinates.
 template <typename R, typename Shift>
 IST_HOST_DEVICE void channel_statistics(const PlanView<R>& plan, int channels, int w, const double* sums,
                                         const Shift* shift, double count, R* mean, R* variance) {
-  const double* const squares = sums + channels * plan.d;
   double sum = 0;
-  for (int k = w * plan.d; k < (w + 1) * plan.d; ++k) {
-    const double about_mean = squares[k] - sums[k] / count * sums[k];
-    sum += (about_mean > 0 ? about_mean : 0) / (count - 1);
-  }
+  for (int k = w * plan.d; k < (w + 1) * plan.d; ++k)
+    sum += squared_deviations(sums, channels * plan.d, k, count) / (count - 1);
   variance[w] = static_cast<R>(sum / plan.d);
   for (int k = 0; k < plan.n_trivial; ++k) {
     const int m = w * plan.d + plan.measured[k];

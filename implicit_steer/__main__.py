@@ -1,4 +1,4 @@
-"""``python -m implicit_steer``: train, md, demo, info."""
+"""``python -m implicit_steer``: train, figure, md, demo, info."""
 
 from __future__ import annotations
 
@@ -6,29 +6,34 @@ import argparse
 import logging
 from collections.abc import Sequence
 
-from . import info, md, train, train_forces
+from . import figure_groups, figures, info, md
+from .train import TASKS
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m implicit_steer", description="Steerable implicit convolutions.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="{train,md,demo,info}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{train,figure,md,demo,info}")
     training = commands.add_parser("train", help="train a network")
-    tasks = training.add_subparsers(dest="task", required=True, metavar="{qm9,forces}")
-    qm9 = tasks.add_parser(
-        "qm9",
-        help="a property of small molecules",
-        description="Train the paper's network on QM9; print the mean absolute error on the test set.",
+    tasks = training.add_subparsers(dest="task", required=True, metavar=f"{{{','.join(TASKS)}}}")
+    for name, task in TASKS.items():
+        command = tasks.add_parser(name, help=task.HELP, description=task.DESCRIPTION)
+        task.add_arguments(command)
+        command.set_defaults(run=task.main)
+    figure = commands.add_parser("figure", help="an experiment of the paper: a grid of runs, and its picture or table")
+    experiments = figure.add_subparsers(dest="experiment", required=True, metavar="{nbody,groups}")
+    nbody = experiments.add_parser(
+        "nbody",
+        help="rotations about z against O(3)",
+        description="Train on springs with planes of several stiffnesses; draw the test errors.",
     )
-    train.add_qm9_arguments(qm9)
-    qm9.set_defaults(run=train.main)
-    forces = tasks.add_parser(
-        "forces",
-        help="a potential of metals or molecules",
-        description="Fit a potential to energies and forces; print the mean absolute errors on the test set.",
+    figures.add_nbody_arguments(nbody)
+    groups = experiments.add_parser(
+        "groups",
+        help="the paper's eight groups on classes of meshes",
+        description="Train a classifier of clouds of points for each group; print the accuracies.",
     )
-    train_forces.add_forces_arguments(forces)
-    forces.set_defaults(run=train_forces.main)
+    figure_groups.add_arguments(groups)
     dynamics = commands.add_parser(
         "md",
         help="molecular dynamics with a potential",

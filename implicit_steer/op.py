@@ -9,6 +9,7 @@ from . import backends
 from .backends import cpu, cuda, reference
 from .backends.hidden import Statistics
 from .graph import Graph
+from .moments import Pool
 from .packing import Parameters
 from .plan import Plan
 
@@ -46,6 +47,11 @@ def _cast(parameters: Parameters, dtype: torch.dtype) -> Parameters:
     )
 
 
+def _live(plan: Plan, batch_statistics: bool | Pool, edges: int) -> bool | Pool:
+    """``batch_statistics`` where there is something to take them from."""
+    return bool(plan.norms) and (edges > 0 or callable(batch_statistics)) and batch_statistics
+
+
 def implicit_conv(
     plan: Plan,
     parameters: Parameters,
@@ -54,7 +60,7 @@ def implicit_conv(
     edge_delta: Tensor,
     edge_attr: Tensor,
     *,
-    batch_statistics: bool,
+    batch_statistics: bool | Pool,
     backend: str = "auto",
 ) -> tuple[Tensor, list[Statistics]]:
     """Convolve node features with the implicit kernel; arguments are taken as valid (``nn`` checks them).
@@ -66,7 +72,8 @@ def implicit_conv(
         x: (N_src, C_in) features, any floating dtype; the arithmetic is the parameters' (at least float32).
         edge_delta: (E, dim).
         edge_attr: (E, A), A = 0 without attributes.
-        batch_statistics: take the batch norms' statistics from these edges (training) instead of the running ones.
+        batch_statistics: take the batch norms' statistics from these edges (training) instead of the running ones; a
+            function adds the edges of other processes.
         backend: name, or "auto".
 
     Returns:
@@ -76,19 +83,19 @@ def implicit_conv(
     dtype = _compute_dtype(parameters)
     engine = _compiled_engine(parameters, backend, x.device) or backends.select(backend, plan, x.device, dtype)[0]
     parameters = _cast(parameters, dtype)
-    live = batch_statistics and bool(plan.norms) and graph.num_edges > 0
+    live = _live(plan, batch_statistics, graph.num_edges)
     tensors = [t if t.dtype == dtype else t.to(dtype) for t in (x, edge_delta, edge_attr)]
     return engine.forward(plan, parameters, live, graph, *tensors)
 
 
 def implicit_kernel(
-    plan: Plan, parameters: Parameters, delta: Tensor, attributes: Tensor, *, batch_statistics: bool
+    plan: Plan, parameters: Parameters, delta: Tensor, attributes: Tensor, *, batch_statistics: bool | Pool
 ) -> tuple[Tensor, list[Statistics]]:
     """K (P, C_out, C_in) at P points: delta (P, dim), attributes (P, A). Native on CPU tensors, `cuda` on CUDA
     tensors where it can, else `reference`."""
     dtype = _compute_dtype(parameters)
     parameters = _cast(parameters, dtype)
-    live = batch_statistics and bool(plan.norms) and delta.shape[0] > 0
+    live = _live(plan, batch_statistics, delta.shape[0])
     native = _compiled_engine(parameters, "cpu", delta.device) or cpu.supports(plan, delta.device, dtype)[0]
     engine = cpu if native else cuda if cuda.supports(plan, delta.device, dtype)[0] else reference
     k, statistics = engine.kernel(plan, parameters, live, delta.to(dtype), attributes.to(dtype))

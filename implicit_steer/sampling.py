@@ -46,29 +46,30 @@ class HiddenSpace:
     band_limit: int
 
 
+def frequency(group: Group, irrep: tuple) -> int:
+    """Rotation frequency of an irrep; -1 for finite groups."""
+    if isinstance(group, O2 | O3):
+        return irrep[1]
+    if isinstance(group, SO2 | SO3):
+        return irrep[0]
+    if isinstance(group, DirectProductGroup):
+        return max(frequency(group.G1, irrep[0]), frequency(group.G2, irrep[1]))
+    return -1
+
+
 def max_frequency(reprs: list[Representation]) -> int:
     """Highest rotation frequency among the irreps; -1 for finite groups, whose irreps are all used anyway."""
-
-    def frequency(group: Group, irrep: tuple) -> int:
-        if isinstance(group, O2 | O3):
-            return irrep[1]
-        if isinstance(group, SO2 | SO3):
-            return irrep[0]
-        if isinstance(group, DirectProductGroup):
-            return max(frequency(group.G1, irrep[0]), frequency(group.G2, irrep[1]))
-        return -1
-
     return max((frequency(r.group, i) for r in reprs for i in r.irreps), default=-1)
 
 
-def _rotations(group: Group, angle: float) -> GroupElement | None:
+def rotations(group: Group, angle: float) -> GroupElement | None:
     """The group's rotation by ``angle`` in its one continuous plane; None if it has no such unique plane."""
     if isinstance(group, SO2):
         return group.element(angle, "radians")
     if isinstance(group, O2):
         return group.element((0, angle), "radians")
     if isinstance(group, DirectProductGroup) and isinstance(group.G2, SO2 | O2) and not group.G1.continuous:
-        return group.pair_elements(group.G1.identity, _rotations(group.G2, angle))
+        return group.pair_elements(group.G1.identity, rotations(group.G2, angle))
     return None
 
 
@@ -112,7 +113,7 @@ def hidden_space(group: Group, band_limit: int) -> HiddenSpace:
         return HiddenSpace(group, rho, dirac / np.linalg.norm(dirac), band_limit)
     if not group.continuous:
         return HiddenSpace(group, *_regular(group, [i.id for i in group.irreps()]), 0)
-    if _rotations(group, 0.0) is None:
+    if rotations(group, 0.0) is None:
         fail("group", "SO(2), O(2), SO(3), O(3), a cylinder group or a finite group", group, kind=ValueError)
     if isinstance(group, DirectProductGroup):
         inner = group.G2.bl_regular_representation(L=band_limit).irreps
@@ -122,7 +123,7 @@ def hidden_space(group: Group, band_limit: int) -> HiddenSpace:
     return HiddenSpace(group, *_regular(group, irreps), band_limit)
 
 
-def _equispaced(group: Group, n: int) -> list[GroupElement]:
+def equispaced(group: Group, n: int) -> list[GroupElement]:
     """n rotations x the discrete part of the group."""
     if isinstance(group, DirectProductGroup):
         return [group.pair_elements(g1, g2) for g1 in group.G1.elements for g2 in group.G2.grid(n)]
@@ -154,7 +155,7 @@ def escnn_matrices(space: HiddenSpace) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(space.group, SO3 | O3):
         grid = space.group.grid(type="ico")
     elif space.group.continuous:
-        grid = _equispaced(space.group, 40 if space.band_limit == 3 else 125)
+        grid = equispaced(space.group, 40 if space.band_limit == 3 else 125)
     else:
         grid = list(space.group.elements)
     a = _samples(space, grid)
@@ -169,9 +170,12 @@ def group_matrices(space: HiddenSpace) -> tuple[np.ndarray, np.ndarray]:
 
 
 @identity_cache
-def _rotation_matrices(space: HiddenSpace, n: int) -> tuple[np.ndarray, np.ndarray]:
-    a = _samples(space, _equispaced(space.group, n))
-    return a, _inverse(a, name=f"exact-{n}")
+def rotation_matrices(space: HiddenSpace, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """A and A⁻ of n equispaced rotations x the discrete part of a group with one continuous rotation."""
+    known = rotations(space.group, 0.0) is not None
+    require(known, "sampling", "a group with rotations in one plane for equispaced samples", space.group)
+    a = _samples(space, equispaced(space.group, n))
+    return a, _inverse(a, name=f"{n} rotations")
 
 
 def merge_samples(a: np.ndarray, inverse: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -288,7 +292,7 @@ def rotation_basis(rep: Representation) -> tuple[np.ndarray, np.ndarray, np.ndar
     for ident in rep.irreps:
         irrep = rep.group.irrep(*ident)
         if irrep.size == 2:
-            quarter = [irrep(_rotations(rep.group, angle)) for angle in (0.1, -0.1)]
+            quarter = [irrep(rotations(rep.group, angle)) for angle in (0.1, -0.1)]
             sine = (quarter[0] - quarter[1]) / 2  # sin(0.1 k) times the rotation by 90 degrees
             k = round(np.arcsin(np.sqrt(np.linalg.det(sine))) / 0.1)
             if k > 0:
@@ -345,5 +349,5 @@ def planar_frame(space: HiddenSpace, position: Representation, attributes: list[
         attribute_partner=a_partner,
         attribute_sign=a_sign,
     )
-    a, inverse = _rotation_matrices(space, n)
+    a, inverse = rotation_matrices(space, n)
     return frame, z, a @ z, z.T @ inverse

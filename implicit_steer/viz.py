@@ -207,6 +207,31 @@ def log_lines(
     return figure
 
 
+def error_bars(
+    curves: Mapping[str, Mapping[float, Sequence[float]]], *, xlabel: str, ylabel: str, title: str = ""
+) -> Figure:
+    """``curves[name]``: x → the values found there. Their mean and standard deviation, one place for every x; the y
+    axis is logarithmic."""
+    figure = _figure(6.5, 4.2)
+    axes = figure.subplots()
+    places = sorted({x for curve in curves.values() for x in curve})
+    for n, ((name, curve), colour) in enumerate(zip(curves.items(), cycle(_COLOURS), strict=False)):
+        shift = 0.12 * (n - (len(curves) - 1) / 2)  # side by side
+        at = [places.index(x) + shift for x in curve]
+        values = [np.asarray(found) for found in curve.values()]
+        spread = [found.std(ddof=1) if len(found) > 1 else 0.0 for found in values]
+        style = {"color": colour, "label": name, "marker": "o", "markersize": 5, "capsize": 4, "linewidth": 1}
+        axes.errorbar(at, [found.mean() for found in values], yerr=spread, **style)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(places)), [f"{x:g}" for x in places])
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.set_title(title, fontsize=10)
+    _plain_axes(axes, "y")
+    axes.legend(frameon=False)
+    return figure
+
+
 def convergence(
     counts: Sequence[int],
     errors: Mapping[str, Sequence[float]],
@@ -227,6 +252,81 @@ def convergence(
     axes.set_ylabel(ylabel)
     axes.set_title(title, fontsize=11)
     axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def equivariance_errors(errors: Mapping[str, Sequence[float]], *, title: str = "") -> Figure:
+    """``errors[name]``: relative errors |f(gx) − g f(x)| / |f(x)| of random group elements; a row per name, a point per
+    element, the axis logarithmic. Errors of 0 are drawn at 1e-17."""
+    figure = _figure(6.5, 1.3 + 0.4 * len(errors))
+    axes = figure.subplots()
+    for row, (values, colour) in enumerate(zip(errors.values(), cycle(_COLOURS), strict=False)):
+        at = row + np.linspace(-0.2, 0.2, len(values))
+        axes.scatter(np.maximum(values, 1e-17), at, s=14, color=colour)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(errors)), list(errors))
+    axes.set_ylim(len(errors) - 0.5, -0.5)
+    axes.set_xlabel("relative equivariance error")
+    _plain_axes(axes, "x")
+    axes.set_title(title, fontsize=11)
+    return figure
+
+
+def graph(
+    pos: torch.Tensor,
+    edge_index: torch.Tensor,
+    *,
+    plane: str = "xy",
+    values: torch.Tensor | None = None,
+    title: str = "",
+) -> Figure:
+    """Points (N, 2 or 3) and their edges (2, E), seen along the axis that is not in ``plane``; ``values`` (N,) are the
+    points' colours."""
+    axes_shown = ["xyz".index(axis) for axis in plane]
+    points, ends = pos.detach().cpu().numpy()[:, axes_shown], edge_index.cpu().numpy()
+    segments = points[ends.T]  # (E, 2, 2)
+    figure = _figure(5.2 if values is None else 6.0, 4.8)
+    axes = figure.subplots()
+    axes.add_collection(load_extra("matplotlib.collections").LineCollection(segments, colors="#bbbbbb", linewidths=0.6))
+    style = {"color": _COLOURS[0]} if values is None else {"c": values.detach().cpu().numpy(), "cmap": "viridis"}
+    dots = axes.scatter(*points.T, s=18, zorder=2, **style)
+    if values is not None:
+        figure.colorbar(dots, ax=axes, shrink=0.9, label="value")
+    axes.set_aspect("equal")
+    axes.set_xlabel(plane[0])
+    axes.set_ylabel(plane[1])
+    axes.set_title(title, fontsize=11)
+    return figure
+
+
+def parity(true: np.ndarray, predicted: Mapping[str, np.ndarray], *, label: str, title: str = "") -> Figure:
+    """``predicted[name]`` against ``true``, of the same shape, and the line where they agree."""
+    figure = _figure(5, 4.8)
+    axes = figure.subplots()
+    limits = float(true.min()), float(true.max())
+    axes.plot(limits, limits, color=_INK, linewidth=0.8)
+    for (name, values), colour in zip(predicted.items(), cycle(_COLOURS), strict=False):
+        axes.scatter(true.ravel(), values.ravel(), s=6, alpha=0.5, color=colour, label=name)
+    axes.set_xlabel(f"{label}, true")
+    axes.set_ylabel(f"{label}, predicted")
+    axes.set_title(title, fontsize=11)
+    _plain_axes(axes, "both")
+    axes.legend(frameon=False)
+    return figure
+
+
+def images(rows: Mapping[str, np.ndarray], *, title: str = "") -> Figure:
+    """``rows[name]`` (n, H, W): a row of grey images each."""
+    columns = max(len(pictures) for pictures in rows.values())
+    figure = _figure(1.1 * columns + 1.2, 1.15 * len(rows) + 0.4)
+    panels = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (name, pictures) in zip(panels, rows.items(), strict=True):
+        line[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
+        for panel, picture in zip(line, pictures, strict=False):
+            panel.imshow(picture, cmap="gray_r")
+        for panel in line:
+            panel.set(xticks=[], yticks=[])
+    figure.suptitle(title, fontsize=11)
     return figure
 
 

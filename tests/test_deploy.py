@@ -8,8 +8,10 @@ bounds leave room for another machine's matrix products.
 
 import copy
 import pickle
+from dataclasses import replace
 
 import escnn.nn as enn
+import numpy as np
 import pytest
 import torch
 from deployed import molecules
@@ -20,7 +22,8 @@ from torch import nn
 import implicit_steer as ist
 from implicit_steer import Graph, layers
 from implicit_steer.cases import SMALL, SPACES, fields
-from implicit_steer.models import Potential
+from implicit_steer.data import ParticleSet
+from implicit_steer.models import NBodyNet, Potential
 from implicit_steer.models.qm9 import QM9Net, TensorProduct
 from implicit_steer.nn import (
     FourierActivation,
@@ -401,6 +404,25 @@ def test_qm9_network(dtype, configuration, reloaded):
         results.append({"out": out.detach(), "grad": torch.tensor(norms, dtype=dtype)})
     assert_same(*results, BOUND[dtype])
     assert loaded.blocks[1].activation is loaded.activation
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_networks_of_tensors_and_vectors(dtype, reloaded):
+    particles = ParticleSet(
+        **{
+            name: np.random.default_rng(0).standard_normal((3, rows, width))
+            for name, rows, width in (("pos", 5, 3), ("vel", 5, 3), ("scalar", 5, 1), ("pair", 20, 1), ("y", 5, 3))
+        }
+    ).__getitems__([0, 1, 2])
+    particles = replace(
+        particles, **{key: getattr(particles, key).to(dtype) for key in ("pos", "vel", "scalar", "pair")}
+    )
+    nets = {QM9Net(edge_attr="bonds", blocks=1, tensors=2): molecules(dtype), NBodyNet(blocks=1, channels=2): particles}
+    for net, batch in nets.items():
+        net = net.to(dtype)
+        net(batch)
+        original = net.eval()
+        torch.testing.assert_close(reloaded(original)(batch), original(batch), rtol=0, atol=BOUND[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,15 +11,14 @@ import pytest
 import torch
 from ase.calculators.emt import EMT
 
-from implicit_steer import _lightning_forces, train_forces
 from implicit_steer.__main__ import main
-from implicit_steer._lightning_forces import ForceRegressor
 from implicit_steer.data import ForceData, _cache
 from implicit_steer.data import forces as data_module
 from implicit_steer.data.forces import MOLECULES, SYSTEMS, draw
-from implicit_steer.models import load_potential
+from implicit_steer.models import Potential, load_potential
 from implicit_steer.structures import Structures
-from implicit_steer.train_forces import ForcesOptions
+from implicit_steer.train import ForcesOptions, forces, train_forces
+from implicit_steer.train.force_regressor import ForceRegressor
 
 # One result per seed AND number of threads: the number is part of every run.
 SMALL = {
@@ -41,7 +40,7 @@ def environment(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IMPLICIT_STEER_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(data_module, "CHUNK", 4)
-        patch.setattr(train_forces, "EVALUATION", 4)
+        patch.setattr(forces, "EVALUATION", 4)
         yield
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, handler)
@@ -49,7 +48,7 @@ def environment(tmp_path_factory):
 
 def fit(out, **options):
     """A run of the small size in ``out``."""
-    return train_forces.train_forces(ForcesOptions(out=str(out), **{**SMALL, **options}))
+    return train_forces(ForcesOptions(out=str(out), **{**SMALL, **options}))
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +247,7 @@ def test_step_is_the_gradient_of_the_loss():
     gradients = []
     for backend in ("auto", "reference"):
         torch.manual_seed(0)
-        potential = _lightning_forces.Potential((29, 79), 4.0, channels=4, backend=backend).double()
+        potential = Potential((29, 79), 4.0, channels=4, backend=backend).double()
         potential.fit(batch)
         module = ForceRegressor(potential, scale=1.0, energy_weight=1.0, lr=1e-3, epochs=1, options={})
         energy, forces = module.errors(batch, create_graph=True)
@@ -287,7 +286,7 @@ def test_command_line(tmp_path, capsys):
 def test_resume_of_another_run(run, changes, message):
     options = {**SMALL, "out": str(run[0]), **changes}
     with pytest.raises(ValueError, match=message):
-        train_forces.train_forces(ForcesOptions(resume=True, **options))
+        train_forces(ForcesOptions(resume=True, **options))
 
 
 @pytest.mark.parametrize(
@@ -309,7 +308,7 @@ def test_wrong_option(option, value, message):
 
 def test_energies_are_compared_per_atom():
     batch = small_data().train.__getitems__([0, 1])
-    potential = _lightning_forces.Potential((29, 79), 4.0, channels=2)
+    potential = Potential((29, 79), 4.0, channels=2)
     module = ForceRegressor(potential, scale=1.0, energy_weight=1.0, lr=1e-3, epochs=1, options={})
     before, _ = module.errors(batch, create_graph=False)
     shifted, _ = module.errors(replace(batch, energy=batch.energy + 3200.0), create_graph=False)

@@ -202,3 +202,18 @@ def test_wrong_arguments(change, message):
     ops.fourier_backward(**good)
     with pytest.raises(RuntimeError, match=message):
         ops.fourier_backward(**good | change)
+
+
+def test_samples_on_the_circle():
+    space = SPACES["O(2) on R2"]()
+    fine, coarse = (FourierActivation(space, 2, 1, sampling=name) for name in ("escnn", "circle-16"))
+    x = fine.in_type(torch.randn(7, fine.in_type.size, 2, 1))
+    deviation = relative(coarse(x).tensor, fine(x).tensor)
+    assert 0 < deviation < 5e-2  # ELU at L = 1: the integral over 16 samples has not converged, that over 125 has
+    assert relative(FourierActivation(space, 2, 1, sampling="circle-125")(x).tensor, fine(x).tensor) < 1e-5
+    assert "32 samples" in repr(coarse)
+    for name, message in {"circle-2": "enough samples for 6 coefficients", "circle-": "'circle-N'"}.items():
+        with pytest.raises(ValueError, match=message):
+            FourierActivation(space, 2, 1, sampling=name)
+    with pytest.raises(ValueError, match="a group with rotations in one plane"):
+        FourierActivation(SPACES["O(3)"](), 2, 1, sampling="circle-16")

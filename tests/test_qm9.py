@@ -87,6 +87,54 @@ def test_targets(cache):
     assert len(mev["homo"].train) == LIMIT
 
 
+def test_polarizability_is_a_tensor_along_the_molecules_axes(cache):
+    tensor, mean = (QM9(limit=LIMIT, target=name, cache=cache) for name in ("polarizability", "alpha"))
+    assert tensor.unit == "bohr^3"
+    y = tensor.train.y
+    assert y.shape == (LIMIT, 3, 3)
+    assert np.array_equal(y, y.swapaxes(1, 2))
+    np.testing.assert_allclose(np.trace(y, axis1=1, axis2=2) / 3, mean.train.y, atol=0.02)
+    np.testing.assert_allclose(tensor.mean, mean.mean * np.eye(3), rtol=1e-3)
+    assert tensor.std == pytest.approx(np.sqrt(np.square(y - tensor.mean).mean()))
+    charge = np.array([1, 6, 7, 8, 9])
+    along = np.zeros(3)
+    for n in range(LIMIT):
+        atoms = slice(tensor.train.ptr[n], tensor.train.ptr[n + 1])
+        z, pos, before = charge[tensor.train.element[atoms]], tensor.train.pos[atoms], mean.train.pos[atoms]
+        moments = np.einsum("a,ai,aj->ij", z, pos, pos)
+        assert np.abs(z @ pos).max() < 1e-4
+        assert np.abs(moments - np.diag(np.diag(moments))).max() < 1e-4 * np.trace(moments)
+        assert np.all(np.diff(np.diag(moments)) <= 1e-4 * np.trace(moments))
+        # A rotation: distances are what they were, and so are orientations.
+        frame = pos - pos.mean(0), before - before.mean(0)
+        np.testing.assert_allclose(frame[0] @ frame[0].T, frame[1] @ frame[1].T, atol=1e-4)
+        if len(pos) > 3:
+            volumes = [np.linalg.det(f[1:4] - f[0]) for f in frame]
+            assert volumes[0] == pytest.approx(volumes[1], abs=1e-4)
+        along += np.diag(y[n])
+    assert along[0] > along[1] > along[2]  # large where the molecule is long
+
+
+def test_tensors_need_qm9pack(tmp_path):
+    for name in ("gdb9.sdf", "gdb9.sdf.csv", "uncharacterized.txt"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "gdb9.sdf.csv").write_text(",".join(target.raw for target in files.TARGETS.values()) + "\n")
+    with pytest.raises(ValueError, match=r"target: expected one that the raw files have, got 'polarizability'"):
+        QM9(tmp_path, target="polarizability", progress=False)
+
+
+def test_damaged_tensors(tmp_path):
+    for name in (*files.PackedCsv.ROWS, files.POLARIZABILITY):
+        (tmp_path / name).symlink_to(PACKED / name)
+    source = files.PackedCsv(tmp_path)
+    (tmp_path / files.POLARIZABILITY).unlink()
+    with pytest.raises(ValueError, match=r"qm9_polarizability.csv: expected a file of qm9pack"):
+        source.polarizability()
+    (tmp_path / files.POLARIZABILITY).write_text("XYZ_file,A_xx,A_xy,A_yy,A_xz,A_yz,A_zz\n" + "a,1,2,3,4,5,6\n")
+    with pytest.raises(ValueError, match=r"qm9_polarizability.csv: expected 130831 molecules, got 1"):
+        source.polarizability()
+
+
 def test_bonds_agree_with_smiles(first_rows):
     source, records, smiles = first_rows
     chunk = files.make_chunk(source, records, np.arange(300))

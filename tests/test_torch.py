@@ -89,6 +89,7 @@ def operator_arguments():
             0,
         ),
         "conv_statistics": (*arrays, *matrix, values, *fixed[2:], *bound.native.statistics, 0),
+        "conv_moments": (*arrays, *fixed[:1], *fixed[2:], 1, plan.norms[1].channels * 16, 0),
         "conv_move_running": (
             statistics.view(2, -1),
             [torch.randn(n, 16, dtype=torch.float64) for n in (4, 4)],

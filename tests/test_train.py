@@ -12,12 +12,11 @@ from escnn import gspaces
 from escnn.nn import IIDBatchNorm1d, QuotientFourierELU
 from helpers import relative
 
-from implicit_steer import _lightning
 from implicit_steer.__main__ import main
-from implicit_steer._lightning import EpochShuffle, Regressor, loader
 from implicit_steer.data import QM9
 from implicit_steer.models import QM9Net
-from implicit_steer.train import QM9Options, train_qm9
+from implicit_steer.train import QM9Options, lightning, train_qm9
+from implicit_steer.train.lightning import AxesRegressor, EpochShuffle, Regressor, cube_rotations, loader
 
 # One result per seed AND number of threads: the number is part of every run.
 SMALL = {"limit": 200, "blocks": 1, "epochs": 3, "progress": False, "num_threads": 1}
@@ -45,7 +44,7 @@ def run(tmp_path_factory):
     """An uninterrupted run whose learning rate is halved after the first and the second epoch: folder, result."""
     out = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_lightning, "MILESTONES", (1, 2))
+        patch.setattr(lightning, "MILESTONES", (1, 2))
         return out, train_qm9(QM9Options(out=str(out), **SMALL))
 
 
@@ -72,7 +71,7 @@ def test_loss_falls(run):
 
 
 def test_same_seed_same_result(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(_lightning, "MILESTONES", (1, 2))
+    monkeypatch.setattr(lightning, "MILESTONES", (1, 2))
     again = train_qm9(QM9Options(out=str(tmp_path / "a"), **SMALL))
     assert again["test_mae"] == run[1]["test_mae"]
     assert rows(tmp_path / "a") == rows(run[0])
@@ -82,7 +81,7 @@ def test_same_seed_same_result(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("epoch", "step"), [(0, 2), (2, 3)])
 def test_interrupted_and_resumed(run, tmp_path, monkeypatch, capsys, epoch, step):
-    monkeypatch.setattr(_lightning, "MILESTONES", (1, 2))
+    monkeypatch.setattr(lightning, "MILESTONES", (1, 2))
     training_step = Regressor.training_step
 
     def interrupted(self, batch, index):
@@ -221,6 +220,55 @@ def test_prediction_is_invariant(data, model):
     assert max(error(element) for element in list(group.testing_elements())[::10]) < 1e-12
     # Elsewhere its 30 points leave an error: 1.5e-4 measured.
     assert max(error(group.sample()) for _ in range(5)) < 1e-3
+
+
+@torch.no_grad()
+def test_tensor_prediction_turns_with_the_molecule(data):
+    torch.manual_seed(0)
+    model = QM9Net(blocks=1, channels=4, tensors=4).double()
+    batch = double(data.train.__getitems__(range(8)))
+    for _ in range(30):  # momentum 0.1: the statistics are there to 5 %
+        model(batch)
+    base = model.eval()(batch)
+    assert base.shape == (8, 3, 3)
+    torch.testing.assert_close(base, base.mT)
+    traceless = base - base.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(3, dtype=base.dtype)
+    assert traceless.norm() > 1e-2 * base.norm()
+    group = gspaces.flipRot3dOnR3().fibergroup
+
+    def error(element):
+        turn = torch.tensor(group.standard_representation()(element))
+        found = model(replace(batch, pos=batch.pos @ turn.T))
+        return float((found - turn @ base @ turn.T).norm() / traceless.norm())
+
+    # As of the energies: the grid of the node activations is closed under the icosahedral group.
+    assert max(error(element) for element in list(group.testing_elements())[::10]) < 1e-12
+    assert max(error(group.sample()) for _ in range(5)) < 1e-2
+    with pytest.raises(ValueError, match=r"gspace: expected one of O\(3\) or SO\(3\), for tensors"):
+        QM9Net(gspaces.rot2dOnR3(), tensors=1)
+
+
+def test_tensors_are_compared_along_the_best_axes():
+    rotations = cube_rotations()
+    assert rotations.shape == (24, 3, 3)
+    assert len({tuple(r.flatten().tolist()) for r in rotations}) == 24
+    assert torch.equal(rotations @ rotations.mT, torch.eye(3).expand(24, 3, 3))
+    assert bool((torch.linalg.det(rotations) > 0).all())
+    module = AxesRegressor(torch.nn.Identity(), torch.eye(3), 2.0, 1e-3, {})
+    y = torch.randn(5, 3, 3)
+    y = y + y.mT
+    predicted = rotations[[0, 5, 9, 13, 20]] @ (y + 0.01 * torch.eye(3)) @ rotations[[0, 5, 9, 13, 20]].mT
+    nearest = module.target(y, predicted)
+    torch.testing.assert_close(predicted - nearest, 0.01 * torch.eye(3).expand(5, 3, 3), atol=1e-6, rtol=0)
+
+
+def test_training_on_tensors(tmp_path, capsys):
+    arguments = f"train qm9 --target polarizability --limit 64 --epochs 2 --blocks 0 --channels 2 --out {tmp_path}"
+    main([*arguments.split(), "--num-threads", "1", "--no-progress"])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert f"test MAE polarizability: {result['test_mae']:.4f} bohr^3" in capsys.readouterr().out
+    errors = [float(row["train_mae"]) for row in rows(tmp_path)]
+    assert errors[1] < errors[0] < 100
 
 
 @torch.no_grad()

@@ -125,6 +125,21 @@ def test_log_lines_end_with_their_notes(tmp_path):
     assert png_size(figure, tmp_path / "lines.png") > 5000
 
 
+def test_error_bars(tmp_path):
+    curves = {"one": {0.0: [1.0, 3.0], 5.0: [2.0, 2.0]}, "other": {0.0: [4.0]}}
+    figure = viz.error_bars(curves, xlabel="k", ylabel="error")
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "5"]
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == ("k", "error", "log")
+    one, other = axes.containers
+    assert [bars.get_label() for bars in axes.containers] == ["one", "other"]
+    assert one.lines[0].get_ydata().tolist() == [2.0, 2.0]
+    lengths = [float(bar[1, 1] - bar[0, 1]) for bar in one.lines[2][0].get_segments()]
+    assert lengths == pytest.approx([2 * 2**0.5, 0.0])
+    assert other.lines[0].get_xdata()[0] > one.lines[0].get_xdata()[0]
+    assert png_size(figure, tmp_path / "bars.png") > 5000
+
+
 def test_energy_conservation():
     energies = np.array([[-3.0, 0.5, -2.5], [-2.9, 0.4, -2.5], [-2.8, 0.3, -2.4999]])
     figure = viz.energy_conservation(np.array([0.0, 0.1, 0.2]), energies)
@@ -134,3 +149,40 @@ def test_energy_conservation():
     np.testing.assert_allclose(drawn["kinetic"], [0, -100, -200])
     np.testing.assert_allclose(alone.get_lines()[0].get_ydata(), [0, 0, 100], atol=1e-9)
     assert (both.get_ylabel(), alone.get_ylabel()) == ("change (meV per atom)", "total (µeV per atom)")
+
+
+def test_equivariance_errors_are_drawn_row_by_row():
+    figure = viz.equivariance_errors({"a": [1e-7, 2e-7], "b": [0.0, 1e-3, 1e-2]})
+    axes = figure.axes[0]
+    rows = [collection.get_offsets() for collection in axes.collections]
+    np.testing.assert_allclose(rows[0][:, 0], [1e-7, 2e-7])
+    np.testing.assert_allclose(rows[1][:, 0], [1e-17, 1e-3, 1e-2])
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b"]
+    assert axes.get_xscale() == "log"
+    assert axes.get_xlabel() == "relative equivariance error"
+
+
+def test_a_graph_shows_points_and_edges_in_a_plane(tmp_path):
+    pos, edges = torch.randn(5, 3), torch.tensor([[0, 1, 2], [1, 2, 4]])
+    figure = viz.graph(pos, edges, plane="xz", values=torch.arange(5.0))
+    axes = figure.axes[0]
+    lines, dots = axes.collections
+    np.testing.assert_allclose(dots.get_offsets(), pos[:, [0, 2]])
+    np.testing.assert_allclose(dots.get_array(), np.arange(5))
+    np.testing.assert_allclose(np.array(lines.get_segments()), pos[:, [0, 2]].numpy()[edges.T.numpy()])
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("x", "z")
+    assert png_size(figure, tmp_path / "graph.png") > 5000
+
+
+def test_parity_and_images_hold_their_data():
+    true, predicted = np.array([[0.0, 1.0], [2.0, 3.0]]), np.array([[0.1, 0.9], [2.0, 3.5]])
+    axes = viz.parity(true, {"fit": predicted}, label="y").axes[0]
+    np.testing.assert_allclose(axes.collections[0].get_offsets(), np.stack([true.ravel(), predicted.ravel()], 1))
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), [[0, 0], [3, 3]])
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("y, true", "y, predicted")
+    pictures = np.random.default_rng(0).random((3, 4, 4))
+    figure = viz.images({"one": pictures, "two": pictures[:2]})
+    shown = [panel.images[0].get_array() for panel in figure.axes if panel.images]
+    assert len(shown) == 5
+    np.testing.assert_array_equal(shown[3], pictures[0])
+    assert figure.axes[0].get_ylabel() == "one"

@@ -20,7 +20,8 @@ from torch.autograd import forward_ad
 from .. import native
 from .._check import fail, require
 from ..graph import Graph
-from ..packing import Parameters, is_traced, is_transformed, running
+from ..moments import Pool
+from ..packing import Parameters, constant, is_traced, is_transformed, running
 from ..plan import Plan
 from .cpu_ops import of_bias_backward, of_sums_backward, unflatten
 from .cpu_plan import hidden_field_size, kernel_entries, prepare, reads_one
@@ -159,11 +160,29 @@ class Layer:
         arrays, size = (*self.arrays, *self.matrix, statistics), sum(t.numel() for t in learned)
         return unflatten(torch.ops.implicit_steer.conv_pack_backward(*arrays, grad, size), learned)
 
-    def measured(self, delta: Tensor, attributes: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch norms' statistics over these edges, (n_layers, W (n_trivial + 1)), and packed weights at them."""
+    def measured(self, delta: Tensor, attributes: Tensor, pool: Pool | bool) -> tuple[Tensor, Tensor]:
+        """The batch norms' statistics over these edges and those that ``pool`` adds, (n_layers, W (n_trivial + 1)), and
+        packed weights at them."""
+        if callable(pool):
+            return self._pooled(delta, attributes, pool)
         learned = [t.contiguous() for t in self.learned]
         arrays = *self.arrays, *self.matrix, learned, delta, attributes
         return torch.ops.implicit_steer.conv_statistics(*arrays, *self.native.statistics, instruction_set())
+
+    def _pooled(self, delta: Tensor, attributes: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
+        # Norm by norm: the inputs of each depend on the statistics of those before it.
+        plan = self.plan
+        statistics = delta.new_ones(self.native.statistics)
+        packed = self.pack(self.learned, statistics)
+        for n, norm in enumerate(plan.norms):
+            shape = 2, norm.channels, hidden_field_size(plan)
+            tensors, size = (*self.arrays, packed, delta, attributes), shape[1] * shape[2]
+            found = torch.ops.implicit_steer.conv_moments(*tensors, n, size, instruction_set())
+            count, mean, squares = pool(len(delta), *found.view(shape))
+            mean = mean.index_select(1, constant(norm, "measured", mean))
+            statistics[n] = torch.cat([mean.reshape(-1), squares.mean(1) / (count - 1)])
+            packed = self.pack(self.learned, statistics)
+        return statistics, packed
 
     def running(self) -> Tensor:
         """The statistics that the batch norms keep, in the same order."""
@@ -338,21 +357,21 @@ def _refuse_tangents(backend: str, tensors: Sequence[Tensor]) -> None:
 
 
 def _run(
-    call, batch_statistics: bool, delta: Tensor, attributes: Tensor, inputs: Sequence[Tensor]
+    call, batch_statistics: bool | Pool, delta: Tensor, attributes: Tensor, inputs: Sequence[Tensor]
 ) -> tuple[Tensor, Sequence[Statistics]]:
     """The output and the batch statistics; tensors contiguous."""
     layer = call.layer
     if is_traced():
         _refuse_transforms(layer.backend)
         with torch.no_grad():
-            statistics = layer.measured(delta, attributes)[0] if batch_statistics else layer.running()
+            statistics = layer.measured(delta, attributes, batch_statistics)[0] if batch_statistics else layer.running()
         out = call.forward(layer.pack(layer.learned, statistics), *inputs)
         measured = BatchStatistics(layer.plan, statistics) if batch_statistics else []
         return out, [measured[n] for n in range(len(measured))]
     if forward_ad._current_level >= 0:
         _refuse_tangents(layer.backend, [*layer.learned, *inputs])
     with torch._C._AutoDispatchBelowAutograd():
-        statistics, packed = layer.measured(delta, attributes) if batch_statistics else layer.packed()
+        statistics, packed = layer.measured(delta, attributes, batch_statistics) if batch_statistics else layer.packed()
         measured = BatchStatistics(layer.plan, statistics) if batch_statistics else []
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs, *layer.learned)):
             return call.forward(packed, *inputs), measured
@@ -362,7 +381,7 @@ def _run(
 def forward(
     plan: Plan,
     parameters: Parameters,
-    batch_statistics: bool,
+    batch_statistics: bool | Pool,
     graph: Graph,
     x: Tensor,
     delta: Tensor,
@@ -373,7 +392,7 @@ def forward(
 
 
 def convolve(
-    call: Convolution, batch_statistics: bool, x: Tensor, delta: Tensor, attributes: Tensor
+    call: Convolution, batch_statistics: bool | Pool, x: Tensor, delta: Tensor, attributes: Tensor
 ) -> tuple[Tensor, Sequence[Statistics]]:
     """The convolution, and the batch norms' statistics over its edges, if asked for."""
     x, delta, attributes = x.contiguous(), delta.contiguous(), attributes.contiguous()
@@ -381,7 +400,7 @@ def convolve(
 
 
 def kernel(
-    plan: Plan, parameters: Parameters, batch_statistics: bool, delta: Tensor, attributes: Tensor
+    plan: Plan, parameters: Parameters, batch_statistics: bool | Pool, delta: Tensor, attributes: Tensor
 ) -> tuple[Tensor, Sequence[Statistics]]:
     """K(x, a) (P, C_out, C_in): hidden features from the native code, the last layer one matrix product."""
     layer = _bind(plan, parameters)
@@ -391,7 +410,7 @@ def kernel(
 
 
 def kernel_values(
-    layer: Layer, batch_statistics: bool, delta: Tensor, attributes: Tensor
+    layer: Layer, batch_statistics: bool | Pool, delta: Tensor, attributes: Tensor
 ) -> tuple[Tensor, Sequence[Statistics]]:
     """K(x, a) (P, C_out, C_in) of a layer whose kernel entries are ready."""
     plan, points = layer.plan, (delta.contiguous(), attributes.contiguous())

@@ -179,6 +179,10 @@ def _conv_statistics_fake(ints, reals, rowptr, column, value, parameters, delta,
     return delta.new_empty(n_layers, size), delta.new_empty(rowptr.shape[0] - 1)
 
 
+def _conv_moments_fake(ints, reals, weights, delta, attr, layer, size, isa):
+    return delta.new_empty(2, size)
+
+
 def _same_values_fake(tensors, copy):
     return copy.new_empty((), dtype=torch.bool)
 
@@ -193,6 +197,7 @@ _FAKES = {
     "conv_pack": _conv_pack_fake,
     "conv_pack_backward": _conv_pack_backward_fake,
     "conv_statistics": _conv_statistics_fake,
+    "conv_moments": _conv_moments_fake,
     "conv_gradients": _conv_gradients_fake,
     "same_values": _same_values_fake,
 }

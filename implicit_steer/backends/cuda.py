@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from .. import native
+from .._check import fail
 from ..graph import Graph
+from ..moments import Pool
 from ..packing import Parameters
 from ..plan import Plan
 from . import cpu
@@ -93,6 +95,11 @@ class _Layer(cpu.Layer):
         statistics = self.running()
         return statistics, self.pack(self.learned, statistics)
 
+    def _pooled(self, delta: Tensor, attributes: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
+        remedy = "Use backend='triton' or 'eager', or norm=None."
+        expected = "batch norms with statistics of one process"
+        fail("backend", expected, "'cuda' and statistics pooled over processes", remedy, RuntimeError)
+
 
 class _Convolution(cpu.Convolution):
     def gradients(self, *arguments) -> list[Tensor]:
@@ -103,7 +110,7 @@ class _Convolution(cpu.Convolution):
 def forward(
     plan: Plan,
     parameters: Parameters,
-    batch_statistics: bool,
+    batch_statistics: bool | Pool,
     graph: Graph,
     x: Tensor,
     delta: Tensor,
@@ -114,7 +121,7 @@ def forward(
 
 
 def kernel(
-    plan: Plan, parameters: Parameters, batch_statistics: bool, delta: Tensor, attributes: Tensor
+    plan: Plan, parameters: Parameters, batch_statistics: bool | Pool, delta: Tensor, attributes: Tensor
 ) -> tuple[Tensor, Sequence[Statistics]]:
     """K(x, a) (P, C_out, C_in): hidden features from the kernels, the last layer one matrix product."""
     layer = _Layer(plan, parameters)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..graph import Graph
+from ..moments import Pool
 from ..packing import Parameters, dense_kernel
 from ..plan import Plan
 from .finish import finish
@@ -53,7 +54,7 @@ def _block(x: Tensor, h: Tensor, kernel: Tensor, sources: Tensor, edges: Tensor,
 def forward(
     plan: Plan,
     parameters: Parameters,
-    batch_statistics: bool,
+    batch_statistics: bool | Pool,
     graph: Graph,
     x: Tensor,
     delta: Tensor,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..functions import difference_quotient, phi
+from ..moments import Pool, moments
 from ..packing import Parameters, Weights, constant, fold_linear, fold_theta, norm_affine, pack
 from ..plan import Activation, Frame, Plan
 
@@ -208,24 +209,25 @@ def _activate(plan: Plan, act: Activation, edge: _Edge, z: Tensor, merged: bool)
     return y
 
 
-def _statistics(norm, y: Tensor, h: Tensor) -> Statistics:
-    """Batch statistics over the edges, detached as escnn's are: means of the trivial ones among the coefficients y
-    (E, W, c), variances of the full hidden features h (E, W, d)."""
-    mean = y.detach().index_select(2, constant(norm, "trivial", y)).mean(0)
-    return Statistics(mean, h.detach().var(0, unbiased=True).mean(1))
+def _statistics(norm, h: Tensor, pool: Pool | bool) -> Statistics:
+    """Batch statistics over the edges, detached as escnn's are: means of the trivial ones among the hidden features h
+    (E, W, d), variances of all."""
+    n, mean, squares = moments(h.detach(), pool)
+    return Statistics(mean.index_select(1, constant(norm, "measured", h)), squares.mean(1) / (n - 1))
 
 
 def hidden_features(
     plan: Plan,
     parameters: Parameters,
-    batch_statistics: bool,
+    batch_statistics: bool | Pool,
     delta: Tensor,
     attributes: Tensor,
     merged: bool = True,
 ) -> tuple[Tensor, Weights, list[Statistics]]:
     """h (E, H) with the constant one last, the weights with all batch norms folded in, and the batch statistics.
 
-    With ``batch_statistics`` those of the batch norms come from these edges (training), else they are the running ones.
+    With ``batch_statistics`` those of the batch norms come from these edges (training), and those that it adds, else
+    they are the running ones.
     """
     weights = pack(plan, parameters, fold=not batch_statistics)
     live = parameters.norms if batch_statistics else ()
@@ -237,7 +239,7 @@ def hidden_features(
         y = _activate(plan, act, edge, z, merged)
         if live:
             norm = plan.norms[n]
-            statistics.append(_statistics(norm, y, _expand(plan.frame, edge, y)))
+            statistics.append(_statistics(norm, _expand(plan.frame, edge, y), batch_statistics))
             affine = norm_affine(norm, live[n], *statistics[-1])
             if n + 1 < len(linears):
                 linears[n + 1] = fold_linear(norm, act, linears[n + 1], *affine)

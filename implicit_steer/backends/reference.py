@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..graph import Graph
+from ..moments import Pool
 from ..packing import Parameters, dense_kernel
 from ..plan import Plan
 from .finish import finish
@@ -18,7 +19,7 @@ def supports(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[bool
 
 
 def kernel(
-    plan: Plan, parameters: Parameters, batch_statistics: bool, delta: Tensor, attributes: Tensor
+    plan: Plan, parameters: Parameters, batch_statistics: bool | Pool, delta: Tensor, attributes: Tensor
 ) -> tuple[Tensor, list[Statistics]]:
     """K(x, a) = γ s(|x|) · mat(MLP(x ⊕ a)), shape (E, C_out, C_in); every sample evaluated, none merged."""
     h, weights, statistics = hidden_features(plan, parameters, batch_statistics, delta, attributes, merged=False)
@@ -29,7 +30,7 @@ def kernel(
 def forward(
     plan: Plan,
     parameters: Parameters,
-    batch_statistics: bool,
+    batch_statistics: bool | Pool,
     graph: Graph,
     x: Tensor,
     delta: Tensor,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..graph import Graph
+from ..moments import Pool
 from ..packing import Parameters, fold_linear, fold_theta, norm_affine, pack
 from ..plan import Plan
 from ..triton_kernels.tables import unsupported
@@ -62,7 +63,7 @@ def supports(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[bool
 def forward(
     plan: Plan,
     parameters: Parameters,
-    batch_statistics: bool,
+    batch_statistics: bool | Pool,
     graph: Graph,
     x: Tensor,
     delta: Tensor,
@@ -81,7 +82,7 @@ def forward(
         with torch.no_grad():
             packed = dense.pack_layers(prepared, linears[: n + 1])
             y = ops.triton_hidden(key, inputs, radius, factor, packed, n + 1)
-            statistics.append(dense.statistics(prepared, norm, y, q))
+            statistics.append(dense.statistics(prepared, norm, y, q, batch_statistics))
         affine = norm_affine(norm, parameters.norms[n], *statistics[-1])
         if n + 1 < len(linears):
             linears[n + 1] = fold_linear(norm, plan.activations[n], linears[n + 1], *affine)

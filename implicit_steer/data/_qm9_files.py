@@ -42,6 +42,9 @@ TARGETS = {
     "Cv": Target("Heatcapacity_Cv_cal_mol_K", "cv", "cal/(mol K)", 1.0),
 }
 
+POLARIZABILITY = "qm9_polarizability.csv"  # of qm9pack: a row per molecule, in the order of the other files
+TENSOR_COLUMNS = ("A_xx", "A_xy", "A_yy", "A_xz", "A_yz", "A_zz")
+
 # Energies of the free atoms H, C, N, O, F in hartree (the data set's atomref.txt).
 FREE_ATOMS = {
     "U0": (-0.500273, -37.846772, -54.583861, -75.064579, -99.718730),
@@ -94,6 +97,14 @@ class PackedCsv:
             require(last - first == expected, str(path), f"{expected} molecules", last - first, self.REMEDY)
             first = last
         return records
+
+    def polarizability(self) -> np.ndarray:
+        """(M, 3, 3) of all molecules in bohr³, each along axes of its own (see :class:`~implicit_steer.data.QM9`)."""
+        path = self.folder / POLARIZABILITY
+        require(path.exists(), str(path), "a file of qm9pack 1.0.3", "no such file", self.REMEDY)
+        rows = np.array(list(_csv_rows(path, list(TENSOR_COLUMNS), self.REMEDY)), dtype=np.float64)
+        require(len(rows) == self.count(), str(path), f"{self.count()} molecules", len(rows), self.REMEDY)
+        return rows[:, [0, 1, 3, 1, 2, 4, 3, 4, 5]].reshape(-1, 3, 3)
 
     def parse(self, record: tuple) -> Molecule:
         """Atoms from the text, bonds from the positions."""

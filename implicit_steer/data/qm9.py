@@ -24,10 +24,14 @@ from .._check import fail, require
 from .._extras import load_extra
 from . import _cache
 from . import _qm9_files as files
-from ._qm9_files import ELEMENTS, TARGETS
+from ._qm9_files import ELEMENTS
+from ._qm9_files import TARGETS as NUMBERS
 
 log = logging.getLogger(__name__)
 
+TENSOR = "polarizability"
+TARGETS = (*NUMBERS, TENSOR)
+ATOMIC_NUMBERS = np.array([1, 6, 7, 8, 9])  # of ELEMENTS
 EDGE_ATTRIBUTES = {"none": 0, "bonds": 4, "bonds+atoms": 14}  # columns of edge_attr
 POSITION_MEAN, POSITION_STD = -0.02, 1.7415  # angstrom
 SPLITS = ("train", "val", "test")
@@ -42,7 +46,8 @@ class Batch:
     """Molecules of one batch, as one graph of N atoms and E directed bonds.
 
     x (N, 5) one-hot of H, C, N, O, F; pos (N, 3) normalised; edge_index (2, E) source, target, sorted by target;
-    edge_attr (E, A) or None; batch (N,) molecule of each atom, ascending; y (num_graphs,) float64, the target's unit.
+    edge_attr (E, A) or None; batch (N,) molecule of each atom, ascending; y (num_graphs,) float64, the target's unit,
+    or (num_graphs, 3, 3).
     """
 
     x: torch.Tensor
@@ -72,7 +77,7 @@ class MoleculeSet(torch.utils.data.Dataset):
 
     element (A,) index into H, C, N, O, F; pos (A, 3); ptr (M + 1,) first atom of each molecule;
     edge (2, E) directed bonds as atom numbers within the molecule; bond (E,) 0 single, 1 double, 2 triple, 3 aromatic;
-    edge_ptr (M + 1,); y (M,). ``edge_attr`` is "none", "bonds" (one-hot of the bond, 4 columns) or
+    edge_ptr (M + 1,); y (M,) or (M, 3, 3). ``edge_attr`` is "none", "bonds" (one-hot of the bond, 4 columns) or
     "bonds+atoms" (followed by the one-hots of the source's and the target's element, 14 columns).
     Use with ``DataLoader(dataset, batch_size, collate_fn=lambda batch: batch)``.
     """
@@ -129,6 +134,9 @@ class QM9:
     - ``root``: folder of PyG's raw files or of qm9pack's CSV files; None: the installed package ``qm9pack``.
     - ``target``: one of :data:`TARGETS`. homo, lumo, gap, zpve and U0, U, H, G are in meV, the latter four as
       atomisation energies (the free atoms' values subtracted); mu in D, alpha in bohr³, r2 in bohr², Cv in cal/(mol K).
+      Or "polarizability", the tensor in bohr³, which qm9pack has. It has it along the axes in which it was computed,
+      the principal axes of the nuclear charge: there the atoms are moved. Which axis is called x, and which of its two
+      directions, the file does not say: a tensor is known up to the 24 rotations of a cube.
     - ``limit``: the first ``limit`` training molecules, with validation and test sets in proportion to the whole
       (at least 100 each). Only these are processed.
     - ``edge_attr``: see :class:`MoleculeSet`.
@@ -138,8 +146,9 @@ class QM9:
 
     The order of the molecules is ``numpy.random.RandomState(0).permutation(130831)``: 100,000 train, 17,748
     validation, 13,083 test. Positions are (x + 0.02 Å) / 1.7415 Å. ``mean`` and ``std`` are the target's over
-    ``train``, ``unit`` is its unit, ``split`` holds the rows of each part in the source, and ``single_bonded`` counts
-    the molecules whose bond orders could not be determined.
+    ``train`` (of a tensor the mean's invariant part (3, 3), and one number for all entries), ``unit`` is its unit,
+    ``split`` holds the rows of each part in the source, and ``single_bonded`` counts the molecules whose bond orders
+    could not be determined.
 
     Raises ``ValueError`` for a wrong argument or a damaged file, ``RuntimeError`` where a package is missing.
     """
@@ -158,7 +167,10 @@ class QM9:
         require(edge_attr in EDGE_ATTRIBUTES, "edge_attr", f"one of {list(EDGE_ATTRIBUTES)}", repr(edge_attr))
         require(limit is None or limit >= 1, "limit", "a positive number of molecules, or None", limit)
         source = find_source(root)
-        self.target, self.unit, self.limit = target, TARGETS[target].unit, limit
+        tensor = target == TENSOR
+        found = isinstance(source, files.PackedCsv)
+        require(found or not tensor, "target", "one that the raw files have", repr(target), "Use the package qm9pack.")
+        self.target, self.unit, self.limit = target, NUMBERS["alpha" if tensor else target].unit, limit
         self.split = split(source.count(), limit)
         folder = _cache.cache_folder(cache) / _cache_name(source)
         chunks = _load_chunks(source, folder, self.split, progress)
@@ -168,9 +180,15 @@ class QM9:
         }
         self.single_bonded = sum(int(joined[name]["single_bonded"][: len(self.split[name])].sum()) for name in SPLITS)
         self.train, self.val, self.test = (
-            _assemble(joined[name], len(self.split[name]), target, edge_attr) for name in SPLITS
+            _assemble(joined[name], len(self.split[name]), "alpha" if tensor else target, edge_attr) for name in SPLITS
         )
-        self.mean, self.std = float(self.train.y.mean()), float(self.train.y.std())
+        if tensor:
+            _add_tensors(source, self)
+        y = self.train.y
+        self.mean, self.std = float(y.mean()), float(y.std())
+        if tensor:
+            self.mean = np.trace(y.mean(0)) / 3 * np.eye(3)
+            self.std = float(np.sqrt(np.square(y - self.mean).mean()))
 
 
 def split(count: int, limit: int | None = None) -> dict[str, np.ndarray]:
@@ -258,6 +276,32 @@ def _assemble(joined: dict[str, np.ndarray], count: int, target: str, edge_attr:
         edge=joined["edge"][: edge_ptr[-1]].T.astype(np.int64),
         bond=joined["bond"][: edge_ptr[-1]],
         edge_ptr=edge_ptr,
-        y=joined["target"][:count, list(TARGETS).index(target)].copy(),
+        y=joined["target"][:count, list(NUMBERS).index(target)].copy(),
         edge_attr=edge_attr,
     )
+
+
+def _add_tensors(source: files.PackedCsv, data: QM9) -> None:
+    """Replace the mean polarizabilities of ``data`` by the tensors, and move the atoms to the tensors' axes."""
+    tensors = source.polarizability()
+    for name in SPLITS:
+        part: MoleculeSet = getattr(data, name)
+        found = tensors[data.split[name]]
+        same = np.abs(np.trace(found, axis1=1, axis2=2) / 3 - part.y) < 0.02  # rounded to 0.001 and 0.01 bohr³
+        remedy = files.PackedCsv.REMEDY
+        require(
+            same.all(), str(source.folder / files.POLARIZABILITY), "the molecules of the other files", "others", remedy
+        )
+        part.y, part.pos = found, on_principal_axes(part.element, part.pos, part.ptr)
+
+
+def on_principal_axes(element: np.ndarray, pos: np.ndarray, ptr: np.ndarray) -> np.ndarray:
+    """pos (A, 3) of each molecule, rotated (never reflected) about its centre of nuclear charge, to which it is moved,
+    so that Σ z x xᵀ is diagonal, its largest entry first."""
+    charge, start, sizes = ATOMIC_NUMBERS[element][:, None].astype(np.float64), ptr[:-1], np.diff(ptr)
+    centre = np.add.reduceat(charge * pos, start) / np.add.reduceat(charge, start)
+    moved = pos - np.repeat(centre, sizes, 0)
+    moments = np.add.reduceat(charge[:, :, None] * moved[:, :, None] * moved[:, None, :], start)
+    axes = np.linalg.eigh(moments).eigenvectors[:, :, ::-1].copy()
+    axes[:, :, 2] *= np.linalg.det(axes)[:, None]
+    return np.einsum("ak,akl->al", moved, np.repeat(axes, sizes, 0)).astype(np.float32)

@@ -21,6 +21,7 @@ class Kind(NamedTuple):
 
 # Modules with ``arguments()``, by the name of their class.
 _PLAIN = (
+    layers.CloudNet,
     layers.FourierActivation,
     layers.Gate,
     layers.IIDBatchNorm1d,
@@ -30,9 +31,11 @@ _PLAIN = (
     layers.ImplicitPointConvWithDownsampling,
     layers.Linear,
     layers.MoleculeNet,
+    layers.ParticleNet,
     layers.PotentialNet,
     layers.ResidualBlock,
     layers.TensorProduct,
+    layers.TensorReadout,
 )
 
 # torch's: their constructors' arguments, which are attributes too.

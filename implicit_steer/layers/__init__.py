@@ -6,15 +6,18 @@ arithmetic it shares: the base classes of this package. ``in_type`` and ``out_ty
 
 from .activation import FourierActivation
 from .batch_norm import IIDBatchNorm1d
+from .clouds import CloudNet
 from .fields import Fields, values, with_values
 from .grid_conv import ImplicitConv
 from .kernel import ImplicitKernel
 from .linear import Linear, TensorProduct
-from .molecules import MoleculeNet, ResidualBlock
+from .molecules import MoleculeNet, ResidualBlock, TensorReadout
+from .particles import ParticleNet
 from .point_conv import ImplicitPointConv, ImplicitPointConvWithDownsampling
 from .potential import Gate, PotentialNet, Prediction
 
 __all__ = [
+    "CloudNet",
     "Fields",
     "FourierActivation",
     "Gate",
@@ -25,10 +28,12 @@ __all__ = [
     "ImplicitPointConvWithDownsampling",
     "Linear",
     "MoleculeNet",
+    "ParticleNet",
     "PotentialNet",
     "Prediction",
     "ResidualBlock",
     "TensorProduct",
+    "TensorReadout",
     "values",
     "with_values",
 ]

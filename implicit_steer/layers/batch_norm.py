@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import native
 from .._autocast import own_precision
 from .._check import require
+from ..moments import Pool, moments
 from ..packing import is_traced
 from .fields import Fields, check_features
 
@@ -47,6 +48,7 @@ class NormBase:
     eps: float
     momentum: float | None
     track_running_stats: bool
+    pool: Pool | None = None  # adds other processes' points to the batch's statistics
     _kinds: Callable[[], list[Kind]]
 
     def _set_channels(self, channels: Tensor | None) -> None:
@@ -90,14 +92,14 @@ class NormBase:
     @torch.no_grad()
     def _batch_statistics(self, x: Tensor, kinds: list[Kind]) -> list[_Statistics]:
         """Per kind of field: mean (fields, d), or None without trivial irreps, and variance (fields, 1)."""
-        points, count = (0, *range(2, x.dim())), x.numel() // self.in_type.size
-        require(count > 1, "x", "at least 2 points in training mode", count, "Call .eval(), or use larger batches.")
-        if self._is_native(x, kinds):
+        count, alone = x.numel() // self.in_type.size, self.pool is None
+        remedy = "Call .eval(), or use larger batches."
+        require(count > 1 or not alone, "x", "at least 2 points in training mode", count, remedy)
+        if alone and self._is_native(x, kinds):
             averages = [_some(kind.average, x.dtype) for kind in kinds]
             found = torch.ops.implicit_steer.field_statistics(x.contiguous(), *self._fields(kinds), averages)
             return [(mean if len(mean) else None, var) for mean, var in zip(*found, strict=True)]
-        mean = x.mean(points)
-        squares = (x - _on_channels(mean, x)).square_().sum(points)
+        count, mean, squares = moments(x.movedim(1, -1).flatten(0, -2), self.pool or True)
         if self._by_kind is not None:
             mean, squares = mean[self._by_kind], squares[self._by_kind]
         lengths = [len(kind.var) * kind.size for kind in kinds]

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import op
 from .._autocast import own_precision
 from .._check import fail, require
+from ..moments import Pool
 from ..packing import Kept, NormParameters, Parameters, is_traced
 from ..plan import Norm, Plan
 from .fields import check_tensor
@@ -29,6 +30,7 @@ class KernelBase(torch.nn.Module):
 
     plan: Plan
     shell_width: Tensor
+    pool: Pool | None = None  # adds other processes' edges to the batch norms' statistics
 
     def __init__(self):
         super().__init__()
@@ -86,13 +88,15 @@ class KernelBase(torch.nn.Module):
             kept.tensors, kept.parameters = tensors, parameters
         return parameters
 
-    def uses_batch_statistics(self, n_points: int, argument: str = "edge_delta") -> bool:
-        """Whether batch norms take their statistics from these points (training mode).
+    def uses_batch_statistics(self, n_points: int, argument: str = "edge_delta") -> bool | Pool:
+        """Whether batch norms take their statistics from these points (training mode), or how they add others to them.
 
         Raises:
             ValueError: one single point, which has no variance.
         """
         live = self.training and bool(self.plan.norms)
+        if live and self.pool is not None:
+            return self.pool
         if live and n_points == 1:
             expected = "at least 2 points in training mode with norm='batch'"
             fail(argument, expected, "1", "Call .eval(), use larger graphs, or norm=None.")
@@ -134,7 +138,9 @@ class KernelBase(torch.nn.Module):
         check_tensor(attribute, attributes, (delta.shape[0], size), width.dtype, width.device)
         return attributes
 
-    def forward(self, pos: Tensor, attrs: Tensor | None = None, *, batch_statistics: bool | None = None) -> Tensor:
+    def forward(
+        self, pos: Tensor, attrs: Tensor | None = None, *, batch_statistics: bool | Pool | None = None
+    ) -> Tensor:
         """K at P points.
 
         Args:

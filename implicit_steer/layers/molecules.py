@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
@@ -14,6 +15,9 @@ from .fields import values, with_values
 
 if TYPE_CHECKING:
     from ..data.qm9 import Batch
+
+
+TYPICAL_SIZE = 18.0  # atoms of a molecule: keeps sums over them of order 1
 
 
 class ResidualBlock(Module):
@@ -36,6 +40,38 @@ class ResidualBlock(Module):
         return self.activation(with_values(x, values(x) + values(y)))
 
 
+class TensorReadout(Module):
+    """Symmetric matrices α = m₀(s) 1 + Σ_t m_t(s) T_t from invariants s and symmetric traceless T_t of each molecule.
+
+    Args:
+        fields: wraps s and T as features: a field type, or :class:`Fields` without escnn.
+        norm: a batch norm of them.
+        basis: (9, 5): the entries of a matrix, row by row, from the coordinates of an l = 2 field.
+        mlp: m, from the invariants (G, I) to (G, 1 + number of T).
+        invariants: I.
+    """
+
+    def __init__(self, fields: Callable, norm: Module, basis: np.ndarray, mlp: Module, invariants: int):
+        super().__init__()
+        self.fields, self.norm, self.mlp, self.invariants = fields, norm, mlp, invariants
+        self.basis = np.asarray(basis, dtype=np.float64)  # no buffer: .double() would find float32
+
+    def arguments(self) -> dict:
+        """What it is built from."""
+        return {name: getattr(self, name) for name in ("fields", "norm", "basis", "mlp", "invariants")}
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(G, I + 5 T) → (G, 3, 3)."""
+        pooled = values(self.norm(self.fields(pooled)))
+        scalars, tensors = pooled[:, : self.invariants], pooled[:, self.invariants :].unflatten(1, (-1, 5))
+        weights = self.mlp(scalars)
+        traceless = torch.einsum("gt,gtc,kc->gk", weights[:, 1:], tensors, pooled.new_tensor(self.basis)).unflatten(
+            1, (3, 3)
+        )
+        one = torch.eye(3, dtype=pooled.dtype, device=pooled.device)
+        return weights[:, :1, None] * one + traceless
+
+
 class MoleculeNet(Module):
     """embedding → residual blocks → convolution to invariants → mean over each molecule → MLP → one number.
 
@@ -44,7 +80,7 @@ class MoleculeNet(Module):
         linear, product, activation: the embedding: one-hot elements → scalars → their products → φ.
         blocks: :class:`ResidualBlock` modules.
         to_invariants: the last convolution.
-        head: the MLP, (num_graphs, C) → (num_graphs, 1).
+        head: the MLP, (num_graphs, C) → (num_graphs, 1); or a :class:`TensorReadout`, whose input are sums over atoms.
     """
 
     def __init__(
@@ -68,7 +104,7 @@ class MoleculeNet(Module):
         return {name: getattr(self, name) for name in names}
 
     def forward(self, batch: Batch) -> Tensor:
-        """One number per molecule, (num_graphs,)."""
+        """One number per molecule, (num_graphs,), or one matrix, (num_graphs, 3, 3)."""
         graph = Graph(batch.edge_index, batch.pos.shape[0])
         source, target = batch.edge_index
         edge_delta = batch.pos[target] - batch.pos[source]
@@ -77,10 +113,7 @@ class MoleculeNet(Module):
         for block in self.blocks:
             x = block(x, graph, edge_delta, batch.edge_attr)
         nodes = values(self.to_invariants(x, graph, edge_delta, batch.edge_attr))
-        return self.head(_mean_pool(nodes, batch)).squeeze(1)
-
-
-def _mean_pool(nodes: Tensor, batch: Batch) -> Tensor:
-    """(N, C) → (num_graphs, C): the mean over the atoms of each molecule."""
-    total = nodes.new_zeros(batch.num_graphs, nodes.shape[1]).index_add(0, batch.batch, nodes)
-    return total / torch.bincount(batch.batch, minlength=batch.num_graphs).unsqueeze(1)
+        total = nodes.new_zeros(batch.num_graphs, nodes.shape[1]).index_add(0, batch.batch, nodes)
+        if isinstance(self.head, TensorReadout):  # an extensive quantity
+            return self.head(total / TYPICAL_SIZE)
+        return self.head(total / torch.bincount(batch.batch, minlength=batch.num_graphs).unsqueeze(1)).squeeze(1)

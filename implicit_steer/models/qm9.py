@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from escnn import gspaces
 from escnn import nn as enn
+from escnn.group import IrreducibleRepresentation
 
-from .._check import require
+from .._check import fail, require
 from ..data.qm9 import EDGE_ATTRIBUTES
 from ..deploy.convert import converts, saved_as
 from ..layers.linear import project_squares
-from ..layers.molecules import MoleculeNet, ResidualBlock
+from ..layers.molecules import MoleculeNet, ResidualBlock, TensorReadout
 from ..nn import FourierActivation, IIDBatchNorm1d, ImplicitPointConv
 from ..nn.mlp import own_basis
 from ..nn.plain import tensor_product
@@ -53,6 +55,8 @@ class QM9Net(MoleculeNet):
 
     - ``gspace``: an escnn ``GSpace`` of R³; None: O(3), ``gspaces.flipRot3dOnR3()``.
     - ``edge_attr``: "none", "bonds" or "bonds+atoms", as the data set's.
+    - ``tensors``: 0; else the network predicts a symmetric matrix per molecule, (num_graphs, 3, 3), from its invariants
+      and that many fields l = 2 (:class:`~implicit_steer.layers.TensorReadout`); for O(3) and SO(3).
     - ``blocks``, ``channels``, ``max_frequency``, ``invariants``: depth, hidden fields, their frequency, pooled ones.
     - ``kernel_layers``, ``kernel_channels``: size of the kernel MLPs; further keywords (``sampling``, ``norm``,
       ``backend``, ``cutoff``, ...) go to every :class:`~implicit_steer.nn.ImplicitPointConv`.
@@ -69,6 +73,7 @@ class QM9Net(MoleculeNet):
         channels: int = 8,
         max_frequency: int = 1,
         invariants: int = 32,
+        tensors: int = 0,
         kernel_layers: int = 3,
         kernel_channels: int = 8,
         **convolution: Any,
@@ -90,19 +95,39 @@ class QM9Net(MoleculeNet):
             convolutions = conv(hidden, hidden), conv(hidden, hidden)
             return ResidualBlock(activation, *convolutions, IIDBatchNorm1d(hidden), IIDBatchNorm1d(hidden))
 
+        pooled, outputs = invariants * [gspace.trivial_repr], 1
+        if tensors:
+            irrep, basis = _traceless(gspace)
+            pooled, outputs = pooled + tensors * [irrep], 1 + tensors
+        head = torch.nn.Sequential(
+            torch.nn.BatchNorm1d(invariants),
+            torch.nn.ELU(),
+            torch.nn.Linear(invariants, invariants),
+            torch.nn.BatchNorm1d(invariants),
+            torch.nn.ELU(),
+            torch.nn.Linear(invariants, outputs),
+        )
+        if tensors:
+            fields = no_space.type(*pooled)
+            head = TensorReadout(fields, IIDBatchNorm1d(fields), basis, head, invariants)
         super().__init__(
             scalars,
             torch.nn.Linear(ATOM_FEATURES, channels),
             TensorProduct(scalars, hidden),
             activation,
             torch.nn.ModuleList(block() for _ in range(blocks)),
-            conv(hidden, gspace.type(*invariants * [gspace.trivial_repr])),
-            torch.nn.Sequential(
-                torch.nn.BatchNorm1d(invariants),
-                torch.nn.ELU(),
-                torch.nn.Linear(invariants, invariants),
-                torch.nn.BatchNorm1d(invariants),
-                torch.nn.ELU(),
-                torch.nn.Linear(invariants, 1),
-            ),
+            conv(hidden, gspace.type(*pooled)),
+            head,
         )
+
+
+def _traceless(gspace: gspaces.GSpace) -> tuple[IrreducibleRepresentation, np.ndarray]:
+    """How symmetric traceless matrices transform, an irrep of size 5, and its basis (9, 5) of matrices."""
+    product = gspace.basespace_action.tensor(gspace.basespace_action)
+    start = 0
+    for name in product.irreps:
+        irrep = gspace.fibergroup.irrep(*name)
+        if irrep.size == 5:
+            return irrep, product.change_of_basis[:, start : start + 5]
+        start += irrep.size
+    fail("gspace", "one of O(3) or SO(3), for tensors", gspace)

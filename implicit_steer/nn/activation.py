@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
+from escnn.group import Group
 from escnn.gspaces import GSpace
 from escnn.nn import EquivariantModule, FieldType, GeometricTensor
 
 from .. import sampling as sp
 from .._check import fail, require
 from ..layers.activation import FourierBase
-from ..lowering import parse_sampling
 from ..plan import FUNCTIONS
+
+
+def paper_function(group: Group) -> str:
+    """φ as the paper chooses it: ELU, but ReLU on groups of order 1 and 2."""
+    return "relu" if not group.continuous and group.order() <= 2 else "elu"
 
 
 class FourierActivation(FourierBase, EquivariantModule):
@@ -25,7 +32,8 @@ class FourierActivation(FourierBase, EquivariantModule):
         channels: number of fields.
         max_frequency: band limit L (without effect for finite groups, which keep every irrep).
         function: ``"elu" | "relu" | "silu" | "gelu" | "tanh"``.
-        sampling: ``"escnn"`` (the authors' grid; exact for finite groups) or ``"lebedev-N"`` (SO(3), O(3)).
+        sampling: ``"escnn"`` (the authors' grid; exact for finite groups), ``"lebedev-N"`` (SO(3), O(3)), or
+            ``"circle-N"`` (N equispaced rotations: SO(2), O(2) and their extensions; the authors take 125).
 
     Shape: x and y (N, channels · d, ...) as GeometricTensor of ``in_type == out_type``.
 
@@ -43,14 +51,14 @@ class FourierActivation(FourierBase, EquivariantModule):
         require(function in FUNCTIONS, "function", f"one of {FUNCTIONS}", repr(function))
         whole = isinstance(channels, int) and not isinstance(channels, bool)
         require(whole and channels > 0, "channels", "a positive integer", repr(channels))
-        kind, n = parse_sampling(sampling)
+        match = re.fullmatch(r"(escnn)|(lebedev|circle)-([1-9]\d*)", sampling) if isinstance(sampling, str) else None
+        require(match is not None, "sampling", "'escnn', 'lebedev-N' or 'circle-N'", repr(sampling))
         space = sp.hidden_space(gspace.fibergroup, max_frequency)
-        if kind == "escnn":
+        if match[1]:
             a, inverse = sp.escnn_matrices(space)
-        elif kind == "lebedev":
-            a, inverse = sp.lebedev_matrices(space, n)
         else:
-            fail("sampling", "'escnn' or 'lebedev-N'", repr(sampling))
+            grid = {"lebedev": sp.lebedev_matrices, "circle": sp.rotation_matrices}[match[2]]
+            a, inverse = grid(space, int(match[3]))
         self.sampling, self.band_limit = sampling, max_frequency
         self.in_type = self.out_type = FieldType(gspace, [space.rho] * channels)
         # the authors' buffers, kept for checkpoints; the merged matrices below are what is evaluated

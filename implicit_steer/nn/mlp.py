@@ -12,10 +12,11 @@ from escnn.nn import FieldType
 
 from .. import sampling as sp
 from .._check import fail, require
+from ..clebsch_gordan import install
 from ..layers.kernel import NORM_TENSORS
 from ..lowering import polished_blocks
 from ..plan import FUNCTIONS
-from .activation import FourierActivation
+from .activation import FourierActivation, paper_function
 
 _INIT = ("he", "deltaorthonormal")
 # Suffixes of the buffers that fix what weights mean; escnn derives them from the group's Clebsch-Gordan coefficients.
@@ -29,6 +30,7 @@ def fiber_space(group: Group, name: str) -> GSpace0D:
     One per space, not per group: that cache goes by names of representations, and the actions of one group on two
     spaces may share theirs.
     """
+    install(group)
     return no_base_space(group)
 
 
@@ -43,11 +45,19 @@ def own_basis(expansion: torch.nn.Module) -> None:
         setattr(expansion, name, index.clone(memory_format=torch.contiguous_format))
 
 
+def _at_a_point(kind: FieldType) -> FieldType:
+    if isinstance(kind.gspace, GSpace0D):
+        return kind
+    return fiber_space(kind.fibergroup, kind.gspace.name).type(*kind.representations)
+
+
 class Linear(escnn.nn.Linear):
-    """escnn's equivariant Linear without its expanded matrix: one ``state_dict`` in training and evaluation mode."""
+    """escnn's equivariant Linear without its expanded matrix: one ``state_dict`` in training and evaluation mode. The
+    types may be fields on any space: it maps the features of each point."""
 
     def __init__(self, in_type: FieldType, out_type: FieldType):
-        super().__init__(in_type, out_type, bias=True, initialize=False)
+        super().__init__(_at_a_point(in_type), _at_a_point(out_type), bias=True, initialize=False)
+        self.in_type, self.out_type = in_type, out_type
         del self.matrix
         if self.bias is not None:
             del self.expanded_bias
@@ -105,8 +115,8 @@ class KernelMLP(torch.nn.Module):
         require(activation in FUNCTIONS, "activation", f"one of {FUNCTIONS}", repr(activation))
         self.in_type, self.out_type, self.n_channels = in_type, out_type, n_channels
         group, gspace = in_type.fibergroup, in_type.gspace
-        if activation == "elu" and not group.continuous and group.order() <= 2:
-            activation = "relu"
+        if activation == "elu":
+            activation = paper_function(group)
         modules, hidden = [], in_type
         if n_layers > 1:
             band_limit = sp.max_frequency(out_type.representations) + 1
@@ -118,7 +128,7 @@ class KernelMLP(torch.nn.Module):
             hidden = act.out_type
         self.mlp = escnn.nn.SequentialModule(*modules, Linear(hidden, out_type))
         for layer in self.linears:
-            _initialise(layer, init_scheme)
+            initialise(layer, init_scheme)
 
     @property
     def linears(self) -> list[Linear]:
@@ -173,7 +183,8 @@ def check_basis(mlp: KernelMLP, state_dict: dict, prefix: str) -> None:
 _HE_DEVIATION: dict[tuple, torch.Tensor] = {}  # (n_weights,) of escnn's generalised He scheme; slow to collect
 
 
-def _initialise(layer: Linear, scheme: str) -> None:
+def initialise(layer: Linear, scheme: str) -> None:
+    """Draw the weights, ``"he"`` or ``"deltaorthonormal"``; the bias stays 0."""
     if layer.weights.numel() == 0:
         return
     if scheme == "he":

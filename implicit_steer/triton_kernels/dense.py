@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..backends.hidden import NEAR, Statistics, edge_frame, radial_factor
 from ..functions import difference_quotient, phi
+from ..moments import Pool
 from ..packing import constant
 from ..plan import Norm, Plan
 from .launch import Prepared
@@ -95,9 +96,10 @@ def _coordinates(prepared: Prepared, y: Tensor, q: Tensor) -> Tensor:
     return first[..., None] * y[:, rho[0]] + second[..., None] * y[:, rho[1]]
 
 
-def statistics(prepared: Prepared, norm: Norm, y: Tensor, q: Tensor) -> Statistics:
+def statistics(prepared: Prepared, norm: Norm, y: Tensor, q: Tensor, pool: Pool | bool) -> Statistics:
     """Batch statistics of one norm over all edges, from hidden coefficients (E, n_zero + n_rest): means of the trivial
-    coefficients, variances of the full features. Some edges at a time, whose sums of squares are put together."""
+    coefficients, variances of the full features. Some edges at a time, whose sums of squares are put together; ``pool``
+    adds others."""
     channels, n = prepared.sizes.channels, len(y)
     y = y.view(n, -1, channels)
     counts, means, squares = [], [], []
@@ -108,7 +110,9 @@ def statistics(prepared: Prepared, norm: Norm, y: Tensor, q: Tensor) -> Statisti
     means, squares = torch.stack(means), torch.stack(squares)
     mean = (weight * means).sum(0)
     total = squares.sum(0) + (n * weight * (means - mean).square()).sum(0)  # (d, channels)
-    trivial = y.index_select(1, constant(norm, "trivial", y)).mean(0)
+    if callable(pool):
+        n, mean, total = pool(n, mean, total)
+    trivial = mean.index_select(0, constant(norm, "measured", y))
     return Statistics(trivial.T.contiguous(), (total / (n - 1)).mean(0))
 
 

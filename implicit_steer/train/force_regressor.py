@@ -1,4 +1,4 @@
-"""The PyTorch Lightning side of :mod:`implicit_steer.train_forces`; importing it needs the extra ``train``."""
+"""The PyTorch Lightning side of :mod:`implicit_steer.train.forces`; importing it needs the extra ``train``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import l1_loss
 
-from ._lightning import SHOW_EVERY, RunningMean
-from .models.potential import Potential
-from .structures import Structures
+from .. import processes
+from ..models.potential import Potential
+from ..structures import Structures
+from .lightning import SHOW_EVERY, RunningMean
 
 MAX_NORM = 10.0  # of the gradient: a few configurations have very large forces
 
@@ -22,6 +23,8 @@ class ForceRegressor(pl.LightningModule):
     ``scale`` is a typical force (eV/Å); ``options`` is stored in every checkpoint; the learning rate falls to 0 over
     ``epochs`` along a cosine.
     """
+
+    monitor = "val_mae"  # the loss of both in eV/Å
 
     def __init__(
         self,
@@ -50,10 +53,11 @@ class ForceRegressor(pl.LightningModule):
         self.train_loss.reset()
 
     def training_step(self, batch: Structures, step: int) -> Tensor:
-        """The loss, which also enters the epoch's mean."""
+        """The loss, which also enters the epoch's mean; its terms are means over this process's share."""
         energy, forces = self.errors(batch, create_graph=True)
-        loss = (self.energy_weight * energy + forces) / self.scale
-        self.train_loss.add(loss, batch.num_graphs)
+        of_graphs, of_atoms = (processes.share(n, self.device) for n in (batch.num_graphs, len(batch.pos)))
+        loss = (self.energy_weight * energy * of_graphs + forces * of_atoms) / self.scale
+        self.train_loss.add(loss, batch.num_graphs / of_graphs)
         if step % SHOW_EVERY == 0:
             self.log("loss", loss.detach(), prog_bar=True, batch_size=batch.num_graphs)
         return loss

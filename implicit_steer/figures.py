@@ -1,0 +1,102 @@
+"""``python -m implicit_steer figure nbody``: an experiment of the paper as a grid of runs, drawn with its spread.
+
+Runs are kept: what is there is read, what was interrupted goes on, what is missing is trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from . import viz
+from ._check import require
+from .train.common import RunOptions, add_numbers
+from .train.nbody import NBodyOptions, train_nbody
+
+NAMES = {"o3": "O(3)", "so2": "SO(2) about z"}
+STRENGTHS = (0.0, 1.0, 5.0, 10.0)
+DEFAULT = NBodyOptions(limit=10_000, epochs=12, blocks=1, num_threads=1)
+
+Errors = Mapping[str, Mapping[float, Sequence[float]]]  # group → strength → test error of every seed
+
+
+def add_nbody_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of ``figure nbody``."""
+    add = parser.add_argument
+    strengths = "stiffnesses of the springs to the planes (0 1 5 10)"
+    add("--strengths", type=float, nargs="+", metavar="K", default=STRENGTHS, help=strengths)
+    add("--seeds", type=int, metavar="N", default=3, help="runs of each (%(default)s)")
+    training = {
+        "limit": "training simulations",
+        "epochs": "passes over them",
+        "lr": "first learning rate",
+        "blocks": "residual blocks",
+        "channels": "fields per hidden layer",
+        "num_threads": "CPU threads",
+    }
+    add_numbers(parser, DEFAULT, training)
+    add("--cache", metavar="DIR", help="simulations ($IMPLICIT_STEER_CACHE, ~/.cache/implicit_steer)")
+    add("--runs", metavar="DIR", default="runs/figure-nbody", help="training runs (%(default)s)")
+    add("--out", metavar="FILE", default="docs/nbody.png", help="the picture (%(default)s)")
+    parser.set_defaults(run=main_nbody)
+
+
+def nbody_errors(options: NBodyOptions, runs: Path, strengths: Sequence[float], seeds: int) -> Errors:
+    """The test errors of all runs in ``runs``, seed by seed; trains those that are not there.
+
+    Raises ``ValueError`` where a run there has other options.
+    """
+    errors: dict[str, dict[float, list[float]]] = {name: {k: [] for k in strengths} for name in NAMES}
+    for seed in range(seeds):
+        for strength in strengths:
+            for group in NAMES:
+                out = runs / f"k{strength:g}-{group}-seed{seed}"
+                own = replace(options, strength=strength, group=group, seed=seed, out=str(out))
+                errors[group][strength].append(kept_result(own, train_nbody)["test_mse"])
+    return errors
+
+
+def kept_result(options: RunOptions, train: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """The result of the run in ``options.out``: read, or trained to its end.
+
+    Raises ``ValueError`` where the run there has other options.
+    """
+    out = Path(options.out)
+    finished = out / "result.json"
+    if not finished.exists():
+        return train(replace(options, resume=(out / "last.ckpt").exists()))
+    result = json.loads(finished.read_text())
+    for name, value in options.identity().items():
+        found = result["options"][name]
+        require(found == value, name, f"{found!r} as in {finished}", repr(value), "Choose another folder with --runs.")
+    return result
+
+
+def main_nbody(args: argparse.Namespace) -> None:
+    """``python -m implicit_steer figure nbody``: run what is missing, draw, and print the table."""
+    given = {name: getattr(args, name) for name in asdict(DEFAULT) if hasattr(args, name)}
+    options = replace(DEFAULT, **{**given, "out": None})
+    errors = nbody_errors(options, Path(args.runs), args.strengths, args.seeds)
+    figure = viz.error_bars(
+        {NAMES[group]: curve for group, curve in errors.items()},
+        xlabel="stiffness k of the springs between particles and planes",
+        ylabel="test error of the displacement (MSE)",
+        title=f"{options.limit:,} training simulations, {options.epochs} epochs, mean and s.d. of {args.seeds} seeds",
+    )
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.out)
+    print("| k | " + " | ".join(NAMES.values()) + " |\n|---:|" + "---:|" * len(NAMES))
+    for strength in args.strengths:
+        cells = [f"{mean:.2e} ± {spread:.1e}" for mean, spread in (mean_and_spread(errors[g][strength]) for g in NAMES)]
+        print(f"| {strength:g} | " + " | ".join(cells) + " |")
+    print(f"{args.out}")
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation, 0 of one value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0

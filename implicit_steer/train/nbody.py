@@ -1,0 +1,123 @@
+"""``python -m implicit_steer train nbody --system springs``, or :func:`train_nbody` from Python."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from .. import processes
+from .._check import require
+from ..data.nbody import SYSTEMS, NBody
+from .common import Run, RunOptions, add_model_arguments, add_numbers, add_run_arguments
+
+log = logging.getLogger(__name__)
+
+HELP = "the motion of interacting particles"
+DESCRIPTION = "Train a network to predict where particles will be; print the mean squared error on the test set."
+GROUPS = ("o3", "so3", "so2")  # of the network; so2: rotations about z
+
+
+@dataclass(frozen=True, kw_only=True)
+class NBodyOptions(RunOptions):
+    """A run on simulated particles. The command line has the same names; its help explains them.
+
+    AdamW with a learning rate that falls to 0 along a cosine; mean squared error of the displacements, in units of
+    their root mean square. ``norm`` is "batch" or "none".
+    """
+
+    system: str = "springs"
+    strength: float = 0.0
+    group: str = "o3"
+    limit: int | None = None
+    epochs: int = 50
+    batch_size: int = 64
+    lr: float = 5e-3
+    sampling: str = "auto"
+    norm: str = "batch"
+    blocks: int = 2
+    channels: int = 8
+
+    choices: ClassVar = {"system": SYSTEMS, "group": GROUPS, "norm": ("batch", "none")}
+    least: ClassVar = {"limit": 2, "blocks": 1, "channels": 1}
+    identity_names: ClassVar = (
+        *("system", "strength", "group", "limit", "epochs", "batch_size", "seed", "lr"),
+        *("sampling", "norm", "blocks", "channels"),
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.strength >= 0, "strength", "a number >= 0", self.strength)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of :class:`NBodyOptions`."""
+    default = NBodyOptions()
+    task = parser.add_argument_group("task")
+    systems = "springs between particles, or charges (%(default)s)"
+    task.add_argument("--system", choices=SYSTEMS, default=default.system, help=systems)
+    strength = "stiffness k of the springs that tie particles to planes, or the field along z (%(default)s)"
+    task.add_argument("--strength", type=float, metavar="K", default=default.strength, help=strength)
+    task.add_argument("--limit", type=int, metavar="N", help="use N training simulations (all: 10,000)")
+    training = {
+        "epochs": "passes over the training set",
+        "batch_size": "systems per step",
+        "lr": "first learning rate",
+        "seed": "of weights and shuffling",
+    }
+    add_numbers(parser.add_argument_group("training"), default, training)
+    model = add_model_arguments(parser, default)
+    group = "of the network; so2: rotations about z (%(default)s)"
+    model.add_argument("--group", choices=GROUPS, default=default.group, help=group)
+    add_run_arguments(parser, default, "runs/nbody-SYSTEM-kK-GROUP-seedSEED")
+
+
+def train_nbody(options: NBodyOptions) -> dict[str, Any]:
+    """Train :class:`~implicit_steer.models.NBodyNet`, test the best epoch, write and return ``result.json``'s content.
+
+    ``test_mse`` and ``val_mse`` are means over particles and coordinates. The folder, ``resume`` and reproducibility
+    are as :func:`~implicit_steer.train.train_qm9` has them.
+
+    Raises ``RuntimeError`` where a package is missing, ``ValueError`` for a wrong option, a damaged file, or a folder
+    that holds another run.
+    """
+    name = f"runs/nbody-{options.system}-k{options.strength:g}-{options.group}-seed{options.seed}"
+    run = Run(options, name)
+    # Only now: these import the packages that the run has checked.
+    from lightning.pytorch import seed_everything
+
+    from ..models.nbody import SPACES, NBodyNet
+    from .lightning import Regressor, fit_and_test
+
+    with processes.first_process_first():
+        data = NBody(
+            options.system,
+            strength=options.strength,
+            limit=options.limit,
+            cache=options.cache,
+            progress=options.progress,
+        )
+    seed_everything(options.seed, verbose=False)
+    model = NBodyNet(SPACES[options.group](), **options.network())
+    module = Regressor(model, 0.0, data.scale, options.lr, options.identity(), "mse", options.epochs)
+    sizes = {name: len(part) for name, part in (("train", data.train), ("val", data.val), ("test", data.test))}
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    log.info(
+        "%s, k = %g, %s: %s simulations; %d parameters",
+        options.system,
+        options.strength,
+        options.group,
+        sizes,
+        parameters,
+    )
+    metrics = fit_and_test(module, data, run)
+    task = {"system": options.system, "strength": options.strength, "group": options.group}
+    return run.finish({**task, **metrics, "parameters": parameters, "simulations": sizes})
+
+
+def main(args: argparse.Namespace) -> None:
+    """``python -m implicit_steer train nbody``: train, and print the test error."""
+    result = train_nbody(NBodyOptions.parsed(args))
+    task = f"{result['system']}, strength {result['strength']:g}, {result['group']}"
+    processes.say(f"test MSE {task}: {result['test_mse']:.3e} ({result['seconds']} s)")
