@@ -189,7 +189,7 @@ def test_two_processes_give_the_curve_of_one(runs, task):
     # Measured: at most 1e-7.
     np.testing.assert_allclose([row[key] for row in two], [row[key] for row in one], rtol=1e-4)
     # Adam turns the rounding of gradients that vanish by construction (biases before batch norms) into steps of random
-    # sign; in evaluation, with running statistics, they show: 4e-4 measured, as between numbers of threads.
+    # sign; in evaluation, with running statistics, they show: 5e-4 measured, as between numbers of threads.
     (key,) = (key for key in one[0] if key in ("val_mae", "val_mse"))
     np.testing.assert_allclose([row[key] for row in two], [row[key] for row in one], rtol=1e-2)
     results = [json.loads((runs / n / task / "result.json").read_text()) for n in ("one", "two")]
