@@ -148,10 +148,10 @@ with torch.no_grad():
 # %% [markdown]
 # ## What it has learned
 #
-# Kernels of the first layer of SO(2), from the picture to the first field: the five coefficients of a function on the
-# circle, in escnn's order, each turning with its own frequency 0, 1 or 2.
+# Kernels of the first layer of SO(2), from the picture to the first field: four of the five coefficients of a function
+# on the circle, in escnn's order, each turning with its own frequency 0, 1 or 2.
 
 # %%
 kernel = trained["SO(2)"].first.implicit_kernel
-entries = {f"K[{row}, 0]": (row, 0) for row in range(5)}
+entries = {f"K[{row}, 0]": (row, 0) for row in range(4)}
 viz.kernel_slice(kernel, extent=1.0, entries=entries, title="first layer of SO(2)")
