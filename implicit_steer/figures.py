@@ -19,7 +19,7 @@ from .train.common import RunOptions, add_numbers
 from .train.nbody import NBodyOptions, train_nbody
 
 NAMES = {"o3": "O(3)", "so2": "SO(2) about z"}
-STRENGTHS = (0.0, 1.0, 5.0, 10.0)
+STRENGTHS = (0.0, 1.0, 10.0)
 DEFAULT = NBodyOptions(limit=10_000, epochs=12, blocks=1, num_threads=1)
 
 Errors = Mapping[str, Mapping[float, Sequence[float]]]  # group → strength → test error of every seed
@@ -28,7 +28,7 @@ Errors = Mapping[str, Mapping[float, Sequence[float]]]  # group → strength →
 def add_nbody_arguments(parser: argparse.ArgumentParser) -> None:
     """Of ``figure nbody``."""
     add = parser.add_argument
-    strengths = "stiffnesses of the springs to the planes (0 1 5 10)"
+    strengths = "stiffnesses of the springs to the planes (0 1 10)"
     add("--strengths", type=float, nargs="+", metavar="K", default=STRENGTHS, help=strengths)
     add("--seeds", type=int, metavar="N", default=3, help="runs of each (%(default)s)")
     training = {

@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers import relative
 
+from bench import blocks as benchmark
 from implicit_steer import Graph, radius_graph
 from implicit_steer.blocks import convolve_in_blocks, node_blocks
 from implicit_steer.cases import SMALL
@@ -80,6 +81,20 @@ def test_blockwise_is_the_whole(name, tmp_path):
     files[0][:] = x
     assert convolve_in_blocks(conv, files[0], pos, RADIUS, 50, edge_attr=of_block, out=files[1]) is files[1]
     assert relative(torch.from_numpy(files[1]), whole) < 1e-14
+
+
+def test_benchmark_measures_what_it_has_checked(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "GATE_POINTS", 400)
+    monkeypatch.setattr(benchmark, "GATE_BLOCK", 50)
+    arguments = ["--points", "1000", "--size", "300", "--threads", str(torch.get_num_threads())]
+    assert benchmark.main(arguments) == 0
+    printed = capsys.readouterr().out
+    pos, radius = benchmark.cloud(1000)
+    assert f"1,000 points, {radius_graph(pos, radius).shape[1]:,} edges, blocks of 300" in printed
+    assert "features on disk 0 MB" in printed
+    monkeypatch.setattr(benchmark, "difference", lambda conv: 1e-3)
+    assert benchmark.main(arguments) == 1
+    assert "edges" not in capsys.readouterr().out
 
 
 def test_messages():

@@ -95,21 +95,23 @@ class QM9Net(MoleculeNet):
             convolutions = conv(hidden, hidden), conv(hidden, hidden)
             return ResidualBlock(activation, *convolutions, IIDBatchNorm1d(hidden), IIDBatchNorm1d(hidden))
 
-        pooled, outputs = invariants * [gspace.trivial_repr], 1
+        pooled = invariants * [gspace.trivial_repr]
         if tensors:
             irrep, basis = _traceless(gspace)
-            pooled, outputs = pooled + tensors * [irrep], 1 + tensors
-        head = torch.nn.Sequential(
-            torch.nn.BatchNorm1d(invariants),
-            torch.nn.ELU(),
-            torch.nn.Linear(invariants, invariants),
-            torch.nn.BatchNorm1d(invariants),
-            torch.nn.ELU(),
-            torch.nn.Linear(invariants, outputs),
-        )
-        if tensors:
+            pooled = pooled + tensors * [irrep]
+
+        def head():
+            mlp = torch.nn.Sequential(
+                torch.nn.BatchNorm1d(invariants),
+                torch.nn.ELU(),
+                torch.nn.Linear(invariants, invariants),
+                torch.nn.BatchNorm1d(invariants),
+                torch.nn.ELU(),
+                torch.nn.Linear(invariants, 1 + tensors),
+            )
             fields = no_space.type(*pooled)
-            head = TensorReadout(fields, IIDBatchNorm1d(fields), basis, head, invariants)
+            return TensorReadout(fields, IIDBatchNorm1d(fields), basis, mlp, invariants) if tensors else mlp
+
         super().__init__(
             scalars,
             torch.nn.Linear(ATOM_FEATURES, channels),
@@ -117,7 +119,7 @@ class QM9Net(MoleculeNet):
             activation,
             torch.nn.ModuleList(block() for _ in range(blocks)),
             conv(hidden, gspace.type(*pooled)),
-            head,
+            head(),
         )
 
 

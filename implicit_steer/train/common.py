@@ -77,6 +77,17 @@ def add_numbers(group: Any, default: RunOptions, texts: dict[str, str]) -> None:
         group.add_argument(flag, type=type(value), metavar="N", default=value, help=f"{text} (%(default)s)")
 
 
+def add_training_arguments(parser: argparse.ArgumentParser, default: RunOptions, entries: str, **more: str) -> None:
+    """Epochs, batch size (of ``entries``), learning rate, seed, and the numbers whose help is in ``more``."""
+    texts = {
+        "epochs": "passes over the training set",
+        "batch_size": f"{entries} per step",
+        "lr": "first learning rate",
+        "seed": "of weights and shuffling",
+    }
+    add_numbers(parser.add_argument_group("training"), default, {**texts, **more})
+
+
 def add_model_arguments(parser: argparse.ArgumentParser, default: RunOptions) -> Any:
     """The options that :meth:`RunOptions.network` reads; returns their group."""
     model = parser.add_argument_group("model")

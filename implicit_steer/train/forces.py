@@ -11,7 +11,7 @@ from .. import processes
 from .._check import require
 from ..data.forces import SYSTEMS, ForceData
 from ..structures import Structures
-from .common import Run, RunOptions, add_numbers, add_run_arguments
+from .common import Run, RunOptions, add_numbers, add_run_arguments, add_training_arguments
 
 log = logging.getLogger(__name__)
 
@@ -55,14 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     systems = "metals: Cu-Au, effective medium theory; molecules: H, C, N, O, GFN2-xTB (%(default)s)"
     task.add_argument("--system", choices=tuple(SYSTEMS), default=default.system, help=systems)
     add_numbers(task, default, {"limit": "training configurations"})
-    training = {
-        "epochs": "passes over the training set",
-        "batch_size": "configurations per step",
-        "seed": "of weights and shuffling",
-        "lr": "first learning rate",
-        "energy_weight": "of the energy per atom, relative to the forces times 1 Å",
-    }
-    add_numbers(parser.add_argument_group("training"), default, training)
+    weight = "of the energy per atom, relative to the forces times 1 Å"
+    add_training_arguments(parser, default, "configurations", energy_weight=weight)
     model = {
         "cutoff": "Å, the largest distance of interacting atoms",
         "blocks": "convolutions",

@@ -284,9 +284,11 @@ def trainer_for(run: Run, monitor: str) -> pl.Trainer:
     out, options = run.out, run.options
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it announces hardware that is not there
     # Batches are gathered faster than a worker process could send them; what is logged is of all processes; the folder
-    # is meant to be used again; Lightning 2.6 calls what torch 2.13 has deprecated.
+    # is meant to be used again; Lightning 2.6 calls what torch 2.13 has deprecated, and what replaces broadcast_buffers
+    # still sends buffers once, in the order of their registration.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.* is deprecated.*")
     every_epoch = {"save_on_train_epoch_end": True, "enable_version_counter": False}

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from .. import processes
 from .._check import require
 from ..data.nbody import SYSTEMS, NBody
-from .common import Run, RunOptions, add_model_arguments, add_numbers, add_run_arguments
+from .common import Run, RunOptions, add_model_arguments, add_run_arguments, add_training_arguments
 
 log = logging.getLogger(__name__)
 
@@ -60,13 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     strength = "stiffness k of the springs that tie particles to planes, or the field along z (%(default)s)"
     task.add_argument("--strength", type=float, metavar="K", default=default.strength, help=strength)
     task.add_argument("--limit", type=int, metavar="N", help="use N training simulations (all: 10,000)")
-    training = {
-        "epochs": "passes over the training set",
-        "batch_size": "systems per step",
-        "lr": "first learning rate",
-        "seed": "of weights and shuffling",
-    }
-    add_numbers(parser.add_argument_group("training"), default, training)
+    add_training_arguments(parser, default, "systems")
     model = add_model_arguments(parser, default)
     group = "of the network; so2: rotations about z (%(default)s)"
     model.add_argument("--group", choices=GROUPS, default=default.group, help=group)

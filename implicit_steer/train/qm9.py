@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from .. import processes
 from ..data.qm9 import EDGE_ATTRIBUTES, QM9, TARGETS, TENSOR
-from .common import Run, RunOptions, add_model_arguments, add_numbers, add_run_arguments
+from .common import Run, RunOptions, add_model_arguments, add_run_arguments, add_training_arguments
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bond types, or with the elements of both ends (%(default)s)",
     )
     task.add_argument("--data", metavar="DIR", help="PyG's raw files or qm9pack's CSV files (the installed qm9pack)")
-    training = {
-        "epochs": "passes over the training set",
-        "batch_size": "molecules per step",
-        "lr": "learning rate",
-        "seed": "of weights and shuffling",
-    }
-    add_numbers(parser.add_argument_group("training"), default, training)
+    add_training_arguments(parser, default, "molecules")
     add_model_arguments(parser, default)
     add_run_arguments(parser, default, "runs/qm9-TARGET-seedSEED")
 
