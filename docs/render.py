@@ -13,16 +13,14 @@ import contextlib
 import io
 import re
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 TUTORIALS = Path(__file__).parent / "tutorials"
 PICTURES = "pictures"  # folder beside the pages
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """``source`` from line ``line`` of the script; ``text``: Markdown, not code."""
 
     source: str

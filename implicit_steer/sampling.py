@@ -170,12 +170,13 @@ def group_matrices(space: HiddenSpace) -> tuple[np.ndarray, np.ndarray]:
 
 
 @identity_cache
-def rotation_matrices(space: HiddenSpace, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """A and A⁻ of n equispaced rotations x the discrete part of a group with one continuous rotation."""
+def rotation_matrices(space: HiddenSpace, n: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A and A⁻ of n equispaced rotations x the discrete part of a group with one continuous rotation; ``name``: of this
+    sampling, for messages."""
     known = rotations(space.group, 0.0) is not None
     require(known, "sampling", "a group with rotations in one plane for equispaced samples", space.group)
     a = _samples(space, equispaced(space.group, n))
-    return a, _inverse(a, name=f"{n} rotations")
+    return a, _inverse(a, name=name)
 
 
 def merge_samples(a: np.ndarray, inverse: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -349,5 +350,5 @@ def planar_frame(space: HiddenSpace, position: Representation, attributes: list[
         attribute_partner=a_partner,
         attribute_sign=a_sign,
     )
-    a, inverse = rotation_matrices(space, n)
+    a, inverse = rotation_matrices(space, n, f"exact-{n}")
     return frame, z, a @ z, z.T @ inverse

@@ -309,7 +309,7 @@ ACTIVATION = [
     ({"function": "swish"}, "function", ["'silu'", "'swish'"]),
     ({"channels": 0}, "channels", ["positive", "0"]),
     ({"channels": True}, "channels", ["positive", "True"]),
-    ({"sampling": "exact"}, "sampling", ["'escnn' or 'lebedev-N'", "'exact'"]),
+    ({"sampling": "exact"}, "sampling", ["'escnn', 'lebedev-N' or 'circle-N'", "'exact'"]),
     ({"sampling": "lebedev-27"}, "sampling", ["26", "lebedev-27"]),
 ]
 

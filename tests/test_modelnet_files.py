@@ -26,10 +26,8 @@ def box(size, faces=TRIANGLES, head="OFF\n"):
     return off(CORNERS * size, faces, head)
 
 
-@pytest.fixture
-def archive(tmp_path):
+def write_archive(path):
     """A tiny ModelNet: boxes by shape, 12 for training and 3 for testing per class, with clutter as published."""
-    path = tmp_path / "ModelNet10.zip"
     rng = np.random.default_rng(0)
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("ModelNet10/README.txt", "read me")
@@ -40,6 +38,12 @@ def archive(tmp_path):
                 content = box(sides * rng.uniform(0.5, 2, 3), QUADS if n % 3 else TRIANGLES, head)
                 file.writestr(f"ModelNet10/{label}/{part}/{label}_{n:04d}.off", content)
     return path
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """A tiny ModelNet."""
+    return write_archive(tmp_path / "ModelNet10.zip")
 
 
 def load(path, cache, **options):

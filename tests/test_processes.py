@@ -185,12 +185,12 @@ def test_two_processes_give_the_curve_of_one(runs, task):
     assert [(row["epoch"], row["step"], row["lr"]) for row in one] == [
         (row["epoch"], row["step"], row["lr"]) for row in two
     ]
-    (key,) = (key for key in one[0] if key.startswith("train"))
+    (key,) = (key for key in one[0] if key.startswith("train") and not key.endswith("accuracy"))
     # Measured: at most 1e-7.
     np.testing.assert_allclose([row[key] for row in two], [row[key] for row in one], rtol=1e-4)
     # Adam turns the rounding of gradients that vanish by construction (biases before batch norms) into steps of random
     # sign; in evaluation, with running statistics, they show: 5e-4 measured, as between numbers of threads.
-    (key,) = (key for key in one[0] if key in ("val_mae", "val_mse"))
+    (key,) = (key for key in one[0] if key in ("val_mae", "val_mse", "val_loss"))
     np.testing.assert_allclose([row[key] for row in two], [row[key] for row in one], rtol=1e-2)
     results = [json.loads((runs / n / task / "result.json").read_text()) for n in ("one", "two")]
     assert [result["processes"] for result in results] == [1, 2]

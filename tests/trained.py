@@ -3,24 +3,41 @@
 import sys
 from pathlib import Path
 
+from test_modelnet_files import write_archive
+
 from implicit_steer import processes
-from implicit_steer.train import ForcesOptions, NBodyOptions, QM9Options, train_forces, train_nbody, train_qm9
+from implicit_steer.train import (
+    ForcesOptions,
+    ModelNetOptions,
+    NBodyOptions,
+    QM9Options,
+    train_forces,
+    train_modelnet,
+    train_nbody,
+    train_qm9,
+)
 from implicit_steer.train import forces as forces_task
 
+CLOUDS = {"group": "inv", "points": 32, "neighbours": 6, "levels": 2, "width": 8, "copies": 2, "dropout": 0.0}
 SHARED = {"epochs": 2, "num_threads": 1, "progress": False}
 # Sizes that leave a last batch of another size, and shares that are not equal.
 RUNS = {
     "qm9": (train_qm9, QM9Options(limit=43, batch_size=16, blocks=1, channels=4, **SHARED)),
     "nbody": (train_nbody, NBodyOptions(strength=1.0, limit=45, batch_size=20, blocks=1, channels=2, **SHARED)),
     "forces": (train_forces, ForcesOptions(system="metals", limit=7, batch_size=3, channels=2, cutoff=4.0, **SHARED)),
+    "modelnet": (train_modelnet, ModelNetOptions(data="ModelNet10.zip", batch_size=10, **CLOUDS, **SHARED)),
 }
 
 
 def main(folder):
     """Run all, each in a folder of its own."""
     forces_task.EVALUATION = 4
+    archive = Path(folder).parent / "ModelNet10.zip"
+    if not archive.exists():
+        write_archive(archive)
     for name, (train, options) in RUNS.items():
-        result = train(type(options)(**{**vars(options), "out": str(Path(folder) / name)}))
+        own = {"out": str(Path(folder) / name)} | ({"data": str(archive)} if name == "modelnet" else {})
+        result = train(type(options)(**{**vars(options), **own}))
         if name == "qm9":
             processes.say(f"test MAE homo {result['test_mae']}")
 

@@ -56,9 +56,10 @@ class FourierActivation(FourierBase, EquivariantModule):
         space = sp.hidden_space(gspace.fibergroup, max_frequency)
         if match[1]:
             a, inverse = sp.escnn_matrices(space)
+        elif match[2] == "lebedev":
+            a, inverse = sp.lebedev_matrices(space, int(match[3]))
         else:
-            grid = {"lebedev": sp.lebedev_matrices, "circle": sp.rotation_matrices}[match[2]]
-            a, inverse = grid(space, int(match[3]))
+            a, inverse = sp.rotation_matrices(space, int(match[3]), sampling)
         self.sampling, self.band_limit = sampling, max_frequency
         self.in_type = self.out_type = FieldType(gspace, [space.rho] * channels)
         # the authors' buffers, kept for checkpoints; the merged matrices below are what is evaluated

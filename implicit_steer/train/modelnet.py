@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from .. import processes
 from ..data.modelnet import ROTATIONS, ModelNet
-from .common import SAMPLINGS, Run, RunOptions, add_numbers, add_run_arguments
+from .common import SAMPLINGS, Run, RunOptions, add_numbers, add_run_arguments, add_training_arguments
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     task.add_argument("--rotate", choices=ROTATIONS, default=default.rotate, help="of every sample (%(default)s)")
     sizes = {"points": "points of a cloud", "copies": "samples of every test mesh, averaged"}
     add_numbers(task, default, sizes)
-    training = {
-        "epochs": "passes over the training set",
-        "batch_size": "clouds per step",
-        "lr": "first learning rate",
-        "seed": "of weights, shuffling and samples",
-    }
-    add_numbers(parser.add_argument_group("training"), default, training)
+    add_training_arguments(parser, default, "clouds")
     model = parser.add_argument_group("model")
     model.add_argument("--group", choices=GROUPS, default=default.group, help="of the equivariance (%(default)s)")
     model.add_argument("--sampling", default=default.sampling, help=f"{SAMPLINGS} (%(default)s)")
