@@ -113,7 +113,8 @@ def test_every_operator_is_checked():
     names = {
         name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "implicit_steer" in name
     }
-    assert set(operator_arguments()) == names - {"fma_peak", "lane_function"}  # instruments of the tests and the bench
+    # instruments of the tests and the bench; a number of a plan
+    assert set(operator_arguments()) == names - {"fma_peak", "lane_function", "cuda_shared_bytes"}
 
 
 @pytest.mark.parametrize("name", operator_arguments())

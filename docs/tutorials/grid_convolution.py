@@ -135,8 +135,8 @@ for name, (make, augment) in networks.items():
 assert accuracy["SO(2)"][1] > accuracy["plain"][1] + 0.2
 
 # %% [markdown]
-# One seed, and sizes and epochs were chosen on these turned digits for the steerable networks: read the gap to the plain
-# network trained upright as the effect of equivariance, not the points that lie between the others.
+# One seed, and sizes and epochs were chosen on these turned digits for the steerable networks: read the gap to the
+# plain network trained upright as the effect of equivariance, not the points that lie between the others.
 #
 # Turned digits are seen through the pixels of the grid, so no network is invariant exactly: a 6 that is turned by
 # 180° is a 9, and every other angle blurs. For quarter turns the grid maps to itself, and the invariance of SO(2) is
