@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, kResident<N>) conv_hidden(const __gr
 }
 
 template <typename N>
-__global__ void __launch_bounds__(kThreads, kResident<N>)
+__global__ void __launch_bounds__(kThreads, kResidentReverse<N>)
     conv_hidden_backward(const __grid_constant__ Call<Real<N>> call) {
   HiddenBackward<N> warp(call);
   if (warp.number < call.shape.warps) warp.points();
