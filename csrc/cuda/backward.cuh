@@ -171,8 +171,7 @@ struct Backward : Reverse<N, true> {
 };
 
 template <typename N>
-__global__ void __launch_bounds__(kThreads, kResidentReverse<N>)
-    conv_backward(const __grid_constant__ Call<Real<N>> call) {
+__global__ void __launch_bounds__(kThreads, kResident<N>) conv_backward(const __grid_constant__ Call<Real<N>> call) {
   Backward<N> warp(call);
   if (warp.number >= call.shape.warps) return;
   warp.clear_gradients();

@@ -9,16 +9,9 @@ namespace implicit_steer {
 constexpr int kThreads = 128;  // of a block, at most
 
 // Blocks that a multiprocessor should hold, by the size of a kernel's numbers: more of them would have too few
-// registers. Of those of a reverse sweep, up to 48 KB each, two fill the shared memory of devices that have 100.
+// registers.
 template <typename N>
 constexpr int kResident = sizeof(N) == 4 ? 3 : 2;
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
-template <typename N>
-constexpr int kResidentReverse = 2;
-#else
-template <typename N>
-constexpr int kResidentReverse = kResident<N>;
-#endif
 
 // Which of an edge's arrays a kernel needs: those of neighbours' features, those of the reverse sweep.
 struct Needs {
