@@ -88,13 +88,14 @@ IST_LANES void radial_forward(const PlanView<Real<R>>& p, R shell, Edges<R>& e) 
 template <typename R>
 IST_LANES void radial_backward(const PlanView<Real<R>>& p, R shell, Edges<R>& e) {
   using V = typename Lane<R>::V;
-  V slope = e.d_factor * e.factor * (-1 / (shell * shell));  // ∂L/∂(|x|²/2) of the shell
+  const R exponent = Real<R>(-0.5) / (shell * shell);
+  V slope = e.d_factor * e.factor * (2 * exponent);  // ∂L/∂(|x|²/2) of the shell
   e.d_shell += e.d_factor * e.factor * e.squared;
   if (p.has_cutoff) {
     V norm, inverse;
     safe_norm<R>(e.squared, norm, inverse);
     const V t = lane_min(V{} + 1, norm * (1 / p.cutoff));
-    const V gauss = p.gamma * lane_exp(e.squared * (Real<R>(-0.5) / (shell * shell)));
+    const V gauss = p.gamma * lane_exp(e.squared * exponent);
     slope += e.d_factor * gauss * (-30 * t * t * (1 - t) * (1 - t)) * (1 / p.cutoff) * inverse;
   }
   for (int k = 0; k < p.dim; ++k) e.d_delta[k] += slope * e.delta[k];

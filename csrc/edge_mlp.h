@@ -278,7 +278,8 @@ IST_LANES void near_backward(const LayerView<Real<V>>& layer, int c, int zero, V
     V u0{}, w{}, g0{}, g1{};
     for (int k = 0; k < zero; ++k) u0 += z[k] * a[k];
     for (int k = zero; k < c; ++k) w += z[k] * a[k];
-    for (int k = 0; k < c; ++k) (k < zero ? g0 : g1) += d_y[k] * inv[k];
+    for (int k = 0; k < zero; ++k) g0 += d_y[k] * inv[k];
+    for (int k = zero; k < c; ++k) g1 += d_y[k] * inv[k];
     const Quotient<V> q = quotient<F, true>(u0, r * w);
     const V d_d = r * g0 + g1;
     d_r += w * q.q * g0 + d_d * w * w * q.q_k;

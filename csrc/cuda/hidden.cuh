@@ -91,9 +91,9 @@ __global__ void __launch_bounds__(kThreads, kResident<N>) conv_hidden(const __gr
   if (warp.number < call.shape.warps) warp.points();
 }
 
+// Two blocks: with the registers that three leave to a thread, some of them would go to local memory.
 template <typename N>
-__global__ void __launch_bounds__(kThreads, kResident<N>)
-    conv_hidden_backward(const __grid_constant__ Call<Real<N>> call) {
+__global__ void __launch_bounds__(kThreads, 2) conv_hidden_backward(const __grid_constant__ Call<Real<N>> call) {
   HiddenBackward<N> warp(call);
   if (warp.number < call.shape.warps) warp.points();
 }

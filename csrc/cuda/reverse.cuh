@@ -147,8 +147,9 @@ struct Reverse : Warp<N, kFeatures, true> {
       return;
     }
     frame_backward(p, shell, e);
-    for (int k = 0; k < p.dim && a.grad_delta; ++k) a.grad_delta[edge * p.dim + k] = result(e.d_delta[k]);
-    for (int k = 0; k < p.n_attr && a.grad_attr; ++k) a.grad_attr[edge * p.n_attr + k] = result(e.d_attr[k]);
+    R *const grad_delta = global_memory(a.grad_delta), *const grad_attr = global_memory(a.grad_attr);
+    for (int k = 0; k < p.dim && grad_delta; ++k) grad_delta[edge * p.dim + k] = result(e.d_delta[k]);
+    for (int k = 0; k < p.n_attr && grad_attr; ++k) grad_attr[edge * p.n_attr + k] = result(e.d_attr[k]);
   }
 
   // After the last tile.
