@@ -263,9 +263,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(implicit_steer, m) {
       "conv_statistics(Tensor plan_ints, Tensor plan_reals, Tensor pack_rowptr, Tensor pack_column, Tensor pack_value, "
       "Tensor[] parameters, Tensor delta, Tensor attr, int n_layers, int size, int isa) -> (Tensor, Tensor)");
   m.def(
-      "conv_moments(Tensor plan_ints, Tensor plan_reals, Tensor weights, Tensor delta, Tensor attr, int layer, int "
-      "size, "
-      "int isa) -> Tensor");
+      "conv_moments(Tensor plan_ints, Tensor plan_reals, Tensor weights, Tensor delta, Tensor attr, int layer, "
+      "int size, int isa) -> Tensor");
   m.def(
       "conv_move_running(Tensor statistics, Tensor(a!)[] means, Tensor(b!)[] variances, Tensor(c!)[] counts, "
       "Tensor trivial, float[] momentum) -> ()");

@@ -34,6 +34,17 @@ DEFAULT = ModelNetOptions(
     num_threads=1,
     progress=False,
 )
+NUMBERS = {  # options of the runs that can be given → help
+    "points": "points of a cloud",
+    "neighbours": "edges into every point",
+    "levels": "convolutions, each onto half of the points",
+    "width": "numbers per point of a hidden layer, about",
+    "copies": "samples of every test mesh",
+    "epochs": "passes over the training set",
+    "batch_size": "clouds per step",
+    "lr": "first learning rate",
+    "num_threads": "CPU threads",
+}
 CIRCLE = 10  # samples around the axis in kernels of groups with SO(2)
 
 Results = Mapping[str, Sequence[dict[str, Any]]]  # group → results of every seed
@@ -45,18 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", metavar="PATH", default=DEFAULT.data, help="as in train modelnet (%(default)s)")
     add("--groups", nargs="+", choices=GROUPS, default=GROUPS, metavar="GROUP", help="(all eight)")
     add("--seeds", type=int, metavar="N", default=3, help="runs of each (%(default)s)")
-    numbers = {
-        "points": "points of a cloud",
-        "neighbours": "edges into every point",
-        "levels": "convolutions, each onto half of the points",
-        "width": "numbers per point of a hidden layer, about",
-        "copies": "samples of every test mesh",
-        "epochs": "passes over the training set",
-        "batch_size": "clouds per step",
-        "lr": "first learning rate",
-        "num_threads": "CPU threads",
-    }
-    add_numbers(parser, DEFAULT, numbers)
+    add_numbers(parser, DEFAULT, NUMBERS)
     circle = "samples around the axis in kernels of groups with SO(2) (%(default)s)"
     add("--circle", type=int, metavar="N", default=CIRCLE, help=circle)
     add("--cache", metavar="DIR", help="meshes ($IMPLICIT_STEER_CACHE, ~/.cache/implicit_steer)")
@@ -96,8 +96,8 @@ def table(found: Results) -> str:
 
 def main(args: argparse.Namespace) -> None:
     """``python -m implicit_steer figure groups``: run what is missing, and print the table."""
-    names = ("data", "points", "neighbours", "levels", "width", "copies", "epochs", "batch_size", "lr", "num_threads")
-    options = replace(DEFAULT, cache=args.cache, **{name: getattr(args, name) for name in names})
+    given = {name: getattr(args, name) for name in ("data", "cache", *NUMBERS)}
+    options = replace(DEFAULT, **given)
     found = results(options, Path(args.runs), args.groups, args.seeds, args.circle)
     meshes = next(iter(found.values()))[0]["meshes"]
     print(

@@ -9,7 +9,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,14 @@ from .train.nbody import NBodyOptions, train_nbody
 NAMES = {"o3": "O(3)", "so2": "SO(2) about z"}
 STRENGTHS = (0.0, 1.0, 10.0)
 DEFAULT = NBodyOptions(limit=10_000, epochs=12, blocks=1, num_threads=1)
+NUMBERS = {  # options of the runs that can be given → help
+    "limit": "training simulations",
+    "epochs": "passes over them",
+    "lr": "first learning rate",
+    "blocks": "residual blocks",
+    "channels": "fields per hidden layer",
+    "num_threads": "CPU threads",
+}
 
 Errors = Mapping[str, Mapping[float, Sequence[float]]]  # group → strength → test error of every seed
 
@@ -31,15 +39,7 @@ def add_nbody_arguments(parser: argparse.ArgumentParser) -> None:
     strengths = "stiffnesses of the springs to the planes (0 1 10)"
     add("--strengths", type=float, nargs="+", metavar="K", default=STRENGTHS, help=strengths)
     add("--seeds", type=int, metavar="N", default=3, help="runs of each (%(default)s)")
-    training = {
-        "limit": "training simulations",
-        "epochs": "passes over them",
-        "lr": "first learning rate",
-        "blocks": "residual blocks",
-        "channels": "fields per hidden layer",
-        "num_threads": "CPU threads",
-    }
-    add_numbers(parser, DEFAULT, training)
+    add_numbers(parser, DEFAULT, NUMBERS)
     add("--cache", metavar="DIR", help="simulations ($IMPLICIT_STEER_CACHE, ~/.cache/implicit_steer)")
     add("--runs", metavar="DIR", default="runs/figure-nbody", help="training runs (%(default)s)")
     add("--out", metavar="FILE", default="docs/nbody.png", help="the picture (%(default)s)")
@@ -79,8 +79,7 @@ def kept_result(options: RunOptions, train: Callable[[Any], dict[str, Any]]) -> 
 
 def main_nbody(args: argparse.Namespace) -> None:
     """``python -m implicit_steer figure nbody``: run what is missing, draw, and print the table."""
-    given = {name: getattr(args, name) for name in asdict(DEFAULT) if hasattr(args, name)}
-    options = replace(DEFAULT, **{**given, "out": None})
+    options = replace(DEFAULT, cache=args.cache, **{name: getattr(args, name) for name in NUMBERS})
     errors = nbody_errors(options, Path(args.runs), args.strengths, args.seeds)
     figure = viz.error_bars(
         {NAMES[group]: curve for group, curve in errors.items()},

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.spatial.transform import Rotation
 
 from .._check import require
 from .._extras import load_extra
@@ -98,7 +97,11 @@ def random_rotation(kind: str, rng: np.random.Generator) -> np.ndarray:
     if kind == "z":
         c, s = np.cos(angle := 2 * np.pi * rng.random()), np.sin(angle)
         return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
-    return Rotation.random(rng=rng).as_matrix() if kind == "so3" else np.eye(3)
+    if kind == "so3":
+        from scipy.spatial.transform import Rotation  # 0.1 s, which other commands need not wait for
+
+        return Rotation.random(rng=rng).as_matrix()
+    return np.eye(3)
 
 
 class ModelNet:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,26 +11,25 @@ from torch.nn.functional import cross_entropy
 
 from .. import processes
 from ..data.modelnet import Clouds
-from .lightning import MILESTONES, SHOW_EVERY, RunningMean
+from .lightning import MILESTONES, SHOW_EVERY, RunningMean, Task
 
 SMOOTHING = 0.2  # of the labels, in training
 
 
-class Classifier(pl.LightningModule):
+class Classifier(Task):
     """Cross entropy with smoothed labels; AdamW, the learning rate halved at each of ``MILESTONES``.
 
     Dropout draws from ``seed`` and the step, so that a resumed run draws the same.
 
     ``model(positions)`` gives one number per cloud and class. The test set has ``copies`` samples of ``meshes`` meshes;
-    the prediction for a mesh is the class of the largest probability, averaged over its samples. ``options`` is stored
-    in checkpoints.
+    the prediction for a mesh is the class of the largest probability, averaged over its samples.
     """
 
     monitor = "val_loss"
 
     def __init__(self, model: torch.nn.Module, meshes: int, copies: int, lr: float, seed: int, options: dict[str, Any]):
-        super().__init__()
-        self.model, self.lr, self.seed, self.options = model, lr, seed, options
+        super().__init__(options)
+        self.model, self.lr, self.seed = model, lr, seed
         self.meshes, self.copies = meshes, copies
         self.train_loss, self.train_hits, self.loss, self.hits = (RunningMean() for _ in range(4))
 
@@ -99,7 +97,3 @@ class Classifier(pl.LightningModule):
         """What an epoch's row of the log holds beside step, learning rate and time."""
         training = {"train_loss": self.train_loss.value(), "train_accuracy": self.train_hits.value()}
         return {**training, **{name: float(logged[name]) for name in ("val_loss", "val_accuracy")}}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store what a resumed run is compared with."""
-        checkpoint["options"] = self.options

@@ -59,14 +59,18 @@ class RunOptions:
         """The options of a command line that :func:`add_run_arguments` and a task's own arguments have read."""
         return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
+    def named(self, *names: str) -> dict[str, Any]:
+        """The options of these names, as keywords."""
+        return {name: getattr(self, name) for name in names}
+
     def network(self) -> dict[str, Any]:
         """What the options say about a network of residual blocks, as its constructor takes it."""
-        names = ("blocks", "channels", "sampling", "backend")
-        return {**{name: getattr(self, name) for name in names}, "norm": None if self.norm == "none" else self.norm}
+        norm = None if self.norm == "none" else self.norm
+        return {**self.named("blocks", "channels", "sampling", "backend"), "norm": norm}
 
     def identity(self) -> dict[str, Any]:
         """The options that a resumed run must share with the interrupted one."""
-        return {name: getattr(self, name) for name in self.identity_names}
+        return self.named(*self.identity_names)
 
 
 def add_numbers(group: Any, default: RunOptions, texts: dict[str, str]) -> None:

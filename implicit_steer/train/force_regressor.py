@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.nn.functional import l1_loss
@@ -12,16 +11,15 @@ from torch.nn.functional import l1_loss
 from .. import processes
 from ..models.potential import Potential
 from ..structures import Structures
-from .lightning import SHOW_EVERY, RunningMean
+from .lightning import SHOW_EVERY, RunningMean, Task
 
 MAX_NORM = 10.0  # of the gradient: a few configurations have very large forces
 
 
-class ForceRegressor(pl.LightningModule):
+class ForceRegressor(Task):
     """L1 regression of energies per atom and forces: loss = w |ΔE| / N + mean |ΔF| · 1 Å, both in units of ``scale``.
 
-    ``scale`` is a typical force (eV/Å); ``options`` is stored in every checkpoint; the learning rate falls to 0 over
-    ``epochs`` along a cosine.
+    ``scale`` is a typical force (eV/Å); the learning rate falls to 0 over ``epochs`` along a cosine.
     """
 
     monitor = "val_mae"  # the loss of both in eV/Å
@@ -36,8 +34,8 @@ class ForceRegressor(pl.LightningModule):
         epochs: int,
         options: dict[str, Any],
     ):
-        super().__init__()
-        self.potential, self.options = potential, options
+        super().__init__(options)
+        self.potential = potential
         self.scale, self.energy_weight, self.lr, self.epochs = scale, energy_weight, lr, epochs
         self.train_loss, self.energy_error, self.forces_error = RunningMean(), RunningMean(), RunningMean()
 
@@ -104,7 +102,3 @@ class ForceRegressor(pl.LightningModule):
         """What an epoch's row of the log holds beside step, learning rate and time."""
         names = ("val_energy_mae", "val_forces_mae", "val_mae")
         return {"train_loss": self.train_loss.value(), **{name: float(logged[name]) for name in names}}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store what a resumed run is compared with."""
-        checkpoint["options"] = self.options

@@ -93,14 +93,8 @@ def train_forces(options: ForcesOptions) -> dict[str, Any]:
     with processes.first_process_first():
         data = ForceData(options.system, cutoff=options.cutoff, cache=options.cache, progress=options.progress, **sizes)
     seed_everything(options.seed, verbose=False)
-    potential = Potential(
-        SYSTEMS[options.system].species,
-        options.cutoff,
-        channels=options.channels,
-        max_frequency=options.max_frequency,
-        blocks=options.blocks,
-        backend=options.backend,
-    )
+    network = options.named("channels", "max_frequency", "blocks", "backend")
+    potential = Potential(SYSTEMS[options.system].species, options.cutoff, **network)
     training = Structures.join(data.train.structures)
     potential.fit(training)
     module = ForceRegressor(

@@ -51,16 +51,28 @@ class RunningMean:
         return float(total[0] / total[1])
 
 
+class Task(pl.LightningModule):
+    """What a run trains; ``options`` is stored in every checkpoint, for a resumed run to be compared with."""
+
+    def __init__(self, options: dict[str, Any]):
+        super().__init__()
+        self.options = options
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the options."""
+        checkpoint["options"] = self.options
+
+
 ERRORS = {"mae": torch.nn.functional.l1_loss, "mse": torch.nn.functional.mse_loss}
 
 
-class Regressor(pl.LightningModule):
+class Regressor(Task):
     """Regression of ``(y - mean) / std``; errors are reported in the unit of y, or its square.
 
     ``model(batch)`` has the shape of ``batch.y``, (rows, ...); ``mean`` and ``std`` are numbers, or tensors that
-    broadcast to it. ``error`` is the loss: "mae", the mean of absolute values, or "mse", that of squares. ``options``
-    is stored in every checkpoint. The learning rate falls to 0 along a cosine over ``cosine_epochs``; where that is
-    None it is halved at each of :data:`MILESTONES`.
+    broadcast to it. ``error`` is the loss: "mae", the mean of absolute values, or "mse", that of squares. The learning
+    rate falls to 0 along a cosine over ``cosine_epochs``; where that is None it is halved at each of
+    :data:`MILESTONES`.
     """
 
     def __init__(
@@ -73,8 +85,8 @@ class Regressor(pl.LightningModule):
         error: str = "mae",
         cosine_epochs: int | None = None,
     ):
-        super().__init__()
-        self.model, self.lr, self.options, self.error = model, lr, options, error
+        super().__init__(options)
+        self.model, self.lr, self.error = model, lr, error
         for name, value in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.as_tensor(value, dtype=torch.float64), persistent=False)
         self.monitor, self.cosine_epochs = f"val_{error}", cosine_epochs
@@ -139,10 +151,6 @@ class Regressor(pl.LightningModule):
     def epoch_errors(self, logged: dict[str, torch.Tensor]) -> dict[str, float]:
         """What an epoch's row of the log holds beside step, learning rate and time."""
         return {f"train_{self.error}": self.train_error.value(), self.monitor: float(logged[self.monitor])}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store what a resumed run is compared with."""
-        checkpoint["options"] = self.options
 
 
 class AxesRegressor(Regressor):
@@ -314,7 +322,7 @@ def trainer_for(run: Run, monitor: str) -> pl.Trainer:
     )
 
 
-def fit_and_test(module: pl.LightningModule, data: Any, run: Run) -> dict[str, float]:
+def fit_and_test(module: Task, data: Any, run: Run) -> dict[str, float]:
     """Train ``module`` on ``data.train``, choose an epoch by ``data.val``, and test that epoch on ``data.test``.
 
     Gives what the module logs in the test, and ``val_…``, what has chosen the epoch.

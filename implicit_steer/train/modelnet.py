@@ -90,28 +90,11 @@ def train_modelnet(options: ModelNetOptions) -> dict[str, Any]:
     from .lightning import fit_and_test
 
     with processes.first_process_first():
-        data = ModelNet(
-            options.data,
-            points=options.points,
-            rotate=options.rotate,
-            copies=options.copies,
-            seed=options.seed,
-            cache=options.cache,
-            progress=options.progress,
-        )
+        data = ModelNet(options.data, **options.named("points", "rotate", "copies", "seed", "cache", "progress"))
     seed_everything(options.seed, verbose=False)
-    model = ModelNetNet(
-        len(data.classes),
-        SPACES[options.group](),
-        points=options.points,
-        neighbours=options.neighbours,
-        levels=options.levels,
-        width=options.width,
-        max_frequency=options.max_frequency,
-        dropout=options.dropout,
-        sampling=options.sampling,
-        backend=options.backend,
-    )
+    sizes = options.named("points", "neighbours", "levels", "width", "max_frequency", "dropout")
+    convolution = options.named("sampling", "backend")
+    model = ModelNetNet(len(data.classes), SPACES[options.group](), **sizes, **convolution)
     module = Classifier(model, len(data.split["test"]), options.copies, options.lr, options.seed, options.identity())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     log.info("%s, group %s: %d parameters", data.name, options.group, parameters)

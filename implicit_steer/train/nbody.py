@@ -85,28 +85,15 @@ def train_nbody(options: NBodyOptions) -> dict[str, Any]:
     from .lightning import Regressor, fit_and_test
 
     with processes.first_process_first():
-        data = NBody(
-            options.system,
-            strength=options.strength,
-            limit=options.limit,
-            cache=options.cache,
-            progress=options.progress,
-        )
+        data = NBody(options.system, **options.named("strength", "limit", "cache", "progress"))
     seed_everything(options.seed, verbose=False)
     model = NBodyNet(SPACES[options.group](), **options.network())
     module = Regressor(model, 0.0, data.scale, options.lr, options.identity(), "mse", options.epochs)
     sizes = {name: len(part) for name, part in (("train", data.train), ("val", data.val), ("test", data.test))}
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    log.info(
-        "%s, k = %g, %s: %s simulations; %d parameters",
-        options.system,
-        options.strength,
-        options.group,
-        sizes,
-        parameters,
-    )
+    task = options.named("system", "strength", "group")
+    log.info("%s, k = %g, %s: %s simulations; %d parameters", *task.values(), sizes, parameters)
     metrics = fit_and_test(module, data, run)
-    task = {"system": options.system, "strength": options.strength, "group": options.group}
     return run.finish({**task, **metrics, "parameters": parameters, "simulations": sizes})
 
 

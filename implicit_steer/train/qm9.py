@@ -82,14 +82,7 @@ def train_qm9(options: QM9Options) -> dict[str, Any]:
     from .lightning import AxesRegressor, Regressor, fit_and_test
 
     with processes.first_process_first():
-        data = QM9(
-            options.data,
-            target=options.target,
-            limit=options.limit,
-            edge_attr=options.edge_attr,
-            cache=options.cache,
-            progress=options.progress,
-        )
+        data = QM9(options.data, **options.named("target", "limit", "edge_attr", "cache", "progress"))
     seed_everything(options.seed, verbose=False)
     tensor = options.target == TENSOR
     model = QM9Net(edge_attr=options.edge_attr, tensors=options.channels if tensor else 0, **options.network())

@@ -55,7 +55,7 @@ def choose(kernel: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) 
     """What :func:`tune` found for this device, else the table's."""
     if kernel in _override:
         return _override[kernel]
-    tuned = _tuned(cache_file())
+    tuned = _tuned(os.environ.get("IMPLICIT_STEER_CACHE"))
     if tuned and (found := tuned.get(_key(kernel, sizes, dtype, device))):
         return found
     if dtype == torch.float64:
@@ -84,8 +84,9 @@ def _key(kernel: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) ->
 
 
 @lru_cache(maxsize=8)
-def _tuned(path: Path) -> dict[str, Choice]:
-    """What earlier calls of :func:`tune` wrote to ``path``."""
+def _tuned(folder: str | None) -> dict[str, Choice]:
+    """What earlier calls of :func:`tune` wrote, by the variable that says where: every launch asks."""
+    path = cache_file()
     if not path.exists():
         return {}
     return {key: Choice(*values) for key, values in json.loads(path.read_text()).items()}
@@ -130,8 +131,7 @@ def tune(
     """
     from triton.runtime.errors import OutOfResources
 
-    found, path = {}, cache_file()
-    tuned = _tuned(path)
+    found, path, tuned = {}, cache_file(), _tuned(os.environ.get("IMPLICIT_STEER_CACHE"))
     for kernel in _TABLE:
         best, least = choose(kernel, sizes, dtype, device), measure(run, device)
         for candidate in candidates:

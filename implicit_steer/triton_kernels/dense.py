@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backends.hidden import NEAR, Statistics, edge_frame, radial_factor
 from ..functions import difference_quotient, phi
-from ..moments import Pool
+from ..moments import Pool, combined, moments
 from ..packing import constant
 from ..plan import Norm, Plan
 from .launch import Prepared
@@ -100,16 +100,9 @@ def statistics(prepared: Prepared, norm: Norm, y: Tensor, q: Tensor, pool: Pool 
     """Batch statistics of one norm over all edges, from hidden coefficients (E, n_zero + n_rest): means of the trivial
     coefficients, variances of the full features. Some edges at a time, whose sums of squares are put together; ``pool``
     adds others."""
-    channels, n = prepared.sizes.channels, len(y)
-    y = y.view(n, -1, channels)
-    counts, means, squares = [], [], []
-    for some, direction in zip(y.split(_EDGES), q.split(_EDGES), strict=True):
-        h = _coordinates(prepared, some, direction)
-        counts.append(len(h)), means.append(h.mean(0)), squares.append((h - means[-1]).square().sum(0))
-    weight = y.new_tensor(counts)[:, None, None] / n if len(counts) > 1 else y.new_ones(1, 1, 1)
-    means, squares = torch.stack(means), torch.stack(squares)
-    mean = (weight * means).sum(0)
-    total = squares.sum(0) + (n * weight * (means - mean).square()).sum(0)  # (d, channels)
+    pieces = zip(y.view(len(y), -1, prepared.sizes.channels).split(_EDGES), q.split(_EDGES), strict=True)
+    parts = [moments(_coordinates(prepared, some, direction), False) for some, direction in pieces]
+    n, mean, total = combined(parts) if len(parts) > 1 else parts[0]  # (d, channels)
     if callable(pool):
         n, mean, total = pool(n, mean, total)
     trivial = mean.index_select(0, constant(norm, "measured", y))
