@@ -1,5 +1,5 @@
 # make demo     build everything, then show the library at work
-# make test     build everything, then lint and test: what CI runs
+# make test     build everything, then lint and test: what CI runs; where nvcc is, cuda-kernels, too
 # make test-native   the native code alone: plain, and under AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer
 # make test-gpu-emulated   the CUDA kernels on the processor: results, memory errors, races, barriers; make test-gpu-quick:
 #                    the part of it that CI runs
@@ -31,7 +31,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: build
 	$(BIN)/python -m implicit_steer demo
 
-test: lint test-native test-gpu-quick
+test: lint test-native test-gpu-quick cuda-kernels
 	$(BIN)/python -m pytest -q -n 2 --dist loadscope
 
 # Programs without torch and Python (tests/native), on inputs and expected results that native-cases writes.
@@ -56,7 +56,7 @@ native-%: native-cases
 # AddressSanitizer, then with every access checked; at last every barrier is left out in turn, which has to be noticed.
 EMULATED := build/emulated
 CASES := $(NATIVE_TESTS)/cases
-MUTATED := zonal linear planar-axis-train zonal-odd-sizes-train none-grid-cutoff planar
+MUTATED := zonal linear planar-axis-train zonal-odd-sizes-train none-grid-cutoff planar zonal-hot
 test-gpu-emulated: test-gpu-quick emulated-fast emulated-address
 	$(EMULATED)/fast/conv_test $(CASES) 3
 	$(EMULATED)/fast/conv_test $(CASES)/gpu 1
@@ -72,9 +72,10 @@ emulated-%: native-cases
 	cmake --build $(EMULATED)/$*
 
 # For every architecture; the library opens without a driver.
+NVCC := $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
 cuda-kernels: emulated-trace
-ifneq ($(shell command -v nvcc),)
-	cmake -S csrc/cuda -B build/cuda -G Ninja
+ifneq ($(NVCC),)
+	CUDACXX=$(NVCC) cmake -S csrc/cuda -B build/cuda -G Ninja
 	cmake --build build/cuda
 	$(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	$(BIN)/python -c "import ctypes; ctypes.CDLL('build/cuda/libimplicit_steer_cuda.so').implicit_steer_cuda_library"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from implicit_steer.backends import gpu_cost
 from implicit_steer.cases import Case
 from implicit_steer.triton_kernels.configuration import seconds
 
@@ -82,6 +83,17 @@ def tune(case: Case, chosen: Sequence[Candidate], device: torch.device) -> dict[
     return found
 
 
+def keep_times(times: Sequence[dict[str, Any]], cases: Sequence[Case], device: str) -> dict[str, float]:
+    """Let "auto" choose between the GPU backends by these times: backend → seconds per predicted instruction."""
+    by_name, found = {case.name: case for case in cases}, []
+    for r in times:
+        if r["backend"] in ("cuda", "triton") and r["measure"] == "forward":
+            case = by_name[r["case"]]
+            plan = case.layer(sampling=r["sampling"], backend="reference").implicit_kernel.plan
+            found.append((plan, case.edges, r["backend"], r["median_ms"] / 1e3))
+    return gpu_cost.keep_times(device, found)
+
+
 def achieved(times: Sequence[dict[str, Any]], cases: Sequence[Case], limits: dict[str, float]) -> list[list[str]]:
     """Rows of the table of `triton`'s forward passes against the ceilings."""
     rows, by_name = [], {case.name: case for case in cases}
@@ -141,6 +153,7 @@ def measure(cases, names, compiled, effort, out: Path, tuned: bool, device, resu
         results["configurations"] = {case.name: tune(case, found, device) for case, found in chosen.items()}
     results["ceilings"] = ceilings(device)
     results["times"] = speed.times(chosen, *effort)
+    results["seconds per instruction"] = keep_times(results["times"], cases, results["device"])
     text = text_of(results, achieved(results["times"], cases, results["ceilings"]))
     print("\n" + text)
     report.write(out, "gpu", results, heading + "\n\n" + text)

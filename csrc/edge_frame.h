@@ -98,7 +98,7 @@ IST_LANES void radial_backward(const PlanView<Real<R>>& p, R shell, Edges<R>& e)
     const V gauss = p.gamma * lane_exp(e.squared * exponent);
     slope += e.d_factor * gauss * (-30 * t * t * (1 - t) * (1 - t)) * (1 / p.cutoff) * inverse;
   }
-  for (int k = 0; k < p.dim; ++k) e.d_delta[k] += slope * e.delta[k];
+  IST_ROLLED for (int k = 0; k < p.dim; ++k) e.d_delta[k] += slope * e.delta[k];
 }
 
 // ---- attributes
@@ -124,7 +124,7 @@ IST_LANES void attributes_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
       continue;
     }
     e.d_attr[i] = typename Lane<R>::V{};
-    for (int j = 0; j < p.n_attr; ++j) e.d_attr[i] += e.d_rotated[j] * p.attribute[i * p.n_attr + j];
+    IST_ROLLED for (int j = 0; j < p.n_attr; ++j) e.d_attr[i] += e.d_rotated[j] * p.attribute[i * p.n_attr + j];
   }
 }
 
@@ -156,15 +156,15 @@ IST_LANES void zonal_forward(const PlanView<Real<R>>& p, Edges<R>& e, bool all) 
 template <typename R>
 IST_LANES void zonal_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
   using V = typename Lane<R>::V;
-  for (int j = 0; j < p.n_attr; ++j) e.d_rotated[j] = e.d_inputs[1 + j];
-  for (int j = 0; j < p.used_monomials; ++j) e.d_monomial[j] = V{};
+  IST_ROLLED for (int j = 0; j < p.n_attr; ++j) e.d_rotated[j] = e.d_inputs[1 + j];
+  IST_ROLLED for (int j = 0; j < p.used_monomials; ++j) e.d_monomial[j] = V{};
   if (!e.near) e.d_radius += e.d_inputs[0];
-  for (int m = 0; m < p.d && e.near; ++m)
+  IST_ROLLED for (int m = 0; m < p.d && e.near; ++m)
     if (p.degree[m] > 1) {
       e.d_radius += e.d_cosine[m] * e.cosine[m] * e.inverse;
       e.d_cosine[m] *= e.radius;
     }
-  for (int j = 0; j < p.used_harmonics; ++j) {
+  IST_ROLLED for (int j = 0; j < p.used_harmonics; ++j) {
     const int m = p.harmonic[2 * j], n = p.harmonic[2 * j + 1];
     const V g = e.d_cosine[m] * p.harmonic_value[j];
     if (e.near && p.degree[m] == 1)
@@ -173,14 +173,14 @@ IST_LANES void zonal_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
       e.d_monomial[n] += g;
   }
   V* const d_unit = e.d_unit;  // in memory, as it is indexed by data
-  for (int k = 0; k < 3; ++k) d_unit[k] = V{};
-  for (int j = p.used_monomials - 1; j > 0; --j) {
+  IST_ROLLED for (int k = 0; k < 3; ++k) d_unit[k] = V{};
+  IST_ROLLED for (int j = p.used_monomials - 1; j > 0; --j) {
     const int earlier = p.monomial[2 * j], k = p.monomial[2 * j + 1];
     d_unit[k] += e.d_monomial[j] * e.monomial[earlier];
     e.d_monomial[earlier] += e.d_monomial[j] * e.unit[k];
   }
-  for (int k = 0; k < 3; ++k) e.d_radius -= d_unit[k] * e.unit[k] * e.inverse;
-  for (int k = 0; k < 3; ++k) e.d_delta[k] += d_unit[k] * e.inverse + e.d_radius * e.unit[k];
+  IST_ROLLED for (int k = 0; k < 3; ++k) e.d_radius -= d_unit[k] * e.unit[k] * e.inverse;
+  IST_ROLLED for (int k = 0; k < 3; ++k) e.d_delta[k] += d_unit[k] * e.inverse + e.d_radius * e.unit[k];
 }
 
 // ---- planar: rotation by the azimuth
@@ -266,7 +266,7 @@ IST_LANES void planar_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
     d_unit[0] += Real<R>(k) * (d_cos * cosines[k - 1] + d_sin * sines[k - 1]);
     d_unit[1] += Real<R>(k) * (d_sin * cosines[k - 1] - d_cos * sines[k - 1]);
   };
-  for (int m = 0; m < p.c; ++m) {
+  IST_ROLLED for (int m = 0; m < p.c; ++m) {
     const int k = p.order[m];
     V d_cos = e.d_cosine[m], d_sin = e.d_sine[m] * p.sign[m];
     if (e.near && k == 1) {
@@ -280,16 +280,16 @@ IST_LANES void planar_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
     reverse(k, d_cos, d_sin);
   }
   const V *d_axis = e.d_inputs + (p.regular ? 1 : 2), *d_turned = d_axis + p.dim - 2;
-  for (int m = 0; m < p.n_attr; ++m) e.d_rotated[m] = V{};
-  for (int m = 0; m < p.n_attr; ++m) {
+  IST_ROLLED for (int m = 0; m < p.n_attr; ++m) e.d_rotated[m] = V{};
+  IST_ROLLED for (int m = 0; m < p.n_attr; ++m) {
     const int k = p.attribute_order[m], other = p.attribute_partner[m];
     const Real<R> sign = p.attribute_sign[m];
     e.d_rotated[m] += cosines[k] * d_turned[m];
     e.d_rotated[other] -= sines[k] * sign * d_turned[m];
     reverse(k, d_turned[m] * e.rotated[m], d_turned[m] * e.rotated[other] * -sign);
   }
-  for (int k = 0; k < p.dim - 2; ++k)
-    for (int i = 0; i < p.dim; ++i) e.d_delta[i] += d_axis[k] * p.axis[i * (p.dim - 2) + k];
+  IST_ROLLED for (int k = 0; k < p.dim - 2; ++k)
+    IST_ROLLED for (int i = 0; i < p.dim; ++i) e.d_delta[i] += d_axis[k] * p.axis[i * (p.dim - 2) + k];
   if (p.regular && !e.near) e.d_radius += e.d_inputs[0];
   if (!p.regular) {  // the second input's derivative: 0 off the axis, where the frame turns with x
     const V second = select(e.radius > 0, V{}, e.d_inputs[1]);
@@ -298,8 +298,8 @@ IST_LANES void planar_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
   }
   // e.inverse is 0 where the direction is not that of x
   e.d_radius -= (d_unit[0] * e.unit[0] + d_unit[1] * e.unit[1]) * e.inverse;
-  for (int k = 0; k < 2; ++k) d_plane[k] += d_unit[k] * e.inverse + e.d_radius * e.plane[k] * e.inverse;
-  for (int i = 0; i < p.dim; ++i) e.d_delta[i] += d_plane[0] * p.plane[2 * i] + d_plane[1] * p.plane[2 * i + 1];
+  IST_UNROLLED for (int k = 0; k < 2; ++k) d_plane[k] += d_unit[k] * e.inverse + e.d_radius * e.plane[k] * e.inverse;
+  IST_ROLLED for (int i = 0; i < p.dim; ++i) e.d_delta[i] += d_plane[0] * p.plane[2 * i] + d_plane[1] * p.plane[2 * i + 1];
 }
 
 // ---- all frames
@@ -320,15 +320,15 @@ IST_LANES void frame_forward(const PlanView<Real<R>>& p, R shell, Edges<R>& e, b
 // d_delta and d_attr from d_inputs, d_cosine, d_sine, d_radius and d_factor.
 template <typename R>
 IST_LANES void frame_backward(const PlanView<Real<R>>& p, R shell, Edges<R>& e) {
-  for (int k = 0; k < p.dim; ++k) e.d_delta[k] = typename Lane<R>::V{};
+  IST_ROLLED for (int k = 0; k < p.dim; ++k) e.d_delta[k] = typename Lane<R>::V{};
   radial_backward(p, shell, e);
   if (p.kind == kZonal) {
     zonal_backward(p, e);
   } else if (p.kind == kPlanar) {
     planar_backward(p, e);
   } else {
-    for (int k = 0; k < p.dim; ++k) e.d_delta[k] += e.d_inputs[k];
-    for (int j = 0; j < p.n_attr; ++j) e.d_rotated[j] = e.d_inputs[p.dim + j];
+    IST_ROLLED for (int k = 0; k < p.dim; ++k) e.d_delta[k] += e.d_inputs[k];
+    IST_ROLLED for (int j = 0; j < p.n_attr; ++j) e.d_rotated[j] = e.d_inputs[p.dim + j];
   }
   attributes_backward(p, e);
 }
@@ -352,10 +352,10 @@ template <typename R>
 IST_LANES void expand_backward(const PlanView<Real<R>>& p, Edges<R>& e, const typename Lane<R>::V* y,
                                const typename Lane<R>::V* d_h, typename Lane<R>::V* d_y) {
   using V = typename Lane<R>::V;
-  for (int m = 0; m < p.c; ++m) e.d_cosine[m] = e.d_sine[m] = V{};
+  IST_ROLLED for (int m = 0; m < p.c; ++m) e.d_cosine[m] = e.d_sine[m] = V{};
   for (int k = 0; k < p.channels * p.c; ++k) d_y[k] = V{};
-  for (int w = 0; w < p.channels; ++w)
-    for (int m = 0; m < p.c; ++m) {
+  IST_ROLLED for (int w = 0; w < p.channels; ++w)
+    IST_ROLLED for (int m = 0; m < p.c; ++m) {
       const int here = w * p.c + m, other = w * p.c + p.partner[m];
       e.d_cosine[m] += d_h[here] * y[here];
       e.d_sine[m] += d_h[here] * y[other];

@@ -112,9 +112,9 @@ IST_INLINE void butterfly(V* even, V* odd) {
 template <typename F, int N, typename V>
 IST_INLINE void apply(V* x, V* slopes) {
   if (slopes)
-    for (int j = 0; j < N; ++j) x[j] = F::both(x[j], slopes[j]);
+    IST_UNROLLED for (int j = 0; j < N; ++j) x[j] = F::both(x[j], slopes[j]);
   else
-    for (int j = 0; j < N; ++j) x[j] = F::value(x[j]);
+    IST_UNROLLED for (int j = 0; j < N; ++j) x[j] = F::value(x[j]);
 }
 
 // φ of the samples, x [2 N], and φ′ into slopes (unless null)
@@ -168,15 +168,16 @@ IST_INLINE void singles_backward(const LayerView<Real<V>>& layer, int row, int c
   add_products<N>(row == 0, layer.pair_samples + row * c, c, 0, c, g, d_z);
 }
 
-// Calls f with blocks of at most 5 rows: f(constant of the block's size, first row).
+// Calls f with blocks of at most kRowBlock<V> rows: f(constant of the block's size, first row).
 template <int N>
 struct Count {
   static constexpr int value = N;
 };
-template <typename F>
+template <typename V, typename F>
 IST_INLINE void row_blocks(int begin, int end, F f) {
+  constexpr int kBlock = kRowBlock<V>;
   int s = begin;
-  for (; s + 5 <= end; s += 5) f(Count<5>{}, s);
+  for (; s + kBlock <= end; s += kBlock) f(Count<kBlock>{}, s);
   if constexpr (kOneLane) {  // less code, and no pipeline to be filled by the few rows left
     for (; s < end; ++s) f(Count<1>{}, s);
     return;
@@ -216,19 +217,20 @@ IST_INLINE Quotient<V> elu_mean(V b, V k) {
   return {select(b < 0, value, V{} + 1), select(b < 0, value, V{}), select(b < 0, slope, V{})};
 }
 
-// The mean of φ′ over [b, b + k] by 4-point Gauss quadrature.
+// The mean of φ′ over [b, b + k] by 4-point Gauss quadrature: two pairs of points, each at one distance from the middle.
 template <typename F, bool kDerivatives, typename V>
 IST_INLINE Quotient<V> quadrature_mean(V b, V k) {
   using R = Real<V>;
-  constexpr R t[4] = {R(0.06943184420297371), R(0.33000947820757187), R(0.66999052179242813), R(0.93056815579702629)};
-  constexpr R w[4] = {R(0.17392742256872692), R(0.32607257743127307), R(0.32607257743127307), R(0.17392742256872692)};
   Quotient<V> mean{};
-  for (int j = 0; j < 4; ++j) {
-    mean.q += w[j] * F::prime(b + k * t[j]);
+  IST_ROLLED for (int j = 0; j < 4; ++j) {
+    const R distance = j < 2 ? R(0.43056815579702629) : R(0.16999052179242813);
+    const R weight = j < 2 ? R(0.17392742256872692) : R(0.32607257743127307);
+    const R t = R(0.5) + (j % 2 == 0 ? -distance : distance);
+    mean.q += weight * F::prime(b + k * t);
     if (!kDerivatives) continue;
-    const V second = F::second(b + k * t[j]);
-    mean.q_b += w[j] * second;
-    mean.q_k += w[j] * t[j] * second;
+    const V second = F::second(b + k * t);
+    mean.q_b += weight * second;
+    mean.q_k += weight * t * second;
   }
   return mean;
 }
@@ -257,34 +259,34 @@ IST_INLINE Quotient<V> quotient(V b, V k) {
 // One channel near the origin: z and y of orders >= 1 (from coefficient `zero` on) divided by the radius r.
 template <typename F, typename V>
 IST_LANES void near_forward(const LayerView<Real<V>>& layer, int c, int zero, V r, const V* z, V* y) {
-  for (int k = 0; k < c; ++k) y[k] = V{};
-  for (int s = 0; s < layer.n_samples; ++s) {
+  IST_ROLLED for (int k = 0; k < c; ++k) y[k] = V{};
+  IST_ROLLED for (int s = 0; s < layer.n_samples; ++s) {
     const Real<V>*a = layer.samples + s * c, *inv = layer.inverse_t + s * c;
     V u0{}, w{};
-    for (int k = 0; k < zero; ++k) u0 += z[k] * a[k];
-    for (int k = zero; k < c; ++k) w += z[k] * a[k];
+    IST_ROLLED for (int k = 0; k < zero; ++k) u0 += z[k] * a[k];
+    IST_ROLLED for (int k = zero; k < c; ++k) w += z[k] * a[k];
     const V d = w * quotient<F, false>(u0, r * w).q;
     const V value = F::value(u0) + r * d;
-    for (int k = 0; k < c; ++k) y[k] += (k < zero ? value : d) * inv[k];
+    IST_ROLLED for (int k = 0; k < c; ++k) y[k] += (k < zero ? value : d) * inv[k];
   }
 }
 
 template <typename F, typename V>
 IST_LANES void near_backward(const LayerView<Real<V>>& layer, int c, int zero, V r, const V* z, const V* d_y, V* d_z,
                              V& d_r) {
-  for (int k = 0; k < c; ++k) d_z[k] = V{};
-  for (int s = 0; s < layer.n_samples; ++s) {
+  IST_ROLLED for (int k = 0; k < c; ++k) d_z[k] = V{};
+  IST_ROLLED for (int s = 0; s < layer.n_samples; ++s) {
     const Real<V>*a = layer.samples + s * c, *inv = layer.inverse_t + s * c;
     V u0{}, w{}, g0{}, g1{};
-    for (int k = 0; k < zero; ++k) u0 += z[k] * a[k];
-    for (int k = zero; k < c; ++k) w += z[k] * a[k];
-    for (int k = 0; k < zero; ++k) g0 += d_y[k] * inv[k];
-    for (int k = zero; k < c; ++k) g1 += d_y[k] * inv[k];
+    IST_ROLLED for (int k = 0; k < zero; ++k) u0 += z[k] * a[k];
+    IST_ROLLED for (int k = zero; k < c; ++k) w += z[k] * a[k];
+    IST_ROLLED for (int k = 0; k < zero; ++k) g0 += d_y[k] * inv[k];
+    IST_ROLLED for (int k = zero; k < c; ++k) g1 += d_y[k] * inv[k];
     const Quotient<V> q = quotient<F, true>(u0, r * w);
     const V d_d = r * g0 + g1;
     d_r += w * q.q * g0 + d_d * w * w * q.q_k;
     const V d_u0 = F::prime(u0) * g0 + d_d * w * q.q_b, d_w = d_d * (q.q + r * w * q.q_k);
-    for (int k = 0; k < c; ++k) d_z[k] += (k < zero ? d_u0 : d_w) * a[k];
+    IST_ROLLED for (int k = 0; k < c; ++k) d_z[k] += (k < zero ? d_u0 : d_w) * a[k];
   }
 }
 
@@ -303,10 +305,11 @@ IST_INLINE void channel_forward(const PlanView<Real<R>>& p, const LayerView<Real
   const int c = p.c, rows = layer.n_samples - layer.n_pairs;
   if (e.near) return near_forward<F>(layer, c, p.order_zero, e.radius, z, y);
   clear_unused(p, layer.out_even, layer.out_odd, y);
-  row_blocks(0, layer.n_pairs, [&](auto n, int row) {
+  using V = typename Lane<R>::V;
+  row_blocks<V>(0, layer.n_pairs, [&](auto n, int row) {
     pairs_forward<F, decltype(n)::value>(layer, row, c, p.n_even, z, y, slopes ? slopes + 2 * row : nullptr);
   });
-  row_blocks(layer.n_pairs, rows, [&](auto n, int row) {
+  row_blocks<V>(layer.n_pairs, rows, [&](auto n, int row) {
     singles_forward<F, decltype(n)::value>(layer, row, c, z, y, slopes ? slopes + layer.n_pairs + row : nullptr);
   });
 }
@@ -325,6 +328,7 @@ template <typename F, typename R>
 IST_LANES void activation_backward(const PlanView<Real<R>>& p, const LayerView<Real<R>>& layer, Edges<R>& e,
                                    const typename Lane<R>::V* z, const typename Lane<R>::V* d_y,
                                    const typename Lane<R>::V* slopes, typename Lane<R>::V* d_z) {
+  using V = typename Lane<R>::V;
   const int c = p.c, rows = layer.n_samples - layer.n_pairs;
   for (int w = 0; w < layer.out; w += c, z += c, d_y += c, d_z += c, slopes += layer.n_samples) {
     if (e.near) {
@@ -332,10 +336,10 @@ IST_LANES void activation_backward(const PlanView<Real<R>>& p, const LayerView<R
       continue;
     }
     clear_unused(p, layer.in_even, layer.in_odd, d_z);
-    row_blocks(0, layer.n_pairs, [&](auto n, int row) {
+    row_blocks<V>(0, layer.n_pairs, [&](auto n, int row) {
       pairs_backward<decltype(n)::value>(layer, row, c, p.n_even, slopes + 2 * row, d_y, d_z);
     });
-    row_blocks(layer.n_pairs, rows, [&](auto n, int row) {
+    row_blocks<V>(layer.n_pairs, rows, [&](auto n, int row) {
       singles_backward<decltype(n)::value>(layer, row, c, slopes + layer.n_pairs + row, d_y, d_z);
     });
   }

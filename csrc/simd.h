@@ -23,11 +23,15 @@
 #define IST_ROW_BYTES 16
 #endif
 #define IST_INLINE inline __attribute__((always_inline))
+#define IST_ROLLED    // loops that GPU kernels have no registers to unroll,
+#define IST_UNROLLED  // and such over arrays that have to be in registers there
 #define IST_LANES  // functions of lanes that the compiler may leave apart; gpu/lane.h needs more words
 
 namespace implicit_steer::IST_ISA {
 
 constexpr bool kOneLane = false;  // of a type that is a plain number
+template <typename V>
+constexpr int kRowBlock = 5;  // rows of samples at a time (edge_mlp.h)
 
 // V: L edges. Q: QL neighbouring channels of one edge or node.
 template <typename R>

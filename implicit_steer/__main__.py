@@ -6,7 +6,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 
-from . import figure_groups, figures, info, md
+from . import figure_groups, figure_qm9, figures, info, md
 from .train import TASKS
 
 
@@ -21,7 +21,13 @@ def parser() -> argparse.ArgumentParser:
         task.add_arguments(command)
         command.set_defaults(run=task.main)
     figure = commands.add_parser("figure", help="an experiment of the paper: a grid of runs, and its picture or table")
-    experiments = figure.add_subparsers(dest="experiment", required=True, metavar="{nbody,groups}")
+    experiments = figure.add_subparsers(dest="experiment", required=True, metavar="{qm9,nbody,groups}")
+    qm9 = experiments.add_parser(
+        "qm9",
+        help="molecules without and with attributes of their bonds",
+        description="Train on QM9 with three choices of edge attributes; draw the errors, print a table.",
+    )
+    figure_qm9.add_arguments(qm9)
     nbody = experiments.add_parser(
         "nbody",
         help="rotations about z against O(3)",

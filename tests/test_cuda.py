@@ -13,8 +13,8 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from implicit_steer import backends, native
-from implicit_steer.backends import cuda
+from implicit_steer import _kept, backends, native
+from implicit_steer.backends import cuda, gpu_cost
 from implicit_steer.backends.gpu_cost import instructions_per_edge
 from implicit_steer.cases import SMALL, Case
 
@@ -96,7 +96,30 @@ def test_auto_takes_the_one_with_fewer_instructions(both, plan, expected):
     chosen, reason = backends.select("auto", plan, GPU, torch.float32)
     assert chosen is backends.BACKENDS[expected]
     assert predicted[expected] == min(predicted.values())
-    assert f"{expected}: supported; predicted {predicted[expected]:,.0f} warp instructions per edge" in reason
+    assert f"{expected}: supported; predicted {predicted[expected]:,.1f} warp instructions per edge" in reason
+
+
+def test_auto_goes_by_what_was_measured(both, monkeypatch, tmp_path):
+    monkeypatch.setenv("IMPLICIT_STEER_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    plan = layer(SMALL["o3"]).implicit_kernel.plan
+    predicted, edges = instructions_per_edge(plan), 1000
+    assert backends.select("auto", plan, GPU, torch.float32)[0] is cuda
+
+    def times(of_cuda):
+        """Nanoseconds per edge: of triton 3."""
+        return [(plan, edges, "triton", 3e-6), (plan, edges, "cuda", of_cuda * 1e-6), (plan, edges, "cpu", 1e-9)]
+
+    assert gpu_cost.keep_times("a GPU", times(5)[:1]) == {}
+    factors = gpu_cost.keep_times("a GPU", [*times(5), *times(5), *times(0.1)])  # one outlier
+    assert factors == pytest.approx({"triton": 3e-9 / predicted["triton"], "cuda": 5e-9 / predicted["cuda"]})
+    _kept.forget()  # as in another process
+    chosen, reason = backends.select("auto", plan, GPU, torch.float32)
+    assert chosen is backends.triton
+    assert reason == "triton: supported; predicted 3.0 ns per edge, cuda 5.0, by what was measured on a GPU"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another GPU")
+    assert backends.select("auto", plan, GPU, torch.float32)[0] is cuda
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])

@@ -12,6 +12,7 @@ from escnn import gspaces
 from escnn.nn import IIDBatchNorm1d, QuotientFourierELU
 from helpers import relative
 
+from implicit_steer import figure_qm9, load
 from implicit_steer.__main__ import main
 from implicit_steer.data import QM9
 from implicit_steer.models import QM9Net
@@ -68,6 +69,35 @@ def test_loss_falls(run):
     assert 0 < result["test_mae"] < 1000
     assert result["unit"] == "meV"
     assert json.loads((out / "result.json").read_text()) == result
+
+
+@torch.no_grad()
+def test_saved_network_has_the_test_error(run, data):
+    """That of result.json, without escnn's modules."""
+    out, result = run
+    network = load(out / "model.safetensors")
+    assert not network.training
+    batch = data.test.__getitems__(range(len(data.test)))
+    predicted = result["mean"] + result["std"] * network(batch).double()
+    assert float((predicted - batch.y).abs().mean()) == pytest.approx(result["test_mae"], rel=1e-4)
+    assert result["parameters"] == sum(parameter.numel() for parameter in network.parameters())
+
+
+def test_figure_of_the_ablation(tmp_path, capsys, monkeypatch):
+    arguments = f"figure qm9 --edge-attr none bonds --limit 64 --epochs 2 --runs {tmp_path} --out {tmp_path}/qm9.png"
+    main(arguments.split())
+    printed = capsys.readouterr().out
+    for name in ("none", "bonds"):
+        result = json.loads((tmp_path / name / "result.json").read_text())
+        assert result["options"]["edge_attr"] == name
+        cells = f"{result['parameters']:,} | {result['test_mae']:.2f} meV | {result['val_mae']:.2f} meV"
+        assert f"| {name} | {cells} |" in printed
+    assert (tmp_path / "qm9.png").stat().st_size > 10_000
+    monkeypatch.setattr(figure_qm9, "train_qm9", None)  # what is there is read
+    main(arguments.split())
+    assert printed.endswith(capsys.readouterr().out)
+    with pytest.raises(ValueError, match="seed: expected 0 as in"):
+        main([*arguments.split(), "--seed", "1"])
 
 
 def test_same_seed_same_result(run, tmp_path, monkeypatch):

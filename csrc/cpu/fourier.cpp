@@ -35,7 +35,7 @@ struct Tile {
 template <typename F, typename R, typename V>
 void tile_forward(const FourierArgs<R>& a, const V* x, V* y) {
   const int d = static_cast<int>(a.d);
-  row_blocks(0, a.n_samples, [&](auto n, int s) {
+  row_blocks<V>(0, a.n_samples, [&](auto n, int s) {
     constexpr int N = decltype(n)::value;
     V u[N];
     products<N>(a.samples + s * d, d, 0, d, x, u);
@@ -48,7 +48,7 @@ void tile_forward(const FourierArgs<R>& a, const V* x, V* y) {
 template <typename F, typename R, typename V>
 void tile_backward(const FourierArgs<R>& a, const V* x, const V* d_y, V* d_x) {
   const int d = static_cast<int>(a.d);
-  row_blocks(0, a.n_samples, [&](auto n, int s) {
+  row_blocks<V>(0, a.n_samples, [&](auto n, int s) {
     constexpr int N = decltype(n)::value;
     V u[N], slopes[N], g[N];
     products<N>(a.samples + s * d, d, 0, d, x, u);

@@ -5,13 +5,13 @@
 
 namespace implicit_steer::IST_ISA {
 
-template <typename N>
-struct Backward : Reverse<N, true> {
+template <typename N, typename S>
+struct Backward : Reverse<N, true, S> {
   using R = Real<N>;
-  using Base = Reverse<N, true>;
+  using Base = Reverse<N, true, S>;
   using Base::a, Base::p, Base::weights, Base::e, Base::features, Base::f, Base::g, Base::t, Base::d_f, Base::d_g;
   using Base::d_t, Base::d_hidden, Base::lane, Base::lanes, Base::sub, Base::active, Base::edge;
-  using Base::need_geometry, Base::need_weights, Base::grad_weights;
+  using Base::by_coefficient, Base::need_geometry, Base::need_weights, Base::grad_weights;
   const int64_t n_sums;
   const Places& places;
   const bool need_hidden;
@@ -37,6 +37,7 @@ struct Backward : Reverse<N, true> {
         const N* const grad = mixed + q.out_at + q.slots[2 * slot + 1] * q.out_padded;
         for (int64_t x = lane; x < q.theta_size; x += 32) {
           N sum{};
+#pragma unroll 2
           for (int u = 0; u < q.n_out; ++u) sum += weight[u * q.theta_size + x] * grad[u];
           d_sums[q.at_sums + slot * q.theta_size + x] = sum;
         }
@@ -57,6 +58,7 @@ struct Backward : Reverse<N, true> {
         for (int u = 0; u < q.n_out; ++u)
           for (int64_t x = lane; x < q.theta_size; x += 32) {
             N sum{};
+#pragma unroll 1
             for (int s = slot; s < end; ++s)
               sum += sums[q.at_sums + s * q.theta_size + x] * mixed[q.out_at + q.slots[2 * s + 1] * q.out_padded + u];
             out[u * q.theta_size + x] += result(sum);
@@ -73,6 +75,12 @@ struct Backward : Reverse<N, true> {
     this->for_blocks([&](const CouplingView& q, int first_slot, int n_slots, const int32_t* row, int at) {
       const N* const of_slots = d_sums + q.at_sums + first_slot * q.theta_size;
       __syncwarp();  // T is complete here, as finish() wants it; and rows can share hidden features
+      if constexpr (S::hot)
+        if (this->hot_coupling(q)) {
+          of_products_hot(q, of_slots, n_slots, this->hot_row(row), at, l0, l1);
+          if (need_hidden) of_row_hot(q, of_slots, n_slots, this->hot_row(row), at, l0, l1);
+          return;
+        }
       for (int s = 0; s < n_slots; ++s) of_products(q, of_slots + s * q.theta_size, row, at + s * q.in_padded, l0, l1);
       if (need_hidden && !q.constant) of_row(q, of_slots, n_slots, row, at, l0, l1);
     });
@@ -87,10 +95,30 @@ struct Backward : Reverse<N, true> {
       for (int v = lane & (width - 1); v < q.in_padded; v += width) {
         N sum{};
         if (q.constant && v < q.n_in) sum = of_slot[v];
+#pragma unroll 2
         for (int w = 0; w < q.n_hidden && v < q.n_in && !q.constant; ++w)
           sum += of_slot[v * q.hidden_padded + w] * h[row[w]];
         this->of_edge(d_t, l)[at + v] = sum;
       }
+    }
+  }
+
+  // As above for a block of T's slots, two products at a time.
+  __device__ __forceinline__ void of_products_hot(const CouplingView& q, const N* of_slots, int n_slots, int row, int at,
+                                                  int l0, int l1) {
+    const int per_slot = q.in_padded / 2, per_edge = n_slots * per_slot;
+    for (int x = lane; x < (l1 - l0) * per_edge; x += 32) {
+      const int l = l0 + x / per_edge, s = x % per_edge / per_slot, v = x % per_slot * 2;
+      const N *const h = this->of_edge(by_coefficient + row, l), *const of_slot = of_slots + s * q.theta_size;
+      Neighbours<N, 2> sum{};
+#pragma unroll
+      for (int w = 0; w < S::width; w += 4) {
+        const auto four = neighbours<4>(h + w);
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          if (v + i < q.n_in) sum.at[i] += dot(four, neighbours<4>(of_slot + (v + i) * S::width + w));
+      }
+      neighbours<2>(this->of_edge(d_t + at + s * q.in_padded + v, l)) = sum;
     }
   }
 
@@ -104,10 +132,30 @@ struct Backward : Reverse<N, true> {
         for (int s = 0; s < n_slots; ++s) {
           const N *const of_slot = of_slots + s * q.theta_size + w,
                          *product = this->of_edge(t + at, l) + s * q.in_padded;
+#pragma unroll 2
           for (int v = 0; v < q.n_in; ++v) sum += of_slot[v * q.hidden_padded] * product[v];
         }
         this->of_edge(d_hidden, l)[row[w]] += sum;
       }
+    }
+  }
+
+  // As above, four channels at a time. Lanes whose numbers differ in the highest bits divide the inputs among them.
+  __device__ __forceinline__ void of_row_hot(const CouplingView& q, const N* of_slots, int n_slots, int row, int at, int l0,
+                                             int l1) {
+    constexpr int quads = S::width / 4;
+    const int w = lane % quads * 4, l = lane / quads % this->tile, owners = quads * this->tile, part = lane / owners;
+    const bool inside = l0 <= l && l < l1;
+    Neighbours<N, 4> sum{};
+    for (int x = part; x < n_slots * q.in_padded && inside; x += 32 / owners) {
+      const int s = x / q.in_padded, v = x % q.in_padded;
+      if (v < q.n_in)
+        add_multiple(sum, *this->of_edge(t + at + x, l), neighbours<4>(of_slots + s * q.theta_size + v * S::width + w));
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      sum.at[k] = sum_lanes(sum.at[k], owners, 32);
+      if (inside && part == 0) this->of_edge(d_hidden + row / S::width + (w + k) * S::c, l)[0] += sum.at[k];
     }
   }
 
@@ -119,20 +167,25 @@ struct Backward : Reverse<N, true> {
 
   // d_f[i, v] = Σ d_t[v] G_i, d_G_i = Σ_v d_t[v] f[i, v]; G with the radial factor
   __device__ __forceinline__ void products_backward() {
-    for (int n = 0; n < p.n_adjoint && a.grad_edge; ++n) {
+    for (int n = sub / 2; n < p.n_adjoint && a.grad_edge; n += lanes / 2) {
       const int32_t* row = p.adjoint + 4 * n;
-      for (int v = sub; v < row[1]; v += lanes) {
-        N sum{};
-        for (int i = row[2]; i < row[3]; ++i) sum += d_t[p.adjoint_from[i] + v] * g[p.adjoint_g[i]];
-        d_f[row[0] + v] = sum;
+      const int at = row[0], size = row[1], begin = row[2], end = row[3];
+      for (int v = sub % 2 * kTogether<N>; v < size; v += 2 * kTogether<N>) {
+        Neighbours<N, kTogether<N>> sum{};
+#pragma unroll 1
+        for (int i = begin; i < end; ++i)
+          add_multiple(sum, g[p.adjoint_g[i]], neighbours<kTogether<N>>(d_t + p.adjoint_from[i] + v));
+        neighbours<kTogether<N>>(d_f + at + v) = sum;
       }
     }
-    for (int n = 0; n < p.n_products && need_hidden; ++n) {
+    for (int n = sub; n < p.n_products && need_hidden; n += lanes) {
       const int32_t* product = p.products + 4 * n;
-      for (int i = product[2] + sub; i < product[3]; i += lanes) {
-        const N *const d = d_t + product[0], *const in = f + p.g_from[i];
+      const int at = product[0], size = product[1], begin = product[2], end = product[3];
+      for (int i = begin; i < end; ++i) {
+        const N *const d = d_t + at, *const in = f + p.g_from[i];
         N sum{};
-        for (int v = 0; v < product[1]; ++v) sum += d[v] * in[v];
+#pragma unroll 1
+        for (int v = 0; v < size; v += kTogether<N>) sum += dot(neighbours<kTogether<N>>(d + v), neighbours<kTogether<N>>(in + v));
         d_g[i] = sum;
       }
     }
@@ -141,9 +194,9 @@ struct Backward : Reverse<N, true> {
   // The gradients of the factor and of the harmonics, by one lane.
   __device__ __forceinline__ void factors_backward() {
     e.d_factor = N{};
-    for (int m = 0; m < p.d; ++m) e.d_cosine[m] = e.d_sine[m] = N{};
-    for (int k = 0; k < p.n_g; ++k)
-      for (int n = p.g_first[k]; n < p.g_first[k + 1]; ++n) {
+    IST_ROLLED for (int m = 0; m < p.d; ++m) e.d_cosine[m] = e.d_sine[m] = N{};
+    IST_ROLLED for (int k = 0; k < p.n_g; ++k)
+      IST_ROLLED for (int n = p.g_first[k]; n < p.g_first[k + 1]; ++n) {
         const N d = d_g[k] * p.nz_value[n];
         e.d_factor += d * this->harmonic(n);
         if (p.nz_harmonic[n] >= 0) e.d_cosine[p.nz_harmonic[n]] += d * e.factor;
@@ -151,9 +204,9 @@ struct Backward : Reverse<N, true> {
   }
 
   __device__ __forceinline__ void store_features() {
-    for (int i = sub; i < p.in_size && active; i += lanes) {
+    IST_ROLLED for (int i = sub; i < p.in_size && active; i += lanes) {
       N sum{};  // stays 0 for inputs that no coupling reads
-      for (int k = places.first[i]; k < places.first[i + 1]; ++k) sum += d_f[places.at[k]];
+      IST_ROLLED for (int k = places.first[i]; k < places.first[i + 1]; ++k) sum += d_f[places.at[k]];
       a.grad_edge[edge * p.in_size + i] = result(sum);
     }
   }
@@ -170,9 +223,9 @@ struct Backward : Reverse<N, true> {
   }
 };
 
-template <typename N>
+template <typename N, typename S>
 __global__ void __launch_bounds__(kThreads, kResident<N>) conv_backward(const __grid_constant__ Call<Real<N>> call) {
-  Backward<N> warp(call);
+  Backward<N, S> warp(call);
   if (warp.number >= call.shape.warps) return;
   warp.clear_gradients();
   warp.walk(warp);

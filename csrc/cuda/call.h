@@ -13,9 +13,10 @@ constexpr int kThreads = 128;  // of a block, at most
 template <typename N>
 constexpr int kResident = sizeof(N) == 4 ? 3 : 2;
 
-// Which of an edge's arrays a kernel needs: those of neighbours' features, those of the reverse sweep.
+// Which of an edge's arrays a kernel needs: those of neighbours' features, those of the reverse sweep, those of hot
+// layers (hot.cuh).
 struct Needs {
-  bool features, backward;
+  bool features, backward, hot;
 };
 
 // Numbers of hidden coefficients of all layers and of the widest one; of one node's T.
@@ -28,10 +29,14 @@ struct Places {
   const int32_t *first, *at;
 };
 
+// Numbers that can be loaded four at a time start at whole multiples of it.
+IST_HOST_DEVICE constexpr int whole_quads(int n) { return (n + 3) / 4 * 4; }
+
 // Sizes are in numbers of the kernel's kind: float, double or dual.
 struct Shape {
+  int block_size;          // memory of a block in front of its warps'
   int lanes;               // that share an edge, a power of two
-  int edge_size;           // one edge's slice of the warp's memory, odd
+  int edge_size;           // one edge's slice of the warp's memory, an odd number of quads
   int warp_size;           // one warp's memory
   int warps;               // with edges
   int64_t edges_per_warp;  // whole tiles of 32 / lanes

@@ -24,17 +24,20 @@ struct EdgeKernel {
   Call<R> call;
   int warps_per_block;
 
-  // `rest`: numbers of a warp behind its edges; `most_warps`: more get no edges.
-  Failure prepare(const DevicePlan<R>& plan, const ConvArgs<R>& args, Needs needs, int64_t rest, int64_t most_warps) {
+  // Numbers of a block in front of its warps', `front`, and of a warp behind its edges, `rest`; warps beyond `most_warps`
+  // get no edges.
+  Failure prepare(const DevicePlan<R>& plan, const ConvArgs<R>& args, Needs needs, int64_t front, int64_t rest,
+                  int64_t most_warps) {
     call.args = args, call.args.plan = nullptr, call.plan = plan.view, call.extent = plan.extent,
     call.places = plan.places;
     Shape& shape = call.shape;
     shape = best_shape<N>(plan.view, plan.extent, needs, rest);
-    const int64_t warp_bytes = static_cast<int64_t>(sizeof(N)) * shape.warp_size;
+    shape.block_size = static_cast<int>(front);
+    const int64_t warp_bytes = static_cast<int64_t>(sizeof(N)) * shape.warp_size, front_bytes = block_bytes(0);
     const int64_t available = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    warps_per_block = static_cast<int>(std::min<int64_t>(kThreads / 32, (available - kBlockBytes) / warp_bytes));
+    warps_per_block = static_cast<int>(std::min<int64_t>(kThreads / 32, (available - front_bytes) / warp_bytes));
     if (warps_per_block == 0) return failure(name, cudaErrorInvalidConfiguration);
-    const int64_t bytes = kBlockBytes + warps_per_block * warp_bytes;
+    const int64_t bytes = block_bytes(warps_per_block);
     IST_TRY(failure(
         name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes))));
     int blocks = 0;
@@ -47,10 +50,13 @@ struct EdgeKernel {
     return {};
   }
 
+  int64_t block_bytes(int64_t warps) const {
+    return kBlockBytes + static_cast<int64_t>(sizeof(N)) * (call.shape.block_size + warps * call.shape.warp_size);
+  }
+
   Failure run(void* stream) const {
     const dim3 grid((call.shape.warps + warps_per_block - 1) / warps_per_block);
-    const int64_t bytes = kBlockBytes + static_cast<int64_t>(sizeof(N)) * call.shape.warp_size * warps_per_block;
-    return launch(name, kernel, grid, dim3(32 * warps_per_block), bytes, stream, call);
+    return launch(name, kernel, grid, dim3(32 * warps_per_block), block_bytes(warps_per_block), stream, call);
   }
 };
 
@@ -72,10 +78,38 @@ int64_t most_warps(const PlanView<R>& plan) {
 }
 constexpr int64_t kAnyWarps = int64_t{1} << 30;
 
+// run(sizes, numbers of a block in front of its warps'): those of the plan where its numbers are single floats.
+template <typename N, typename Run>
+Failure with_sizes(const DevicePlan<R>& plan, Run run) {
+  if constexpr (!std::is_same_v<N, float>) {
+    return run(AnySizes{}, 0);
+  } else {
+    const auto hot = [&](auto sizes) {
+      return run(sizes, HotLayers<decltype(sizes), R>::size(plan.host, plan.host.layers[0].n_pairs));
+    };
+    switch (plan.sizes) {
+      case Sizes::kAny:
+        return run(AnySizes{}, 0);
+      case Sizes::kElu4x8:
+        return hot(Hot<Elu, 4, 8>{});
+      case Sizes::kElu6x8:
+        return hot(Hot<Elu, 6, 8>{});
+      case Sizes::kSilu4x8:
+        return hot(Hot<Silu, 4, 8>{});
+      case Sizes::kSilu6x8:
+        return hot(Hot<Silu, 6, 8>{});
+    }
+    return {"with_sizes", "there is no kernel for these sizes"};
+  }
+}
+
 template <typename N>
 Failure forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream) {
-  EdgeKernel<N> edges{"conv_forward", conv_forward<N>, {}, 0};
-  IST_TRY(edges.prepare(plan, args, {true, false}, forward_rest(plan), kAnyWarps));
+  EdgeKernel<N> edges{};
+  IST_TRY(with_sizes<N>(plan, [&](auto sizes, int64_t front) {
+    edges.name = sizes.hot ? "conv_forward_hot" : "conv_forward", edges.kernel = conv_forward<N, decltype(sizes)>;
+    return edges.prepare(plan, args, {true, false, sizes.hot}, front, forward_rest(plan), kAnyWarps);
+  }));
   edges.call.partial = partial_results(args, edges.call.shape, 2 * plan.view.out_size);
   IST_TRY(edges.run(stream));
   return launch_threads("conv_forward_shared_nodes", conv_forward_shared_nodes<R>, args.n_dst * plan.view.out_size,
@@ -110,9 +144,9 @@ Failure finish(const DevicePlan<R>& plan, const ConvArgs<R>& a, const R* expansi
 // The kernel, then the sum over its warps' gradients of the weights: [n_weights], 0 in the second layout of θ.
 template <typename N>
 Failure run_backward(EdgeKernel<N>& edges, const DevicePlan<R>& plan, const ConvArgs<R>& args, Needs needs,
-                     int64_t rest, void* stream) {
+                     int64_t front, int64_t rest, void* stream) {
   const int64_t n_grad = args.grad_weights ? plan.view.n_grad : 0;
-  IST_TRY(edges.prepare(plan, args, needs, rest, args.grad_weights ? most_warps(plan.view) : kAnyWarps));
+  IST_TRY(edges.prepare(plan, args, needs, front, rest, args.grad_weights ? most_warps(plan.view) : kAnyWarps));
   edges.call.partial = partial_results(args, edges.call.shape, n_grad);
   IST_TRY(edges.run(stream));
   if (!args.grad_weights) return {};
@@ -122,22 +156,25 @@ Failure run_backward(EdgeKernel<N>& edges, const DevicePlan<R>& plan, const Conv
 
 template <typename N>
 Failure backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream) {
-  EdgeKernel<N> edges{"conv_backward", conv_backward<N>, {}, 0};
-  IST_TRY(run_backward(edges, plan, args, {true, true}, backward_rest(plan), stream));
+  EdgeKernel<N> edges{};
+  IST_TRY(with_sizes<N>(plan, [&](auto sizes, int64_t front) {
+    edges.name = sizes.hot ? "conv_backward_hot" : "conv_backward", edges.kernel = conv_backward<N, decltype(sizes)>;
+    return run_backward(edges, plan, args, {true, true, sizes.hot}, front, backward_rest(plan), stream);
+  }));
   return args.grad_x ? sum_features(plan, args, stream) : Failure{};
 }
 
 template <typename N>
 Failure hidden_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream) {
   EdgeKernel<N> points{"conv_hidden", conv_hidden<N>, {}, 0};
-  IST_TRY(points.prepare(plan, args, {false, false}, 0, kAnyWarps));
+  IST_TRY(points.prepare(plan, args, {false, false, false}, 0, 0, kAnyWarps));
   return points.run(stream);
 }
 
 template <typename N>
 Failure hidden_backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream) {
   EdgeKernel<N> points{"conv_hidden_backward", conv_hidden_backward<N>, {}, 0};
-  return run_backward(points, plan, args, {false, true}, 0, stream);
+  return run_backward(points, plan, args, {false, true, false}, 0, 0, stream);
 }
 
 Failure statistics(const DevicePlan<R>& plan, const ConvArgs<R>& args, const R* parameters, R* packed, R* statistics,
@@ -145,7 +182,7 @@ Failure statistics(const DevicePlan<R>& plan, const ConvArgs<R>& args, const R* 
   const PlanView<R>& view = plan.view;
   const int channels = plan.host.layers[0].out / view.c, size = channels * view.d;
   EdgeKernel<R> points{"conv_statistics", conv_statistics<R>, {}, 0};
-  IST_TRY(points.prepare(plan, args, {false, false}, statistics_rest(plan), kAnyWarps));
+  IST_TRY(points.prepare(plan, args, {false, false, false}, 0, statistics_rest(plan), kAnyWarps));
   const int64_t warps = points.call.shape.warps, doubles = 2 * size * (sizeof(double) / sizeof(R));
   double* const sums = reinterpret_cast<double*>(partial_results(args, points.call.shape, 2 * size, size + doubles));
   points.call.partial = reinterpret_cast<R*>(sums + 2 * size);
@@ -189,8 +226,8 @@ int64_t least_bytes(const DevicePlan<R>& plan, Needs needs, int64_t rest) {
 int64_t shared_bytes(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals) {
   DevicePlan<R> plan;
   if (!plan.read(ints, n_ints, reals, n_reals)) return -1;
-  const int64_t backward = least_bytes<Dual<R>>(plan, {true, true}, backward_rest(plan));
-  const int64_t statistics = least_bytes<R>(plan, {false, false}, statistics_rest(plan));
+  const int64_t backward = least_bytes<Dual<R>>(plan, {true, true, false}, backward_rest(plan));
+  const int64_t statistics = least_bytes<R>(plan, {false, false, false}, statistics_rest(plan));
   return std::max(backward, statistics);
 }
 

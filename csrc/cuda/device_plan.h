@@ -11,6 +11,51 @@
 
 namespace implicit_steer {
 
+// Which of the sizes that kernels are compiled for a plan has (hot.cuh): coefficients and channels of its hidden layers.
+enum class Sizes { kAny, kElu4x8, kElu6x8, kSilu4x8, kSilu6x8 };
+
+// Whether p's hidden layers are what HotLayers computes with: all of them alike, with samples in pairs and no others,
+// groups that have one coefficient of all channels each, as rows of couplings do.
+template <typename R>
+bool is_hot(const Plan<R>& p, int width) {
+  if (p.kind != kZonal || p.n_layers == 0 || p.n_even != (p.c + 1) / 2) return false;
+  const auto of_one_coefficient = [&](const int32_t* place, int first) {
+    for (int w = 0; w < width; ++w)
+      if (place[w] != first + w * p.c) return false;
+    return first < p.c;
+  };
+  const LayerView<R>& first = p.layers[0];
+  for (int n = 0; n < p.n_layers; ++n) {
+    const LayerView<R>& layer = p.layers[n];
+    const int64_t rows = int64_t{layer.n_pairs} * p.c;
+    if (layer.out != width * p.c || layer.n_samples != 2 * layer.n_pairs || layer.n_pairs != first.n_pairs ||
+        !std::equal(layer.pair_samples, layer.pair_samples + rows, first.pair_samples) ||
+        !std::equal(layer.pair_inverse, layer.pair_inverse + rows, first.pair_inverse))
+      return false;
+    if (n == 0) continue;
+    if (layer.n_groups != p.c) return false;
+    const int32_t* group = layer.groups;
+    for (int k = 0; k < p.c; ++k, group += 2 + 2 * width)
+      if (group[0] != width || group[1] != width || !of_one_coefficient(group + 2, group[2]) ||
+          !of_one_coefficient(group + 2 + width, group[2]))
+        return false;
+  }
+  for (int k = 0; k < p.n_rows; ++k) {
+    const int32_t* row = p.row + p.row_start[k];
+    if (p.row_start[k + 1] - p.row_start[k] == width && !of_one_coefficient(row, row[0])) return false;
+  }
+  return true;
+}
+
+template <typename R>
+Sizes sizes_of(const Plan<R>& p) {
+  constexpr int kWidth = 8;
+  if ((p.c != 4 && p.c != 6) || !is_hot(p, kWidth)) return Sizes::kAny;
+  if (p.function == kElu) return p.c == 4 ? Sizes::kElu4x8 : Sizes::kElu6x8;
+  if (p.function == kSilu) return p.c == 4 ? Sizes::kSilu4x8 : Sizes::kSilu6x8;
+  return Sizes::kAny;
+}
+
 template <typename R>
 struct DevicePlan {
   std::vector<int32_t> ints;
@@ -18,6 +63,7 @@ struct DevicePlan {
   Plan<R> host{};      // of these
   PlanView<R> view{};  // of their copies on the device
   Extent extent;
+  Sizes sizes;
   std::vector<int32_t> input_places;                            // of Places: first, then at
   Places places{};                                              // of their copy on the device
   int64_t reals_at, layers_at, couplings_at, places_at, bytes;  // of the copies, in one piece of memory
@@ -27,6 +73,7 @@ struct DevicePlan {
     ints.assign(ints_begin, ints_begin + n_ints), reals.assign(reals_begin, reals_begin + n_reals);
     if (!::implicit_steer::plan_view(host, ints.data(), n_ints, reals.data(), n_reals)) return false;
     place_couplings(host), list_places();
+    sizes = sizes_of(host);
     extent.all_layers = extent.widest = 0;
     for (int n = 0; n < host.n_layers; ++n) {
       extent.all_layers += host.layers[n].out;

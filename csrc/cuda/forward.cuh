@@ -5,10 +5,10 @@
 
 namespace implicit_steer::IST_ISA {
 
-template <typename N>
-struct Forward : Warp<N, true, false> {
+template <typename N, typename S>
+struct Forward : Warp<N, true, false, S> {
   using R = Real<N>;
-  using Base = Warp<N, true, false>;
+  using Base = Warp<N, true, false, S>;
   using Base::a, Base::p, Base::weights, Base::lane, Base::first, Base::last, Base::number;
   R* const partial;
   const int64_t n_sums;
@@ -65,9 +65,9 @@ struct Forward : Warp<N, true, false> {
   }
 };
 
-template <typename N>
+template <typename N, typename S>
 __global__ void __launch_bounds__(kThreads, kResident<N>) conv_forward(const __grid_constant__ Call<Real<N>> call) {
-  Forward<N> warp(call);
+  Forward<N, S> warp(call);
   if (warp.number < call.shape.warps) warp.walk(warp);
 }
 

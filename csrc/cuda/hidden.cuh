@@ -13,8 +13,8 @@ struct HiddenForward : Warp<N, false, false> {
   __device__ __forceinline__ void write() const {
     Real<N>* const out = a.out + edge * hidden_size(p);
     const int channels = p.hidden_flat / p.c;
-    for (int w = 0; w < channels; ++w)
-      for (int m = sub; m < p.d; m += lanes) {
+    IST_ROLLED for (int w = 0; w < channels; ++w)
+      IST_ROLLED for (int m = sub; m < p.d; m += lanes) {
         N h = this->features[w * p.c + p.coordinate[m]] * e.factor;
         if (p.kind == kZonal) h *= e.cosine[m];
         out[w * p.d + m] = result(h);
@@ -47,9 +47,9 @@ struct HiddenBackward : Reverse<N, false> {
   // A lane has whole channels.
   __device__ __forceinline__ void of_channels() {
     const int channels = p.hidden_flat / p.c;
-    for (int w = sub; w < channels; w += lanes) {
-      for (int k = w * p.c; k < (w + 1) * p.c; ++k) d_hidden[k] = N{};
-      for (int m = 0; m < p.d; ++m) {
+    IST_ROLLED for (int w = sub; w < channels; w += lanes) {
+      IST_ROLLED for (int k = w * p.c; k < (w + 1) * p.c; ++k) d_hidden[k] = N{};
+      IST_ROLLED for (int m = 0; m < p.d; ++m) {
         const int at = w * p.c + p.coordinate[m];
         N d = grad(w * p.d + m);
         if (p.kind == kZonal) d *= e.cosine[m];
@@ -61,9 +61,9 @@ struct HiddenBackward : Reverse<N, false> {
   }
 
   __device__ __forceinline__ void of_harmonics() {
-    for (int m = sub; m < p.d; m += lanes) {
+    IST_ROLLED for (int m = sub; m < p.d; m += lanes) {
       N sum{};
-      for (int w = 0; w < p.hidden_flat / p.c && p.kind == kZonal; ++w)
+      IST_ROLLED for (int w = 0; w < p.hidden_flat / p.c && p.kind == kZonal; ++w)
         sum += grad(w * p.d + m) * this->features[w * p.c + p.coordinate[m]];
       e.d_cosine[m] = sum * e.factor, e.d_sine[m] = N{};
     }

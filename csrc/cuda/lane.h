@@ -10,10 +10,20 @@
 
 #define IST_INLINE __host__ __device__ __forceinline__
 #define IST_LANES IST_INLINE
+#if defined(__CUDACC__)
+#define IST_ROLLED _Pragma("unroll 1")
+#define IST_UNROLLED _Pragma("unroll")
+#else
+#define IST_ROLLED
+#define IST_UNROLLED
+#endif
 
 namespace implicit_steer::IST_ISA {
 
 constexpr bool kOneLane = true;  // of a type that is a plain number
+// Rows of samples at a time (edge_mlp.h): as many as the registers hold.
+template <typename V>
+constexpr int kRowBlock = sizeof(V) <= 4 ? 4 : sizeof(V) <= 8 ? 2 : 1;
 
 template <typename R>
 struct Lane {

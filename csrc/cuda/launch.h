@@ -36,8 +36,9 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-// Warps should take no more than this, so that a multiprocessor holds about 16; fewer edges at a time, if need be.
-constexpr int64_t kWarpBytes = 12 * 1024;
+// Warps that a multiprocessor should hold: as many as the registers of kernels for float allow. Fewer edges at a time,
+// where their memory would not.
+constexpr int64_t kWarps = 12;
 
 // Of a warp whose edges are shared by `lanes` lanes each; `rest`: numbers behind the edges.
 template <typename N>
@@ -47,17 +48,17 @@ Shape shape_of(const PlanView<Real<N>>& plan, const Extent& extent, Needs needs,
   arrays.place(slice, plan, extent, needs);
   Shape shape{};
   shape.lanes = lanes;
-  shape.edge_size = static_cast<int>(slice.used) | 1;
-  constexpr int64_t kAlign = 16 / sizeof(float);
-  shape.warp_size = static_cast<int>((32 / lanes * shape.edge_size + rest + kAlign - 1) / kAlign * kAlign);
+  shape.edge_size = whole_quads(static_cast<int>(slice.used)) | 4;
+  shape.warp_size = whole_quads(whole_quads(32 / lanes * shape.edge_size) + static_cast<int>(rest));
   return shape;
 }
 
 template <typename N>
 Shape best_shape(const PlanView<Real<N>>& plan, const Extent& extent, Needs needs, int64_t rest) {
+  const int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / kWarps;
   for (int lanes = 4;; lanes *= 2) {
     const Shape shape = shape_of<N>(plan, extent, needs, rest, lanes);
-    if (lanes == 32 || static_cast<int64_t>(sizeof(N)) * shape.warp_size <= kWarpBytes) return shape;
+    if (lanes == 32 || static_cast<int64_t>(sizeof(N)) * shape.warp_size <= most) return shape;
   }
 }
 

@@ -6,10 +6,11 @@
 
 namespace implicit_steer::IST_ISA {
 
-template <typename N, bool kFeatures>
-struct Reverse : Warp<N, kFeatures, true> {
+template <typename N, bool kFeatures, typename S = AnySizes>
+struct Reverse : Warp<N, kFeatures, true, S> {
   using R = Real<N>;
-  using Base = Warp<N, kFeatures, true>;
+  using Base = Warp<N, kFeatures, true, S>;
+  using Function = typename S::Function;
   using Base::a, Base::p, Base::weights, Base::e, Base::z, Base::y, Base::normed, Base::d_z, Base::d_y, Base::d_hidden;
   using Base::lane, Base::lanes, Base::sub, Base::active, Base::edge, Base::edge_size, Base::n_edges, Base::shell;
   const int64_t all_layers;
@@ -33,6 +34,7 @@ struct Reverse : Warp<N, kFeatures, true> {
   __device__ __forceinline__ R sum_of_products(const N* x, const N* y) const {
     x = this->of_edge(x, 0), y = this->of_edge(y, 0);
     N sum{};
+#pragma unroll 2
     for (int l = 0; l < n_edges; ++l) sum += x[l * edge_size] * y[l * edge_size];
     return result(sum);
   }
@@ -56,9 +58,27 @@ struct Reverse : Warp<N, kFeatures, true> {
     }
   }
 
-  __device__ __forceinline__ void linear_gradients(const LayerView<R>& layer, const N* in) {
+  // A layer between hidden fields: a row by two columns at a time.
+  __device__ __forceinline__ void linear_gradients_hot(const LayerView<R>& layer, const N* in, R* w) {
+    constexpr int pairs = S::width / 2;
+    for (int n = 0; n < S::c; ++n, w += S::width * S::width) {
+      const int coefficient = this->block_layers.group_coefficient(layer.groups, n);
+      for (int x = lane; x < S::width * pairs; x += 32) {
+        const int row = x / pairs, column = x % pairs * 2;
+        const N *d = this->of_edge(d_z + row * S::c + coefficient, 0),
+                *y = this->of_edge(in + column * S::c + coefficient, 0);
+        N sum[2] = {};
+        for (int l = 0; l < n_edges; ++l, d += edge_size, y += edge_size) sum[0] += *d * y[0], sum[1] += *d * y[S::c];
+        w[row * S::width + column] += sum[0], w[row * S::width + column + 1] += sum[1];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void linear_gradients(int layer_number, const LayerView<R>& layer, const N* in) {
     R *w = grad_weights + layer.weight, *const bias = grad_weights + layer.bias;
     for (int k = lane; k < layer.out; k += 32) bias[k] += sum_of(d_z + k);
+    if constexpr (S::hot)
+      if (layer_number > 0) return linear_gradients_hot(layer, in, w);
     const int32_t* group = layer.groups;
     for (int n = 0; n < layer.n_groups; ++n) {
       const int n_rows = group[0], n_columns = group[1];
@@ -71,7 +91,12 @@ struct Reverse : Warp<N, kFeatures, true> {
   }
 
   // d_in = Wᵀ d_z
-  __device__ __forceinline__ void linear_inputs(const LayerView<R>& layer, N* d_in) {
+  __device__ __forceinline__ void linear_inputs(int layer_number, const LayerView<R>& layer, N* d_in) {
+    if constexpr (S::hot)
+      if (layer_number > 0) {
+        if (active) this->block_layers.linear_inputs(layer_number, d_z, d_in, this->own());
+        return;
+      }
     for (int k = sub; k < layer.in && active; k += lanes) d_in[k] = N{};
     const N* w = weights + layer.weight;
     const int32_t* group = layer.groups;
@@ -81,6 +106,7 @@ struct Reverse : Warp<N, kFeatures, true> {
       const int32_t *rows = group + 2, *columns = rows + n_rows;
       for (int i = sub; i < n_columns && active; i += lanes) {
         N sum = d_in[columns[i]];
+#pragma unroll 2
         for (int r = 0; r < n_rows; ++r) sum += d_z[rows[r]] * w[r * n_columns + i];
         d_in[columns[i]] = sum;
       }
@@ -92,19 +118,20 @@ struct Reverse : Warp<N, kFeatures, true> {
   // φ′ is computed again from the pre-activations: less than keeping it, for every sample of every channel.
   __device__ __forceinline__ void channel_backward(const LayerView<R>& layer, const N* z_w, const N* d_y_w, N* d_z_w) {
     const int c = p.c, rows = layer.n_samples - layer.n_pairs;
-    if (e.near) return near_backward<ChosenFunction>(layer, c, p.order_zero, e.radius, z_w, d_y_w, d_z_w, e.d_radius);
+    if (e.near) return near_backward<Function>(layer, c, p.order_zero, e.radius, z_w, d_y_w, d_z_w, e.d_radius);
+    if constexpr (S::hot) return this->block_layers.activation_backward(z_w, d_y_w, d_z_w);
     clear_unused(p, layer.in_even, layer.in_odd, d_z_w);
-    row_blocks(0, layer.n_pairs, [&](auto n, int row) {
+    row_blocks<N>(0, layer.n_pairs, [&](auto n, int row) {
       constexpr int kRows = decltype(n)::value;
       N x[2 * kRows], slopes[2 * kRows];
-      pair_values<ChosenFunction, kRows>(layer, row, c, p.n_even, z_w, x, slopes);
+      pair_values<Function, kRows>(layer, row, c, p.n_even, z_w, x, slopes);
       pairs_backward<kRows>(layer, row, c, p.n_even, slopes, d_y_w, d_z_w);
     });
-    row_blocks(layer.n_pairs, rows, [&](auto n, int row) {
+    row_blocks<N>(layer.n_pairs, rows, [&](auto n, int row) {
       constexpr int kRows = decltype(n)::value;
       N x[kRows], slopes[kRows];
       products<kRows>(layer.pair_samples + row * c, c, 0, c, z_w, x);
-      apply<ChosenFunction, kRows>(x, slopes);
+      apply<Function, kRows>(x, slopes);
       singles_backward<kRows>(layer, row, c, slopes, d_y_w, d_z_w);
     });
   }
@@ -129,8 +156,8 @@ struct Reverse : Warp<N, kFeatures, true> {
         }
       }
       __syncwarp();
-      if (need_weights) linear_gradients(layer, n > 0 ? normed_n - p.layers[n - 1].out : e.inputs);
-      if (n > 0 || need_inputs) linear_inputs(layer, n > 0 ? d_y : e.d_inputs);
+      if (need_weights) linear_gradients(n, layer, n > 0 ? normed_n - p.layers[n - 1].out : e.inputs);
+      if (n > 0 || need_inputs) linear_inputs(n, layer, n > 0 ? d_y : e.d_inputs);
     }
   }
 

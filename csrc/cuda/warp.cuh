@@ -3,12 +3,13 @@
 // A warp walks a contiguous range of edges in target order, a tile at a time. `lanes` neighbouring lanes share an edge:
 // they divide the rows of linear layers, the channels of activations and the fields of products among them, and one of
 // them, `sub` 0, computes the frame. So the memory of an edge is used by several lanes, and the tile's memory is small
-// enough for many warps. Every edge has a slice of shared memory of an odd number of words: lanes that read the same
-// place of different slices meet in no bank.
+// enough for many warps. Every edge has a slice of shared memory, an odd number of quads: lanes that read the same place
+// of eight different slices meet in no bank.
 #pragma once
 
 #include "../edge_mlp.h"
 #include "call.h"
+#include "hot.cuh"
 
 namespace implicit_steer::IST_ISA {
 
@@ -48,7 +49,17 @@ struct ChosenFunction {
     return y;
   }
 };
-constexpr int kBlockBytes = 16;  // of shared memory in front of the warps'
+constexpr int kBlockBytes = 16;  // of shared memory in front of the layers' and the warps'
+
+// What kernels are compiled for where the plan's sizes are none of those in hot.cuh.
+struct AnySizes {
+  using Function = ChosenFunction;
+  static constexpr bool hot = false;
+};
+template <typename S, typename R>
+struct Layers {};  // of a block's own there are none
+template <typename F, int kCoefficients, int kWidth, typename R>
+struct Layers<Hot<F, kCoefficients, kWidth>, R> : HotLayers<Hot<F, kCoefficients, kWidth>, R> {};
 
 template <typename T>
 __device__ __forceinline__ T from_lane(T x, int lane) {
@@ -86,6 +97,7 @@ struct Slice {
     pointer = base + used;
     used += n;
   }
+  IST_INLINE void begin_quads() { used = whole_quads(static_cast<int>(used)); }
 };
 
 // The arrays of one edge.
@@ -95,9 +107,10 @@ struct EdgeArrays {
   N *z, *y, *normed;  // pre-activations, activations, after the batch norm (or y); backward: of all layers, else of one
   N *d_z, *d_y;       // of one layer, the widest
   N *hidden, *d_hidden;  // [flat hidden size] in the couplings' coordinates; `hidden` for planar frames alone
-  N *f, *d_f;            // [n_gathered] neighbour features gathered by field type
-  N *g, *d_g;            // [n_g] G times the radial factor
+  N *f, *d_f;            // [n_gathered] neighbour features gathered by field type; whole quads, as t
   N *t, *d_t;            // [product_size]
+  N *by_coefficient;     // [c, W] the features of hot layers, a coefficient of all channels after the other
+  N *g, *d_g;            // [n_g] G times the radial factor
 
   IST_INLINE void place(Slice<N>& slice, const PlanView<Real<N>>& p, const Extent& extent, Needs needs) {
     e.place(slice, p, needs.backward);
@@ -112,20 +125,24 @@ struct EdgeArrays {
       if (p.kind == kPlanar) slice.take(d_hidden, p.hidden_flat);
     }
     if (!needs.features) return;
-    slice.take(f, p.n_gathered), slice.take(g, p.n_g), slice.take(t, p.product_size);
-    if (needs.backward) slice.take(d_f, p.n_gathered), slice.take(d_g, p.n_g), slice.take(d_t, p.product_size);
+    slice.begin_quads();
+    slice.take(f, p.n_gathered), slice.take(t, p.product_size), slice.take(by_coefficient, needs.hot ? p.hidden_flat : 0);
+    if (needs.backward) slice.take(d_f, p.n_gathered), slice.take(d_t, p.product_size), slice.take(d_g, p.n_g);
+    slice.take(g, p.n_g);
   }
 };
 
 // kFeatures: the edges have neighbours, else they are points in their given order.
-template <typename N, bool kFeatures, bool kBackward>
+template <typename N, bool kFeatures, bool kBackward, typename S = AnySizes>
 struct Warp : EdgeArrays<N> {
   using R = Real<N>;
   using Base = EdgeArrays<N>;
-  using Base::e, Base::z, Base::y, Base::normed, Base::hidden, Base::f, Base::g, Base::t;
+  using Function = typename S::Function;
+  using Base::e, Base::z, Base::y, Base::normed, Base::hidden, Base::f, Base::g, Base::t, Base::by_coefficient;
   const ConvArgs<R>& a;
   const PlanView<R>& p;
   const N* weights;  // packed
+  Layers<S, R> block_layers;
   N shell;
   N* rest;  // of the warp's memory, behind the edges
   const int lane, lanes, sub, slot, tile, edge_size;
@@ -148,13 +165,17 @@ struct Warp : EdgeArrays<N> {
         number((int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32),
         first(number * call.shape.edges_per_warp),
         last(first + call.shape.edges_per_warp < a.n_edges ? first + call.shape.edges_per_warp : a.n_edges) {
-    if (threadIdx.x == 0) ChosenFunction::number() = p.function;
-    __syncthreads();
     SHARED_MEMORY(unsigned char, memory);
-    N* const edges = reinterpret_cast<N*>(memory + kBlockBytes) + threadIdx.x / 32 * call.shape.warp_size;
+    N* const numbers = reinterpret_cast<N*>(memory + kBlockBytes);
+    if constexpr (S::hot)
+      block_layers.place(numbers, p), block_layers.copy(p, a.weights);
+    else if (threadIdx.x == 0)
+      ChosenFunction::number() = p.function;
+    __syncthreads();
+    N* const edges = numbers + call.shape.block_size + threadIdx.x / 32 * call.shape.warp_size;
     Slice<N> slice{edges + slot * edge_size};
-    this->place(slice, p, call.extent, Needs{kFeatures, kBackward});
-    rest = edges + tile * edge_size;
+    this->place(slice, p, call.extent, Needs{kFeatures, kBackward, S::hot});
+    rest = edges + whole_quads(tile * edge_size);
     shell = weights[p.shell];
     e.d_shell = N{};
   }
@@ -246,21 +267,27 @@ struct Warp : EdgeArrays<N> {
     return p.nz_harmonic[n] < 0 ? N{} + 1 : e.cosine[p.nz_harmonic[n]];
   }
 
-  // t[v] = Σ f[i, v] G_i
+  // t[v] = Σ f[i, v] G_i. Two lanes share a product.
   __device__ __forceinline__ void products() {
-    for (int n = 0; n < p.n_products; ++n) {
+    for (int n = sub / 2; n < p.n_products; n += lanes / 2) {
       const int32_t* product = p.products + 4 * n;
-      for (int v = sub; v < product[1]; v += lanes) {
-        N sum{};
-        for (int i = product[2]; i < product[3]; ++i) sum += f[p.g_from[i] + v] * g[i];
-        t[product[0] + v] = sum;
+      const int at = product[0], size = product[1], begin = product[2], end = product[3];
+      for (int v = sub % 2 * kTogether<N>; v < size; v += 2 * kTogether<N>) {
+        Neighbours<N, kTogether<N>> sum{};
+#pragma unroll 1
+        for (int i = begin; i < end; ++i) add_multiple(sum, g[i], neighbours<kTogether<N>>(f + p.g_from[i] + v));
+        neighbours<kTogether<N>>(t + at + v) = sum;
       }
     }
   }
 
   // ---- the MLP
 
-  __device__ __forceinline__ void linear(const LayerView<R>& layer, const N* in, N* out) {
+  __device__ __forceinline__ Share own() const { return {sub, lanes}; }
+
+  __device__ __forceinline__ void linear(int layer_number, const LayerView<R>& layer, const N* in, N* out) {
+    if constexpr (S::hot)
+      if (layer_number > 0) return block_layers.linear(layer_number, weights + layer.bias, in, out, own());
     const N *w = weights + layer.weight, *bias = weights + layer.bias;
     const int32_t* group = layer.groups;
     for (int n = 0; n < layer.n_groups; ++n) {
@@ -273,11 +300,20 @@ struct Warp : EdgeArrays<N> {
     }
   }
 
+  __device__ __forceinline__ void channel(const LayerView<R>& layer, const N* z_w, N* y_w) const {
+    if constexpr (!S::hot)
+      channel_forward<Function>(p, layer, e, z_w, y_w, static_cast<N*>(nullptr));
+    else if (e.near)
+      near_forward<Function>(layer, p.c, p.order_zero, e.radius, z_w, y_w);
+    else
+      block_layers.activation(z_w, y_w);
+  }
+
   __device__ __forceinline__ void activations(const LayerView<R>& layer, bool norm, const N* z_n, N* y_n, N* normed_n) {
     const int channels = layer.out / p.c;
     const N *scale = weights + layer.affine, *shift = scale + channels;
     for (int w = sub; w < channels; w += lanes) {
-      channel_forward<ChosenFunction>(p, layer, e, z_n + w * p.c, y_n + w * p.c, static_cast<N*>(nullptr));
+      channel(layer, z_n + w * p.c, y_n + w * p.c);
       if (norm) norm_channel<N>(p, scale[w], shift + w * p.n_trivial, y_n + w * p.c, normed_n + w * p.c);
     }
   }
@@ -288,7 +324,7 @@ struct Warp : EdgeArrays<N> {
     N *z_n = z, *y_n = y, *normed_n = normed;
     for (int n = 0; n <= last_layer; ++n) {
       const LayerView<R> layer = layer_view(n);
-      if (active) linear(layer, in, z_n);
+      if (active) linear(n, layer, in, z_n);
       __syncwarp();
       const bool norm = p.has_norms && (n < last_layer || norm_last);
       if (active) activations(layer, norm, z_n, y_n, normed_n);
@@ -303,6 +339,10 @@ struct Warp : EdgeArrays<N> {
   const N *features, *coefficients;
   __device__ __forceinline__ void hidden_features() {
     coefficients = features = p.n_layers ? layers(p.n_layers - 1, true) : e.inputs;
+    if constexpr (S::hot && kFeatures)
+      for (int w = sub; w < S::width && active; w += lanes)
+#pragma unroll
+        for (int k = 0; k < S::c; ++k) by_coefficient[k * S::width + w] = features[w * S::c + k];
     if (p.kind != kPlanar) return;
     for (int w = sub; w < p.channels && active; w += lanes)
       for (int m = 0; m < p.c; ++m) hidden[w * p.c + m] = turned(p, e, coefficients + w * p.c, m);
@@ -335,10 +375,47 @@ struct Warp : EdgeArrays<N> {
     }
   }
 
+  // Whether the coupling reads all channels of hot layers.
+  __device__ __forceinline__ static bool hot_coupling(const CouplingView& q) {
+    if constexpr (S::hot)
+      return !q.constant && q.n_hidden == S::width;
+    else
+      return false;
+  }
+  // The row's place in by_coefficient.
+  __device__ __forceinline__ static int hot_row(const int32_t* row) { return row[0] * S::width; }
+
+  // As below for a block of T's slots, four inputs by four channels of the row at a time.
+  __device__ __forceinline__ void accumulate_hot(N* of_slots, const CouplingView& q, int n_slots, int row, int at, int l0,
+                                                 int l1) const {
+    constexpr int quads = S::width / 4;
+    const int per_slot = q.in_padded / 4 * quads;
+    for (int x = lane; x < n_slots * per_slot; x += 32) {
+      const int s = x / per_slot, v = x % per_slot / quads * 4, w = x % quads * 4;
+      const N *product = of_edge(t + at + s * q.in_padded + v, l0), *h = of_edge(by_coefficient + row + w, l0);
+      Neighbours<N, 4> sum[4] = {};
+      for (int l = l0; l < l1; ++l, product += edge_size, h += edge_size) {
+        const auto four = neighbours<4>(product), features_here = neighbours<4>(h);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) add_multiple(sum[i], four.at[i], features_here);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (v + i < q.n_in) {
+          auto& entries = neighbours<4>(of_slots + s * q.theta_size + (v + i) * S::width + w);
+          add_multiple(sum[i], N{} + 1, entries);
+          entries = sum[i];
+        }
+    }
+  }
+
   // T += Σ t ⊗ h over the edges l0 .. l1-1 of the tile, all into one node. A lane owns the same entries of a coupling's
   // T at every call.
   __device__ __forceinline__ void accumulate(N* sums, int l0, int l1) const {
     for_blocks([&](const CouplingView& q, int first_slot, int n_slots, const int32_t* row, int at) {
+      if constexpr (S::hot)
+        if (hot_coupling(q))
+          return accumulate_hot(sums + q.at_sums + first_slot * q.theta_size, q, n_slots, hot_row(row), at, l0, l1);
       const int width = row_width(q.n_hidden), step = 32 / width;
       for (int s = 0; s < n_slots; ++s) {
         N* const of_slot = sums + q.at_sums + (first_slot + s) * q.theta_size;
@@ -347,6 +424,7 @@ struct Warp : EdgeArrays<N> {
             const N* product = of_edge(t + at + s * q.in_padded + v, l0);
             const N* h = of_edge(features + (q.constant ? 0 : row[w]), l0);
             N sum{};
+#pragma unroll 2
             for (int l = l0; l < l1; ++l, product += edge_size, h += edge_size)
               sum += q.constant ? *product : *product * *h;
             of_slot[v * q.hidden_padded + w] += sum;

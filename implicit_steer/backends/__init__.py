@@ -8,7 +8,7 @@ from .. import native
 from .._check import fail
 from ..plan import Plan
 from . import cpu, cuda, eager, reference, triton
-from .gpu_cost import instructions_per_edge
+from .gpu_cost import instructions_per_edge, nanoseconds_per_edge
 
 BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu, "cuda": cuda, "triton": triton}
 
@@ -38,10 +38,14 @@ def _by_preference(plan: Plan, device: torch.device) -> tuple[tuple[str, ...], s
     """The backends, the one to be preferred first, and on a GPU why."""
     if device.type != "cuda":
         return _PREFERENCE, ""
-    predicted = instructions_per_edge(plan)
-    first, second = sorted(predicted, key=predicted.get)
-    reason = f"; predicted {predicted[first]:,.0f} warp instructions per edge, {second} {predicted[second]:,.0f}"
-    return (first, second, *(name for name in _PREFERENCE if name not in predicted)), reason
+    name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else ""
+    if cost := nanoseconds_per_edge(plan, name):
+        what, where = "ns per edge", f", by what was measured on {name}"
+    else:
+        cost, what, where = instructions_per_edge(plan), "warp instructions per edge", ""
+    first, second = sorted(cost, key=cost.get)
+    reason = f"; predicted {cost[first]:,.1f} {what}, {second} {cost[second]:,.1f}{where}"
+    return (first, second, *(name for name in _PREFERENCE if name not in cost)), reason
 
 
 def select(name: str, plan: Plan, device: torch.device, dtype: torch.dtype):

@@ -1,4 +1,5 @@
-"""Which of the GPU backends "auto" takes: warp instructions per edge, counted in place of times that nobody measured.
+"""Which of the GPU backends "auto" takes: by warp instructions per edge, counted in place of times, and by what times
+were measured on the device.
 
 `cuda` multiplies only where a matrix is not 0, on the ordinary units, with both factors from shared memory: 4
 instructions per multiply-add and 16 per φ, of 32 lanes each. `triton` multiplies whole matrices on tensor cores, in
@@ -9,9 +10,14 @@ per multiply-add of the coupling.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
+from statistics import median
 
+from .._kept import keep, kept
 from ..plan import Plan
+
+_MEASURED = "gpu"  # name of what is kept
 
 _LANES, _NODE_DEGREE = 32, 16
 _CUDA_PRODUCT, _CUDA_FUNCTION = 4 / _LANES, 16 / _LANES
@@ -30,3 +36,23 @@ def instructions_per_edge(plan: Plan) -> dict[str, float]:
         "cuda": _CUDA_PRODUCT * (cost["mlp per edge"] + coupling + mixing) + _CUDA_FUNCTION * phi,
         "triton": _TRITON_PRODUCT * (dense + mixing) + _TRITON_FUNCTION * phi + _TRITON_COUPLING * coupling,
     }
+
+
+def keep_times(device: str, times: Iterable[tuple[Plan, int, str, float]]) -> dict[str, float]:
+    """Measured forward passes: plan, edges, backend, seconds. For each backend the median time of what the model counts
+    as one instruction is kept for the device of this name, and returned; nothing where one of the two is missing."""
+    found: dict[str, list[float]] = {}
+    for plan, edges, backend, seconds in times:
+        if backend in (predicted := instructions_per_edge(plan)):
+            found.setdefault(backend, []).append(seconds / (edges * predicted[backend]))
+    factors = {backend: median(of_backend) for backend, of_backend in found.items()}
+    if len(factors) == 2:
+        keep(_MEASURED, {device: factors})
+        return factors
+    return {}
+
+
+def nanoseconds_per_edge(plan: Plan, device: str) -> dict[str, float]:
+    """Backend → time per edge of a forward pass, from what was measured on the device of this name; else empty."""
+    predicted = instructions_per_edge(plan)
+    return {backend: 1e9 * factor * predicted[backend] for backend, factor in kept(_MEASURED).get(device, {}).items()}

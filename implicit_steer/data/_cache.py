@@ -12,15 +12,6 @@ import numpy as np
 from .._check import fail, require
 
 
-def cache_folder(cache: str | Path | None) -> Path:
-    """``cache``; else ``$IMPLICIT_STEER_CACHE``; else ``implicit_steer`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    if cache is not None:
-        return Path(cache)
-    if os.environ.get("IMPLICIT_STEER_CACHE"):
-        return Path(os.environ["IMPLICIT_STEER_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "implicit_steer"
-
-
 def save_chunk(path: Path, chunk: dict[str, np.ndarray]) -> None:
     """Write ``chunk``; ``path`` appears complete or not at all."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:

@@ -25,6 +25,7 @@ import torch
 
 from .._check import require
 from .._extras import load_extra
+from .._kept import cache_folder
 from ..structures import Structures
 from . import _cache
 
@@ -193,7 +194,7 @@ class ForceData:
             require(count >= 1, name, "a positive number of configurations", count)
         load_extra("ase")
         self.system, self.seed = system, seed
-        folder = _cache.cache_folder(cache) / _cache_name(system, seed)
+        folder = cache_folder(cache) / _cache_name(system, seed)
         wanted = {
             folder / f"{name}-{start:06d}.npz": np.arange(start, start + CHUNK)
             for name in SPLITS

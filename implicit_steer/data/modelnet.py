@@ -16,6 +16,7 @@ import torch
 
 from .._check import require
 from .._extras import load_extra
+from .._kept import cache_folder
 from . import _cache
 from ._mesh_formats import Mesh, sample_surface
 from ._mesh_sources import FurnitureFiles, OffFiles, digest
@@ -144,7 +145,7 @@ class ModelNet:
         source = find_source(root)
         self.name, self.classes = source.name, sorted({entry.label for entry in source.entries})
         self.split = split(source)
-        folder = _cache.cache_folder(cache) / f"{source.name}-v{CACHE_VERSION}-{digest(source)}"
+        folder = cache_folder(cache) / f"{source.name}-v{CACHE_VERSION}-{digest(source)}"
         _process(source, folder, progress)
         labels = np.array([self.classes.index(entry.label) for entry in source.entries], dtype=np.int64)
         self.train, self.val, self.test = (

@@ -23,6 +23,7 @@ import torch
 
 from .._check import require
 from .._extras import load_extra
+from .._kept import cache_folder
 from . import _cache
 
 log = logging.getLogger(__name__)
@@ -179,7 +180,7 @@ class NBody:
         sizes = {name: max(MIN_EVALUATION, round(share * size)) for name, size in SIZES.items()} | {
             "train": limit or most
         }
-        folder = _cache.cache_folder(cache) / f"nbody-{system}-v{CACHE_VERSION}-k{strength:g}-seed{seed}"
+        folder = cache_folder(cache) / f"nbody-{system}-v{CACHE_VERSION}-k{strength:g}-seed{seed}"
         wanted = {
             folder / f"{name}-{start:06d}.npz": np.arange(start, start + CHUNK)
             for name, size in sizes.items()

@@ -22,6 +22,7 @@ import torch
 
 from .._check import fail, require
 from .._extras import load_extra
+from .._kept import cache_folder
 from . import _cache
 from . import _qm9_files as files
 from ._qm9_files import ELEMENTS
@@ -172,7 +173,7 @@ class QM9:
         require(found or not tensor, "target", "one that the raw files have", repr(target), "Use the package qm9pack.")
         self.target, self.unit, self.limit = target, NUMBERS["alpha" if tensor else target].unit, limit
         self.split = split(source.count(), limit)
-        folder = _cache.cache_folder(cache) / _cache_name(source)
+        folder = cache_folder(cache) / _cache_name(source)
         chunks = _load_chunks(source, folder, self.split, progress)
         joined = {
             name: {key: np.concatenate([chunk[key] for chunk in chunks[name]]) for key in chunks[name][0]}

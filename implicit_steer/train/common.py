@@ -18,7 +18,8 @@ from .._check import fail, require
 from .._extras import load_extra
 from ..backends import NAMES as BACKEND_NAMES
 
-RESULTS = ("last.ckpt", "best.ckpt", "log.csv", "result.json", "potential.pt")  # of a run, in its folder
+# Of a run, in its folder.
+RESULTS = ("last.ckpt", "best.ckpt", "log.csv", "result.json", "potential.pt", "model.safetensors")
 SAMPLINGS = "auto, exact, exact-N, escnn or lebedev-N"
 
 

@@ -7,6 +7,8 @@ import logging
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from .. import processes
 from ..data.qm9 import EDGE_ATTRIBUTES, QM9, TARGETS, TENSOR
 from .common import Run, RunOptions, add_model_arguments, add_run_arguments, add_training_arguments
@@ -63,10 +65,11 @@ def train_qm9(options: QM9Options) -> dict[str, Any]:
     """Train the paper's network on QM9, test the best epoch, and write and return ``result.json``'s content.
 
     In ``options.out``: ``last.ckpt`` (the state after the last complete epoch, there from the first step on),
-    ``best.ckpt`` (the epoch of the lowest validation error), ``log.csv`` (a row per epoch), ``result.json``
-    (``test_mae``, ``val_mae`` in ``unit``, and the options). With ``resume`` the run continues after the last complete
-    epoch and gives what it would have given without the interruption. One seed and one number of threads give one
-    result, to the last digit, on a CPU.
+    ``best.ckpt`` (the epoch of the lowest validation error), ``log.csv`` (a row per epoch), ``model.safetensors`` (the
+    network of that epoch, for :func:`implicit_steer.load`, which needs no escnn), ``result.json`` (``test_mae``,
+    ``val_mae`` in ``unit``, the options, and ``mean`` and ``std``: what is predicted is ``mean + std * model(batch)``).
+    With ``resume`` the run continues after the last complete epoch and gives what it would have given without the
+    interruption. One seed and one number of threads give one result, to the last digit, on a CPU.
 
     Of the polarizability ``test_mae`` is the mean over the nine entries of the matrix, each matrix compared along those
     of its possible axes that fit best.
@@ -78,6 +81,7 @@ def train_qm9(options: QM9Options) -> dict[str, Any]:
     # Only now: these import the packages that the run has checked.
     from lightning.pytorch import seed_everything
 
+    from ..deploy import save
     from ..models import QM9Net
     from .lightning import AxesRegressor, Regressor, fit_and_test
 
@@ -88,14 +92,16 @@ def train_qm9(options: QM9Options) -> dict[str, Any]:
     model = QM9Net(edge_attr=options.edge_attr, tensors=options.channels if tensor else 0, **options.network())
     regressor = AxesRegressor if tensor else Regressor
     module = regressor(model, data.mean, data.std, options.lr, options.identity())
-    log.info(
-        "QM9 %s: %d training, %d validation, %d test molecules; %d parameters",
-        *(options.target, len(data.train), len(data.val), len(data.test)),
-        sum(parameter.numel() for parameter in module.parameters()),
-    )
-    metrics = fit_and_test(module, data, run)
+    parameters = sum(parameter.numel() for parameter in module.parameters())
     molecules = {"train": len(data.train), "val": len(data.val), "test": len(data.test)}
-    return run.finish({"target": options.target, "unit": data.unit, **metrics, "molecules": molecules})
+    text = "QM9 %s: %d training, %d validation, %d test molecules; %d parameters"
+    log.info(text, options.target, *molecules.values(), parameters)
+    metrics = fit_and_test(module, data, run)
+    if processes.rank() == 0:
+        save(module.model.eval(), run.out / "model.safetensors")
+    scale = {name: torch.as_tensor(getattr(data, name)).tolist() for name in ("mean", "std")}
+    task = {"target": options.target, "unit": data.unit, **scale, "molecules": molecules, "parameters": parameters}
+    return run.finish({**task, **metrics})
 
 
 def main(args: argparse.Namespace) -> None:

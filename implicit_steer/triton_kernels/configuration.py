@@ -8,17 +8,14 @@ file, which is read at the first launch; nothing is measured unasked."""
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from .._kept import keep, kept
 from .tables import Sizes, padded
 
 TILE = 16  # samples that layers.py makes at a time
@@ -48,6 +45,8 @@ _DOUBLE = {"frame": Choice(32, 4), "layers": Choice(16, 8), "contract": Choice(1
 _MOST_ON_TENSOR_CORES = 32  # coefficients of order >= 1; three TF32 products of wider layers spill
 CANDIDATES = tuple(Choice(e, w, s) for e in (16, 32, 64) for w in (2, 4, 8) for s in (1, 2))
 
+_TUNED = "triton"  # name of what is kept
+
 _override: dict[str, Choice] = {}
 
 
@@ -55,9 +54,8 @@ def choose(kernel: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) 
     """What :func:`tune` found for this device, else the table's."""
     if kernel in _override:
         return _override[kernel]
-    tuned = _tuned(os.environ.get("IMPLICIT_STEER_CACHE"))
-    if tuned and (found := tuned.get(_key(kernel, sizes, dtype, device))):
-        return found
+    if (tuned := kept(_TUNED)) and (found := tuned.get(_key(kernel, sizes, dtype, device))):
+        return Choice(*found)
     if dtype == torch.float64:
         return _DOUBLE[kernel.partition("_")[0]]
     width = padded(max(sizes.n_zero, sizes.n_rest))
@@ -72,24 +70,9 @@ def exact_product(sizes: Sizes) -> str:
 # ---- measuring
 
 
-def cache_file() -> Path:
-    """``IMPLICIT_STEER_CACHE``/triton.json, by default under ~/.cache/implicit_steer."""
-    folder = os.environ.get("IMPLICIT_STEER_CACHE") or Path.home() / ".cache" / "implicit_steer"
-    return Path(folder) / "triton.json"
-
-
 def _key(kernel: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"{name}; {dtype}; {kernel}; {sizes}"
-
-
-@lru_cache(maxsize=8)
-def _tuned(folder: str | None) -> dict[str, Choice]:
-    """What earlier calls of :func:`tune` wrote, by the variable that says where: every launch asks."""
-    path = cache_file()
-    if not path.exists():
-        return {}
-    return {key: Choice(*values) for key, values in json.loads(path.read_text()).items()}
 
 
 @contextmanager
@@ -124,14 +107,14 @@ def tune(
     candidates: tuple[Choice, ...] = CANDIDATES,
 ) -> dict[str, Choice]:
     """Measure ``run``, which calls a layer, with other choices for one kernel after the other; keep the fastest ones in
-    :func:`cache_file` and use them from now on. Candidates that do not fit the device are passed over.
+    the cache folder and use them from now on. Candidates that do not fit the device are passed over.
 
     Returns:
         kernel → choice.
     """
     from triton.runtime.errors import OutOfResources
 
-    found, path, tuned = {}, cache_file(), _tuned(os.environ.get("IMPLICIT_STEER_CACHE"))
+    found = {}
     for kernel in _TABLE:
         best, least = choose(kernel, sizes, dtype, device), measure(run, device)
         for candidate in candidates:
@@ -142,9 +125,6 @@ def tune(
                     continue
             if took < least:
                 best, least = candidate, took
-        found[kernel] = tuned[_key(kernel, sizes, dtype, device)] = best
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(f".{os.getpid()}")  # others may read meanwhile
-    scratch.write_text(json.dumps(tuned, indent=1) + "\n")
-    scratch.replace(path)
+        found[kernel] = best
+        keep(_TUNED, {_key(kernel, sizes, dtype, device): best})
     return found

@@ -5,6 +5,7 @@ import torch
 from helpers import assert_close, deviations, layer, outcome, relative
 from problems import small
 
+from implicit_steer import _kept
 from implicit_steer.triton_kernels import configuration, launch
 
 
@@ -99,7 +100,7 @@ def test_tuning_keeps_the_fastest(monkeypatch, tmp_path):
         found = configuration.tune(lambda: problem.run(conv), sizes, torch.float32, device, measure, candidates)
     assert set(found.values()) == {configuration.Choice(16, 2)}
     assert len(seen) == 3 * len(found)
-    configuration._tuned.cache_clear()  # as in another process
+    _kept.forget()  # as in another process
     assert configuration.choose("contract_forward", sizes, torch.float32, device) == configuration.Choice(16, 2)
     other = configuration.choose("contract_forward", sizes, torch.float64, device)
     assert other == configuration._DOUBLE["contract"]

@@ -137,11 +137,16 @@ int check_case(const std::string& name, const Case& file, bool trace, int seeds)
   int failures = 0;
   Largest largest;
   Results first, results;
+  simt::take_counts();
   for (int seed = 0; seed < seeds; ++seed) {
     failures += print(run_case<R>(name, file, trace, seed, largest, results));
     if (seed == 0) first = results;
     if (!native_test::same_bits(first, results)) failures += print({name + ": two schedules differ"});
   }
+  const auto launched = simt::take_counts();
+  const bool hot = sizeof(R) == 4 && (name == "cloud" || name.rfind("zonal-hot", 0) == 0);
+  for (const char* kernel : {"conv_forward_hot", "conv_backward_hot"})
+    if ((launched.count(kernel) > 0) != hot) failures += print({name + ": " + kernel + " ran, or did not"});
   std::printf("%s, %s: at most %.2g (%s); second derivatives %.2g (%s)\n", name.c_str(),
               sizeof(R) == 4 ? "float" : "double", largest.first, largest.first_where.c_str(), largest.second,
               largest.second_where.c_str());

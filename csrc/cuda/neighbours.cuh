@@ -1,0 +1,41 @@
+// Numbers that are loaded and stored several at a time.
+#pragma once
+
+#include "compat.cuh"
+#include "lane.h"
+
+namespace implicit_steer::IST_ISA {
+
+// N numbers that lie on a multiple of their size, at most 16 bytes.
+template <typename T, int N>
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Neighbours {
+  T at[N];
+};
+// So many of a row of channels are worked on together: as many as there are registers for.
+template <typename T>
+constexpr int kTogether = sizeof(T) > 8 ? 2 : 4;
+
+template <int N, typename T>
+__device__ __forceinline__ Neighbours<T, N>& neighbours(T* first) {
+  return *reinterpret_cast<Neighbours<T, N>*>(first);
+}
+template <int N, typename T>
+__device__ __forceinline__ const Neighbours<T, N>& neighbours(const T* first) {
+  return *reinterpret_cast<const Neighbours<T, N>*>(first);
+}
+
+// sum += factor · x, number by number
+template <typename T, int N>
+__device__ __forceinline__ void add_multiple(Neighbours<T, N>& sum, T factor, const Neighbours<T, N>& x) {
+#pragma unroll
+  for (int k = 0; k < N; ++k) sum.at[k] += factor * x.at[k];
+}
+template <typename T, int N>
+__device__ __forceinline__ T dot(const Neighbours<T, N>& x, const Neighbours<T, N>& y) {
+  T sum{};
+#pragma unroll
+  for (int k = 0; k < N; ++k) sum += x.at[k] * y.at[k];
+  return sum;
+}
+
+}  // namespace implicit_steer::IST_ISA

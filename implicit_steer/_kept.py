@@ -1,0 +1,44 @@
+"""The cache folder, and what was measured on a device once, kept in it and read from then on."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+
+def cache_folder(cache: str | Path | None) -> Path:
+    """``cache``; else ``$IMPLICIT_STEER_CACHE``; else ``implicit_steer`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if cache is not None:
+        return Path(cache)
+    if os.environ.get("IMPLICIT_STEER_CACHE"):
+        return Path(os.environ["IMPLICIT_STEER_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "implicit_steer"
+
+
+def kept(name: str) -> dict[str, Any]:
+    """What :func:`keep` has under this name. The file is read once: every launch of a kernel asks."""
+    return _read(name, os.environ.get("IMPLICIT_STEER_CACHE"))
+
+
+def keep(name: str, found: dict[str, Any]) -> None:
+    """Add to what is kept, here and in ``NAME.json`` of the cache folder."""
+    path, all_found = cache_folder(None) / f"{name}.json", kept(name)
+    all_found |= found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(f".{os.getpid()}")  # others may read meanwhile
+    scratch.write_text(json.dumps(all_found, indent=1) + "\n")
+    scratch.replace(path)
+
+
+def forget() -> None:
+    """Read the files again, as another process would."""
+    _read.cache_clear()
+
+
+@lru_cache(maxsize=16)
+def _read(name: str, folder: str | None) -> dict[str, Any]:
+    path = cache_folder(folder) / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
