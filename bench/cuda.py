@@ -31,6 +31,7 @@ _SHARED = {80: 164, 90: 228, 100: 228, 120: 100}  # KB of a multiprocessor; 1 KB
 EXCUSED = {
     ("sum_rows", "double"): "the sums of batch statistics are formed in double",
     ("norm_statistics", "double"): "variances from those sums",
+    ("norm_moments", "double"): "means and squared deviations from those sums",
 }
 _INTRODUCTION = """# What the CUDA kernels need
 
