@@ -33,7 +33,8 @@ _REGISTERS_SHORT = "second derivatives in double: 255 registers, the most that a
 EXCUSED = {
     ("sum_rows<float, double>", "double"): (99, "the sums of batch statistics are formed in double"),
     ("norm_statistics<float>", "double"): (999, "variances from those sums"),
-    ("conv_backward<Dual<double>, AnySizes>", "stack"): (96, _REGISTERS_SHORT),
+    ("norm_moments<float>", "double"): (999, "means and squared deviations from those sums"),
+    ("conv_backward<Dual<double>, AnySizes>", "stack"): (40, _REGISTERS_SHORT),
     ("conv_backward<Dual<double>, AnySizes>", "local"): (99, _REGISTERS_SHORT),
 }
 _INTRODUCTION = """# What the CUDA kernels need

@@ -1,180 +1,16 @@
 // The torch operators of conv_ops.cpp, layer_ops.cpp and ops.cpp for CUDA tensors, through torch's stable ABI. No CUDA:
-// the kernels are in libimplicit_steer_cuda.so beside this library, which the first call opens.
-//
-// The arrays of a plan and of its packing matrix are CPU tensors; their copies on a device are made at the first call
-// and kept for good, as the tensors are (backends/cpu.py).
+// the kernels are in a library of their own (cuda_device.h).
 
-#include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
-
-#include <array>
-#include <map>
-#include <memory>
-#include <mutex>
-#include <string>
+#include <algorithm>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
-#include "cuda/library.h"
-#include "op_arguments.h"
+#include "cuda_device.h"
 
 namespace {
 
 using namespace implicit_steer;
-using torch::stable::accelerator::DeviceGuard;
-
-constexpr const char* kLibrary = "libimplicit_steer_cuda.so";
-
-const CudaLibrary& open_library() {
-  Dl_info here;
-  STD_TORCH_CHECK(dladdr(reinterpret_cast<const void*>(&open_library), &here) != 0, "cuda: where is this library?");
-  std::string path(here.dli_fname);
-  path = path.substr(0, path.rfind('/') + 1) + kLibrary;
-  void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-  STD_TORCH_CHECK(handle, "backend 'cuda': its kernels could not be loaded: ", dlerror(),
-                  ". Reinstall implicit_steer where nvcc is found, with IMPLICIT_STEER_CUDA=require.");
-  using Entry = const CudaLibrary* (*)();
-  return *reinterpret_cast<Entry>(dlsym(handle, "implicit_steer_cuda_library"))();
-}
-
-const CudaLibrary& library() {
-  static const CudaLibrary& opened = open_library();
-  return opened;
-}
-
-template <typename R>
-const CudaTable<R>& kernels() {
-  if constexpr (std::is_same_v<R, float>)
-    return *library().f32;
-  else
-    return *library().f64;
-}
-
-void check(const Failure& failure) {
-  STD_TORCH_CHECK(!failure.reason, "CUDA kernel ", failure.what, ": ", failure.reason, ".");
-}
-
-// torch's current stream. Before torch 2.13 the stable ABI has no name for it; the C function below is as stable, but
-// in a library that a torch with CUDA has loaded already.
-void* current_stream(int32_t device) {
-  using Get = int32_t (*)(int32_t, void**);
-  static const Get get = [] {
-    void* handle = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return handle ? reinterpret_cast<Get>(dlsym(handle, "aoti_torch_get_current_cuda_stream")) : nullptr;
-  }();
-  void* stream = nullptr;
-  STD_TORCH_CHECK(get && get(device, &stream) == 0, "backend 'cuda': this torch, built without CUDA, has no stream.");
-  return stream;
-}
-
-// The device of a call's tensors, current until the end of the call, and its memory.
-class Context {
- public:
-  explicit Context(const Tensor& like)
-      : device(like.get_device_index()),
-        guard_(device),
-        stream(current_stream(device)),
-        like_(like),
-        before_(current_) {
-    current_ = this;
-  }
-  ~Context() { current_ = before_; }
-  Context(const Context&) = delete;
-
-  const int32_t device;
-
- private:
-  const DeviceGuard guard_;
-
- public:
-  void* const stream;
-
-  Tensor bytes(int64_t n) const { return torch::stable::new_empty(like_, {n}, ScalarType::Byte); }
-  // As ConvArgs.scratch: torch's allocator reuses the memory only behind this call's kernels in the stream.
-  static void* scratch(int64_t n) {
-    Tensor memory = current_->bytes(n);
-    return memory.mutable_data_ptr();
-  }
-
- private:
-  const Tensor& like_;
-  Context* const before_;
-  static thread_local Context* current_;
-};
-thread_local Context* Context::current_ = nullptr;
-
-// ---- what stays on the device
-
-template <typename R>
-struct HeldPlan {
-  Tensor ints, reals, memory;
-  std::unique_ptr<DevicePlan<R>, void (*)(DevicePlan<R>*)> plan;
-};
-
-// The plan on the context's device.
-template <typename R>
-const DevicePlan<R>& device_plan(const Context& context, const Tensor& ints, const Tensor& reals) {
-  static auto* const held =
-      new std::map<std::pair<const void*, int32_t>, HeldPlan<R>>;  // never freed: CUDA may be gone
-  static std::mutex mutex;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto key = std::make_pair(reals.const_data_ptr(), context.device);
-  if (const auto found = held->find(key); found != held->end()) return *found->second.plan;
-  implicit_steer::check(ints, "plan_ints", ScalarType::Int, ints.numel());
-  const auto numbers = std::make_tuple(data<int32_t>(ints), ints.numel(), data<R>(reals), reals.numel());
-  const int64_t bytes = std::apply(kernels<R>().plan_bytes, numbers);
-  STD_TORCH_CHECK(bytes >= 0, "plan_ints, plan_reals: not what backends/cpu_plan.py writes.");
-  Tensor memory = context.bytes(bytes);
-  DevicePlan<R>* plan = kernels<R>().plan_create(data<int32_t>(ints), ints.numel(), data<R>(reals), reals.numel(),
-                                                 memory.mutable_data_ptr(), context.stream);
-  STD_TORCH_CHECK(plan, "backend 'cuda': the plan could not be copied to device ", context.device, ".");
-  const auto [place, made] = held->emplace(key, HeldPlan<R>{ints, reals, memory, {plan, kernels<R>().plan_destroy}});
-  return *place->second.plan;
-}
-
-// A vector's copy on the context's device.
-template <typename T>
-Tensor to_device(const Context& context, const T* numbers, int64_t n) {
-  Tensor copy = context.bytes(std::max<int64_t>(n, 1) * sizeof(T));
-  check(library().copy(copy.mutable_data_ptr(), numbers, n * sizeof(T), context.stream));
-  return copy;
-}
-
-template <typename R>
-struct HeldMatrix {
-  Tensor value;  // the key's memory
-  std::array<Tensor, 6> arrays;
-  SparseMatrix<R> matrix, transposed;
-};
-
-// The packing matrix, and the transpose of its first n_grad rows.
-template <typename R>
-const HeldMatrix<R>& device_matrix(const Context& context, const PlanView<R>& plan, const Tensor& rowptr,
-                                   const Tensor& column, const Tensor& value) {
-  static auto* const held = new std::map<std::pair<const void*, int32_t>, HeldMatrix<R>>;
-  static std::mutex mutex;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto key = std::make_pair(value.const_data_ptr(), context.device);
-  if (const auto found = held->find(key); found != held->end()) return found->second;
-  const ScalarType real = sizeof(R) == 4 ? ScalarType::Float : ScalarType::Double;
-  implicit_steer::check(rowptr, "pack_rowptr", ScalarType::Int, int64_t{plan.n_weights} + 1);
-  implicit_steer::check(column, "pack_column", ScalarType::Int, column.numel());
-  implicit_steer::check(value, "pack_value", real, column.numel());
-  const SparseMatrix<R> host{plan.n_weights, data<int32_t>(rowptr), data<int32_t>(column), data<R>(value)};
-  const Transposed<R> t(host, plan.n_grad, plan.n_parameters);
-  const int64_t n = column.numel(), n_t = t.column.size();
-  HeldMatrix<R> made{value,
-                     {to_device(context, host.rowptr, plan.n_weights + 1), to_device(context, host.column, n),
-                      to_device(context, host.value, n), to_device(context, t.rowptr.data(), plan.n_parameters + 1),
-                      to_device(context, t.column.data(), n_t), to_device(context, t.value.data(), n_t)},
-                     {},
-                     {}};
-  const auto& a = made.arrays;
-  made.matrix = {plan.n_weights, data<int32_t>(a[0]), data<int32_t>(a[1]), data<R>(a[2])};
-  made.transposed = {plan.n_parameters, data<int32_t>(a[3]), data<int32_t>(a[4]), data<R>(a[5])};
-  return held->emplace(key, made).first->second;
-}
 
 // ---- arguments
 
@@ -190,7 +26,7 @@ struct Arguments {
 
   Arguments(const Tensor& ints, const Tensor& reals, const Tensor& delta, const Tensor& attr)
       : context(delta),
-        device_plan(::device_plan<R>(context, ints, reals)),
+        device_plan(implicit_steer::device_plan<R>(context, ints, reals)),
         plan(*kernels<R>().plan_view(&device_plan)),
         real(delta.scalar_type()) {
     args.n_edges = delta.size(0), args.scratch = Context::scratch;
@@ -410,6 +246,23 @@ std::tuple<Tensor, Tensor> conv_statistics(const Tensor& ints, const Tensor& rea
   return {statistics, packed};
 }
 
+Tensor conv_moments(const Tensor& ints, const Tensor& reals, const Tensor& weights, const Tensor& delta,
+                    const Tensor& attr, int64_t layer, int64_t size, int64_t) {
+  Tensor moments;
+  with_arguments(ints, reals, delta, attr, [&](auto& a, auto* tag) {
+    using R = std::remove_pointer_t<decltype(tag)>;
+    STD_TORCH_CHECK(a.plan.has_norms && layer >= 0 && layer < a.plan.n_layers,
+                    "layer: expected a batch norm's number.");
+    const int64_t expected = int64_t{a.plan.layers[layer].out / a.plan.c} * a.plan.d;
+    STD_TORCH_CHECK(size == expected, "size: expected ", expected, ", got ", size, ".");
+    a.weights(weights), a.args.layer = static_cast<int>(layer);
+    moments = torch::stable::new_zeros(delta, {2, size});
+    if (a.args.n_edges == 0) return;
+    check(kernels<R>().moments(a.device_plan, a.args, mutable_data<R>(moments), a.context.stream));
+  });
+  return moments;
+}
+
 Tensor conv_pack(const Tensor& ints, const Tensor& reals, const Tensor& rowptr, const Tensor& column,
                  const Tensor& value, const std::vector<Tensor>& parameters, const Tensor& statistics) {
   Tensor packed;
@@ -486,6 +339,7 @@ STABLE_TORCH_LIBRARY_IMPL(implicit_steer, CUDA, m) {
   m.impl("conv_hidden_backward", TORCH_BOX(&conv_hidden_backward));
   m.impl("conv_hidden_double_backward", TORCH_BOX(&conv_hidden_double_backward));
   m.impl("conv_statistics", TORCH_BOX(&conv_statistics));
+  m.impl("conv_moments", TORCH_BOX(&conv_moments));
   m.impl("conv_pack", TORCH_BOX(&conv_pack));
   m.impl("conv_pack_backward", TORCH_BOX(&conv_pack_backward));
   m.impl("sort_by_key", TORCH_BOX(&sort_by_key));

@@ -85,12 +85,9 @@ Tensor conv_moments(const Tensor& ints, const Tensor& reals, const Tensor& weigh
     std::fill(out, out + 2 * size, R{0});
     if (a.n_edges == 0) return;
     const Sums found = batch_sums(table<R>(isa), a, static_cast<int>(layer));
-    const double count = static_cast<double>(a.n_edges);
-    for (int k = 0; k < size; ++k) {
-      const int m = k % plan.d, own = k - m + (plan.kind == kZonal ? m : plan.coordinate[m]);  // in our order
-      out[k] = static_cast<R>(found.shift[own] + found.sums[own] / count);
-      out[size + k] = static_cast<R>(squared_deviations(found.sums.data(), static_cast<int>(size), own, count));
-    }
+    for (int k = 0; k < size; ++k)
+      coordinate_moments(plan, static_cast<int>(size), k, found.sums.data(), found.shift.data(),
+                         static_cast<double>(a.n_edges), out);
   });
   return moments;
 }

@@ -78,6 +78,16 @@ IST_HOST_DEVICE inline double squared_deviations(const double* sums, int size, i
   return found > 0 ? found : 0;
 }
 
+// Mean and sum of squared deviations, [2, size], of coordinate k of a batch norm's input in the order of its field,
+// from such sums over `count` edges, which are in the order of the plan's frame.
+template <typename R, typename Shift>
+IST_HOST_DEVICE void coordinate_moments(const PlanView<R>& plan, int size, int k, const double* sums,
+                                        const Shift* shift, double count, R* moments) {
+  const int m = k % plan.d, own = k - m + (plan.kind == kZonal ? m : plan.coordinate[m]);
+  moments[k] = static_cast<R>(shift[own] + sums[own] / count);
+  moments[size + k] = static_cast<R>(squared_deviations(sums, size, own, count));
+}
+
 // Mean and variance of channel w of a batch norm, from such sums [2, channels * d] over `count` edges; the variance is
 // unbiased, the mean over the field's coordinates.
 template <typename R, typename Shift>

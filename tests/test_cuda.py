@@ -4,14 +4,16 @@ tensors. The kernels themselves: `make test-gpu-emulated`."""
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
+import fake_cuda
 import pytest
 import torch
 from helpers import assert_close, layer, outcome
-from torch._subclasses import FakeTensor, FakeTensorMode
+from operators import operator_arguments
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from implicit_steer import _kept, backends, native
 from implicit_steer.backends import cuda, gpu_cost
@@ -190,38 +192,72 @@ class _Calls(TorchDispatchMode):
         return result
 
 
-def _kind(tree):
-    return tree_map(lambda t: (t.shape, t.dtype) if isinstance(t, torch.Tensor) else t, tree)
-
-
-@pytest.mark.parametrize("configuration", ["train", "eval"])
+@pytest.mark.parametrize("configuration", ["train", "pooled", "eval"])
 @pytest.mark.parametrize("name", ["o3", "so2-mixed", "c4"])
 def test_shapes_and_devices_of_operators(monkeypatch, name, configuration):
     """All that the backend calls up to second derivatives, on tensors that have no memory: the results are of the
     shapes that they have on the processor, but on the GPU. The plan's arrays stay CPU tensors."""
     monkeypatch.setattr(cuda, "supports", lambda plan, device, dtype: (True, ""))
-    conv = layer(SMALL[name], configuration)
+    conv = layer(SMALL[name], "eval" if configuration == "eval" else "train")
     conv.backend, problem = "cuda", SMALL[name].inputs(conv)
+    expected = {"conv_pack", "conv_forward", "conv_backward", "conv_double_backward", "conv_pack_backward"}
+    if configuration == "pooled":
+        conv.implicit_kernel.pool = lambda *own: own  # one process
+        expected.add("conv_moments")
     with _Calls() as calls:
         inputs = problem.requires_grad()
         (gradient,) = torch.autograd.grad(problem.run(conv).square().sum(), inputs[1], create_graph=True)
         gradient.square().sum().backward()
-    expected = {"conv_pack", "conv_forward", "conv_backward", "conv_double_backward", "conv_pack_backward"}
     assert {func._opname for func, _, _ in calls.seen} >= expected
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def stand_in(argument, value):
-        if argument.name.startswith(("plan_", "pack_")):
-            return value
-        on_gpu = torch.device("cuda", 0)
-        return tree_map(
-            lambda t: FakeTensor(mode, torch.empty_like(t, device="meta", requires_grad=False), on_gpu)
-            if isinstance(t, torch.Tensor) else t,
-            value,
-        )  # fmt: skip
-
     for func, arguments, result in calls.seen:
-        with mode, torch.no_grad():
-            found = func(*map(stand_in, func._schema.arguments, arguments))
-        assert _kind(found) == _kind(result), func
-        assert all(t.device.type == "cuda" for t in tree_leaves(found)), func
+        with FakeTensorMode() as mode, torch.no_grad():
+            found = func(*fake_cuda.fakes(mode, func, arguments))
+        assert fake_cuda.kinds(found) == fake_cuda.kinds(result, "cuda"), func
+
+
+def _operator(name):
+    return getattr(torch.ops.implicit_steer, name).default
+
+
+ON_CUDA = [name for name in operator_arguments() if fake_cuda.has_kernel(_operator(name), "CUDA")]
+
+
+def test_operators_with_cuda_kernels():
+    passes = {f"conv_{what}{passed}" for what in ("", "hidden_") for passed in ("backward", "double_backward")}
+    others = {"conv_forward", "conv_hidden", "conv_pack", "conv_pack_backward", "conv_statistics", "conv_moments"}
+    assert set(ON_CUDA) == passes | others | {"sort_by_key"}
+
+
+@pytest.mark.parametrize("name", ON_CUDA)
+def test_opcheck(name):
+    fake_cuda.check(_operator(name), operator_arguments()[name])
+
+
+_GOOD = {"fake": torch.empty_like, "gradient": lambda ctx, grad: 3 * grad}
+_FAULTS = {
+    "none": {},
+    "no fake kernel": {"fake": None},
+    "shape": {"fake": lambda x: x.new_empty(x.shape[0] + 1)},
+    "dtype": {"fake": lambda x: torch.empty_like(x, dtype=torch.float32)},
+    "device": {"fake": lambda x: torch.empty_like(x, device="cpu")},
+    "no derivative": {"gradient": None},
+    "device of the derivative": {"gradient": lambda ctx, grad: torch.full_like(grad, 3, device="cpu")},
+}
+
+
+@pytest.mark.filterwarnings("ignore:faulty..triple. an autograd kernel was not registered")
+@pytest.mark.parametrize("fault", _FAULTS)
+def test_opcheck_notices(fault):
+    """An operator 3 x with one fault."""
+    fake, gradient = (_GOOD | _FAULTS[fault]).values()
+    with torch.library._scoped_library("faulty", "FRAGMENT") as library:
+        library.define("triple(Tensor x) -> Tensor")
+        library.impl("triple", lambda x: 3 * x, "CPU")
+        if fake:
+            torch.library.register_fake("faulty::triple", fake, lib=library)
+        if gradient:
+            torch.library.register_autograd("faulty::triple", gradient, lib=library)
+        arguments = (torch.ones(5, dtype=torch.float64, requires_grad=True),)
+        expected = nullcontext() if fault == "none" else pytest.raises((AssertionError, RuntimeError))
+        with expected:
+            fake_cuda.check(torch.ops.faulty.triple.default, arguments)

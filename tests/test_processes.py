@@ -19,6 +19,7 @@ from escnn.nn import GeometricTensor
 from helpers import BACKENDS, layer, outcome, relative, with_edges
 
 from implicit_steer import processes
+from implicit_steer.backends import cuda
 from implicit_steer.cases import SMALL
 from implicit_steer.models import QM9Net
 from implicit_steer.moments import combined, moments
@@ -61,9 +62,11 @@ def test_moments(sizes):
 
 
 @pytest.mark.parametrize("shares", ["halves", "all and none"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cuda"])
 @pytest.mark.parametrize("name", ["o3", "so2-r3", "o3-vector-attr", "c4"])
-def test_layers_with_pooled_statistics(name, backend, shares):
+def test_layers_with_pooled_statistics(monkeypatch, name, backend, shares):
+    """Backend `cuda` on the native loops, which its operators run on CPU tensors."""
+    monkeypatch.setattr(cuda, "supports", lambda plan, device, dtype: (True, ""))
     case = SMALL[name]
     conv = layer(case, "train")
     problem = case.inputs(conv)

@@ -9,6 +9,7 @@ import torch
 from escnn.nn import GeometricTensor
 
 from bench import qm9_step
+from implicit_steer.backends import reference
 from implicit_steer.nn import IIDBatchNorm1d
 
 PAUSE = 20.0  # ms
@@ -52,7 +53,7 @@ def test_times_land_in_their_cells(monkeypatch):
 
 
 def test_prints_a_table(capsys):
-    assert qm9_step.main(["--repeats", "3", "--batch-size", "4", "--threads", str(torch.get_num_threads())]) == 0
+    assert qm9_step.main(["--steps", "3", "--batch-size", "4", "--threads", str(torch.get_num_threads())]) == 0
     printed = capsys.readouterr().out
     assert "4 molecules (made-up molecules; " in printed
     assert all(f"| {part}" in printed for part in qm9_step.PARTS.values())
@@ -69,3 +70,72 @@ def test_made_up_molecules_are_of_qm9s_size():
     pairs = {*zip(*molecule.edge_index.tolist(), strict=True)}
     assert pairs == {(j, i) for i, j in pairs}
     assert len({node for pair in pairs for node in pair}) == len(molecule.pos)
+
+
+# ---- against another backend
+
+AGAINST_REFERENCE = ["--against", "reference", "--steps", "2", "--batch-size", "4"]
+
+
+def test_blocks_take_turns():
+    calls = []
+    steps = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = qm9_step.by_turns(steps, 25)
+    sizes = [3] * 8 + [1]
+    assert "".join(calls) == "".join(n * "a" + n * "b" for n in sizes)
+    assert [[len(block) for block in blocks] for blocks in times.values()] == [sizes, sizes]
+
+
+def test_what_blocks_make_of_their_times(monkeypatch):
+    """Medians of all steps; of the blocks' ratios 10, 20, 30 the quartiles."""
+    blocks = {"auto": [[1e-3, 9e-3, 2e-3], [2e-3], [3e-3]], "reference": [[20e-3, 1.0, 0.0], [40e-3], [90e-3]]}
+    monkeypatch.setattr(qm9_step, "by_turns", lambda steps, count: blocks)
+    found = qm9_step.compare("reference", 5, batch_size=4)
+    assert found["ratio"] == pytest.approx([15, 20, 25])
+    assert [found["times"][name]["median_ms"] for name in blocks] == pytest.approx([2, 40])
+    printed = qm9_step.comparison_text(found)
+    assert "Ratio 20.0 (quartiles over blocks 15.0 to 25.0), 5 steps each." in printed
+    assert [line.split("|")[-2].strip() for line in printed.splitlines() if line.startswith(("| a", "| r"))] == [
+        "50",
+        "1000",
+    ]
+
+
+def test_the_other_backend_runs(monkeypatch):
+    """Nine convolutions in each of its steps."""
+    forward, calls = reference.forward, []
+    monkeypatch.setattr(reference, "forward", lambda *arguments: calls.append(1) or forward(*arguments))
+    qm9_step.compare("reference", 2, batch_size=4)
+    assert len(calls) == 9 * (1 + qm9_step.WARM_UP + 2)
+
+
+def test_both_have_the_same_batches(monkeypatch):
+    gather, asked = qm9_step.MoleculeSet.__getitems__, []
+    monkeypatch.setattr(
+        qm9_step.MoleculeSet, "__getitems__", lambda self, ids: asked.append(tuple(ids)) or gather(self, ids)
+    )
+    qm9_step.compare("eager", 2, batch_size=4)
+    assert len(asked) == 2 * (1 + qm9_step.WARM_UP + 2)
+    assert all(asked.count(ids) == 2 for ids in asked)
+
+
+def test_prints_times_of_an_epoch(capsys):
+    assert qm9_step.main([*AGAINST_REFERENCE, "--threads", str(torch.get_num_threads())]) == 0
+    printed = capsys.readouterr().out
+    assert "Gate: green" in printed
+    assert "epoch of 25,000 steps" in printed
+    assert all(f"| {name}" in printed for name in ("auto", "reference"))
+
+
+def test_different_gradients_are_not_timed(monkeypatch, capsys):
+    forward = reference.forward
+
+    def wrong(*arguments):
+        out, statistics = forward(*arguments)
+        return 1.01 * out, statistics
+
+    monkeypatch.setattr(reference, "forward", wrong)
+    assert qm9_step.main([*AGAINST_REFERENCE, "--threads", str(torch.get_num_threads())]) == 1
+    printed = capsys.readouterr().out
+    assert "RED" in printed
+    assert "Ratio" not in printed

@@ -177,25 +177,47 @@ Failure hidden_backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void
   return run_backward(points, plan, args, {false, true, false}, 0, 0, stream);
 }
 
+// Of one batch norm's input after another: sums, [2, size] in double, and what was subtracted, [size].
+struct NormSums {
+  EdgeKernel<R> points{"conv_statistics", conv_statistics<R>, {}, 0};
+  int channels = 0, size = 0;
+  double* sums = nullptr;
+  R* shift = nullptr;
+
+  Failure prepare(const DevicePlan<R>& plan, const ConvArgs<R>& args, const R* packed) {
+    channels = plan.host.layers[0].out / plan.view.c, size = channels * plan.view.d;
+    IST_TRY(points.prepare(plan, args, {false, false, false}, 0, statistics_rest(plan), kAnyWarps));
+    const int64_t warps = points.call.shape.warps, doubles = 2 * size * (sizeof(double) / sizeof(R));
+    sums = reinterpret_cast<double*>(partial_results(args, points.call.shape, 2 * size, size + doubles));
+    points.call.partial = reinterpret_cast<R*>(sums + 2 * size), shift = points.call.partial + 2 * size * warps;
+    points.call.args.weights = packed;
+    return {};
+  }
+  Failure run(int layer, void* stream) {
+    points.call.args.layer = layer;
+    IST_TRY(points.run(stream));
+    return sum_partial(points.call.partial, points.call.shape.warps, 2 * size, sums, 2 * size, stream);
+  }
+};
+
 Failure statistics(const DevicePlan<R>& plan, const ConvArgs<R>& args, const R* parameters, R* packed, R* statistics,
                    void* stream) {
-  const PlanView<R>& view = plan.view;
-  const int channels = plan.host.layers[0].out / view.c, size = channels * view.d;
-  EdgeKernel<R> points{"conv_statistics", conv_statistics<R>, {}, 0};
-  IST_TRY(points.prepare(plan, args, {false, false, false}, 0, statistics_rest(plan), kAnyWarps));
-  const int64_t warps = points.call.shape.warps, doubles = 2 * size * (sizeof(double) / sizeof(R));
-  double* const sums = reinterpret_cast<double*>(partial_results(args, points.call.shape, 2 * size, size + doubles));
-  points.call.partial = reinterpret_cast<R*>(sums + 2 * size);
-  points.call.args.weights = packed;
-  for (int n = 0; n < view.n_layers; ++n) {
-    points.call.args.layer = n;
-    IST_TRY(points.run(stream));
-    IST_TRY(sum_partial(points.call.partial, warps, 2 * size, sums, 2 * size, stream));
-    IST_TRY(launch_threads("norm_statistics", norm_statistics<R>, channels, stream, view, n, sums,
-                           points.call.partial + 2 * size * warps, static_cast<double>(args.n_edges), parameters,
-                           statistics, packed));
+  NormSums found;
+  IST_TRY(found.prepare(plan, args, packed));
+  for (int n = 0; n < plan.view.n_layers; ++n) {
+    IST_TRY(found.run(n, stream));
+    IST_TRY(launch_threads("norm_statistics", norm_statistics<R>, found.channels, stream, plan.view, n, found.sums,
+                           found.shift, static_cast<double>(args.n_edges), parameters, statistics, packed));
   }
   return {};
+}
+
+Failure moments(const DevicePlan<R>& plan, const ConvArgs<R>& args, R* moments, void* stream) {
+  NormSums found;
+  IST_TRY(found.prepare(plan, args, args.weights));
+  IST_TRY(found.run(args.layer, stream));
+  return launch_threads("norm_moments", norm_moments<R>, found.size, stream, plan.view, found.size, found.sums,
+                        found.shift, static_cast<double>(args.n_edges), moments);
 }
 
 Failure pack(const DevicePlan<R>& plan, const SparseMatrix<R>& matrix, const R* parameters, const R* statistics,
@@ -249,6 +271,7 @@ const CudaTable<R> IST_TABLE{plan_bytes<R>,
                              hidden_forward<Dual<R>>,
                              hidden_backward<Dual<R>>,
                              statistics,
+                             moments,
                              pack,
                              pack_backward,
                              pairs_of_weights};

@@ -47,6 +47,9 @@ struct CudaTable {
   // Statistics of all batch norms over args.n_edges edges; the packed weights get the norms' scales and shifts.
   Failure (*statistics)(const DevicePlan<R>&, const ConvArgs<R>&, const R* parameters, R* packed, R* statistics,
                         void* stream);
+  // Of the input of batch norm args.layer over args.n_edges > 0 edges: mean and sum of squared deviations of every
+  // coordinate, [2, W * d]. args.weights are at the statistics of the norms before it.
+  Failure (*moments)(const DevicePlan<R>&, const ConvArgs<R>&, R* moments, void* stream);
   // packed = matrix · parameters, and the norms' scales and shifts at these statistics
   Failure (*pack)(const DevicePlan<R>&, const SparseMatrix<R>&, const R* parameters, const R* statistics, R* packed,
                   void* stream);

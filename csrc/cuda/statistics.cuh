@@ -75,4 +75,12 @@ __global__ void norm_statistics(const __grid_constant__ PlanView<R> plan, int n,
   pack_channel(plan, n, w, parameters, statistics, packed);
 }
 
+// sums: [2, size] in double; moments: [2, size]
+template <typename R>
+__global__ void norm_moments(const __grid_constant__ PlanView<R> plan, int size, const double* sums, const R* shift,
+                             double count, R* moments) {
+  const int k = blockIdx.x * blockDim.x + threadIdx.x;
+  if (k < size) coordinate_moments(plan, size, k, sums, shift, count, moments);
+}
+
 }  // namespace implicit_steer::IST_ISA

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from .. import native
-from .._check import fail
 from ..graph import Graph
 from ..moments import Pool
 from ..packing import Parameters
@@ -94,11 +93,6 @@ class _Layer(cpu.Layer):
         """The batch norms' running statistics, and packed weights at them."""
         statistics = self.running()
         return statistics, self.pack(self.learned, statistics)
-
-    def _pooled(self, delta: Tensor, attributes: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
-        remedy = "Use backend='triton' or 'eager', or norm=None."
-        expected = "batch norms with statistics of one process"
-        fail("backend", expected, "'cuda' and statistics pooled over processes", remedy, RuntimeError)
 
 
 class _Convolution(cpu.Convolution):

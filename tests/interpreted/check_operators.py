@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import fake_cuda
 import interpreter
 import pytest
 import torch
@@ -60,8 +61,10 @@ def arguments_of(case, leaves=True):
 def test_opcheck(name):
     """torch.compile has no derivatives of gradients: of gradient operators those are not traced."""
     known = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    traced = known if "backward" not in name or "contract" in name else known[:3]
-    opcheck(getattr(torch.ops.implicit_steer, name), arguments_of(TINY)[name], test_utils=traced)
+    differentiated = "backward" not in name or "contract" in name
+    operator, arguments = getattr(torch.ops.implicit_steer, name).default, arguments_of(TINY)[name]
+    opcheck(operator, arguments, test_utils=known if differentiated else known[:3])
+    fake_cuda.check(operator, arguments, differentiated)
 
 
 @pytest.mark.parametrize("case", ["so2", "o3"])

@@ -163,7 +163,8 @@ Results run_all(const Case& file, Engine& engine) {
   return results;
 }
 
-// ‖actual − expected‖ / ‖expected‖; where nothing is expected but zeros, ‖actual‖.
+// ‖actual − expected‖ / ‖expected‖; where nothing is expected but zeros, ‖actual‖; with NaN infinite, so that the
+// largest of several deviations shows it.
 double deviation(const std::vector<double>& actual, const std::vector<double>& expected) {
   if (actual.size() != expected.size()) return std::numeric_limits<double>::infinity();
   double difference = 0, scale = 0;
@@ -171,7 +172,8 @@ double deviation(const std::vector<double>& actual, const std::vector<double>& e
     difference += (actual[k] - expected[k]) * (actual[k] - expected[k]);
     scale += expected[k] * expected[k];
   }
-  return std::sqrt(difference / (scale > 0 ? scale : 1));
+  const double found = std::sqrt(difference / (scale > 0 ? scale : 1));
+  return std::isnan(found) ? std::numeric_limits<double>::infinity() : found;
 }
 
 bool same_bits(const Results& a, const Results& b) {

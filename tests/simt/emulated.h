@@ -65,6 +65,16 @@ class Emulated {
     check(table<R>().statistics(*plan_, a, p.parameters.data(), p.packed.data(), p.statistics.data(), nullptr));
     results["statistics"] = widened(p.statistics);
   }
+  // Of the input of batch norm `layer`, [2, size], from the packed weights.
+  std::vector<R> moments(Problem<R>& p, int layer, int64_t size) {
+    ConvArgs<R> a = p.arguments();
+    a.layer = layer;
+    auto found = unwritten<R>(2 * size);
+    begin(), inputs(p, a);
+    reads(p.packed), writes(found);
+    check(table<R>().moments(*plan_, a, found.data(), nullptr));
+    return found;
+  }
   std::vector<R> unpack(Problem<R>& p, const std::vector<R>& grad_packed) {
     const Transposed<R> transposed(p.matrix, p.plan.n_grad, p.plan.n_parameters);
     const SparseMatrix<R> matrix{p.plan.n_parameters, transposed.rowptr.data(), transposed.column.data(),
