@@ -159,11 +159,10 @@ IST_LANES void zonal_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
   IST_ROLLED for (int j = 0; j < p.n_attr; ++j) e.d_rotated[j] = e.d_inputs[1 + j];
   IST_ROLLED for (int j = 0; j < p.used_monomials; ++j) e.d_monomial[j] = V{};
   if (!e.near) e.d_radius += e.d_inputs[0];
-  IST_ROLLED for (int m = 0; m < p.d && e.near; ++m)
-    if (p.degree[m] > 1) {
-      e.d_radius += e.d_cosine[m] * e.cosine[m] * e.inverse;
-      e.d_cosine[m] *= e.radius;
-    }
+  IST_ROLLED for (int m = 0; m < p.d && e.near; ++m) if (p.degree[m] > 1) {
+    e.d_radius += e.d_cosine[m] * e.cosine[m] * e.inverse;
+    e.d_cosine[m] *= e.radius;
+  }
   IST_ROLLED for (int j = 0; j < p.used_harmonics; ++j) {
     const int m = p.harmonic[2 * j], n = p.harmonic[2 * j + 1];
     const V g = e.d_cosine[m] * p.harmonic_value[j];
@@ -288,8 +287,8 @@ IST_LANES void planar_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
     e.d_rotated[other] -= sines[k] * sign * d_turned[m];
     reverse(k, d_turned[m] * e.rotated[m], d_turned[m] * e.rotated[other] * -sign);
   }
-  IST_ROLLED for (int k = 0; k < p.dim - 2; ++k)
-    IST_ROLLED for (int i = 0; i < p.dim; ++i) e.d_delta[i] += d_axis[k] * p.axis[i * (p.dim - 2) + k];
+  IST_ROLLED for (int k = 0; k < p.dim - 2; ++k) IST_ROLLED for (int i = 0; i < p.dim; ++i) e.d_delta[i] +=
+      d_axis[k] * p.axis[i * (p.dim - 2) + k];
   if (p.regular && !e.near) e.d_radius += e.d_inputs[0];
   if (!p.regular) {  // the second input's derivative: 0 off the axis, where the frame turns with x
     const V second = select(e.radius > 0, V{}, e.d_inputs[1]);
@@ -299,7 +298,8 @@ IST_LANES void planar_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
   // e.inverse is 0 where the direction is not that of x
   e.d_radius -= (d_unit[0] * e.unit[0] + d_unit[1] * e.unit[1]) * e.inverse;
   IST_UNROLLED for (int k = 0; k < 2; ++k) d_plane[k] += d_unit[k] * e.inverse + e.d_radius * e.plane[k] * e.inverse;
-  IST_ROLLED for (int i = 0; i < p.dim; ++i) e.d_delta[i] += d_plane[0] * p.plane[2 * i] + d_plane[1] * p.plane[2 * i + 1];
+  IST_ROLLED for (int i = 0; i < p.dim; ++i) e.d_delta[i] +=
+      d_plane[0] * p.plane[2 * i] + d_plane[1] * p.plane[2 * i + 1];
 }
 
 // ---- all frames
@@ -354,14 +354,13 @@ IST_LANES void expand_backward(const PlanView<Real<R>>& p, Edges<R>& e, const ty
   using V = typename Lane<R>::V;
   IST_ROLLED for (int m = 0; m < p.c; ++m) e.d_cosine[m] = e.d_sine[m] = V{};
   for (int k = 0; k < p.channels * p.c; ++k) d_y[k] = V{};
-  IST_ROLLED for (int w = 0; w < p.channels; ++w)
-    IST_ROLLED for (int m = 0; m < p.c; ++m) {
-      const int here = w * p.c + m, other = w * p.c + p.partner[m];
-      e.d_cosine[m] += d_h[here] * y[here];
-      e.d_sine[m] += d_h[here] * y[other];
-      d_y[here] += d_h[here] * e.cosine[m];
-      d_y[other] += d_h[here] * e.sine[m];
-    }
+  IST_ROLLED for (int w = 0; w < p.channels; ++w) IST_ROLLED for (int m = 0; m < p.c; ++m) {
+    const int here = w * p.c + m, other = w * p.c + p.partner[m];
+    e.d_cosine[m] += d_h[here] * y[here];
+    e.d_sine[m] += d_h[here] * y[other];
+    d_y[here] += d_h[here] * e.cosine[m];
+    d_y[other] += d_h[here] * e.sine[m];
+  }
 }
 
 }  // namespace implicit_steer::IST_ISA

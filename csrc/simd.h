@@ -25,7 +25,7 @@
 #define IST_INLINE inline __attribute__((always_inline))
 #define IST_ROLLED    // loops that GPU kernels have no registers to unroll,
 #define IST_UNROLLED  // and such over arrays that have to be in registers there
-#define IST_LANES  // functions of lanes that the compiler may leave apart; gpu/lane.h needs more words
+#define IST_LANES     // functions of lanes that the compiler may leave apart; gpu/lane.h needs more words
 
 namespace implicit_steer::IST_ISA {
 

@@ -10,8 +10,8 @@ struct Backward : Reverse<N, true, S> {
   using R = Real<N>;
   using Base = Reverse<N, true, S>;
   using Base::a, Base::p, Base::weights, Base::e, Base::features, Base::f, Base::g, Base::t, Base::d_f, Base::d_g;
-  using Base::d_t, Base::d_hidden, Base::lane, Base::lanes, Base::sub, Base::active, Base::edge;
   using Base::by_coefficient, Base::need_geometry, Base::need_weights, Base::grad_weights;
+  using Base::d_t, Base::d_hidden, Base::lane, Base::lanes, Base::sub, Base::active, Base::edge;
   const int64_t n_sums;
   const Places& places;
   const bool need_hidden;
@@ -104,8 +104,8 @@ struct Backward : Reverse<N, true, S> {
   }
 
   // As above for a block of T's slots, two products at a time.
-  __device__ __forceinline__ void of_products_hot(const CouplingView& q, const N* of_slots, int n_slots, int row, int at,
-                                                  int l0, int l1) {
+  __device__ __forceinline__ void of_products_hot(const CouplingView& q, const N* of_slots, int n_slots, int row,
+                                                  int at, int l0, int l1) {
     const int per_slot = q.in_padded / 2, per_edge = n_slots * per_slot;
     for (int x = lane; x < (l1 - l0) * per_edge; x += 32) {
       const int l = l0 + x / per_edge, s = x % per_edge / per_slot, v = x % per_slot * 2;
@@ -141,8 +141,8 @@ struct Backward : Reverse<N, true, S> {
   }
 
   // As above, four channels at a time. Lanes whose numbers differ in the highest bits divide the inputs among them.
-  __device__ __forceinline__ void of_row_hot(const CouplingView& q, const N* of_slots, int n_slots, int row, int at, int l0,
-                                             int l1) {
+  __device__ __forceinline__ void of_row_hot(const CouplingView& q, const N* of_slots, int n_slots, int row, int at,
+                                             int l0, int l1) {
     constexpr int quads = S::width / 4;
     const int w = lane % quads * 4, l = lane / quads % this->tile, owners = quads * this->tile, part = lane / owners;
     const bool inside = l0 <= l && l < l1;
@@ -185,7 +185,8 @@ struct Backward : Reverse<N, true, S> {
         const N *const d = d_t + at, *const in = f + p.g_from[i];
         N sum{};
 #pragma unroll 1
-        for (int v = 0; v < size; v += kTogether<N>) sum += dot(neighbours<kTogether<N>>(d + v), neighbours<kTogether<N>>(in + v));
+        for (int v = 0; v < size; v += kTogether<N>)
+          sum += dot(neighbours<kTogether<N>>(d + v), neighbours<kTogether<N>>(in + v));
         d_g[i] = sum;
       }
     }
@@ -195,12 +196,11 @@ struct Backward : Reverse<N, true, S> {
   __device__ __forceinline__ void factors_backward() {
     e.d_factor = N{};
     IST_ROLLED for (int m = 0; m < p.d; ++m) e.d_cosine[m] = e.d_sine[m] = N{};
-    IST_ROLLED for (int k = 0; k < p.n_g; ++k)
-      IST_ROLLED for (int n = p.g_first[k]; n < p.g_first[k + 1]; ++n) {
-        const N d = d_g[k] * p.nz_value[n];
-        e.d_factor += d * this->harmonic(n);
-        if (p.nz_harmonic[n] >= 0) e.d_cosine[p.nz_harmonic[n]] += d * e.factor;
-      }
+    IST_ROLLED for (int k = 0; k < p.n_g; ++k) IST_ROLLED for (int n = p.g_first[k]; n < p.g_first[k + 1]; ++n) {
+      const N d = d_g[k] * p.nz_value[n];
+      e.d_factor += d * this->harmonic(n);
+      if (p.nz_harmonic[n] >= 0) e.d_cosine[p.nz_harmonic[n]] += d * e.factor;
+    }
   }
 
   __device__ __forceinline__ void store_features() {

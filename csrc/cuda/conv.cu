@@ -24,8 +24,8 @@ struct EdgeKernel {
   Call<R> call;
   int warps_per_block;
 
-  // Numbers of a block in front of its warps', `front`, and of a warp behind its edges, `rest`; warps beyond `most_warps`
-  // get no edges.
+  // Numbers of a block in front of its warps', `front`, and of a warp behind its edges, `rest`; warps beyond
+  // `most_warps` get no edges.
   Failure prepare(const DevicePlan<R>& plan, const ConvArgs<R>& args, Needs needs, int64_t front, int64_t rest,
                   int64_t most_warps) {
     call.args = args, call.args.plan = nullptr, call.plan = plan.view, call.extent = plan.extent,

@@ -11,7 +11,8 @@
 
 namespace implicit_steer {
 
-// Which of the sizes that kernels are compiled for a plan has (hot.cuh): coefficients and channels of its hidden layers.
+// Which of the sizes that kernels are compiled for a plan has (hot.cuh): coefficients and channels of its hidden
+// layers.
 enum class Sizes { kAny, kElu4x8, kElu6x8, kSilu4x8, kSilu6x8 };
 
 // Whether p's hidden layers are what HotLayers computes with: all of them alike, with samples in pairs and no others,

@@ -13,12 +13,11 @@ struct HiddenForward : Warp<N, false, false> {
   __device__ __forceinline__ void write() const {
     Real<N>* const out = a.out + edge * hidden_size(p);
     const int channels = p.hidden_flat / p.c;
-    IST_ROLLED for (int w = 0; w < channels; ++w)
-      IST_ROLLED for (int m = sub; m < p.d; m += lanes) {
-        N h = this->features[w * p.c + p.coordinate[m]] * e.factor;
-        if (p.kind == kZonal) h *= e.cosine[m];
-        out[w * p.d + m] = result(h);
-      }
+    IST_ROLLED for (int w = 0; w < channels; ++w) IST_ROLLED for (int m = sub; m < p.d; m += lanes) {
+      N h = this->features[w * p.c + p.coordinate[m]] * e.factor;
+      if (p.kind == kZonal) h *= e.cosine[m];
+      out[w * p.d + m] = result(h);
+    }
     if (sub == 0) out[channels * p.d] = result(e.factor);
   }
 
@@ -63,8 +62,8 @@ struct HiddenBackward : Reverse<N, false> {
   __device__ __forceinline__ void of_harmonics() {
     IST_ROLLED for (int m = sub; m < p.d; m += lanes) {
       N sum{};
-      IST_ROLLED for (int w = 0; w < p.hidden_flat / p.c && p.kind == kZonal; ++w)
-        sum += grad(w * p.d + m) * this->features[w * p.c + p.coordinate[m]];
+      IST_ROLLED for (int w = 0; w < p.hidden_flat / p.c && p.kind == kZonal; ++w) sum +=
+          grad(w * p.d + m) * this->features[w * p.c + p.coordinate[m]];
       e.d_cosine[m] = sum * e.factor, e.d_sine[m] = N{};
     }
   }

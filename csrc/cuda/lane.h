@@ -23,7 +23,9 @@ namespace implicit_steer::IST_ISA {
 constexpr bool kOneLane = true;  // of a type that is a plain number
 // Rows of samples at a time (edge_mlp.h): as many as the registers hold.
 template <typename V>
-constexpr int kRowBlock = sizeof(V) <= 4 ? 4 : sizeof(V) <= 8 ? 2 : 1;
+constexpr int kRowBlock = sizeof(V) <= 4   ? 4
+                          : sizeof(V) <= 8 ? 2
+                                           : 1;
 
 template <typename R>
 struct Lane {

@@ -3,8 +3,8 @@
 // A warp walks a contiguous range of edges in target order, a tile at a time. `lanes` neighbouring lanes share an edge:
 // they divide the rows of linear layers, the channels of activations and the fields of products among them, and one of
 // them, `sub` 0, computes the frame. So the memory of an edge is used by several lanes, and the tile's memory is small
-// enough for many warps. Every edge has a slice of shared memory, an odd number of quads: lanes that read the same place
-// of eight different slices meet in no bank.
+// enough for many warps. Every edge has a slice of shared memory, an odd number of quads: lanes that read the same
+// place of eight different slices meet in no bank.
 #pragma once
 
 #include "../edge_mlp.h"
@@ -109,7 +109,7 @@ struct EdgeArrays {
   N *hidden, *d_hidden;  // [flat hidden size] in the couplings' coordinates; `hidden` for planar frames alone
   N *f, *d_f;            // [n_gathered] neighbour features gathered by field type; whole quads, as t
   N *t, *d_t;            // [product_size]
-  N *by_coefficient;     // [c, W] the features of hot layers, a coefficient of all channels after the other
+  N* by_coefficient;     // [c, W] the features of hot layers, a coefficient of all channels after the other
   N *g, *d_g;            // [n_g] G times the radial factor
 
   IST_INLINE void place(Slice<N>& slice, const PlanView<Real<N>>& p, const Extent& extent, Needs needs) {
@@ -126,7 +126,8 @@ struct EdgeArrays {
     }
     if (!needs.features) return;
     slice.begin_quads();
-    slice.take(f, p.n_gathered), slice.take(t, p.product_size), slice.take(by_coefficient, needs.hot ? p.hidden_flat : 0);
+    slice.take(f, p.n_gathered), slice.take(t, p.product_size),
+        slice.take(by_coefficient, needs.hot ? p.hidden_flat : 0);
     if (needs.backward) slice.take(d_f, p.n_gathered), slice.take(d_t, p.product_size), slice.take(d_g, p.n_g);
     slice.take(g, p.n_g);
   }
@@ -386,8 +387,8 @@ struct Warp : EdgeArrays<N> {
   __device__ __forceinline__ static int hot_row(const int32_t* row) { return row[0] * S::width; }
 
   // As below for a block of T's slots, four inputs by four channels of the row at a time.
-  __device__ __forceinline__ void accumulate_hot(N* of_slots, const CouplingView& q, int n_slots, int row, int at, int l0,
-                                                 int l1) const {
+  __device__ __forceinline__ void accumulate_hot(N* of_slots, const CouplingView& q, int n_slots, int row, int at,
+                                                 int l0, int l1) const {
     constexpr int quads = S::width / 4;
     const int per_slot = q.in_padded / 4 * quads;
     for (int x = lane; x < n_slots * per_slot; x += 32) {
