@@ -31,7 +31,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: build
 	$(BIN)/python -m implicit_steer demo
 
-test: lint test-native test-gpu-quick cuda-kernels
+# What is compiled and run without Python goes two at a time: much of it keeps one core.
+test: lint
+	$(MAKE) --no-print-directory -j 2 --output-sync=target test-native test-gpu-quick cuda-kernels
 	$(BIN)/python -m pytest -q -n 2 --dist loadscope
 
 # Programs without torch and Python (tests/native), on inputs and expected results that native-cases writes.

@@ -24,14 +24,14 @@ __device__ __forceinline__ const Neighbours<T, N>& neighbours(const T* first) {
   return *reinterpret_cast<const Neighbours<T, N>*>(first);
 }
 
-// sum += factor · x, number by number
+// sum += factor · x, number by number. By value: what is passed is one load.
 template <typename T, int N>
-__device__ __forceinline__ void add_multiple(Neighbours<T, N>& sum, T factor, const Neighbours<T, N>& x) {
+__device__ __forceinline__ void add_multiple(Neighbours<T, N>& sum, T factor, Neighbours<T, N> x) {
 #pragma unroll
   for (int k = 0; k < N; ++k) sum.at[k] += factor * x.at[k];
 }
 template <typename T, int N>
-__device__ __forceinline__ T dot(const Neighbours<T, N>& x, const Neighbours<T, N>& y) {
+__device__ __forceinline__ T dot(Neighbours<T, N> x, Neighbours<T, N> y) {
   T sum{};
 #pragma unroll
   for (int k = 0; k < N; ++k) sum += x.at[k] * y.at[k];
