@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._check import require
+from .deploy.convert import saved_as
 from .layers.batch_norm import NormBase
 from .layers.kernel import KernelBase
 from .moments import Moments, combined
@@ -109,6 +110,7 @@ class _Total(torch.autograd.Function):
         return total(grad)
 
 
+@saved_as(torch.nn.BatchNorm1d)
 class BatchNorm1d(torch.nn.BatchNorm1d):
     """torch's, with the statistics of all processes' rows (N, C) in training, through which gradients flow as there.
 
