@@ -51,7 +51,10 @@ bool is_hot(const Plan<R>& p, int width) {
 template <typename R>
 Sizes sizes_of(const Plan<R>& p) {
   constexpr int kWidth = 8;
+  constexpr int64_t kMostNumbers = 4096;  // of the layers in a block's shared memory: more would keep warps out
   if ((p.c != 4 && p.c != 6) || !is_hot(p, kWidth)) return Sizes::kAny;
+  const int64_t samples = int64_t{p.layers[0].n_samples} * 8, weights = int64_t{p.n_layers - 1} * p.c * kWidth * kWidth;
+  if (samples + weights > kMostNumbers) return Sizes::kAny;
   if (p.function == kElu) return p.c == 4 ? Sizes::kElu4x8 : Sizes::kElu6x8;
   if (p.function == kSilu) return p.c == 4 ? Sizes::kSilu4x8 : Sizes::kSilu6x8;
   return Sizes::kAny;
