@@ -51,7 +51,9 @@ l <= 1, three hidden layers of 8 channels). The emulator counts the memory instr
 says how many instructions there are for each of these. A multiprocessor issues four instructions a cycle, one of them
 to memory: the prediction is the slower of both bounds. Its two numbers assume the good and the ordinary share of the
 rate that kernels reach. What is left out: latencies that few resident warps do not hide, bank conflicts, misses of the
-caches. Occupancy: the share of a multiprocessor's warps that registers and shared memory leave resident."""
+caches. Occupancy: the share of a multiprocessor's warps that registers and shared memory leave resident. The shape of
+the launch, and what was counted, is that for the shared memory of sm_90; where there is less, a warp takes fewer edges
+at a time."""
 
 
 @dataclass
