@@ -77,8 +77,8 @@ struct Backward : Reverse<N, true, S> {
       __syncwarp();  // T is complete here, as finish() wants it; and rows can share hidden features
       if constexpr (S::hot)
         if (this->hot_coupling(q)) {
-          of_products_hot(q, of_slots, n_slots, this->hot_row(row), at, l0, l1);
-          if (need_hidden) of_row_hot(q, of_slots, n_slots, this->hot_row(row), at, l0, l1);
+          of_products_hot(q, of_slots, n_slots, row[0], at, l0, l1);
+          if (need_hidden) of_row_hot(q, of_slots, n_slots, row[0], at, l0, l1);
           return;
         }
       for (int s = 0; s < n_slots; ++s) of_products(q, of_slots + s * q.theta_size, row, at + s * q.in_padded, l0, l1);
@@ -104,12 +104,13 @@ struct Backward : Reverse<N, true, S> {
   }
 
   // As above for a block of T's slots, two products at a time.
-  __device__ __forceinline__ void of_products_hot(const CouplingView& q, const N* of_slots, int n_slots, int row,
-                                                  int at, int l0, int l1) {
+  __device__ __forceinline__ void of_products_hot(const CouplingView& q, const N* of_slots, int n_slots,
+                                                  int coefficient, int at, int l0, int l1) {
     const int per_slot = q.in_padded / 2, per_edge = n_slots * per_slot;
     for (int x = lane; x < (l1 - l0) * per_edge; x += 32) {
       const int l = l0 + x / per_edge, s = x % per_edge / per_slot, v = x % per_slot * 2;
-      const N *const h = this->of_edge(by_coefficient + row, l), *const of_slot = of_slots + s * q.theta_size;
+      const N* const h = this->of_edge(by_coefficient + coefficient * S::width, l);
+      const N* const of_slot = of_slots + s * q.theta_size;
       Neighbours<N, 2> sum{};
 #pragma unroll
       for (int w = 0; w < S::width; w += 4) {
@@ -141,8 +142,8 @@ struct Backward : Reverse<N, true, S> {
   }
 
   // As above, four channels at a time. Lanes whose numbers differ in the highest bits divide the inputs among them.
-  __device__ __forceinline__ void of_row_hot(const CouplingView& q, const N* of_slots, int n_slots, int row, int at,
-                                             int l0, int l1) {
+  __device__ __forceinline__ void of_row_hot(const CouplingView& q, const N* of_slots, int n_slots, int coefficient,
+                                             int at, int l0, int l1) {
     constexpr int quads = S::width / 4;
     const int w = lane % quads * 4, l = lane / quads % this->tile, owners = quads * this->tile, part = lane / owners;
     const bool inside = l0 <= l && l < l1;
@@ -155,7 +156,7 @@ struct Backward : Reverse<N, true, S> {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       sum.at[k] = sum_lanes(sum.at[k], owners, 32);
-      if (inside && part == 0) this->of_edge(d_hidden + row / S::width + (w + k) * S::c, l)[0] += sum.at[k];
+      if (inside && part == 0) this->of_edge(d_hidden + coefficient + (w + k) * S::c, l)[0] += sum.at[k];
     }
   }
 

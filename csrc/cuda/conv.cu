@@ -84,9 +84,7 @@ Failure with_sizes(const DevicePlan<R>& plan, Run run) {
   if constexpr (!std::is_same_v<N, float>) {
     return run(AnySizes{}, 0);
   } else {
-    const auto hot = [&](auto sizes) {
-      return run(sizes, HotLayers<decltype(sizes), R>::size(plan.host, plan.host.layers[0].n_pairs));
-    };
+    const auto hot = [&](auto sizes) { return run(sizes, HotLayers<decltype(sizes), R>::size(plan.host)); };
     switch (plan.sizes) {
       case Sizes::kAny:
         return run(AnySizes{}, 0);

@@ -31,8 +31,9 @@ struct HotLayers {
   R* weights;            // [n_layers - 1, c, width, width]: coefficient, row, column
   int n_pairs;
 
-  static int64_t size(const PlanView<R>& p, int n_pairs) {
-    return int64_t{2} * n_pairs * S::row + int64_t{p.n_layers - 1} * S::c * S::width * S::width;
+  // Numbers that the layers need; p can be read on the host.
+  static int64_t size(const PlanView<R>& p) {
+    return int64_t{2} * p.layers[0].n_pairs * S::row + int64_t{p.n_layers - 1} * S::c * S::width * S::width;
   }
 
   __device__ __forceinline__ void place(R* memory, const PlanView<R>& p) {

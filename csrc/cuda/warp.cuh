@@ -383,17 +383,16 @@ struct Warp : EdgeArrays<N> {
     else
       return false;
   }
-  // The row's place in by_coefficient.
-  __device__ __forceinline__ static int hot_row(const int32_t* row) { return row[0] * S::width; }
 
   // As below for a block of T's slots, four inputs by four channels of the row at a time.
-  __device__ __forceinline__ void accumulate_hot(N* of_slots, const CouplingView& q, int n_slots, int row, int at,
-                                                 int l0, int l1) const {
+  __device__ __forceinline__ void accumulate_hot(N* of_slots, const CouplingView& q, int n_slots, int coefficient,
+                                                 int at, int l0, int l1) const {
     constexpr int quads = S::width / 4;
     const int per_slot = q.in_padded / 4 * quads;
     for (int x = lane; x < n_slots * per_slot; x += 32) {
       const int s = x / per_slot, v = x % per_slot / quads * 4, w = x % quads * 4;
-      const N *product = of_edge(t + at + s * q.in_padded + v, l0), *h = of_edge(by_coefficient + row + w, l0);
+      const N *product = of_edge(t + at + s * q.in_padded + v, l0),
+              *h = of_edge(by_coefficient + coefficient * S::width + w, l0);
       Neighbours<N, 4> sum[4] = {};
       for (int l = l0; l < l1; ++l, product += edge_size, h += edge_size) {
         const auto four = neighbours<4>(product), features_here = neighbours<4>(h);
@@ -416,7 +415,7 @@ struct Warp : EdgeArrays<N> {
     for_blocks([&](const CouplingView& q, int first_slot, int n_slots, const int32_t* row, int at) {
       if constexpr (S::hot)
         if (hot_coupling(q))
-          return accumulate_hot(sums + q.at_sums + first_slot * q.theta_size, q, n_slots, hot_row(row), at, l0, l1);
+          return accumulate_hot(sums + q.at_sums + first_slot * q.theta_size, q, n_slots, row[0], at, l0, l1);
       const int width = row_width(q.n_hidden), step = 32 / width;
       for (int s = 0; s < n_slots; ++s) {
         N* const of_slot = sums + q.at_sums + (first_slot + s) * q.theta_size;
