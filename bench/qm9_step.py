@@ -4,7 +4,8 @@ Times are taken where hooks are called: as a module's forward pass begins and en
 its output arrives, which is where its own backward pass begins.
 
 ``--against BACKEND``: the whole step instead, with backend "auto" and with that one, by turns in blocks, on the same
-batches; and what an epoch takes at these rates. No timing where the two have different gradients.
+batches; and what an epoch takes at these rates. ``--against materialise``: with the authors' algorithm, as everywhere
+in the bench: backend `reference` at their sampling. No timing where, at one sampling, the two have different gradients.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from implicit_steer.nn import FourierActivation, ImplicitPointConv
 from implicit_steer.train.lightning import Regressor
 
 from . import report
+from .steps import MATERIALISE, Candidate
 from .timing import seconds_of, summary
 
 PARTS = {
@@ -83,12 +85,13 @@ def synthetic(count: int, seed: int = 0) -> MoleculeSet:
 class Step:
     """Called: one training step on the next batch. ``switch(part, phase)`` hears of what begins outside the network."""
 
-    def __init__(self, data: MoleculeSet, batch_size: int, backend: str = "auto"):
+    def __init__(self, data: MoleculeSet, batch_size: int, backend: str = "auto", sampling: str = "auto"):
         torch.manual_seed(0)
         np.random.seed(0)  # from which escnn draws the weights of tensor products
         self.data = data
         self.ids = np.arange(len(data) // batch_size * batch_size).reshape(-1, batch_size)
-        self.regressor = Regressor(QM9Net(backend=backend), float(data.y.mean()), float(data.y.std()), 1e-3, {})
+        network = QM9Net(backend=backend, sampling=sampling)
+        self.regressor = Regressor(network, float(data.y.mean()), float(data.y.std()), 1e-3, {})
         self.optimizer = self.regressor.configure_optimizers()["optimizer"]
         self.count = 0
 
@@ -214,17 +217,20 @@ def by_turns(steps: dict[str, Step], count: int) -> dict[str, list[list[float]]]
 
 
 def compare(rival: str, count: int, batch_size: int = 32) -> dict[str, Any]:
-    """``count`` steps each with backend "auto" and with ``rival``.
+    """``count`` steps each with backend "auto" and with ``rival``, a backend or `materialise`.
 
-    ``error``: relative difference of the first step's gradients, beyond TOLERANCE of which nothing is timed; ``times``
-    by backend; ``ratio``: quartiles, over the blocks, of rival's median step by that of "auto".
+    ``error``: relative difference of the first step's gradients, both at rival's sampling, beyond TOLERANCE of which
+    nothing is timed; ``times`` by backend; ``ratio``: quartiles, over the blocks, of rival's median step by that of
+    "auto".
     """
     data, source = molecules(batch_size * 16)
-    steps = {name: Step(data, batch_size, name) for name in ("auto", rival)}
-    for step in steps.values():
+    theirs = MATERIALISE if rival == MATERIALISE.label else Candidate(rival, "auto")
+    steps = {"auto": Step(data, batch_size), rival: Step(data, batch_size, theirs.backend, theirs.sampling)}
+    same_sampling = Step(data, batch_size, sampling=theirs.sampling)
+    for step in (same_sampling, *steps.values()):
         step()
-    ours, theirs = (step.gradient() for step in steps.values())
-    error = float((ours - theirs).norm() / theirs.norm())
+    found, right = same_sampling.gradient(), steps[rival].gradient()
+    error = float((found - right).norm() / right.norm())
     results = {
         "environment": report.environment(),
         "molecules": {"source": source, "batch": batch_size},
@@ -276,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, metavar="N", default=60, help="(%(default)s)")
     parser.add_argument("--batch-size", type=int, metavar="N", default=32, help="molecules (%(default)s)")
     parser.add_argument("--threads", type=int, metavar="N", default=2, help="(%(default)s)")
-    rivals = [name for name in backends.NAMES if name != "auto"]
+    rivals = [name for name in backends.NAMES if name != "auto"] + [MATERIALISE.label]
     parser.add_argument("--against", choices=rivals, metavar="BACKEND", help="time another backend, too, by turns")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)

@@ -115,16 +115,32 @@ def test_both_have_the_same_batches(monkeypatch):
         qm9_step.MoleculeSet, "__getitems__", lambda self, ids: asked.append(tuple(ids)) or gather(self, ids)
     )
     qm9_step.compare("eager", 2, batch_size=4)
-    assert len(asked) == 2 * (1 + qm9_step.WARM_UP + 2)
-    assert all(asked.count(ids) == 2 for ids in asked)
+    gate, *timed = asked
+    assert len(timed) == 2 * (1 + qm9_step.WARM_UP + 2)
+    assert timed[0] == gate
+    assert all(timed.count(ids) == 2 for ids in timed)
 
 
-def test_prints_times_of_an_epoch(capsys):
-    assert qm9_step.main([*AGAINST_REFERENCE, "--threads", str(torch.get_num_threads())]) == 0
+@pytest.mark.parametrize("rival", ["reference", "materialise"])
+def test_prints_times_of_an_epoch(rival, capsys):
+    options = ["--against", rival, *AGAINST_REFERENCE[2:], "--threads", str(torch.get_num_threads())]
+    assert qm9_step.main(options) == 0
     printed = capsys.readouterr().out
     assert "Gate: green" in printed
     assert "epoch of 25,000 steps" in printed
-    assert all(f"| {name}" in printed for name in ("auto", "reference"))
+    assert all(f"| {name}" in printed for name in ("auto", rival))
+
+
+def test_materialise_is_the_authors_algorithm(monkeypatch):
+    """Their sampling in its steps and in the one whose gradients are compared with it; ours is timed at our own."""
+    built, made = [], qm9_step.QM9Net
+    monkeypatch.setattr(qm9_step, "QM9Net", lambda **options: built.append(options) or made(**options))
+    qm9_step.compare("materialise", 2, batch_size=4)
+    assert sorted((o["backend"], o["sampling"]) for o in built) == [
+        ("auto", "auto"),
+        ("auto", "escnn"),
+        ("reference", "escnn"),
+    ]
 
 
 def test_different_gradients_are_not_timed(monkeypatch, capsys):
