@@ -1,6 +1,7 @@
 // The library of the CUDA kernels, libimplicit_steer_cuda.so beside this one, which the first call opens; a call's
 // device and stream; and what stays on a device: the arrays of a plan and of its packing matrix are CPU tensors, their
-// copies are made at the first call and kept for good, as the tensors are (backends/cpu.py).
+// copies are made at the first call and kept for good, with the tensors: one of each plan that was made, device and
+// kind of number.
 #pragma once
 
 #include <dlfcn.h>
@@ -15,6 +16,7 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "cuda/library.h"
 #include "op_arguments.h"
@@ -90,19 +92,23 @@ class Context {
   void* const stream;
 
   Tensor bytes(int64_t n) const { return torch::stable::new_empty(like_, {n}, ScalarType::Byte); }
-  // As ConvArgs.scratch: torch's allocator reuses the memory only behind this call's kernels in the stream.
+  // As ConvArgs.scratch: memory that is given back after the call's last launch, behind it in the stream.
   static void* scratch(int64_t n) {
-    Tensor memory = current_->bytes(n);
-    return memory.mutable_data_ptr();
+    current_->scratch_.push_back(current_->bytes(n));
+    return current_->scratch_.back().mutable_data_ptr();
   }
 
  private:
   const Tensor& like_;
   Context* const before_;
+  std::vector<Tensor> scratch_;
   static inline thread_local Context* current_ = nullptr;
 };
 
 // ---- what stays on the device
+
+template <typename R>
+constexpr ScalarType real_type = sizeof(R) == 4 ? ScalarType::Float : ScalarType::Double;
 
 template <typename R>
 struct HeldPlan {
@@ -120,13 +126,14 @@ const DevicePlan<R>& device_plan(const Context& context, const Tensor& ints, con
   const auto key = std::make_pair(reals.const_data_ptr(), context.device);
   if (const auto found = held->find(key); found != held->end()) return *found->second.plan;
   check(ints, "plan_ints", ScalarType::Int, ints.numel());
+  check(reals, "plan_reals", real_type<R>, reals.numel());
   const auto numbers = std::make_tuple(data<int32_t>(ints), ints.numel(), data<R>(reals), reals.numel());
   const int64_t bytes = std::apply(kernels<R>().plan_bytes, numbers);
   STD_TORCH_CHECK(bytes >= 0, "plan_ints, plan_reals: not what backends/cpu_plan.py writes.");
   Tensor memory = context.bytes(bytes);
-  DevicePlan<R>* plan = kernels<R>().plan_create(data<int32_t>(ints), ints.numel(), data<R>(reals), reals.numel(),
-                                                 memory.mutable_data_ptr(), context.stream);
-  STD_TORCH_CHECK(plan, "backend 'cuda': the plan could not be copied to device ", context.device, ".");
+  DevicePlan<R>* plan = nullptr;
+  check(kernels<R>().plan_create(data<int32_t>(ints), ints.numel(), data<R>(reals), reals.numel(),
+                                 memory.mutable_data_ptr(), context.stream, &plan));
   const auto [place, made] = held->emplace(key, HeldPlan<R>{ints, reals, memory, {plan, kernels<R>().plan_destroy}});
   return *place->second.plan;
 }
@@ -155,10 +162,9 @@ const HeldMatrix<R>& device_matrix(const Context& context, const PlanView<R>& pl
   const std::lock_guard<std::mutex> lock(mutex);
   const auto key = std::make_pair(value.const_data_ptr(), context.device);
   if (const auto found = held->find(key); found != held->end()) return found->second;
-  const ScalarType real = sizeof(R) == 4 ? ScalarType::Float : ScalarType::Double;
   check(rowptr, "pack_rowptr", ScalarType::Int, int64_t{plan.n_weights} + 1);
   check(column, "pack_column", ScalarType::Int, column.numel());
-  check(value, "pack_value", real, column.numel());
+  check(value, "pack_value", real_type<R>, column.numel());
   const SparseMatrix<R> host{plan.n_weights, data<int32_t>(rowptr), data<int32_t>(column), data<R>(value)};
   const Transposed<R> t(host, plan.n_grad, plan.n_parameters);
   const int64_t n = column.numel(), n_t = t.column.size();
@@ -168,6 +174,7 @@ const HeldMatrix<R>& device_matrix(const Context& context, const PlanView<R>& pl
                       to_device(context, t.column.data(), n_t), to_device(context, t.value.data(), n_t)},
                      {},
                      {}};
+  check(library().wait(context.stream));  // calls on other streams will read it
   const auto& a = made.arrays;
   made.matrix = {plan.n_weights, data<int32_t>(a[0]), data<int32_t>(a[1]), data<R>(a[2])};
   made.transposed = {plan.n_parameters, data<int32_t>(a[3]), data<int32_t>(a[4]), data<R>(a[5])};

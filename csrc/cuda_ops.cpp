@@ -2,6 +2,7 @@
 // the kernels are in a library of their own (cuda_device.h).
 
 #include <algorithm>
+#include <limits>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -13,6 +14,13 @@ namespace {
 using namespace implicit_steer;
 
 // ---- arguments
+
+// As check, of a tensor on the call's device.
+void check_here(const Context& context, const Tensor& t, const char* name, ScalarType type, int64_t numel) {
+  check(t, name, type, numel);
+  STD_TORCH_CHECK(numel == 0 || (t.is_cuda() && t.get_device_index() == context.device), name,
+                  ": expected a tensor on the call's device, cuda:", context.device, ".");
+}
 
 // Of one call: its device, its plan there and what forward and backward share.
 template <typename R>
@@ -35,9 +43,7 @@ struct Arguments {
   }
 
   const R* pointer(const Tensor& t, const char* name, int64_t numel) const {
-    implicit_steer::check(t, name, real, numel);
-    STD_TORCH_CHECK(numel == 0 || t.get_device_index() == context.device, name,
-                    ": expected it on the device of delta, ", context.device, ", got ", t.get_device_index(), ".");
+    check_here(context, t, name, real, numel);
     return data<R>(t);
   }
   void weights(const Tensor& t) { args.weights = pointer(t, "weights", plan.n_weights); }
@@ -46,15 +52,15 @@ struct Arguments {
     args.x = pointer(x, "x", args.n_src * plan.in_size);
     const ScalarType index = src.scalar_type();
     STD_TORCH_CHECK(index == ScalarType::Int || index == ScalarType::Long, "src: expected int32 or int64.");
-    implicit_steer::check(src, "src", index, args.n_edges), implicit_steer::check(order, "order", index, args.n_edges);
-    implicit_steer::check(rowptr, "rowptr", index, args.n_dst + 1);
+    check_here(context, src, "src", index, args.n_edges), check_here(context, order, "order", index, args.n_edges);
+    check_here(context, rowptr, "rowptr", index, args.n_dst + 1);
     args.src = src.const_data_ptr(), args.order = order.const_data_ptr(), args.rowptr = rowptr.const_data_ptr();
     args.wide = index == ScalarType::Long;
   }
   void by_source(const Tensor& order, const Tensor& colptr) {
     const ScalarType index = args.wide ? ScalarType::Long : ScalarType::Int;
-    implicit_steer::check(order, "order_by_source", index, args.n_edges);
-    implicit_steer::check(colptr, "colptr", index, args.n_src + 1);
+    check_here(context, order, "order_by_source", index, args.n_edges);
+    check_here(context, colptr, "colptr", index, args.n_src + 1);
     args.order_by_source = order.const_data_ptr(), args.colptr = colptr.const_data_ptr();
   }
   // The direction along which the call takes derivatives.
@@ -213,7 +219,7 @@ Tensor gathered(const Context& context, const std::vector<Tensor>& parameters, i
   char* next = static_cast<char*>(vector.mutable_data_ptr());
   int64_t left = n_parameters;
   for (const Tensor& t : parameters) {
-    implicit_steer::check(t, "parameters", real, t.numel());
+    check_here(context, t, "parameters", real, t.numel());
     left -= t.numel();
     STD_TORCH_CHECK(left >= 0, "parameters: expected ", n_parameters, " numbers, got more.");
     check(library().copy(next, t.const_data_ptr(), t.numel() * sizeof(R), context.stream));
@@ -272,7 +278,7 @@ Tensor conv_pack(const Tensor& ints, const Tensor& reals, const Tensor& rowptr, 
     const DevicePlan<R>& plan = device_plan<R>(context, ints, reals);
     const PlanView<R>& view = *kernels<R>().plan_view(&plan);
     const ScalarType real = statistics.scalar_type();
-    implicit_steer::check(statistics, "statistics", real, view.n_layers * statistics_size(view));
+    check_here(context, statistics, "statistics", real, view.n_layers * statistics_size(view));
     const Tensor p = gathered<R>(context, parameters, view.n_parameters, real);
     packed = new_empty(statistics, {view.n_weights});
     check(kernels<R>().pack(plan, device_matrix(context, view, rowptr, column, value).matrix, data<R>(p),
@@ -290,8 +296,8 @@ Tensor conv_pack_backward(const Tensor& ints, const Tensor& reals, const Tensor&
     const DevicePlan<R>& plan = device_plan<R>(context, ints, reals);
     const PlanView<R>& view = *kernels<R>().plan_view(&plan);
     const ScalarType real = grad_packed.scalar_type();
-    implicit_steer::check(statistics, "statistics", real, view.n_layers * statistics_size(view));
-    implicit_steer::check(grad_packed, "grad_packed", real, view.n_weights);
+    check_here(context, statistics, "statistics", real, view.n_layers * statistics_size(view));
+    check_here(context, grad_packed, "grad_packed", real, view.n_weights);
     grad = new_empty(grad_packed, {view.n_parameters});
     check(kernels<R>().pack_backward(plan, device_matrix(context, view, rowptr, column, value).transposed,
                                      data<R>(statistics), data<R>(grad_packed), mutable_data<R>(grad), context.stream));
@@ -307,11 +313,19 @@ std::tuple<Tensor, Tensor> sort_by_key(const Tensor& key, int64_t n) {
   const Tensor keys = torch::stable::contiguous(key);
   const Context context(keys);
   const int64_t edges = keys.numel(), size = index == ScalarType::Long ? 8 : 4;
+  STD_TORCH_CHECK(edges <= std::numeric_limits<int32_t>::max(), "key: expected at most 2^31 - 1 edges, got ", edges,
+                  ". Split the graph (implicit_steer.blocks).");
   Tensor order = new_empty(keys, {edges}), offsets = new_empty(keys, {n + 1});
   Tensor memory = context.bytes(3 * edges * size + library().sort_bytes(edges) + 1);
   check(library().sort(keys.const_data_ptr(), edges, n, index == ScalarType::Long, order.mutable_data_ptr(),
                        offsets.mutable_data_ptr(), memory.mutable_data_ptr(), context.stream));
   return {order, offsets};
+}
+
+// Raises where the device, or its driver, cannot run the kernels.
+void cuda_probe(int64_t device) {
+  const DeviceGuard guard(static_cast<int32_t>(device));
+  check(library().probe());
 }
 
 // Bytes of shared memory that a block of one of the plan's kernels cannot do without.
@@ -329,6 +343,7 @@ int64_t cuda_shared_bytes(const Tensor& ints, const Tensor& reals) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(implicit_steer, m) {
   m.def("cuda_shared_bytes(Tensor plan_ints, Tensor plan_reals) -> int");
+  m.def("cuda_probe(int device) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(implicit_steer, CUDA, m) {
@@ -347,4 +362,5 @@ STABLE_TORCH_LIBRARY_IMPL(implicit_steer, CUDA, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(implicit_steer, CompositeExplicitAutograd, m) {
   m.impl("cuda_shared_bytes", TORCH_BOX(&cuda_shared_bytes));
+  m.impl("cuda_probe", TORCH_BOX(&cuda_probe));
 }

@@ -1,4 +1,4 @@
-// What the bindings of cpu/ share: checks of their tensors, and of the instruction set asked for.
+// What the bindings of cpu/ and cuda/ share: checks of their tensors, and of the instruction set asked for.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ def kept(name: str) -> dict[str, Any]:
 
 
 def keep(name: str, found: dict[str, Any]) -> None:
-    """Add to what is kept, here and in ``NAME.json`` of the cache folder."""
+    """Add to what is kept, here and in ``NAME.json`` of the cache folder, where others may have added, too."""
     path, all_found = cache_folder(None) / f"{name}.json", kept(name)
-    all_found |= found
+    all_found |= _content(path) | found
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(f".{os.getpid()}")  # others may read meanwhile
     scratch.write_text(json.dumps(all_found, indent=1) + "\n")
@@ -40,5 +41,18 @@ def forget() -> None:
 
 @lru_cache(maxsize=16)
 def _read(name: str, folder: str | None) -> dict[str, Any]:
-    path = cache_folder(folder) / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return _content(cache_folder(folder) / f"{name}.json")
+
+
+def _content(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        if isinstance(found, dict):
+            return found
+        reason = f"expected a JSON object, got {type(found).__name__}"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    warnings.warn(f"{path}: {reason}. What was measured is ignored; delete the file, or measure again.", stacklevel=2)
+    return {}

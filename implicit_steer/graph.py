@@ -25,7 +25,7 @@ def _is_native(tensor: Tensor) -> bool:
 
 
 def _sorts_natively(key: Tensor) -> bool:
-    return _is_native(key) or (key.is_cuda and native.cuda_available()[0])
+    return _is_native(key) or (key.is_cuda and native.cuda_usable(key.device)[0])
 
 
 def sort_by_key(key: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,8 @@ class Graph:
         edge_index (2, E), src (E,), dst (E,): the edges in the given order.
         order (E,), rowptr (num_dst + 1,): edges by target; those into node i are ``order[rowptr[i]:rowptr[i + 1]]``,
             in their given order.
-        order_by_source (E,), colptr (num_src + 1,): the same by source; sorted at the first use.
+        order_by_source (E,), colptr (num_src + 1,): the same by source; sorted at the first use, on the CUDA stream
+            that is current then (a graph for several streams: ask for them once, before the streams part).
         degree (num_dst,): edges into each node.
 
     Raises:

@@ -7,6 +7,7 @@ pure Python install): :func:`available` then says why, and callers take their to
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -69,6 +70,21 @@ def cuda_available() -> tuple[bool, str]:
         return False, f"the native extension is missing: {_STATE[1]}"
     if not CUDA_LIBRARY.exists():
         return False, "this build has no CUDA kernels. Reinstall where nvcc is found, with IMPLICIT_STEER_CUDA=require"
+    return True, f"kernels in {CUDA_LIBRARY}"
+
+
+def cuda_usable(device: torch.device) -> tuple[bool, str]:
+    """As :func:`cuda_available`, for one device: whether it and its driver can run the kernels."""
+    built, reason = cuda_available()
+    return _probed(torch.cuda.current_device() if device.index is None else device.index) if built else (False, reason)
+
+
+@cache
+def _probed(device: int) -> tuple[bool, str]:
+    try:
+        torch.ops.implicit_steer.cuda_probe(device)
+    except RuntimeError as error:
+        return False, f"cuda:{device} cannot run the CUDA kernels: {str(error).splitlines()[0]}"
     return True, f"kernels in {CUDA_LIBRARY}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -70,7 +71,13 @@ class Weights:
     shell_width: Tensor
 
 
-@lru_cache(maxsize=256)
+def cached(make: Callable) -> Callable:
+    """``lru_cache`` for a function that makes tensors. These are none of torch.inference_mode, wherever it is called
+    first: autograd would refuse them later."""
+    return lru_cache(maxsize=256)(torch.inference_mode(False)(make))
+
+
+@cached
 def _constant(plan, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     array = getattr(plan, name)
     integer = array.dtype.kind == "i"
@@ -82,7 +89,7 @@ def constant(owner, name: str, like: Tensor) -> Tensor:
     return _constant(owner, name, like.dtype, like.device)
 
 
-@lru_cache(maxsize=256)
+@cached
 def _linear_index(layer: Linear, device: torch.device) -> Tensor:
     """Position in the flat (out, in) matrix of every value that the blocks produce, in their (U, V, o, i) order."""
     parts = []
@@ -110,7 +117,7 @@ def dense_linear(layer: Linear, weights: Tensor, bias: Tensor | None) -> tuple[T
     return dense.view(layer.out_size, layer.in_size), shift
 
 
-@lru_cache(maxsize=256)
+@cached
 def _theta_index(coupling: Coupling, device: torch.device) -> Tensor:
     """(U·V·W·n_b,) position in the parameter vector."""
     per_row = len(coupling.hidden_start) * coupling.basis.shape[0]
@@ -124,7 +131,7 @@ def mixing_weights(coupling: Coupling, weights: Tensor, bias: Tensor | None) -> 
     return parameter.index_select(0, _theta_index(coupling, parameter.device)).view(shape)
 
 
-@lru_cache(maxsize=256)
+@cached
 def _kernel_index(plan: Plan, device: torch.device) -> Tensor:
     """Position in the flat (C_out, C_in, H) kernel matrix of every θ·B value, in (U, o, V, i, W, m) order."""
     parts = []

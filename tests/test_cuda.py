@@ -15,7 +15,7 @@ from operators import operator_arguments
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from implicit_steer import _kept, backends, native
+from implicit_steer import _kept, backends, graph, native
 from implicit_steer.backends import cuda, gpu_cost
 from implicit_steer.backends.gpu_cost import instructions_per_edge
 from implicit_steer.cases import SMALL, Case
@@ -62,9 +62,23 @@ def test_a_missing_device_is_named(monkeypatch, tmp_path):
         backends.select("cuda", SMALL["c4"].layer().implicit_kernel.plan, GPU, torch.float32)
 
 
+def test_a_device_that_cannot_run_the_kernels_is_refused(monkeypatch):
+    """Here there is neither driver nor device; what asks them says so, and graphs are sorted by torch."""
+    can = native.cuda_available()[0] and torch.cuda.is_available()
+    monkeypatch.setattr(native, "cuda_available", lambda: (True, ""))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    native._probed.cache_clear()
+    ok, reason = cuda.supports(SMALL["c4"].layer().implicit_kernel.plan, torch.device("cuda", 0), torch.float32)
+    native._probed.cache_clear()
+    key = SimpleNamespace(is_cpu=False, is_cuda=True, device=torch.device("cuda", 0))
+    assert ok == graph._sorts_natively(key) == can
+    assert can or reason.startswith("cuda:0 cannot run the CUDA kernels: ")
+
+
 def test_too_large_a_plan_is_refused(monkeypatch):
     plan = layer(SMALL["o3"]).implicit_kernel.plan
     monkeypatch.setattr(cuda, "available", lambda: (True, ""))
+    monkeypatch.setattr(native, "cuda_usable", lambda device: (True, ""))
     monkeypatch.setattr(cuda, "shared_bytes", lambda plan, dtype: 300_000)
     properties = SimpleNamespace(shared_memory_per_block_optin=232_448)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -122,6 +136,27 @@ def test_auto_goes_by_what_was_measured(both, monkeypatch, tmp_path):
     assert reason == "triton: supported; predicted 3.0 ns per edge, cuda 5.0, by what was measured on a GPU"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another GPU")
     assert backends.select("auto", plan, GPU, torch.float32)[0] is cuda
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_damaged_measurements_are_named_and_passed_over(both, monkeypatch, tmp_path, content):
+    monkeypatch.setenv("IMPLICIT_STEER_CACHE", str(tmp_path))
+    (tmp_path / "gpu.json").write_text(content)
+    _kept.forget()
+    with pytest.warns(UserWarning, match="gpu.json.*delete the file, or measure again"):
+        chosen, _ = backends.select("auto", layer(SMALL["o3"]).implicit_kernel.plan, GPU, torch.float32)
+    assert chosen is cuda
+
+
+def test_measurements_of_others_stay(monkeypatch, tmp_path):
+    """Two processes with one cache: what the other one has added since this one read is there afterwards."""
+    monkeypatch.setenv("IMPLICIT_STEER_CACHE", str(tmp_path))
+    _kept.forget()
+    assert _kept.kept("of-others") == {}
+    (tmp_path / "of-others.json").write_text('{"theirs": 1}')
+    _kept.keep("of-others", {"ours": 2})
+    _kept.forget()
+    assert _kept.kept("of-others") == {"theirs": 1, "ours": 2}
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])

@@ -30,19 +30,23 @@ struct EdgeKernel {
                   int64_t most_warps) {
     call.args = args, call.args.plan = nullptr, call.plan = plan.view, call.extent = plan.extent,
     call.places = plan.places;
+    Device device;
+    IST_TRY(device.read());
     Shape& shape = call.shape;
-    shape = best_shape<N>(plan.view, plan.extent, needs, rest);
+    const int64_t front_bytes = kBlockBytes + static_cast<int64_t>(sizeof(N)) * front;
+    shape = best_shape<N>(plan.view, plan.extent, needs, rest, device, front_bytes);
     shape.block_size = static_cast<int>(front);
-    const int64_t warp_bytes = static_cast<int64_t>(sizeof(N)) * shape.warp_size, front_bytes = block_bytes(0);
-    const int64_t available = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    warps_per_block = static_cast<int>(std::min<int64_t>(kThreads / 32, (available - front_bytes) / warp_bytes));
-    if (warps_per_block == 0) return failure(name, cudaErrorInvalidConfiguration);
-    const int64_t bytes = block_bytes(warps_per_block);
-    IST_TRY(failure(
-        name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes))));
+    const int64_t warp_bytes = static_cast<int64_t>(sizeof(N)) * shape.warp_size;
+    const int64_t warps = std::min<int64_t>(kThreads / 32, (device.block_bytes - front_bytes) / warp_bytes);
+    if (warps <= 0) return {name, "a block's shared memory is too small for the plan"};
+    warps_per_block = static_cast<int>(warps);
+    // Of the kernel, not of this launch: always the same, whichever call comes between the two.
+    IST_TRY(
+        failure(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.block_bytes)));
     int blocks = 0;
-    IST_TRY(failure(name, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, 32 * warps_per_block, bytes)));
-    const int64_t resident = int64_t{blocks} * warps_per_block * device_attribute(cudaDevAttrMultiProcessorCount);
+    IST_TRY(failure(name, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, 32 * warps_per_block,
+                                                                        block_bytes(warps_per_block))));
+    const int64_t resident = int64_t{blocks} * warps_per_block * device.multiprocessors;
     const int64_t tile = 32 / shape.lanes, most = std::max<int64_t>(std::min(resident, most_warps), 1);
     const int64_t tiles = (args.n_edges + tile - 1) / tile;
     shape.edges_per_warp = std::max<int64_t>((tiles + most - 1) / most, 1) * tile;
@@ -71,8 +75,9 @@ Failure sum_partial(const R* rows, int64_t n_rows, int64_t n, Sum* out, int64_t 
   return launch("sum_rows", sum_rows<R, Sum>, grid, block, 0, stream, rows, n_rows, n, out, n_out);
 }
 
-// Warps beyond those that have this much memory for their gradients of the weights would cost more than they save.
-constexpr int64_t kGradientBytes = int64_t{64} << 20;
+// All warps together have this much memory for their gradients of the weights: the 1,600 that an H100 holds, where
+// there are up to 42,000 weights; where there are more, fewer warps run.
+constexpr int64_t kGradientBytes = int64_t{256} << 20;
 int64_t most_warps(const PlanView<R>& plan) {
   return kGradientBytes / (static_cast<int64_t>(sizeof(R)) * std::max(plan.n_grad, 1));
 }

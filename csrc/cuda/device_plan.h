@@ -8,6 +8,7 @@
 #include "../packing.h"
 #include "call.h"
 #include "compat.cuh"
+#include "failure.h"
 
 namespace implicit_steer {
 
@@ -155,11 +156,13 @@ int64_t plan_bytes(const int32_t* ints, int64_t n_ints, const R* reals, int64_t 
   return plan.read(ints, n_ints, reals, n_reals) ? plan.bytes : -1;
 }
 template <typename R>
-DevicePlan<R>* plan_create(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals, void* memory,
-                           void* stream) {
-  auto plan = std::make_unique<DevicePlan<R>>();
-  const bool read = plan->read(ints, n_ints, reals, n_reals);
-  return read && plan->copy(memory, static_cast<cudaStream_t>(stream)) == cudaSuccess ? plan.release() : nullptr;
+Failure plan_create(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals, void* memory, void* stream,
+                    DevicePlan<R>** plan) {
+  auto made = std::make_unique<DevicePlan<R>>();
+  if (!made->read(ints, n_ints, reals, n_reals)) return {"plan_create", "not a plan"};
+  IST_TRY(failure("plan_create", made->copy(memory, static_cast<cudaStream_t>(stream))));
+  *plan = made.release();
+  return {};
 }
 template <typename R>
 void plan_destroy(DevicePlan<R>* plan) {

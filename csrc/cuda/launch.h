@@ -1,18 +1,13 @@
-// Host side of launches: errors by kernel, and how a warp's memory and edges are laid out.
+// Host side of launches: the device they are for, and how a warp's memory and edges are laid out.
 #pragma once
 
+#include <algorithm>
+
 #include "compat.cuh"
-#include "library.h"
+#include "failure.h"
 #include "warp.cuh"
 
 namespace implicit_steer::IST_ISA {
-
-inline Failure failure(const char* name, cudaError_t error) {
-  return {name, error == cudaSuccess ? nullptr : cudaGetErrorString(error)};
-}
-
-#define IST_TRY(expression) \
-  if (const Failure failed = expression; failed.reason) return failed
 
 template <typename Kernel, typename... Arguments>
 Failure launch(const char* name, Kernel kernel, dim3 grid, dim3 block, int64_t bytes, void* stream,
@@ -29,16 +24,26 @@ Failure launch_threads(const char* name, Kernel kernel, int64_t n, void* stream,
   return launch(name, kernel, grid, dim3(kThreads), 0, stream, arguments...);
 }
 
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess)
-    return 0;
-  return value;
-}
+// The current device: shared memory of a block, of a multiprocessor, what of it each block takes for the system, in
+// bytes; and multiprocessors.
+struct Device {
+  int block_bytes, bytes, reserved_bytes, multiprocessors;
 
-// Warps that a multiprocessor should hold: as many as the registers of kernels for float allow. Fewer edges at a time,
-// where their memory would not.
-constexpr int64_t kWarps = 12;
+  Failure read() {
+    int number = 0;
+    IST_TRY(failure("device", cudaGetDevice(&number)));
+    const auto get = [&](int& value, cudaDeviceAttr attribute) {
+      return failure("device", cudaDeviceGetAttribute(&value, attribute, number));
+    };
+    IST_TRY(get(block_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin));
+    IST_TRY(get(bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor));
+    IST_TRY(get(reserved_bytes, cudaDevAttrReservedSharedMemoryPerBlock));
+    return get(multiprocessors, cudaDevAttrMultiProcessorCount);
+  }
+};
+
+// Blocks that a multiprocessor should hold: as many as the registers of kernels for float allow.
+constexpr int kBlocks = 3;
 
 // Of a warp whose edges are shared by `lanes` lanes each; `rest`: numbers behind the edges.
 template <typename N>
@@ -53,9 +58,11 @@ Shape shape_of(const PlanView<Real<N>>& plan, const Extent& extent, Needs needs,
   return shape;
 }
 
+// With as many edges at a time as leave memory for kBlocks blocks, whose first `front_bytes` are not their warps'.
 template <typename N>
-Shape best_shape(const PlanView<Real<N>>& plan, const Extent& extent, Needs needs, int64_t rest) {
-  const int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / kWarps;
+Shape best_shape(const PlanView<Real<N>>& plan, const Extent& extent, Needs needs, int64_t rest, const Device& device,
+                 int64_t front_bytes) {
+  const int64_t most = (device.bytes / kBlocks - device.reserved_bytes - front_bytes) / (kThreads / 32);
   for (int lanes = 4;; lanes *= 2) {
     const Shape shape = shape_of<N>(plan, extent, needs, rest, lanes);
     if (lanes == 32 || static_cast<int64_t>(sizeof(N)) * shape.warp_size <= most) return shape;

@@ -36,8 +36,8 @@ Failure sort(const Index* key, int64_t n, int64_t n_keys, Index* order, Index* o
                    static_cast<const int32_t*>(counts), next, to));
     values = next, from = to;
   }
-  return launch("find_offsets", find_offsets<Index>, dim3(static_cast<unsigned>(n / kDigits + 1)), block, 0, stream,
-                values, n, n_keys, offsets);
+  return launch("find_offsets", find_offsets<Index>, dim3(static_cast<unsigned>(n_keys / kDigits + 1)), block, 0,
+                stream, values, n, n_keys, offsets);
 }
 
 Failure sort_any(const void* key, int64_t n, int64_t n_keys, bool wide, void* order, void* offsets, void* memory,
@@ -53,7 +53,14 @@ Failure copy(void* to, const void* from, int64_t bytes, void* stream) {
   return failure("copy", cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, static_cast<cudaStream_t>(stream)));
 }
 
-constexpr CudaLibrary kLibrary{&kCudaFloat, &kCudaDouble, sort_bytes, sort_any, copy};
+Failure wait(void* stream) { return failure("wait", cudaStreamSynchronize(static_cast<cudaStream_t>(stream))); }
+
+Failure probe() {
+  cudaFuncAttributes unused;
+  return failure("probe", cudaFuncGetAttributes(&unused, scan_digits));
+}
+
+constexpr CudaLibrary kLibrary{&kCudaFloat, &kCudaDouble, sort_bytes, sort_any, copy, wait, probe};
 
 }  // namespace
 

@@ -1,6 +1,6 @@
 // The kernel library libimplicit_steer_cuda.so as its caller sees it: one C function that gives a table of functions on
-// plain pointers, sizes and a stream. No torch, and nothing of CUDA. None of the functions but
-// plan_create, which a plan needs once, waits for the device.
+// plain pointers, sizes and a stream. No torch, and nothing of CUDA. None of the functions but `wait` and plan_create,
+// which a plan needs once, waits for the device.
 #pragma once
 
 #include <cstdint>
@@ -23,9 +23,9 @@ template <typename R>
 struct CudaTable {
   // Bytes of device memory that the plan needs; -1 when the arrays are not what backends/cpu_plan.py writes.
   int64_t (*plan_bytes)(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals);
-  // The plan in that memory, aligned to 256 bytes; null when the copy fails. Its numbers can be read on the host.
-  DevicePlan<R>* (*plan_create)(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals, void* memory,
-                                void* stream);
+  // *plan becomes the plan in that memory, aligned to 256 bytes. Its numbers can be read on the host.
+  Failure (*plan_create)(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals, void* memory,
+                         void* stream, DevicePlan<R>** plan);
   void (*plan_destroy)(DevicePlan<R>*);
   const PlanView<R>* (*plan_view)(const DevicePlan<R>*);
   // The most shared memory, in bytes, that a block of one of the plan's kernels cannot do without, those of second
@@ -68,6 +68,8 @@ struct CudaLibrary {
   Failure (*sort)(const void* key, int64_t n, int64_t n_keys, bool wide, void* order, void* offsets, void* memory,
                   void* stream);
   Failure (*copy)(void* to, const void* from, int64_t bytes, void* stream);  // to the device, from anywhere
+  Failure (*wait)(void* stream);
+  Failure (*probe)();  // whether the current device can run the kernels: its driver, and machine code for it
 };
 
 }  // namespace implicit_steer

@@ -89,14 +89,20 @@ __global__ void __launch_bounds__(kDigits)
   }
 }
 
-// offsets[k]: how many of the sorted keys are smaller than k, 0 <= k <= n_keys
+// offsets[k]: how many of the sorted keys are smaller than k, 0 <= k <= n_keys; a thread for each k
 template <typename Index>
 __global__ void __launch_bounds__(kDigits) find_offsets(const Index* key, int64_t n, int64_t n_keys, Index* offsets) {
-  const int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (at > n) return;
-  const int64_t end = at < n && key[at] < n_keys ? static_cast<int64_t>(key[at]) : n_keys;
-  for (int64_t k = at > 0 ? static_cast<int64_t>(key[at - 1]) + 1 : 0; k <= end; ++k)
-    offsets[k] = static_cast<Index>(at);
+  const int64_t k = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (k > n_keys) return;
+  int64_t low = 0, high = n;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (key[middle] < k)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  offsets[k] = static_cast<Index>(low);
 }
 
 }  // namespace implicit_steer::IST_ISA

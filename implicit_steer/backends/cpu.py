@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import zip_longest
@@ -21,7 +22,7 @@ from .. import native
 from .._check import fail, require
 from ..graph import Graph
 from ..moments import Pool
-from ..packing import Parameters, constant, is_traced, is_transformed, running
+from ..packing import Parameters, cached, constant, is_traced, is_transformed, running
 from ..plan import Plan
 from .cpu_ops import of_bias_backward, of_sums_backward, unflatten
 from .cpu_plan import hidden_field_size, kernel_entries, prepare, reads_one
@@ -104,6 +105,7 @@ class NativePlan:
     def __reduce__(self):
         return _native_plan, self._recipe
 
+    @torch.inference_mode(False)
     def with_kernel(self) -> NativePlan:
         """Self, after making ``kernel``: of every θ·B the position in the flat (C_out, C_in, H) kernel tensor, that of
         θ among the last layer's parameters, and B."""
@@ -114,7 +116,7 @@ class NativePlan:
         return self
 
 
-@lru_cache(maxsize=256)
+@cached
 def _native_plan(plan: Plan, sizes: tuple[int, ...], n_last: int) -> NativePlan:
     return NativePlan(plan, sizes, n_last)
 
@@ -146,9 +148,14 @@ class Layer:
         """(C_out · C_in, H) of the last layer."""
         position, column, value = self.kernel_entries
         last = torch.cat([t.reshape(-1) for t in self.parameters.linears[-1] if t is not None])
-        plan, value = self.plan, value.to(last.dtype) * last.index_select(0, column)
+        plan, value = self.plan, value.to(last.dtype) * self.repeated(last, column)
         flat = value.new_zeros(plan.out_size * plan.in_size * plan.hidden_size).index_add(0, position, value)
         return flat.view(-1, plan.hidden_size)
+
+    @staticmethod
+    def repeated(numbers: Tensor, index: Tensor) -> Tensor:
+        """numbers[index]; the gradient, too, is the same to the last bit at every call."""
+        return numbers.index_select(0, index)
 
     def pack(self, learned: Sequence[Tensor], statistics: Tensor) -> Tensor:
         """Packed weights of the parameters ``learned`` at these statistics of the batch norms; linear in them."""
@@ -196,8 +203,11 @@ class Layer:
         statistic holds other bytes than last time."""
         kept = self._kept
         if kept is None or not torch.ops.implicit_steer.same_values(self._sources, kept[0]):
-            copy, statistics = torch.cat([t.reshape(-1) for t in self._sources]), self.running()
-            self._kept = kept = copy, statistics, self.pack(self.learned, statistics)
+            # Kept tensors must not be those of torch.inference_mode: autograd would refuse them later.
+            kept_for_all = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+            with kept_for_all, torch.no_grad():
+                copy, statistics = torch.cat([t.reshape(-1) for t in self._sources]), self.running()
+                self._kept = kept = copy, statistics, self.pack(self.learned, statistics)
         return kept[1:]
 
 

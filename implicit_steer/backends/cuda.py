@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import native
 from ..graph import Graph
 from ..moments import Pool
-from ..packing import Parameters
+from ..packing import Parameters, cached
 from ..plan import Plan
 from . import cpu
 from .cpu_plan import prepare
@@ -37,6 +37,8 @@ def supports(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[bool
     if device.type != "cuda":
         return False, f"runs on CUDA tensors, these are on {device}"
     there, reason = available()
+    if there:
+        there, reason = native.cuda_usable(device)
     if there:
         there, reason = cpu.supports(plan, torch.device("cpu"), dtype)  # the same plans and numbers
     if not there:
@@ -69,13 +71,13 @@ def _parameter_sizes(plan: Plan) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-@lru_cache(maxsize=256)
+@cached
 def _trivial(plan: cpu.NativePlan, device: torch.device) -> list[Tensor]:
     """The norms' trivial coordinates, on the device."""
     return [t.to(device) for t in plan.trivial]
 
 
-@lru_cache(maxsize=256)
+@cached
 def _kernel_entries(plan: cpu.NativePlan, device: torch.device) -> tuple[Tensor, ...]:
     return tuple(t.to(device) for t in plan.with_kernel().kernel)
 
@@ -88,6 +90,11 @@ class _Layer(cpu.Layer):
     def __init__(self, plan: Plan, parameters: Parameters):
         super().__init__(plan, cpu.native_plan(plan, parameters), parameters)
         self.trivial = _trivial(self.native, parameters.shell_width.device)
+
+    @staticmethod
+    def repeated(numbers: Tensor, index: Tensor) -> Tensor:
+        """As that of `cpu`: on a GPU the gradient of index_select adds in any order, that of indexing sorts."""
+        return numbers[index]
 
     def packed(self) -> tuple[Tensor, Tensor]:
         """The batch norms' running statistics, and packed weights at them."""

@@ -2,10 +2,10 @@
 were measured on the device.
 
 `cuda` multiplies only where a matrix is not 0, on the ordinary units: 4 instructions per multiply-add and 16 per φ,
-of 32 lanes each, about what docs/cuda_kernels.md has for the benchmark's case ``cloud``; where no kernel is compiled
-for the plan's sizes (``sizes_of`` in csrc/cuda/device_plan.h), 2.4 times as many are assumed. `triton` multiplies
-whole matrices on tensor cores, in three TF32 products of 1,024 multiply-adds per instruction that reach a quarter of
-their rate; everything else in it is what the compiled kernels of the benchmark's case ``cloud`` take
+of 32 lanes each, within a third of what docs/cuda_kernels.md has for the benchmark's case ``cloud``; where no kernel is
+compiled for the plan's sizes (``sizes_of`` in csrc/cuda/device_plan.h), 2.4 times as many are assumed. `triton`
+multiplies whole matrices on tensor cores, in three TF32 products of 1,024 multiply-adds per instruction that reach a
+quarter of their rate; everything else in it is what the compiled kernels of the benchmark's case ``cloud`` take
 (docs/gpu-predictions.md): 8 instructions per φ and 0.4 per multiply-add of the coupling.
 """
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..functions import difference_quotient, phi
 from ..moments import Pool, moments
-from ..packing import Parameters, Weights, constant, fold_linear, fold_theta, norm_affine, pack
+from ..packing import Parameters, Weights, cached, constant, fold_linear, fold_theta, norm_affine, pack
 from ..plan import Activation, Frame, Plan
 
 # Radii below this take the difference quotient; above it A⁻ φ(u₀ + r w) / r is right to eps / r.
@@ -177,7 +177,7 @@ def _expand(frame: Frame, edge: _Edge, y: Tensor) -> Tensor:
     return _rotate(y, edge.cosine[:, None], edge.sine[:, None], constant(frame, "partner", y))
 
 
-@lru_cache(maxsize=256)
+@cached
 def _samples(act: Activation, merged: bool, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     pair = (act.samples, act.inverse) if merged else act.unmerged
     return tuple(torch.tensor(m, dtype=dtype, device=device) for m in pair)

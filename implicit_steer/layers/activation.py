@@ -27,7 +27,8 @@ class FourierBase(torch.nn.Module):
     def _matrices(self, x: Tensor) -> tuple[Tensor, Tensor]:
         key = (x.dtype, x.device)
         if key not in self._cast:
-            self._cast[key] = tuple(m.to(*reversed(key)).contiguous() for m in self._merged)
+            with torch.inference_mode(False):  # kept for calls that autograd sees
+                self._cast[key] = tuple(m.to(*reversed(key)).contiguous() for m in self._merged)
         return self._cast[key]
 
     def _evaluate(self, x: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from .. import native
 from .._autocast import own_precision
 from .._check import require
 from ..moments import Pool, moments
-from ..packing import is_traced
+from ..packing import cached, is_traced
 from .fields import Fields, check_features
 
 
@@ -140,7 +139,7 @@ class NormBase:
         return torch.cat([part.reshape(-1) for part in parts])[self._in_place]
 
 
-@lru_cache
+@cached
 def _nothing(dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype)
 

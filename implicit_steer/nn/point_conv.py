@@ -22,7 +22,7 @@ class ImplicitPointConv(CheckedBias, PointConvBase):
         n_layers, n_channels, init_scheme: the kernel's MLP.
         sampling, norm, activation, cutoff: see :class:`ImplicitKernel`.
         aggr: ``"sum"`` or ``"mean"`` over the edges of a node (0 at isolated nodes).
-        backend: ``"auto" | "reference" | "eager" | "cpu"``; a backend asked for by name runs or raises.
+        backend: ``"auto"`` or one of ``implicit_steer.info().backends``; a backend asked for by name runs or raises.
 
     Raises:
         ValueError, TypeError: wrong argument, naming it, what was expected and what came.

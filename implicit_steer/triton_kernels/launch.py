@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ..backends.hidden import NEAR, SOFTENING, ZERO
 from ..functions import SMALL
+from ..packing import cached
 from ..plan import Plan
 from . import contract, frame, layers
 from .configuration import TILE, Choice, choose, exact_product
@@ -128,7 +128,7 @@ def _inverse(found: Tables, prepared: Prepared) -> Tensor:
     return torch.cat([p.reshape(-1) for p in parts]) if parts else torch.zeros(1)
 
 
-@lru_cache(maxsize=256)
+@cached
 def prepare(plan: Plan, device: torch.device, dtype: torch.dtype) -> Prepared:
     """The plan on this device; cached."""
     found = tables(plan)

@@ -1,9 +1,9 @@
 // conv_test DIR MODE [CASE ...]: the case files of DIR (or those named) through the emulated CUDA kernels, in float and
-// double, against the expected results in the files; the hidden features and the moments of batch norms' inputs against
-// the native loops, which the files' other tests hold to them; and the sort of edges. MODE: a number, so many
-// schedules; `trace`: one, every access of which is checked; `mutations`: every barrier that the cases reach is left
-// out in turn, which has to be noticed; `count`: nothing is compared, the memory instructions of a forward and a
-// backward pass in float are printed.
+// double, on devices of one and of several multiprocessors, against the expected results in the files; the hidden
+// features and the moments of batch norms' inputs against the native loops, which the files' other tests hold to them;
+// and the sort of edges. MODE: a number, so many schedules; `trace`: one, every access of which is checked;
+// `mutations`: every barrier that the cases reach is left out in turn, which has to be noticed; `count`: nothing is
+// compared, the memory instructions of a forward and a backward pass in float are printed.
 
 #include <filesystem>
 
@@ -167,15 +167,26 @@ int check_case(const std::string& name, const Case& file, bool trace, int seeds)
   Largest largest;
   Results first, results;
   simt::take_counts();
-  for (int seed = 0; seed < seeds; ++seed) {
-    failures += print(run_case<R>(name, file, trace, seed, largest, results));
-    if (seed == 0) first = results;
-    if (!native_test::same_bits(first, results)) failures += print({name + ": two schedules differ"});
+  for (const simt::Device& device : simt::kDevices) {
+    if (Emulated<R>::shared_bytes(file) > device.block_bytes) {
+      std::printf("%s: too large for %s\n", name.c_str(), device.name);
+      continue;
+    }
+    simt::use_device(device);
+    for (int seed = 0; seed < seeds; ++seed) {
+      failures += print(run_case<R>(name + " on " + device.name, file, trace, seed, largest, results));
+      if (seed == 0) first = results;
+      if (!native_test::same_bits(first, results)) failures += print({name + ": two schedules differ"});
+    }
   }
+  simt::use_device(simt::kDevices[0]);
   const auto launched = simt::take_counts();
   const bool hot = sizeof(R) == 4 && (name == "cloud" || name.rfind("zonal-hot", 0) == 0);
   for (const char* kernel : {"conv_forward_hot", "conv_backward_hot"})
     if ((launched.count(kernel) > 0) != hot) failures += print({name + ": " + kernel + " ran, or did not"});
+  for (const char* kernel : {"conv_forward", "conv_backward", "conv_statistics", "conv_hidden", "conv_hidden_backward"})
+    if (name == "zonal-odd-sizes-train" && launched.at(kernel).blocks < 2)
+      failures += print({name + ": one block of " + kernel});
   std::printf("%s, %s: at most %.2g (%s); second derivatives %.2g (%s)\n", name.c_str(),
               sizeof(R) == 4 ? "float" : "double", largest.first, largest.first_where.c_str(), largest.second,
               largest.second_where.c_str());

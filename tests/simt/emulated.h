@@ -46,10 +46,16 @@ class Emulated {
       : seed_(seed), trace_(trace), ints_(numbers<int32_t>(file["plan_ints"])), reals_(numbers<R>(file["plan_reals"])) {
     const int64_t bytes = table<R>().plan_bytes(ints_.data(), ints_.size(), reals_.data(), reals_.size());
     memory_.resize(bytes / 8 + 1);
-    plan_ = table<R>().plan_create(ints_.data(), ints_.size(), reals_.data(), reals_.size(), memory_.data(), nullptr);
-    if (!plan_) throw std::runtime_error("plan_create");
+    check(table<R>().plan_create(ints_.data(), ints_.size(), reals_.data(), reals_.size(), memory_.data(), nullptr,
+                                 &plan_));
   }
   ~Emulated() { table<R>().plan_destroy(plan_); }
+
+  static int64_t shared_bytes(const native_test::Case& file) {
+    const auto ints = numbers<int32_t>(file["plan_ints"]);
+    const auto reals = numbers<R>(file["plan_reals"]);
+    return table<R>().shared_bytes(ints.data(), ints.size(), reals.data(), reals.size());
+  }
 
   void pack(Problem<R>& p, Results& results) {
     p.packed = unwritten<R>(p.plan.n_weights);

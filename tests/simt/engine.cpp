@@ -42,7 +42,8 @@ namespace {
 
 constexpr unsigned kMostThreads = 1024;
 constexpr size_t kStack = 256 << 10, kPage = 4096;
-constexpr size_t kMostShared = 227 << 10;  // of a block, on sm_90
+constexpr size_t kMostShared = 227 << 10;  // of a block, on any device
+constexpr int kAlwaysShared = 48 << 10;    // of a block, for kernels that did not ask for more
 alignas(1024) thread_local unsigned char dynamic_memory[kMostShared];
 
 // Lanes of a warp that wait at one operation for the others of `mask`.
@@ -75,6 +76,8 @@ uint64_t seed, random_state;
 enum Policy { kAnyLane, kOneWarpFirst, kLastLane, kInOrder } policy;
 bool failed;
 std::string message;
+Device device = kDevices[0];
+std::map<const void*, int> allowed_shared;  // by kernel
 std::set<std::pair<std::string, int>> reached;
 std::string skipped_file;
 int skipped_line = 0;
@@ -320,16 +323,25 @@ void warp_barrier(uint32_t mask, Site site) {
 
 unsigned char* dynamic_shared() { return dynamic_memory; }
 
-void run(dim3 grid, dim3 block, size_t bytes, void (*call)(void*), void* context, const char* name) {
+cudaError_t allow_shared(const void* kernel, int bytes) {
+  if (bytes > device.block_bytes) return cudaErrorInvalidConfiguration;
+  return allowed_shared[kernel] = bytes, cudaSuccess;
+}
+
+void run(dim3 grid, dim3 block, size_t bytes, const void* kernel, void (*call)(void*), void* context,
+         const char* name) {
   if (failed) return;
   set_up();
   kernel_name = name, grid_size = grid, block_size = block, n_threads = block.x * block.y * block.z;
   dynamic_bytes = bytes, current_call = call, current_context = context;
-  if (n_threads == 0 || n_threads > kMostThreads || bytes > kMostShared || !grid.x || grid.y != 1 || grid.z != 1) {
+  const auto allowed = allowed_shared.find(kernel);
+  const size_t most = allowed == allowed_shared.end() ? kAlwaysShared : allowed->second;
+  if (n_threads == 0 || n_threads > kMostThreads || bytes > most || !grid.x || grid.y != 1 || grid.z != 1) {
     failed = true, message = std::string(name) + ": no legal launch";
     return;
   }
-  counts[kernel_name].threads = n_threads, counts[kernel_name].shared_bytes = bytes;
+  Count& count = counts[kernel_name];
+  count.threads = n_threads, count.shared_bytes = bytes, count.blocks = std::max(count.blocks, grid.x);
   trace_launch(context);
   random_state = 88172645463325252ull ^ (seed * 0x9E3779B97F4A7C15ull);
   random_number(), random_number();
@@ -343,6 +355,8 @@ void run(dim3 grid, dim3 block, size_t bytes, void (*call)(void*), void* context
 }
 
 Moment now() { return {block_index.x + 1, self->number + 1, self->warp, epoch, warps[self->warp].epoch}; }
+
+void use_device(const Device& described) { device = described, allowed_shared.clear(); }
 
 void reset(uint64_t new_seed, bool trace) {
   failed = false, message.clear(), seed = new_seed;
@@ -360,6 +374,15 @@ const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorLaunchFailure ? simt::message.c_str() : "invalid configuration";
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 1 : static_cast<int>(simt::kMostShared);
-  return cudaSuccess;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      return *value = simt::device.multiprocessors, cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      return *value = simt::device.block_bytes, cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      return *value = simt::device.bytes, cudaSuccess;
+    case cudaDevAttrReservedSharedMemoryPerBlock:
+      return *value = simt::device.bytes - simt::device.block_bytes, cudaSuccess;
+  }
+  return cudaErrorInvalidConfiguration;
 }

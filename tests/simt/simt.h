@@ -69,11 +69,14 @@ void collective(uint32_t mask, Site site, Operand operand, size_t bytes, WarpOpe
 enum Access { kRead, kWrite, kAtomic };
 void trace(const void* address, size_t bytes, Access access, const void* instruction);
 unsigned char* dynamic_shared();
-void run(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(void*), void* context, const char* name);
+void run(dim3 grid, dim3 block, size_t shared_bytes, const void* kernel, void (*call)(void*), void* context,
+         const char* name);
 
-template <typename F>
-void launch(dim3 grid, dim3 block, size_t shared_bytes, const char* name, F call) {
-  run(grid, block, shared_bytes, [](void* f) { (*static_cast<F*>(f))(); }, &call, name);
+template <typename Kernel, typename F>
+void launch(dim3 grid, dim3 block, size_t shared_bytes, Kernel* kernel, const char* name, F call) {
+  run(
+      grid, block, shared_bytes, reinterpret_cast<const void*>(kernel), [](void* f) { (*static_cast<F*>(f))(); }, &call,
+      name);
 }
 
 SIMT_UNTRACED inline void shuffle(Operand* lanes, uint32_t mask, size_t bytes) {
@@ -124,7 +127,7 @@ SIMT_UNTRACED __attribute__((noinline)) T atomic_add(T* address, T value) {
   simt::shuffled(mask, value, static_cast<int>(simt::self->lane ^ (bits)), SIMT_SITE("__shfl_xor_sync"))
 #define __ballot_sync(mask, set) simt::balloted(mask, set, SIMT_SITE("__ballot_sync"))
 #define LAUNCH(kernel, grid, block, bytes, stream, ...) \
-  (static_cast<void>(stream), simt::launch(grid, block, bytes, name, [&] { kernel(__VA_ARGS__); }))
+  (static_cast<void>(stream), simt::launch(grid, block, bytes, kernel, name, [&] { kernel(__VA_ARGS__); }))
 #define SHARED_MEMORY(T, name) T* const name = reinterpret_cast<T*>(simt::dynamic_shared())
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
@@ -136,14 +139,15 @@ T* global_memory(T* pointer) {
   return pointer;
 }
 
-// ---- the runtime, of a device with one multiprocessor, so that warps go through several tiles
+// ---- the runtime, of the device that a test chose (engine.h)
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
-  cudaDevAttrMaxSharedMemoryPerMultiprocessor
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrReservedSharedMemoryPerBlock
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDefault };
@@ -156,9 +160,17 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
   return memcpy(to, from, bytes), cudaSuccess;
 }
+struct cudaFuncAttributes {};
 template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
   return cudaSuccess;
+}
+namespace simt {
+cudaError_t allow_shared(const void* kernel, int bytes);
+}
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+  return simt::allow_shared(reinterpret_cast<const void*>(kernel), bytes);
 }
 template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
