@@ -1,5 +1,6 @@
 """Steerable implicit convolutions on point clouds and grids, evaluated without forming their kernels."""
 
+from importlib import import_module
 from typing import Any
 
 from .graph import Graph, knn_graph, radius_graph
@@ -10,10 +11,17 @@ __version__ = "0.1.0"
 __all__ = ["Graph", "__version__", "info", "knn_graph", "load", "radius_graph", "save"]
 
 
-def __getattr__(name: str) -> Any:
-    # At the first use: they bring every layer and backend along.
-    if name in ("load", "save"):
-        from . import deploy
+# Found at the first use: they bring every layer and backend along; nn and models also escnn.
+_SUBMODULES = ("deploy", "layers", "models", "nn", "viz")
 
-        return getattr(deploy, name)
+
+def __getattr__(name: str) -> Any:
+    if name in ("load", "save"):
+        return getattr(import_module(".deploy", __name__), name)
+    if name in _SUBMODULES:
+        return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_SUBMODULES})

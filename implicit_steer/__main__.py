@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from collections.abc import Sequence
 
 from . import figure_groups, figure_qm9, figures, info, md
+from ._check import is_explained
 from .train import TASKS
 
 
@@ -73,4 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception as error:
+        if not is_explained(error):
+            raise
+        sys.exit(f"python -m implicit_steer: error: {error}")

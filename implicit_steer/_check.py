@@ -11,6 +11,14 @@ def fail(name: str, expected: str, got: Any, remedy: str = "", kind: type[Except
     raise kind(f"{message} {remedy}" if remedy else message)
 
 
+def is_explained(error: BaseException) -> bool:
+    """Whether :func:`fail` raised it: its message says it all."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code is fail.__code__
+
+
 def require(ok: bool, name: str, expected: str, got: Any, remedy: str = "", kind: type[Exception] = ValueError) -> None:
     """:func:`fail` unless ``ok``."""
     if not ok:

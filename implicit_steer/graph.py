@@ -46,8 +46,8 @@ class Graph:
 
     Args:
         edge_index: (2, E) integers; row 0 holds the sources j, row 1 the targets i, as in PyG. Any order, any integer
-            dtype (int32 and int64 are kept, others become int64), contiguous or not. No edges, isolated nodes,
-            self-loops and repeated edges are legal.
+            dtype (int32 and int64 are kept, others become int64), contiguous or not; it is copied. No edges, isolated
+            nodes, self-loops and repeated edges are legal.
         num_nodes: the number of nodes, or ``(num_source, num_target)`` when the sources and the targets are different
             sets (a bipartite graph).
 
@@ -151,9 +151,11 @@ def _node_counts(num_nodes: Any) -> tuple[int, int]:
     return num_src, num_dst
 
 
-def _checked_edges(edge_index: Any, num_src: int, num_dst: int) -> Tensor:
-    """``edge_index``, contiguous, int32 or int64, after every check that later code relies on."""
-    _require_integers(edge_index, "edge_index")
+def _checked_edges(given: Any, num_src: int, num_dst: int) -> Tensor:
+    """A copy, contiguous, int32 or int64, after every check that later code relies on: whoever writes to ``given``
+    afterwards does not change the graph."""
+    _require_integers(given, "edge_index")
+    edge_index = given
     expected = "a tensor of shape (2, E)"
     remedy = "Row 0 holds the sources, row 1 the targets; pass edge_index.t() if yours is (E, 2)."
     require(edge_index.dim() == 2 and edge_index.shape[0] == 2, "edge_index", expected, tuple(edge_index.shape), remedy)
@@ -161,6 +163,8 @@ def _checked_edges(edge_index: Any, num_src: int, num_dst: int) -> Tensor:
     if edge_index.dtype != torch.int32 or num_edges > _INT32_MAX:
         edge_index = edge_index.to(torch.int64)
     edge_index = edge_index.contiguous()
+    if edge_index is given:
+        edge_index = given.clone()
     # Neither a compiled program nor a stream of a GPU's work can wait for the answer: they stop where it is wrong.
     if torch.compiler.is_compiling() or edge_index.is_cuda:
         right = (edge_index >= 0).all() & (edge_index[0] < num_src).all() & (edge_index[1] < num_dst).all()

@@ -88,6 +88,17 @@ def implicit_conv(
     return engine.forward(plan, parameters, live, graph, *tensors)
 
 
+def kernel_engine(plan: Plan, device: torch.device, dtype: torch.dtype):
+    """What evaluates the kernel's values there: native code where it can, else `reference`; and why."""
+    refused = []
+    for name, engine in (("cpu", cpu), ("cuda", cuda)):
+        supported, reason = engine.supports(plan, device, dtype)
+        if supported:
+            return engine, f"{name}: {reason}"
+        refused.append(f"not {name}: {reason}")
+    return reference, "; ".join(["reference: plain PyTorch", *refused])
+
+
 def implicit_kernel(
     plan: Plan, parameters: Parameters, delta: Tensor, attributes: Tensor, *, batch_statistics: bool | Pool
 ) -> tuple[Tensor, list[Statistics]]:
@@ -96,7 +107,6 @@ def implicit_kernel(
     dtype = _compute_dtype(parameters)
     parameters = _cast(parameters, dtype)
     live = _live(plan, batch_statistics, delta.shape[0])
-    native = _compiled_engine(parameters, "cpu", delta.device) or cpu.supports(plan, delta.device, dtype)[0]
-    engine = cpu if native else cuda if cuda.supports(plan, delta.device, dtype)[0] else reference
+    engine = _compiled_engine(parameters, "cpu", delta.device) or kernel_engine(plan, delta.device, dtype)[0]
     k, statistics = engine.kernel(plan, parameters, live, delta.to(dtype), attributes.to(dtype))
     return k.to(delta.dtype), statistics

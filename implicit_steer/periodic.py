@@ -40,10 +40,10 @@ def checked_cell(cell: Any, pbc: Any, dim: int) -> tuple[np.ndarray, np.ndarray]
 
 def _checked_pbc(pbc: Any, dim: int) -> np.ndarray:
     expected = f"True, False, or one of them for each of {dim} directions"
-    if pbc is None or isinstance(pbc, bool):
-        return np.full(dim, pbc is not False)
     if isinstance(pbc, Tensor):
         pbc = pbc.tolist()
+    if pbc is None or isinstance(pbc, bool | np.bool_):
+        return np.full(dim, pbc is None or bool(pbc))
     if not isinstance(pbc, Sequence | np.ndarray) or isinstance(pbc, str):
         fail("pbc", expected, repr(pbc), kind=TypeError)
     flags = np.asarray(pbc)

@@ -80,6 +80,11 @@ class Structures:
             edges.append(part.edge_index + atoms)
             batch.append(part.batch + graphs)
             atoms, graphs = atoms + len(part.pos), graphs + part.num_graphs
+        for name in ("energy", "forces"):
+            has = [getattr(part, name) is not None for part in parts]
+            remedy = "Leave it out of all with dataclasses.replace, or join those that have it."
+            got = f"{sum(has)} of {len(has)}"
+            require(all(has) or not any(has), "parts", f"{name} in all or in none", got, remedy)
         rest = {
             name: None if getattr(parts[0], name) is None else torch.cat([getattr(part, name) for part in parts])
             for name in ("numbers", "pos", "cell", "shift", "energy", "forces")
@@ -99,6 +104,11 @@ class Structures:
         cells = self.cell[self.batch[target]]  # [E, 3, 3]
         delta = self.pos.index_select(0, target) - self.pos.index_select(0, source)
         return delta + torch.einsum("ea,eab->eb", self.shift, cells)
+
+    def copied(self) -> Structures:
+        """The same structures in tensors of their own."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: t.clone() for name, t in tensors.items() if isinstance(t, Tensor)})
 
     def moved(self, pos: Tensor) -> Structures:
         """The same atoms and edges at other positions (N, 3)."""

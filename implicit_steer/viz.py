@@ -164,7 +164,7 @@ def learning_curve(
     locator = load_extra("matplotlib.ticker").MaxNLocator(integer=True)
     figure = _figure(6, 4)
     axes = figure.subplots()
-    for (name, values), colour in zip(errors.items(), _COLOURS, strict=False):
+    for (name, values), colour in zip(errors.items(), cycle(_COLOURS), strict=False):
         axes.plot(epochs, values, marker="o", markersize=4, color=colour, label=name)
     axes.xaxis.set_major_locator(locator)
     axes.set_xlabel("epoch")

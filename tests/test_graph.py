@@ -372,3 +372,12 @@ def test_sizes_are_refused(case):
     build, size, error, message = BAD_SIZES[case]
     with pytest.raises(error, match=message):
         build(POS, size)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_writing_to_the_given_edges_leaves_the_graph_alone(dtype):
+    edges = torch.tensor([[0, 1, 2], [1, 2, 0]], dtype=dtype)
+    graph = Graph(edges, 3)
+    edges += 1_000_000
+    assert graph.edge_index.tolist() == [[0, 1, 2], [1, 2, 0]]
+    assert graph.order_by_source.tolist() == [0, 1, 2]

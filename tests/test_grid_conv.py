@@ -1,6 +1,7 @@
 """Convolution on pixel and voxel grids: against explicit sums, and its equivariance."""
 
 import itertools
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from helpers import relative
 
 from implicit_steer.cases import SPACES, fields
 from implicit_steer.nn import ImplicitConv
+
+pytestmark = pytest.mark.filterwarnings("ignore:kernel_size.*even grid")
 
 
 def grid_layer(space, into, out, attributes, kernel_size=3, seed=0, **options):
@@ -177,3 +180,24 @@ def test_training_moves_the_statistics_and_evaluation_does_not():
     assert torch.equal(conv.state_dict()[key], before)
     conv.train()(x, attr)
     assert not torch.equal(conv.state_dict()[key], before)
+
+
+def test_an_even_grid_warns():
+    """Its points are off centre: a layer of C4 turns with the image only if their number is odd."""
+    gspace = SPACES["C4 on R2"]()
+    scalar = gspace.type(gspace.trivial_repr)
+    errors = {}
+    for kernel_size in (2, 3, 4, 5):
+        with pytest.warns(UserWarning, match="not equivariant") if kernel_size % 2 == 0 else nullcontext():
+            conv = ImplicitConv(scalar, scalar, None, kernel_size, 2, 3, norm=None).double().eval()
+        x = features(conv, 8, 8)
+        turned = conv(scalar(x.rot90(1, (2, 3)))).tensor.rot90(-1, (2, 3))
+        errors[kernel_size] = relative(turned, conv(scalar(x)).tensor)
+    assert max(errors[3], errors[5]) <= 1e-12
+    assert min(errors[2], errors[4]) > 1e-2
+
+
+def test_explanation():
+    conv = grid_layer("SO(2) on R2", "1 scalar", "1 vector", None)
+    assert "SO(2)" in conv.explain()
+    assert "values by  cpu: native" in conv.explain()

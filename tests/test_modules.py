@@ -20,6 +20,7 @@ from implicit_steer import native
 from implicit_steer.cases import SMALL, SPACES, Case, fields
 from implicit_steer.models import QM9Net
 from implicit_steer.nn import FourierActivation, ImplicitConv, ImplicitPointConv, KernelMLP
+from implicit_steer.nn import IIDBatchNorm1d as ImplicitNorm
 from implicit_steer.nn.mlp import Linear
 from implicit_steer.op import implicit_kernel
 from implicit_steer.packing import dense_kernel, pack
@@ -473,3 +474,54 @@ def test_kernel_gradients_after_inference_mode():
     values, _ = implicit_kernel(kernel.plan, kernel.parameters_for_op(), *arguments, batch_statistics=False)
     values.sum().backward()
     assert all(p.grad is not None for p in kernel.mlp.linears[-1].parameters())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_can_be_taken_away(backend):
+    conv = layer(SMALL["o3"])
+    conv.backend, problem = backend, SMALL["o3"].inputs(conv)
+    with torch.no_grad():
+        conv.bias.normal_()
+    shift = conv.expand_bias().detach()
+    expected = problem.run(conv) - shift
+    conv.bias = None
+    torch.testing.assert_close(problem.run(conv), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_checkpoint_of_another_layer_is_named():
+    """Other widths are no question of Clebsch-Gordan coefficients."""
+    small, large = (point_layer().state_dict() if n == 5 else _wider().state_dict() for n in (5, 6))
+    for conv, state in ((_wider(), small), (point_layer(), large)):
+        with pytest.raises(RuntimeError, match="other types, n_layers or n_channels"):
+            conv.load_state_dict(state)
+
+
+def _wider():
+    conv = point_layer()
+    return ImplicitPointConv(conv.in_type, conv.out_type, None, 2, 6, sampling="escnn")
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+def test_layers_of_16_bits_take_float32(half):
+    """Positions above all, which 16 bits round."""
+    conv = layer(SMALL["o3"], dtype=torch.float32)
+    problem = SMALL["o3"].inputs(conv)
+    expected = problem.run(conv)
+    out = problem.run(conv.to(half))
+    assert out.dtype == torch.float32
+    assert relative(out, expected) < (1e-2 if half == torch.float16 else 5e-2)
+
+
+def test_node_layers_name_a_wrong_dtype():
+    gspace = SPACES["O(3)"]()
+    activation = FourierActivation(gspace, 2, 1)
+    norm, pos = ImplicitNorm(activation.in_type), torch.zeros(5, 3)
+    with pytest.raises(TypeError, match=r"x: expected dtype torch\.float32 or a 16-bit float, got torch\.float64"):
+        norm(norm.in_type(torch.zeros(5, norm.in_type.size, dtype=torch.float64), pos))
+    with pytest.raises(TypeError, match=r"x: expected a floating point tensor, got torch\.int64"):
+        activation(norm.in_type(torch.zeros(5, norm.in_type.size, dtype=torch.int64), pos))
+    for bad in (-1, 1.5, "1"):
+        with pytest.raises(ValueError, match="max_frequency: expected an integer >= 0"):
+            FourierActivation(gspace, 2, bad)
+    with pytest.raises(TypeError, match="gspace: expected an escnn GSpace"):
+        FourierActivation(None, 2, 1)

@@ -44,6 +44,8 @@ def test_import_is_light():
 
 def test_public_names():
     assert all(hasattr(ist, name) for name in ist.__all__)
+    assert set(dir(ist)) > set(ist.__all__)
+    assert all(getattr(ist, name).__name__ == f"implicit_steer.{name}" for name in ("nn", "models", "viz", "deploy"))
     assert re.fullmatch(r"\d+\.\d+\.\d+", ist.__version__)
 
 
@@ -159,3 +161,22 @@ def test_wheel_without_the_extension_is_for_every_platform(build, tmp_path):
     assert done.returncode == 0, done.stderr
     (wheel,) = (tmp_path / "dist").iterdir()
     assert wheel.name == f"implicit_steer-{ist.__version__}-py3-none-any.whl"
+
+
+# ---- the command line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train qm9 --limit 0", "limit: expected at least 2, got 0"),
+        ("train qm9 --sampling exactly", "sampling: expected 'auto'"),
+        ("train modelnet --data /nonexistent", "root: expected"),
+    ],
+)
+def test_wrong_options_are_named_without_a_traceback(arguments, message):
+    command = [sys.executable, "-m", "implicit_steer", *arguments.split()]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 1
+    assert f"python -m implicit_steer: error: {message}" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -368,3 +368,26 @@ def test_core_takes_plain_tensors(ethanol):
     energies = potential.atomic_energies(species, Graph(ethanol.edge_index, 9), ethanol.edge_delta())
     assert torch.equal(energies.detach(), potential.predict(ethanol).energies)
     np.testing.assert_allclose(potential(ethanol).item(), energies.sum().item(), rtol=1e-14)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_predicts_in_inference_mode(ethanol, inside):
+    """Of structures made outside and inside of it."""
+    potential = make()
+    expected = potential.predict(ethanol)
+    with torch.inference_mode():
+        found = potential.predict(ethanol.copied() if inside else ethanol)
+    torch.testing.assert_close(found.energy, expected.energy, rtol=0, atol=0)
+    torch.testing.assert_close(found.forces, expected.forces, rtol=0, atol=0)
+
+
+def test_labels_are_joined_or_missing(ethanol):
+    labelled = replace(ethanol, energy=torch.zeros(1).double(), forces=torch.zeros_like(ethanol.pos))
+    joined = Structures.join([labelled, labelled])
+    assert joined.energy.shape == (2,)
+    assert Structures.join([ethanol, ethanol]).energy is None
+    for parts in ([labelled, ethanol], [ethanol, labelled]):
+        with pytest.raises(ValueError, match="parts: expected energy in all or in none, got 1 of 2"):
+            Structures.join(parts)
+    with pytest.raises(ValueError, match="structures: expected some with energy, got some without"):
+        make().fit(ethanol)

@@ -34,8 +34,8 @@ def test_every_operator_is_checked():
     names = {
         name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "implicit_steer" in name
     }
-    # instruments of the tests and the bench; a number of a plan
-    assert set(operator_arguments()) == names - {"fma_peak", "lane_function", "cuda_shared_bytes"}
+    # instruments of the tests and the bench; a number of a plan; a question to a device
+    assert set(operator_arguments()) == names - {"fma_peak", "lane_function", "cuda_shared_bytes", "cuda_probe"}
 
 
 @pytest.mark.parametrize("name", operator_arguments())
@@ -284,3 +284,36 @@ def test_autocast_of_a_compiled_layer():
     compiled, expected = torch.compile(run, fullgraph=True, backend="aot_eager"), problem.run(conv)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(compiled(*arguments_of(problem)), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vmap_over_an_ensemble_in_training(backend):
+    """Batch norms with the statistics of each member, which move its own running ones."""
+    conv = layer(SMALL["o3"], "train")
+    conv.backend, problem = backend, SMALL["o3"].inputs(conv)
+    scales = torch.tensor([0.9, 1.1], dtype=torch.float64)
+    parameters = {n: torch.stack([s * p.detach() for s in scales]) for n, p in conv.named_parameters()}
+    names = [n for n, _ in conv.named_buffers() if n.endswith(("_mean", "_var", "_tracked"))]
+    kept = {n: torch.stack([conv.get_buffer(n)] * 2) for n in names}
+
+    def member(parameters, buffers):
+        return torch.func.functional_call(conv, parameters | buffers, problem.arguments(conv)).tensor
+
+    together = torch.func.vmap(member)(parameters, kept)
+    for k in range(2):
+        own = {n: conv.get_buffer(n).clone() for n in names}
+        alone = member({n: p[k] for n, p in parameters.items()}, own)
+        torch.testing.assert_close(together[k], alone, rtol=1e-12, atol=1e-12)
+        for n in names:
+            torch.testing.assert_close(kept[n][k], own[n], rtol=1e-12, atol=1e-12)
+
+
+def test_transforms_of_eager():
+    conv = layer(SMALL["o3"], backend="eager")
+    problem = SMALL["o3"].inputs(conv)
+
+    def loss(x):
+        return replace(problem, x=x).run(conv).square().sum()
+
+    x = problem.x.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(loss)(problem.x), torch.autograd.grad(loss(x), x)[0])

@@ -95,6 +95,11 @@ def lines(axes):
     return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
 
 
+def test_learning_curve_draws_all_of_many():
+    figure = viz.learning_curve([1, 2], {str(n): [n, n] for n in range(10)}, unit="meV")
+    assert len(figure.axes[0].lines) == 10
+
+
 def test_learning_curve_plots_every_epoch_from_zero():
     figure = viz.learning_curve([1, 2, 3], {"training": [5, 4, 3], "validation": [6, 5, 5]}, unit="meV")
     axes = figure.axes[0]

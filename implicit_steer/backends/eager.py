@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..graph import Graph
 from ..moments import Pool
-from ..packing import Parameters, dense_kernel
+from ..packing import Parameters, dense_kernel, is_transformed
 from ..plan import Plan
 from .finish import finish
 from .hidden import Statistics, hidden_features, radial_factor
@@ -72,7 +72,10 @@ def forward(
         # NaN and Inf of a padded slot's edge must not leak: padding repeats the node's own first edge
         edges = torch.where(inside, edges, edges[:, :1])
         args = (x, h, kernel, graph.src[edges], edges, inside.to(h.dtype))
-        outputs.append(checkpoint(_block, *args, use_reentrant=False, preserve_rng_state=False))
+        if is_transformed():  # torch.func does not take what checkpoint saves
+            outputs.append(_block(*args))
+        else:
+            outputs.append(checkpoint(_block, *args, use_reentrant=False, preserve_rng_state=False))
         indices.append(nodes)
     out = x.new_zeros(graph.num_dst, plan.out_size)
     out = out.index_copy(0, torch.cat(indices), torch.cat(outputs))

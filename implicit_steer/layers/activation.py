@@ -32,6 +32,7 @@ class FourierBase(torch.nn.Module):
         return self._cast[key]
 
     def _evaluate(self, x: Tensor) -> Tensor:
+        require(x.is_floating_point(), "x", "a floating point tensor", x.dtype, kind=TypeError)
         return fourier(self.function, x, *self._matrices(x))
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from .. import native
 from .._autocast import own_precision
 from .._check import require
-from ..moments import Pool, moments
+from ..moments import Pool, moments, move_towards
 from ..packing import cached, is_traced
-from .fields import Fields, check_features
+from .fields import Fields, check_dtype, check_features
 
 
 class Kind(NamedTuple):
@@ -62,6 +62,7 @@ class NormBase:
 
     def _normalise(self, x: Tensor) -> Tensor:
         kinds = self._kinds()
+        check_dtype("x", x, kinds[0].var.dtype)
         dtype = torch.promote_types(x.dtype, kinds[0].var.dtype)
         wide = x if x.dtype == dtype else x.to(dtype)
         if self.training or not self.track_running_stats:
@@ -121,7 +122,7 @@ class NormBase:
         pairs = [(kind.var, var) for kind, (_, var) in zip(kinds, statistics, strict=True)]
         pairs += [(kind.mean, mean) for kind, (mean, _) in zip(kinds, statistics, strict=True) if mean is not None]
         running, batch = zip(*pairs, strict=True)
-        torch._foreach_lerp_(running, batch, factor)
+        move_towards(running, batch, factor)
 
     def _affine(self, kind: Kind, mean: Tensor | None, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """mean, scale and shift of a kind's channels, (fields, d) each."""

@@ -53,7 +53,7 @@ def with_values(x: Any, tensor: Tensor) -> Any:
 
 
 def check_tensor(name: str, value: Any, shape: tuple, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise unless ``value`` is a tensor of ``shape`` (None: any), of ``dtype`` or a 16-bit float, on ``device``."""
+    """Raise unless ``value`` is a tensor of ``shape`` (None: any), on ``device``, as :func:`check_dtype` asks."""
     if not isinstance(value, Tensor):
         fail(name, "a torch.Tensor", type(value).__name__, kind=TypeError)
     right = value.dim() == len(shape)
@@ -61,11 +61,18 @@ def check_tensor(name: str, value: Any, shape: tuple, dtype: torch.dtype, device
         right = right and (expected is None or expected == size)
     if not right:
         fail(name, f"shape ({', '.join('*' if s is None else str(s) for s in shape)})", tuple(value.shape))
-    if value.dtype != dtype and value.dtype not in _HALVES:
-        remedy = "Convert the input, or the layer with .float() / .double()."
-        fail(name, f"dtype {dtype} or a 16-bit float", value.dtype, remedy, TypeError)
+    check_dtype(name, value, dtype)
     if value.device != device:
         fail(name, f"device {device}", value.device, "Move it with .to().")
+
+
+def check_dtype(name: str, value: Tensor, dtype: torch.dtype) -> None:
+    """Raise unless a layer with parameters of ``dtype`` takes ``value``: one of that dtype or a 16-bit float, and where
+    the parameters have 16 bits, whose arithmetic is in float32, of that too."""
+    wide = torch.float32 if dtype in _HALVES else dtype
+    if value.dtype != wide and value.dtype not in _HALVES:
+        remedy = "Convert the input, or the layer with .float() / .double()."
+        fail(name, f"dtype {wide} or a 16-bit float", value.dtype, remedy, TypeError)
 
 
 def check_features(x: Any, size: int) -> None:

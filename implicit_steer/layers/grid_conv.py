@@ -28,6 +28,10 @@ class GridConvBase(Biased):
     dilation: int
     padding_mode: str
 
+    def explain(self) -> str:
+        """Group, sampling, frame, costs, and what evaluates the kernel at the grid's points."""
+        return self.implicit_kernel.explain()
+
     def filters(self, attr: Tensor | None = None) -> Tensor:
         """(R, C_out, C_in, kernel_size, …): one filter per row of ``attr`` (R, A); R = 1 without attributes.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import op
 from .._autocast import own_precision
 from .._check import fail, require
-from ..moments import Pool
+from ..moments import Pool, move_towards
 from ..packing import Kept, NormParameters, Parameters, is_traced
 from ..plan import Norm, Plan
 from .fields import check_tensor
@@ -65,6 +65,12 @@ class KernelBase(torch.nn.Module):
         self._columns = torch.tensor(self._trivial, dtype=torch.int64)
         self._kept.native = op.prepared(plan, self.parameters_for_op(), values=self._values)
 
+    def explain(self) -> str:
+        """Group, sampling, frame, costs, and what evaluates K's values and why."""
+        width = self.shell_width
+        dtype = torch.float64 if width.dtype == torch.float64 else torch.float32
+        return f"{self.plan}\n  values by  {op.kernel_engine(self.plan, width.device, dtype)[1]}"
+
     def prepare_values(self) -> None:
         """Make ready what the kernel's values take beyond a convolution; torch.compile cannot at the first call."""
         self._values = True
@@ -83,7 +89,8 @@ class KernelBase(torch.nn.Module):
         linears, norms, (shell_width, *bias) = tensors[:n], tensors[n : n + m], tensors[n + m :]
         norms = tuple(NormParameters(*norms[k : k + 4]) for k in range(0, m, 4))
         linears = tuple(zip(linears[::2], linears[1::2], strict=True))
-        parameters = Parameters(linears, norms, shell_width, kept, tuple(bias) or None)
+        bias = tuple(bias) if bias and bias[0] is not None else None  # conv.bias = None takes it away
+        parameters = Parameters(linears, norms, shell_width, kept, bias)
         if not traced and all(t is None or t.is_leaf for t in tensors):  # others hold a graph: not to be kept alive
             kept.tensors, kept.parameters = tensors, parameters
         return parameters
@@ -117,7 +124,7 @@ class KernelBase(torch.nn.Module):
             for k, column in enumerate(self._trivial[n]):  # the other columns of the mean are 0
                 kept.append(means[n].select(1, column))
                 measured.append(batch.mean.select(1, k).to(means[n].dtype))
-            torch._foreach_lerp_(kept, measured, self._norms[n][0].momentum)
+            move_towards(kept, measured, self._norms[n][0].momentum)
             counts[n].add_(1)
 
     def check_points(self, prefix: str, delta: Tensor, attributes: Tensor | None, n: int | None) -> Tensor:

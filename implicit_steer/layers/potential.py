@@ -136,6 +136,9 @@ class PotentialNet(torch.nn.Module):
         Raises:
             ValueError: an unknown species; ``stress`` without a cell.
         """
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():  # which knows no derivatives
+            with torch.inference_mode(False):
+                return self.predict(structures.copied(), stress=stress, create_graph=create_graph)
         if stress:
             volume = torch.linalg.det(structures.cell).abs()
             expected, got = "cells with three lattice vectors", "a cell without volume"
@@ -164,6 +167,8 @@ class PotentialNet(torch.nn.Module):
     def fit(self, structures: Structures) -> None:
         """Set ``shift`` (least squares of the energies on the composition), ``scale`` (r.m.s. force of each species
         times 1 Å) and ``degree`` from ``structures``, which hold energies and forces."""
+        for name in ("energy", "forces"):
+            require(getattr(structures, name) is not None, "structures", f"some with {name}", "some without")
         species, count = self.species_of(structures.numbers), len(self.shift)
         owner = structures.batch * count + species
         composition = torch.bincount(owner, minlength=structures.num_graphs * count).view(-1, count)

@@ -48,6 +48,9 @@ class FourierActivation(FourierBase, EquivariantModule):
         self, gspace: GSpace, channels: int, max_frequency: int, function: str = "elu", sampling: str = "escnn"
     ):
         super().__init__()
+        require(isinstance(gspace, GSpace), "gspace", "an escnn GSpace", type(gspace).__name__, kind=TypeError)
+        whole = isinstance(max_frequency, int) and not isinstance(max_frequency, bool)
+        require(whole and max_frequency >= 0, "max_frequency", "an integer >= 0", repr(max_frequency))
         require(function in FUNCTIONS, "function", f"one of {FUNCTIONS}", repr(function))
         whole = isinstance(channels, int) and not isinstance(channels, bool)
         require(whole and channels > 0, "channels", "a positive integer", repr(channels))

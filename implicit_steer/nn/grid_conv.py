@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from escnn.nn import FieldType, GeometricTensor
 from torch import Tensor
@@ -12,7 +14,7 @@ from .kernel import CheckedBias, ImplicitKernel, check_type, trivial_bias
 
 
 def kernel_grid(kernel_size: int, dim: int) -> Tensor:
-    """(kernel_size^dim, dim) centred positions in [−1, 1]^dim; coordinate n runs along spatial axis n."""
+    """(kernel_size^dim, dim) positions in [−1, 1]^dim, centred for an odd size; coordinate n runs along axis n."""
     axis = torch.arange(kernel_size) - kernel_size // 2
     grid = torch.stack(torch.meshgrid(*[axis] * dim, indexing="ij"), dim=-1)
     return grid.reshape(-1, dim).to(torch.get_default_dtype()) / max(kernel_size // 2, 1)
@@ -21,13 +23,16 @@ def kernel_grid(kernel_size: int, dim: int) -> Tensor:
 class ImplicitConv(CheckedBias, GridConvBase):
     """out(p) = bias + Σ_t K(x_t, a) f(p + t), the kernel evaluated on the points x_t of a grid in 2 or 3 dimensions.
 
-    Coordinate n of a position, and so of a vector field, runs along spatial axis n of the tensor (the authors'
-    convention; escnn's own ``GeometricTensor.transform`` takes the last axis as x and the one before as −y).
+    Coordinate n of a position, and so of a vector field, runs along spatial axis n of the tensor: the authors'
+    convention. escnn's own ``R2Conv``, ``R3Conv`` and ``GeometricTensor.transform`` take the last axis as x and the one
+    before as −y. Do NOT mix the two in a network with fields that reflections or rotations change: each is equivariant,
+    together they are not.
 
     Args:
         in_type, out_type: field types on one gspace; its dimension is the grid's.
         kernel_attr_type: fields of global attributes (one row per sample), or None.
-        kernel_size: points along each axis.
+        kernel_size: points along each axis; odd. For an even one the grid is, as the authors' own, half a point off its
+            centre, and the layer is not equivariant: it warns.
         n_layers, n_channels, init_scheme, sampling, norm, activation: the kernel's MLP, see :class:`ImplicitKernel`.
         padding, stride, dilation: as in ``torch.nn.Conv2d``; one integer for every axis.
         padding_mode: ``"zeros" | "reflect" | "replicate" | "circular"``.
@@ -62,6 +67,9 @@ class ImplicitConv(CheckedBias, GridConvBase):
             ok = isinstance(value, int) and not isinstance(value, bool) and value >= lowest[name]
             require(ok, name, f"an integer >= {lowest[name]}", repr(value))
         require(padding_mode in PADDING_MODES, "padding_mode", f"one of {list(PADDING_MODES)}", repr(padding_mode))
+        if kernel_size % 2 == 0:
+            off_centre = "the points of an even grid are off its centre, so that the layer is not equivariant"
+            warnings.warn(f"kernel_size: {kernel_size}: {off_centre}. Use an odd one.", stacklevel=2)
         self.in_type, self.out_type, self.kernel_attr_type = in_type, out_type, kernel_attr_type
         self.kernel_size, self.padding, self.stride, self.dilation = kernel_size, padding, stride, dilation
         self.padding_mode, self.dim = padding_mode, in_type.gspace.dimensionality

@@ -66,6 +66,7 @@ class ImplicitKernel(KernelBase):
         norm: ``"batch"`` or None.
         activation: ``"elu" | "relu" | "silu" | "gelu" | "tanh"``.
         cutoff: radius beyond which the kernel is zero (smooth to second order), in the unit of the positions; or None.
+        aggr: ``"sum"`` or ``"mean"``: how the convolution that it is for adds over a node's edges.
 
     Attributes:
         shell_width: σ, learnable, (1, 1, 1), 0.5 at first, in the unit of the positions.

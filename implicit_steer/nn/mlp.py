@@ -163,9 +163,17 @@ def check_basis(mlp: KernelMLP, state_dict: dict, prefix: str) -> None:
         theirs = state_dict.get(prefix + name)
         if theirs is None or not name.endswith(_BASIS):
             continue
-        if theirs.shape == own.shape and torch.allclose(theirs.to(own), own, atol=1e-4, rtol=0):
+        if theirs.shape != own.shape:
+            fail(
+                prefix + name,
+                f"shape {tuple(own.shape)}",
+                tuple(theirs.shape),
+                "The checkpoint is of a layer with other types, n_layers or n_channels.",
+                RuntimeError,
+            )
+        if torch.allclose(theirs.to(own), own, atol=1e-4, rtol=0):
             state_dict[prefix + name] = own.detach().clone()
-        elif closed_form or theirs.shape != own.shape or not name.endswith((".sampled_basis", ".bias_expansion")):
+        elif closed_form or not name.endswith((".sampled_basis", ".bias_expansion")):
             fail(
                 prefix + name,
                 "the fingerprint of this installation's basis",

@@ -17,6 +17,7 @@ from .. import processes
 from .._check import fail, require
 from .._extras import load_extra
 from ..backends import NAMES as BACKEND_NAMES
+from ..lowering import parse_sampling
 
 # Of a run, in its folder.
 RESULTS = ("last.ckpt", "best.ckpt", "log.csv", "result.json", "potential.pt", "model.safetensors")
@@ -54,6 +55,8 @@ class RunOptions:
         for name, least in {"epochs": 1, "batch_size": 2, "num_threads": 1, **self.least}.items():
             value = getattr(self, name)
             require(value is None or value >= least, name, f"at least {least}", value)
+        if hasattr(self, "sampling"):
+            parse_sampling(self.sampling)
 
     @classmethod
     def parsed(cls, args: argparse.Namespace) -> RunOptions:
