@@ -260,6 +260,7 @@ def grid_conv(kernel_attr_type=FLAT_VECTOR, kernel_size=3, **options):
 
 
 GRID_BUILD = [
+    ({"axes": "image"}, ValueError, "axes", ["authors", "escnn", "image"]),
     *[({"kernel_size": v}, ValueError, "kernel_size", ["an integer >= 1", repr(v)]) for v in (0, True, 3.0, (3, 3))],
     *[({"padding": v}, ValueError, "padding", ["an integer >= 0", repr(v)]) for v in (-1, "same")],
     ({"stride": 0}, ValueError, "stride", ["an integer >= 1", "0"]),

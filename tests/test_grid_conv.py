@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from escnn.nn import R2Conv, R3Conv
 from helpers import relative
 
 from implicit_steer.cases import SPACES, fields
@@ -200,4 +201,58 @@ def test_an_even_grid_warns():
 def test_explanation():
     conv = grid_layer("SO(2) on R2", "1 scalar", "1 vector", None)
     assert "SO(2)" in conv.explain()
-    assert "values by  cpu: native" in conv.explain()
+    assert "backend    cpu: native" in conv.explain()
+
+
+# ---- beside escnn's own convolutions
+
+
+def _turned(network, x, turn, back):
+    """How far turning before and after differ."""
+    return relative(back(network(turn(x))), network(x))
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize("kernel_size", [3, 4])
+def test_mixes_with_r2conv(ours_first, kernel_size):
+    """D4, scalar → vector → scalar: quarter turns, and both mirrors, which the other axes would confuse."""
+    gspace = SPACES["D4 on R2"]()
+    scalar, vector = gspace.type(gspace.trivial_repr), gspace.type(gspace.basespace_action)
+    torch.manual_seed(0)
+
+    def ours(into, out):
+        return ImplicitConv(into, out, None, kernel_size, 2, 3, norm=None, axes="escnn").double()
+
+    def theirs(into, out):
+        return R2Conv(into, out, kernel_size=kernel_size).double()
+
+    first, second = (ours, theirs) if ours_first else (theirs, ours)
+    layers = first(scalar, vector), second(vector, scalar)
+
+    def network(x):
+        return layers[1](layers[0](scalar(x))).tensor
+
+    x = torch.randn(1, 1, 11, 11, dtype=torch.float64)
+    for turn, back in (
+        (lambda t: t.rot90(1, (2, 3)), lambda t: t.rot90(-1, (2, 3))),
+        (lambda t: t.flip(2), lambda t: t.flip(2)),
+        (lambda t: t.transpose(2, 3), lambda t: t.transpose(2, 3)),
+    ):
+        assert _turned(network, x, turn, back) <= 1e-6  # R2Conv samples its basis in float32
+
+
+def test_mixes_with_r3conv():
+    gspace = SPACES["O(3)"]()
+    scalar, vector = gspace.type(gspace.trivial_repr), gspace.type(gspace.irrep(1, 1))
+    torch.manual_seed(0)
+    ours = ImplicitConv(scalar, vector, None, 3, 2, 3, norm=None, axes="escnn").double()
+    theirs = R3Conv(vector, scalar, kernel_size=3).double()
+    x = torch.randn(1, 1, 7, 7, 7, dtype=torch.float64)
+    for plane in ((2, 3), (3, 4), (2, 4)):
+        error = _turned(
+            lambda t: theirs(ours(scalar(t))).tensor,
+            x,
+            lambda t, plane=plane: t.rot90(1, plane),
+            lambda t, plane=plane: t.rot90(-1, plane),
+        )
+        assert error <= 1e-6

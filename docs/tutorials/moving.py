@@ -52,11 +52,11 @@ print(f"the grid is off by {float((grid - limit).norm() / limit.norm()):.0e}")
 # | `edge_delta = pos[row] − pos[col]`, where row 0 is the source | `pos[edge_index[1]] − pos[edge_index[0]]` |
 # | no attributes | `edge_attr_type`: scalars, vectors, tensors |
 #
-# The field types stay, and both take and give a `GeometricTensor`: networks of points can mix them. (Those of pixels
-# must not mix `ImplicitConv` with escnn's `R2Conv`: their coordinates run along the axes in another order.) Both
-# kernels solve the same equation. escnn's layer has weights for a basis of solutions, with a choice of rings and
-# frequencies; a network has no such choice to make. At a fixed radius every implicit kernel is a combination of
-# escnn's basis: from vectors to vectors, of two functions, `1` and `x xᵀ`.
+# The field types stay, and both take and give a `GeometricTensor`: networks can mix them (those of pixels with
+# `ImplicitConv(..., axes="escnn")`, for coordinates to run along the axes as in `R2Conv`). Both kernels solve the same
+# equation. escnn's layer has weights for a basis of solutions, with a choice of rings and frequencies; a network has
+# no such choice to make. At a fixed radius every implicit kernel is a combination of escnn's basis: from vectors to
+# vectors, of two functions, `1` and `x xᵀ`.
 
 # %%
 vector = gspace.irrep(1, 1)

@@ -95,7 +95,7 @@ class ImplicitConv(GridConvBase):
     Args:
         in_type, out_type: sizes and names of the features.
         implicit_kernel: K.
-        grid: (kernel_size^dim, dim) the points x_t, the last coordinate running fastest.
+        grid: (kernel_size^dim, dim) the points x_t, the kernel's last axis running fastest.
         padding, stride, dilation, padding_mode: as in :class:`implicit_steer.nn.ImplicitConv`.
         n_bias: learned numbers of the bias.
     """

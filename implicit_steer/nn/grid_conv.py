@@ -12,30 +12,35 @@ from .._check import require
 from ..layers.grid_conv import PADDING_MODES, GridConvBase
 from .kernel import CheckedBias, ImplicitKernel, check_type, trivial_bias
 
+AXES = ("authors", "escnn")
 
-def kernel_grid(kernel_size: int, dim: int) -> Tensor:
-    """(kernel_size^dim, dim) positions in [−1, 1]^dim, centred for an odd size; coordinate n runs along axis n."""
-    axis = torch.arange(kernel_size) - kernel_size // 2
-    grid = torch.stack(torch.meshgrid(*[axis] * dim, indexing="ij"), dim=-1)
-    return grid.reshape(-1, dim).to(torch.get_default_dtype()) / max(kernel_size // 2, 1)
+
+def kernel_grid(kernel_size: int, dim: int, axes: str = "authors") -> Tensor:
+    """(kernel_size^dim, dim) positions in [−1, 1]^dim of a kernel's points, the last axis fastest; ``axes``: see
+    :class:`ImplicitConv`."""
+    centre = kernel_size // 2 if axes == "authors" else (kernel_size - 1) / 2
+    along = (torch.arange(kernel_size) - centre) / max(centre, 1 if axes == "authors" else 0.5)
+    grid = torch.stack(torch.meshgrid(*[along] * dim, indexing="ij"), dim=-1).reshape(-1, dim)
+    if axes == "escnn":
+        grid = grid.flip(1) * torch.tensor([1.0, -1.0, -1.0])[:dim]
+    return grid.to(torch.get_default_dtype())
 
 
 class ImplicitConv(CheckedBias, GridConvBase):
     """out(p) = bias + Σ_t K(x_t, a) f(p + t), the kernel evaluated on the points x_t of a grid in 2 or 3 dimensions.
 
-    Coordinate n of a position, and so of a vector field, runs along spatial axis n of the tensor: the authors'
-    convention. escnn's own ``R2Conv``, ``R3Conv`` and ``GeometricTensor.transform`` take the last axis as x and the one
-    before as −y. Do NOT mix the two in a network with fields that reflections or rotations change: each is equivariant,
-    together they are not.
-
     Args:
         in_type, out_type: field types on one gspace; its dimension is the grid's.
         kernel_attr_type: fields of global attributes (one row per sample), or None.
-        kernel_size: points along each axis; odd. For an even one the grid is, as the authors' own, half a point off its
-            centre, and the layer is not equivariant: it warns.
+        kernel_size: points along each axis; with the authors' axes odd: their even grid is half a point off its centre,
+            so that the layer is not equivariant, and warns.
         n_layers, n_channels, init_scheme, sampling, norm, activation: the kernel's MLP, see :class:`ImplicitKernel`.
         padding, stride, dilation: as in ``torch.nn.Conv2d``; one integer for every axis.
         padding_mode: ``"zeros" | "reflect" | "replicate" | "circular"``.
+        axes: how the coordinates of positions, and so of vector fields, lie in the tensor. "authors": coordinate n
+            along spatial axis n. "escnn": x along the last axis, y and z against the ones before, as in escnn's
+            ``R2Conv``, ``R3Conv`` and ``GeometricTensor.transform``. Layers of one network must agree: each is
+            equivariant, together they are not where reflections or rotations change the fields between them.
 
     Source: Zhdanov, Hoffmann, Cesa, NeurIPS 2023, section 3.4.
     """
@@ -57,6 +62,7 @@ class ImplicitConv(CheckedBias, GridConvBase):
         sampling: str = "auto",
         norm: str | None = "batch",
         activation: str = "elu",
+        axes: str = "authors",
     ):
         super().__init__()
         check_type("in_type", in_type)
@@ -67,9 +73,10 @@ class ImplicitConv(CheckedBias, GridConvBase):
             ok = isinstance(value, int) and not isinstance(value, bool) and value >= lowest[name]
             require(ok, name, f"an integer >= {lowest[name]}", repr(value))
         require(padding_mode in PADDING_MODES, "padding_mode", f"one of {list(PADDING_MODES)}", repr(padding_mode))
-        if kernel_size % 2 == 0:
+        require(axes in AXES, "axes", f"one of {list(AXES)}", repr(axes))
+        if kernel_size % 2 == 0 and axes == "authors":
             off_centre = "the points of an even grid are off its centre, so that the layer is not equivariant"
-            warnings.warn(f"kernel_size: {kernel_size}: {off_centre}. Use an odd one.", stacklevel=2)
+            warnings.warn(f"kernel_size: {kernel_size}: {off_centre}. Use an odd one, or axes='escnn'.", stacklevel=2)
         self.in_type, self.out_type, self.kernel_attr_type = in_type, out_type, kernel_attr_type
         self.kernel_size, self.padding, self.stride, self.dilation = kernel_size, padding, stride, dilation
         self.padding_mode, self.dim = padding_mode, in_type.gspace.dimensionality
@@ -89,7 +96,7 @@ class ImplicitConv(CheckedBias, GridConvBase):
         remedy = "The statistics of one point have no variance: use norm=None."
         require(ok, "kernel_size", "at least 2 with norm='batch' and no attributes", kernel_size, remedy)
         self.implicit_kernel.prepare_values()
-        self.register_buffer("grid", kernel_grid(kernel_size, self.dim), persistent=False)
+        self.register_buffer("grid", kernel_grid(kernel_size, self.dim, axes), persistent=False)
 
     def forward(self, x: GeometricTensor, attr: Tensor | None = None) -> GeometricTensor:
         """Convolve.
