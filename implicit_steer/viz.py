@@ -39,6 +39,14 @@ def _plain_axes(axes: Axes, grid: str) -> None:
     axes.set_axisbelow(True)
 
 
+def _axes_of(plane: str, dim: int) -> list[int]:
+    """Numbers of the two axes."""
+    names = "xyz"[:dim]
+    ok = len(plane) == 2 and plane[0] != plane[1] and set(plane) <= set(names)
+    require(ok, "plane", f"two different axes among {', '.join(names)}", repr(plane))
+    return [names.index(axis) for axis in plane]
+
+
 def kernel_slice(
     kernel: ImplicitKernel,
     *,
@@ -67,12 +75,11 @@ def kernel_slice(
         ValueError: a plane that is not two different axes of the kernel's space.
     """
     dim, n_out, n_in = kernel.plan.frame.dim, kernel.plan.out_size, kernel.plan.in_size
-    names = "xyz"[:dim]
-    ok = len(plane) == 2 and plane[0] != plane[1] and set(plane) <= set(names)
-    require(ok, "plane", f"two different axes among {', '.join(names)}", repr(plane))
+    shown = _axes_of(plane, dim)
     if entries is None:
         entries = {f"K[{o}, {i}]": (o, i) for i in range(min(3, n_in)) for o in range(min(4, n_out))}
-    ticks, values = _on_slice(kernel, [names.index(axis) for axis in plane], extent, resolution, attributes)
+    require(len(entries) > 0, "entries", "at least one panel", "none")
+    ticks, values = _on_slice(kernel, shown, extent, resolution, attributes)
 
     columns = min(4, len(entries))
     rows = -(-len(entries) // columns)
@@ -282,8 +289,7 @@ def graph(
 ) -> Figure:
     """Points (N, 2 or 3) and their edges (2, E), seen along the axis that is not in ``plane``; ``values`` (N,) are the
     points' colours."""
-    axes_shown = ["xyz".index(axis) for axis in plane]
-    points, ends = pos.detach().cpu().numpy()[:, axes_shown], edge_index.cpu().numpy()
+    points, ends = pos.detach().cpu().numpy()[:, _axes_of(plane, pos.shape[1])], edge_index.cpu().numpy()
     segments = points[ends.T]  # (E, 2, 2)
     figure = _figure(5.2 if values is None else 6.0, 4.8)
     axes = figure.subplots()
@@ -317,6 +323,7 @@ def parity(true: np.ndarray, predicted: Mapping[str, np.ndarray], *, label: str,
 
 def images(rows: Mapping[str, np.ndarray], *, title: str = "") -> Figure:
     """``rows[name]`` (n, H, W): a row of grey images each."""
+    require(len(rows) > 0, "rows", "at least one row of images", "none")
     columns = max(len(pictures) for pictures in rows.values())
     figure = _figure(1.1 * columns + 1.2, 1.15 * len(rows) + 0.4)
     panels = figure.subplots(len(rows), columns, squeeze=False)

@@ -10,6 +10,7 @@ from escnn import gspaces
 
 from implicit_steer import Graph
 from implicit_steer.cases import SPACES, fields
+from implicit_steer.models import QM9Net
 from implicit_steer.nn import FourierActivation, ImplicitConv, ImplicitPointConv, ImplicitPointConvWithDownsampling
 from implicit_steer.nn.kernel import ImplicitKernel
 
@@ -401,3 +402,10 @@ except RuntimeError as error:
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
     assert done.stdout.startswith("escnn: expected an installed package, got none.")
     assert "pip install implicit_steer[escnn]" in done.stdout
+
+
+@pytest.mark.parametrize("option", [{"invariants": 0}, {"blocks": -1}, {"tensors": 1.5}, {"invariants": True}])
+def test_sizes_of_a_network(option):
+    ((name, value),) = option.items()
+    with pytest.raises(ValueError, match=f"{name}: expected an integer >= ., got {value}"):
+        QM9Net(**option)

@@ -74,6 +74,15 @@ def test_entries_default_to_the_first_ones_in_one_colour_scale():
 def test_a_plane_is_two_axes_of_the_space(space, plane):
     with pytest.raises(ValueError, match=f"plane.*{plane}"):
         viz.kernel_slice(make_kernel(space, None), plane=plane)
+    with pytest.raises(ValueError, match=f"plane.*{plane}"):
+        viz.graph(torch.zeros(4, 3 if space == "O(3)" else 2), torch.zeros(2, 0, dtype=torch.int64), plane=plane)
+
+
+def test_nothing_to_draw_is_named():
+    with pytest.raises(ValueError, match="entries: expected at least one panel, got none"):
+        viz.kernel_slice(make_kernel(attributes=None), entries={})
+    with pytest.raises(ValueError, match="rows: expected at least one row of images, got none"):
+        viz.images({})
 
 
 def test_time_bars_are_as_long_as_the_times_and_say_them():

@@ -79,6 +79,9 @@ class QM9Net(MoleculeNet):
         **convolution: Any,
     ):
         require(edge_attr in EDGE_ATTRIBUTES, "edge_attr", f"one of {list(EDGE_ATTRIBUTES)}", repr(edge_attr))
+        for name, value, least in (("blocks", blocks, 0), ("invariants", invariants, 1), ("tensors", tensors, 0)):
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            require(whole and value >= least, name, f"an integer >= {least}", repr(value))
         gspace = gspaces.flipRot3dOnR3() if gspace is None else gspace
         require(gspace.dimensionality == 3, "gspace", "a GSpace of R³", gspace)
         attributes = EDGE_ATTRIBUTES[edge_attr]
