@@ -79,6 +79,10 @@ def cuda_usable(device: torch.device) -> tuple[bool, str]:
     return _probed(torch.cuda.current_device() if device.index is None else device.index) if built else (False, reason)
 
 
+# As torch.compiler.assume_constant_result would do, which imports the compiler first.
+cuda_usable._dynamo_marked_constant = True
+
+
 @cache
 def _probed(device: int) -> tuple[bool, str]:
     try:
