@@ -34,7 +34,7 @@ demo: build
 # What is compiled and run without Python goes two at a time: much of it keeps one core.
 test: lint
 	$(MAKE) --no-print-directory -j 2 --output-sync=target test-native test-gpu-quick cuda-kernels
-	$(BIN)/python -m pytest -q -n 2 --dist loadscope
+	$(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder
 
 # Programs without torch and Python (tests/native), on inputs and expected results that native-cases writes.
 NATIVE_TESTS := build/native-tests

@@ -14,6 +14,11 @@ from implicit_steer.backends import cpu
 torch.set_num_threads(2)
 
 
+def pytest_collection_modifyitems(items):
+    """The longest one first: at the end it would keep one process busy and the others waiting."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_triton.py"))
+
+
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)

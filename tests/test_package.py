@@ -12,6 +12,8 @@ import torch
 
 import implicit_steer as ist
 from implicit_steer import native
+from implicit_steer.__main__ import main
+from implicit_steer._check import is_explained
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(ist.__file__).parent
@@ -165,16 +167,29 @@ def test_wheel_without_the_extension_is_for_every_platform(build, tmp_path):
 
 # ---- the command line
 
+WRONG = {
+    "train qm9 --limit 0": "limit: expected at least 2, got 0",
+    "train qm9 --sampling exactly": "sampling: expected 'auto'",
+    "train modelnet --data /nonexistent": "root: expected a zip or a folder of meshes",
+}
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("train qm9 --limit 0", "limit: expected at least 2, got 0"),
-        ("train qm9 --sampling exactly", "sampling: expected 'auto'"),
-        ("train modelnet --data /nonexistent", "root: expected"),
-    ],
-)
-def test_wrong_options_are_named_without_a_traceback(arguments, message):
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG.items())
+def test_wrong_options_are_explained(arguments, message):
+    with pytest.raises(ValueError, match=f"^{message}") as error:
+        main(arguments.split())
+    assert is_explained(error.value)
+
+
+def test_other_errors_are_not():
+    with pytest.raises(ZeroDivisionError) as error:
+        _ = 1 / 0
+    assert not is_explained(error.value)
+    assert not is_explained(ValueError())
+
+
+def test_a_wrong_option_has_no_traceback():
+    arguments, message = next(iter(WRONG.items()))
     command = [sys.executable, "-m", "implicit_steer", *arguments.split()]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 1
