@@ -23,3 +23,9 @@ def require(ok: bool, name: str, expected: str, got: Any, remedy: str = "", kind
     """:func:`fail` unless ``ok``."""
     if not ok:
         fail(name, expected, got, remedy, kind)
+
+
+def require_integer(name: str, value: Any, least: int) -> None:
+    """:func:`fail` unless ``value`` is an ``int``, no ``bool``, of at least ``least``."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    require(whole and value >= least, name, f"an integer >= {least}", repr(value))

@@ -75,8 +75,7 @@ def cuda_available() -> tuple[bool, str]:
 
 def cuda_usable(device: torch.device) -> tuple[bool, str]:
     """As :func:`cuda_available`, for one device: whether it and its driver can run the kernels."""
-    built, reason = cuda_available()
-    return _probed(torch.cuda.current_device() if device.index is None else device.index) if built else (False, reason)
+    return _probed(torch.cuda.current_device() if device.index is None else device.index)
 
 
 # As torch.compiler.assume_constant_result would do, which imports the compiler first.
@@ -85,11 +84,14 @@ cuda_usable._dynamo_marked_constant = True
 
 @cache
 def _probed(device: int) -> tuple[bool, str]:
+    built, reason = cuda_available()
+    if not built:
+        return False, reason
     try:
         torch.ops.implicit_steer.cuda_probe(device)
     except RuntimeError as error:
         return False, f"cuda:{device} cannot run the CUDA kernels: {str(error).splitlines()[0]}"
-    return True, f"kernels in {CUDA_LIBRARY}"
+    return True, reason
 
 
 class BuildInfo:

@@ -14,7 +14,7 @@ from .packing import Parameters
 from .plan import Plan
 
 
-def _compute_dtype(parameters: Parameters) -> torch.dtype:
+def compute_dtype(parameters: Parameters) -> torch.dtype:
     """float64 with float64 parameters, else float32."""
     return torch.float64 if parameters.shell_width.dtype == torch.float64 else torch.float32
 
@@ -80,7 +80,7 @@ def implicit_conv(
         (N_dst, C_out) in the arithmetic's dtype, and one :class:`Statistics` per batch norm (empty unless
         ``batch_statistics``).
     """
-    dtype = _compute_dtype(parameters)
+    dtype = compute_dtype(parameters)
     engine = _compiled_engine(parameters, backend, x.device) or backends.select(backend, plan, x.device, dtype)[0]
     parameters = _cast(parameters, dtype)
     live = _live(plan, batch_statistics, graph.num_edges)
@@ -104,7 +104,7 @@ def implicit_kernel(
 ) -> tuple[Tensor, list[Statistics]]:
     """K (P, C_out, C_in) at P points: delta (P, dim), attributes (P, A). Native on CPU tensors, `cuda` on CUDA
     tensors where it can, else `reference`."""
-    dtype = _compute_dtype(parameters)
+    dtype = compute_dtype(parameters)
     parameters = _cast(parameters, dtype)
     live = _live(plan, batch_statistics, delta.shape[0])
     engine = _compiled_engine(parameters, "cpu", delta.device) or kernel_engine(plan, delta.device, dtype)[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -95,8 +95,7 @@ class Structures:
         """The same structures on a device, or with pos, cell, shift and forces in a dtype."""
         cast = isinstance(where, torch.dtype)
         names = ("pos", "cell", "shift", "forces") if cast else [f.name for f in fields(self)]
-        tensors = {name: getattr(self, name) for name in names if isinstance(getattr(self, name), Tensor)}
-        return replace(self, **{name: tensor.to(where) for name, tensor in tensors.items()})
+        return self._changed(names, lambda tensor: tensor.to(where))
 
     def edge_delta(self) -> Tensor:
         """(E, 3): ``pos[i] - pos[j] + shift @ cell``, target minus source."""
@@ -107,8 +106,11 @@ class Structures:
 
     def copied(self) -> Structures:
         """The same structures in tensors of their own."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: t.clone() for name, t in tensors.items() if isinstance(t, Tensor)})
+        return self._changed([f.name for f in fields(self)], Tensor.clone)
+
+    def _changed(self, names: Sequence[str], change: Callable[[Tensor], Tensor]) -> Structures:
+        tensors = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: change(t) for name, t in tensors.items() if isinstance(t, Tensor)})
 
     def moved(self, pos: Tensor) -> Structures:
         """The same atoms and edges at other positions (N, 3)."""

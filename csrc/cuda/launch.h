@@ -1,8 +1,6 @@
 // Host side of launches: the device they are for, and how a warp's memory and edges are laid out.
 #pragma once
 
-#include <algorithm>
-
 #include "compat.cuh"
 #include "failure.h"
 #include "warp.cuh"

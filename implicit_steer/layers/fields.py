@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._check import fail, require
+from .._check import fail, require, require_integer
 from ..plan import Data
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -30,8 +30,7 @@ class Fields(Data):
     name: str = ""
 
     def validate(self):
-        whole = isinstance(self.size, int) and not isinstance(self.size, bool)
-        require(whole and self.size >= 0, "size", "an integer >= 0", repr(self.size))
+        require_integer("size", self.size, 0)
 
     def __call__(self, tensor: Tensor, coords: Tensor | None = None) -> Tensor:
         shape = tuple(getattr(tensor, "shape", ()))

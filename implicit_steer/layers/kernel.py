@@ -67,9 +67,8 @@ class KernelBase(torch.nn.Module):
 
     def explain(self) -> str:
         """Group, sampling, frame, costs, and what evaluates K's values and why."""
-        width = self.shell_width
-        dtype = torch.float64 if width.dtype == torch.float64 else torch.float32
-        return f"{self.plan}\n  backend    {op.kernel_engine(self.plan, width.device, dtype)[1]}"
+        dtype = op.compute_dtype(self.parameters_for_op())
+        return f"{self.plan}\n  backend    {op.kernel_engine(self.plan, self.shell_width.device, dtype)[1]}"
 
     def prepare_values(self) -> None:
         """Make ready what the kernel's values take beyond a convolution; torch.compile cannot at the first call."""

@@ -10,7 +10,7 @@ from escnn import gspaces
 from escnn import nn as enn
 from escnn.group import IrreducibleRepresentation
 
-from .._check import fail, require
+from .._check import fail, require, require_integer
 from ..data.qm9 import EDGE_ATTRIBUTES
 from ..deploy.convert import converts, saved_as
 from ..layers.linear import project_squares
@@ -80,8 +80,7 @@ class QM9Net(MoleculeNet):
     ):
         require(edge_attr in EDGE_ATTRIBUTES, "edge_attr", f"one of {list(EDGE_ATTRIBUTES)}", repr(edge_attr))
         for name, value, least in (("blocks", blocks, 0), ("invariants", invariants, 1), ("tensors", tensors, 0)):
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            require(whole and value >= least, name, f"an integer >= {least}", repr(value))
+            require_integer(name, value, least)
         gspace = gspaces.flipRot3dOnR3() if gspace is None else gspace
         require(gspace.dimensionality == 3, "gspace", "a GSpace of R³", gspace)
         attributes = EDGE_ATTRIBUTES[edge_attr]

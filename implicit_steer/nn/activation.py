@@ -10,7 +10,7 @@ from escnn.gspaces import GSpace
 from escnn.nn import EquivariantModule, FieldType, GeometricTensor
 
 from .. import sampling as sp
-from .._check import fail, require
+from .._check import fail, require, require_integer
 from ..layers.activation import FourierBase
 from ..plan import FUNCTIONS
 
@@ -49,8 +49,7 @@ class FourierActivation(FourierBase, EquivariantModule):
     ):
         super().__init__()
         require(isinstance(gspace, GSpace), "gspace", "an escnn GSpace", type(gspace).__name__, kind=TypeError)
-        whole = isinstance(max_frequency, int) and not isinstance(max_frequency, bool)
-        require(whole and max_frequency >= 0, "max_frequency", "an integer >= 0", repr(max_frequency))
+        require_integer("max_frequency", max_frequency, 0)
         require(function in FUNCTIONS, "function", f"one of {FUNCTIONS}", repr(function))
         whole = isinstance(channels, int) and not isinstance(channels, bool)
         require(whole and channels > 0, "channels", "a positive integer", repr(channels))

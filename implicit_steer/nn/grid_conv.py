@@ -8,7 +8,7 @@ import torch
 from escnn.nn import FieldType, GeometricTensor
 from torch import Tensor
 
-from .._check import require
+from .._check import require, require_integer
 from ..layers.grid_conv import PADDING_MODES, GridConvBase
 from .kernel import CheckedBias, ImplicitKernel, check_type, trivial_bias
 
@@ -70,8 +70,7 @@ class ImplicitConv(CheckedBias, GridConvBase):
         require(in_type.gspace == out_type.gspace, "out_type", f"fields on {in_type.gspace}", out_type.gspace)
         lowest = {"kernel_size": 1, "padding": 0, "stride": 1, "dilation": 1}
         for name, value in zip(lowest, (kernel_size, padding, stride, dilation), strict=True):
-            ok = isinstance(value, int) and not isinstance(value, bool) and value >= lowest[name]
-            require(ok, name, f"an integer >= {lowest[name]}", repr(value))
+            require_integer(name, value, lowest[name])
         require(padding_mode in PADDING_MODES, "padding_mode", f"one of {list(PADDING_MODES)}", repr(padding_mode))
         require(axes in AXES, "axes", f"one of {list(AXES)}", repr(axes))
         if kernel_size % 2 == 0 and axes == "authors":

@@ -11,7 +11,7 @@ from escnn.gspaces import GSpace0D, no_base_space
 from escnn.nn import FieldType
 
 from .. import sampling as sp
-from .._check import fail, require
+from .._check import fail, require, require_integer
 from ..clebsch_gordan import install
 from ..layers.kernel import NORM_TENSORS
 from ..lowering import polished_blocks
@@ -108,8 +108,7 @@ class KernelMLP(torch.nn.Module):
     ):
         super().__init__()
         for name, value in (("n_layers", n_layers), ("n_channels", n_channels)):
-            ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            require(ok, name, "an integer >= 1", repr(value))
+            require_integer(name, value, 1)
         require(init_scheme in _INIT, "init_scheme", f"one of {_INIT}", repr(init_scheme))
         require(norm in ("batch", None), "norm", "'batch' or None", repr(norm))
         require(activation in FUNCTIONS, "activation", f"one of {FUNCTIONS}", repr(activation))
