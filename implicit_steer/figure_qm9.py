@@ -14,10 +14,16 @@ from . import viz
 from .data.qm9 import EDGE_ATTRIBUTES
 from .figures import kept_result
 from .train.common import add_numbers
-from .train.qm9 import QM9Options, train_qm9
+from .train.qm9 import QM9Options, add_schedule, train_qm9
 
 DEFAULT = QM9Options()
-NUMBERS = {"epochs": "passes over the training set", "seed": "of weights and shuffling"}  # options of the runs → help
+NUMBERS = {  # options of the runs that can be given → help
+    "epochs": "passes over the training set",
+    "batch_size": "molecules per step",
+    "lr": "first learning rate",
+    "seed": "of weights and shuffling",
+    "channels": "fields per hidden layer",
+}
 HEAD = ("edge attributes", "parameters", "test MAE", "validation MAE", "s per epoch", "h in all")
 
 
@@ -29,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target", default=DEFAULT.target, metavar="NAME", help="as in train qm9 (%(default)s)")
     add("--limit", type=int, metavar="N", help="use N training molecules (all: 100,000)")
     add_numbers(parser, DEFAULT, NUMBERS)
+    add_schedule(parser, DEFAULT)
     add("--data", metavar="DIR", help="as in train qm9")
     add("--cache", metavar="DIR", help="prepared data ($IMPLICIT_STEER_CACHE, ~/.cache/implicit_steer)")
     add("--runs", metavar="DIR", default="runs/figure-qm9", help="training runs (%(default)s)")
@@ -57,7 +64,7 @@ def table(results: Mapping[str, dict[str, Any]], runs: Path) -> str:
 def main(args: argparse.Namespace) -> None:
     """Run what is missing, draw, and print the table."""
     runs, results = Path(args.runs), {}
-    names = ("target", "limit", "data", "cache", *NUMBERS)
+    names = ("target", "limit", "data", "cache", "schedule", *NUMBERS)
     options = replace(DEFAULT, **{name: getattr(args, name) for name in names})
     for name in args.edge_attr:
         results[name] = kept_result(replace(options, edge_attr=name, out=str(runs / name)), train_qm9)

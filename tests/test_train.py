@@ -162,6 +162,16 @@ def test_resume_of_another_run(run, changes, message):
         train_qm9(QM9Options(resume=True, **options))
 
 
+def test_cosine_schedule(tmp_path):
+    options = {**SMALL, "limit": 64, "blocks": 0, "schedule": "cosine"}
+    train_qm9(QM9Options(out=str(tmp_path), **options))
+    rates = [float(row["lr"]) for row in rows(tmp_path)]
+    assert rates == pytest.approx([1e-3, 7.5e-4, 2.5e-4])  # (1 + cos(π epoch / 3)) / 2
+    for name, other in (("epochs", 4), ("schedule", "steps")):
+        with pytest.raises(ValueError, match=rf"{name}: expected .* as in the run to resume, got {other!r}"):
+            train_qm9(QM9Options(out=str(tmp_path), resume=True, **{**options, name: other}))
+
+
 def test_damaged_checkpoint(run, tmp_path):
     (tmp_path / "last.ckpt").write_bytes((run[0] / "last.ckpt").read_bytes()[:10_000])
     with pytest.raises(ValueError, match=r"last.ckpt: expected a checkpoint of a training run.*--overwrite"):

@@ -85,15 +85,18 @@ def add_numbers(group: Any, default: RunOptions, texts: dict[str, str]) -> None:
         group.add_argument(flag, type=type(value), metavar="N", default=value, help=f"{text} (%(default)s)")
 
 
-def add_training_arguments(parser: argparse.ArgumentParser, default: RunOptions, entries: str, **more: str) -> None:
-    """Epochs, batch size (of ``entries``), learning rate, seed, and the numbers whose help is in ``more``."""
+def add_training_arguments(parser: argparse.ArgumentParser, default: RunOptions, entries: str, **more: str) -> Any:
+    """Epochs, batch size (of ``entries``), learning rate, seed, and the numbers whose help is in ``more``; returns
+    their group."""
     texts = {
         "epochs": "passes over the training set",
         "batch_size": f"{entries} per step",
         "lr": "first learning rate",
         "seed": "of weights and shuffling",
     }
-    add_numbers(parser.add_argument_group("training"), default, {**texts, **more})
+    training = parser.add_argument_group("training")
+    add_numbers(training, default, {**texts, **more})
+    return training
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, default: RunOptions) -> Any:

@@ -16,6 +16,7 @@ from .common import Run, RunOptions, add_model_arguments, add_run_arguments, add
 log = logging.getLogger(__name__)
 
 HELP = "a property of small molecules"
+SCHEDULES = ("steps", "cosine")
 DESCRIPTION = "Train the paper's network on QM9; print the mean absolute error on the test set."
 
 
@@ -24,11 +25,13 @@ class QM9Options(RunOptions):
     """A run on QM9. The command line has the same names; its help explains them.
 
     The defaults are the paper's: AdamW, learning rate 1e-3 halved at epochs 25, 50, 75, 100 and 125, weight decay 1e-8,
-    batches of 32, L1 loss on the standardised target. ``norm`` is "batch" or "none".
+    batches of 32, L1 loss on the standardised target. ``schedule`` "cosine" lets the learning rate fall to 0 over
+    ``epochs`` instead of in "steps"; ``norm`` is "batch" or "none".
     """
 
     target: str = "homo"
     limit: int | None = None
+    schedule: str = "steps"
     edge_attr: str = "bonds+atoms"
     sampling: str = "auto"
     norm: str = "batch"
@@ -36,11 +39,21 @@ class QM9Options(RunOptions):
     channels: int = 8
     data: str | None = None
 
-    choices: ClassVar = {"edge_attr": tuple(EDGE_ATTRIBUTES), "norm": ("batch", "none"), "target": TARGETS}
+    choices: ClassVar = {
+        "edge_attr": tuple(EDGE_ATTRIBUTES),
+        "norm": ("batch", "none"),
+        "schedule": SCHEDULES,
+        "target": TARGETS,
+    }
     least: ClassVar = {"limit": 2, "blocks": 0, "channels": 1}
     identity_names: ClassVar = (
-        *("target", "batch_size", "limit", "seed", "lr", "edge_attr", "sampling", "norm", "blocks", "channels"),
+        *("target", "batch_size", "limit", "seed", "lr", "schedule"),
+        *("edge_attr", "sampling", "norm", "blocks", "channels"),
     )
+
+    def identity(self) -> dict[str, Any]:
+        """With the epochs, where the learning rate depends on them."""
+        return super().identity() | (self.named("epochs") if self.schedule == "cosine" else {})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,9 +69,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bond types, or with the elements of both ends (%(default)s)",
     )
     task.add_argument("--data", metavar="DIR", help="PyG's raw files or qm9pack's CSV files (the installed qm9pack)")
-    add_training_arguments(parser, default, "molecules")
+    training = add_training_arguments(parser, default, "molecules")
+    add_schedule(training, default)
     add_model_arguments(parser, default)
     add_run_arguments(parser, default, "runs/qm9-TARGET-seedSEED")
+
+
+def add_schedule(group: Any, default: QM9Options) -> None:
+    """``--schedule``."""
+    schedule = "learning rate: halved at epochs 25, 50, ... as the paper's, or falling to 0 (%(default)s)"
+    group.add_argument("--schedule", choices=SCHEDULES, default=default.schedule, help=schedule)
 
 
 def train_qm9(options: QM9Options) -> dict[str, Any]:
@@ -91,7 +111,8 @@ def train_qm9(options: QM9Options) -> dict[str, Any]:
     tensor = options.target == TENSOR
     model = QM9Net(edge_attr=options.edge_attr, tensors=options.channels if tensor else 0, **options.network())
     regressor = AxesRegressor if tensor else Regressor
-    module = regressor(model, data.mean, data.std, options.lr, options.identity())
+    cosine = options.epochs if options.schedule == "cosine" else None
+    module = regressor(model, data.mean, data.std, options.lr, options.identity(), cosine_epochs=cosine)
     parameters = sum(parameter.numel() for parameter in module.parameters())
     molecules = {"train": len(data.train), "val": len(data.val), "test": len(data.test)}
     text = "QM9 %s: %d training, %d validation, %d test molecules; %d parameters"
