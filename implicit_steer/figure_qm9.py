@@ -74,7 +74,8 @@ def main(args: argparse.Namespace) -> None:
         {name: log_column(runs / name, "val_mae") for name in results},
         xlabel="epochs",
         ylabel=f"validation error of {options.target} (MAE, {unit})",
-        title=f"QM9: {molecules:,} training molecules, seed {options.seed}",
+        title=f"QM9: {molecules:,} training molecules in batches of {options.batch_size}, "
+        f"{options.channels} fields per layer, seed {options.seed}",
     )
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out)
