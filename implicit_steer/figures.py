@@ -72,7 +72,7 @@ def kept_result(options: RunOptions, train: Callable[[Any], dict[str, Any]]) -> 
         return train(replace(options, resume=(out / "last.ckpt").exists()))
     result = json.loads(finished.read_text())
     for name, value in options.identity().items():
-        found = result["options"][name]
+        found = result["options"].get(name)  # None: a run from before the option
         require(found == value, name, f"{found!r} as in {finished}", repr(value), "Choose another folder with --runs.")
     return result
 
