@@ -31,9 +31,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: build
 	$(BIN)/python -m implicit_steer demo
 
-# What is compiled and run without Python goes two at a time: much of it keeps one core.
+# What is compiled and run without Python goes two at a time: much of it keeps one core. The plain native tests are left
+# out: the Python tests run the same optimised code.
 test: lint
-	$(MAKE) --no-print-directory -j 2 --output-sync=target test-native test-gpu-quick cuda-kernels
+	$(MAKE) --no-print-directory -j 2 --output-sync=target native-address native-thread test-gpu-quick cuda-kernels
 	$(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder
 
 # Programs without torch and Python (tests/native), on inputs and expected results that native-cases writes.
