@@ -306,7 +306,10 @@ def test_training_on_tensors(tmp_path, capsys):
     arguments = f"train qm9 --target polarizability --limit 64 --epochs 2 --blocks 0 --channels 2 --out {tmp_path}"
     main([*arguments.split(), "--num-threads", "1", "--no-progress"])
     result = json.loads((tmp_path / "result.json").read_text())
-    assert f"test MAE polarizability: {result['test_mae']:.4f} bohr^3" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"test MAE polarizability: {result['test_mae']:.4f} bohr^3" in printed
+    assert f"turn with them to {result['test_equivariance_error']:.1e}" in printed
+    assert 0 < result["test_equivariance_error"] < 1e-5  # measured: 9e-8, in float32; no hidden activation, no grid
     errors = [float(row["train_mae"]) for row in rows(tmp_path)]
     assert errors[1] < errors[0] < 100
 

@@ -8,6 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.strategies import DDPStrategy
+from scipy.spatial.transform import Rotation
 
 from .. import processes
 from .._check import require
@@ -155,11 +157,26 @@ class Regressor(Task):
 
 class AxesRegressor(Regressor):
     """Regression of matrices y (rows, 3, 3) whose axes have unknown names and directions: what is predicted is compared
-    with the nearest of R y Rᵀ, R the 24 rotations of the cube."""
+    with the nearest of R y Rᵀ, R the 24 rotations of the cube.
+
+    The test also logs ``test_equivariance_error``: with f the predictions for a batch, and f' those for its positions
+    turned by Q, ‖f' − Q f Qᵀ‖ / ‖f‖; the largest of all batches.
+    """
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         self.register_buffer("rotations", cube_rotations(), persistent=False)
+        turn = torch.tensor(Rotation.from_rotvec([1.0, 2.0, 3.0]).as_matrix())  # along no axis of symmetry
+        self.register_buffer("turn", turn, persistent=False)
+
+    def test_step(self, batch: Any, step: int) -> None:
+        """Collect the errors of a batch."""
+        self.validation_step(batch, step)
+        turn = self.turn.to(batch.pos.dtype)
+        predicted, turned = self.model(batch), self.model(replace(batch, pos=batch.pos @ turn.T))
+        error = (turned - turn @ predicted @ turn.T).norm() / predicted.norm()
+        count = batch.num_graphs
+        self.log("test_equivariance_error", error, reduce_fx="max", on_epoch=True, sync_dist=True, batch_size=count)
 
     def target(self, y: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
         """(rows, 3, 3)."""
