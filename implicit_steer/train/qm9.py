@@ -92,8 +92,8 @@ def train_qm9(options: QM9Options) -> dict[str, Any]:
     interruption. One seed and one number of threads give one result, to the last digit, on a CPU.
 
     Of the polarizability ``test_mae`` is the mean over the nine entries of the matrix, each matrix compared along those
-    of its possible axes that fit best; ``test_equivariance_error`` says how well the predictions turn with the molecules
-    (:class:`~implicit_steer.train.lightning.AxesRegressor`).
+    of its possible axes that fit best; ``test_equivariance_error`` says how well the predictions turn with the
+    molecules (:class:`~implicit_steer.train.lightning.AxesRegressor`).
 
     Raises ``RuntimeError`` where a package is missing, ``ValueError`` for a wrong option, a damaged file, or a folder
     that holds another run.
