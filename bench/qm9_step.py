@@ -85,12 +85,14 @@ def synthetic(count: int, seed: int = 0) -> MoleculeSet:
 class Step:
     """Called: one training step on the next batch. ``switch(part, phase)`` hears of what begins outside the network."""
 
-    def __init__(self, data: MoleculeSet, batch_size: int, backend: str = "auto", sampling: str = "auto"):
+    def __init__(
+        self, data: MoleculeSet, batch_size: int, channels: int, backend: str = "auto", sampling: str = "auto"
+    ):
         torch.manual_seed(0)
         np.random.seed(0)  # from which escnn draws the weights of tensor products
         self.data = data
         self.ids = np.arange(len(data) // batch_size * batch_size).reshape(-1, batch_size)
-        network = QM9Net(backend=backend, sampling=sampling)
+        network = QM9Net(channels=channels, backend=backend, sampling=sampling)
         self.regressor = Regressor(network, float(data.y.mean()), float(data.y.std()), 1e-3, {})
         self.optimizer = self.regressor.configure_optimizers()["optimizer"]
         self.count = 0
@@ -160,10 +162,10 @@ class Stopwatch:
         return seconds
 
 
-def measure(rounds: int, batch_size: int = 32) -> dict[str, Any]:
+def measure(rounds: int, batch_size: int = 32, channels: int = 8) -> dict[str, Any]:
     """``rounds`` plain steps and as many with the stopwatch, by turns: medians in milliseconds."""
     data, source = molecules(batch_size * 16)
-    step = Step(data, batch_size)
+    step = Step(data, batch_size, channels)
     for _ in range(WARM_UP):
         step()
     whole, processor, parts = [], [], []
@@ -183,6 +185,7 @@ def measure(rounds: int, batch_size: int = 32) -> dict[str, Any]:
     return {
         "environment": report.environment(),
         "molecules": {"source": source, "batch": batch_size, "atoms": len(batch.pos)},
+        "channels": channels,
         "step": summary(whole) | {"processor_ms": 1e3 * statistics.median(processor)},
         "parts": medians,
     }
@@ -196,10 +199,11 @@ def text(results: dict[str, Any]) -> str:
         for part, ms in sorted(results["parts"].items(), key=lambda item: -sum(item[1].values()))
     ]
     return (
-        f"A training step of the QM9 network, {found['batch']} molecules ({found['source']}; {found['atoms']} atoms), "
-        f"{results['environment']['threads']} threads:\nmedian {step['median_ms']:.1f} ms (quartiles "
-        f"{step['q1_ms']:.1f} to {step['q3_ms']:.1f}, {step['rounds']} steps), {step['processor_ms']:.1f} ms of "
-        f"processor time.\n\n{report.table(['part', 'forward / ms', 'backward / ms', 'sum / ms'], rows)}"
+        f"A training step of the QM9 network, {results['channels']} fields per layer, {found['batch']} molecules "
+        f"({found['source']}; {found['atoms']} atoms), {results['environment']['threads']} threads:\n"
+        f"median {step['median_ms']:.1f} ms (quartiles {step['q1_ms']:.1f} to {step['q3_ms']:.1f}, {step['rounds']} "
+        f"steps), {step['processor_ms']:.1f} ms of processor time.\n"
+        f"\n{report.table(['part', 'forward / ms', 'backward / ms', 'sum / ms'], rows)}"
     )
 
 
@@ -216,7 +220,7 @@ def by_turns(steps: dict[str, Step], count: int) -> dict[str, list[list[float]]]
     return times
 
 
-def compare(rival: str, count: int, batch_size: int = 32) -> dict[str, Any]:
+def compare(rival: str, count: int, batch_size: int = 32, channels: int = 8) -> dict[str, Any]:
     """``count`` steps each with backend "auto" and with ``rival``, a backend or `materialise`.
 
     ``error``: relative difference of the first step's gradients, both at rival's sampling, beyond TOLERANCE of which
@@ -225,8 +229,9 @@ def compare(rival: str, count: int, batch_size: int = 32) -> dict[str, Any]:
     """
     data, source = molecules(batch_size * 16)
     theirs = MATERIALISE if rival == MATERIALISE.label else Candidate(rival, "auto")
-    steps = {"auto": Step(data, batch_size), rival: Step(data, batch_size, theirs.backend, theirs.sampling)}
-    same_sampling = Step(data, batch_size, sampling=theirs.sampling)
+    network = data, batch_size, channels
+    steps = {"auto": Step(*network), rival: Step(*network, theirs.backend, theirs.sampling)}
+    same_sampling = Step(*network, sampling=theirs.sampling)
     for step in (same_sampling, *steps.values()):
         step()
     found, right = same_sampling.gradient(), steps[rival].gradient()
@@ -234,6 +239,7 @@ def compare(rival: str, count: int, batch_size: int = 32) -> dict[str, Any]:
     results = {
         "environment": report.environment(),
         "molecules": {"source": source, "batch": batch_size},
+        "channels": channels,
         "error": error,
         "green": error <= TOLERANCE,
     }
@@ -253,7 +259,8 @@ def comparison_text(results: dict[str, Any]) -> str:
     """The gate's verdict, the times of a step and an epoch, and their ratio."""
     batch, source = (results["molecules"][key] for key in ("batch", "source"))
     lines = [
-        f"Training steps of the QM9 network, {batch} molecules ({source}), {results['environment']['threads']} threads",
+        f"Training steps of the QM9 network, {results['channels']} fields per layer, {batch} molecules ({source}), "
+        f"{results['environment']['threads']} threads",
         f"Gate: {'green' if results['green'] else 'RED: nothing was timed'}. Relative difference of the first step's "
         f"gradients {results['error']:.1e}, tolerance {TOLERANCE:.0e}.",
     ]
@@ -281,15 +288,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.qm9_step", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, metavar="N", default=60, help="(%(default)s)")
     parser.add_argument("--batch-size", type=int, metavar="N", default=32, help="molecules (%(default)s)")
+    parser.add_argument("--channels", type=int, metavar="N", default=8, help="fields per hidden layer (%(default)s)")
     parser.add_argument("--threads", type=int, metavar="N", default=2, help="(%(default)s)")
     rivals = [name for name in backends.NAMES if name != "auto"] + [MATERIALISE.label]
     parser.add_argument("--against", choices=rivals, metavar="BACKEND", help="time another backend, too, by turns")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     if args.against is None:
-        print(text(measure(args.steps, args.batch_size)))
+        print(text(measure(args.steps, args.batch_size, args.channels)))
         return 0
-    results = compare(args.against, args.steps, args.batch_size)
+    results = compare(args.against, args.steps, args.batch_size, args.channels)
     print(comparison_text(results))
     return 0 if results["green"] else 1
 

@@ -15,8 +15,9 @@ torch.set_num_threads(2)
 
 
 def pytest_collection_modifyitems(items):
-    """The longest one first: at the end it would keep one process busy and the others waiting."""
-    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_triton.py"))
+    """The longest ones first: at the end they would keep one process busy and the others waiting."""
+    longest = ("tests/test_triton.py", "tests/test_tutorials.py")
+    items.sort(key=lambda item: not item.nodeid.startswith(longest))
 
 
 @pytest.fixture(autouse=True)

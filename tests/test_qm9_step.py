@@ -53,9 +53,10 @@ def test_times_land_in_their_cells(monkeypatch):
 
 
 def test_prints_a_table(capsys):
-    assert qm9_step.main(["--steps", "3", "--batch-size", "4", "--threads", str(torch.get_num_threads())]) == 0
+    options = ["--steps", "3", "--batch-size", "4", "--channels", "3", "--threads", str(torch.get_num_threads())]
+    assert qm9_step.main(options) == 0
     printed = capsys.readouterr().out
-    assert "4 molecules (made-up molecules; " in printed
+    assert "3 fields per layer, 4 molecules (made-up molecules; " in printed
     assert all(f"| {part}" in printed for part in qm9_step.PARTS.values())
 
 
@@ -135,7 +136,8 @@ def test_materialise_is_the_authors_algorithm(monkeypatch):
     """Their sampling in its steps and in the one whose gradients are compared with it; ours is timed at our own."""
     built, made = [], qm9_step.QM9Net
     monkeypatch.setattr(qm9_step, "QM9Net", lambda **options: built.append(options) or made(**options))
-    qm9_step.compare("materialise", 2, batch_size=4)
+    qm9_step.compare("materialise", 2, batch_size=4, channels=3)
+    assert all(o["channels"] == 3 for o in built)
     assert sorted((o["backend"], o["sampling"]) for o in built) == [
         ("auto", "auto"),
         ("auto", "escnn"),

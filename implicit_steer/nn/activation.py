@@ -51,8 +51,7 @@ class FourierActivation(FourierBase, EquivariantModule):
         require(isinstance(gspace, GSpace), "gspace", "an escnn GSpace", type(gspace).__name__, kind=TypeError)
         require_integer("max_frequency", max_frequency, 0)
         require(function in FUNCTIONS, "function", f"one of {FUNCTIONS}", repr(function))
-        whole = isinstance(channels, int) and not isinstance(channels, bool)
-        require(whole and channels > 0, "channels", "a positive integer", repr(channels))
+        require_integer("channels", channels, 1)
         match = re.fullmatch(r"(escnn)|(lebedev|circle)-([1-9]\d*)", sampling) if isinstance(sampling, str) else None
         require(match is not None, "sampling", "'escnn', 'lebedev-N' or 'circle-N'", repr(sampling))
         space = sp.hidden_space(gspace.fibergroup, max_frequency)
