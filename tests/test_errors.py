@@ -309,8 +309,8 @@ def test_grid_without_attributes_takes_none():
 
 ACTIVATION = [
     ({"function": "swish"}, "function", ["'silu'", "'swish'"]),
-    ({"channels": 0}, "channels", ["positive", "0"]),
-    ({"channels": True}, "channels", ["positive", "True"]),
+    ({"channels": 0}, "channels", [">= 1", "0"]),
+    ({"channels": True}, "channels", [">= 1", "True"]),
     ({"sampling": "exact"}, "sampling", ["'escnn', 'lebedev-N' or 'circle-N'", "'exact'"]),
     ({"sampling": "lebedev-27"}, "sampling", ["26", "lebedev-27"]),
 ]
