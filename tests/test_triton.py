@@ -35,6 +35,7 @@ def checks():
         process.wait()
 
 
+@pytest.mark.timeout(3600)  # hundreds of seconds where cores are shared; tests of the file have a limit of their own
 @pytest.mark.parametrize("file", _FILES)
 def test_interpreted(checks, file):
     """The file's output is shown where it fails."""

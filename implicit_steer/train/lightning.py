@@ -96,11 +96,11 @@ class Regressor(Task):
 
     def loss(self, batch: Any) -> torch.Tensor:
         """Mean error of a batch, in standard deviations."""
-        return self._measured(batch, self.train_error)
+        return self._measured(self.model(batch), batch, self.train_error)
 
-    def _measured(self, batch: Any, mean: RunningMean) -> torch.Tensor:
+    def _measured(self, predicted: torch.Tensor, batch: Any, mean: RunningMean) -> torch.Tensor:
         """The loss; the error in the unit of y is added to ``mean``."""
-        predicted, error = self.model(batch), ERRORS[self.error]
+        error = ERRORS[self.error]
         target = self.target(((batch.y - self.mean) / self.std).to(batch.pos.dtype), predicted.detach())
         mean.add(error(predicted.detach() * self.std, target * self.std), len(batch.y))
         return error(predicted, target)
@@ -126,7 +126,7 @@ class Regressor(Task):
 
     def validation_step(self, batch: Any, step: int) -> None:
         """Collect the error of a batch."""
-        self._measured(batch, self.eval_error)
+        self._measured(self.model(batch), batch, self.eval_error)
 
     def on_validation_epoch_end(self) -> None:
         """``val_mae`` or ``val_mse``."""
@@ -171,9 +171,9 @@ class AxesRegressor(Regressor):
 
     def test_step(self, batch: Any, step: int) -> None:
         """Collect the errors of a batch."""
-        self.validation_step(batch, step)
-        turn = self.turn.to(batch.pos.dtype)
-        predicted, turned = self.model(batch), self.model(replace(batch, pos=batch.pos @ turn.T))
+        predicted, turn = self.model(batch), self.turn.to(batch.pos.dtype)
+        self._measured(predicted, batch, self.eval_error)
+        turned = self.model(replace(batch, pos=batch.pos @ turn.T))
         error = (turned - turn @ predicted @ turn.T).norm() / predicted.norm()
         count = batch.num_graphs
         self.log("test_equivariance_error", error, reduce_fx="max", on_epoch=True, sync_dist=True, batch_size=count)
