@@ -14,7 +14,7 @@ from implicit_steer.cases import Case
 from implicit_steer.triton_kernels.configuration import seconds
 
 from . import report, speed
-from .steps import Candidate, candidates, layer, step
+from .steps import MEASURES, Candidate, candidates, layer, step
 
 _COPIED, _MULTIPLIED = 1 << 28, 4096  # bytes of a copy; rows of square matrices
 
@@ -22,10 +22,10 @@ _COPIED, _MULTIPLIED = 1 << 28, 4096  # bytes of a copy; rows of square matrices
 def ceilings(device: torch.device, copied: int = _COPIED, rows: int = _MULTIPLIED) -> dict[str, float]:
     """What this device reaches: GB/s of a copy, read and written; TFLOP/s of float32 matrix products as torch's
     precision has them, and in TF32."""
-    source = torch.ones(copied // 4, device=device)
+    source = torch.randn(copied // 4, device=device)
     target = torch.empty_like(source)
     found = {"copy, GB/s": 2 * copied / seconds(lambda: target.copy_(source), device) / 1e9}
-    a, before = torch.ones(rows, rows, device=device), torch.get_float32_matmul_precision()
+    a, before = torch.randn(rows, rows, device=device), torch.get_float32_matmul_precision()
     for label, precision in (("float32", "highest"), ("TF32", "high")):
         torch.set_float32_matmul_precision(precision)
         try:
@@ -67,6 +67,21 @@ def _once(run, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+
+def peaks(case: Case, chosen: Sequence[Candidate], device: torch.device) -> list[dict[str, Any]]:
+    """A record per measure and candidate: most bytes allocated at a time in a call, in MB, beyond its inputs'."""
+    found = []
+    for measure in MEASURES:
+        for candidate in (c for c in chosen if measure in c.measures):
+            run = step(case, candidate, measure)
+            run()  # what is made once and kept
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            run()
+            peak = (torch.cuda.max_memory_allocated(device) - before) / 1e6
+            found.append({"case": case.name, "measure": measure, "candidate": candidate.label, "peak_mb": peak})
+    return found
 
 
 def tune(case: Case, chosen: Sequence[Candidate], device: torch.device) -> dict[str, dict[str, Any]]:
@@ -111,8 +126,16 @@ def text_of(results: dict[str, Any], rows: list[list[str]]) -> str:
     """Times, cold starts, ceilings and what was reached of them."""
     name = results["device"]
     limits = ", ".join(f"{label} {value:.1f}" for label, value in results["ceilings"].items())
+    peak = {(r["case"], r["measure"], r["candidate"]): f"{r['peak_mb']:.1f}" for r in results["memory"]}
     times = [
-        [f"{r['case']}, {r['measure']}", r["candidate"], f"{r['median_ms']:.3f}", f"{r['q1_ms']:.3f}–{r['q3_ms']:.3f}"]
+        [
+            f"{r['case']}, {r['measure']}",
+            r["candidate"],
+            f"{r['median_ms']:.3f}",
+            f"{r['q1_ms']:.3f}–{r['q3_ms']:.3f}",
+            f"{r['ratio']:.1f}" if r["ratio"] else "",
+            peak.get((r["case"], r["measure"], r["candidate"]), ""),
+        ]
         for r in results["times"]
     ]
     starts = [[r["case"], r["candidate"], f"{r['seconds']:.2f}"] for r in results["cold starts"]]
@@ -120,7 +143,9 @@ def text_of(results: dict[str, Any], rows: list[list[str]]) -> str:
     return "\n\n".join(
         [
             f"{name}: measured ceilings: {limits}. e3nn: related operators, other functions.",
-            report.table(["case", "candidate", f"ms on {name}", "quartiles"], times),
+            report.table(
+                ["case", "candidate", f"ms on {name}", "quartiles", "× faster than materialise", "peak MB"], times
+            ),
             report.table(["case", "candidate", "first call, s"], starts),
             report.table(reached, rows),
         ]
@@ -153,6 +178,8 @@ def measure(cases, names, compiled, effort, out: Path, tuned: bool, device, resu
         results["configurations"] = {case.name: tune(case, found, device) for case, found in chosen.items()}
     results["ceilings"] = ceilings(device)
     results["times"] = speed.times(chosen, *effort)
+    on_gpu = chosen.items() if device.type == "cuda" else ()
+    results["memory"] = [record for case, found in on_gpu for record in peaks(case, found, device)]
     results["seconds per instruction"] = keep_times(results["times"], cases, results["device"])
     text = text_of(results, achieved(results["times"], cases, results["ceilings"]))
     print("\n" + text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, native
 from .backends import cpu, cuda, reference
 from .backends.hidden import Statistics
 from .graph import Graph
@@ -30,9 +30,12 @@ def prepared(plan: Plan, parameters: Parameters, *, values: bool) -> cpu.NativeP
 
 
 def _compiled_engine(parameters: Parameters, backend: str, device: torch.device):
-    """Under torch.compile, which cannot follow how a backend is chosen, `cpu` if it can run; else None."""
-    ready = torch.compiler.is_compiling() and parameters.kept is not None and parameters.kept.native is not None
-    return cpu if ready and backend in ("auto", "cpu") and device.type == "cpu" else None
+    """Under torch.compile, which cannot follow how a backend is chosen, `cpu` or `cuda` if it can run; else None."""
+    if not torch.compiler.is_compiling() or parameters.kept is None or parameters.kept.native is None:
+        return None
+    if device.type == "cuda":
+        return cuda if backend in ("auto", "cuda") and native.cuda_usable(device)[0] else None
+    return cpu if backend in ("auto", "cpu") and device.type == "cpu" else None
 
 
 def _cast(parameters: Parameters, dtype: torch.dtype) -> Parameters:

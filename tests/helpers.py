@@ -65,8 +65,14 @@ def unchanged(conv):
                 tensor.copy_(value)
 
 
-def outcome(conv, problem, backend=None, run=lambda problem, conv: problem.run(conv)):
-    """Name → output, gradients with respect to every input and parameter, and buffers after the call.
+def spread(out):
+    """-1 to 1."""
+    return torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view_as(out)
+
+
+def outcome(conv, problem, backend=None, run=lambda problem, conv: problem.run(conv), weight=spread):
+    """Name → output, gradients with respect to every input and parameter, and buffers after the call. The gradients are
+    those of Σ weight(out) out, the weight being a constant.
 
     Neither ``conv`` nor ``problem`` is changed.
     """
@@ -76,8 +82,7 @@ def outcome(conv, problem, backend=None, run=lambda problem, conv: problem.run(c
     with unchanged(conv):
         conv.backend = backend or conv.backend
         out = run(problem, conv)
-        weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
-        loss = (out * weight).sum()
+        loss = (out * weight(out.detach())).sum()
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
         result = {"out": out.detach()}
         result |= {f"grad {name}": g for name, g in zip(leaves, gradients, strict=True)}
@@ -97,7 +102,7 @@ def deviations(actual, expected):
         assert actual[name].shape == e.shape, name
         assert actual[name].dtype == e.dtype, name
         scale = max(float(e.double().norm()), floor if name.startswith("grad") else 0.0, 1e-30)
-        result[name] = float((actual[name].double() - e.double()).norm()) / scale
+        result[name] = float((actual[name].to(e.device).double() - e.double()).norm()) / scale
     return result
 
 

@@ -17,16 +17,16 @@ from implicit_steer.triton_kernels.tables import MOST_COEFFICIENTS, tables, unsu
 
 _TESTS = Path(__file__).parent
 _TRITON = backends.triton
-_FILES = ("check_triton.py", "check_derivatives.py", "check_operators.py")
+_FILES = ("check_backends.py", "check_derivatives.py", "check_operators.py", "check_interpreter.py")
 
 
 @pytest.fixture(scope="module")
 def checks():
-    """A process per file of tests/interpreted, all started at once."""
+    """A process per file of tests/gpu, all started at once."""
     path = f"{_TESTS}{os.pathsep}{_TESTS.parent}"  # helpers and bench
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", "-p", "no:cacheprovider"]
-    options = {"cwd": _TESTS / "interpreted", "env": environment, "text": True}
+    options = {"cwd": _TESTS / "gpu", "env": environment, "text": True}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     running = {file: subprocess.Popen([*command, file], **options, **pipes) for file in _FILES}
     yield running

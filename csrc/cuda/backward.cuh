@@ -9,8 +9,9 @@ template <typename N, typename S>
 struct Backward : Reverse<N, true, S> {
   using R = Real<N>;
   using Base = Reverse<N, true, S>;
-  using Base::a, Base::p, Base::weights, Base::e, Base::features, Base::f, Base::g, Base::t, Base::d_f, Base::d_g;
+  using Base::a, Base::p, Base::terms, Base::weights, Base::e, Base::features, Base::f, Base::g, Base::t, Base::d_f;
   using Base::by_coefficient, Base::need_geometry, Base::need_weights, Base::grad_weights;
+  using Base::d_g;
   using Base::d_t, Base::d_hidden, Base::lane, Base::lanes, Base::sub, Base::active, Base::edge;
   const int64_t n_sums;
   const Places& places;
@@ -35,10 +36,11 @@ struct Backward : Reverse<N, true, S> {
       for (int slot = 0; slot < q.n_slots; ++slot) {
         const N* const weight = weights + q.theta + int64_t{q.slots[2 * slot]} * q.n_out * q.theta_size;
         const N* const grad = mixed + q.out_at + q.slots[2 * slot + 1] * q.out_padded;
-        for (int64_t x = lane; x < q.theta_size; x += 32) {
+        const int size = static_cast<int>(q.theta_size);
+        for (int x = lane; x < size; x += 32) {
           N sum{};
-#pragma unroll 2
-          for (int u = 0; u < q.n_out; ++u) sum += weight[u * q.theta_size + x] * grad[u];
+#pragma unroll 4
+          for (int u = 0; u < q.n_out; ++u) sum += weight[u * size + x] * grad[u];
           d_sums[q.at_sums + slot * q.theta_size + x] = sum;
         }
       }
@@ -54,15 +56,25 @@ struct Backward : Reverse<N, true, S> {
         const int b = q.slots[2 * slot];
         for (end = slot + 1; end < q.n_slots && q.slots[2 * end] == b; ++end) {
         }
-        R* const out = grad_weights + q.theta + int64_t{b} * q.n_out * q.theta_size;
-        for (int u = 0; u < q.n_out; ++u)
-          for (int64_t x = lane; x < q.theta_size; x += 32) {
-            N sum{};
+        const int size = static_cast<int>(q.theta_size);
+        R* const out = grad_weights + q.theta + int64_t{b} * q.n_out * size;
+        for (int x = lane; x < size; x += 32) {
+          const N* const column = sums + q.at_sums + x;
+          for (int u = 0; u < q.n_out; u += kTogether<N>) {  // the gradients' rows are padded
+            R before[kTogether<N>];
+#pragma unroll
+            for (int k = 0; k < kTogether<N>; ++k) before[k] = u + k < q.n_out ? out[(u + k) * size + x] : R{};
+            Neighbours<N, kTogether<N>> sum{};
 #pragma unroll 1
-            for (int s = slot; s < end; ++s)
-              sum += sums[q.at_sums + s * q.theta_size + x] * mixed[q.out_at + q.slots[2 * s + 1] * q.out_padded + u];
-            out[u * q.theta_size + x] += result(sum);
+            for (int s = slot; s < end; ++s) {
+              const N* const grad = mixed + q.out_at + q.slots[2 * s + 1] * q.out_padded;
+              add_multiple(sum, column[s * size], neighbours<kTogether<N>>(grad + u));
+            }
+#pragma unroll
+            for (int k = 0; k < kTogether<N>; ++k)
+              if (u + k < q.n_out) out[(u + k) * size + x] = before[k] + result(sum.at[k]);
           }
+        }
       }
     }
     __syncwarp();
@@ -72,18 +84,19 @@ struct Backward : Reverse<N, true, S> {
 
   __device__ __forceinline__ void run(int l0, int l1) {
     if (need_weights) this->accumulate(sums, l0, l1);
-    this->for_blocks([&](const CouplingView& q, int first_slot, int n_slots, const int32_t* row, int at) {
-      const N* const of_slots = d_sums + q.at_sums + first_slot * q.theta_size;
-      __syncwarp();  // T is complete here, as finish() wants it; and rows can share hidden features
-      if constexpr (S::hot)
-        if (this->hot_coupling(q)) {
-          of_products_hot(q, of_slots, n_slots, row[0], at, l0, l1);
-          if (need_hidden) of_row_hot(q, of_slots, n_slots, row[0], at, l0, l1);
-          return;
-        }
-      for (int s = 0; s < n_slots; ++s) of_products(q, of_slots + s * q.theta_size, row, at + s * q.in_padded, l0, l1);
-      if (need_hidden && !q.constant) of_row(q, of_slots, n_slots, row, at, l0, l1);
-    });
+    if constexpr (S::hot) {
+      __syncwarp();  // T is complete here, as finish() wants it
+      of_products_hot(l0, l1);
+      if (need_hidden) of_rows_hot(l0, l1);
+    } else {
+      this->for_blocks([&](const CouplingView& q, int first_slot, int n_slots, const int32_t* row, int at) {
+        const N* const of_slots = d_sums + q.at_sums + first_slot * q.theta_size;
+        __syncwarp();  // as above; and rows can share hidden features
+        for (int s = 0; s < n_slots; ++s)
+          of_products(q, of_slots + s * q.theta_size, row, at + s * q.in_padded, l0, l1);
+        if (need_hidden && !q.constant) of_row(q, of_slots, n_slots, row, at, l0, l1);
+      });
+    }
   }
 
   // d_t[v] = Σ_w dT[v, w] h[w], 0 in a row's padding
@@ -103,24 +116,42 @@ struct Backward : Reverse<N, true, S> {
     }
   }
 
-  // As above for a block of T's slots, two products at a time.
-  __device__ __forceinline__ void of_products_hot(const CouplingView& q, const N* of_slots, int n_slots,
-                                                  int coefficient, int at, int l0, int l1) {
-    const int per_slot = q.in_padded / 2, per_edge = n_slots * per_slot;
-    for (int x = lane; x < (l1 - l0) * per_edge; x += 32) {
-      const int l = l0 + x / per_edge, s = x % per_edge / per_slot, v = x % per_slot * 2;
-      const N* const h = this->of_edge(by_coefficient + coefficient * S::width, l);
-      const N* const of_slot = of_slots + s * q.theta_size;
-      Neighbours<N, 2> sum{};
-#pragma unroll
-      for (int w = 0; w < S::width; w += 4) {
-        const auto four = neighbours<4>(h + w);
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-          if (v + i < q.n_in) sum.at[i] += dot(four, neighbours<4>(of_slot + (v + i) * S::width + w));
+  // f(item, edge of the tile) for n items of each of the edges l0 .. l1-1, divided among the lanes
+  template <typename F>
+  __device__ __forceinline__ void for_items(int n, int l0, int l1, F f) const {
+    const int edges = l1 - l0, whole = 32 / edges, left = 32 - whole * edges;
+    for (int item = lane / edges, l = lane - item * edges; item < n; item += whole, l += left) {
+      if (l >= edges) {
+        l -= edges;
+        if (++item >= n) return;
       }
-      neighbours<2>(this->of_edge(d_t + at + s * q.in_padded + v, l)) = sum;
+      f(item, l0 + l);
     }
+  }
+
+  // As above for all terms of hot layers, four products at a time.
+  __device__ __forceinline__ void of_products_hot(int l0, int l1) {
+    for_items(terms.n_terms, l0, l1, [&](int n, int l) {
+      const auto term = neighbours<4>(terms.terms + 4 * n);
+      const int coefficient = term.at[1], inputs = term.at[3];
+      const N* const d = d_sums + term.at[2];
+      Neighbours<N, 4> sum{};
+      if (coefficient < 0) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (i < inputs) sum.at[i] = d[i];
+      } else {
+        const N* const h = this->of_edge(by_coefficient + coefficient * S::width, l);
+#pragma unroll
+        for (int w = 0; w < S::width; w += 4) {
+          const auto four = neighbours<4>(h + w);
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (i < inputs) sum.at[i] += dot(four, neighbours<4>(d + i * S::width + w));
+        }
+      }
+      neighbours<4>(this->of_edge(d_t + term.at[0], l)) = sum;
+    });
   }
 
   // d_h[w] += Σ dT[slot, v, w] t[slot, v] over the slots and v
@@ -141,23 +172,24 @@ struct Backward : Reverse<N, true, S> {
     }
   }
 
-  // As above, four channels at a time. Lanes whose numbers differ in the highest bits divide the inputs among them.
-  __device__ __forceinline__ void of_row_hot(const CouplingView& q, const N* of_slots, int n_slots, int coefficient,
-                                             int at, int l0, int l1) {
+  // As above for all coefficients of hot layers, four channels at a time.
+  __device__ __forceinline__ void of_rows_hot(int l0, int l1) {
     constexpr int quads = S::width / 4;
-    const int w = lane % quads * 4, l = lane / quads % this->tile, owners = quads * this->tile, part = lane / owners;
-    const bool inside = l0 <= l && l < l1;
-    Neighbours<N, 4> sum{};
-    for (int x = part; x < n_slots * q.in_padded && inside; x += 32 / owners) {
-      const int s = x / q.in_padded, v = x % q.in_padded;
-      if (v < q.n_in)
-        add_multiple(sum, *this->of_edge(t + at + x, l), neighbours<4>(of_slots + s * q.theta_size + v * S::width + w));
-    }
+    for_items(S::c * quads, l0, l1, [&](int item, int l) {
+      const int coefficient = item / quads, w = item % quads * 4, end = terms.first[coefficient + 1];
+      Neighbours<N, 4> sum{};
+#pragma unroll 1
+      for (int n = terms.first[coefficient]; n < end; ++n) {
+        const auto term = neighbours<4>(terms.by_coefficient + 4 * n);
+        const auto product = neighbours<4>(this->of_edge(t + term.at[0], l));
+        const N* const d = d_sums + term.at[2] + w;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      sum.at[k] = sum_lanes(sum.at[k], owners, 32);
-      if (inside && part == 0) this->of_edge(d_hidden + coefficient + (w + k) * S::c, l)[0] += sum.at[k];
-    }
+        for (int i = 0; i < 4; ++i)
+          if (i < term.at[3]) add_multiple(sum, product.at[i], neighbours<4>(d + i * S::width));
+      }
+#pragma unroll
+      for (int k = 0; k < 4; ++k) this->of_edge(d_hidden + coefficient + (w + k) * S::c, l)[0] += sum.at[k];
+    });
   }
 
   // ---- a tile
@@ -193,15 +225,23 @@ struct Backward : Reverse<N, true, S> {
     }
   }
 
-  // The gradients of the factor and of the harmonics, by one lane.
+  // The gradients of the factor and of the harmonics, which the lanes divide among them.
   __device__ __forceinline__ void factors_backward() {
-    e.d_factor = N{};
-    IST_ROLLED for (int m = 0; m < p.d; ++m) e.d_cosine[m] = e.d_sine[m] = N{};
-    IST_ROLLED for (int k = 0; k < p.n_g; ++k) IST_ROLLED for (int n = p.g_first[k]; n < p.g_first[k + 1]; ++n) {
-      const N d = d_g[k] * p.nz_value[n];
-      e.d_factor += d * this->harmonic(n);
-      if (p.nz_harmonic[n] >= 0) e.d_cosine[p.nz_harmonic[n]] += d * e.factor;
+    N d_factor{};
+    IST_ROLLED for (int m = sub; m <= p.d && active; m += lanes) {
+      const int begin = terms.harmonic[m], end = terms.harmonic[m + 1];
+      N sum{};
+#pragma unroll 2
+      for (int n = begin; n < end; ++n) sum += d_g[terms.nonzero[2 * n]] * p.nz_value[terms.nonzero[2 * n + 1]];
+      if (m == p.d) {
+        d_factor += sum;
+      } else {
+        if (begin < end) d_factor += sum * e.cosine[m];  // others were not computed
+        e.d_cosine[m] = sum * e.factor, e.d_sine[m] = N{};
+      }
     }
+    e.d_factor = sum_lanes(d_factor, 1, lanes);
+    __syncwarp();
   }
 
   __device__ __forceinline__ void store_features() {
@@ -219,7 +259,7 @@ struct Backward : Reverse<N, true, S> {
     if (a.grad_edge) store_features();
     if (!need_hidden) return;
     e.d_radius = N{};
-    if (active && sub == 0) factors_backward();
+    factors_backward();
     this->sweep();
   }
 };

@@ -9,9 +9,10 @@ namespace implicit_steer {
 constexpr int kThreads = 128;  // of a block, at most
 
 // Blocks that a multiprocessor should hold, by the size of a kernel's numbers: more of them would have too few
-// registers.
+// registers. The forward pass of hot layers (hot.cuh) takes fewer.
 template <typename N>
 constexpr int kResident = sizeof(N) == 4 ? 3 : 2;
+constexpr int kHotForwardResident = 4;
 
 // Which of an edge's arrays a kernel needs: those of neighbours' features, those of the reverse sweep, those of hot
 // layers (hot.cuh).
@@ -32,6 +33,19 @@ struct Places {
 // Numbers that can be loaded four at a time start at whole multiples of it.
 IST_HOST_DEVICE constexpr int whole_quads(int n) { return (n + 3) / 4 * 4; }
 
+// What the couplings read and write, in lists. A row is four inputs v of a slot's T; a term of it is one of the blocks
+// that it sums over, and of hot layers has one coefficient of all channels, or, after all others, the constant one.
+struct Terms {
+  int n_rows, n_constant_rows, n_terms;
+  const int32_t* rows;            // [n_rows + n_constant_rows, 4] place in T, inputs, first term, one past the last
+  const int32_t* terms;           // [n_terms, 4] place of the four products, coefficient or -1, place in T, inputs
+  const int32_t* by_coefficient;  // the terms that have one, coefficient by coefficient
+  const int32_t* first;           // [c + 1] where each coefficient's begin there
+  // Nonzeros of all G by their harmonic m, those without one at the end:
+  const int32_t* harmonic;  // [d + 2] where each m's begin
+  const int32_t* nonzero;   // [n_nz, 2] g, number among the plan's nonzeros
+};
+
 // Sizes are in numbers of the kernel's kind: float, double or dual.
 struct Shape {
   int block_size;          // memory of a block in front of its warps'
@@ -48,6 +62,7 @@ struct Call {
   PlanView<R> plan;  // pointers to device memory
   Extent extent;
   Places places;
+  Terms terms;
   Shape shape;
   R* partial;  // results warp by warp: [warps, 2, C_out], [warps, n_grad] or [warps, 2, channels * d]
 };

@@ -29,7 +29,7 @@ struct EdgeKernel {
   Failure prepare(const DevicePlan<R>& plan, const ConvArgs<R>& args, Needs needs, int64_t front, int64_t rest,
                   int64_t most_warps) {
     call.args = args, call.args.plan = nullptr, call.plan = plan.view, call.extent = plan.extent,
-    call.places = plan.places;
+    call.places = plan.places, call.terms = plan.terms;
     Device device;
     IST_TRY(device.read());
     Shape& shape = call.shape;

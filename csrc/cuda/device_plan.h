@@ -44,9 +44,10 @@ bool is_hot(const Plan<R>& p, int width) {
   }
   for (int k = 0; k < p.n_rows; ++k) {
     const int32_t* row = p.row + p.row_start[k];
-    if (p.row_start[k + 1] - p.row_start[k] == width && !of_one_coefficient(row, row[0])) return false;
+    if (p.row_start[k + 1] - p.row_start[k] != width || !of_one_coefficient(row, row[0])) return false;
   }
-  return true;
+  const auto reads_all = [&](const CouplingView& q) { return q.constant || q.n_hidden == width; };
+  return std::all_of(p.coupling_storage.begin(), p.coupling_storage.end(), reads_all);
 }
 
 template <typename R>
@@ -69,9 +70,11 @@ struct DevicePlan {
   PlanView<R> view{};  // of their copies on the device
   Extent extent;
   Sizes sizes;
-  std::vector<int32_t> input_places;                            // of Places: first, then at
-  Places places{};                                              // of their copy on the device
-  int64_t reals_at, layers_at, couplings_at, places_at, bytes;  // of the copies, in one piece of memory
+  std::vector<int32_t> input_places;                                      // of Places: first, then at
+  Places places{};                                                        // of their copy on the device
+  std::vector<int32_t> lists;                                             // of Terms, one after the other
+  Terms terms{};                                                          // of their copy on the device
+  int64_t reals_at, layers_at, couplings_at, places_at, lists_at, bytes;  // of the copies, in one piece of memory
 
   // False when the arrays are not what backends/cpu_plan.py writes.
   bool read(const int32_t* ints_begin, int64_t n_ints, const R* reals_begin, int64_t n_reals) {
@@ -79,6 +82,7 @@ struct DevicePlan {
     if (!::implicit_steer::plan_view(host, ints.data(), n_ints, reals.data(), n_reals)) return false;
     place_couplings(host), list_places();
     sizes = sizes_of(host);
+    list_terms();
     extent.all_layers = extent.widest = 0;
     for (int n = 0; n < host.n_layers; ++n) {
       extent.all_layers += host.layers[n].out;
@@ -88,7 +92,8 @@ struct DevicePlan {
     reals_at = aligned(n_ints * sizeof(int32_t)), layers_at = reals_at + aligned(n_reals * sizeof(R));
     couplings_at = layers_at + aligned(host.n_layers * sizeof(LayerView<R>));
     places_at = couplings_at + aligned(host.n_couplings * sizeof(CouplingView));
-    bytes = places_at + aligned(input_places.size() * sizeof(int32_t));
+    lists_at = places_at + aligned(input_places.size() * sizeof(int32_t));
+    bytes = lists_at + aligned(lists.size() * sizeof(int32_t));
     return true;
   }
 
@@ -103,11 +108,14 @@ struct DevicePlan {
       if (!numbers.empty()) std::memcpy(image.data() + at, numbers.data(), numbers.size() * sizeof(numbers[0]));
     };
     put(0, ints), put(reals_at, reals), put(layers_at, there.layer_storage), put(couplings_at, there.coupling_storage);
-    put(places_at, input_places);
+    put(places_at, input_places), put(lists_at, lists);
     view = there;
     view.layers = reinterpret_cast<const LayerView<R>*>(to + layers_at);
     view.couplings = reinterpret_cast<CouplingView*>(to + couplings_at);
     places.first = reinterpret_cast<const int32_t*>(to + places_at), places.at = places.first + host.in_size + 1;
+    for (const int32_t** list :
+         {&terms.rows, &terms.terms, &terms.by_coefficient, &terms.first, &terms.harmonic, &terms.nonzero})
+      *list = reinterpret_cast<const int32_t*>(to + lists_at) + (*list - lists.data());
     const cudaError_t error = cudaMemcpyAsync(memory, image.data(), bytes, cudaMemcpyHostToDevice, stream);
     return error == cudaSuccess ? cudaStreamSynchronize(stream) : error;  // calls on other streams will read it
   }
@@ -117,6 +125,55 @@ struct DevicePlan {
   void place_couplings(Plan<R>& p) {
     extent.sums = 0;
     for (CouplingView& q : p.coupling_storage) q.at_sums = extent.sums, extent.sums += q.n_slots * q.theta_size;
+  }
+
+  // Pointers into `lists`, until copy() makes them such into the device's memory.
+  void list_terms() {
+    std::vector<int32_t> rows, constant_rows, term_list, by_coefficient, first(1, 0), harmonic(1, 0), nonzero;
+    for (int constant = 0; constant < 2 && sizes != Sizes::kAny; ++constant)
+      for (const CouplingView& q : host.coupling_storage)
+        if (q.constant == constant) list_rows(q, constant ? constant_rows : rows, term_list);
+    for (int k = 0; k < host.c; ++k) {
+      for (size_t n = 0; n < term_list.size(); n += 4)
+        if (term_list[n + 1] == k && term_list[n + 3] > 0)
+          by_coefficient.insert(by_coefficient.end(), term_list.begin() + n, term_list.begin() + n + 4);
+      first.push_back(static_cast<int32_t>(by_coefficient.size() / 4));
+    }
+    for (int m = 0; m <= host.d; ++m) {
+      for (int k = 0; k < host.n_g; ++k)
+        for (int n = host.g_first[k]; n < host.g_first[k + 1]; ++n)
+          if (host.nz_harmonic[n] == (m < host.d ? m : -1)) nonzero.insert(nonzero.end(), {k, n});
+      harmonic.push_back(static_cast<int32_t>(nonzero.size() / 2));
+    }
+    terms.n_rows = rows.size() / 4, terms.n_constant_rows = constant_rows.size() / 4;
+    terms.n_terms = term_list.size() / 4;
+    rows.insert(rows.end(), constant_rows.begin(), constant_rows.end());
+    // Those of four come first: each begins at a whole multiple of 16 bytes.
+    const std::vector<int32_t>* const all[] = {&rows, &term_list, &by_coefficient, &first, &harmonic, &nonzero};
+    lists.clear();
+    for (const auto* list : all) lists.insert(lists.end(), list->begin(), list->end());
+    const int32_t* at = lists.data();
+    const int32_t** const pointers[] = {&terms.rows,  &terms.terms,    &terms.by_coefficient,
+                                        &terms.first, &terms.harmonic, &terms.nonzero};
+    for (int n = 0; n < 6; ++n) *pointers[n] = at, at += all[n]->size();
+  }
+
+  // The rows of one coupling of hot layers, and their terms; also terms that are in no row, of the products' padding.
+  void list_rows(const CouplingView& q, std::vector<int32_t>& rows, std::vector<int32_t>& term_list) const {
+    for (int n = 0; n < q.n_groups; ++n) {
+      const int32_t* const group = q.groups + 4 * n;
+      for (int slot = group[0]; slot < group[0] + group[1]; ++slot)
+        for (int v = 0; v < q.in_padded; v += 4) {
+          const int32_t at = q.at_sums + slot * q.theta_size + v * q.hidden_padded, begin = term_list.size() / 4;
+          const int32_t inputs = std::min(std::max(q.n_in - v, 0), 4);
+          for (int b = group[2]; b < group[2] + group[3]; ++b) {
+            const int32_t *const block = q.blocks + 2 * b, place = block[1] + (slot - group[0]) * q.in_padded + v;
+            const int32_t coefficient = q.constant ? -1 : host.row[host.row_start[block[0]]];
+            term_list.insert(term_list.end(), {place, coefficient, at, inputs});
+          }
+          if (inputs > 0) rows.insert(rows.end(), {at, inputs, begin, static_cast<int32_t>(term_list.size() / 4)});
+        }
+    }
   }
 
   void list_places() {

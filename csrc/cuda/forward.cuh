@@ -54,10 +54,16 @@ struct Forward : Warp<N, true, false, S> {
     N* const out = mixed + q.out_at + q.slots[2 * slot + 1] * q.out_padded;
     for (int u0 = 0; u0 < q.n_out; u0 += width) {
       const int u = u0 + (lane & (width - 1));
+      const int n = u < q.n_out ? q.n_in * q.n_hidden : 0;
       N sum{};
-      for (int x = part, v = 0, w = part; x < q.n_in * q.n_hidden && u < q.n_out; x += parts, w += parts) {
-        for (; w >= q.n_hidden; w -= q.n_hidden) ++v;
-        sum += weight[x * q.out_padded + u] * of_slot[v * q.hidden_padded + w];
+      if constexpr (S::hot) {  // no padding between its rows
+#pragma unroll 4
+        for (int x = part; x < n; x += parts) sum += weight[x * q.out_padded + u] * of_slot[x];
+      } else {
+        for (int x = part, v = 0, w = part; x < n; x += parts, w += parts) {
+          for (; w >= q.n_hidden; w -= q.n_hidden) ++v;
+          sum += weight[x * q.out_padded + u] * of_slot[v * q.hidden_padded + w];
+        }
       }
       sum = sum_lanes(sum, width, 32);
       if (part == 0 && u < q.n_out) out[u] += sum;
@@ -66,7 +72,8 @@ struct Forward : Warp<N, true, false, S> {
 };
 
 template <typename N, typename S>
-__global__ void __launch_bounds__(kThreads, kResident<N>) conv_forward(const __grid_constant__ Call<Real<N>> call) {
+__global__ void __launch_bounds__(kThreads, S::hot ? kHotForwardResident : kResident<N>)
+    conv_forward(const __grid_constant__ Call<Real<N>> call) {
   Forward<N, S> warp(call);
   if (warp.number < call.shape.warps) warp.walk(warp);
 }

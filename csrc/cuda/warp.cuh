@@ -142,6 +142,7 @@ struct Warp : EdgeArrays<N> {
   using Base::e, Base::z, Base::y, Base::normed, Base::hidden, Base::f, Base::g, Base::t, Base::by_coefficient;
   const ConvArgs<R>& a;
   const PlanView<R>& p;
+  const Terms& terms;
   const N* weights;  // packed
   Layers<S, R> block_layers;
   N shell;
@@ -156,6 +157,7 @@ struct Warp : EdgeArrays<N> {
   __device__ __forceinline__ explicit Warp(const Call<R>& call)
       : a(call.args),
         p(call.plan),
+        terms(call.terms),
         weights(reinterpret_cast<const N*>(call.args.weights)),
         lane(threadIdx.x % 32),
         lanes(call.shape.lanes),
@@ -376,46 +378,50 @@ struct Warp : EdgeArrays<N> {
     }
   }
 
-  // Whether the coupling reads all channels of hot layers.
-  __device__ __forceinline__ static bool hot_coupling(const CouplingView& q) {
-    if constexpr (S::hot)
-      return !q.constant && q.n_hidden == S::width;
-    else
-      return false;
-  }
-
-  // As below for a block of T's slots, four inputs by four channels of the row at a time.
-  __device__ __forceinline__ void accumulate_hot(N* of_slots, const CouplingView& q, int n_slots, int coefficient,
-                                                 int at, int l0, int l1) const {
+  // As below for hot layers: four inputs by four channels at a time.
+  __device__ __forceinline__ void accumulate_hot(N* sums, int l0, int l1) const {
     constexpr int quads = S::width / 4;
-    const int per_slot = q.in_padded / 4 * quads;
-    for (int x = lane; x < n_slots * per_slot; x += 32) {
-      const int s = x / per_slot, v = x % per_slot / quads * 4, w = x % quads * 4;
-      const N *product = of_edge(t + at + s * q.in_padded + v, l0),
-              *h = of_edge(by_coefficient + coefficient * S::width + w, l0);
+    for (int x = lane; x < quads * terms.n_rows; x += 32) {
+      const auto row = neighbours<4>(terms.rows + x / quads * 4);
+      const int inputs = row.at[1], w = x % quads * 4;
+      N* const entries = sums + row.at[0] + w;
       Neighbours<N, 4> sum[4] = {};
-      for (int l = l0; l < l1; ++l, product += edge_size, h += edge_size) {
-        const auto four = neighbours<4>(product), features_here = neighbours<4>(h);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) add_multiple(sum[i], four.at[i], features_here);
+      for (int i = 0; i < 4; ++i)
+        if (i < inputs) sum[i] = neighbours<4>(entries + i * S::width);
+#pragma unroll 1
+      for (int n = row.at[2]; n < row.at[3]; ++n) {
+        const auto term = neighbours<2>(terms.terms + 4 * n);
+        const N *product = of_edge(t + term.at[0], l0), *h = of_edge(by_coefficient + term.at[1] * S::width + w, l0);
+#pragma unroll 2
+        for (int l = l0; l < l1; ++l, product += edge_size, h += edge_size) {
+          const auto four = neighbours<4>(product), features_here = neighbours<4>(h);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) add_multiple(sum[i], four.at[i], features_here);
+        }
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        if (v + i < q.n_in) {
-          auto& entries = neighbours<4>(of_slots + s * q.theta_size + (v + i) * S::width + w);
-          add_multiple(sum[i], N{} + 1, entries);
-          entries = sum[i];
-        }
+        if (i < inputs) neighbours<4>(entries + i * S::width) = sum[i];
+    }
+    for (int x = lane; x < terms.n_constant_rows; x += 32) {
+      const auto row = neighbours<4>(terms.rows + (terms.n_rows + x) * 4);
+      auto sum = neighbours<4>(sums + row.at[0]);
+#pragma unroll 1
+      for (int n = row.at[2]; n < row.at[3]; ++n) {
+        const N* product = of_edge(t + terms.terms[4 * n], l0);
+#pragma unroll 2
+        for (int l = l0; l < l1; ++l, product += edge_size) add_multiple(sum, N{} + 1, neighbours<4>(product));
+      }
+      neighbours<4>(sums + row.at[0]) = sum;
     }
   }
 
   // T += Σ t ⊗ h over the edges l0 .. l1-1 of the tile, all into one node. A lane owns the same entries of a coupling's
   // T at every call.
   __device__ __forceinline__ void accumulate(N* sums, int l0, int l1) const {
+    if constexpr (S::hot) return accumulate_hot(sums, l0, l1);
     for_blocks([&](const CouplingView& q, int first_slot, int n_slots, const int32_t* row, int at) {
-      if constexpr (S::hot)
-        if (hot_coupling(q))
-          return accumulate_hot(sums + q.at_sums + first_slot * q.theta_size, q, n_slots, row[0], at, l0, l1);
       const int width = row_width(q.n_hidden), step = 32 / width;
       for (int s = 0; s < n_slots; ++s) {
         N* const of_slot = sums + q.at_sums + (first_slot + s) * q.theta_size;

@@ -135,7 +135,7 @@ class Layer:
     def __init__(self, plan: Plan, native: NativePlan, parameters: Parameters):
         self.plan, self.native = plan, native
         self.parameters, self.learned = parameters, _learned(parameters)
-        self.dtype = parameters.shell_width.dtype
+        self.dtype, self.device = parameters.shell_width.dtype, parameters.shell_width.device
         self.arrays, self.matrix = native.arrays[self.dtype], native.matrix[self.dtype]
         self._sources = [*self.learned, *(t for norm in parameters.norms for t in (norm.mean, norm.var))]
         nothing = parameters.shell_width.new_empty(0)
@@ -211,17 +211,17 @@ class Layer:
         return kept[1:]
 
 
-def _bind(plan: Plan, parameters: Parameters) -> Layer:
+def bind(plan: Plan, parameters: Parameters, make: type[Layer] = Layer) -> Layer:
     """The layer of the last call with these very tensors, or a new one."""
-    kept = parameters.kept
+    kept, like = parameters.kept, parameters.shell_width
     if kept is None:
-        return Layer(plan, native_plan(plan, parameters), parameters)
+        return make(plan, native_plan(plan, parameters), parameters)
     if is_traced():
-        return Layer(plan, kept.native, parameters)
+        return make(plan, kept.native, parameters)
     layer = kept.layer
-    same = layer is not None and layer.plan is plan and layer.parameters is parameters
-    if not same or layer.dtype != parameters.shell_width.dtype:  # .double() leaves the parameters the same objects
-        layer = kept.layer = Layer(plan, native_plan(plan, parameters), parameters)
+    same = type(layer) is make and layer.plan is plan and layer.parameters is parameters
+    if not same or layer.dtype != like.dtype or layer.device != like.device:  # .to() leaves the same objects
+        layer = kept.layer = make(plan, native_plan(plan, parameters), parameters)
     return layer
 
 
@@ -398,7 +398,7 @@ def forward(
     attributes: Tensor,
 ) -> tuple[Tensor, Sequence[Statistics]]:
     """out_i = bias + Σ_{e: j→i} K(x_e, a_e) f_j, shape (N, C_out)."""
-    return convolve(Convolution(_bind(plan, parameters), graph), batch_statistics, x, delta, attributes)
+    return convolve(Convolution(bind(plan, parameters), graph), batch_statistics, x, delta, attributes)
 
 
 def convolve(
@@ -413,7 +413,7 @@ def kernel(
     plan: Plan, parameters: Parameters, batch_statistics: bool | Pool, delta: Tensor, attributes: Tensor
 ) -> tuple[Tensor, Sequence[Statistics]]:
     """K(x, a) (P, C_out, C_in): hidden features from the native code, the last layer one matrix product."""
-    layer = _bind(plan, parameters)
+    layer = bind(plan, parameters)
     if layer.kernel_entries is None:
         layer.kernel_entries = layer.native.with_kernel().kernel
     return kernel_values(layer, batch_statistics, delta, attributes)

@@ -87,9 +87,9 @@ class _Layer(cpu.Layer):
 
     backend = "cuda"
 
-    def __init__(self, plan: Plan, parameters: Parameters):
-        super().__init__(plan, cpu.native_plan(plan, parameters), parameters)
-        self.trivial = _trivial(self.native, parameters.shell_width.device)
+    def __init__(self, plan: Plan, native: cpu.NativePlan, parameters: Parameters):
+        super().__init__(plan, native, parameters)
+        self.trivial = _trivial(native, self.device)
 
     @staticmethod
     def repeated(numbers: Tensor, index: Tensor) -> Tensor:
@@ -118,13 +118,13 @@ def forward(
     attributes: Tensor,
 ) -> tuple[Tensor, Sequence[Statistics]]:
     """out_i = bias + Σ_{e: j→i} K(x_e, a_e) f_j, shape (N, C_out)."""
-    return cpu.convolve(_Convolution(_Layer(plan, parameters), graph), batch_statistics, x, delta, attributes)
+    return cpu.convolve(_Convolution(cpu.bind(plan, parameters, _Layer), graph), batch_statistics, x, delta, attributes)
 
 
 def kernel(
     plan: Plan, parameters: Parameters, batch_statistics: bool | Pool, delta: Tensor, attributes: Tensor
 ) -> tuple[Tensor, Sequence[Statistics]]:
     """K(x, a) (P, C_out, C_in): hidden features from the kernels, the last layer one matrix product."""
-    layer = _Layer(plan, parameters)
-    layer.kernel_entries = _kernel_entries(layer.native, delta.device)
+    layer = cpu.bind(plan, parameters, _Layer)
+    layer.kernel_entries = _kernel_entries(layer.native, layer.device)
     return cpu.kernel_values(layer, batch_statistics, delta, attributes)

@@ -1,70 +1,20 @@
-"""The operators of the Triton kernels as citizens of torch, their host code, and the guard that watches the tests."""
+"""Without a GPU: host code that waits for nothing, the guard that watches the checks, the benchmark."""
 
 from dataclasses import replace
 
-import fake_cuda
 import interpreter
 import pytest
 import torch
 import triton
 import triton.language as tl
-from check_triton import small
-from helpers import layer
+from check_operators import arguments_of
+from problems import small
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.library import opcheck
 from triton.runtime.errors import InterpreterError
 
 from bench import device, report
-from implicit_steer.cases import SMALL, Case
-from implicit_steer.packing import pack
-from implicit_steer.triton_kernels import configuration, dense, launch, operators
-
-TINY = Case("", "SO(2) on R2", "1 vector", "1 scalar", "1 scalar", 2, 2, nodes=2, degree=2)
-
-
-def arguments_of(case, leaves=True):
-    """Name → arguments of every operator, with gradients where it has them."""
-    conv = layer(case, "no norm", activation="silu")
-    problem, kernel = case.inputs(conv), conv.implicit_kernel
-    plan, graph = kernel.plan, problem.graph
-    key, prepared = operators.known(plan), launch.prepare(plan, torch.device("cpu"), torch.float64)
-
-    def leaf(t):
-        return t.detach().clone().requires_grad_(leaves)
-
-    ops = torch.ops.implicit_steer
-    with torch.no_grad():
-        weights = pack(plan, kernel.parameters_for_op(), fold=True)
-        frame = problem.delta, problem.attributes, graph.order, weights.shell_width
-        inputs, radius, factor, q = ops.triton_frame(key, *frame)
-        packed, theta = dense.pack_layers(prepared, weights.linears), dense.pack_theta(prepared, weights.theta)
-        r = ops.triton_layers(key, inputs, radius, factor, packed)
-    delta, attr, order, shell = frame
-    frame = leaf(delta), leaf(attr), order, leaf(shell)
-    hidden = tuple(map(leaf, (inputs, radius, factor, packed)))
-    edges = graph.src[graph.order], graph.rowptr, graph.order, graph.order_by_source, graph.colptr
-    sums = *map(leaf, (problem.x, q, r, theta)), *edges, True
-    gradients = [leaf(torch.randn_like(t)) for t in (inputs, radius, factor, q)]
-    output = torch.randn(graph.num_dst, plan.out_size, dtype=torch.float64)
-    return {
-        "triton_frame": (key, *frame),
-        "triton_frame_backward": (key, *frame, *gradients),
-        "triton_layers": (key, *hidden),
-        "triton_layers_backward": (key, *hidden, leaf(torch.randn_like(r)), True, True),
-        "triton_contract": (key, *sums),
-        "triton_contract_backward": (key, *sums, leaf(output), [True] * 4),
-        "triton_hidden": (key, inputs, radius, factor, packed, 1),
-    }
-
-
-@pytest.mark.parametrize("name", operators._KERNELS)
-def test_opcheck(name):
-    """torch.compile has no derivatives of gradients: of gradient operators those are not traced."""
-    known = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    differentiated = "backward" not in name or "contract" in name
-    operator, arguments = getattr(torch.ops.implicit_steer, name).default, arguments_of(TINY)[name]
-    opcheck(operator, arguments, test_utils=known if differentiated else known[:3])
-    fake_cuda.check(operator, arguments, differentiated)
+from implicit_steer.cases import SMALL
+from implicit_steer.triton_kernels import configuration, launch, operators
 
 
 @pytest.mark.parametrize("case", ["so2", "o3"])
@@ -83,11 +33,6 @@ def test_host_code_never_waits_for_the_device(case):
             key, *rest = fake(list(arguments))
             operators._KERNELS[name][0](key, *rest)
     assert len({entry.kernel.__name__ for entry in launches}) == 9
-
-
-def test_unknown_plan():
-    with pytest.raises(ValueError, match="plan: expected the digest"):
-        torch.ops.implicit_steer.triton_frame("?", torch.ones(1, 3), torch.ones(1, 1), torch.zeros(1), torch.ones(1))
 
 
 # ---- the guard

@@ -1,9 +1,9 @@
-"""Backend `triton`: derivatives beyond the first, workspaces and block sizes."""
+"""The GPU backends: derivatives beyond the first; of Triton's kernels the third, workspaces and block sizes."""
 
 import pytest
 import torch
-from helpers import assert_close, deviations, layer, outcome, relative
-from problems import small
+from helpers import assert_close, deviations, relative
+from problems import DEVICE, expected, layer, outcome, small
 
 from implicit_steer import _kept
 from implicit_steer.triton_kernels import configuration, launch
@@ -12,20 +12,21 @@ from implicit_steer.triton_kernels import configuration, launch
 @pytest.mark.parametrize(
     ("name", "configuration"), [("o3", "train"), ("so2", "no norm"), ("so2-r3", "eval"), ("c4", "no norm")]
 )
-def test_derivatives_of_gradients(name, configuration):
+def test_derivatives_of_gradients(name, configuration, backend):
     conv = layer(small(name), configuration, activation="silu")
     problem = small(name).inputs(conv)
-    problem.delta = torch.randn(problem.delta.shape, dtype=torch.float64)  # no self-loops: both are inexact there
+    problem.delta = torch.randn_like(problem.delta)  # no self-loops: both are inexact there
 
     def second(problem, conv):
         """The gradient of forces, of features' gradients and of a weight's gradient, all at once."""
         leaves = [problem.x, problem.delta, next(conv.parameters())]
         energy = problem.run(conv).square().sum()
         first = torch.autograd.grad(energy, leaves, create_graph=True)
-        return sum((g * torch.linspace(-1, 1, g.numel(), dtype=g.dtype).view_as(g)).sum() for g in first)[None]
+        return sum(
+            (g * torch.linspace(-1, 1, g.numel(), dtype=g.dtype, device=g.device).view_as(g)).sum() for g in first
+        )[None]
 
-    expected = outcome(conv, problem, "reference", run=second)
-    assert_close(outcome(conv, problem, "triton", run=second), expected, 1e-10)
+    assert_close(outcome(conv, problem, backend, run=second), expected(conv, problem, run=second), 1e-10)
 
 
 def test_third_derivative():
@@ -42,19 +43,19 @@ def test_third_derivative():
 
 
 @pytest.mark.parametrize("name", ["o3", "c4"])
-def test_directional_derivative(name):
-    conv = layer(small(name), "no norm", activation="silu", backend="triton")
+def test_directional_derivative(name, backend):
+    conv = layer(small(name), "no norm", activation="silu", backend=backend)
     problem = small(name).inputs(conv)
     leaves = [*problem.requires_grad(), *conv.parameters()]
     gradients = torch.autograd.grad(problem.run(conv).square().sum(), leaves)
     directions = [torch.randn_like(t) for t in leaves]
-    expected, values = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True)), []
+    along, values = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True)), []
     for step in (1e-5, -2e-5):  # to +h, from there to −h
         with torch.no_grad():
             for t, d in zip(leaves, directions, strict=True):
                 t += step * d
             values.append(problem.run(conv).square().sum())
-    assert relative((values[0] - values[1]) / 2e-5, expected) < 1e-7
+    assert relative((values[0] - values[1]) / 2e-5, along) < 1e-7
 
 
 def test_batches_of_nodes_and_edges(monkeypatch):
@@ -75,10 +76,10 @@ def test_batches_of_nodes_and_edges(monkeypatch):
 def test_every_choice_gives_the_same_numbers():
     conv = layer(small("c4"), "no norm", torch.float32)
     problem = small("c4").inputs(conv)
-    expected = outcome(conv, problem, "triton")
+    usual = outcome(conv, problem, "triton")
     for kernel in ("layers_forward", "layers_backward_weights", "contract_forward", "contract_backward_inputs"):
         with configuration.using(kernel, configuration.Choice(64, 8, 2)):
-            found = deviations(outcome(conv, problem, "triton"), expected)
+            found = deviations(outcome(conv, problem, "triton"), usual)
             assert max(found.values()) < 1e-5
 
 
@@ -95,7 +96,7 @@ def test_tuning_keeps_the_fastest(monkeypatch, tmp_path):
         return 1.0 if configuration.Choice(16, 2) in seen[-1].values() else 2.0
 
     candidates = (configuration.Choice(16, 2), configuration.Choice(32, 8))
-    device = torch.device("cpu")
+    device = DEVICE
     with torch.no_grad():
         found = configuration.tune(lambda: problem.run(conv), sizes, torch.float32, device, measure, candidates)
     assert set(found.values()) == {configuration.Choice(16, 2)}

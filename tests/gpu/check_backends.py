@@ -1,0 +1,160 @@
+"""The GPU backends are the same function as `reference`: values and every gradient, on every case."""
+
+import pytest
+import torch
+from helpers import CONFIGURATIONS, assert_close, random_edges, relative, with_edges
+from problems import DEVICE, INTERPRETED, expected, layer, outcome, small
+
+from implicit_steer import Graph
+from implicit_steer.cases import SMALL, Case, equivariance_error
+from implicit_steer.nn import ImplicitPointConvWithDownsampling
+from implicit_steer.plan import FUNCTIONS
+
+# The largest deviation over all cases and gradients was 2e-6 and 3e-14.
+BOUND = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+def check(conv, problem, backend, bound=None):
+    """Both dtypes are compared with `reference` in float64."""
+    assert_close(outcome(conv, problem, backend), expected(conv, problem), bound or BOUND[problem.x.dtype])
+
+
+# The interpreter is slow: there each case has one of the configurations, and few are in float64.
+_CHOSEN = {name: [CONFIGURATIONS[n % 3]] if INTERPRETED else CONFIGURATIONS for n, name in enumerate(SMALL)}
+_ALL = [(name, configuration) for name, chosen in _CHOSEN.items() for configuration in chosen]
+_DOUBLE = [("o3", "train"), ("so2", "train"), ("so2-r3", "eval"), ("c4", "train")] if INTERPRETED else _ALL
+
+
+@pytest.mark.parametrize(("name", "configuration"), _ALL)
+def test_every_case(name, configuration, backend):
+    conv = layer(small(name), configuration, torch.float32)
+    check(conv, small(name).inputs(conv), backend)
+
+
+@pytest.mark.parametrize(("name", "configuration"), _DOUBLE)
+def test_float64(name, configuration, backend):
+    conv = layer(small(name), configuration)
+    check(conv, small(name).inputs(conv), backend)
+
+
+@pytest.mark.parametrize(("name", "sampling"), [("so3", "escnn"), ("o2", "escnn"), ("o3-vector-attr", "lebedev-26")])
+def test_samplings(name, sampling, backend):
+    conv = layer(small(name), "train", torch.float32, sampling=sampling)
+    check(conv, small(name).inputs(conv), backend)
+
+
+@pytest.mark.parametrize("activation", FUNCTIONS)
+def test_activations_near_the_origin(activation, backend):
+    conv = layer(small("o3"), "eval", activation=activation)
+    problem = small("o3").inputs(conv)
+    length = torch.logspace(-9, 0, len(problem.delta), dtype=torch.float64, device=DEVICE)
+    problem.delta = torch.nn.functional.normalize(problem.delta, dim=1) * length[:, None]
+    problem.delta[::7] = 0
+    check(conv, problem, backend, 1e-9)  # the quotient of `reference` itself is right to 1e-10
+
+
+@pytest.mark.parametrize("name", ["so2", "so2-r3"])
+def test_on_and_near_the_axis(name, backend):
+    conv = layer(small(name), "eval")
+    problem = small(name).inputs(conv)
+    problem.delta[:3, :2] = 0
+    problem.delta[3:6, :2] *= 1e-4
+    check(conv, problem, backend, 1e-9)
+
+
+@pytest.mark.parametrize("options", [{"cutoff": 1.5}, {"aggr": "mean", "cutoff": 0.7}], ids=str)
+def test_options(options, backend):
+    conv = layer(small("c4"), "eval", torch.float32, **options)
+    check(conv, small("c4").inputs(conv), backend)
+
+
+# ---- graphs
+
+
+@pytest.mark.parametrize("chosen", [[], [3], [7, 2, 7, 2, 11]], ids=["no edges", "one edge", "repeated edges"])
+def test_few_edges(chosen, backend):
+    conv = layer(small("trivial-r3"), "eval", torch.float32)
+    check(conv, with_edges(small("trivial-r3").inputs(conv), torch.tensor(chosen, dtype=torch.long)), backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_a_hub_and_isolated_nodes(dtype, backend):
+    conv = layer(small("c4"), "no norm", torch.float32)
+    problem = small("c4").inputs(conv)
+    n, count = len(problem.x), 70 if INTERPRETED else 5000  # more edges than a block takes
+    edges = random_edges(count, n, n, dtype=dtype).to(DEVICE)
+    edges[1, :] = 3
+    delta, attributes = torch.randn(2, count, 2, device=DEVICE)
+    check(conv, type(problem)(problem.x, problem.pos, Graph(edges, n), delta, attributes), backend)
+
+
+def test_two_sets_of_nodes(backend):
+    case = small("trivial-r3")
+    conv = layer(case, "eval", torch.float32)
+    down = ImplicitPointConvWithDownsampling(conv.in_type, conv.out_type, None, 3, 4).to(DEVICE)
+    down.load_state_dict(conv.state_dict())
+    problem, index = case.inputs(conv), torch.tensor([3, 0], device=DEVICE)
+    problem.graph = Graph(random_edges(11, len(problem.x), 2).to(DEVICE), (len(problem.x), 2))
+    problem.delta = torch.randn(11, 3, device=DEVICE)
+
+    def run(backend):
+        down.eval().backend = backend
+        x = problem.x.clone().requires_grad_()
+        out = down(conv.in_type(x, problem.pos), problem.graph, problem.delta, None, idx_downsampled=index).tensor
+        return out.detach(), torch.autograd.grad(out.square().sum(), x)[0]
+
+    for ours, theirs in zip(run(backend), run("reference"), strict=True):
+        assert relative(ours, theirs) < 1e-5
+
+
+def test_nan_stays_with_its_edge(backend):
+    conv = layer(small("o3"), "eval", torch.float32, backend=backend)
+    problem = small("o3").inputs(conv)
+    problem.delta[7, 1] = torch.nan
+    with torch.no_grad():
+        hit = problem.run(conv).isnan().any(1)
+    assert hit.tolist() == [i == int(problem.graph.dst[7]) for i in range(len(hit))]
+
+
+@pytest.mark.parametrize("name", ["o3", "so2-r3", "d4"])
+def test_equivariance(name, backend):
+    conv = layer(small(name), "eval", torch.float32, backend=backend)
+    elements = [conv.in_type.fibergroup.sample() for _ in range(2)]
+    assert equivariance_error(conv, small(name).inputs(conv), elements) < 2e-6
+
+
+# ---- precision
+
+
+def test_tf32_by_choice():
+    """In Triton's kernels. 10 bits of mantissa: 1e-3 of the output, 3e-3 on an H100; the default is exact."""
+    conv = layer(small("o3"), "eval", torch.float32, backend="triton")
+    problem = small("o3").inputs(conv)
+    with torch.no_grad():
+        exact = problem.run(conv)
+        torch.set_float32_matmul_precision("high")
+        try:
+            rounded = problem.run(conv)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+    assert 1e-5 < relative(rounded, exact) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_features(dtype, backend):
+    """Features of 16 bits, arithmetic in float32."""
+    conv = layer(small("c4"), "eval", torch.float32, backend=backend)
+    problem = small("c4").inputs(conv)
+    problem.x = problem.x.to(dtype)
+    with torch.no_grad():
+        half = problem.run(conv)
+        problem.x = problem.x.float()
+        exact = problem.run(conv)
+    assert half.dtype == dtype
+    assert relative(half, exact) <= torch.finfo(dtype).eps
+
+
+def test_case_without_couplings(backend):
+    case = Case("", "SO(2) on R2", "1 vector", "1 scalar", None, 1, 2, nodes=3, degree=3)
+    conv = layer(case, "eval", torch.float32)
+    check(conv, case.inputs(conv), backend)
