@@ -3,6 +3,7 @@
 # make test-native   the native code alone: plain, and under AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer
 # make test-gpu-emulated   the CUDA kernels on the processor: results, memory errors, races, barriers; make test-gpu-quick:
 #                    the part of it that CI runs
+# make test-gpu      where there is a GPU: its backends against reference; needs nvcc
 # make cuda-kernels  compile them with nvcc, hold their machine code to its gates, write docs/cuda_kernels.md
 # make test-arm      the same for 64-bit ARM, with a cross compiler and an emulator
 # make wheel    one wheel for Python >= 3.10 and torch >= 2.10, in dist/
@@ -26,7 +27,7 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-gpu-emulated test-gpu-quick cuda-kernels test-native test-arm native-cases arm-tools wheel test-wheel bench docs build lint format clean
+.PHONY: demo test test-gpu test-gpu-emulated test-gpu-quick cuda-kernels test-native test-arm native-cases arm-tools wheel test-wheel bench docs build lint format clean
 
 demo: build
 	$(BIN)/python -m implicit_steer demo
@@ -36,6 +37,13 @@ demo: build
 test: lint
 	$(MAKE) --no-print-directory -j 2 --output-sync=target native-address native-thread test-gpu-quick cuda-kernels
 	$(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder
+
+# On this machine's GPU what tests/test_triton.py runs with Triton's interpreter, and what takes a GPU.
+test-gpu: build
+	test -e implicit_steer/libimplicit_steer_cuda.so || \
+	  IMPLICIT_STEER_NATIVE=require IMPLICIT_STEER_CUDA=require $(PIP) --no-build-isolation --no-deps --editable .
+	cd tests/gpu && PYTHONPATH=..:../.. OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest -q -n 8 \
+	  check_backends.py check_derivatives.py check_operators.py check_device.py
 
 # Programs without torch and Python (tests/native), on inputs and expected results that native-cases writes.
 NATIVE_TESTS := build/native-tests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from . import report, speed
 from .steps import MEASURES, Candidate, candidates, layer, step
 
 _COPIED, _MULTIPLIED = 1 << 28, 4096  # bytes of a copy; rows of square matrices
+_PROFILED = 5  # calls
 
 
 def ceilings(device: torch.device, copied: int = _COPIED, rows: int = _MULTIPLIED) -> dict[str, float]:
@@ -84,6 +86,28 @@ def peaks(case: Case, chosen: Sequence[Candidate], device: torch.device) -> list
     return found
 
 
+def kernel_times(case: Case, chosen: Sequence[Candidate], most: int = 4) -> list[dict[str, Any]]:
+    """Records of the ``most`` kernels that our backends spend most time in, µs per call, by torch's profiler."""
+    found = []
+    for measure, candidate in itertools.product(("forward", "train"), chosen):
+        if candidate.backend not in ("cuda", "triton"):
+            continue
+        run = step(case, candidate, measure)
+        run()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(_PROFILED):
+                run()
+            torch.cuda.synchronize()
+        kernels = [e for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+        of = {"case": case.name, "measure": measure, "candidate": candidate.label}
+        for e in sorted(kernels, key=lambda e: -e.self_device_time_total)[:most]:
+            name = e.key.removeprefix("void ").replace("implicit_steer::", "").replace("gpu::", "").split("(")[0]
+            found.append(of | {"kernel": name, "us": e.self_device_time_total / _PROFILED})
+        total = sum(e.self_device_time_total for e in kernels) / _PROFILED
+        found.append(of | {"kernel": f"all of {sum(e.count for e in kernels) // _PROFILED} launches", "us": total})
+    return found
+
+
 def tune(case: Case, chosen: Sequence[Candidate], device: torch.device) -> dict[str, dict[str, Any]]:
     """Measure and keep the configurations of Triton's kernels: candidate → kernel → choice."""
     from implicit_steer.triton_kernels import configuration, launch  # which import triton
@@ -138,6 +162,10 @@ def text_of(results: dict[str, Any], rows: list[list[str]]) -> str:
         ]
         for r in results["times"]
     ]
+    kernels = [
+        [f"{r['case']}, {r['measure']}", r["candidate"], f"`{r['kernel']}`", f"{r['us']:.1f}"]
+        for r in results["kernels"]
+    ]
     starts = [[r["case"], r["candidate"], f"{r['seconds']:.2f}"] for r in results["cold starts"]]
     reached = ["forward pass of triton", "GB/s", "of copy", "TFLOP/s", "of float32"]
     return "\n\n".join(
@@ -146,6 +174,7 @@ def text_of(results: dict[str, Any], rows: list[list[str]]) -> str:
             report.table(
                 ["case", "candidate", f"ms on {name}", "quartiles", "× faster than materialise", "peak MB"], times
             ),
+            report.table(["case", "candidate", "kernel", "µs"], kernels),
             report.table(["case", "candidate", "first call, s"], starts),
             report.table(reached, rows),
         ]
@@ -180,6 +209,7 @@ def measure(cases, names, compiled, effort, out: Path, tuned: bool, device, resu
     results["times"] = speed.times(chosen, *effort)
     on_gpu = chosen.items() if device.type == "cuda" else ()
     results["memory"] = [record for case, found in on_gpu for record in peaks(case, found, device)]
+    results["kernels"] = [record for case, found in on_gpu for record in kernel_times(case, found)]
     results["seconds per instruction"] = keep_times(results["times"], cases, results["device"])
     text = text_of(results, achieved(results["times"], cases, results["ceilings"]))
     print("\n" + text)

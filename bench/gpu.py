@@ -29,7 +29,7 @@ _RESOURCES = """# What the Triton kernels need
 Read from code compiled ahead of time (float32, exact products), by `python -m bench.gpu resources`. Registers per
 thread, bytes of stack and of shared memory, the share of a multiprocessor's warps that can be resident, tensor-core
 instructions and all instructions in the code. Hidden layers with more than 32 coefficients of order ≥ 1 multiply on the
-ordinary units. Nothing here ran on a GPU."""
+ordinary units. What was measured on a GPU is in [gpu-h100.md](gpu-h100.md)."""
 
 
 def meant_for_tensor_cores(plan: Plan) -> bool:

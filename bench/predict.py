@@ -1,4 +1,5 @@
-"""PREDICTIONS, never measurements, of the Triton kernels' times on GPUs that are not here.
+"""PREDICTIONS, never measurements, of the Triton kernels' times. On an H100 the kernels of a forward pass took what is
+predicted, those of a backward pass 1.5 times the larger number (docs/gpu-h100.md).
 
 Of every launch the least time that three throughputs allow: DRAM (each tensor that the kernel is given crosses it
 once), instructions issued, and tensor cores. Instructions and tensor-core operations are counted in the compiled code;

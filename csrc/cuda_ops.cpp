@@ -212,9 +212,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_hidden_double_backward(const Ten
   return {out, results.delta, results.attr, results.weights};
 }
 
-// The parameters as one vector, at least one number long.
+// The parameters as one vector.
 template <typename R>
 Tensor gathered(const Context& context, const std::vector<Tensor>& parameters, int64_t n_parameters, ScalarType real) {
+  if (parameters.size() == 1) {
+    check_here(context, parameters[0], "parameters", real, n_parameters);
+    return parameters[0];
+  }
   Tensor vector = context.bytes(std::max<int64_t>(n_parameters, 1) * sizeof(R));
   char* next = static_cast<char*>(vector.mutable_data_ptr());
   int64_t left = n_parameters;

@@ -130,27 +130,55 @@ IST_LANES void attributes_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
 
 // ---- zonal: solid harmonics
 
+// Everything but the harmonics and the monomials that they are sums of.
 template <typename R>
-IST_LANES void zonal_forward(const PlanView<Real<R>>& p, Edges<R>& e, bool all) {
+IST_LANES void zonal_inputs(const PlanView<Real<R>>& p, Edges<R>& e) {
   using V = typename Lane<R>::V;
-  const int n_monomials = all ? p.n_monomials : p.used_monomials;
-  const int n_harmonics = all ? p.n_harmonics : p.used_harmonics;
   e.radius = lane_sqrt(e.squared + Limits<Real<R>>::softening), e.inverse = 1 / e.radius;
   for (int k = 0; k < 3; ++k) e.unit[k] = e.delta[k] * e.inverse;
   e.monomial[0] = V{} + 1;
-  for (int j = 1; j < n_monomials; ++j) e.monomial[j] = e.monomial[p.monomial[2 * j]] * e.unit[p.monomial[2 * j + 1]];
-  for (int j = 0; j < n_harmonics;) {
-    const int m = p.harmonic[2 * j];
-    const bool linear = e.near && p.degree[m] == 1;  // radius times: linear in x
-    V sum{};
-    for (; j < n_harmonics && p.harmonic[2 * j] == m; ++j) {
-      const int n = p.harmonic[2 * j + 1];
-      sum += (linear ? e.delta[p.monomial[2 * n + 1]] : e.monomial[n]) * p.harmonic_value[j];
-    }
-    e.cosine[m] = e.near && p.degree[m] > 1 ? sum * e.radius : sum;
-  }
   e.inputs[0] = e.near ? V{} + 1 : e.radius;
   for (int j = 0; j < p.n_attr; ++j) e.inputs[1 + j] = e.rotated[j];
+}
+
+// Monomial j > 0, from an earlier one.
+template <typename R>
+IST_LANES void set_monomial(const PlanView<Real<R>>& p, Edges<R>& e, int j) {
+  e.monomial[j] = e.monomial[p.monomial[2 * j]] * e.unit[p.monomial[2 * j + 1]];
+}
+
+// Whether harmonic m is carried times the radius, which makes it linear in x.
+template <typename R>
+IST_LANES bool is_linear(const PlanView<Real<R>>& p, const Edges<R>& e, int m) {
+  return e.near && p.degree[m] == 1;
+}
+
+// Term j of the harmonics: a coefficient times its monomial.
+template <typename R>
+IST_LANES typename Lane<R>::V harmonic_term(const PlanView<Real<R>>& p, const Edges<R>& e, int j, bool linear) {
+  const int n = p.harmonic[2 * j + 1];
+  return (linear ? e.delta[p.monomial[2 * n + 1]] : e.monomial[n]) * p.harmonic_value[j];
+}
+
+// Harmonic m, the sum of its terms.
+template <typename R>
+IST_LANES void set_harmonic(const PlanView<Real<R>>& p, Edges<R>& e, int m, typename Lane<R>::V sum) {
+  e.cosine[m] = e.near && p.degree[m] > 1 ? sum * e.radius : sum;
+}
+
+template <typename R>
+IST_LANES void zonal_forward(const PlanView<Real<R>>& p, Edges<R>& e, bool all) {
+  const int n_monomials = all ? p.n_monomials : p.used_monomials;
+  const int n_harmonics = all ? p.n_harmonics : p.used_harmonics;
+  zonal_inputs(p, e);
+  for (int j = 1; j < n_monomials; ++j) set_monomial(p, e, j);
+  for (int j = 0; j < n_harmonics;) {
+    const int m = p.harmonic[2 * j];
+    const bool linear = is_linear(p, e, m);
+    typename Lane<R>::V sum{};
+    for (; j < n_harmonics && p.harmonic[2 * j] == m; ++j) sum += harmonic_term(p, e, j, linear);
+    set_harmonic(p, e, m, sum);
+  }
 }
 
 template <typename R>
@@ -304,14 +332,20 @@ IST_LANES void planar_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
 
 // ---- all frames
 
-// From delta and attr; with `all`, every harmonic, not only those that the couplings read.
-template <typename R>
+// From delta and attr; with `all`, every harmonic, not only those that the couplings read; with kHarmonics false, none.
+template <bool kHarmonics = true, typename R>
 IST_LANES void frame_forward(const PlanView<Real<R>>& p, R shell, Edges<R>& e, bool all) {
   e.squared = typename Lane<R>::V{};
   for (int k = 0; k < p.dim; ++k) e.squared += e.delta[k] * e.delta[k];
   radial_forward(p, shell, e);
   attributes_forward(p, e);
-  if (p.kind == kZonal) return zonal_forward(p, e, all);
+  if (p.kind == kZonal) {
+    if constexpr (kHarmonics)
+      zonal_forward(p, e, all);
+    else
+      zonal_inputs(p, e);
+    return;
+  }
   if (p.kind == kPlanar) return planar_forward(p, e);
   for (int k = 0; k < p.dim; ++k) e.inputs[k] = e.delta[k];
   for (int j = 0; j < p.n_attr; ++j) e.inputs[p.dim + j] = e.rotated[j];

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import backends, native
+from ._check import fail
 from .backends import cpu, cuda, reference
 from .backends.hidden import Statistics
 from .graph import Graph
@@ -34,7 +35,13 @@ def _compiled_engine(parameters: Parameters, backend: str, device: torch.device)
     if not torch.compiler.is_compiling() or parameters.kept is None or parameters.kept.native is None:
         return None
     if device.type == "cuda":
-        return cuda if backend in ("auto", "cuda") and native.cuda_usable(device)[0] else None
+        if backend in ("auto", "cuda") and native.cuda_usable(device)[0]:
+            return cuda
+        remedy = (
+            "Build the CUDA kernels (IMPLICIT_STEER_CUDA=require), or call the layer outside of compiled functions."
+        )
+        if backend in ("auto", "triton"):
+            fail("backend", "'cuda' inside torch.compile, on a GPU", repr(backend), remedy, RuntimeError)
     return cpu if backend in ("auto", "cpu") and device.type == "cpu" else None
 
 

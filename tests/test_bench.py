@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import accuracy, bound, forces, fresh, related, report, scaling, small, speed, steps
+from bench import accuracy, bound, device, forces, fresh, related, report, scaling, small, speed, steps
 from bench.__main__ import main
 from bench.compiled import compiled_call
 from bench.steps import COMPILED, MATERIALISE, MEASURES, TOLERANCE, Candidate, candidates, gate, relative_error, step
@@ -429,3 +429,24 @@ def test_accuracy_tables_and_plot(tmp_path):
         assert network["errors"][24] < network["errors"][6] / 10
     accuracy.plot(results, tmp_path)
     assert (tmp_path / "convergence.png").stat().st_size > 5000
+
+
+def test_text_of_a_gpu():
+    """Times with what they need of memory, and the kernels in them."""
+    measured = {"case": "cloud", "measure": "train", "candidate": "cuda, auto"}
+    times = {"median_ms": 3.3, "q1_ms": 3.2, "q3_ms": 3.4, "ratio": 7.3, "backend": "cuda", "sampling": "auto"}
+    text = device.text_of(
+        {
+            "device": "a GPU",
+            "ceilings": {"copy, GB/s": 3000.0},
+            "times": [measured | times, measured | times | {"candidate": "e3nn", "ratio": None}],
+            "memory": [measured | {"peak_mb": 58.8}],
+            "kernels": [measured | {"kernel": "conv_backward", "us": 2356.9}],
+            "cold starts": [measured | {"seconds": 0.5}],
+        },
+        [],
+    )
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert ["cloud, train", "cuda, auto", "3.300", "3.200–3.400", "7.3", "58.8"] in rows
+    assert ["cloud, train", "e3nn", "3.300", "3.200–3.400", "", ""] in rows
+    assert ["cloud, train", "cuda, auto", "`conv_backward`", "2356.9"] in rows

@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import fake_cuda
 import pytest
 import torch
+from escnn.nn import GeometricTensor
 from helpers import assert_close, layer, outcome
 from operators import operator_arguments
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from implicit_steer import _kept, backends, graph, native
+from implicit_steer import _kept, backends, graph, native, op
 from implicit_steer.backends import cuda, gpu_cost
 from implicit_steer.backends.gpu_cost import instructions_per_edge
 from implicit_steer.cases import SMALL, Case
@@ -190,6 +191,37 @@ def test_kernel_values_on_the_native_loops():
     kernel, problem = conv.implicit_kernel, SMALL["o3"].inputs(conv)
     arguments = kernel.plan, kernel.parameters_for_op(), False, problem.delta, problem.attributes
     assert torch.allclose(cuda.kernel(*arguments)[0], backends.reference.kernel(*arguments)[0], atol=1e-12)
+
+
+@pytest.mark.parametrize("configuration", ["train", "eval", "no norm"])
+def test_compiled_on_the_native_loops(monkeypatch, configuration):
+    """Its Python side is traced without a break: values and gradients are those of the calls that are not compiled."""
+    monkeypatch.setattr(cuda, "supports", lambda plan, device, dtype: (True, ""))
+    monkeypatch.setattr(op, "_compiled_engine", lambda *_: cuda if torch.compiler.is_compiling() else None)
+    torch._dynamo.reset()
+    conv = layer(SMALL["o3"], configuration, backend="cuda")
+
+    def run(problem, conv):
+        arguments = GeometricTensor(problem.x, conv.in_type, problem.pos), problem.graph, problem.delta
+        return conv(*arguments, problem.attributes).tensor
+
+    problem = SMALL["o3"].inputs(conv)
+    known = outcome(conv, problem, run=run)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert_close(outcome(conv, problem, run=compiled), known, 1e-12)
+
+
+def test_backend_inside_a_compiled_function(monkeypatch):
+    """On a GPU `cuda`, or an error that names the remedy."""
+    parameters = layer(SMALL["o3"]).implicit_kernel.parameters_for_op()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for usable in (True, False):
+        monkeypatch.setattr(native, "cuda_usable", lambda device, usable=usable: (usable, ""))
+        for name in ("auto", "cuda", "triton"):
+            refused = name == "triton" or (name == "auto" and not usable)
+            message = "backend: expected 'cuda' inside torch.compile, on a GPU, got"
+            with pytest.raises(RuntimeError, match=message) if refused else nullcontext():
+                assert op._compiled_engine(parameters, name, GPU) == (cuda if usable else None)
 
 
 @pytest.mark.parametrize("name", SMALL)

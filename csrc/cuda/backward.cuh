@@ -36,11 +36,10 @@ struct Backward : Reverse<N, true, S> {
       for (int slot = 0; slot < q.n_slots; ++slot) {
         const N* const weight = weights + q.theta + int64_t{q.slots[2 * slot]} * q.n_out * q.theta_size;
         const N* const grad = mixed + q.out_at + q.slots[2 * slot + 1] * q.out_padded;
-        const int size = static_cast<int>(q.theta_size);
-        for (int x = lane; x < size; x += 32) {
+        for (int64_t x = lane; x < q.theta_size; x += 32) {
           N sum{};
-#pragma unroll 4
-          for (int u = 0; u < q.n_out; ++u) sum += weight[u * size + x] * grad[u];
+#pragma unroll 2
+          for (int u = 0; u < q.n_out; ++u) sum += weight[u * q.theta_size + x] * grad[u];
           d_sums[q.at_sums + slot * q.theta_size + x] = sum;
         }
       }
@@ -56,28 +55,44 @@ struct Backward : Reverse<N, true, S> {
         const int b = q.slots[2 * slot];
         for (end = slot + 1; end < q.n_slots && q.slots[2 * end] == b; ++end) {
         }
-        const int size = static_cast<int>(q.theta_size);
-        R* const out = grad_weights + q.theta + int64_t{b} * q.n_out * size;
-        for (int x = lane; x < size; x += 32) {
-          const N* const column = sums + q.at_sums + x;
-          for (int u = 0; u < q.n_out; u += kTogether<N>) {  // the gradients' rows are padded
-            R before[kTogether<N>];
-#pragma unroll
-            for (int k = 0; k < kTogether<N>; ++k) before[k] = u + k < q.n_out ? out[(u + k) * size + x] : R{};
-            Neighbours<N, kTogether<N>> sum{};
-#pragma unroll 1
-            for (int s = slot; s < end; ++s) {
-              const N* const grad = mixed + q.out_at + q.slots[2 * s + 1] * q.out_padded;
-              add_multiple(sum, column[s * size], neighbours<kTogether<N>>(grad + u));
-            }
-#pragma unroll
-            for (int k = 0; k < kTogether<N>; ++k)
-              if (u + k < q.n_out) out[(u + k) * size + x] = before[k] + result(sum.at[k]);
-          }
+        R* const out = grad_weights + q.theta + int64_t{b} * q.n_out * q.theta_size;
+        if constexpr (S::hot) {
+          add_outputs_hot(q, slot, end, out);
+          continue;
         }
+        for (int u = 0; u < q.n_out; ++u)
+          for (int64_t x = lane; x < q.theta_size; x += 32) {
+            N sum{};
+#pragma unroll 1
+            for (int s = slot; s < end; ++s)
+              sum += sums[q.at_sums + s * q.theta_size + x] * mixed[q.out_at + q.slots[2 * s + 1] * q.out_padded + u];
+            out[u * q.theta_size + x] += result(sum);
+          }
       }
     }
     __syncwarp();
+  }
+
+  // The sums of finish() over the slots slot .. end-1, four outputs at a time: their loads are on the way together.
+  __device__ __forceinline__ void add_outputs_hot(const CouplingView& q, int slot, int end, R* out) {
+    const int size = static_cast<int>(q.theta_size);
+    for (int x = lane; x < size; x += 32) {
+      const N* const column = sums + q.at_sums + x;
+      for (int u = 0; u < q.n_out; u += 4) {  // the gradients' rows are padded
+        R before[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) before[k] = u + k < q.n_out ? out[(u + k) * size + x] : R{};
+        Neighbours<N, 4> sum{};
+#pragma unroll 1
+        for (int s = slot; s < end; ++s) {
+          const N* const grad = mixed + q.out_at + q.slots[2 * s + 1] * q.out_padded;
+          add_multiple(sum, column[s * size], neighbours<4>(grad + u));
+        }
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          if (u + k < q.n_out) out[(u + k) * size + x] = before[k] + result(sum.at[k]);
+      }
+    }
   }
 
   // ---- the edges of a tile that go into one node

@@ -36,7 +36,7 @@ IST_HOST_DEVICE constexpr int whole_quads(int n) { return (n + 3) / 4 * 4; }
 // What the couplings read and write, in lists. A row is four inputs v of a slot's T; a term of it is one of the blocks
 // that it sums over, and of hot layers has one coefficient of all channels, or, after all others, the constant one.
 struct Terms {
-  int n_rows, n_constant_rows, n_terms;
+  int n_rows, n_constant_rows, n_terms, n_degrees;
   const int32_t* rows;            // [n_rows + n_constant_rows, 4] place in T, inputs, first term, one past the last
   const int32_t* terms;           // [n_terms, 4] place of the four products, coefficient or -1, place in T, inputs
   const int32_t* by_coefficient;  // the terms that have one, coefficient by coefficient
@@ -44,6 +44,10 @@ struct Terms {
   // Nonzeros of all G by their harmonic m, those without one at the end:
   const int32_t* harmonic;  // [d + 2] where each m's begin
   const int32_t* nonzero;   // [n_nz, 2] g, number among the plan's nonzeros
+  // What zonal frames are made of, as far as couplings read it:
+  const int32_t* monomials;  // [used_monomials - 1] all but the first, by degree
+  const int32_t* degrees;    // [n_degrees + 1] where each degree's begin there
+  const int32_t* solid;      // [d, 2] of each harmonic, its first term among the plan's and one past its last
 };
 
 // Sizes are in numbers of the kernel's kind: float, double or dual.

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <iterator>
 #include <memory>
 #include <vector>
 
@@ -113,8 +115,7 @@ struct DevicePlan {
     view.layers = reinterpret_cast<const LayerView<R>*>(to + layers_at);
     view.couplings = reinterpret_cast<CouplingView*>(to + couplings_at);
     places.first = reinterpret_cast<const int32_t*>(to + places_at), places.at = places.first + host.in_size + 1;
-    for (const int32_t** list :
-         {&terms.rows, &terms.terms, &terms.by_coefficient, &terms.first, &terms.harmonic, &terms.nonzero})
+    for (const int32_t** list : lists_of(terms))
       *list = reinterpret_cast<const int32_t*>(to + lists_at) + (*list - lists.data());
     const cudaError_t error = cudaMemcpyAsync(memory, image.data(), bytes, cudaMemcpyHostToDevice, stream);
     return error == cudaSuccess ? cudaStreamSynchronize(stream) : error;  // calls on other streams will read it
@@ -145,17 +146,40 @@ struct DevicePlan {
           if (host.nz_harmonic[n] == (m < host.d ? m : -1)) nonzero.insert(nonzero.end(), {k, n});
       harmonic.push_back(static_cast<int32_t>(nonzero.size() / 2));
     }
+    std::vector<int32_t> monomials, degrees(1, 0), solid;
+    if (host.kind == kZonal) list_harmonics(monomials, degrees, solid);
     terms.n_rows = rows.size() / 4, terms.n_constant_rows = constant_rows.size() / 4;
-    terms.n_terms = term_list.size() / 4;
+    terms.n_terms = term_list.size() / 4, terms.n_degrees = degrees.size() - 1;
     rows.insert(rows.end(), constant_rows.begin(), constant_rows.end());
     // Those of four come first: each begins at a whole multiple of 16 bytes.
-    const std::vector<int32_t>* const all[] = {&rows, &term_list, &by_coefficient, &first, &harmonic, &nonzero};
+    const std::vector<int32_t>* const all[] = {&rows,    &term_list, &by_coefficient, &first, &harmonic,
+                                               &nonzero, &monomials, &degrees,        &solid};
     lists.clear();
     for (const auto* list : all) lists.insert(lists.end(), list->begin(), list->end());
     const int32_t* at = lists.data();
-    const int32_t** const pointers[] = {&terms.rows,  &terms.terms,    &terms.by_coefficient,
-                                        &terms.first, &terms.harmonic, &terms.nonzero};
-    for (int n = 0; n < 6; ++n) *pointers[n] = at, at += all[n]->size();
+    for (size_t n = 0; n < std::size(all); ++n) *lists_of(terms)[n] = at, at += all[n]->size();
+  }
+
+  static std::array<const int32_t**, 9> lists_of(Terms& t) {
+    return {&t.rows,    &t.terms,     &t.by_coefficient, &t.first, &t.harmonic,
+            &t.nonzero, &t.monomials, &t.degrees,        &t.solid};
+  }
+
+  void list_harmonics(std::vector<int32_t>& monomials, std::vector<int32_t>& degrees,
+                      std::vector<int32_t>& solid) const {
+    std::vector<int> degree(1, 0);
+    for (int j = 1; j < host.used_monomials; ++j) degree.push_back(degree[host.monomial[2 * j]] + 1);
+    const int most = *std::max_element(degree.begin(), degree.end());
+    for (int d = 1; d <= most; ++d) {
+      for (int j = 1; j < host.used_monomials; ++j)
+        if (degree[j] == d) monomials.push_back(j);
+      degrees.push_back(static_cast<int32_t>(monomials.size()));
+    }
+    solid.assign(2 * host.d, 0);
+    for (int j = host.used_harmonics - 1; j >= 0; --j) {
+      int32_t *const begin = &solid[2 * host.harmonic[2 * j]], *const end = begin + 1;
+      *begin = j, *end = std::max(*end, j + 1);
+    }
   }
 
   // The rows of one coupling of hot layers, and their terms; also terms that are in no row, of the products' padding.

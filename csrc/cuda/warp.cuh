@@ -243,10 +243,10 @@ struct Warp : EdgeArrays<N> {
   __device__ __forceinline__ void enter_frame(bool all_harmonics) {
     e.near = false, e.radius = e.factor = N{};
     if (active && sub == 0) {
-      for (int m = 0; m < p.d; ++m) e.cosine[m] = N{};  // those of harmonics that no coupling reads stay 0
+      for (int m = 0; m < p.d && !S::hot; ++m) e.cosine[m] = N{};  // those of harmonics that no coupling reads stay 0
 #pragma unroll 1
       for (int n = 0; n < 2; ++n) {
-        frame_forward(p, shell, e, all_harmonics);
+        frame_forward<!S::hot>(p, shell, e, all_harmonics);
         if (!p.regular || e.near || !(e.radius < Limits<R>::near)) break;
         e.near = true;  // once more, as such an edge wants it
       }
@@ -254,6 +254,24 @@ struct Warp : EdgeArrays<N> {
     const int leader = lane - sub;
     e.near = from_lane(static_cast<int>(e.near), leader);
     e.radius = from_lane(e.radius, leader), e.factor = from_lane(e.factor, leader);
+    __syncwarp();
+    if constexpr (S::hot) harmonics();
+  }
+
+  // Those that the couplings read, and 0 for all others: the edge's lanes divide them among themselves.
+  __device__ __forceinline__ void harmonics() {
+    for (int n = 0; n < terms.n_degrees; ++n) {
+      for (int k = terms.degrees[n] + sub; k < terms.degrees[n + 1] && active; k += lanes)
+        set_monomial(p, e, terms.monomials[k]);
+      __syncwarp();
+    }
+    for (int m = sub; m < p.d && active; m += lanes) {
+      const int end = terms.solid[2 * m + 1];
+      const bool linear = is_linear(p, e, m);
+      N sum{};
+      for (int j = terms.solid[2 * m]; j < end; ++j) sum += harmonic_term(p, e, j, linear);
+      set_harmonic(p, e, m, sum);
+    }
     __syncwarp();
   }
 

@@ -157,10 +157,14 @@ class Layer:
         """numbers[index]; the gradient, too, is the same to the last bit at every call."""
         return numbers.index_select(0, index)
 
+    @staticmethod
+    def pieces(learned: Sequence[Tensor]) -> list[Tensor]:
+        """The parameters as operators take them."""
+        return [t.contiguous() for t in learned]
+
     def pack(self, learned: Sequence[Tensor], statistics: Tensor) -> Tensor:
         """Packed weights of the parameters ``learned`` at these statistics of the batch norms; linear in them."""
-        pieces = [t.contiguous() for t in learned]
-        return torch.ops.implicit_steer.conv_pack(*self.arrays, *self.matrix, pieces, statistics)
+        return torch.ops.implicit_steer.conv_pack(*self.arrays, *self.matrix, self.pieces(learned), statistics)
 
     def unpack_gradient(self, grad: Tensor, learned: Sequence[Tensor], statistics: Tensor) -> list[Tensor]:
         """The gradients of ``learned`` from that of the packed weights."""
@@ -172,8 +176,7 @@ class Layer:
         packed weights at them."""
         if callable(pool):
             return self._pooled(delta, attributes, pool)
-        learned = [t.contiguous() for t in self.learned]
-        arrays = *self.arrays, *self.matrix, learned, delta, attributes
+        arrays = *self.arrays, *self.matrix, self.pieces(self.learned), delta, attributes
         return torch.ops.implicit_steer.conv_statistics(*arrays, *self.native.statistics, instruction_set())
 
     def _pooled(self, delta: Tensor, attributes: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:

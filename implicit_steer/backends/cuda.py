@@ -96,6 +96,11 @@ class _Layer(cpu.Layer):
         """As that of `cpu`: on a GPU the gradient of index_select adds in any order, that of indexing sorts."""
         return numbers[index]
 
+    @staticmethod
+    def pieces(learned: Sequence[Tensor]) -> list[Tensor]:
+        """One vector, made in one launch; of several the operators would copy each."""
+        return [torch.cat([t if t.dim() == 1 else t.reshape(-1) for t in learned])]
+
     def packed(self) -> tuple[Tensor, Tensor]:
         """The batch norms' running statistics, and packed weights at them."""
         statistics = self.running()

@@ -109,8 +109,8 @@ def test_captured(training, backend):
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compiled(compiler, backend):
-    conv = layer(small("o3"), "no norm", torch.float32, backend=backend)
+def test_compiled(compiler):
+    conv = layer(small("o3"), "no norm", torch.float32)
     problem = small("o3").inputs(conv)
     leaves = [*problem.requires_grad(), *conv.parameters()]
 
