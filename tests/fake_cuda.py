@@ -37,13 +37,20 @@ def on_gpu(mode, tree):
     return tree_map_only(torch.Tensor, of, tree)
 
 
+def placed(operator, arguments, here, there):
+    """A call's arguments after ``here`` where they stay on the processor, after ``there`` where they go to the GPU."""
+    names = (known.name for known in operator._schema.arguments)
+    named = zip(names, arguments, strict=True)
+    return [here(a) if name.startswith(ON_THE_PROCESSOR) else there(a) for name, a in named]
+
+
 def fakes(mode, operator, arguments):
     """Stand-ins for a call's arguments."""
-    names = (known.name for known in operator._schema.arguments)
-    return [
-        tree_map_only(torch.Tensor, mode.from_tensor, a) if name.startswith(ON_THE_PROCESSOR) else on_gpu(mode, a)
-        for name, a in zip(names, arguments, strict=True)
-    ]
+
+    def here(tree):
+        return tree_map_only(torch.Tensor, mode.from_tensor, tree)
+
+    return placed(operator, arguments, here, lambda tree: on_gpu(mode, tree))
 
 
 def kinds(tree, device=None):

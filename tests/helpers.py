@@ -118,6 +118,20 @@ def relative(actual, expected):
     return float((actual - expected).norm() / expected.norm())
 
 
+def function_of(conv):
+    """The layer as a function of :func:`arguments_of` a problem, for compilers: of plain tensors and a graph."""
+
+    def run(x, pos, graph, delta, attributes):
+        return conv(GeometricTensor(x, conv.in_type, pos), graph, delta, attributes).tensor
+
+    return run
+
+
+def arguments_of(problem):
+    """What :func:`function_of` takes."""
+    return problem.x, problem.pos, problem.graph, problem.delta, problem.attributes
+
+
 def random_edges(num_edges, num_src, num_dst, seed=0, dtype=torch.int64):
     """(2, E) random edges."""
     generator = torch.Generator().manual_seed(seed)

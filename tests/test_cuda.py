@@ -10,8 +10,7 @@ from types import SimpleNamespace
 import fake_cuda
 import pytest
 import torch
-from escnn.nn import GeometricTensor
-from helpers import assert_close, layer, outcome
+from helpers import arguments_of, assert_close, function_of, layer, outcome
 from operators import operator_arguments
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -200,15 +199,10 @@ def test_compiled_on_the_native_loops(monkeypatch, configuration):
     monkeypatch.setattr(op, "_compiled_engine", lambda *_: cuda if torch.compiler.is_compiling() else None)
     torch._dynamo.reset()
     conv = layer(SMALL["o3"], configuration, backend="cuda")
-
-    def run(problem, conv):
-        arguments = GeometricTensor(problem.x, conv.in_type, problem.pos), problem.graph, problem.delta
-        return conv(*arguments, problem.attributes).tensor
-
-    problem = SMALL["o3"].inputs(conv)
-    known = outcome(conv, problem, run=run)
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    assert_close(outcome(conv, problem, run=compiled), known, 1e-12)
+    problem, function = SMALL["o3"].inputs(conv), function_of(conv)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    found, known = (outcome(conv, problem, run=lambda p, _, f=f: f(*arguments_of(p))) for f in (compiled, function))
+    assert_close(found, known, 1e-12)
 
 
 def test_backend_inside_a_compiled_function(monkeypatch):

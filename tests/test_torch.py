@@ -8,7 +8,7 @@ import escnn
 import pytest
 import torch
 from escnn.nn import GeometricTensor
-from helpers import BACKENDS, layer
+from helpers import BACKENDS, arguments_of, function_of, layer
 from operators import operator_arguments
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
@@ -45,17 +45,6 @@ def test_opcheck(name):
 
 
 # ---- torch.compile
-
-
-def function_of(conv):
-    def run(x, pos, graph, delta, attributes):
-        return conv(GeometricTensor(x, conv.in_type, pos), graph, delta, attributes).tensor
-
-    return run
-
-
-def arguments_of(problem):
-    return problem.x, problem.pos, problem.graph, problem.delta, problem.attributes
 
 
 def gradients(run, conv, problem):

@@ -127,7 +127,7 @@ def test_equivariance(name, backend):
 
 
 def test_tf32_by_choice():
-    """In Triton's kernels. 10 bits of mantissa: 1e-3 of the output, 3e-3 on an H100; the default is exact."""
+    """In Triton's kernels. 10 bits of mantissa: 1e-3 of the output, 3.2e-3 on an H100; the default is exact."""
     conv = layer(small("o3"), "eval", torch.float32, backend="triton")
     problem = small("o3").inputs(conv)
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_tf32_by_choice():
             rounded = problem.run(conv)
         finally:
             torch.set_float32_matmul_precision("highest")
-    assert 1e-5 < relative(rounded, exact) < 1e-2
+    assert 1e-5 < relative(rounded, exact) < (2e-3 if INTERPRETED else 5e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

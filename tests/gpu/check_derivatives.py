@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close, deviations, relative
+from helpers import assert_close, deviations, relative, spread
 from problems import DEVICE, expected, layer, outcome, small
 
 from implicit_steer import _kept
@@ -22,9 +22,7 @@ def test_derivatives_of_gradients(name, configuration, backend):
         leaves = [problem.x, problem.delta, next(conv.parameters())]
         energy = problem.run(conv).square().sum()
         first = torch.autograd.grad(energy, leaves, create_graph=True)
-        return sum(
-            (g * torch.linspace(-1, 1, g.numel(), dtype=g.dtype, device=g.device).view_as(g)).sum() for g in first
-        )[None]
+        return sum((g * spread(g)).sum() for g in first)[None]
 
     assert_close(outcome(conv, problem, backend, run=second), expected(conv, problem, run=second), 1e-10)
 
@@ -96,12 +94,11 @@ def test_tuning_keeps_the_fastest(monkeypatch, tmp_path):
         return 1.0 if configuration.Choice(16, 2) in seen[-1].values() else 2.0
 
     candidates = (configuration.Choice(16, 2), configuration.Choice(32, 8))
-    device = DEVICE
     with torch.no_grad():
-        found = configuration.tune(lambda: problem.run(conv), sizes, torch.float32, device, measure, candidates)
+        found = configuration.tune(lambda: problem.run(conv), sizes, torch.float32, DEVICE, measure, candidates)
     assert set(found.values()) == {configuration.Choice(16, 2)}
     assert len(seen) == 3 * len(found)
     _kept.forget()  # as in another process
-    assert configuration.choose("contract_forward", sizes, torch.float32, device) == configuration.Choice(16, 2)
-    other = configuration.choose("contract_forward", sizes, torch.float64, device)
+    assert configuration.choose("contract_forward", sizes, torch.float32, DEVICE) == configuration.Choice(16, 2)
+    other = configuration.choose("contract_forward", sizes, torch.float64, DEVICE)
     assert other == configuration._DOUBLE["contract"]

@@ -7,8 +7,7 @@ import sys
 import fake_cuda
 import pytest
 import torch
-from escnn.nn import GeometricTensor
-from helpers import assert_close, relative
+from helpers import arguments_of, assert_close, function_of, relative
 from operators import operator_arguments
 from problems import DEVICE, layer, outcome, small
 from torch.library import opcheck
@@ -113,13 +112,9 @@ def test_compiled(compiler):
     conv = layer(small("o3"), "no norm", torch.float32)
     problem = small("o3").inputs(conv)
     leaves = [*problem.requires_grad(), *conv.parameters()]
-
-    def function(x, pos, graph, delta, attributes):
-        return conv(GeometricTensor(x, conv.in_type, pos), graph, delta, attributes).tensor
-
-    results = []
+    function, results = function_of(conv), []
     for run in (torch.compile(function, fullgraph=True, backend=compiler), function):
-        out = run(problem.x, problem.pos, problem.graph, problem.delta, problem.attributes)
+        out = run(*arguments_of(problem))
         results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -192,8 +187,6 @@ def _on_device(tree):
 
 @pytest.mark.parametrize("name", [n for n in operator_arguments() if fake_cuda.has_kernel(_operator(n), "CUDA")])
 def test_opcheck(name):
-    given = zip(
-        (argument.name for argument in _operator(name)._schema.arguments), operator_arguments()[name], strict=True
-    )
-    arguments = [a if n.startswith(fake_cuda.ON_THE_PROCESSOR) else _on_device(a) for n, a in given]
-    assert set(opcheck(_operator(name), arguments).values()) == {"SUCCESS"}
+    operator = _operator(name)
+    arguments = fake_cuda.placed(operator, operator_arguments()[name], lambda tree: tree, _on_device)
+    assert set(opcheck(operator, arguments).values()) == {"SUCCESS"}
