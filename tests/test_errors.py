@@ -409,3 +409,8 @@ def test_sizes_of_a_network(option):
     ((name, value),) = option.items()
     with pytest.raises(ValueError, match=f"{name}: expected an integer >= ., got {value}"):
         QM9Net(**option)
+
+
+def test_reach_of_a_network():
+    with pytest.raises(ValueError, match="reach: expected a positive width, got 0"):
+        QM9Net(reach=0)

@@ -58,6 +58,7 @@ class QM9Net(MoleculeNet):
     - ``tensors``: 0; else the network predicts a symmetric matrix per molecule, (num_graphs, 3, 3), from its invariants
       and that many fields l = 2 (:class:`~implicit_steer.layers.TensorReadout`); for O(3) and SO(3).
     - ``blocks``, ``channels``, ``max_frequency``, ``invariants``: depth, hidden fields, their frequency, pooled ones.
+    - ``reach``: initial width of the kernels' shells, in the unit of the positions; the paper's is 0.5, 0.87 Å.
     - ``kernel_layers``, ``kernel_channels``: size of the kernel MLPs; further keywords (``sampling``, ``norm``,
       ``backend``, ``cutoff``, ...) go to every :class:`~implicit_steer.nn.ImplicitPointConv`.
 
@@ -74,6 +75,7 @@ class QM9Net(MoleculeNet):
         max_frequency: int = 1,
         invariants: int = 32,
         tensors: int = 0,
+        reach: float = 0.5,
         kernel_layers: int = 3,
         kernel_channels: int = 8,
         **convolution: Any,
@@ -81,6 +83,7 @@ class QM9Net(MoleculeNet):
         require(edge_attr in EDGE_ATTRIBUTES, "edge_attr", f"one of {list(EDGE_ATTRIBUTES)}", repr(edge_attr))
         for name, value, least in (("blocks", blocks, 0), ("invariants", invariants, 1), ("tensors", tensors, 0)):
             require_integer(name, value, least)
+        require(reach > 0, "reach", "a positive width", reach)
         gspace = gspaces.flipRot3dOnR3() if gspace is None else gspace
         require(gspace.dimensionality == 3, "gspace", "a GSpace of R³", gspace)
         attributes = EDGE_ATTRIBUTES[edge_attr]
@@ -88,7 +91,9 @@ class QM9Net(MoleculeNet):
         attr_type = no_space.type(*attributes * [no_space.trivial_repr]) if attributes else None
 
         def conv(in_type, out_type):
-            return ImplicitPointConv(in_type, out_type, attr_type, kernel_layers, kernel_channels, **convolution)
+            layer = ImplicitPointConv(in_type, out_type, attr_type, kernel_layers, kernel_channels, **convolution)
+            torch.nn.init.constant_(layer.implicit_kernel.shell_width, reach)
+            return layer
 
         activation = FourierActivation(gspace, channels, max_frequency)
         hidden, scalars = activation.in_type, gspace.type(*channels * [gspace.trivial_repr])

@@ -91,7 +91,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, default: RunOptions,
     texts = {
         "epochs": "passes over the training set",
         "batch_size": f"{entries} per step",
-        "lr": "first learning rate",
+        "lr": "highest learning rate",
         "seed": "of weights and shuffling",
     }
     training = parser.add_argument_group("training")

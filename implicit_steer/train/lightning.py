@@ -25,6 +25,7 @@ from .._check import require
 from .common import Run
 
 MILESTONES = (25, 50, 75, 100, 125)  # epochs after which the learning rate is halved
+WARM_UP = 0.03  # of the steps of "onecycle", in which the learning rate rises
 WEIGHT_DECAY = 1e-8
 SHOW_EVERY = 20  # steps between updates of the progress bar
 
@@ -72,9 +73,12 @@ class Regressor(Task):
     """Regression of ``(y - mean) / std``; errors are reported in the unit of y, or its square.
 
     ``model(batch)`` has the shape of ``batch.y``, (rows, ...); ``mean`` and ``std`` are numbers, or tensors that
-    broadcast to it. ``error`` is the loss: "mae", the mean of absolute values, or "mse", that of squares. The learning
-    rate falls to 0 along a cosine over ``cosine_epochs``; where that is None it is halved at each of
-    :data:`MILESTONES`.
+    broadcast to it. ``error`` is the loss: "mae", the mean of absolute values, or "mse", that of squares.
+
+    ``schedule``: from ``lr`` the learning rate is halved at each of :data:`MILESTONES` ("steps"), or falls to 0 along a
+    cosine over ``epochs`` ("cosine"), before which "onecycle" lets it rise for :data:`WARM_UP` of the steps. ``clip``
+    bounds the norm of the gradient of all parameters. From epoch ``freeze_norms`` on batch norms keep the statistics
+    that they have: what is trained is then the very function that is evaluated.
     """
 
     def __init__(
@@ -85,13 +89,18 @@ class Regressor(Task):
         lr: float,
         options: dict[str, Any],
         error: str = "mae",
-        cosine_epochs: int | None = None,
+        *,
+        schedule: str = "steps",
+        epochs: int | None = None,
+        clip: float | None = None,
+        freeze_norms: int | None = None,
     ):
         super().__init__(options)
         self.model, self.lr, self.error = model, lr, error
+        self.schedule, self.epochs, self.clip, self.freeze_norms = schedule, epochs, clip, freeze_norms
         for name, value in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.as_tensor(value, dtype=torch.float64), persistent=False)
-        self.monitor, self.cosine_epochs = f"val_{error}", cosine_epochs
+        self.monitor = f"val_{error}"
         self.train_error, self.eval_error = RunningMean(), RunningMean()
 
     def loss(self, batch: Any) -> torch.Tensor:
@@ -110,8 +119,10 @@ class Regressor(Task):
         return y
 
     def on_train_epoch_start(self) -> None:
-        """A fresh average."""
+        """A fresh average; frozen norms, from their epoch on."""
         self.train_error.reset()
+        if self.freeze_norms is not None and self.current_epoch >= self.freeze_norms:
+            self.model.eval()
 
     def training_step(self, batch: Any, step: int) -> torch.Tensor:
         """The loss, times this process's :func:`~implicit_steer.processes.share`; the error enters the epoch's mean."""
@@ -140,15 +151,21 @@ class Regressor(Task):
         self.log(f"test_{self.error}", self.eval_error.value())
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW and the schedule."""
+        """AdamW and the schedule; "onecycle" asks the trainer for the number of steps."""
         # fused: one call for all parameters, of which most are small
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=WEIGHT_DECAY, fused=True)
         schedules = torch.optim.lr_scheduler
-        if self.cosine_epochs is None:
-            schedule = schedules.MultiStepLR(optimizer, MILESTONES, gamma=0.5)
-        else:
-            schedule = schedules.CosineAnnealingLR(optimizer, self.cosine_epochs)
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        if self.schedule == "steps":
+            return {"optimizer": optimizer, "lr_scheduler": schedules.MultiStepLR(optimizer, MILESTONES, gamma=0.5)}
+        if self.schedule == "cosine":
+            return {"optimizer": optimizer, "lr_scheduler": schedules.CosineAnnealingLR(optimizer, self.epochs)}
+        steps = int(self.trainer.estimated_stepping_batches)
+        cycle = schedules.OneCycleLR(optimizer, self.lr, steps, pct_start=WARM_UP, cycle_momentum=False)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        """To ``clip``."""
+        self.clip_gradients(optimizer, gradient_clip_val=self.clip, gradient_clip_algorithm="norm")
 
     def epoch_errors(self, logged: dict[str, torch.Tensor]) -> dict[str, float]:
         """What an epoch's row of the log holds beside step, learning rate and time."""

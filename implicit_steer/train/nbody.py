@@ -88,7 +88,8 @@ def train_nbody(options: NBodyOptions) -> dict[str, Any]:
         data = NBody(options.system, **options.named("strength", "limit", "cache", "progress"))
     seed_everything(options.seed, verbose=False)
     model = NBodyNet(SPACES[options.group](), **options.network())
-    module = Regressor(model, 0.0, data.scale, options.lr, options.identity(), "mse", options.epochs)
+    cosine = {"schedule": "cosine", "epochs": options.epochs}
+    module = Regressor(model, 0.0, data.scale, options.lr, options.identity(), "mse", **cosine)
     sizes = {name: len(part) for name, part in (("train", data.train), ("val", data.val), ("test", data.test))}
     parameters = sum(parameter.numel() for parameter in module.parameters())
     task = options.named("system", "strength", "group")

@@ -10,13 +10,19 @@ from typing import Any, ClassVar
 import torch
 
 from .. import processes
+from .._check import require
 from ..data.qm9 import EDGE_ATTRIBUTES, QM9, TARGETS, TENSOR
-from .common import Run, RunOptions, add_model_arguments, add_run_arguments, add_training_arguments
+from .common import Run, RunOptions, add_model_arguments, add_numbers, add_run_arguments, add_training_arguments
 
 log = logging.getLogger(__name__)
 
 HELP = "a property of small molecules"
-SCHEDULES = ("steps", "cosine")
+SCHEDULES = ("steps", "cosine", "onecycle")
+MODEL_NUMBERS = {
+    "max_frequency": "of the hidden fields",
+    "kernel_channels": "channels of the kernel MLPs",
+    "reach": "initial width of the kernels' shells, in the unit of the normalised positions, 1.7415 Å",
+}
 DESCRIPTION = "Train the paper's network on QM9; print the mean absolute error on the test set."
 
 
@@ -26,7 +32,8 @@ class QM9Options(RunOptions):
 
     The defaults are the paper's: AdamW, learning rate 1e-3 halved at epochs 25, 50, 75, 100 and 125, weight decay 1e-8,
     batches of 32, L1 loss on the standardised target. ``schedule`` "cosine" lets the learning rate fall to 0 over
-    ``epochs`` instead of in "steps"; ``norm`` is "batch" or "none".
+    ``epochs`` instead of in "steps", "onecycle" lets it rise first; ``norm`` is "batch" or "none". ``clip`` bounds the
+    norm of the gradient; from epoch ``freeze_norms`` on batch norms keep their statistics.
     """
 
     target: str = "homo"
@@ -37,6 +44,11 @@ class QM9Options(RunOptions):
     norm: str = "batch"
     blocks: int = 4
     channels: int = 8
+    max_frequency: int = 1
+    kernel_channels: int = 8
+    reach: float = 0.5
+    clip: float | None = None
+    freeze_norms: int | None = None
     data: str | None = None
 
     choices: ClassVar = {
@@ -45,15 +57,26 @@ class QM9Options(RunOptions):
         "schedule": SCHEDULES,
         "target": TARGETS,
     }
-    least: ClassVar = {"limit": 2, "blocks": 0, "channels": 1}
+    least: ClassVar = {
+        "limit": 2,
+        "blocks": 0,
+        "channels": 1,
+        "max_frequency": 0,
+        "kernel_channels": 1,
+        "freeze_norms": 0,
+    }
     identity_names: ClassVar = (
-        *("target", "batch_size", "limit", "seed", "lr", "schedule"),
-        *("edge_attr", "sampling", "norm", "blocks", "channels"),
+        *("target", "batch_size", "limit", "seed", "lr", "schedule", "clip", "freeze_norms"),
+        *("edge_attr", "sampling", "norm", "blocks", "channels", "max_frequency", "kernel_channels", "reach"),
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.clip is None or self.clip > 0, "clip", "a positive number, or None", self.clip)
 
     def identity(self) -> dict[str, Any]:
         """With the epochs, where the learning rate depends on them."""
-        return super().identity() | (self.named("epochs") if self.schedule == "cosine" else {})
+        return super().identity() | (self.named("epochs") if self.schedule != "steps" else {})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,13 +94,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     task.add_argument("--data", metavar="DIR", help="PyG's raw files or qm9pack's CSV files (the installed qm9pack)")
     training = add_training_arguments(parser, default, "molecules")
     add_schedule(training, default)
-    add_model_arguments(parser, default)
+    training.add_argument("--clip", type=float, metavar="NORM", help="largest norm of the gradient (none)")
+    frozen = "epoch from which batch norms keep their statistics (none)"
+    training.add_argument("--freeze-norms", type=int, metavar="N", help=frozen)
+    model = add_model_arguments(parser, default)
+    add_numbers(model, default, MODEL_NUMBERS)
     add_run_arguments(parser, default, "runs/qm9-TARGET-seedSEED")
 
 
 def add_schedule(group: Any, default: QM9Options) -> None:
     """``--schedule``."""
-    schedule = "learning rate: halved at epochs 25, 50, ... as the paper's, or falling to 0 (%(default)s)"
+    schedule = "learning rate: halved at epochs 25, 50, ... as the paper's, falling to 0, or rising first (%(default)s)"
     group.add_argument("--schedule", choices=SCHEDULES, default=default.schedule, help=schedule)
 
 
@@ -110,10 +137,11 @@ def train_qm9(options: QM9Options) -> dict[str, Any]:
         data = QM9(options.data, **options.named("target", "limit", "edge_attr", "cache", "progress"))
     seed_everything(options.seed, verbose=False)
     tensor = options.target == TENSOR
-    model = QM9Net(edge_attr=options.edge_attr, tensors=options.channels if tensor else 0, **options.network())
+    own = options.named("edge_attr", "max_frequency", "kernel_channels", "reach")
+    model = QM9Net(tensors=options.channels if tensor else 0, **own, **options.network())
     regressor = AxesRegressor if tensor else Regressor
-    cosine = options.epochs if options.schedule == "cosine" else None
-    module = regressor(model, data.mean, data.std, options.lr, options.identity(), cosine_epochs=cosine)
+    training = options.named("schedule", "epochs", "clip", "freeze_norms")
+    module = regressor(model, data.mean, data.std, options.lr, options.identity(), **training)
     parameters = sum(parameter.numel() for parameter in module.parameters())
     molecules = {"train": len(data.train), "val": len(data.val), "test": len(data.test)}
     text = "QM9 %s: %d training, %d validation, %d test molecules; %d parameters"
