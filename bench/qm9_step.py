@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,10 @@ BLOCKS = 10  # of steps of one backend, between which the other one has its turn
 # Of the first step's gradients in float32, all as one vector, relative. Measured: 1e-6, on 4 made-up molecules 1.2e-5.
 TOLERANCE = 1e-4
 
+SIZES = {"channels": 8, "max_frequency": 1}  # of the paper's network
+
 Switch = Callable[[str, str], None]
+Sizes = Mapping[str, int]  # arguments of QM9Net
 
 
 def molecules(count: int) -> tuple[MoleculeSet, str]:
@@ -83,16 +86,15 @@ def synthetic(count: int, seed: int = 0) -> MoleculeSet:
 
 
 class Step:
-    """Called: one training step on the next batch. ``switch(part, phase)`` hears of what begins outside the network."""
+    """Called: one training step on the next batch, of a network of ``sizes``. ``switch(part, phase)`` hears of what
+    begins outside the network."""
 
-    def __init__(
-        self, data: MoleculeSet, batch_size: int, channels: int, backend: str = "auto", sampling: str = "auto"
-    ):
+    def __init__(self, data: MoleculeSet, batch_size: int, sizes: Sizes, backend: str = "auto", sampling: str = "auto"):
         torch.manual_seed(0)
         np.random.seed(0)  # from which escnn draws the weights of tensor products
         self.data = data
         self.ids = np.arange(len(data) // batch_size * batch_size).reshape(-1, batch_size)
-        network = QM9Net(channels=channels, backend=backend, sampling=sampling)
+        network = QM9Net(**sizes, backend=backend, sampling=sampling)
         self.regressor = Regressor(network, float(data.y.mean()), float(data.y.std()), 1e-3, {})
         self.optimizer = self.regressor.configure_optimizers()["optimizer"]
         self.count = 0
@@ -162,10 +164,10 @@ class Stopwatch:
         return seconds
 
 
-def measure(rounds: int, batch_size: int = 32, channels: int = 8) -> dict[str, Any]:
+def measure(rounds: int, batch_size: int = 32, sizes: Sizes = SIZES) -> dict[str, Any]:
     """``rounds`` plain steps and as many with the stopwatch, by turns: medians in milliseconds."""
     data, source = molecules(batch_size * 16)
-    step = Step(data, batch_size, channels)
+    step = Step(data, batch_size, sizes)
     for _ in range(WARM_UP):
         step()
     whole, processor, parts = [], [], []
@@ -185,10 +187,15 @@ def measure(rounds: int, batch_size: int = 32, channels: int = 8) -> dict[str, A
     return {
         "environment": report.environment(),
         "molecules": {"source": source, "batch": batch_size, "atoms": len(batch.pos)},
-        "channels": channels,
+        "sizes": dict(sizes),
         "step": summary(whole) | {"processor_ms": 1e3 * statistics.median(processor)},
         "parts": medians,
     }
+
+
+def described(sizes: Sizes) -> str:
+    """In a sentence."""
+    return f"{sizes['channels']} fields l <= {sizes['max_frequency']} per layer"
 
 
 def text(results: dict[str, Any]) -> str:
@@ -199,7 +206,7 @@ def text(results: dict[str, Any]) -> str:
         for part, ms in sorted(results["parts"].items(), key=lambda item: -sum(item[1].values()))
     ]
     return (
-        f"A training step of the QM9 network, {results['channels']} fields per layer, {found['batch']} molecules "
+        f"A training step of the QM9 network, {described(results['sizes'])}, {found['batch']} molecules "
         f"({found['source']}; {found['atoms']} atoms), {results['environment']['threads']} threads:\n"
         f"median {step['median_ms']:.1f} ms (quartiles {step['q1_ms']:.1f} to {step['q3_ms']:.1f}, {step['rounds']} "
         f"steps), {step['processor_ms']:.1f} ms of processor time.\n"
@@ -220,7 +227,7 @@ def by_turns(steps: dict[str, Step], count: int) -> dict[str, list[list[float]]]
     return times
 
 
-def compare(rival: str, count: int, batch_size: int = 32, channels: int = 8) -> dict[str, Any]:
+def compare(rival: str, count: int, batch_size: int = 32, sizes: Sizes = SIZES) -> dict[str, Any]:
     """``count`` steps each with backend "auto" and with ``rival``, a backend or `materialise`.
 
     ``error``: relative difference of the first step's gradients, both at rival's sampling, beyond TOLERANCE of which
@@ -229,7 +236,7 @@ def compare(rival: str, count: int, batch_size: int = 32, channels: int = 8) -> 
     """
     data, source = molecules(batch_size * 16)
     theirs = MATERIALISE if rival == MATERIALISE.label else Candidate(rival, "auto")
-    network = data, batch_size, channels
+    network = data, batch_size, sizes
     steps = {"auto": Step(*network), rival: Step(*network, theirs.backend, theirs.sampling)}
     same_sampling = Step(*network, sampling=theirs.sampling)
     for step in (same_sampling, *steps.values()):
@@ -239,7 +246,7 @@ def compare(rival: str, count: int, batch_size: int = 32, channels: int = 8) -> 
     results = {
         "environment": report.environment(),
         "molecules": {"source": source, "batch": batch_size},
-        "channels": channels,
+        "sizes": dict(sizes),
         "error": error,
         "green": error <= TOLERANCE,
     }
@@ -259,7 +266,7 @@ def comparison_text(results: dict[str, Any]) -> str:
     """The gate's verdict, the times of a step and an epoch, and their ratio."""
     batch, source = (results["molecules"][key] for key in ("batch", "source"))
     lines = [
-        f"Training steps of the QM9 network, {results['channels']} fields per layer, {batch} molecules ({source}), "
+        f"Training steps of the QM9 network, {described(results['sizes'])}, {batch} molecules ({source}), "
         f"{results['environment']['threads']} threads",
         f"Gate: {'green' if results['green'] else 'RED: nothing was timed'}. Relative difference of the first step's "
         f"gradients {results['error']:.1e}, tolerance {TOLERANCE:.0e}.",
@@ -288,16 +295,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.qm9_step", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, metavar="N", default=60, help="(%(default)s)")
     parser.add_argument("--batch-size", type=int, metavar="N", default=32, help="molecules (%(default)s)")
-    parser.add_argument("--channels", type=int, metavar="N", default=8, help="fields per hidden layer (%(default)s)")
+    texts = {"channels": "fields per hidden layer", "max_frequency": "their largest l"}
+    for name, help_text in texts.items():
+        flag, default = "--" + name.replace("_", "-"), SIZES[name]
+        parser.add_argument(flag, type=int, metavar="N", default=default, help=f"{help_text} (%(default)s)")
     parser.add_argument("--threads", type=int, metavar="N", default=2, help="(%(default)s)")
     rivals = [name for name in backends.NAMES if name != "auto"] + [MATERIALISE.label]
     parser.add_argument("--against", choices=rivals, metavar="BACKEND", help="time another backend, too, by turns")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
+    sizes = {name: getattr(args, name) for name in SIZES}
     if args.against is None:
-        print(text(measure(args.steps, args.batch_size, args.channels)))
+        print(text(measure(args.steps, args.batch_size, sizes)))
         return 0
-    results = compare(args.against, args.steps, args.batch_size, args.channels)
+    results = compare(args.against, args.steps, args.batch_size, sizes)
     print(comparison_text(results))
     return 0 if results["green"] else 1
 

@@ -53,10 +53,11 @@ def test_times_land_in_their_cells(monkeypatch):
 
 
 def test_prints_a_table(capsys):
-    options = ["--steps", "3", "--batch-size", "4", "--channels", "3", "--threads", str(torch.get_num_threads())]
+    sizes = ["--channels", "3", "--max-frequency", "2"]
+    options = ["--steps", "3", "--batch-size", "4", *sizes, "--threads", str(torch.get_num_threads())]
     assert qm9_step.main(options) == 0
     printed = capsys.readouterr().out
-    assert "3 fields per layer, 4 molecules (made-up molecules; " in printed
+    assert "3 fields l <= 2 per layer, 4 molecules (made-up molecules; " in printed
     assert all(f"| {part}" in printed for part in qm9_step.PARTS.values())
 
 
@@ -136,8 +137,9 @@ def test_materialise_is_the_authors_algorithm(monkeypatch):
     """Their sampling in its steps and in the one whose gradients are compared with it; ours is timed at our own."""
     built, made = [], qm9_step.QM9Net
     monkeypatch.setattr(qm9_step, "QM9Net", lambda **options: built.append(options) or made(**options))
-    qm9_step.compare("materialise", 2, batch_size=4, channels=3)
-    assert all(o["channels"] == 3 for o in built)
+    sizes = {"channels": 3, "max_frequency": 0}
+    qm9_step.compare("materialise", 2, batch_size=4, sizes=sizes)
+    assert all(o.items() >= sizes.items() for o in built)
     assert sorted((o["backend"], o["sampling"]) for o in built) == [
         ("auto", "auto"),
         ("auto", "escnn"),

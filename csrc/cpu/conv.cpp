@@ -9,21 +9,11 @@
 #include "hidden.h"
 #include "peak.h"
 #include "statistics.h"
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
+#include "threads.h"
 
 namespace implicit_steer::IST_ISA {
 
 namespace {
-
-template <typename F>
-void in_threads(int threads, F f) {
-  if (threads == 1) return f(0);
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (int t = 0; t < threads; ++t) f(t);
-}
 
 // Edges into the nodes first .. last-1
 template <typename R>

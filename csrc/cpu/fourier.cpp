@@ -3,6 +3,7 @@
 #include "fourier.h"
 
 #include "../edge_mlp.h"
+#include "threads.h"
 
 namespace implicit_steer::IST_ISA {
 
@@ -81,9 +82,7 @@ void part(const FourierArgs<R>& a, int thread) {
 
 template <bool BACKWARD, typename R>
 void run(const FourierArgs<R>& a) {
-  if (a.threads == 1) return part<BACKWARD>(a, 0);
-#pragma omp parallel for num_threads(a.threads) schedule(static, 1)
-  for (int t = 0; t < a.threads; ++t) part<BACKWARD>(a, t);
+  in_threads(a.threads, [&](int t) { part<BACKWARD>(a, t); });
 }
 
 }  // namespace
