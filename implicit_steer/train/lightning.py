@@ -77,8 +77,8 @@ class Regressor(Task):
 
     ``schedule``: from ``lr`` the learning rate is halved at each of :data:`MILESTONES` ("steps"), or falls to 0 along a
     cosine over ``epochs`` ("cosine"), before which "onecycle" lets it rise for :data:`WARM_UP` of the steps. ``clip``
-    bounds the norm of the gradient of all parameters. From epoch ``freeze_norms`` on batch norms keep the statistics
-    that they have: what is trained is then the very function that is evaluated.
+    bounds the norm of the gradient of all parameters. From epoch ``freeze_norms`` on the model is in evaluation mode,
+    where batch norms keep the statistics that they have: what is trained is the very function that is evaluated.
     """
 
     def __init__(
