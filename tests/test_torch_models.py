@@ -277,6 +277,8 @@ def _gradients_of_share(rank: int, port: int, results) -> None:
     parallel(structure(MOLECULES[rank])).backward()
     if rank == 0:
         results.put([p.grad.tolist() for p in parallel.parameters()])
+    del parallel  # before the group that it uses; neither process leaves while the other needs it
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
