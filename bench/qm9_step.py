@@ -29,6 +29,8 @@ from implicit_steer.data import QM9
 from implicit_steer.data.qm9 import FULL_TRAIN, MoleculeSet
 from implicit_steer.models.qm9 import QM9Net, TensorProduct
 from implicit_steer.nn import FourierActivation, ImplicitPointConv
+from implicit_steer.train import QM9Options
+from implicit_steer.train.common import add_numbers
 from implicit_steer.train.lightning import Regressor
 
 from . import report
@@ -51,7 +53,8 @@ BLOCKS = 10  # of steps of one backend, between which the other one has its turn
 # Of the first step's gradients in float32, all as one vector, relative. Measured: 1e-6, on 4 made-up molecules 1.2e-5.
 TOLERANCE = 1e-4
 
-SIZES = {"channels": 8, "max_frequency": 1}  # of the paper's network
+PAPER = QM9Options()
+SIZES = PAPER.named("channels", "max_frequency")
 
 Switch = Callable[[str, str], None]
 Sizes = Mapping[str, int]  # arguments of QM9Net
@@ -295,10 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.qm9_step", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, metavar="N", default=60, help="(%(default)s)")
     parser.add_argument("--batch-size", type=int, metavar="N", default=32, help="molecules (%(default)s)")
-    texts = {"channels": "fields per hidden layer", "max_frequency": "their largest l"}
-    for name, help_text in texts.items():
-        flag, default = "--" + name.replace("_", "-"), SIZES[name]
-        parser.add_argument(flag, type=int, metavar="N", default=default, help=f"{help_text} (%(default)s)")
+    add_numbers(parser, PAPER, {"channels": "fields per hidden layer", "max_frequency": "their largest l"})
     parser.add_argument("--threads", type=int, metavar="N", default=2, help="(%(default)s)")
     rivals = [name for name in backends.NAMES if name != "auto"] + [MATERIALISE.label]
     parser.add_argument("--against", choices=rivals, metavar="BACKEND", help="time another backend, too, by turns")
