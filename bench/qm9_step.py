@@ -167,7 +167,7 @@ class Stopwatch:
         return seconds
 
 
-def measure(rounds: int, batch_size: int = 32, sizes: Sizes = SIZES) -> dict[str, Any]:
+def measure(rounds: int, batch_size: int = PAPER.batch_size, sizes: Sizes = SIZES) -> dict[str, Any]:
     """``rounds`` plain steps and as many with the stopwatch, by turns: medians in milliseconds."""
     data, source = molecules(batch_size * 16)
     step = Step(data, batch_size, sizes)
@@ -230,7 +230,7 @@ def by_turns(steps: dict[str, Step], count: int) -> dict[str, list[list[float]]]
     return times
 
 
-def compare(rival: str, count: int, batch_size: int = 32, sizes: Sizes = SIZES) -> dict[str, Any]:
+def compare(rival: str, count: int, batch_size: int = PAPER.batch_size, sizes: Sizes = SIZES) -> dict[str, Any]:
     """``count`` steps each with backend "auto" and with ``rival``, a backend or `materialise`.
 
     ``error``: relative difference of the first step's gradients, both at rival's sampling, beyond TOLERANCE of which
@@ -297,8 +297,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; 1 where the gradients differ."""
     parser = argparse.ArgumentParser(prog="python -m bench.qm9_step", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, metavar="N", default=60, help="(%(default)s)")
-    parser.add_argument("--batch-size", type=int, metavar="N", default=32, help="molecules (%(default)s)")
-    add_numbers(parser, PAPER, {"channels": "fields per hidden layer", "max_frequency": "their largest l"})
+    texts = {"batch_size": "molecules", "channels": "fields per hidden layer", "max_frequency": "their largest l"}
+    add_numbers(parser, PAPER, texts)
     parser.add_argument("--threads", type=int, metavar="N", default=2, help="(%(default)s)")
     rivals = [name for name in backends.NAMES if name != "auto"] + [MATERIALISE.label]
     parser.add_argument("--against", choices=rivals, metavar="BACKEND", help="time another backend, too, by turns")
