@@ -23,6 +23,7 @@ import implicit_steer as ist
 from implicit_steer import Graph, layers
 from implicit_steer.cases import SMALL, SPACES, fields
 from implicit_steer.data import ParticleSet
+from implicit_steer.deploy import copy_state
 from implicit_steer.models import NBodyNet, Potential
 from implicit_steer.models.qm9 import QM9Net, TensorProduct
 from implicit_steer.nn import (
@@ -404,6 +405,28 @@ def test_qm9_network(dtype, configuration, reloaded):
         results.append({"out": out.detach(), "grad": torch.tensor(norms, dtype=dtype)})
     assert_same(*results, BOUND[dtype])
     assert loaded.blocks[1].activation is loaded.activation
+
+
+def test_what_was_learned_goes_into_a_network_with_escnns_types(reloaded):
+    """It has the loaded one's state, and is trained further as that one is; another network is left as it was."""
+    first, second = (QM9Net(edge_attr="bonds", blocks=1) for _ in range(2))
+    batch, states = molecules(torch.float32), first.state_dict()
+    first(batch)  # moves the running statistics
+    loaded = reloaded(first)
+    copy_state(loaded, second)
+    assert all(torch.equal(tensor, states[name]) for name, tensor in second.state_dict().items())
+    for part in (loaded, second):
+        optimizer = torch.optim.SGD(part.parameters(), 0.1)
+        part(batch).square().sum().backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert_same({"out": second.eval()(batch)}, {"out": loaded.eval()(batch)}, BOUND[torch.float32])
+    other = QM9Net(edge_attr="bonds", blocks=2)
+    before = copy.deepcopy(other.state_dict())
+    message = r"blocks.1.conv1.bias: expected shape \(8,\), got none. Build the module with the arguments"
+    with pytest.raises(ValueError, match=message):
+        copy_state(loaded, other)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

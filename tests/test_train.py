@@ -197,6 +197,26 @@ def test_onecycle_clip_and_frozen_norms(tmp_path, monkeypatch):
         assert kept == (epoch > 0 or found is last)
 
 
+def test_start_with_the_network_of_another_run(run, tmp_path):
+    """Steps that change nothing: the first epoch's errors are those with which the other run ended."""
+    start = tmp_path / "start.safetensors"
+    start.write_bytes((run[0] / "model.safetensors").read_bytes())
+    options = {**SMALL, "start": str(start), "lr": 1e-12, "freeze_norms": 0, "epochs": 1, "out": str(tmp_path / "a")}
+    result = train_qm9(QM9Options(**options))
+    # Measured: equal; 1e-12 is below half a unit in the last place of most weights.
+    for error in ("val_mae", "test_mae"):
+        assert result[error] == pytest.approx(run[1][error], rel=1e-6)
+    with pytest.raises(ValueError, match=r"blocks.0.conv1.bias: expected shape \(4,\), got \(8,\). Build the module"):
+        train_qm9(QM9Options(**{**options, "channels": 4, "out": str(tmp_path / "b")}))
+    start.unlink()
+    with pytest.raises(ValueError, match=r"start: expected the model.safetensors of a run, got no file .*start"):
+        QM9Options(**options)
+    resumed = train_qm9(QM9Options(**options, resume=True))  # its checkpoint holds the weights
+    assert resumed["test_mae"] == result["test_mae"]
+    with pytest.raises(ValueError, match=r"start: expected '.*start.safetensors' as in the run to resume, got None"):
+        train_qm9(QM9Options(**{**options, "start": None}, resume=True))
+
+
 def test_damaged_checkpoint(run, tmp_path):
     (tmp_path / "last.ckpt").write_bytes((run[0] / "last.ckpt").read_bytes()[:10_000])
     with pytest.raises(ValueError, match=r"last.ckpt: expected a checkpoint of a training run.*--overwrite"):

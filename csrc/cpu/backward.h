@@ -74,19 +74,20 @@ struct Backward : Worker<R> {
     const R* node[kNodes];
     for (int n = 0; n < kNodes; ++n) node[n] = whole(mixed + n * p.n_mixed + q.out_at + o * q.out_padded);
     R* d = d_sums + at_slot(q, slot);
+    constexpr int M = IST_LANE_BYTES == 64 && !is_dual<R> ? 2 : 1;  // as many as the registers hold
     int64_t x = 0;
-    for (; x + L <= q.theta_size; x += L) sum_block<V>(q, weight + x, node, d + x);
-    for (; x < q.theta_size; x += QL) sum_block<Q>(q, weight + x, node, d + x);
+    for (; x + M * L <= q.theta_size; x += M * L) sum_block<V, M>(q, weight + x, node, d + x);
+    for (; M > 1 && x + L <= q.theta_size; x += L) sum_block<V, 1>(q, weight + x, node, d + x);
+    for (; x < q.theta_size; x += QL) sum_block<Q, 1>(q, weight + x, node, d + x);
   }
-  // T numbers wide
-  template <typename T>
+  // M T numbers wide
+  template <typename T, int M>
   IST_INLINE void sum_block(const CouplingView& q, const R* weight, const R* const* node, R* d) {
-    T acc[kNodes] = {};
-    for (int u = 0; u < q.n_out; ++u) {
-      const T row = load_numbers<T>(weight + u * q.theta_size);
-      for (int n = 0; n < kNodes; ++n) acc[n] += row * node[n][u];
-    }
-    for (int n = 0; n < n_prepared; ++n) store_numbers(d + n * size.slots, acc[n]);
+    T acc[kNodes * M] = {};
+    for (int u = 0; u < q.n_out; ++u, weight += q.theta_size)
+      add_term<kNodes, M>(acc, [&](int n, int) { return node[n][u]; }, weight, u);
+    for (int n = 0; n < n_prepared; ++n)
+      for (int m = 0; m < M; ++m) store_numbers(d + n * size.slots + m * kWidth<T>, acc[n * M + m]);
   }
 
   // d_t and d_rows of the lanes l0 .. l1-1, all into one node.

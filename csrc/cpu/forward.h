@@ -8,7 +8,9 @@ namespace implicit_steer::IST_ISA {
 template <typename R>
 struct Forward : Worker<R> {
   using Base = Worker<R>;
+  using V = typename Lane<R>::V;
   using Q = typename Lane<R>::Q;
+  static constexpr int L = Lane<R>::L, QL = Lane<R>::QL;
   using Base::a, Base::p, Base::weights, Base::sums, Base::mixed, Base::ring, Base::n_ring, Base::size, Base::near_pass;
 
   Forward(const ConvArgs<Real<R>>& args, const CouplingSizes& sizes, int64_t own_edges)
@@ -21,17 +23,20 @@ struct Forward : Worker<R> {
     const R* node[kNodes];
     for (int n = 0; n < kNodes; ++n)
       node[n] = whole(sums + n * size.sums + group.sums + (slot - group.first) * q.in_padded);
-    for (int u0 = 0; u0 < q.n_out; u0 += Lane<R>::QL) {
-      const R* weight = weights + q.theta_forward + int64_t{b} * q.n_in * q.n_hidden * q.out_padded + u0;
-      Q acc[kNodes] = {};
-      for (int v = 0; v < q.n_in; ++v)
-        for (int64_t x = v; x < q.n_hidden * group.width; x += group.width, weight += q.out_padded) {
-          const Q row = load_row(weight);
-          for (int n = 0; n < kNodes; ++n) acc[n] += row * node[n][x];
-        }
-      R* out = mixed + q.out_at + o * q.out_padded + u0;
-      for (int n = 0; n < kNodes; ++n, out += p.n_mixed) store_row(out, load_row(out) + acc[n]);
-    }
+    const R* weight = weights + q.theta_forward + int64_t{b} * q.n_in * q.n_hidden * q.out_padded;
+    R* out = mixed + q.out_at + o * q.out_padded;
+    int u = 0;
+    for (; u + L <= q.out_padded; u += L) mix_block<V>(group, weight + u, node, out + u);
+    for (; u < q.n_out; u += QL) mix_block<Q>(group, weight + u, node, out + u);
+  }
+  // T outputs
+  template <typename T>
+  IST_INLINE void mix_block(const Group& group, const R* weight, const R* const* node, R* out) {
+    T acc[kNodes] = {};
+    for (int v = 0; v < group.q.n_in; ++v)
+      for (int64_t x = v; x < group.q.n_hidden * group.width; x += group.width, weight += group.q.out_padded)
+        add_term<kNodes, 1>(acc, [&](int n, int) { return node[n][x]; }, weight, 0);
+    for (int n = 0; n < kNodes; ++n, out += p.n_mixed) store_numbers(out, load_numbers<T>(out) + acc[n]);
   }
 
   void flush() {

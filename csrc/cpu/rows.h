@@ -76,20 +76,32 @@ IST_INLINE void store_row(R* p, typename Lane<R>::Q q) {
   store_numbers(p, q);
 }
 
-// y[j, :] = Σ_{k0 <= k < k1} a(j, k) b[k, :] for j < N, M T wide; added to what is there if kAdd
+// sums[j, :] += a(j, k) b[k, :] for j < N, M T wide; `row` is b[k, :]
+template <int N, int M, typename T, typename R, typename A>
+IST_INLINE void add_term(T* sums, A a, const R* row, int k) {
+  T numbers[M];
+  for (int m = 0; m < M; ++m) numbers[m] = load_numbers<T>(row + m * kWidth<T>);
+  for (int j = 0; j < N; ++j) {
+    const auto factor = a(j, k);
+    for (int m = 0; m < M; ++m) sums[j * M + m] += numbers[m] * factor;
+  }
+}
+
+// y[j, :] = Σ_{k0 <= k < k1} a(j, k) b[k, :] for j < N, M T wide; added to what is there if kAdd. So few sums that each
+// addition would wait for the one before are made in several parts.
 template <bool kAdd, int N, int M, typename T, typename R, typename A>
 IST_INLINE void rank_update(R* y, int64_t y_stride, A a, const R* b, int64_t b_stride, int k0, int k1) {
-  T acc[N * M];
-  for (int j = 0; j < N * M; ++j) acc[j] = kAdd ? load_numbers<T>(y + j / M * y_stride + j % M * kWidth<T>) : T{};
-  for (int k = k0; k < k1; ++k) {
-    T row[M];
-    for (int m = 0; m < M; ++m) row[m] = load_numbers<T>(b + k * b_stride + m * kWidth<T>);
-    for (int j = 0; j < N; ++j) {
-      const auto factor = a(j, k);
-      for (int m = 0; m < M; ++m) acc[j * M + m] += row[m] * factor;
-    }
+  constexpr int n = N * M, busy = is_dual<R> ? 4 : 8, parts = n < busy ? busy / n : 1;
+  T acc[parts * n] = {};
+  for (int j = 0; j < n && kAdd; ++j) acc[j] = load_numbers<T>(y + j / M * y_stride + j % M * kWidth<T>);
+  int k = k0;
+  for (; k + parts <= k1; k += parts)
+    for (int i = 0; i < parts; ++i) add_term<N, M>(acc + i * n, a, b + (k + i) * b_stride, k + i);
+  for (; k < k1; ++k) add_term<N, M>(acc, a, b + k * b_stride, k);
+  for (int j = 0; j < n; ++j) {
+    for (int i = 1; i < parts; ++i) acc[j] += acc[i * n + j];
+    store_numbers(y + j / M * y_stride + j % M * kWidth<T>, acc[j]);
   }
-  for (int j = 0; j < N * M; ++j) store_numbers(y + j / M * y_stride + j % M * kWidth<T>, acc[j]);
 }
 
 // The same over rows of `pad` channels.
@@ -110,6 +122,8 @@ void rank_updates(int n, R* y, int64_t y_stride, A a, const R* b, int64_t b_stri
   constexpr int most = IST_LANE_BYTES == 64 ? 8 : 4;
   int j = 0;
   for (; j + most <= n; j += most) rank_block<kAdd, most>(y + j * y_stride, y_stride, a(j), b, b_stride, k0, k1, pad);
+  for (; most > 4 && j + 4 <= n; j += 4)
+    rank_block<kAdd, 4>(y + j * y_stride, y_stride, a(j), b, b_stride, k0, k1, pad);
   for (; j + 2 <= n; j += 2) rank_block<kAdd, 2>(y + j * y_stride, y_stride, a(j), b, b_stride, k0, k1, pad);
   if (j < n) rank_block<kAdd, 1>(y + j * y_stride, y_stride, a(j), b, b_stride, k0, k1, pad);
 }

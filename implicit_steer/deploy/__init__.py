@@ -1,4 +1,5 @@
-"""Models in one file that runs without escnn: :func:`save` where a model was built, :func:`load` where it is used.
+"""Models in one file that runs without escnn: :func:`save` where a model was built, :func:`load` where it is used;
+:func:`copy_state` puts what a file holds into a module that is to be trained further with escnn's types.
 
 The file is a safetensors file. Its tensors are the parameters, buffers and constants; its metadata is one JSON text:
 the format's version, the modules with what each is built from, and a SHA-256 over everything, which tells damage (it is
@@ -24,6 +25,6 @@ parameters and buffers come on top, by name; nothing else is kept. To make a new
 3. A test in ``tests/test_deploy.py``. If files written before would be read differently now, raise ``FORMAT``.
 """
 
-from .saving import load, save
+from .saving import copy_state, load, save
 
-__all__ = ["load", "save"]
+__all__ = ["copy_state", "load", "save"]

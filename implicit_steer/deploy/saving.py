@@ -1,4 +1,4 @@
-"""``save`` and ``load``: modules to files and back."""
+"""``save`` and ``load``: modules to files and back; ``copy_state``: what was learned, from one to another."""
 
 from __future__ import annotations
 
@@ -93,6 +93,29 @@ def load(path: str | os.PathLike) -> torch.nn.Module:
         remedy = f"It was written by implicit_steer {manifest.get('library')}: save it again, or install that version."
         fail(str(path), "the content of a saved module", f"{type(error).__name__}: {error}", remedy, RuntimeError)
     return module
+
+
+def copy_state(saved: torch.nn.Module, module: torch.nn.Module) -> None:
+    """Give ``module`` the parameters and buffers of ``saved``, which :func:`load` has read of a module like it.
+
+    Its types, modes and backends stay its own: a network with escnn's types goes on where the saved one ended.
+
+    Raises:
+        ValueError: they have other parts, or parts of other sizes; one is named, and ``module`` is as it was.
+        RuntimeError: the weights of ``saved`` are those of another basis.
+        TypeError: ``module`` is none that :func:`save` takes.
+
+    Example:
+        >>> network = implicit_steer.models.QM9Net(channels=16)
+        >>> implicit_steer.deploy.copy_state(implicit_steer.load("homo.safetensors"), network)
+    """
+    plain = convert(module)
+    own, given = ({name: tuple(t.shape) for name, t in part.state_dict().items()} for part in (plain, saved))
+    remedy = "Build the module with the arguments of the saved one."
+    for name in sorted(own.keys() | given.keys()):
+        expected, got = own.get(name, "none"), given.get(name, "none")
+        require(expected == got, name, f"shape {expected}", got, remedy)
+    plain.load_state_dict(saved.state_dict())
 
 
 def _state(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from .. import processes
 from .._check import require
 from ..data.qm9 import EDGE_ATTRIBUTES, QM9, TARGETS, TENSOR
+from ..deploy import copy_state, load, save
 from .common import Run, RunOptions, add_model_arguments, add_numbers, add_run_arguments, add_training_arguments
 
 log = logging.getLogger(__name__)
@@ -33,7 +35,8 @@ class QM9Options(RunOptions):
     The defaults are the paper's: AdamW, learning rate 1e-3 halved at epochs 25, 50, 75, 100 and 125, weight decay 1e-8,
     batches of 32, L1 loss on the standardised target. ``schedule`` "cosine" lets the learning rate fall to 0 over
     ``epochs`` instead of in "steps", "onecycle" lets it rise first; ``norm`` is "batch" or "none". ``clip`` bounds the
-    norm of the gradient; from epoch ``freeze_norms`` on batch norms keep their statistics.
+    norm of the gradient; from epoch ``freeze_norms`` on batch norms keep their statistics. ``start`` is the
+    ``model.safetensors`` of a run with a network of the same sizes, which this run trains further.
     """
 
     target: str = "homo"
@@ -49,6 +52,7 @@ class QM9Options(RunOptions):
     reach: float = 0.5
     clip: float | None = None
     freeze_norms: int | None = None
+    start: str | None = None
     data: str | None = None
 
     choices: ClassVar = {
@@ -66,13 +70,15 @@ class QM9Options(RunOptions):
         "freeze_norms": 0,
     }
     identity_names: ClassVar = (
-        *("target", "batch_size", "limit", "seed", "lr", "schedule", "clip", "freeze_norms"),
+        *("target", "batch_size", "limit", "seed", "lr", "schedule", "clip", "freeze_norms", "start"),
         *("edge_attr", "sampling", "norm", "blocks", "channels", "max_frequency", "kernel_channels", "reach"),
     )
 
     def __post_init__(self):
         super().__post_init__()
         require(self.clip is None or self.clip > 0, "clip", "a positive number, or None", self.clip)
+        there = self.start is None or self.resume or Path(self.start).is_file()
+        require(there, "start", "the model.safetensors of a run", f"no file {self.start}")
 
     def identity(self) -> dict[str, Any]:
         """With the epochs, where the learning rate depends on them."""
@@ -97,6 +103,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--clip", type=float, metavar="NORM", help="largest norm of the gradient (none)")
     frozen = "epoch from which batch norms keep their statistics (none)"
     training.add_argument("--freeze-norms", type=int, metavar="N", help=frozen)
+    start = "model.safetensors of a run, whose network is trained further (random weights)"
+    training.add_argument("--start", metavar="FILE", help=start)
     model = add_model_arguments(parser, default)
     add_numbers(model, default, MODEL_NUMBERS)
     add_run_arguments(parser, default, "runs/qm9-TARGET-seedSEED")
@@ -125,11 +133,12 @@ def train_qm9(options: QM9Options) -> dict[str, Any]:
     Raises ``RuntimeError`` where a package is missing, ``ValueError`` for a wrong option, a damaged file, or a folder
     that holds another run.
     """
+    fresh = options.start is not None and not options.resume
+    start = load(options.start) if fresh else None  # before an earlier run in the same folder is discarded
     run = Run(options, f"runs/qm9-{options.target}-seed{options.seed}")
     # Only now: these import the packages that the run has checked.
     from lightning.pytorch import seed_everything
 
-    from ..deploy import save
     from ..models import QM9Net
     from .lightning import AxesRegressor, Regressor, fit_and_test
 
@@ -139,6 +148,8 @@ def train_qm9(options: QM9Options) -> dict[str, Any]:
     tensor = options.target == TENSOR
     own = options.named("edge_attr", "max_frequency", "kernel_channels", "reach")
     model = QM9Net(tensors=options.channels if tensor else 0, **own, **options.network())
+    if start is not None:
+        copy_state(start, model)
     regressor = AxesRegressor if tensor else Regressor
     training = options.named("schedule", "epochs", "clip", "freeze_norms")
     module = regressor(model, data.mean, data.std, options.lr, options.identity(), **training)
