@@ -19,6 +19,8 @@ from .train.common import RunOptions, add_numbers
 from .train.nbody import NBodyOptions, train_nbody
 
 NAMES = {"o3": "O(3)", "so2": "SO(2) about z"}
+# Networks of one width: a particle has 8 · 4 and 11 · 3 hidden numbers, a kernel MLP 8 · 16 and 18 · 7.
+WIDTHS = {"o3": {"channels": 8, "kernel_channels": 8}, "so2": {"channels": 11, "kernel_channels": 18}}
 STRENGTHS = (0.0, 1.0, 10.0)
 DEFAULT = NBodyOptions(limit=10_000, epochs=12, blocks=1, num_threads=1)
 NUMBERS = {  # options of the runs that can be given → help
@@ -26,7 +28,6 @@ NUMBERS = {  # options of the runs that can be given → help
     "epochs": "passes over them",
     "lr": "first learning rate",
     "blocks": "residual blocks",
-    "channels": "fields per hidden layer",
     "num_threads": "CPU threads",
 }
 
@@ -56,7 +57,7 @@ def nbody_errors(options: NBodyOptions, runs: Path, strengths: Sequence[float], 
         for strength in strengths:
             for group in NAMES:
                 out = runs / f"k{strength:g}-{group}-seed{seed}"
-                own = replace(options, strength=strength, group=group, seed=seed, out=str(out))
+                own = replace(options, strength=strength, group=group, seed=seed, out=str(out), **WIDTHS[group])
                 errors[group][strength].append(kept_result(own, train_nbody)["test_mse"])
     return errors
 

@@ -275,6 +275,13 @@ def test_figure_trains_what_is_missing(tmp_path, capsys, monkeypatch):
         main([*arguments, "--epochs", "3"])
 
 
+def test_networks_of_the_figure_have_one_width():
+    """Hidden numbers of a particle, and of a kernel MLP."""
+    nets = [NBodyNet(SPACES[group](), blocks=1, **figures.WIDTHS[group]) for group in figures.NAMES]
+    sizes = [(net.readout.in_type.size, net.blocks[0].conv1.implicit_kernel.mlp.mlp[-1].in_type.size) for net in nets]
+    assert sizes == [(32, 128), (33, 126)]
+
+
 def test_figure_resumes_what_was_interrupted(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "train_nbody", lambda options: {"test_mse": float(options.resume)})
     interrupted = tmp_path / "k1-so2-seed0"

@@ -67,14 +67,43 @@ class RunOptions:
         """The options of these names, as keywords."""
         return {name: getattr(self, name) for name in names}
 
-    def network(self) -> dict[str, Any]:
-        """What the options say about a network of residual blocks, as its constructor takes it."""
-        norm = None if self.norm == "none" else self.norm
-        return {**self.named("blocks", "channels", "sampling", "backend"), "norm": norm}
-
     def identity(self) -> dict[str, Any]:
         """The options that a resumed run must share with the interrupted one."""
         return self.named(*self.identity_names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegressionOptions(RunOptions):
+    """The options of a network of residual blocks that :class:`~implicit_steer.train.lightning.Regressor` trains.
+
+    ``limit`` is the number of training samples, None: all. ``norm`` is "batch" or "none". ``clip`` bounds the norm of
+    the gradient; from epoch ``freeze_norms`` on batch norms keep their statistics.
+    """
+
+    limit: int | None = None
+    clip: float | None = None
+    freeze_norms: int | None = None
+    sampling: str = "auto"
+    norm: str = "batch"
+    blocks: int = 4
+    channels: int = 8
+    kernel_channels: int = 8
+
+    choices: ClassVar = {"norm": ("batch", "none")}
+    least: ClassVar = {"limit": 2, "freeze_norms": 0, "channels": 1, "kernel_channels": 1}
+    identity_names: ClassVar = (
+        *("limit", "batch_size", "seed", "lr", "clip", "freeze_norms"),
+        *("sampling", "norm", "blocks", "channels", "kernel_channels"),
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.clip is None or self.clip > 0, "clip", "a positive number, or None", self.clip)
+
+    def network(self) -> dict[str, Any]:
+        """What the options say about the network, as its constructor takes it."""
+        norm = None if self.norm == "none" else self.norm
+        return {**self.named("blocks", "channels", "kernel_channels", "sampling", "backend"), "norm": norm}
 
 
 def add_numbers(group: Any, default: RunOptions, texts: dict[str, str]) -> None:
@@ -99,12 +128,24 @@ def add_training_arguments(parser: argparse.ArgumentParser, default: RunOptions,
     return training
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, default: RunOptions) -> Any:
-    """The options that :meth:`RunOptions.network` reads; returns their group."""
+def add_gradient_arguments(training: Any) -> None:
+    """``--clip`` and ``--freeze-norms``."""
+    training.add_argument("--clip", type=float, metavar="NORM", help="largest norm of the gradient (none)")
+    frozen = "epoch from which batch norms keep their statistics (none)"
+    training.add_argument("--freeze-norms", type=int, metavar="N", help=frozen)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, default: RegressionOptions) -> Any:
+    """The options that :meth:`RegressionOptions.network` reads; returns their group."""
     model = parser.add_argument_group("model")
     model.add_argument("--sampling", default=default.sampling, help=f"{SAMPLINGS} (%(default)s)")
     model.add_argument("--norm", choices=("batch", "none"), default=default.norm, help="of kernel MLPs (%(default)s)")
-    add_numbers(model, default, {"blocks": "residual blocks", "channels": "fields per hidden layer"})
+    sizes = {
+        "blocks": "residual blocks",
+        "channels": "fields per hidden layer",
+        "kernel_channels": "channels of the kernel MLPs",
+    }
+    add_numbers(model, default, sizes)
     return model
 
 

@@ -10,7 +10,14 @@ from typing import Any, ClassVar
 from .. import processes
 from .._check import require
 from ..data.nbody import SYSTEMS, NBody
-from .common import Run, RunOptions, add_model_arguments, add_run_arguments, add_training_arguments
+from .common import (
+    RegressionOptions,
+    Run,
+    add_gradient_arguments,
+    add_model_arguments,
+    add_run_arguments,
+    add_training_arguments,
+)
 
 log = logging.getLogger(__name__)
 
@@ -20,31 +27,24 @@ GROUPS = ("o3", "so3", "so2")  # of the network; so2: rotations about z
 
 
 @dataclass(frozen=True, kw_only=True)
-class NBodyOptions(RunOptions):
+class NBodyOptions(RegressionOptions):
     """A run on simulated particles. The command line has the same names; its help explains them.
 
     AdamW with a learning rate that falls to 0 along a cosine; mean squared error of the displacements, in units of
-    their root mean square. ``norm`` is "batch" or "none".
+    their root mean square.
     """
 
     system: str = "springs"
     strength: float = 0.0
     group: str = "o3"
-    limit: int | None = None
     epochs: int = 50
     batch_size: int = 64
     lr: float = 5e-3
-    sampling: str = "auto"
-    norm: str = "batch"
     blocks: int = 2
-    channels: int = 8
 
-    choices: ClassVar = {"system": SYSTEMS, "group": GROUPS, "norm": ("batch", "none")}
-    least: ClassVar = {"limit": 2, "blocks": 1, "channels": 1}
-    identity_names: ClassVar = (
-        *("system", "strength", "group", "limit", "epochs", "batch_size", "seed", "lr"),
-        *("sampling", "norm", "blocks", "channels"),
-    )
+    choices: ClassVar = {**RegressionOptions.choices, "system": SYSTEMS, "group": GROUPS}
+    least: ClassVar = {**RegressionOptions.least, "blocks": 1}
+    identity_names: ClassVar = ("system", "strength", "group", "epochs", *RegressionOptions.identity_names)
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     strength = "stiffness k of the springs that tie particles to planes, or the field along z (%(default)s)"
     task.add_argument("--strength", type=float, metavar="K", default=default.strength, help=strength)
     task.add_argument("--limit", type=int, metavar="N", help="use N training simulations (all: 10,000)")
-    add_training_arguments(parser, default, "systems")
+    add_gradient_arguments(add_training_arguments(parser, default, "systems"))
     model = add_model_arguments(parser, default)
     group = "of the network; so2: rotations about z (%(default)s)"
     model.add_argument("--group", choices=GROUPS, default=default.group, help=group)
@@ -88,8 +88,8 @@ def train_nbody(options: NBodyOptions) -> dict[str, Any]:
         data = NBody(options.system, **options.named("strength", "limit", "cache", "progress"))
     seed_everything(options.seed, verbose=False)
     model = NBodyNet(SPACES[options.group](), **options.network())
-    cosine = {"schedule": "cosine", "epochs": options.epochs}
-    module = Regressor(model, 0.0, data.scale, options.lr, options.identity(), "mse", **cosine)
+    training = {"schedule": "cosine", **options.named("epochs", "clip", "freeze_norms")}
+    module = Regressor(model, 0.0, data.scale, options.lr, options.identity(), "mse", **training)
     sizes = {name: len(part) for name, part in (("train", data.train), ("val", data.val), ("test", data.test))}
     parameters = sum(parameter.numel() for parameter in module.parameters())
     task = options.named("system", "strength", "group")

@@ -14,7 +14,15 @@ from .. import processes
 from .._check import require
 from ..data.qm9 import EDGE_ATTRIBUTES, QM9, TARGETS, TENSOR
 from ..deploy import copy_state, load, save
-from .common import Run, RunOptions, add_model_arguments, add_numbers, add_run_arguments, add_training_arguments
+from .common import (
+    RegressionOptions,
+    Run,
+    add_gradient_arguments,
+    add_model_arguments,
+    add_numbers,
+    add_run_arguments,
+    add_training_arguments,
+)
 
 log = logging.getLogger(__name__)
 
@@ -22,61 +30,43 @@ HELP = "a property of small molecules"
 SCHEDULES = ("steps", "cosine", "onecycle")
 MODEL_NUMBERS = {
     "max_frequency": "of the hidden fields",
-    "kernel_channels": "channels of the kernel MLPs",
     "reach": "initial width of the kernels' shells, in the unit of the normalised positions, 1.7415 Å",
 }
 DESCRIPTION = "Train the paper's network on QM9; print the mean absolute error on the test set."
 
 
 @dataclass(frozen=True, kw_only=True)
-class QM9Options(RunOptions):
+class QM9Options(RegressionOptions):
     """A run on QM9. The command line has the same names; its help explains them.
 
     The defaults are the paper's: AdamW, learning rate 1e-3 halved at epochs 25, 50, 75, 100 and 125, weight decay 1e-8,
     batches of 32, L1 loss on the standardised target. ``schedule`` "cosine" lets the learning rate fall to 0 over
-    ``epochs`` instead of in "steps", "onecycle" lets it rise first; ``norm`` is "batch" or "none". ``clip`` bounds the
-    norm of the gradient; from epoch ``freeze_norms`` on batch norms keep their statistics. ``start`` is the
-    ``model.safetensors`` of a run with a network of the same sizes, which this run trains further.
+    ``epochs`` instead of in "steps", "onecycle" lets it rise first. ``start`` is the ``model.safetensors`` of a run
+    with a network of the same sizes, which this run trains further.
     """
 
     target: str = "homo"
-    limit: int | None = None
     schedule: str = "steps"
     edge_attr: str = "bonds+atoms"
-    sampling: str = "auto"
-    norm: str = "batch"
-    blocks: int = 4
-    channels: int = 8
     max_frequency: int = 1
-    kernel_channels: int = 8
     reach: float = 0.5
-    clip: float | None = None
-    freeze_norms: int | None = None
     start: str | None = None
     data: str | None = None
 
     choices: ClassVar = {
+        **RegressionOptions.choices,
         "edge_attr": tuple(EDGE_ATTRIBUTES),
-        "norm": ("batch", "none"),
         "schedule": SCHEDULES,
         "target": TARGETS,
     }
-    least: ClassVar = {
-        "limit": 2,
-        "blocks": 0,
-        "channels": 1,
-        "max_frequency": 0,
-        "kernel_channels": 1,
-        "freeze_norms": 0,
-    }
+    least: ClassVar = {**RegressionOptions.least, "blocks": 0, "max_frequency": 0}
     identity_names: ClassVar = (
-        *("target", "batch_size", "limit", "seed", "lr", "schedule", "clip", "freeze_norms", "start"),
-        *("edge_attr", "sampling", "norm", "blocks", "channels", "max_frequency", "kernel_channels", "reach"),
+        *("target", "edge_attr", "schedule", "start", "max_frequency", "reach"),
+        *RegressionOptions.identity_names,
     )
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.clip is None or self.clip > 0, "clip", "a positive number, or None", self.clip)
         there = self.start is None or self.resume or Path(self.start).is_file()
         require(there, "start", "the model.safetensors of a run", f"no file {self.start}")
 
@@ -100,9 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     task.add_argument("--data", metavar="DIR", help="PyG's raw files or qm9pack's CSV files (the installed qm9pack)")
     training = add_training_arguments(parser, default, "molecules")
     add_schedule(training, default)
-    training.add_argument("--clip", type=float, metavar="NORM", help="largest norm of the gradient (none)")
-    frozen = "epoch from which batch norms keep their statistics (none)"
-    training.add_argument("--freeze-norms", type=int, metavar="N", help=frozen)
+    add_gradient_arguments(training)
     start = "model.safetensors of a run, whose network is trained further (random weights)"
     training.add_argument("--start", metavar="FILE", help=start)
     model = add_model_arguments(parser, default)
@@ -146,7 +134,7 @@ def train_qm9(options: QM9Options) -> dict[str, Any]:
         data = QM9(options.data, **options.named("target", "limit", "edge_attr", "cache", "progress"))
     seed_everything(options.seed, verbose=False)
     tensor = options.target == TENSOR
-    own = options.named("edge_attr", "max_frequency", "kernel_channels", "reach")
+    own = options.named("edge_attr", "max_frequency", "reach")
     model = QM9Net(tensors=options.channels if tensor else 0, **own, **options.network())
     if start is not None:
         copy_state(start, model)
