@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import ttest_ind
+
 from . import viz
 from ._check import require
 from .train.common import RunOptions, add_numbers
@@ -90,11 +92,21 @@ def main_nbody(args: argparse.Namespace) -> None:
     )
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out)
-    print("| k | " + " | ".join(NAMES.values()) + " |\n|---:|" + "---:|" * len(NAMES))
-    for strength in args.strengths:
-        cells = [f"{mean:.2e} ± {spread:.1e}" for mean, spread in (mean_and_spread(errors[g][strength]) for g in NAMES)]
-        print(f"| {strength:g} | " + " | ".join(cells) + " |")
+    print(nbody_table(errors, args.strengths))
     print(f"{args.out}")
+
+
+def nbody_table(errors: Errors, strengths: Sequence[float]) -> str:
+    """Markdown: mean and standard deviation of every network's errors, and p, the probability of means so far apart or
+    farther if both networks had the same (Welch's t-test, from two seeds on)."""
+    heads = ("k", *NAMES.values(), "p")
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---:|" * len(heads)]
+    for strength in strengths:
+        samples = [errors[group][strength] for group in NAMES]
+        cells = [f"{mean:.2e} ± {spread:.1e}" for mean, spread in map(mean_and_spread, samples)]
+        p = f"{ttest_ind(*samples, equal_var=False).pvalue:.2g}" if len(samples[0]) > 1 else "–"
+        lines.append(f"| {strength:g} | " + " | ".join([*cells, p]) + " |")
+    return "\n".join(lines)
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:

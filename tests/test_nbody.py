@@ -15,7 +15,7 @@ from implicit_steer.__main__ import main
 from implicit_steer.data import NBody, nbody
 from implicit_steer.models import NBodyNet
 from implicit_steer.models.nbody import SPACES
-from implicit_steer.train import NBodyOptions, train_nbody
+from implicit_steer.train import NBodyOptions, lightning, train_nbody
 from implicit_steer.train.lightning import Regressor
 
 N = nbody.PARTICLES
@@ -221,6 +221,20 @@ def test_training_is_reproducible_and_resumed(tmp_path, monkeypatch):
         train_nbody(NBodyOptions(out=str(tmp_path / "a"), resume=True, group="so2", **SMALL))
 
 
+def test_clip_and_frozen_norms(tmp_path, monkeypatch):
+    steps = []  # of every step: epoch, norm of the gradient, whether norms take the batch's statistics
+
+    class Watched(Regressor):
+        def on_train_batch_end(self, *_):
+            norm = torch.cat([p.grad.reshape(-1) for p in self.parameters()]).norm().item()
+            steps.append((self.current_epoch, norm, self.model.training))
+
+    monkeypatch.setattr(lightning, "Regressor", Watched)
+    train_nbody(NBodyOptions(out=str(tmp_path), clip=0.1, freeze_norms=1, kernel_channels=3, **SMALL))
+    assert max(norm for _, norm, _ in steps) == pytest.approx(0.1, rel=1e-4)  # measured: 1e-5, as in test_train.py
+    assert [(epoch, training) for epoch, _, training in steps] == [(0, True)] * 2 + [(1, False)] * 2
+
+
 def test_command_line(tmp_path, capsys):
     arguments = (
         f"train nbody --system charged --strength 1 --group so2 --limit 64 --epochs 1 --blocks 1 --out {tmp_path}"
@@ -237,6 +251,8 @@ def test_command_line(tmp_path, capsys):
         ("group", "x", "group: expected one of"),
         ("strength", -1.0, "strength: expected a number >= 0"),
         ("limit", 1, "limit: expected at least 2, got 1"),
+        ("clip", -1.0, "clip: expected a positive number, or None, got -1.0"),
+        ("blocks", 0, "blocks: expected at least 1, got 0"),
     ],
 )
 def test_wrong_option(option, value, message):
@@ -265,9 +281,9 @@ def test_figure_trains_what_is_missing(tmp_path, capsys, monkeypatch):
     main(arguments)
     assert sorted(trained) == [(k, g, s, False) for k in (0.0, 3.0) for g in ("o3", "so2") for s in (0, 1)]
     printed = capsys.readouterr().out
-    # Of 2 and 4, of 1 and 2, ...: the mean, and the standard deviation.
-    assert "| 0 | 3.00e+00 ± 1.4e+00 | 1.50e+00 ± 7.1e-01 |" in printed
-    assert "| 3 | 1.20e+01 ± 5.7e+00 | 6.00e+00 ± 2.8e+00 |" in printed
+    # Of 2 and 4, of 1 and 2, ...: mean and standard deviation; t = 1.5 / √1.25 = 1.342 with 1.47 degrees of freedom.
+    assert "| 0 | 3.00e+00 ± 1.4e+00 | 1.50e+00 ± 7.1e-01 | 0.35 |" in printed
+    assert "| 3 | 1.20e+01 ± 5.7e+00 | 6.00e+00 ± 2.8e+00 | 0.35 |" in printed
     assert picture.stat().st_size > 5000
     main(arguments)
     assert len(trained) == 8
