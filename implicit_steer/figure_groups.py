@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .figures import kept_result, mean_and_spread
+from .figures import kept_result, markdown, mean_and_spread
 from .train.common import add_numbers
 from .train.modelnet import GROUPS, ModelNetOptions, train_modelnet
 
@@ -45,6 +45,7 @@ NUMBERS = {  # options of the runs that can be given → help
     "lr": "first learning rate",
     "num_threads": "CPU threads",
 }
+HEAD = ("group", "parameters", "accuracy, %", "of single samples, %", "time per run, s")
 CIRCLE = 10  # samples around the axis in kernels of groups with SO(2)
 
 Results = Mapping[str, Sequence[dict[str, Any]]]  # group → results of every seed
@@ -80,18 +81,15 @@ def results(options: ModelNetOptions, runs: Path, groups: Sequence[str], seeds: 
 
 def table(found: Results) -> str:
     """Markdown: accuracy of every group, mean ± standard deviation over seeds, in %."""
-    lines = [
-        "| group | parameters | accuracy, % | of single samples, % | time per run, s |",
-        "|---|---:|---:|---:|---:|",
-    ]
+    rows = []
     for group, runs in found.items():
         cells = [NAMES[group], str(runs[0]["parameters"])]
         for name in ("test_accuracy", "sample_accuracy"):
             mean, spread = mean_and_spread([100 * run[name] for run in runs])
             cells.append(f"{mean:.1f} ± {spread:.1f}")
         cells.append(f"{mean_and_spread([run['seconds'] for run in runs])[0]:.0f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown(HEAD, rows)
 
 
 def main(args: argparse.Namespace) -> None:

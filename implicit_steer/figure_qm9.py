@@ -12,7 +12,7 @@ from typing import Any
 
 from . import viz
 from .data.qm9 import EDGE_ATTRIBUTES
-from .figures import kept_result
+from .figures import kept_result, markdown
 from .train.common import add_numbers
 from .train.qm9 import QM9Options, add_schedule, train_qm9
 
@@ -51,14 +51,13 @@ def log_column(out: Path, name: str) -> dict[int, float]:
 
 def table(results: Mapping[str, dict[str, Any]], runs: Path) -> str:
     """Markdown: one row for each variant."""
-    lines = [f"| {' | '.join(HEAD)} |", "|---|" + "---:|" * (len(HEAD) - 1)]
+    rows = []
     for name, result in results.items():
         errors = [f"{result[error]:.2f} {result['unit']}" for error in ("test_mae", "val_mae")]
         seconds = log_column(runs / name, "seconds").values()  # of epochs, their validation included
         times = f"{statistics.median(seconds):.0f}", f"{sum(seconds) / 3600:.1f}"
-        cells = [f"{result['parameters']:,}", *errors, *times]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([name, f"{result['parameters']:,}", *errors, *times])
+    return markdown(HEAD, rows)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -99,14 +99,19 @@ def main_nbody(args: argparse.Namespace) -> None:
 def nbody_table(errors: Errors, strengths: Sequence[float]) -> str:
     """Markdown: mean and standard deviation of every network's errors, and p, the probability of means so far apart or
     farther if both networks had the same (Welch's t-test, from two seeds on)."""
-    heads = ("k", *NAMES.values(), "p")
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---:|" * len(heads)]
+    rows = []
     for strength in strengths:
         samples = [errors[group][strength] for group in NAMES]
         cells = [f"{mean:.2e} ± {spread:.1e}" for mean, spread in map(mean_and_spread, samples)]
         p = f"{ttest_ind(*samples, equal_var=False).pvalue:.2g}" if len(samples[0]) > 1 else "–"
-        lines.append(f"| {strength:g} | " + " | ".join([*cells, p]) + " |")
-    return "\n".join(lines)
+        rows.append([f"{strength:g}", *cells, p])
+    return markdown(("k", *NAMES.values(), "p"), rows, first="---:")
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], first: str = "---") -> str:
+    """A table: columns to the right, the first one as ``first`` says."""
+    rule = [first, *["---:"] * (len(heads) - 1)]
+    return "\n".join([f"| {' | '.join(heads)} |", f"|{'|'.join(rule)}|", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
