@@ -120,6 +120,7 @@ test-wheel: wheel
 	$(PYTHON) -m venv $(DEPLOYED)/venv
 	PIP_CONSTRAINT= $(DEPLOYED)/venv/bin/python -m pip install --quiet $(TORCH) 'numpy>=2' dist/*.whl
 	$(DEPLOYED)/venv/bin/python tests/deployed.py check $(DEPLOYED)/models
+	cd $(DEPLOYED) && venv/bin/python -m implicit_steer info
 
 bench: build
 	$(BIN)/python -m bench

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NoReturn
+
+_SAMPLING = re.compile(r"^(auto|escnn|exact(?:-(?P<exact>\d+))?|lebedev-(?P<lebedev>\d+))$")
 
 
 def fail(name: str, expected: str, got: Any, remedy: str = "", kind: type[Exception] = ValueError) -> NoReturn:
@@ -29,3 +32,17 @@ def require_integer(name: str, value: Any, least: int) -> None:
     """:func:`fail` unless ``value`` is an ``int``, no ``bool``, of at least ``least``."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     require(whole and value >= least, name, f"an integer >= {least}", repr(value))
+
+
+def parse_sampling(name: str) -> tuple[str, int | None]:
+    """("auto" | "escnn" | "exact" | "lebedev", N or None).
+
+    Raises:
+        ValueError: not one of ``"auto" | "exact" | "exact-N" | "escnn" | "lebedev-N"``.
+    """
+    match = _SAMPLING.match(name) if isinstance(name, str) else None
+    if match is None:
+        fail("sampling", "'auto', 'exact', 'exact-N', 'escnn' or 'lebedev-N'", repr(name))
+    number = match["exact"] or match["lebedev"]
+    require(number is None or int(number) > 0, "sampling", "'exact-N' or 'lebedev-N' with N >= 1", repr(name))
+    return name.split("-")[0], None if number is None else int(number)

@@ -3,7 +3,6 @@ insides: how it lays out weights, which basis it expands them in, what its names
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,10 +14,8 @@ import torch
 from escnn.group import O3, SO3, Representation
 
 from . import sampling as sp
-from ._check import fail, require
+from ._check import fail, parse_sampling, require
 from .plan import Activation, Block, Coupling, Frame, Linear, Norm, Plan
-
-_SAMPLING = re.compile(r"^(auto|escnn|exact(?:-(?P<exact>\d+))?|lebedev-(?P<lebedev>\d+))$")
 
 
 @dataclass(frozen=True)
@@ -41,20 +38,6 @@ def exact_obstacle(space: sp.HiddenSpace, attributes: list[Representation]) -> s
         if space.group.continuous and not np.allclose(r.change_of_basis.T @ r.change_of_basis, np.eye(r.size)):
             return f"the attribute representation {r.name} is not orthogonal"
     return None
-
-
-def parse_sampling(name: str) -> tuple[str, int | None]:
-    """("auto" | "escnn" | "exact" | "lebedev", N or None).
-
-    Raises:
-        ValueError: not one of ``"auto" | "exact" | "exact-N" | "escnn" | "lebedev-N"``.
-    """
-    match = _SAMPLING.match(name) if isinstance(name, str) else None
-    if match is None:
-        fail("sampling", "'auto', 'exact', 'exact-N', 'escnn' or 'lebedev-N'", repr(name))
-    number = match["exact"] or match["lebedev"]
-    require(number is None or int(number) > 0, "sampling", "'exact-N' or 'lebedev-N' with N >= 1", repr(name))
-    return name.split("-")[0], None if number is None else int(number)
 
 
 def _plain(name: str, position: Representation, attributes: list[Representation], space, a, inverse) -> _Sampled:

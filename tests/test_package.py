@@ -195,3 +195,23 @@ def test_a_wrong_option_has_no_traceback():
     assert done.returncode == 1
     assert f"python -m implicit_steer: error: {message}" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "printed"),
+    [
+        ("info", "^backend reference +yes"),
+        ("train qm9", "^python -m implicit_steer: error: escnn: .* pip install implicit_steer.escnn.$"),
+        ("figure nbody", "^python -m implicit_steer: error: escnn: .* pip install implicit_steer.escnn.$"),
+    ],
+)
+def test_commands_without_escnn(command, printed, tmp_path):
+    code = """
+import runpy, sys
+sys.modules["escnn"] = None  # as if it were not installed
+runpy.run_module("implicit_steer", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code, *command.split()], cwd=tmp_path, text=True, capture_output=True)
+    assert done.returncode == (command != "info")
+    assert re.search(printed, done.stdout + done.stderr, re.MULTILINE), done.stderr
+    assert list(tmp_path.iterdir()) == []  # it fails before it writes

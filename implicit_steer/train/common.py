@@ -14,10 +14,9 @@ from typing import Any, ClassVar
 import torch
 
 from .. import processes
-from .._check import fail, require
+from .._check import fail, parse_sampling, require
 from .._extras import load_extra
 from ..backends import NAMES as BACKEND_NAMES
-from ..lowering import parse_sampling
 
 # Of a run, in its folder.
 RESULTS = ("last.ckpt", "best.ckpt", "log.csv", "result.json", "potential.pt", "model.safetensors")
