@@ -421,12 +421,18 @@ def test_what_was_learned_goes_into_a_network_with_escnns_types(reloaded):
         optimizer.step()
     with torch.no_grad():
         assert_same({"out": second.eval()(batch)}, {"out": loaded.eval()(batch)}, BOUND[torch.float32])
-    other = QM9Net(edge_attr="bonds", blocks=2)
-    before = copy.deepcopy(other.state_dict())
-    message = r"blocks.1.conv1.bias: expected shape \(8,\), got none. Build the module with the arguments"
-    with pytest.raises(ValueError, match=message):
-        copy_state(loaded, other)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+    [*_, fingerprint] = [buffer for name, buffer in loaded.named_buffers() if name.endswith("fingerprint")]
+    fingerprint.neg_()  # of the last part on a basis: the others would have been copied
+    sizes = r"blocks.1.conv1.bias: expected shape \(8,\), got none. Build the module with the arguments"
+    others = [
+        (QM9Net(edge_attr="bonds", blocks=2), ValueError, sizes),
+        (QM9Net(edge_attr="bonds", blocks=1), RuntimeError, "fingerprint: expected that of this module's basis"),
+    ]
+    for other, error, message in others:
+        before = copy.deepcopy(other.state_dict())
+        with pytest.raises(error, match=message):
+            copy_state(loaded, other)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -144,6 +144,11 @@ def test_command_line(tmp_path, capsys):
     assert "Epoch 0: 100%" in captured.out + captured.err
     with pytest.raises(ValueError, match=r"out: expected a folder without a run, .*--resume.*--overwrite"):
         main(arguments.split())
+    (out / "last.ckpt").unlink()
+    results = sorted(path.name for path in out.iterdir())
+    with pytest.raises(ValueError, match=r"without a run, got best.ckpt, .*out. Use --overwrite to discard it, or"):
+        main(arguments.split())
+    assert sorted(path.name for path in out.iterdir()) == results
     main([*arguments.split(), "--overwrite", "--no-progress"])
 
 
@@ -206,8 +211,12 @@ def test_start_with_the_network_of_another_run(run, tmp_path):
     # Measured: equal; 1e-12 is below half a unit in the last place of most weights.
     for error in ("val_mae", "test_mae"):
         assert result[error] == pytest.approx(run[1][error], rel=1e-6)
+    content = {path: path.read_bytes() for path in (tmp_path / "a").iterdir()}
     with pytest.raises(ValueError, match=r"blocks.0.conv1.bias: expected shape \(4,\), got \(8,\). Build the module"):
-        train_qm9(QM9Options(**{**options, "channels": 4, "out": str(tmp_path / "b")}))
+        train_qm9(QM9Options(**{**options, "channels": 4}, overwrite=True))
+    assert {
+        path: path.read_bytes() for path in (tmp_path / "a").iterdir()
+    } == content  # the run there was not discarded
     start.unlink()
     with pytest.raises(ValueError, match=r"start: expected the model.safetensors of a run, got no file .*start"):
         QM9Options(**options)

@@ -101,8 +101,8 @@ def copy_state(saved: torch.nn.Module, module: torch.nn.Module) -> None:
     Its types, modes and backends stay its own: a network with escnn's types goes on where the saved one ended.
 
     Raises:
-        ValueError: they have other parts, or parts of other sizes; one is named, and ``module`` is as it was.
-        RuntimeError: the weights of ``saved`` are those of another basis.
+        ValueError: they have other parts, or parts of other sizes; one is named.
+        RuntimeError: the weights of ``saved`` are those of another basis. After either ``module`` is as it was.
         TypeError: ``module`` is none that :func:`save` takes.
 
     Example:
@@ -115,7 +115,12 @@ def copy_state(saved: torch.nn.Module, module: torch.nn.Module) -> None:
     for name in sorted(own.keys() | given.keys()):
         expected, got = own.get(name, "none"), given.get(name, "none")
         require(expected == got, name, f"shape {expected}", got, remedy)
-    plain.load_state_dict(saved.state_dict())
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    try:
+        plain.load_state_dict(saved.state_dict())
+    except RuntimeError:
+        plain.load_state_dict(before)
+        raise
 
 
 def _state(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module, str]]:

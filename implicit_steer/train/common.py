@@ -188,8 +188,18 @@ class Run:
             logging.getLogger("implicit_steer").setLevel(logging.WARNING)
         self.out = Path(options.out or default_out)
         if processes.rank() == 0:
-            prepare_folder(self.out, options)
+            check_folder(self.out, options)
         self.checkpoint = str(self.out / "last.ckpt") if options.resume else None
+
+    def prepare_folder(self) -> None:
+        """Make the folder; for a fresh run discard an earlier one in it: last before training, when nothing of the
+        options can be wrong any more."""
+        if processes.rank() > 0:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        if self.checkpoint is None:
+            for name in RESULTS:
+                (self.out / name).unlink(missing_ok=True)
 
     def finish(self, result: dict[str, Any]) -> dict[str, Any]:
         """``result`` with the time, threads and options of the run, which is also what ``result.json`` then holds."""
@@ -205,15 +215,14 @@ class Run:
         return result
 
 
-def prepare_folder(out: Path, options: RunOptions) -> None:
-    """Check the checkpoint to continue from, or clear the folder for a fresh run."""
+def check_folder(out: Path, options: RunOptions) -> None:
+    """Check the checkpoint to continue from; for a fresh run, that the folder holds none or may be overwritten."""
     last = out / "last.ckpt"
     if not options.resume:
-        remedy = "Use --resume to continue it, --overwrite to discard it, or another folder."
-        require(options.overwrite or not last.exists(), "out", "a folder without a run", f"{last}", remedy)
-        for name in RESULTS:
-            (out / name).unlink(missing_ok=True)
-        out.mkdir(parents=True, exist_ok=True)
+        found = [name for name in RESULTS if (out / name).exists()]
+        ways = ["--resume to continue it"] if last.exists() else []
+        remedy = f"Use {', '.join([*ways, '--overwrite to discard it'])}, or another folder."
+        require(options.overwrite or not found, "out", "a folder without a run", f"{', '.join(found)} in {out}", remedy)
         return
     require(last.exists(), "resume", "a checkpoint of an interrupted run", f"no file {last}", "Start without --resume.")
     remedy = "The checkpoint is damaged: start again with --overwrite."

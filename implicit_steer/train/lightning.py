@@ -364,6 +364,7 @@ def fit_and_test(module: Task, data: Any, run: Run) -> dict[str, float]:
     options = run.options
     processes.take_over(module)
     processes.synchronise(module)
+    run.prepare_folder()
     trainer = trainer_for(run, module.monitor)
     train, val = loader(data.train, options.batch_size, options.seed), loader(data.val, 4 * options.batch_size)
     trainer.fit(module, train, val, ckpt_path=run.checkpoint)

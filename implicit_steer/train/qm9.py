@@ -121,8 +121,6 @@ def train_qm9(options: QM9Options) -> dict[str, Any]:
     Raises ``RuntimeError`` where a package is missing, ``ValueError`` for a wrong option, a damaged file, or a folder
     that holds another run.
     """
-    fresh = options.start is not None and not options.resume
-    start = load(options.start) if fresh else None  # before an earlier run in the same folder is discarded
     run = Run(options, f"runs/qm9-{options.target}-seed{options.seed}")
     # Only now: these import the packages that the run has checked.
     from lightning.pytorch import seed_everything
@@ -136,8 +134,8 @@ def train_qm9(options: QM9Options) -> dict[str, Any]:
     tensor = options.target == TENSOR
     own = options.named("edge_attr", "max_frequency", "reach")
     model = QM9Net(tensors=options.channels if tensor else 0, **own, **options.network())
-    if start is not None:
-        copy_state(start, model)
+    if options.start is not None and not options.resume:
+        copy_state(load(options.start), model)
     regressor = AxesRegressor if tensor else Regressor
     training = options.named("schedule", "epochs", "clip", "freeze_norms")
     module = regressor(model, data.mean, data.std, options.lr, options.identity(), **training)
