@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numbers
 import operator
+import sys
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -193,6 +194,22 @@ def _require_integers(tensor: Any, name: str) -> None:
     require(whole, name, expected, dtype, "Convert it, for example with .long().", kind=TypeError)
 
 
+def _untraced(function: Callable) -> Callable:
+    """The function, which torch.compile runs as it is: it looks for neighbours in NumPy's arrays. Compiled code around
+    it is in two parts; ``fullgraph=True`` is an error with this reason."""
+
+    @wraps(function)
+    def call(*args, **options):
+        # torch.compiler.disable imports the compiler; where it is not there, there is nothing to disable.
+        run = torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
+        return run(*args, **options)
+
+    call._torchdynamo_disable = True
+    call._torchdynamo_disable_msg = "build graphs outside of the compiled function and pass their edges"
+    return call
+
+
+@_untraced
 def radius_graph(
     pos: Tensor,
     r: float,
@@ -289,6 +306,7 @@ def _periodic_graph(pos, points, segments, r, batch, loop, cell, pbc) -> tuple[T
     return edge_index[:, order].to(pos.device), shift[order].to(pos.device)
 
 
+@_untraced
 def knn_graph(pos: Tensor, k: int, batch: Tensor | None = None, loop: bool = False) -> Tensor:
     """The ``k`` nearest neighbours of every point: edges j → i, as in PyG.
 

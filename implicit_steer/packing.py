@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,32 +90,62 @@ def constant(owner, name: str, like: Tensor) -> Tensor:
     return _constant(owner, name, like.dtype, like.device)
 
 
-@cached
-def _linear_index(layer: Linear, device: torch.device) -> Tensor:
-    """Position in the flat (out, in) matrix of every value that the blocks produce, in their (U, V, o, i) order."""
-    parts = []
+class Constants:
+    """Numbers that a module multiplies with: exact in float64 (or int64), and cast to each dtype and device that asks.
+    No buffers: ``.double()`` would find what float32 has left of them."""
+
+    def __init__(self, *arrays: np.ndarray):
+        self.exact = tuple(torch.tensor(a) for a in arrays)
+        self._kept: dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]] = {}
+
+    def like(self, x: Tensor) -> tuple[Tensor, ...]:
+        """With the dtype and device of ``x``; integers keep theirs."""
+        key = x.dtype, x.device
+        if key in self._kept:
+            return self._kept[key]
+        with torch.inference_mode(False):  # kept for calls that autograd sees
+            found = tuple(t.to(x.device, x.dtype if t.is_floating_point() else None) for t in self.exact)
+        if not is_traced():
+            self._kept[key] = found
+        return found
+
+
+class Expansion:
+    """What a linear layer learns → its matrix W (out, in) and b (out,): the plan's formula on tensors that
+    torch.compile, too, can read."""
+
+    def __init__(self, layer: Linear):
+        self.shape = layer.out_size, layer.in_size
+        self._reads = [(b.offset, b.end, (len(b.out_start), b.n_in, len(b.basis))) for b in layer.blocks]
+        blocks = [a for b in layer.blocks for a in (b.columns, b.basis.reshape(len(b.basis), -1))]
+        self._constants = Constants(layer.bias, _places(layer), *blocks)
+
+    def __call__(self, weights: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """W and b; b is 0 without a bias."""
+        shift, places, *blocks = self._constants.like(weights)
+        values = []
+        for (start, end, shape), columns, basis in zip(self._reads, blocks[::2], blocks[1::2], strict=True):
+            theta = weights[start:end].view(shape).index_select(1, columns)
+            values.append((theta @ basis).reshape(-1))
+        dense = weights.new_zeros(self.shape).view(-1)
+        if values:
+            dense = dense.index_copy(0, places, torch.cat(values))
+        return dense.view(self.shape), weights.new_zeros(self.shape[0]) if bias is None else shift @ bias
+
+
+def _places(layer: Linear) -> np.ndarray:
+    """Position in the flat W of every value that the blocks produce, in their (U, V, o, i) order."""
+    places = [np.zeros(0, dtype=np.int64)]
     for block in layer.blocks:
         _, o, i = block.basis.shape
-        rows = torch.tensor(block.out_start)[:, None, None, None] + torch.arange(o)[None, None, :, None]
-        columns = torch.tensor(block.in_start)[None, :, None, None] + torch.arange(i)
-        parts.append((rows * layer.in_size + columns).reshape(-1))
-    return torch.cat(parts).to(device) if parts else torch.zeros(0, dtype=torch.int64, device=device)
+        rows = block.out_start[:, None, None, None] + np.arange(o)[:, None]
+        places.append((rows * layer.in_size + block.in_start[:, None, None] + np.arange(i)).reshape(-1))
+    return np.concatenate(places)
 
 
-def dense_linear(layer: Linear, weights: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """W (out, in) and b (out,) of one hidden layer."""
-    values = []
-    for block in layer.blocks:
-        n_b = block.basis.shape[0]
-        u = len(block.out_start)
-        theta = weights[block.offset : block.offset + u * block.n_in * n_b].view(u, block.n_in, n_b)
-        theta = theta.index_select(1, constant(block, "columns", weights))
-        values.append((theta @ constant(block, "basis", weights).reshape(n_b, -1)).reshape(-1))
-    dense = weights.new_zeros(layer.out_size * layer.in_size)
-    if values:
-        dense = dense.index_copy(0, _linear_index(layer, weights.device), torch.cat(values))
-    shift = weights.new_zeros(layer.out_size) if bias is None else constant(layer, "bias", weights) @ bias
-    return dense.view(layer.out_size, layer.in_size), shift
+@cached
+def _expansion(layer: Linear) -> Expansion:
+    return Expansion(layer)
 
 
 @cached
@@ -190,7 +221,7 @@ def fold_theta(plan: Plan, theta: list[Tensor], scale: Tensor, shift: Tensor) ->
 
 def pack(plan: Plan, parameters: Parameters, fold: bool) -> Weights:
     """Dense weights from parameters; with ``fold`` the batch norms' running statistics are folded in (eval mode)."""
-    linears = [dense_linear(layer, w, b) for layer, (w, b) in zip(plan.linears, parameters.linears[:-1], strict=True)]
+    linears = [_expansion(layer)(w, b) for layer, (w, b) in zip(plan.linears, parameters.linears[:-1], strict=True)]
     theta = [mixing_weights(c, *parameters.linears[-1]) for c in plan.couplings]
     if fold:
         for n, (norm, p) in enumerate(zip(plan.norms, parameters.norms, strict=True)):

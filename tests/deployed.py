@@ -6,6 +6,7 @@ environment that has escnn, and makes importing it fail.
 
 import contextlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -43,6 +44,17 @@ def molecules(dtype):
         y=torch.zeros(2),
         num_graphs=2,
     )
+
+
+def particles(dtype):
+    """A batch of three made-up systems of five particles."""
+    from implicit_steer.data.nbody import ParticleSet
+
+    shapes = {"pos": (5, 3), "vel": (5, 3), "scalar": (5, 1), "pair": (20, 1), "y": (5, 3)}
+    generator = torch.Generator().manual_seed(0)
+    arrays = {name: torch.randn(3, *shape, generator=generator).double().numpy() for name, shape in shapes.items()}
+    batch = ParticleSet(**arrays).__getitems__([0, 1, 2])
+    return replace(batch, **{name: getattr(batch, name).to(dtype) for name in shapes if name != "y"})
 
 
 def convolution(conv, x, edges, delta, attributes):

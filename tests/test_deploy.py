@@ -8,13 +8,11 @@ bounds leave room for another machine's matrix products.
 
 import copy
 import pickle
-from dataclasses import replace
 
 import escnn.nn as enn
-import numpy as np
 import pytest
 import torch
-from deployed import molecules
+from deployed import molecules, particles
 from escnn.gspaces import no_base_space
 from helpers import BACKENDS, CONFIGURATIONS, deviations, layer, random_edges
 from torch import nn
@@ -22,7 +20,6 @@ from torch import nn
 import implicit_steer as ist
 from implicit_steer import Graph, layers
 from implicit_steer.cases import SMALL, SPACES, fields
-from implicit_steer.data import ParticleSet
 from implicit_steer.deploy import copy_state
 from implicit_steer.models import NBodyNet, Potential
 from implicit_steer.models.qm9 import QM9Net, TensorProduct
@@ -437,17 +434,8 @@ def test_what_was_learned_goes_into_a_network_with_escnns_types(reloaded):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_networks_of_tensors_and_vectors(dtype, reloaded):
-    particles = ParticleSet(
-        **{
-            name: np.random.default_rng(0).standard_normal((3, rows, width))
-            for name, rows, width in (("pos", 5, 3), ("vel", 5, 3), ("scalar", 5, 1), ("pair", 20, 1), ("y", 5, 3))
-        }
-    ).__getitems__([0, 1, 2])
-    particles = replace(
-        particles, **{key: getattr(particles, key).to(dtype) for key in ("pos", "vel", "scalar", "pair")}
-    )
-    nets = {QM9Net(edge_attr="bonds", blocks=1, tensors=2): molecules(dtype), NBodyNet(blocks=1, channels=2): particles}
-    for net, batch in nets.items():
+    tensors = QM9Net(edge_attr="bonds", blocks=1, tensors=2)
+    for net, batch in {tensors: molecules(dtype), NBodyNet(blocks=1, channels=2): particles(dtype)}.items():
         net = net.to(dtype)
         net(batch)
         original = net.eval()

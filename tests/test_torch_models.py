@@ -8,13 +8,15 @@ from dataclasses import fields
 import pytest
 import torch
 from ase.build import molecule
-from deployed import molecules
+from deployed import molecules, particles
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import implicit_steer as ist
-from implicit_steer.models import Potential, QM9Net
+from implicit_steer.data import Batch
+from implicit_steer.models import ModelNetNet, NBodyNet, Potential, QM9Net
+from implicit_steer.models.modelnet import SPACES
 from implicit_steer.structures import Structures
 
 MOLECULES = ["CH3CH2OH", "CH3OH", "H2O", "C6H6"]  # 9, 6, 3, 12 atoms
@@ -131,29 +133,71 @@ def test_errors_inside_a_compiled_potential(potential):
         run(flat, stress=True)
 
 
+MOLECULE_NET = {"edge_attr": "bonds", "blocks": 1, "channels": 2, "invariants": 4, "kernel_channels": 2}
+NETWORKS = {
+    "numbers": (lambda: QM9Net(**MOLECULE_NET), molecules),
+    "matrices": (lambda: QM9Net(**MOLECULE_NET, tensors=2), molecules),
+    "vectors": (lambda: NBodyNet(blocks=1, channels=2), particles),
+}
+
+
 @pytest.mark.parametrize("training", [True, False])
-def test_molecule_network(training):
-    """Fourier activations of nodes, tensor product, batch norms: the loss, its gradients, and the new statistics."""
+@pytest.mark.parametrize("without_escnn", [False, True])
+@pytest.mark.parametrize("predicts", NETWORKS)
+def test_network(predicts, without_escnn, training, tmp_path):
+    """Linear maps, Fourier activations of nodes, products, batch norms: the loss, its gradients, the new statistics."""
     torch.manual_seed(0)
-    net = QM9Net(edge_attr="bonds", blocks=1, channels=2, invariants=4, kernel_channels=2).double().train(training)
-    batch, before = molecules(torch.float64), copy.deepcopy(net.state_dict())
+    build, inputs = NETWORKS[predicts]
+    net, batch = build().double().train(training), inputs(torch.float64)
+    if without_escnn:
+        ist.save(net, tmp_path / "net.safetensors")
+        net = ist.load(tmp_path / "net.safetensors")
+    before = copy.deepcopy(net.state_dict())
     run, _ = compiled(net)
 
     def results(call):
         net.load_state_dict(before)
         out = call(batch)
-        return [out, *torch.autograd.grad(out.square().sum(), list(net.parameters())), *map(torch.clone, net.buffers())]
+        gradients = torch.autograd.grad(out.square().sum(), list(net.parameters()), materialize_grads=True)
+        return [out, *gradients, *map(torch.clone, net.buffers())]
 
-    for a, b in zip(results(run), results(net), strict=True):
-        torch.testing.assert_close(a, b, **CLOSE)
+    found, expected = results(run), results(net)
+    assert any(g.any() for g in expected[1:])
+    for a, b in zip(found, expected, strict=True):
+        # Measured: 9e-14 of the largest number.
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * max(1, b.abs().max().item()))
+
+
+def test_network_that_builds_its_graphs():
+    """In two parts, or an error that says why."""
+    torch.manual_seed(0)
+    net = ModelNetNet(3, SPACES["so2"](), points=32, neighbours=4, levels=2, width=12, kernel_channels=4).double()
+    pos = torch.rand(2, 32, 3, dtype=torch.float64)
+    net(pos)
+    net.eval()
+    torch.testing.assert_close(torch.compile(net, backend="aot_eager")(pos), net(pos), **CLOSE)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="build graphs outside of the compiled function"):
+        compiled(net)[0](pos)
+
+
+def test_graphs_inside_a_compiled_function():
+    def run(pos, batch):
+        edges = [ist.knn_graph(2 * pos, 3, batch), ist.radius_graph(pos, 0.5, batch)]
+        periodic, shift = ist.radius_graph(pos, 0.5, batch, cell=2 * torch.eye(3))
+        return [*(pos[i] - pos[j] for j, i in (*edges, periodic)), shift]
+
+    call = torch.compile(run, backend="aot_eager")
+    for n in (10, 12, 15):
+        pos, batch = torch.rand(n, 3, requires_grad=True), torch.arange(n) % 2
+        for a, b in zip(call(pos, batch), run(pos, batch), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_forces_through_fourier_activations():
     """Second derivatives of every part of the network, compiled and not, against plain PyTorch everywhere."""
     torch.manual_seed(0)
-    options = {"edge_attr": "bonds", "blocks": 1, "channels": 2, "invariants": 4, "kernel_channels": 2}
-    net = QM9Net(**options, activation="silu").double().eval()
-    plain = QM9Net(**options, activation="silu", backend="reference").double().eval()
+    net = QM9Net(**MOLECULE_NET, activation="silu").double().eval()
+    plain = QM9Net(**MOLECULE_NET, activation="silu", backend="reference").double().eval()
     plain.load_state_dict(net.state_dict())
     batch = molecules(torch.float64)
     batch.pos.requires_grad_()
@@ -214,6 +258,31 @@ def test_exported_potential(potential, without_escnn, tmp_path):
     energy = module(*tensors_of(other))
     torch.testing.assert_close(energy.detach(), expected.energy, **CLOSE)
     torch.testing.assert_close(-torch.autograd.grad(energy.sum(), other.pos)[0], expected.forces, **CLOSE)
+
+
+class OnTensors(torch.nn.Module):
+    """A network for molecules on plain tensors."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, *tensors):
+        return self.net(Batch(*tensors, num_graphs=2))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_before_it_was_called(strict, tmp_path):
+    """Nothing of the tracer's is kept: afterwards the network itself gives what it gave."""
+    torch.manual_seed(0)
+    net, batch = QM9Net(**MOLECULE_NET).double().eval(), molecules(torch.float64)
+    expected = net(batch)
+    ist.save(net, tmp_path / "net.safetensors")
+    loaded = ist.load(tmp_path / "net.safetensors")
+    given = tuple(getattr(batch, f.name) for f in fields(Batch) if f.name != "num_graphs")
+    program = torch.export.export(OnTensors(loaded), given, strict=strict)
+    torch.testing.assert_close(program.module()(*given), expected, **CLOSE)
+    torch.testing.assert_close(loaded(batch), expected, **CLOSE)
 
 
 # ---- autocast

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._check import require
 from ..fourier import fourier
+from ..packing import Constants
 from ..plan import FUNCTIONS
 from .fields import Fields, check_features
 
@@ -18,22 +19,15 @@ class FourierBase(torch.nn.Module):
     function: str
 
     def _set_samples(self, function: str, samples: np.ndarray, inverse: np.ndarray) -> None:
-        """φ, A (S, d) and A⁻ (d, S), kept in float64 and cast to the input's dtype and device."""
+        """φ, A (S, d) and A⁻ (d, S)."""
         require(function in FUNCTIONS, "function", f"one of {FUNCTIONS}", repr(function))
         self.function = function
-        self._merged = (torch.tensor(samples), torch.tensor(inverse.T))
-        self._cast: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
-
-    def _matrices(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        key = (x.dtype, x.device)
-        if key not in self._cast:
-            with torch.inference_mode(False):  # kept for calls that autograd sees
-                self._cast[key] = tuple(m.to(*reversed(key)).contiguous() for m in self._merged)
-        return self._cast[key]
+        self._n_samples = len(samples)
+        self._merged = Constants(samples, np.ascontiguousarray(inverse.T))
 
     def _evaluate(self, x: Tensor) -> Tensor:
         require(x.is_floating_point(), "x", "a floating point tensor", x.dtype, kind=TypeError)
-        return fourier(self.function, x, *self._matrices(x))
+        return fourier(self.function, x, *self._merged.like(x))
 
 
 class FourierActivation(FourierBase):
@@ -54,7 +48,7 @@ class FourierActivation(FourierBase):
 
     def arguments(self) -> dict:
         """What it is built from."""
-        samples, inverse_t = (m.numpy() for m in self._merged)
+        samples, inverse_t = (m.numpy() for m in self._merged.exact)
         return {"in_type": self.in_type, "function": self.function, "samples": samples, "inverse": inverse_t.T}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,4 +58,4 @@ class FourierActivation(FourierBase):
 
     def extra_repr(self) -> str:
         """What distinguishes this activation."""
-        return f"{self.in_type}, function={self.function!r}, {len(self._merged[0])} samples"
+        return f"{self.in_type}, function={self.function!r}, {self._n_samples} samples"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import plan
 from .._check import require
-from ..packing import dense_linear
+from ..packing import Expansion
 from .fields import Fields, check_features
 from .kernel import LinearParameters, Stamped
 
@@ -27,6 +27,7 @@ class Linear(Stamped, LinearParameters):
         sizes = in_type.size, out_type.size
         require((layer.in_size, layer.out_size) == sizes, "layer", f"sizes {sizes}", (layer.in_size, layer.out_size))
         self.in_type, self.out_type, self.layer = in_type, out_type, layer
+        self._expansion = Expansion(layer)
         self._stamp(layer.fingerprint)
 
     def arguments(self) -> dict:
@@ -37,7 +38,7 @@ class Linear(Stamped, LinearParameters):
     def forward(self, x: Tensor) -> Tensor:
         """W x + b."""
         check_features(x, self.in_type.size)
-        matrix, shift = dense_linear(self.layer, self.weights, self.bias)
+        matrix, shift = self._expansion(self.weights, self.bias)
         return F.linear(x, matrix, None if self.bias is None else shift)
 
     def extra_repr(self) -> str:
@@ -66,6 +67,7 @@ class TensorProduct(Stamped, LinearParameters):
         sizes = (in_type.size // fields) ** 2, out_type.size
         require((layer.in_size, layer.out_size) == sizes, "layer", f"sizes {sizes}", (layer.in_size, layer.out_size))
         self.in_type, self.out_type, self.layer, self.fields = in_type, out_type, layer, fields
+        self._expansion = Expansion(layer)
         self._stamp(layer.fingerprint)
 
     def arguments(self) -> dict:
@@ -75,7 +77,7 @@ class TensorProduct(Stamped, LinearParameters):
     def forward(self, x: Tensor) -> Tensor:
         """Per field ``W vec(x xᵀ)``."""
         check_features(x, self.in_type.size)
-        return project_squares(x, dense_linear(self.layer, self.weights, None)[0], self.fields)
+        return project_squares(x, self._expansion(self.weights, None)[0], self.fields)
 
     def extra_repr(self) -> str:
         """What distinguishes this product."""

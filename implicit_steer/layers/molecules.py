@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..graph import Graph
+from ..packing import Constants
 from .fields import values, with_values
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ class TensorReadout(Module):
     def __init__(self, fields: Callable, norm: Module, basis: np.ndarray, mlp: Module, invariants: int):
         super().__init__()
         self.fields, self.norm, self.mlp, self.invariants = fields, norm, mlp, invariants
-        self.basis = np.asarray(basis, dtype=np.float64)  # no buffer: .double() would find float32
+        self.basis = basis
+        self._basis = Constants(basis)
 
     def arguments(self) -> dict:
         """What it is built from."""
@@ -65,9 +67,8 @@ class TensorReadout(Module):
         pooled = values(self.norm(self.fields(pooled)))
         scalars, tensors = pooled[:, : self.invariants], pooled[:, self.invariants :].unflatten(1, (-1, 5))
         weights = self.mlp(scalars)
-        traceless = torch.einsum("gt,gtc,kc->gk", weights[:, 1:], tensors, pooled.new_tensor(self.basis)).unflatten(
-            1, (3, 3)
-        )
+        (basis,) = self._basis.like(pooled)
+        traceless = torch.einsum("gt,gtc,kc->gk", weights[:, 1:], tensors, basis).unflatten(1, (3, 3))
         one = torch.eye(3, dtype=pooled.dtype, device=pooled.device)
         return weights[:, :1, None] * one + traceless
 

@@ -80,7 +80,7 @@ def _grid_conv(conv: ImplicitConv, convert: Converter) -> layers.ImplicitConv:
 
 @converts(FourierActivation)
 def _activation(activation: FourierActivation, convert: Converter) -> layers.FourierActivation:
-    samples, inverse_t = (m.numpy() for m in activation._merged)
+    samples, inverse_t = (m.numpy() for m in activation._merged.exact)
     return layers.FourierActivation(convert(activation.in_type), activation.function, samples, inverse_t.T)
 
 
