@@ -55,8 +55,8 @@ class TensorReadout(Module):
     def __init__(self, fields: Callable, norm: Module, basis: np.ndarray, mlp: Module, invariants: int):
         super().__init__()
         self.fields, self.norm, self.mlp, self.invariants = fields, norm, mlp, invariants
-        self.basis = basis
-        self._basis = Constants(basis)
+        self.basis = np.asarray(basis, dtype=np.float64)
+        self._basis = Constants(self.basis)
 
     def arguments(self) -> dict:
         """What it is built from."""
