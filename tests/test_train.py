@@ -211,12 +211,10 @@ def test_start_with_the_network_of_another_run(run, tmp_path):
     # Measured: equal; 1e-12 is below half a unit in the last place of most weights.
     for error in ("val_mae", "test_mae"):
         assert result[error] == pytest.approx(run[1][error], rel=1e-6)
-    content = {path: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    earlier = {path: path.read_bytes() for path in (tmp_path / "a").iterdir()}
     with pytest.raises(ValueError, match=r"blocks.0.conv1.bias: expected shape \(4,\), got \(8,\). Build the module"):
         train_qm9(QM9Options(**{**options, "channels": 4}, overwrite=True))
-    assert {
-        path: path.read_bytes() for path in (tmp_path / "a").iterdir()
-    } == content  # the run there was not discarded
+    assert {path: path.read_bytes() for path in (tmp_path / "a").iterdir()} == earlier  # not discarded
     start.unlink()
     with pytest.raises(ValueError, match=r"start: expected the model.safetensors of a run, got no file .*start"):
         QM9Options(**options)

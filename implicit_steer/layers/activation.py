@@ -22,7 +22,6 @@ class FourierBase(torch.nn.Module):
         """φ, A (S, d) and A⁻ (d, S)."""
         require(function in FUNCTIONS, "function", f"one of {FUNCTIONS}", repr(function))
         self.function = function
-        self._n_samples = len(samples)
         self._merged = Constants(samples, np.ascontiguousarray(inverse.T))
 
     def _evaluate(self, x: Tensor) -> Tensor:
@@ -58,4 +57,5 @@ class FourierActivation(FourierBase):
 
     def extra_repr(self) -> str:
         """What distinguishes this activation."""
-        return f"{self.in_type}, function={self.function!r}, {self._n_samples} samples"
+        samples, _ = self._merged.exact
+        return f"{self.in_type}, function={self.function!r}, {len(samples)} samples"

@@ -81,4 +81,5 @@ class FourierActivation(FourierBase, EquivariantModule):
 
     def extra_repr(self) -> str:
         """What distinguishes this activation."""
-        return f"{self.in_type}, function={self.function!r}, sampling={self.sampling!r}, {self._n_samples} samples"
+        samples, _ = self._merged.exact
+        return f"{self.in_type}, function={self.function!r}, sampling={self.sampling!r}, {len(samples)} samples"
