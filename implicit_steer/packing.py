@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import NamedTuple
 
 import numpy as np
@@ -74,8 +74,15 @@ class Weights:
 
 def cached(make: Callable) -> Callable:
     """``lru_cache`` for a function that makes tensors. These are none of torch.inference_mode, wherever it is called
-    first: autograd would refuse them later."""
-    return lru_cache(maxsize=256)(torch.inference_mode(False)(make))
+    first: autograd would refuse them later; and none of torch.compile or torch.export, which look on with stand-ins."""
+    make = torch.inference_mode(False)(make)
+    kept = lru_cache(maxsize=256)(make)
+
+    @wraps(make)
+    def call(*arguments):
+        return make(*arguments) if torch.compiler.is_compiling() else kept(*arguments)
+
+    return call
 
 
 @cached
