@@ -125,7 +125,7 @@ class Frame(Data):
 
     kind: str
     dim: int
-    attribute: np.ndarray  # (A, A) orthogonal: attributes to frame coordinates, a' = attributeᵀ a
+    attribute: np.ndarray  # (A, A): attributes to frame coordinates, a' = attributeᵀ a
     order: np.ndarray  # (c,)
     regular: bool = False
     # zonal

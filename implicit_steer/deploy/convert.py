@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .._check import fail, require
+from ..layers.exact import ExactBuffers
 from .kinds import KINDS, is_plain, kind_of
 
 _CONVERTERS: dict[type, Callable[[Any, Converter], Any]] = {}
@@ -87,6 +88,8 @@ class Converter:
 
     def _adopt_rest(self, made: torch.nn.Module, module: torch.nn.Module) -> None:
         adopt(made, module._parameters | module._buffers)
+        if isinstance(made, ExactBuffers):
+            made.adopt_exact(module)
         for name, child in module._modules.items():
             if child is not None and id(child) not in self._made:
                 require(name in made._modules, name, f"a part of {type(made).__name__}", "none", kind=TypeError)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._check import fail
 
-FORMAT = 1  # raise it when files written before would be read differently
+FORMAT = 2  # raise it when files written before would be read differently, or new ones by older versions
 KEY = "implicit_steer"  # of the metadata
 
 

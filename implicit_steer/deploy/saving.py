@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._check import fail, require
+from ..layers.exact import is_exact
 from . import file
 from .convert import convert
 from .encoding import decode, encode
@@ -51,7 +52,7 @@ def save(module: torch.nn.Module, path: str | os.PathLike) -> None:
             remedy = "Give each module its own; modules that are shared as a whole can be saved."
             fail(name, "a tensor of one module", f"that of {owners[id(tensor)]!r}", remedy, TypeError)
         owners[id(tensor)] = name
-        tensors[STATE + name] = tensor.detach().cpu()
+        tensors[STATE + name] = owner.exact(key) if is_exact(owner, key) else tensor.detach().cpu()
         if isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad:
             frozen.append(name)
     training = [name for name, part in plain.named_modules() if part.training]
@@ -145,8 +146,11 @@ def _restore(module: torch.nn.Module, state: dict[str, Tensor], manifest: dict[s
         require(same_kind, name, f"a dtype like {place.dtype}", tensor.dtype)
         if isinstance(place, torch.nn.Parameter):
             owner._parameters[key] = torch.nn.Parameter(tensor, requires_grad=name not in manifest["frozen"])
-        else:
+        elif not is_exact(owner, key):
             owner._buffers[key] = tensor
+    for name, owner, key in places:
+        if is_exact(owner, key):
+            owner.set_exact(key, state[name], owner.learned_dtype())
     training = set(manifest["training"])
     for name, part in module.named_modules():
         part.training = name in training

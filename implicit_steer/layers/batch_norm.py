@@ -14,6 +14,7 @@ from .._autocast import own_precision
 from .._check import require
 from ..moments import Pool, moments, move_towards
 from ..packing import cached, is_traced
+from .exact import ExactBuffers
 from .fields import Fields, check_dtype, check_features
 
 
@@ -197,7 +198,7 @@ def _differentiable(norm: NormBase, kinds: list[Kind], grad: Tensor, x: Tensor, 
 _apply = super(torch.autograd.Function, _Norm).apply  # without the detour for torch.func, which is not looking on
 
 
-class _KindState(torch.nn.Module):
+class _KindState(ExactBuffers, torch.nn.Module):
     """The tensors of one :class:`Kind`."""
 
     def __init__(self, fields: int, size: int, n_trivial: int, affine: bool):
@@ -208,8 +209,10 @@ class _KindState(torch.nn.Module):
         self.register_parameter("bias", bias)
         self.register_buffer("running_mean", torch.zeros(fields, size) if n_trivial else None)
         self.register_buffer("running_var", torch.ones(fields, 1))
-        self.register_buffer("average", torch.zeros(size, size) if n_trivial else None)
-        self.register_buffer("basis", torch.zeros(size, n_trivial) if n_trivial else None)
+        for name, width in (("average", size), ("basis", n_trivial)):
+            self.register_buffer(name, None)
+            if n_trivial:
+                self.set_exact(name, torch.zeros(size, width))
 
     def kind(self) -> Kind:
         mean, var = self.running_mean, self.running_var

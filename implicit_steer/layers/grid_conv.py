@@ -123,13 +123,12 @@ class ImplicitConv(GridConvBase):
         self.implicit_kernel = implicit_kernel
         self._check_sizes()
         implicit_kernel.prepare_values()
-        self.register_buffer("grid", torch.tensor(grid), persistent=False)
+        self.set_exact("grid", torch.tensor(grid), torch.float64, persistent=False)
 
     def arguments(self) -> dict:
         """What it is built from."""
         names = ("in_type", "out_type", "implicit_kernel", "padding", "stride", "dilation", "padding_mode", "n_bias")
-        grid = self.grid.double().cpu().numpy()
-        return {name: getattr(self, name) for name in names} | {"grid": grid}
+        return {name: getattr(self, name) for name in names} | {"grid": self.exact("grid").numpy()}
 
     def forward(self, x: Tensor, attr: Tensor | None = None) -> Tensor:
         """Convolve x (B, C_in, X_1, …); attr: (B, A) one row per sample, (1, A) for all, None without attributes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +15,9 @@ from .. import op
 from .._autocast import own_precision
 from .._check import fail, require
 from ..moments import Pool, move_towards
-from ..packing import Kept, NormParameters, Parameters, is_traced
+from ..packing import Kept, NormParameters, Parameters, is_traced, is_transformed
 from ..plan import Norm, Plan
+from .exact import ExactBuffers
 from .fields import check_tensor
 
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")  # in the order of NormParameters
@@ -35,6 +37,7 @@ class KernelBase(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self._kept, self._values = Kept(), False
+        self._reach_checked = False
 
     def _find_tensors(self, linears: Sequence[torch.nn.Module], norms: Sequence[_NamedNorm]) -> None:
         """Say where the parameters are.
@@ -144,6 +147,29 @@ class KernelBase(torch.nn.Module):
         check_tensor(attribute, attributes, (delta.shape[0], size), width.dtype, width.device)
         return attributes
 
+    def check_reach(self, delta: Tensor) -> None:
+        """Warn, at the first call with edges (E, dim), where the shell s(r) = exp(−½ (r / σ)²) leaves nothing of any of
+        them, or cannot tell them apart."""
+        if torch.compiler.is_compiling() or self._reach_checked or is_transformed():
+            return
+        if delta.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        lengths = delta.detach().norm(dim=1)
+        lengths = lengths[lengths > 0]  # self-loops say nothing about the unit of the positions
+        if not len(lengths):
+            return
+        self._reach_checked = True
+        shell = torch.exp(-0.5 * (lengths / self.shell_width.detach().view(-1)).square())
+        low, high = float(shell.min()), float(shell.max())
+        if high < 1e-3 or low > 0.999:
+            width, shortest, longest = self.shell_width.item(), float(lengths.min()), float(lengths.max())
+            what = f"is at most {high:.0e}" if high < 1e-3 else "is 1"
+            warnings.warn(
+                f"edge_delta: the kernel's shell exp(−½ (r / σ)²), σ = {width:.3g}, {what} on all edges, which are "
+                f"{shortest:.3g} to {longest:.3g} long. Build it with width={longest / 2:.2g}, or scale the positions.",
+                stacklevel=7,  # the line that called the module
+            )
+
     def forward(
         self, pos: Tensor, attrs: Tensor | None = None, *, batch_statistics: bool | Pool | None = None
     ) -> Tensor:
@@ -234,7 +260,7 @@ class ImplicitKernel(Stamped, KernelBase):
         return {"plan": self.plan}
 
 
-class Biased(torch.nn.Module):
+class Biased(ExactBuffers, torch.nn.Module):
     """A convolution's bias on the invariants of its output: ``bias`` (n,) and ``bias_expansion`` (C_out, n), both
     absent where there are none."""
 
@@ -252,7 +278,7 @@ class Biased(torch.nn.Module):
     def _set_bias(self, expansion: Tensor) -> None:
         self.bias = None
         if expansion.shape[1]:
-            self.register_buffer("bias_expansion", expansion)
+            self.set_exact("bias_expansion", expansion)
             self.bias = torch.nn.Parameter(torch.zeros(expansion.shape[1]))
 
     def expand_bias(self) -> Tensor | None:

@@ -49,6 +49,7 @@ class PointConvBase(Biased):
         attributes = kernel.check_points("edge", edge_delta, edge_attr, graph.num_edges)
         if graph.device != source.device:
             fail("edge_index", f"device {source.device}", graph.device)
+        kernel.check_reach(edge_delta)
         with own_precision(source):
             out, statistics = op.implicit_conv(
                 kernel.plan,

@@ -13,6 +13,7 @@ from .. import sampling as sp
 from .._check import fail, require, require_integer
 from ..layers.activation import FourierBase
 from ..plan import FUNCTIONS
+from .building import built_by_escnn
 
 
 def paper_function(group: Group) -> str:
@@ -44,6 +45,7 @@ class FourierActivation(FourierBase, EquivariantModule):
     Source: escnn's Fourier activations; Zhdanov, Hoffmann, Cesa, NeurIPS 2023 for the choice of grids.
     """
 
+    @built_by_escnn
     def __init__(
         self, gspace: GSpace, channels: int, max_frequency: int, function: str = "elu", sampling: str = "escnn"
     ):

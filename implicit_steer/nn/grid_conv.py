@@ -10,20 +10,21 @@ from torch import Tensor
 
 from .._check import require, require_integer
 from ..layers.grid_conv import PADDING_MODES, GridConvBase
+from .building import built_by_escnn
 from .kernel import CheckedBias, ImplicitKernel, check_type, trivial_bias
 
 AXES = ("authors", "escnn")
 
 
 def kernel_grid(kernel_size: int, dim: int, axes: str = "authors") -> Tensor:
-    """(kernel_size^dim, dim) positions in [−1, 1]^dim of a kernel's points, the last axis fastest; ``axes``: see
-    :class:`ImplicitConv`."""
+    """(kernel_size^dim, dim), float64: positions in [−1, 1]^dim of a kernel's points, the last axis fastest; ``axes``:
+    see :class:`ImplicitConv`."""
     centre = kernel_size // 2 if axes == "authors" else (kernel_size - 1) / 2
-    along = (torch.arange(kernel_size) - centre) / max(centre, 1 if axes == "authors" else 0.5)
+    along = (torch.arange(kernel_size, dtype=torch.float64) - centre) / max(centre, 1 if axes == "authors" else 0.5)
     grid = torch.stack(torch.meshgrid(*[along] * dim, indexing="ij"), dim=-1).reshape(-1, dim)
     if axes == "escnn":
-        grid = grid.flip(1) * torch.tensor([1.0, -1.0, -1.0])[:dim]
-    return grid.to(torch.get_default_dtype())
+        grid = grid.flip(1) * torch.tensor([1.0, -1.0, -1.0], dtype=torch.float64)[:dim]
+    return grid
 
 
 class ImplicitConv(CheckedBias, GridConvBase):
@@ -41,18 +42,21 @@ class ImplicitConv(CheckedBias, GridConvBase):
             along spatial axis n. "escnn": x along the last axis, y and z against the ones before, as in escnn's
             ``R2Conv``, ``R3Conv`` and ``GeometricTensor.transform``. Layers of one network must agree: each is
             equivariant, together they are not where reflections or rotations change the fields between them.
+        width: σ of the shell exp(−½ (r / σ)²) at first; the kernel's points reach from −1 to 1.
+        bias: whether a learned constant is added to the invariants of the output.
 
     Source: Zhdanov, Hoffmann, Cesa, NeurIPS 2023, section 3.4.
     """
 
+    @built_by_escnn
     def __init__(
         self,
         in_type: FieldType,
         out_type: FieldType,
-        kernel_attr_type: FieldType | None,
-        kernel_size: int,
-        n_layers: int,
-        n_channels: int,
+        kernel_attr_type: FieldType | None = None,
+        kernel_size: int = 3,
+        n_layers: int = 3,
+        n_channels: int = 8,
         init_scheme: str = "he",
         padding: int = 0,
         stride: int = 1,
@@ -63,6 +67,8 @@ class ImplicitConv(CheckedBias, GridConvBase):
         norm: str | None = "batch",
         activation: str = "elu",
         axes: str = "authors",
+        width: float = 0.5,
+        bias: bool = True,
     ):
         super().__init__()
         check_type("in_type", in_type)
@@ -79,7 +85,7 @@ class ImplicitConv(CheckedBias, GridConvBase):
         self.in_type, self.out_type, self.kernel_attr_type = in_type, out_type, kernel_attr_type
         self.kernel_size, self.padding, self.stride, self.dilation = kernel_size, padding, stride, dilation
         self.padding_mode, self.dim = padding_mode, in_type.gspace.dimensionality
-        self._set_bias(trivial_bias(out_type))
+        self._set_bias(trivial_bias(out_type, bias))
         self.implicit_kernel = ImplicitKernel(
             in_type,
             out_type,
@@ -90,12 +96,13 @@ class ImplicitConv(CheckedBias, GridConvBase):
             sampling=sampling,
             norm=norm,
             activation=activation,
+            width=width,
         )
         ok = kernel_size > 1 or kernel_attr_type is not None or not self.implicit_kernel.plan.norms
         remedy = "The statistics of one point have no variance: use norm=None."
         require(ok, "kernel_size", "at least 2 with norm='batch' and no attributes", kernel_size, remedy)
         self.implicit_kernel.prepare_values()
-        self.register_buffer("grid", kernel_grid(kernel_size, self.dim, axes), persistent=False)
+        self.set_exact("grid", kernel_grid(kernel_size, self.dim, axes), persistent=False)
 
     def forward(self, x: GeometricTensor, attr: Tensor | None = None) -> GeometricTensor:
         """Convolve.

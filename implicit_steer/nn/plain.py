@@ -14,7 +14,7 @@ from ..deploy.convert import Converter, adopt, converts
 from ..layers.kernel import NORM_TENSORS
 from ..lowering import lower_expansion
 from .activation import FourierActivation
-from .batch_norm import IIDBatchNorm1d, channels_by_kind, field_kinds
+from .batch_norm import IIDBatchNorm1d, channels_by_kind, constants_by_kind, field_kinds
 from .grid_conv import ImplicitConv
 from .kernel import CheckedBias, ImplicitKernel
 from .mlp import Linear
@@ -46,7 +46,8 @@ def _kernel(kernel: ImplicitKernel, convert: Converter) -> layers.ImplicitKernel
 
 def _with_bias(plain: layers.kernel.Biased, conv: CheckedBias) -> layers.kernel.Biased:
     if conv.bias is not None:
-        adopt(plain, {"bias": conv.bias, "bias_expansion": conv.bias_expansion})
+        adopt(plain, {"bias": conv.bias})
+        plain.adopt_exact(conv)
     return plain
 
 
@@ -68,7 +69,7 @@ def _grid_conv(conv: ImplicitConv, convert: Converter) -> layers.ImplicitConv:
         in_type=convert(conv.in_type),
         out_type=convert(conv.out_type),
         implicit_kernel=convert(conv.implicit_kernel),
-        grid=conv.grid.double().cpu().numpy(),
+        grid=conv.exact("grid").numpy(),
         padding=conv.padding,
         stride=conv.stride,
         dilation=conv.dilation,
@@ -97,9 +98,12 @@ def _batch_norm(norm: enn.IIDBatchNorm1d, convert: Converter) -> layers.IIDBatch
         affine=norm.affine,
         track_running_stats=norm.track_running_stats,
     )
-    names = ("weight", "bias", "running_mean", "running_var", "average", "basis")
-    for state, kind in zip(plain.kinds, kinds, strict=True):
-        adopt(state, dict(zip(names, kind[1:], strict=True)))
+    names = ("weight", "bias", "running_mean", "running_var")
+    for state, kind, constants in zip(plain.kinds, kinds, constants_by_kind(norm), strict=True):
+        adopt(state, dict(zip(names, kind[1:5], strict=True)))
+        for name, exact in zip(("average", "basis"), constants, strict=True):
+            if exact is not None:
+                state.set_exact(name, exact, kind.var.dtype)
     adopt(plain, {"num_batches_tracked": norm.num_batches_tracked})
     return plain
 

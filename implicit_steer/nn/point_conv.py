@@ -10,6 +10,7 @@ from .._check import fail, require
 from ..graph import Graph
 from ..layers.fields import check_tensor
 from ..layers.point_conv import PointConvBase, check_chosen
+from .building import built_by_escnn
 from .kernel import CheckedBias, ImplicitKernel, check_type, trivial_bias
 
 
@@ -21,7 +22,10 @@ class ImplicitPointConv(CheckedBias, PointConvBase):
         edge_attr_type: fields of the edge attributes, or None.
         n_layers, n_channels, init_scheme: the kernel's MLP.
         sampling, norm, activation, cutoff: see :class:`ImplicitKernel`.
-        aggr: ``"sum"`` or ``"mean"`` over the edges of a node (0 at isolated nodes).
+        aggr: ``"sum"`` (``"add"``) or ``"mean"`` over the edges of a node (0 at isolated nodes).
+        width: of the shell s(r) = exp(−½ (r / σ)²): σ at first, in the unit of the positions, about the length of an
+            edge. The first call warns where no edge, or every one, is within its reach.
+        bias: whether a learned constant is added to the invariants of the output.
         backend: ``"auto"`` or one of ``implicit_steer.info().backends``; a backend asked for by name runs or raises.
 
     Raises:
@@ -30,7 +34,7 @@ class ImplicitPointConv(CheckedBias, PointConvBase):
     Example:
         >>> gs = escnn.gspaces.flipRot3dOnR3()
         >>> t = gs.type(*[gs.trivial_repr] * 4, *[gs.irrep(1, 1)] * 4)
-        >>> conv = ImplicitPointConv(t, t, None, n_layers=3, n_channels=8)
+        >>> conv = ImplicitPointConv(t, t, width=0.5)
         >>> pos = torch.randn(100, 3)
         >>> edges = implicit_steer.knn_graph(pos, k=8)
         >>> x = t(torch.randn(100, t.size), pos)
@@ -40,13 +44,14 @@ class ImplicitPointConv(CheckedBias, PointConvBase):
     Source: Zhdanov, Hoffmann, Cesa, NeurIPS 2023, section 3.4.
     """
 
+    @built_by_escnn
     def __init__(
         self,
         in_type: FieldType,
         out_type: FieldType,
-        edge_attr_type: FieldType | None,
-        n_layers: int,
-        n_channels: int,
+        edge_attr_type: FieldType | None = None,
+        n_layers: int = 3,
+        n_channels: int = 8,
         init_scheme: str = "he",
         *,
         sampling: str = "auto",
@@ -54,6 +59,8 @@ class ImplicitPointConv(CheckedBias, PointConvBase):
         activation: str = "elu",
         cutoff: float | None = None,
         aggr: str = "sum",
+        width: float = 0.5,
+        bias: bool = True,
         backend: str = "auto",
     ):
         super().__init__()
@@ -63,7 +70,7 @@ class ImplicitPointConv(CheckedBias, PointConvBase):
         if edge_attr_type is not None:
             check_type("edge_attr_type", edge_attr_type, in_type.gspace)
         self.in_type, self.out_type, self.edge_attr_type = in_type, out_type, edge_attr_type
-        self._set_bias(trivial_bias(out_type))
+        self._set_bias(trivial_bias(out_type, bias))
         self.implicit_kernel = ImplicitKernel(
             in_type,
             out_type,
@@ -76,6 +83,7 @@ class ImplicitPointConv(CheckedBias, PointConvBase):
             activation=activation,
             cutoff=cutoff,
             aggr=aggr,
+            width=width,
         )
         self.implicit_kernel.adopt_bias(self)
         self.backend = backend
