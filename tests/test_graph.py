@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from implicit_steer import Graph, knn_graph, native, radius_graph
+from implicit_steer import Graph, knn, knn_graph, native, radius, radius_graph
 from implicit_steer.graph import sort_by_key
 
 INDEX_TYPES = [torch.int32, torch.int64]
