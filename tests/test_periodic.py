@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from implicit_steer import periodic_radius_graph, radius_graph
+from implicit_steer.structures import Structures
 
 
 def brute_force(pos, r, cell, pbc):
@@ -123,3 +124,11 @@ def test_the_graph_without_a_box_names_the_one_with(options):
     name = next(iter(options))
     with pytest.raises(TypeError, match=rf"{name}: expected no argument .* periodic_radius_graph\(pos, r, cell, pbc\)"):
         radius_graph(torch.rand(2, 3), 1.0, **options)
+
+
+@pytest.mark.parametrize("pbc", [True, [False, True, False], torch.tensor([True, False, False])])
+def test_a_structure_that_repeats_needs_a_cell(pbc):
+    numbers, pos = torch.ones(2).long(), torch.rand(2, 3)
+    with pytest.raises(ValueError, match="cell: expected the lattice vectors of a periodic box, got None"):
+        Structures.single(numbers, pos, 1.0, pbc=pbc)
+    assert not Structures.single(numbers, pos, 9.0, pbc=[False] * 3).shift.any()

@@ -13,13 +13,13 @@ from ..layers.point_conv import PointConvBase, check_chosen, number_of_targets
 from .kernel import CheckedBias, ImplicitKernel, check_type, trivial_bias
 
 
-def _coordinates(dim: int) -> str:
-    remedy = f"escnn asks for coords (N, {dim}) of points; layers read edge_delta alone, so that where there are none"
-    return f"{remedy}, coords = torch.full((len(tensor), {dim}), torch.nan) will do."
+def _points_of(dim: int) -> str:
+    remedy = f"in_type(tensor, coords) with coords (N, {dim}): escnn asks for them, layers do not read them"
+    return f"{remedy}; where there are none, torch.full((N, {dim}), torch.nan) will do."
 
 
 def _check_points(x: GeometricTensor, dim: int) -> None:
-    remedy = f"Make them with in_type(tensor, coords); grids go to ImplicitConv. {_coordinates(dim)}"
+    remedy = f"Grids go to ImplicitConv; points are {_points_of(dim)}"
     require(x.tensor.dim() == 2, "x", "features of points, (N, C)", f"a grid {tuple(x.tensor.shape)}", remedy)
 
 
@@ -128,7 +128,7 @@ class ImplicitPointConv(CheckedBias, PointConvBase):
         dim = self.in_type.gspace.dimensionality
         if not (isinstance(x, GeometricTensor) and (x.type is self.in_type or x.type == self.in_type)):
             got = x.type if isinstance(x, GeometricTensor) else type(x).__name__
-            remedy = f"Wrap it: in_type(tensor, coords). {_coordinates(dim)}"
+            remedy = f"Wrap it: {_points_of(dim)}"
             fail("x", f"a GeometricTensor of type {self.in_type}", got, remedy, TypeError)
         width = kernel.shell_width
         _check_points(x, dim)
