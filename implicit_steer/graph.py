@@ -171,7 +171,8 @@ class Graph:
 
 def _checked_parts(graphs: Any) -> list[Graph]:
     expected = "a collection of Graphs"
-    require(isinstance(graphs, Iterable), "graphs", expected, type(graphs).__name__, kind=TypeError)
+    several = isinstance(graphs, Iterable) and not isinstance(graphs, Tensor)
+    require(several, "graphs", expected, type(graphs).__name__, kind=TypeError)
     parts = list(graphs)
     require(len(parts) > 0, "graphs", "at least one graph", "none")
     for number, part in enumerate(parts):

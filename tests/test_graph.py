@@ -292,6 +292,7 @@ def test_numbers_that_no_longer_fit_become_int64():
         ([], ValueError, "graphs: expected at least one graph, got none"),
         (None, TypeError, "graphs: expected a collection of Graphs, got NoneType"),
         (Graph(EDGES, 3), TypeError, "graphs: expected a collection of Graphs, got Graph"),
+        (torch.tensor(3), TypeError, "graphs: expected a collection of Graphs, got Tensor"),
         ([Graph(EDGES, 3), EDGES], TypeError, r"graphs\[1\]: expected a Graph, got Tensor"),
         (
             [Graph(EDGES, 3), Graph(EDGES, 3).to("meta")],

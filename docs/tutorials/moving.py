@@ -120,7 +120,7 @@ print(tuple(y.shape))
 # Here row 0 of `edge_index` is the source j, row 1 the target i, the centre into which the layer sums, and
 # `edge_delta` is the target's position minus the source's. Others:
 #
-# | code | row 0 | row 1 | vector | here |
+# | code | row 0 | row 1 | vector | pass here |
 # |---|---|---|---|---|
 # | `ist.knn_graph`, `radius_graph`, `periodic_radius_graph` | source | target | `pos[1] − pos[0]` | as it is |
 # | escnn: `R2PointConv`, `R3PointConv` | source | target | `pos[0] − pos[1]` | `−vector` |

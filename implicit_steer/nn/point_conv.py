@@ -19,8 +19,9 @@ def _points_of(dim: int) -> str:
 
 
 def _check_points(x: GeometricTensor, dim: int) -> None:
-    remedy = f"Grids go to ImplicitConv; points are {_points_of(dim)}"
-    require(x.tensor.dim() == 2, "x", "features of points, (N, C)", f"a grid {tuple(x.tensor.shape)}", remedy)
+    if x.tensor.dim() != 2:
+        remedy = f"Grids go to ImplicitConv; points are {_points_of(dim)}"
+        fail("x", "features of points, (N, C)", f"a grid {tuple(x.tensor.shape)}", remedy)
 
 
 class ImplicitPointConv(CheckedBias, PointConvBase):
