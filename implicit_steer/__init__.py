@@ -3,12 +3,24 @@
 from importlib import import_module
 from typing import Any
 
-from .graph import Graph, knn_graph, radius_graph
+from .graph import Graph
 from .info import info
+from .neighbours import knn, knn_graph, periodic_radius_graph, radius, radius_graph
 
 __version__ = "0.1.0"
 
-__all__ = ["Graph", "__version__", "info", "knn_graph", "load", "radius_graph", "save"]
+__all__ = [
+    "Graph",
+    "__version__",
+    "info",
+    "knn",
+    "knn_graph",
+    "load",
+    "periodic_radius_graph",
+    "radius",
+    "radius_graph",
+    "save",
+]
 
 
 # Found at the first use: they bring every layer and backend along; nn and models also escnn.

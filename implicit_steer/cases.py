@@ -13,7 +13,8 @@ from escnn.group import GroupElement, Representation, directsum
 from escnn.nn import FieldType
 from torch import Tensor
 
-from .graph import Graph, knn_graph
+from .graph import Graph
+from .neighbours import knn_graph
 from .nn import ImplicitPointConv
 
 SPACES: dict[str, Callable[[], gspaces.GSpace]] = {

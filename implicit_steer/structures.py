@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ._check import require
-from .graph import radius_graph
+from .neighbours import periodic_radius_graph, radius_graph
+from .periodic import checked_pbc
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,11 @@ class Structures:
     def single(cls, numbers: Tensor, pos: Tensor, r: float, cell: Tensor | None = None, pbc: Any = None) -> Structures:
         """One structure, with edges between all atoms at most ``r`` apart, across periodic boundaries too.
 
-        numbers (N,) integers, pos (N, 3), cell (3, 3) or None, pbc: as :func:`~implicit_steer.radius_graph` takes them.
+        numbers (N,) integers, pos (N, 3), cell (3, 3) or None, pbc: as :func:`~implicit_steer.periodic_radius_graph`
+        takes them.
 
-        Raises TypeError, ValueError as :func:`~implicit_steer.radius_graph`, and where ``numbers`` do not fit ``pos``.
+        Raises TypeError, ValueError as :func:`~implicit_steer.periodic_radius_graph`, and where ``numbers`` do not fit
+        ``pos``.
 
         Example:
             >>> pos = torch.tensor([[0, 0, 0], [0.96, 0, 0], [0, 0.96, 0]])
@@ -62,10 +65,12 @@ class Structures:
         ok = isinstance(numbers, Tensor) and not numbers.is_floating_point() and not numbers.is_complex()
         require(ok, "numbers", expected, getattr(numbers, "dtype", type(numbers).__name__), kind=TypeError)
         if cell is None:
-            edge_index = radius_graph(pos, r, pbc=pbc)
+            repeats = pbc is not None and checked_pbc(pbc, 3).any()
+            require(not repeats, "cell", "the lattice vectors of a periodic box", None)
+            edge_index = radius_graph(pos, r)
             shift, cell = pos.new_zeros(edge_index.shape[1], 3), pos.new_zeros(3, 3)
         else:
-            edge_index, shift = radius_graph(pos, r, cell=cell, pbc=pbc)
+            edge_index, shift = periodic_radius_graph(pos, r, cell, pbc)
         require(pos.shape[1] == 3, "pos", "shape (N, 3)", tuple(pos.shape))
         require(numbers.shape == pos.shape[:1], "numbers", expected, tuple(numbers.shape))
         batch = torch.zeros(len(pos), dtype=torch.int64, device=pos.device)

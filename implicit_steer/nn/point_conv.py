@@ -9,9 +9,20 @@ from .. import backends
 from .._check import fail, require
 from ..graph import Graph
 from ..layers.fields import check_tensor
-from ..layers.point_conv import PointConvBase, check_chosen
+from ..layers.point_conv import PointConvBase, check_chosen, number_of_targets
 from .building import built_by_escnn
 from .kernel import CheckedBias, ImplicitKernel, check_type, trivial_bias
+
+
+def _points_of(dim: int) -> str:
+    remedy = f"in_type(tensor, coords) with coords (N, {dim}): escnn asks for them, layers do not read them"
+    return f"{remedy}; where there are none, torch.full((N, {dim}), torch.nan) will do."
+
+
+def _check_points(x: GeometricTensor, dim: int) -> None:
+    if x.tensor.dim() != 2:
+        remedy = f"Grids go to ImplicitConv; points are {_points_of(dim)}"
+        fail("x", "features of points, (N, C)", f"a grid {tuple(x.tensor.shape)}", remedy)
 
 
 class ImplicitPointConv(CheckedBias, PointConvBase):
@@ -100,38 +111,45 @@ class ImplicitPointConv(CheckedBias, PointConvBase):
         """Convolve.
 
         Args:
-            x: features of ``in_type``, (N, C_in); or a pair (source features, target features or number of targets).
+            x: features of ``in_type``, (N, C_in); or a pair (source features, targets) for a graph between two sets:
+                the targets' features, of which only number and coordinates count, or their number, or None where
+                ``edge_index`` is a Graph, which knows it. Features without positions: ``in_type(x, coords)`` with any
+                coords, NaN for instance; escnn insists on them, the layer reads ``edge_delta`` alone.
             edge_index: (2, E) integers, row 0 = source j, row 1 = target i, in any order; or a :class:`Graph`, sorted
                 once and shared by every layer.
             edge_delta: (E, dim), position of the target minus that of the source.
             edge_attr: (E, A), plain or a GeometricTensor; None if the layer has no attribute type.
 
         Returns:
-            (N_target, C_out) of ``out_type``, at the targets' coordinates (NaN where only their number is known).
+            (N_target, C_out) of ``out_type``, at the targets' coordinates (NaN where they are not known).
         """
         kernel = self.implicit_kernel
-        source, coords, n_target = self._nodes(kernel, x)
+        source, coords, n_target = self._nodes(kernel, x, edge_index)
         graph = self._graph(edge_index, source.shape[0], n_target)
         return self._convolve(kernel, source, graph, edge_delta, edge_attr, coords)
 
-    def _nodes(self, kernel: ImplicitKernel, x) -> tuple[Tensor, Tensor, int]:
+    def _nodes(self, kernel: ImplicitKernel, x, edge_index) -> tuple[Tensor, Tensor, int]:
+        """The sources' features; coordinates and number of the targets."""
         target = x
         if isinstance(x, tuple):
             require(len(x) == 2, "x", "a GeometricTensor or a pair (source, target)", f"{len(x)} entries")
             x, target = x
+        dim = self.in_type.gspace.dimensionality
         if not (isinstance(x, GeometricTensor) and (x.type is self.in_type or x.type == self.in_type)):
             got = x.type if isinstance(x, GeometricTensor) else type(x).__name__
-            remedy = "Wrap it: in_type(tensor, coords)."
+            remedy = f"Wrap it: {_points_of(dim)}"
             fail("x", f"a GeometricTensor of type {self.in_type}", got, remedy, TypeError)
         width = kernel.shell_width
+        _check_points(x, dim)
         check_tensor("x", x.tensor, (None, self.in_type.size), width.dtype, width.device)
         if isinstance(target, GeometricTensor):
-            return x.tensor, target.coords, target.tensor.shape[0]
-        if isinstance(target, int) and not isinstance(target, bool) and target >= 0:
-            unknown = x.tensor.new_full((target, self.in_type.gspace.dimensionality), float("nan"))
-            return x.tensor, unknown, target
-        got = target if isinstance(target, int) else type(target).__name__
-        fail("x", "a GeometricTensor or a number of nodes as target", got, kind=TypeError)
+            _check_points(target, dim)
+            coords, n_target = target.coords, target.tensor.shape[0]
+        else:
+            coords, n_target = None, number_of_targets(target, edge_index, "a GeometricTensor")
+        if coords is None:
+            coords = x.tensor.new_full((n_target, dim), float("nan"))
+        return x.tensor, coords, n_target
 
     def _convolve(
         self, kernel: ImplicitKernel, source: Tensor, graph: Graph, edge_delta, edge_attr, coords
@@ -161,18 +179,19 @@ class ImplicitPointConvWithDownsampling(ImplicitPointConv):
         """Convolve onto the nodes ``idx_downsampled``.
 
         Args:
-            x, edge_delta, edge_attr: as in :class:`ImplicitPointConv`.
+            x: features of all nodes, (N, C_in); a pair (source, target) only without ``idx_downsampled``.
+            edge_delta, edge_attr: as in :class:`ImplicitPointConv`.
             edge_index: (2, E); row 0 indexes all nodes, row 1 the chosen ones (0 … M − 1); or a Graph of (N, M) nodes.
             idx_downsampled: (M,) integers: which nodes are kept; None keeps all.
 
         Returns:
-            (M, C_out), with the chosen nodes' coordinates.
+            (M, C_out), with the chosen nodes' coordinates (NaN where they are not known).
         """
         if idx_downsampled is None:
             return super().forward(x, edge_index, edge_delta, edge_attr)
         kernel = self.implicit_kernel
-        source, coords, n = self._nodes(kernel, x)
-        check_chosen(idx_downsampled, n)
+        source, coords, n = self._nodes(kernel, x, edge_index)
+        check_chosen(x, idx_downsampled, n)
         graph = self._graph(edge_index, n, len(idx_downsampled))
         return self._convolve(
             kernel, source, graph, edge_delta, edge_attr, coords.index_select(0, idx_downsampled.long())
