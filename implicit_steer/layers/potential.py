@@ -168,9 +168,8 @@ class PotentialNet(torch.nn.Module):
             energies = self.atomic_energies(species, graph, delta)
             (g,) = torch.autograd.grad(energies.sum(), delta, create_graph=create_graph)  # [E, 3]
             # ∂E/∂pos by the chain rule: each edge vector is target minus source
-            lost = _lost(structures)
-            forces = lost.to(g.dtype)[:, None].expand(-1, 3)
-            forces = forces.index_add(0, graph.src, g).index_add(0, graph.dst, -g)
+            forces, lost = g.new_zeros(structures.pos.shape), _lost(structures)
+            forces = forces.index_add(0, graph.src, g).index_add(0, graph.dst, -g) + lost[:, None].to(g.dtype)
             energies = energies + lost
             energy = _per_structure(energies, structures)
             virial = None
