@@ -58,27 +58,23 @@ def sample_surface(mesh: Mesh, count: int, rng: np.random.Generator) -> np.ndarr
     return (a + (1 - u) * (b - a) + u * v * (c - a)).astype(np.float32)
 
 
-class _Line(NamedTuple):
-    """A line of a file: its number, from 1; its words, at least one."""
-
-    number: int
-    words: list[bytes]
-
-    def __str__(self) -> str:
-        return f"{b' '.join(self.words)!r} in line {self.number}"
+_Line = tuple[int, bytes]  # number in the file, from 1; text: words that white space of any kind separates
 
 
-def _lines(content: bytes) -> Iterator[_Line]:
-    """The lines that have words, which any white space separates. What follows a ``#`` is a comment; a line that ends
-    with a backslash goes on in the next (and has its number)."""
-    begun, number = b"", 0
-    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
-        line = begun + line.partition(b"#")[0].rstrip()
-        begun = line.removesuffix(b"\\") + b" " if line.endswith(b"\\") else b""
-        if not begun and (words := line.split()):
-            yield _Line(number, words)
-    if words := begun.split():
-        yield _Line(number, words)
+def _lines(content: bytes) -> list[_Line]:
+    """The lines that have words. What follows a ``#`` is a comment; a line that ends with a backslash goes on in the
+    next (and has its number)."""
+    lines = content.removeprefix(codecs.BOM_UTF8).splitlines()
+    texts = [*(line.partition(b"#")[0].strip() for line in lines), b""]
+    for n in range(len(lines)):
+        if texts[n].endswith(b"\\"):
+            texts[n], texts[n + 1] = b"", (texts[n][:-1] + b" " + texts[n + 1]).strip()
+    return [(number, text) for number, text in enumerate(texts, start=1) if text]
+
+
+def _shown(line: _Line) -> str:
+    number, text = line
+    return f"{b' '.join(text.split())!r} in line {number}"
 
 
 def parse_off(name: str, content: bytes) -> Mesh:
@@ -86,38 +82,38 @@ def parse_off(name: str, content: bytes) -> Mesh:
 
     Polygons are split into fans; what follows a face's indices (colours) is left out.
     """
-    lines = list(_lines(content))
-    first = lines[0].words if lines else [b""]
-    require(first[0][:3].upper() == b"OFF", name, "a file that starts with OFF", repr(content[:12]), DAMAGED)
-    rest = [word for word in (first[0][3:], *first[1:]) if word]
-    lines = [_Line(lines[0].number, rest), *lines[1:]] if rest else lines[1:]
-    head = lines[0].words if lines else []
+    lines = _lines(content)
+    number, first = lines[0] if lines else (0, b"")
+    require(first[:3].upper() == b"OFF", name, "a file that starts with OFF", repr(content[:12]), DAMAGED)
+    rest = first[3:].strip()
+    lines = [(number, rest), *lines[1:]] if rest else lines[1:]
+    head = lines[0][1].split() if lines else []
     ok = len(head) in (2, 3) and all(word.isdigit() for word in head)  # some writers leave out the edges
-    require(ok, name, "numbers of vertices, faces and edges", lines[0] if lines else "none", DAMAGED)
+    require(ok, name, "numbers of vertices, faces and edges", _shown(lines[0]) if lines else "none", DAMAGED)
     n_vertices, n_faces = int(head[0]), int(head[1])
     body, expected = lines[1:], f"{n_vertices} vertices and {n_faces} faces"
     require(len(body) >= n_vertices + n_faces, name, expected, f"{len(body)} lines", DAMAGED)
     vertices, faces = body[:n_vertices], body[n_vertices : n_vertices + n_faces]
     for line in vertices:
-        if len(line.words) != 3:
-            fail(name, "3 coordinates per vertex", line, DAMAGED)
+        if len(line[1].split()) != 3:
+            fail(name, "3 coordinates per vertex", _shown(line), DAMAGED)
     return make_mesh(name, _numbers(name, vertices, 3), _triangles(name, faces))
 
 
 def _triangles(name: str, faces: list[_Line]) -> np.ndarray:
     """(T, 3) of the faces ``n i₁ … iₙ`` of an OFF file."""
-    if all(len(line.words) == 4 and line.words[0] == b"3" for line in faces):  # nearly every file: all at once
+    if all(len(text.split()) == 4 for _, text in faces):  # nearly every file: all at once
         table = _numbers(name, faces, 4)
-        if not (table % 1).any():
+        if (table[:, 0] == 3).all() and not (table % 1).any():
             return table[:, 1:].astype(np.int64)
     return _fans(_corners(name, line) for line in faces)
 
 
 def _corners(name: str, line: _Line) -> list[int]:
-    first, *words = line.words
+    first, *words = line[1].split()
     count = int(first) if first.isdigit() else 0
-    ok = 0 < count <= len(words) and all(word.isdigit() for word in words[:count])
-    require(ok, name, "faces 'n i1 ... in'", line, DAMAGED)
+    if not (0 < count <= len(words) and all(word.isdigit() for word in words[:count])):
+        fail(name, "faces 'n i1 ... in'", _shown(line), DAMAGED)
     return [int(word) for word in words[:count]]
 
 
@@ -125,14 +121,16 @@ def parse_obj(name: str, content: bytes) -> Mesh:
     """An OBJ file's vertices (``v x y z``) and faces (``f i/…/… j k …``, from 1, or from −1 backwards), as fans."""
     positions, faces = [], []
     for line in _lines(content):
-        keyword, words = line.words[0].lower(), line.words[1:]
+        keyword, *words = line[1].split()
+        keyword = keyword.lower()
         if keyword == b"v":
-            require(len(words) >= 3, name, "3 coordinates per vertex", line, DAMAGED)
-            positions.append(_Line(line.number, words[:3]))
+            if len(words) < 3:
+                fail(name, "3 coordinates per vertex", _shown(line), DAMAGED)
+            positions.append((line[0], b" ".join(words[:3])))
         elif keyword in (b"f", b"fo"):  # fo: of version 2
             words = [word.partition(b"/")[0] for word in words]
-            ok = all(word.removeprefix(b"-").isdigit() and int(word) != 0 for word in words)
-            require(ok, name, "faces of whole numbers from 1", line, DAMAGED)
+            if not all(word.removeprefix(b"-").isdigit() and int(word) != 0 for word in words):
+                fail(name, "faces of whole numbers from 1", _shown(line), DAMAGED)
             faces.append([i - 1 if i > 0 else len(positions) + i for i in map(int, words)])
     return make_mesh(name, _numbers(name, positions, 3), _fans(faces))
 
@@ -142,11 +140,10 @@ def _numbers(name: str, lines: list[_Line], columns: int) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("error", DeprecationWarning)  # numpy's word for text that is no number
         try:
-            text = b" ".join(word for line in lines for word in line.words)
-            return np.fromstring(text, sep=" ").reshape(len(lines), columns)
+            return np.fromstring(b"\n".join([text for _, text in lines]), sep=" ").reshape(len(lines), columns)
         except (DeprecationWarning, ValueError):
-            wrong = next((f": {line}" for line in lines if not all(map(_is_number, line.words))), " among them")
-            fail(name, "numbers", f"other text{wrong}", DAMAGED)
+            wrong = [line for line in lines if not all(map(_is_number, line[1].split()))]
+            fail(name, "numbers", f"other text: {_shown(wrong[0])}" if wrong else "other text among them", DAMAGED)
 
 
 def _is_number(word: bytes) -> bool:
