@@ -64,13 +64,17 @@ class Trajectory(NamedTuple):
 
     def drift(self) -> float:
         """Slope of the line through the total energy, eV/atom/ps."""
-        return float(np.polyfit(self.energies[:, 0], self.energies[:, 3], 1)[0]) / self.atoms
+        return float(np.polyfit(*self._total(), 1)[0]) / self.atoms
 
     def ripple(self) -> float:
         """Standard deviation of the total energy about that line, eV/atom."""
-        time_ps, total = self.energies[:, 0], self.energies[:, 3]
+        time_ps, total = self._total()
         line = np.polynomial.Polynomial.fit(time_ps, total, 1)
         return float((total - line(time_ps)).std()) / self.atoms
+
+    def _total(self) -> tuple[np.ndarray, np.ndarray]:
+        """Time, and how the total energy has changed: energies of free atoms, 10⁷ eV, leave a fit too few digits."""
+        return self.energies[:, 0], self.energies[:, 3] - self.energies[0, 3]
 
 
 def start_structure(potential: Potential, name: str | None) -> Atoms:

@@ -35,7 +35,11 @@ class Potential(PotentialNet):
         activation: of the kernels' MLPs; a smooth one ("silu", "gelu", "tanh").
         backend, sampling: of the convolutions.
 
-    Buffers (set by :meth:`fit`): shift, scale (S,) eV; degree (), mean number of neighbours.
+    Energies are float64 also in a float32 potential: interactions are computed in its dtype, edge vectors before, and
+    sums with the large energies of free atoms after, in float64.
+
+    Buffers (set by :meth:`fit`): shift (S,) eV, float64 whatever the potential's dtype; scale (S,) eV; degree (), mean
+    number of neighbours.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -120,7 +124,7 @@ def load_potential(path: str | Path) -> Potential:
         options, state = saved["options"], saved["state_dict"]
     except (RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError) as error:
         fail(str(path), "a file written by Potential.save", error)
-    potential = Potential(**options).to(state["shift"].dtype)
+    potential = Potential(**options).to(state["embedding.weight"].dtype)
     potential.load_state_dict(state)
     return potential.eval()
 
