@@ -25,6 +25,7 @@ parameters and buffers come on top, by name; nothing else is kept. To make a new
 3. A test in ``tests/test_deploy.py``. If files written before would be read differently now, raise ``FORMAT``.
 """
 
+from .registry import register
 from .saving import copy_state, load, save
 
-__all__ = ["copy_state", "load", "save"]
+__all__ = ["copy_state", "load", "register", "save"]

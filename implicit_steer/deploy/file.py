@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._check import fail
+from .._files import replacing
 
 FORMAT = 1  # raise it when files written before would be read differently
 KEY = "implicit_steer"  # of the metadata
@@ -42,13 +43,8 @@ def write(path: str | os.PathLike, content: dict[str, Any], tensors: dict[str, T
     manifest = {"format": FORMAT, "library": __version__, **content}
     manifest["sha256"] = _digest(manifest, tensors)
     data = safetensors.torch.save(tensors, {KEY: _text(manifest)})
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(Path(path)) as file:
+        file.write(data)
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:

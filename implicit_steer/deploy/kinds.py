@@ -1,4 +1,4 @@
-"""The fixed tables of what can be in a file: modules that need no escnn, and pieces of plans."""
+"""The tables of what can be in a file: modules that need no escnn, pieces of plans, and classes of users."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .. import layers, plan
+from .._check import require
 
 
 class Kind(NamedTuple):
-    """How a module of one class is taken apart and built again."""
+    """How a module of one class is taken apart and built again. ``origin``: of a class of a user, where it is."""
 
     name: str
     build: Callable[..., Any]
     arguments: Callable[[Any], dict[str, Any]]
+    origin: str = ""
 
 
 # Modules with ``arguments()``, by the name of their class.
@@ -56,8 +58,6 @@ _TORCH: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Softplus: ("beta", "threshold"),
     nn.Tanh: (),
 }
-_EMPTY = (nn.BatchNorm1d, nn.Embedding, nn.LayerNorm, nn.Linear)  # built without drawing random numbers
-
 
 def _torch_kind(cls: type[nn.Module], names: tuple[str, ...]) -> Kind:
     def arguments(module: nn.Module) -> dict[str, Any]:
@@ -65,7 +65,9 @@ def _torch_kind(cls: type[nn.Module], names: tuple[str, ...]) -> Kind:
         return {name: getattr(module, name) for name in names} | ({"bias": False} if bias_left_out else {})
 
     def build(**given: Any) -> nn.Module:
-        return cls(**given, device="meta") if cls in _EMPTY else cls(**given)
+        allowed = {*names, "bias"}  # others, such as a device, mean something to torch too
+        require(given.keys() <= allowed, cls.__name__, f"arguments among {sorted(allowed)}", sorted(given))
+        return cls(**given)
 
     return Kind(f"torch.{cls.__name__}", build, arguments)
 
@@ -86,6 +88,7 @@ _BY_CLASS: dict[type, Kind] = {
     **{cls: Kind(f"torch.{cls.__name__}", build, _children) for cls, build in _CONTAINERS.items()},
 }
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _BY_CLASS.values()}
+REGISTERED: dict[str, Kind] = {}  # by the names under which users registered their classes
 
 _DATA = (
     layers.Fields,
@@ -108,3 +111,13 @@ def is_plain(cls: type) -> bool:
 def kind_of(cls: type) -> Kind:
     """How plain modules of exactly this class are taken apart and built."""
     return _BY_CLASS[cls]
+
+
+def add_registered(cls: type, kind: Kind) -> None:
+    """From now on modules of this class of a user can be in a file."""
+    REGISTERED[kind.name] = _BY_CLASS[cls] = kind
+
+
+def is_registered(cls: type) -> bool:
+    """Whether modules of exactly this class can be in a file because a user registered it."""
+    return cls in _BY_CLASS and bool(_BY_CLASS[cls].origin)

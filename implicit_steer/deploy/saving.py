@@ -11,7 +11,8 @@ from torch import Tensor
 from .._check import fail, require
 from . import file
 from .convert import convert
-from .encoding import decode, encode
+from .encoding import FORGED, decode, encode, unregistered
+from .kinds import is_registered
 
 STATE = "state."  # names of parameters and buffers in the file begin with this
 
@@ -48,8 +49,8 @@ def save(module: torch.nn.Module, path: str | os.PathLike) -> None:
     for name, owner, key in _state(plain):
         tensor = getattr(owner, key)
         if id(tensor) in owners:
-            remedy = "Give each module its own; modules that are shared as a whole can be saved."
-            fail(name, "a tensor of one module", f"that of {owners[id(tensor)]!r}", remedy, TypeError)
+            remedy = "Give each module tensors of its own; modules that are shared as a whole can be saved."
+            fail(f"{remedy} {name}", "a tensor of one module", f"that of {owners[id(tensor)]!r}", kind=TypeError)
         owners[id(tensor)] = name
         tensors[STATE + name] = tensor.detach().cpu()
         if isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad:
@@ -85,11 +86,15 @@ def load(path: str | os.PathLike) -> torch.nn.Module:
         torch.Size([100, 16])
     """
     manifest, tensors = file.read(path)
+    if missing := unregistered(manifest.get("objects")):
+        name, origin = missing
+        remedy = "Import the module that registers it first (@implicit_steer.register), under the same name."
+        fail(str(path), f"the class {name!r} to be registered, which was {origin}", "none", remedy, RuntimeError)
+    state = {k.removeprefix(STATE): v for k, v in tensors.items() if k.startswith(STATE)}
     try:
-        with torch.random.fork_rng(devices=[]):  # what modules draw as they are built is replaced
-            module = decode(manifest["objects"], tensors)
-        _restore(module, {k.removeprefix(STATE): v for k, v in tensors.items() if k.startswith(STATE)}, manifest)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        module = decode(manifest["objects"], tensors, state.values())
+        _restore(module, state, manifest)
+    except FORGED as error:
         remedy = f"It was written by implicit_steer {manifest.get('library')}: save it again, or install that version."
         fail(str(path), "the content of a saved module", f"{type(error).__name__}: {error}", remedy, RuntimeError)
     return module
@@ -124,11 +129,13 @@ def copy_state(saved: torch.nn.Module, module: torch.nn.Module) -> None:
 
 
 def _state(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module, str]]:
-    """(full name, owner, name there) of every parameter and persistent buffer; modules in two places count once."""
+    """(full name, owner, name there) of every parameter and persistent buffer, and of the other buffers of a user's
+    class, which no ``__init__`` makes; modules in two places count once."""
     found = []
     for prefix, owner in module.named_modules():
+        made_anew = set() if is_registered(type(owner)) else owner._non_persistent_buffers_set
         keys = [k for k, v in owner._parameters.items() if v is not None]
-        keys += [k for k, v in owner._buffers.items() if v is not None and k not in owner._non_persistent_buffers_set]
+        keys += [k for k, v in owner._buffers.items() if v is not None and k not in made_anew]
         found += [(f"{prefix}.{key}" if prefix else key, owner, key) for key in keys]
     return found
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from .. import processes
 from .._check import fail, parse_sampling, require
 from .._extras import load_extra
+from .._files import CHMOD, replacing
 from ..backends import NAMES as BACKEND_NAMES
 
 # Of a run, in its folder.
@@ -228,6 +228,8 @@ def check_folder(out: Path, options: RunOptions) -> None:
     remedy = "The checkpoint is damaged: start again with --overwrite."
     try:
         saved = torch.load(last, map_location="cpu", weights_only=True)["options"]
+    except PermissionError as error:
+        fail(str(last), "a checkpoint that may be read", error.strerror, f"{CHMOD}.", PermissionError)
     except (RuntimeError, EOFError, OSError, KeyError) as error:
         fail(str(last), "a checkpoint of a training run", error, remedy)
     for name, value in options.identity().items():
@@ -236,6 +238,5 @@ def check_folder(out: Path, options: RunOptions) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write ``content``; ``path`` appears complete or not at all."""
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
