@@ -23,8 +23,6 @@ from ..plan import Data
 from .kinds import DATA, KINDS, REGISTERED, kind_of
 from .limits import Placeholders, check_size
 
-# What Python, NumPy and torch raise where something else was written than ``encode`` writes.
-FORGED = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 ARRAY = "array."  # names of arrays in the file begin with this
 
 
@@ -86,13 +84,13 @@ def encode(module: torch.nn.Module) -> tuple[list[dict[str, Any]], dict[str, Ten
     return encoder.objects, encoder.tensors
 
 
-def unregistered(objects: Any) -> tuple[str, str] | None:
-    """Name and origin of the first class of a user that is not registered here; None where all are."""
-    for entry in objects if isinstance(objects, list) else ():
-        name = entry.get("registered") if isinstance(entry, dict) else None
-        if isinstance(name, str) and name not in REGISTERED:
-            return name, str(entry.get("origin"))
-    return None
+def unregistered(objects: Any) -> list[str]:
+    """Names, and where they were, of the classes of users that are not registered here."""
+    entries = [entry for entry in objects if isinstance(entry, dict)] if isinstance(objects, list) else []
+    found = {
+        entry.get("registered"): entry.get("origin") for entry in entries if isinstance(entry.get("registered"), str)
+    }
+    return [f"{name!r} ({origin})" for name, origin in found.items() if name not in REGISTERED]
 
 
 _SCALARS = {
@@ -146,7 +144,7 @@ def decode(objects: list[dict[str, Any]], tensors: dict[str, Tensor], state: Ite
 
     Raises:
         ValueError: a kind that is not known here, content that contradicts itself, or sizes that the tensors do not
-            account for. :data:`FORGED` too come from objects that ``encode`` did not make.
+            account for. :data:`~implicit_steer.deploy.file.FORGED` too come from objects that ``encode`` did not make.
     """
     decoder = _Decoder(tensors)
     with Placeholders(state):

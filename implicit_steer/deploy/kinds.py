@@ -59,6 +59,7 @@ _TORCH: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Tanh: (),
 }
 
+
 def _torch_kind(cls: type[nn.Module], names: tuple[str, ...]) -> Kind:
     def arguments(module: nn.Module) -> dict[str, Any]:
         bias_left_out = getattr(module, "weight", None) is not None and getattr(module, "bias", 0) is None

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from .._check import fail, require
+from ..layers import Fields
 from .kinds import REGISTERED, Kind, add_registered, is_plain, is_registered
 
 _M = TypeVar("_M", bound=torch.nn.Module)
@@ -159,7 +160,7 @@ def check_attributes(name: str, module: torch.nn.Module, has_counterpart: Callab
         else:
             array = isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc" and value.dtype.isnative
             remedy = "Make it a local variable of __init__, or hold plain values, buffers or modules instead."
-            ok = cls in _PLAIN or array or has_counterpart(cls)
+            ok = cls in (*_PLAIN, Fields) or array or has_counterpart(cls)
             require(ok, f"{remedy} {where}", _EXPECTED, cls.__name__, kind=TypeError)
 
     for key, value in _attributes(module).items():

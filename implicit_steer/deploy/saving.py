@@ -11,7 +11,7 @@ from torch import Tensor
 from .._check import fail, require
 from . import file
 from .convert import convert
-from .encoding import FORGED, decode, encode, unregistered
+from .encoding import decode, encode, unregistered
 from .kinds import is_registered
 
 STATE = "state."  # names of parameters and buffers in the file begin with this
@@ -87,14 +87,13 @@ def load(path: str | os.PathLike) -> torch.nn.Module:
     """
     manifest, tensors = file.read(path)
     if missing := unregistered(manifest.get("objects")):
-        name, origin = missing
-        remedy = "Import the module that registers it first (@implicit_steer.register), under the same name."
-        fail(str(path), f"the class {name!r} to be registered, which was {origin}", "none", remedy, RuntimeError)
+        remedy = "Import the module that registers them (@implicit_steer.register), then load."
+        fail(str(path), f"registered classes {', '.join(missing)}", "none of that name", remedy, RuntimeError)
     state = {k.removeprefix(STATE): v for k, v in tensors.items() if k.startswith(STATE)}
     try:
         module = decode(manifest["objects"], tensors, state.values())
         _restore(module, state, manifest)
-    except FORGED as error:
+    except file.FORGED as error:
         remedy = f"It was written by implicit_steer {manifest.get('library')}: save it again, or install that version."
         fail(str(path), "the content of a saved module", f"{type(error).__name__}: {error}", remedy, RuntimeError)
     return module

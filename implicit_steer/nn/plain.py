@@ -52,6 +52,10 @@ def _with_bias(plain: layers.kernel.Biased, conv: CheckedBias) -> layers.kernel.
 
 @converts(*_POINT_CONVS)
 def _point_conv(conv: ImplicitPointConv, convert: Converter) -> layers.ImplicitPointConv:
+    own = conv.bias is None or any(owner is conv for owner, *_ in conv.implicit_kernel._tensors)
+    remedy = "Give each convolution a kernel of its own, since the operator adds the bias of only one."
+    name = f"{remedy} {convert.name(conv)}.implicit_kernel"
+    require(own, name, "a kernel of this convolution", "that of another one", kind=TypeError)
     plain = _POINT_CONVS[type(conv)](
         in_type=convert(conv.in_type),
         out_type=convert(conv.out_type),
