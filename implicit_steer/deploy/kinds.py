@@ -23,7 +23,9 @@ class Kind(NamedTuple):
 
 # Modules with ``arguments()``, by the name of their class.
 _PLAIN = (
+    layers.Blur,
     layers.CloudNet,
+    layers.FieldPool,
     layers.FourierActivation,
     layers.Gate,
     layers.IIDBatchNorm1d,
@@ -33,6 +35,7 @@ _PLAIN = (
     layers.ImplicitPointConvWithDownsampling,
     layers.Linear,
     layers.MoleculeNet,
+    layers.NormMaxPool,
     layers.ParticleNet,
     layers.PotentialNet,
     layers.ResidualBlock,
@@ -41,7 +44,16 @@ _PLAIN = (
 )
 
 # torch's: their constructors' arguments, which are attributes too.
+_WINDOWS = ("kernel_size", "stride", "padding", "ceil_mode")
+_AVERAGES = (*_WINDOWS, "count_include_pad", "divisor_override")
+_MAXIMA = (*_WINDOWS, "dilation", "return_indices")
 _TORCH: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.AdaptiveAvgPool2d: ("output_size",),
+    nn.AdaptiveAvgPool3d: ("output_size",),
+    nn.AdaptiveMaxPool2d: ("output_size", "return_indices"),
+    nn.AdaptiveMaxPool3d: ("output_size", "return_indices"),
+    nn.AvgPool2d: _AVERAGES,
+    nn.AvgPool3d: _AVERAGES,
     nn.BatchNorm1d: ("num_features", "eps", "momentum", "affine", "track_running_stats"),
     nn.Dropout: ("p",),
     nn.ELU: ("alpha",),
@@ -52,6 +64,8 @@ _TORCH: dict[type[nn.Module], tuple[str, ...]] = {
     nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine"),
     nn.LeakyReLU: ("negative_slope",),
     nn.Linear: ("in_features", "out_features"),
+    nn.MaxPool2d: _MAXIMA,
+    nn.MaxPool3d: _MAXIMA,
     nn.ReLU: (),
     nn.SiLU: (),
     nn.Sigmoid: (),

@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 import escnn.nn as enn
 import torch
+from escnn.group import Representation
 from torch import nn
 
 from .. import layers
@@ -159,3 +160,63 @@ def _elu(module: enn.ELU, convert: Converter) -> nn.ELU:
 @converts(enn.LeakyReLU)
 def _leaky_relu(module: enn.LeakyReLU, convert: Converter) -> nn.LeakyReLU:
     return nn.LeakyReLU(module._negative_slope)
+
+
+# ---- escnn's poolings
+
+_POOLINGS = {
+    enn.PointwiseAdaptiveAvgPool2D: nn.AdaptiveAvgPool2d,
+    enn.PointwiseAdaptiveAvgPool3D: nn.AdaptiveAvgPool3d,
+    enn.PointwiseAdaptiveMaxPool2D: nn.AdaptiveMaxPool2d,
+    enn.PointwiseAdaptiveMaxPool3D: nn.AdaptiveMaxPool3d,
+    enn.PointwiseAvgPool2D: nn.AvgPool2d,
+    enn.PointwiseAvgPool3D: nn.AvgPool3d,
+    enn.PointwiseMaxPool2D: nn.MaxPool2d,
+    enn.PointwiseMaxPool3D: nn.MaxPool3d,
+}
+_WINDOW = ("output_size", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
+
+
+@converts(*_POOLINGS)
+def _pooling(pool: enn.EquivariantModule, convert: Converter) -> nn.Module:
+    return _POOLINGS[type(pool)](**{name: getattr(pool, name) for name in _WINDOW if hasattr(pool, name)})
+
+
+def _blur(pool: enn.EquivariantModule, padding: tuple[int, ...], convert: Converter) -> layers.Blur:
+    plain = layers.Blur(convert(pool.in_type), tuple(pool.filter.shape[2:]), pool.stride, padding)
+    adopt(plain, {"filter": pool.filter})
+    return plain
+
+
+@converts(enn.PointwiseAvgPoolAntialiased2D, enn.PointwiseAvgPoolAntialiased3D)
+def _antialiased_average(pool: enn.EquivariantModule, convert: Converter) -> layers.Blur:
+    return _blur(pool, pool.padding, convert)
+
+
+@converts(enn.PointwiseMaxPoolAntialiased2D, enn.PointwiseMaxPoolAntialiased3D)
+def _antialiased_maximum(pool: enn.EquivariantModule, convert: Converter) -> nn.Sequential:
+    maximum = nn.MaxPool2d if pool.d == 2 else nn.MaxPool3d
+    dense = maximum(pool.kernel_size, 1, pool.padding, pool.dilation, ceil_mode=pool.ceil_mode)
+    return nn.Sequential(dense, _blur(pool, pool._pad, convert))
+
+
+def _subfield(representation: Representation) -> int:
+    """Size of the subfields that escnn's ``InducedNormPool`` takes the norms of."""
+    (name,) = (name for name in representation.supported_nonlinearities if name.startswith("induced_norm"))
+    return int(name.split("_")[-1])
+
+
+@converts(enn.GroupPooling, enn.NormPool, enn.InducedNormPool)
+def _field_pool(pool: enn.EquivariantModule, convert: Converter) -> layers.FieldPool:
+    part = {enn.GroupPooling: lambda r: 1, enn.NormPool: lambda r: r.size, enn.InducedNormPool: _subfield}[type(pool)]
+    kinds = tuple((r.size, part(r)) for r in pool.in_type.representations)
+    return layers.FieldPool(
+        convert(pool.in_type), convert(pool.out_type), kinds, norm=not isinstance(pool, enn.GroupPooling)
+    )
+
+
+@converts(enn.NormMaxPool)
+def _norm_max_pool(pool: enn.NormMaxPool, convert: Converter) -> layers.NormMaxPool:
+    window = {name: getattr(pool, name) for name in _WINDOW if hasattr(pool, name)}
+    kinds = tuple((r.size, 0) for r in pool.in_type.representations)
+    return layers.NormMaxPool(convert(pool.in_type), kinds, **window)
