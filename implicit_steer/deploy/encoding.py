@@ -125,7 +125,7 @@ class _Decoder:
 
     def add(self, entry: dict[str, Any]) -> None:
         """Build the object that comes next."""
-        sort = next(sort for sort in _TABLES if sort in entry)
+        sort = next((sort for sort in _TABLES if sort in entry), "module")
         table, content = _TABLES[sort], entry["fields" if sort == "data" else "arguments"]
         name = entry[sort]
         require(name in table, sort, f"one of {sorted(table)}", repr(name))
