@@ -1,8 +1,8 @@
 """``python tests/fuzz_load.py --count 2000``: damaged and forged files, each of which loads, or says what it is.
 
-Files of several kinds are changed: their bytes, their manifest, their tensors, in most cases with a digest that is right
-again. A worker process loads each, one after the other, and calls what it loaded. Wrong is: an exception that is no
-RuntimeError with the path, memory beyond twice the file and 64 MB, a crash, and a call that hangs.
+Files of several kinds are changed: their bytes, their manifest, their tensors, in most cases with a digest that is
+right again. A worker process loads each, one after the other, and calls what it loaded. Wrong is: an exception that is
+no RuntimeError with the path, memory beyond twice the file and 64 MB, a crash, and a call that hangs.
 """
 
 import argparse
@@ -30,7 +30,20 @@ ROOM = 64 * 2**20  # bytes that a load may take beyond twice its file
 RESERVED = 256 * 2**20  # of address space, without being touched: what libraries map at their first use
 PATIENCE = 120  # seconds without a finished case
 NUMBERS = (10**12, 10**9, 2**31, 2**63, 10**20, 100_000, -1, -(10**12), 0, 1, 2, 0.5, -0.5, 1e300)
-OTHERS = ("", "os.system", None, True, [], {}, [1, 2], {"object": 0}, {"array": "array.0"}, {"list": [1]}, "@nan", "@deep")
+OTHERS = (
+    "",
+    "os.system",
+    None,
+    True,
+    [],
+    {},
+    [1, 2],
+    {"object": 0},
+    {"array": "array.0"},
+    {"list": [1]},
+    "@nan",
+    "@deep",
+)
 
 
 @ist.register
@@ -145,7 +158,9 @@ def change_tensor(rng, manifest, tensors):
     elif kind == 4:
         tensors[name] = torch.cat([tensor.reshape(-1)] * 2)[: int(rng.integers(2 * tensor.numel() + 1))]
     elif kind == 5:
-        tensors[name] = torch.zeros(_pick(rng, [(0,), (10**12, 0), (0, 10**9), (1, 1, 1, 1, 1), ()]), dtype=tensor.dtype)
+        tensors[name] = torch.zeros(
+            _pick(rng, [(0,), (10**12, 0), (0, 10**9), (1, 1, 1, 1, 1), ()]), dtype=tensor.dtype
+        )
     elif tensor.numel():
         changed = tensor.clone().reshape(-1)
         values = [float("nan"), float("inf"), -1.0, 1e30] if tensor.is_floating_point() else [-1, 10**6, 2**40, 1, 0]

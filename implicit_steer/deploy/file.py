@@ -62,7 +62,7 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What :func:`write` wrote: the manifest and the tensors.
 
     Raises:
-        FileNotFoundError: no such file.
+        OSError: no such file, or one that cannot be read.
         RuntimeError: damaged, foreign or of a newer format; the message names the path.
     """
     import safetensors.torch

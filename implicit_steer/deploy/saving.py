@@ -28,12 +28,13 @@ def save(module: torch.nn.Module, path: str | os.PathLike) -> None:
     Args:
         module: a module of :mod:`implicit_steer.nn` or :mod:`implicit_steer.models`; one of escnn's ``Linear``,
             ``IIDBatchNorm1d``, ``TensorProductModule``, ``SequentialModule``, ``ReLU``, ``ELU``, ``LeakyReLU``,
-            ``IdentityModule``; common layers of ``torch.nn``; ``Sequential``, ``ModuleList``, ``ModuleDict`` of these;
-            or what :func:`load` returned.
+            ``IdentityModule``, or a pooling; common layers of ``torch.nn``; ``Sequential``, ``ModuleList``,
+            ``ModuleDict`` of these; one of a class of your own that :func:`~implicit_steer.register` knows; or what
+            :func:`load` returned.
         path: the file; an existing one is replaced.
 
     Raises:
-        TypeError: a part that cannot be saved; it is named, with what can and what to do.
+        TypeError: a part that cannot be saved; the message says what to do, then names it and what can be.
         OSError: the file cannot be written.
 
     Example:
@@ -62,6 +63,9 @@ def save(module: torch.nn.Module, path: str | os.PathLike) -> None:
 def load(path: str | os.PathLike) -> torch.nn.Module:
     """The module that :func:`save` wrote, without escnn: plain tensors in, plain tensors out, on the CPU.
 
+    A file is looked through before it is believed: nothing that it names is imported or run, and no size in it asks for
+    more memory than its tensors account for.
+
     It gives the numbers of the original to rounding, is trainable and equivariant while it is trained, and can be saved
     again. Its arguments are the original's with tensors for GeometricTensors: ``conv(x, edge_index, edge_delta,
     edge_attr)``; ``conv.in_type(x, positions)`` returns x, so code that wraps its features runs unchanged. Its
@@ -72,11 +76,13 @@ def load(path: str | os.PathLike) -> torch.nn.Module:
         path: the file.
 
     Returns:
-        a module of :mod:`implicit_steer.layers` or ``torch.nn``, in the training or evaluation mode it was saved in.
+        a module of :mod:`implicit_steer.layers` or ``torch.nn``, or of a registered class, in the training or
+        evaluation mode it was saved in.
 
     Raises:
-        FileNotFoundError: no such file.
-        RuntimeError: a file that ``save`` did not write, a damaged one, or one of a newer version.
+        OSError: a file that is not there (``FileNotFoundError``) or cannot be read, as Python's ``open`` raises it.
+        RuntimeError: a file that ``save`` did not write, a damaged one, one of a newer version, or one of a class that
+            is not registered. The message begins with the path.
 
     Example:
         >>> conv = implicit_steer.load("conv.safetensors").eval()  # as saved in the example of save
@@ -95,7 +101,8 @@ def load(path: str | os.PathLike) -> torch.nn.Module:
         _restore(module, state, manifest)
     except file.FORGED as error:
         remedy = f"It was written by implicit_steer {manifest.get('library')}: save it again, or install that version."
-        fail(str(path), "the content of a saved module", f"{type(error).__name__}: {error}", remedy, RuntimeError)
+        reason = f"{type(error).__name__}: {error}".rstrip(".")
+        fail(str(path), "the content of a saved module", reason, remedy, RuntimeError)
     return module
 
 

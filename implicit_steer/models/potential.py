@@ -118,7 +118,9 @@ def load_potential(path: str | Path) -> Potential:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         options, state = saved["options"], saved["state_dict"]
-    except (RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError) as error:
+    except KeyError:
+        fail(str(path), "a file written by Potential.save", "another one", "implicit_steer.load reads those of save.")
+    except (RuntimeError, EOFError, OSError, TypeError, ValueError) as error:
         fail(str(path), "a file written by Potential.save", error)
     potential = Potential(**options).to(state["shift"].dtype)
     potential.load_state_dict(state)
