@@ -46,7 +46,7 @@ OTHERS = (
 )
 
 
-@ist.register
+@ist.register(name="network of fuzz_load")
 class Network(nn.Module):
     """A network of a user."""
 

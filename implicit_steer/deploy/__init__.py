@@ -18,7 +18,7 @@ imported the module with the class, they are layers on plain tensors, and the cl
             super().__init__()
             from escnn import gspaces  # here, since the module is imported where escnn is missing, too
             ...
-            self.conv = implicit_steer.nn.ImplicitPointConv(scalars, scalars)
+            self.conv = implicit_steer.nn.ImplicitPointConv(scalars, scalars, None, 2, 8)
 
         def forward(self, x, pos, edges):
             x = self.conv.in_type(x, pos)  # a GeometricTensor; or, loaded, x itself

@@ -20,6 +20,7 @@ _REGISTER = (
 )
 _REPLACE = "Replace this part, or compute what it does in the forward of a class that you register."
 _REMOVE = "Remove the parametrisations first: torch.nn.utils.parametrize.remove_parametrizations(module, name)."
+_HOLD = "Hold what was added to it in a class of your own that you register (implicit_steer.register)."
 _SUBCLASS = "A subclass of a known module counts as unknown, since it may compute something else."
 
 
@@ -54,7 +55,8 @@ class Converter:
     def __call__(self, value: Any) -> Any:
         """The plain counterpart of a module or a field type; of other values themselves."""
         if isinstance(value, tuple | list):
-            return type(value)(self(item) for item in value)
+            items = [self(item) for item in value]
+            return items if isinstance(value, list) else tuple(items)
         if isinstance(value, dict):
             return {key: self(item) for key, item in value.items()}
         if not isinstance(value, torch.nn.Module) and type(value) not in _CONVERTERS:
@@ -100,7 +102,8 @@ class Converter:
         adopt(made, module._parameters | module._buffers)
         for name, child in module._modules.items():
             if child is not None and id(child) not in self._made:
-                require(name in made._modules, name, f"a part of {type(made).__name__}", "none", kind=TypeError)
+                found = name in made._modules
+                require(found, f"{_HOLD} {name}", f"a part of {type(made).__name__}", "none", kind=TypeError)
                 self._adopt_rest(made._modules[name], child)
 
     def set_modes(self) -> None:
@@ -124,7 +127,7 @@ def adopt(module: torch.nn.Module, tensors: dict[str, torch.Tensor | None]) -> N
         if name in module._buffers:
             module._buffers[name] = tensor
         elif name not in module._parameters:
-            fail(name, f"a parameter or buffer of {type(module).__name__}", "neither", kind=TypeError)
+            fail(f"{_HOLD} {name}", f"a parameter or buffer of {type(module).__name__}", "neither", kind=TypeError)
         elif tensor is None or isinstance(tensor, torch.nn.Parameter):
             module._parameters[name] = tensor
         else:
@@ -149,7 +152,7 @@ def convert(module: torch.nn.Module) -> torch.nn.Module:
     Raises:
         TypeError: a part that has none; it is named.
     """
-    if "escnn" in sys.modules:  # else there is no module of its kind
+    if sys.modules.get("escnn"):  # else there is no module of its kind
         importlib.import_module("implicit_steer.nn")
     converter = Converter(module)
     with torch.random.fork_rng(devices=[]):  # what modules draw as they are built is replaced

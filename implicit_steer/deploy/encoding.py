@@ -56,7 +56,8 @@ class _Encoder:
             return {"object": self.module(value)}
         if isinstance(value, Data):
             return {"object": self.data(value)}
-        fail("arguments", "numbers, strings, arrays, plans, modules and tuples of these", repr(value), kind=TypeError)
+        expected = "numbers, strings, arrays, plans, modules and tuples of these"
+        fail("Build the module from plain values. arguments", expected, repr(value), kind=TypeError)
 
     def module(self, module: torch.nn.Module) -> int:
         if id(module) not in self._known:

@@ -114,7 +114,7 @@ def _check_expanded(module: nn.Module, matrix: torch.Tensor) -> None:
     expanded = getattr(module, "matrix", None)
     fresh = module.training or expanded is None or torch.allclose(expanded, matrix, rtol=1e-4, atol=1e-6)
     remedy = "Call .train() and .eval() on it, which expands its weights again."
-    require(fresh, type(module).__name__, "a matrix that its weights give", "another one", remedy)
+    require(fresh, f"{remedy} {type(module).__name__}", "a matrix that its weights give", "another one")
 
 
 @converts(enn.Linear, Linear)
