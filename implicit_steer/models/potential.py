@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -120,7 +121,7 @@ def load_potential(path: str | Path) -> Potential:
         options, state = saved["options"], saved["state_dict"]
     except KeyError:
         fail(str(path), "a file written by Potential.save", "another one", "implicit_steer.load reads those of save.")
-    except (RuntimeError, EOFError, OSError, TypeError, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, TypeError, UnpicklingError, ValueError) as error:
         fail(str(path), "a file written by Potential.save", error)
     potential = Potential(**options).to(state["shift"].dtype)
     potential.load_state_dict(state)

@@ -8,6 +8,7 @@ import logging
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, ClassVar
 
 import torch
@@ -230,7 +231,7 @@ def check_folder(out: Path, options: RunOptions) -> None:
         saved = torch.load(last, map_location="cpu", weights_only=True)["options"]
     except PermissionError as error:
         fail(str(last), "a checkpoint that may be read", error.strerror, f"{CHMOD}.", PermissionError)
-    except (RuntimeError, EOFError, OSError, KeyError) as error:
+    except (RuntimeError, EOFError, OSError, KeyError, UnpicklingError) as error:
         fail(str(last), "a checkpoint of a training run", error, remedy)
     for name, value in options.identity().items():
         require(saved.get(name) == value, name, f"{saved.get(name)!r} as in the run to resume", repr(value))

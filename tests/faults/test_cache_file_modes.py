@@ -118,6 +118,12 @@ def test_a_checkpoint_that_may_not_be_read(cache, forbidden):
         common.check_folder(cache, options)
 
 
+def test_a_checkpoint_that_is_none(cache):
+    (cache / "last.ckpt").write_text("no checkpoint")
+    with pytest.raises(ValueError, match=r"(?s)last\.ckpt: expected a checkpoint of a training run, .* is damaged"):
+        common.check_folder(cache, common.RunOptions(out=str(cache), resume=True))
+
+
 def test_a_chunk_that_is_damaged_is_called_so(cache):
     (cache / "chunk.npz").write_bytes(b"PK but no more")
     with pytest.raises(ValueError, match=r"got a damaged file .*Delete the file: it is made anew"):

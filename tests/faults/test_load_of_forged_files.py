@@ -127,7 +127,7 @@ def path(tmp_path):
     return tmp_path / "forged.safetensors"
 
 
-@pytest.mark.parametrize("value", [HUGE, 10**9, 2**63, 10**30, -HUGE, 1e300, "x", [], None])
+@pytest.mark.parametrize("value", [HUGE, 10**9, 2**63, -HUGE, 1e300, "x"])
 @pytest.mark.parametrize(("module", "sort", "kind", "key"), SIZES, ids=lambda v: str(v))
 def test_forged_sizes(module, sort, kind, key, value, saved):
     path, manifest, tensors = saved(module)
@@ -258,21 +258,17 @@ def test_objects_of_another_form(objects, saved):
     refusal(path)
 
 
-def test_hidden_features_beyond_their_end(saved):
+def test_hidden_features_beyond_their_end(path):
     """A coupling that reads fields and the constant one at once: native code would read behind the features."""
-    path, manifest, tensors = saved("point conv")
-    hidden = entry(manifest, "Plan", "data")["hidden_size"]
-    changed = 0
-    for number in range(len([e for e in manifest["objects"] if e.get("data") == "Coupling"])):
-        coupling = entry(manifest, "Coupling", "data", number)
-        array, basis = coupling["hidden_start"]["array"], tensors[coupling["basis"]["array"]]
-        if len(tensors[array]) == 1 and basis.shape[3] == 1:
-            end = tensors[coupling["row"]["array"]].max() + len(basis)
-            tensors[array] = torch.tensor([hidden - 1, hidden - 2][: 1 + (end > 1)])
-            changed += len(tensors[array]) == 2
-    assert changed
+    attributes = fields(O3, "2 scalar")
+    ist.save(ist.nn.ImplicitPointConv(SCALARS, SCALARS, attributes, 1, 1), path)
+    manifest, tensors = parts(path)
+    one = entry(manifest, "Plan", "data")["hidden_size"] - 1
+    couplings = [e["fields"] for e in manifest["objects"] if e.get("data") == "Coupling"]
+    (array,) = {c["hidden_start"]["array"] for c in couplings if len(tensors[c["hidden_start"]["array"]]) == 2}
+    tensors[array] = torch.tensor([3, one])
     write(path, manifest, tensors)
-    refusal(path)
+    assert "hidden_start" in refusal(path)
 
 
 # ---- one kernel in two convolutions

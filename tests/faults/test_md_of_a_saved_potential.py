@@ -76,3 +76,5 @@ def test_files_without_a_potential(name, kind, message, folder):
 def test_load_potential_names_the_other_reader(folder):
     with pytest.raises(ValueError, match=r"expected a file written by Potential\.save, got .*implicit_steer\.load"):
         load_potential(folder / "potential.safetensors")
+    with pytest.raises(ValueError, match=r"text\.pt: expected a file written by Potential\.save"):
+        load_potential(folder / "text.pt")
