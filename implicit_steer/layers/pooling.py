@@ -52,14 +52,20 @@ class Blur(torch.nn.Module):
 
 
 class _ByField(torch.nn.Module):
-    """A pooling that treats all fields of one kind together. ``kinds``: (size, anything else) of each field."""
+    """A pooling that treats all fields of one kind together.
 
-    def __init__(self, in_type: Fields, kinds: tuple[tuple[int, int], ...]):
+    ``field`` (C,): of every channel, the number of its field; ``parts`` (fields,): sizes of their subfields.
+    """
+
+    def __init__(self, in_type: Fields, field: np.ndarray, parts: np.ndarray):
         super().__init__()
-        self.in_type, self.kinds = in_type, kinds
-        sizes = np.array([size for size, _ in kinds], dtype=np.int64)
-        require(bool((sizes > 0).all()), "kinds", "sizes > 0", kinds)
-        require(int(sizes.sum()) == in_type.size, "kinds", f"fields of {in_type.size} channels in all", sizes.sum())
+        right = field.shape == (in_type.size,) and field.dtype.kind == "i"
+        right = right and bool(np.isin(np.diff(field, prepend=-1), (0, 1)).all()) and field[:1].tolist() in ([], [0])
+        require(right, "field", f"the fields 0, 1, … of {in_type.size} channels, in order", field)
+        sizes = np.bincount(field)
+        self.in_type, self.field = in_type, field
+        kinds = list(zip(sizes.tolist(), parts.tolist(), strict=True))
+        require(all(part > 0 and size % part == 0 for size, part in kinds), "parts", "divisors of the sizes", kinds)
         starts, self._groups, channels, fields = np.cumsum(sizes) - sizes, [], [], []
         for kind in dict.fromkeys(kinds):
             members = [n for n, other in enumerate(kinds) if other == kind]
@@ -71,13 +77,13 @@ class _ByField(torch.nn.Module):
         self._index = Constants(by_kind, np.argsort(fields), np.argsort(by_kind))
 
     def _pooled(self, x: Tensor, pool: Callable[[Tensor, int], Tensor], per_field: bool) -> Tensor:
-        """``pool``: fields of one kind (B, fields, size, …) and what else the kind says → (B, n, …)."""
+        """``pool``: fields of one kind (B, fields, size, …) and the size of their subfields → (B, n, …)."""
         check_features(x, self.in_type.size)
         channels, fields, back = self._index.like(x)
-        parts = x[:, channels].split([size * count for size, _, count in self._groups], 1)
+        by_kind = x[:, channels].split([size * count for size, _, count in self._groups], 1)
         done = [
-            pool(part.unflatten(1, (count, size)), other)
-            for part, (size, other, count) in zip(parts, self._groups, strict=True)
+            pool(x_kind.unflatten(1, (count, size)), part)
+            for x_kind, (size, part, count) in zip(by_kind, self._groups, strict=True)
         ]
         return torch.cat(done, 1)[:, fields if per_field else back]
 
@@ -89,20 +95,19 @@ class FieldPool(_ByField):
 
     Args:
         in_type, out_type: sizes and names of the features.
-        kinds: (size, size of a subfield) of each field.
+        field: (C,) of every channel, the number of its field.
+        parts: (fields,) sizes of their subfields.
         norm: whether norms are taken.
     """
 
-    def __init__(self, in_type: Fields, out_type: Fields, kinds: tuple[tuple[int, int], ...], norm: bool):
-        super().__init__(in_type, kinds)
-        whole = all(part > 0 and size % part == 0 for size, part in kinds)
-        require(whole, "kinds", "subfields that divide their field", kinds)
-        require(len(kinds) == out_type.size, "out_type", f"size {len(kinds)}", out_type.size)
-        self.out_type, self.norm = out_type, norm
+    def __init__(self, in_type: Fields, out_type: Fields, field: np.ndarray, parts: np.ndarray, norm: bool):
+        super().__init__(in_type, field, parts)
+        require(len(parts) == out_type.size, "out_type", f"size {len(parts)}", out_type.size)
+        self.out_type, self.parts, self.norm = out_type, parts, norm
 
     def arguments(self) -> dict:
         """What it is built from."""
-        return {name: getattr(self, name) for name in ("in_type", "out_type", "kinds", "norm")}
+        return {name: getattr(self, name) for name in ("in_type", "out_type", "field", "parts", "norm")}
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool every field."""
@@ -122,28 +127,28 @@ class NormMaxPool(_ByField):
 
     Args:
         in_type: size and name of the features.
-        kinds: (size, 0) of each field.
+        field: (C,) of every channel, the number of its field.
         kernel_size, stride, padding, dilation, ceil_mode: of the windows, as in ``torch.nn.MaxPool2d``.
     """
 
     def __init__(
         self,
         in_type: Fields,
-        kinds: tuple[tuple[int, int], ...],
+        field: np.ndarray,
         kernel_size: tuple[int, int],
         stride: tuple[int, int],
         padding: tuple[int, int],
         dilation: tuple[int, int],
         ceil_mode: bool,
     ):
-        super().__init__(in_type, kinds)
+        super().__init__(in_type, field, np.ones(len(np.unique(field)), dtype=np.int64))
         self.out_type = in_type
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
         self.dilation, self.ceil_mode = dilation, ceil_mode
 
     def arguments(self) -> dict:
         """What it is built from."""
-        names = ("in_type", "kinds", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
+        names = ("in_type", "field", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
         return {name: getattr(self, name) for name in names}
 
     def forward(self, x: Tensor) -> Tensor:

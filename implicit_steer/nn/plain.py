@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import escnn.nn as enn
+import numpy as np
 import torch
 from escnn.group import Representation
 from torch import nn
@@ -200,6 +201,12 @@ def _antialiased_maximum(pool: enn.EquivariantModule, convert: Converter) -> nn.
     return nn.Sequential(dense, _blur(pool, pool._pad, convert))
 
 
+def _field_numbers(kind: enn.FieldType) -> np.ndarray:
+    """(C,) the field of every channel."""
+    sizes = [r.size for r in kind.representations]
+    return np.repeat(np.arange(len(sizes)), sizes)
+
+
 def _subfield(representation: Representation) -> int:
     """Size of the subfields that escnn's ``InducedNormPool`` takes the norms of."""
     (name,) = (name for name in representation.supported_nonlinearities if name.startswith("induced_norm"))
@@ -209,14 +216,16 @@ def _subfield(representation: Representation) -> int:
 @converts(enn.GroupPooling, enn.NormPool, enn.InducedNormPool)
 def _field_pool(pool: enn.EquivariantModule, convert: Converter) -> layers.FieldPool:
     part = {enn.GroupPooling: lambda r: 1, enn.NormPool: lambda r: r.size, enn.InducedNormPool: _subfield}[type(pool)]
-    kinds = tuple((r.size, part(r)) for r in pool.in_type.representations)
     return layers.FieldPool(
-        convert(pool.in_type), convert(pool.out_type), kinds, norm=not isinstance(pool, enn.GroupPooling)
+        in_type=convert(pool.in_type),
+        out_type=convert(pool.out_type),
+        field=_field_numbers(pool.in_type),
+        parts=np.array([part(r) for r in pool.in_type.representations], dtype=np.int64),
+        norm=not isinstance(pool, enn.GroupPooling),
     )
 
 
 @converts(enn.NormMaxPool)
 def _norm_max_pool(pool: enn.NormMaxPool, convert: Converter) -> layers.NormMaxPool:
     window = {name: getattr(pool, name) for name in _WINDOW if hasattr(pool, name)}
-    kinds = tuple((r.size, 0) for r in pool.in_type.representations)
-    return layers.NormMaxPool(convert(pool.in_type), kinds, **window)
+    return layers.NormMaxPool(convert(pool.in_type), _field_numbers(pool.in_type), **window)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from escnn import nn as enn
 from helpers import layer
 from torch import nn
 
@@ -181,6 +182,16 @@ def test_sizes_of_a_batch_norm(saved):
     refusal(path)
     entry(manifest, "IIDBatchNorm1d")["channels"] = {"array": "array.0"}
     write(path, manifest, tensors | {"array.0": torch.arange(8)})
+    refusal(path)
+
+
+@pytest.mark.parametrize("value", [10**9, 2**40, -1])
+def test_sizes_of_a_pooling(value, path):
+    """The numbers of fields, of which it makes lists."""
+    ist.save(enn.NormPool(FIELDS), path)
+    manifest, tensors = parts(path)
+    tensors[entry(manifest, "FieldPool")["field"]["array"]][-1] = value
+    write(path, manifest, tensors)
     refusal(path)
 
 
