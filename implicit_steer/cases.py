@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from . import _require_escnn  # noqa: F401
+
+# isort: split
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace

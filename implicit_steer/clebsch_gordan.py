@@ -8,6 +8,9 @@ average.
 
 from __future__ import annotations
 
+from . import _require_escnn  # noqa: F401
+
+# isort: split
 from functools import partial
 
 import numpy as np

@@ -3,6 +3,9 @@ insides: how it lays out weights, which basis it expands them in, what its names
 
 from __future__ import annotations
 
+from . import _require_escnn  # noqa: F401
+
+# isort: split
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache

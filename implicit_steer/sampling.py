@@ -7,6 +7,9 @@ rotation.
 
 from __future__ import annotations
 
+from . import _require_escnn  # noqa: F401
+
+# isort: split
 from dataclasses import dataclass
 from functools import wraps
 

@@ -12,7 +12,8 @@ from .._check import fail, require
 from ..layers.exact import is_exact
 from . import file
 from .convert import convert
-from .encoding import decode, encode
+from .encoding import decode, encode, unregistered
+from .kinds import is_registered
 
 STATE = "state."  # names of parameters and buffers in the file begin with this
 
@@ -28,12 +29,13 @@ def save(module: torch.nn.Module, path: str | os.PathLike) -> None:
     Args:
         module: a module of :mod:`implicit_steer.nn` or :mod:`implicit_steer.models`; one of escnn's ``Linear``,
             ``IIDBatchNorm1d``, ``TensorProductModule``, ``SequentialModule``, ``ReLU``, ``ELU``, ``LeakyReLU``,
-            ``IdentityModule``; common layers of ``torch.nn``; ``Sequential``, ``ModuleList``, ``ModuleDict`` of these;
-            or what :func:`load` returned.
+            ``IdentityModule``, or a pooling; common layers of ``torch.nn``; ``Sequential``, ``ModuleList``,
+            ``ModuleDict`` of these; one of a class of your own that :func:`~implicit_steer.register` knows; or what
+            :func:`load` returned.
         path: the file; an existing one is replaced.
 
     Raises:
-        TypeError: a part that cannot be saved; it is named, with what can and what to do.
+        TypeError: a part that cannot be saved; the message says what to do, then names it and what can be.
         OSError: the file cannot be written.
 
     Example:
@@ -49,8 +51,8 @@ def save(module: torch.nn.Module, path: str | os.PathLike) -> None:
     for name, owner, key in _state(plain):
         tensor = getattr(owner, key)
         if id(tensor) in owners:
-            remedy = "Give each module its own; modules that are shared as a whole can be saved."
-            fail(name, "a tensor of one module", f"that of {owners[id(tensor)]!r}", remedy, TypeError)
+            remedy = "Give each module tensors of its own; modules that are shared as a whole can be saved."
+            fail(f"{remedy} {name}", "a tensor of one module", f"that of {owners[id(tensor)]!r}", kind=TypeError)
         owners[id(tensor)] = name
         tensors[STATE + name] = owner.exact(key) if is_exact(owner, key) else tensor.detach().cpu()
         if isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad:
@@ -62,6 +64,9 @@ def save(module: torch.nn.Module, path: str | os.PathLike) -> None:
 def load(path: str | os.PathLike) -> torch.nn.Module:
     """The module that :func:`save` wrote, without escnn: plain tensors in, plain tensors out, on the CPU.
 
+    A file is looked through before it is believed: nothing that it names is imported or run, and no size in it asks for
+    more memory than its tensors account for.
+
     It gives the numbers of the original to rounding, is trainable and equivariant while it is trained, and can be saved
     again. Its arguments are the original's with tensors for GeometricTensors: ``conv(x, edge_index, edge_delta,
     edge_attr)``; ``conv.in_type(x, positions)`` returns x, so code that wraps its features runs unchanged. Its
@@ -72,11 +77,13 @@ def load(path: str | os.PathLike) -> torch.nn.Module:
         path: the file.
 
     Returns:
-        a module of :mod:`implicit_steer.layers` or ``torch.nn``, in the training or evaluation mode it was saved in.
+        a module of :mod:`implicit_steer.layers` or ``torch.nn``, or of a registered class, in the training or
+        evaluation mode it was saved in.
 
     Raises:
-        FileNotFoundError: no such file.
-        RuntimeError: a file that ``save`` did not write, a damaged one, or one of a newer version.
+        OSError: a file that is not there (``FileNotFoundError``) or cannot be read, as Python's ``open`` raises it.
+        RuntimeError: a file that ``save`` did not write, a damaged one, one of a newer version, or one of a class that
+            is not registered. The message begins with the path.
 
     Example:
         >>> conv = implicit_steer.load("conv.safetensors").eval()  # as saved in the example of save
@@ -86,13 +93,17 @@ def load(path: str | os.PathLike) -> torch.nn.Module:
         torch.Size([100, 16])
     """
     manifest, tensors = file.read(path)
+    if missing := unregistered(manifest.get("objects")):
+        remedy = "Import the module that registers them (@implicit_steer.register), then load."
+        fail(str(path), f"registered classes {', '.join(missing)}", "none of that name", remedy, RuntimeError)
+    state = {k.removeprefix(STATE): v for k, v in tensors.items() if k.startswith(STATE)}
     try:
-        with torch.random.fork_rng(devices=[]):  # what modules draw as they are built is replaced
-            module = decode(manifest["objects"], tensors)
-        _restore(module, {k.removeprefix(STATE): v for k, v in tensors.items() if k.startswith(STATE)}, manifest)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        module = decode(manifest["objects"], tensors, state.values())
+        _restore(module, state, manifest)
+    except file.FORGED as error:
         remedy = f"It was written by implicit_steer {manifest.get('library')}: save it again, or install that version."
-        fail(str(path), "the content of a saved module", f"{type(error).__name__}: {error}", remedy, RuntimeError)
+        reason = f"{type(error).__name__}: {error}".rstrip(".")
+        fail(str(path), "the content of a saved module", reason, remedy, RuntimeError)
     return module
 
 
@@ -125,11 +136,13 @@ def copy_state(saved: torch.nn.Module, module: torch.nn.Module) -> None:
 
 
 def _state(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module, str]]:
-    """(full name, owner, name there) of every parameter and persistent buffer; modules in two places count once."""
+    """(full name, owner, name there) of every parameter and persistent buffer, and of the other buffers of a user's
+    class, which no ``__init__`` makes; modules in two places count once."""
     found = []
     for prefix, owner in module.named_modules():
+        made_anew = set() if is_registered(type(owner)) else owner._non_persistent_buffers_set
         keys = [k for k, v in owner._parameters.items() if v is not None]
-        keys += [k for k, v in owner._buffers.items() if v is not None and k not in owner._non_persistent_buffers_set]
+        keys += [k for k, v in owner._buffers.items() if v is not None and k not in made_anew]
         found += [(f"{prefix}.{key}" if prefix else key, owner, key) for key in keys]
     return found
 

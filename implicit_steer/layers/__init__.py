@@ -14,10 +14,13 @@ from .linear import Linear, TensorProduct
 from .molecules import MoleculeNet, ResidualBlock, TensorReadout
 from .particles import ParticleNet
 from .point_conv import ImplicitPointConv, ImplicitPointConvWithDownsampling
+from .pooling import Blur, FieldPool, NormMaxPool
 from .potential import Gate, PotentialNet, Prediction
 
 __all__ = [
+    "Blur",
     "CloudNet",
+    "FieldPool",
     "Fields",
     "FourierActivation",
     "Gate",
@@ -28,6 +31,7 @@ __all__ = [
     "ImplicitPointConvWithDownsampling",
     "Linear",
     "MoleculeNet",
+    "NormMaxPool",
     "ParticleNet",
     "PotentialNet",
     "Prediction",

@@ -242,10 +242,11 @@ class IIDBatchNorm1d(NormBase, torch.nn.Module):
         super().__init__()
         total = sum(fields * size for fields, size, _ in sizes)
         require(total == in_type.size, "sizes", f"fields of {in_type.size} channels in all", total)
-        sorted_channels = channels is None or np.array_equal(np.sort(channels), np.arange(total))
-        require(
-            sorted_channels and (channels is not None or len(sizes) == 1), "channels", "every channel once", channels
-        )
+        if channels is None:
+            once = len(sizes) == 1
+        else:
+            once = channels.shape == (total,) and np.array_equal(np.sort(channels), np.arange(total))
+        require(once, "channels", "every channel once", channels)
         self.in_type = self.out_type = in_type
         self.eps, self.momentum = eps, momentum
         self.affine, self.track_running_stats = affine, track_running_stats

@@ -17,7 +17,8 @@ class ExactBuffers:
 
     def set_exact(self, name: str, value: Tensor, dtype: torch.dtype | None = None, persistent: bool = True) -> None:
         """Make ``value`` such a buffer, in ``dtype`` (PyTorch's default), or put it in the place of a buffer."""
-        exact = value.detach().to("cpu", torch.float64, copy=True)
+        where = value.device if value.is_meta else "cpu"  # a placeholder has no numbers
+        exact = value.detach().to(where, torch.float64, copy=True)
         self._exact = self._exact | {name: exact}
         self.register_buffer(name, exact.to(dtype or torch.get_default_dtype(), copy=True), persistent=persistent)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._check import require
+from .._check import require, require_integer
 from .fields import Fields, check_tensor
 from .kernel import Biased, KernelBase
 
@@ -115,10 +115,17 @@ class ImplicitConv(GridConvBase):
         super().__init__()
         require(padding_mode in PADDING_MODES, "padding_mode", f"one of {list(PADDING_MODES)}", repr(padding_mode))
         require(grid.ndim == 2 and grid.shape[1] in (2, 3), "grid", "points in 2 or 3 dimensions", grid.shape)
+        for name, value, least in (("padding", padding, 0), ("stride", stride, 1), ("dilation", dilation, 1)):
+            require_integer(name, value, least)
         self.in_type, self.out_type = in_type, out_type
         self.padding, self.stride, self.dilation, self.padding_mode = padding, stride, dilation, padding_mode
         self.dim = grid.shape[1]
         self.kernel_size = round(len(grid) ** (1 / self.dim))
+        require(
+            self.kernel_size**self.dim == len(grid), "grid", f"a cube of {self.dim} dimensions", f"{len(grid)} points"
+        )
+        position = implicit_kernel.plan.frame.dim
+        require(position == self.dim, "implicit_kernel", f"positions in {self.dim} dimensions", position)
         self._set_bias(torch.zeros(out_type.size, n_bias))
         self.implicit_kernel = implicit_kernel
         self._check_sizes()

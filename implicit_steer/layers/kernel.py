@@ -55,8 +55,11 @@ class KernelBase(torch.nn.Module):
         self._tensors = [(m, "_buffers" if name in m._buffers else "_parameters", name) for m, name in tensors]
 
     def adopt_bias(self, conv: Biased) -> None:
-        """From now on the operator gets the bias of the convolution as well."""
+        """From now on the operator gets the bias of the convolution as well; ``ValueError`` where it has another's."""
         if conv.bias is not None:
+            remedy = "Give each convolution a kernel of its own."
+            free = all(name != "bias_expansion" for *_, name in self._tensors)
+            require(free, "implicit_kernel", "one without the bias of another convolution", "a shared one", remedy)
             self._tensors += [(conv, "_parameters", "bias"), (conv, "_buffers", "bias_expansion")]
             self._kept.tensors = None
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, silu
 
-from .._check import fail, require
+from .._check import fail, require, require_integer
 from ..graph import Graph
 from ..structures import Structures
 from .fields import values
@@ -38,8 +38,9 @@ class Gate(torch.nn.Module):
 
     def __init__(self, channels: int, max_frequency: int):
         super().__init__()
-        self.sizes = [2 * l + 1 for l in range(max_frequency + 1)]  # noqa: E741
-        width = channels * len(self.sizes)
+        require_integer("channels", channels, 1)
+        require_integer("max_frequency", max_frequency, 0)
+        width = channels * (max_frequency + 1)
         self.channels, self.max_frequency = channels, max_frequency
         self.first, self.second = torch.nn.Linear(width, width), torch.nn.Linear(width, width)
 
@@ -49,7 +50,8 @@ class Gate(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C · Σ(2l+1)) → the same shape."""
-        scalars, *vectors = x.unflatten(1, (self.channels, -1)).split(self.sizes, -1)
+        sizes = [2 * l + 1 for l in range(self.max_frequency + 1)]  # noqa: E741
+        scalars, *vectors = x.unflatten(1, (self.channels, -1)).split(sizes, -1)
         norms = [(1 + v.square().sum(-1)).sqrt() for v in vectors]
         gates = self.second(silu(self.first(torch.cat([scalars.squeeze(-1), *norms], 1))))
         first, *others = gates.unflatten(1, (self.channels, -1)).split(1, -1)

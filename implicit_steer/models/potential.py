@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -122,7 +123,9 @@ def load_potential(path: str | Path) -> Potential:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         options, state = saved["options"], saved["state_dict"]
-    except (RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError) as error:
+    except KeyError:
+        fail(str(path), "a file written by Potential.save", "another one", "implicit_steer.load reads those of save.")
+    except (RuntimeError, EOFError, OSError, TypeError, UnpicklingError, ValueError) as error:
         fail(str(path), "a file written by Potential.save", error)
     potential = Potential(**options).to(state["embedding.weight"].dtype)
     potential.load_state_dict(state)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import escnn.nn as enn
+import numpy as np
 import torch
+from escnn.group import Representation
 from torch import nn
 
 from .. import layers
@@ -53,6 +55,10 @@ def _with_bias(plain: layers.kernel.Biased, conv: CheckedBias) -> layers.kernel.
 
 @converts(*_POINT_CONVS)
 def _point_conv(conv: ImplicitPointConv, convert: Converter) -> layers.ImplicitPointConv:
+    own = conv.bias is None or any(owner is conv for owner, *_ in conv.implicit_kernel._tensors)
+    remedy = "Give each convolution a kernel of its own, since the operator adds the bias of only one."
+    name = f"{remedy} {convert.name(conv)}.implicit_kernel"
+    require(own, name, "a kernel of this convolution", "that of another one", kind=TypeError)
     plain = _POINT_CONVS[type(conv)](
         in_type=convert(conv.in_type),
         out_type=convert(conv.out_type),
@@ -113,7 +119,7 @@ def _check_expanded(module: nn.Module, matrix: torch.Tensor) -> None:
     expanded = getattr(module, "matrix", None)
     fresh = module.training or expanded is None or torch.allclose(expanded, matrix, rtol=1e-4, atol=1e-6)
     remedy = "Call .train() and .eval() on it, which expands its weights again."
-    require(fresh, type(module).__name__, "a matrix that its weights give", "another one", remedy)
+    require(fresh, f"{remedy} {type(module).__name__}", "a matrix that its weights give", "another one")
 
 
 @converts(enn.Linear, Linear)
@@ -159,3 +165,71 @@ def _elu(module: enn.ELU, convert: Converter) -> nn.ELU:
 @converts(enn.LeakyReLU)
 def _leaky_relu(module: enn.LeakyReLU, convert: Converter) -> nn.LeakyReLU:
     return nn.LeakyReLU(module._negative_slope)
+
+
+# ---- escnn's poolings
+
+_POOLINGS = {
+    enn.PointwiseAdaptiveAvgPool2D: nn.AdaptiveAvgPool2d,
+    enn.PointwiseAdaptiveAvgPool3D: nn.AdaptiveAvgPool3d,
+    enn.PointwiseAdaptiveMaxPool2D: nn.AdaptiveMaxPool2d,
+    enn.PointwiseAdaptiveMaxPool3D: nn.AdaptiveMaxPool3d,
+    enn.PointwiseAvgPool2D: nn.AvgPool2d,
+    enn.PointwiseAvgPool3D: nn.AvgPool3d,
+    enn.PointwiseMaxPool2D: nn.MaxPool2d,
+    enn.PointwiseMaxPool3D: nn.MaxPool3d,
+}
+_WINDOW = ("output_size", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
+
+
+@converts(*_POOLINGS)
+def _pooling(pool: enn.EquivariantModule, convert: Converter) -> nn.Module:
+    return _POOLINGS[type(pool)](**{name: getattr(pool, name) for name in _WINDOW if hasattr(pool, name)})
+
+
+def _blur(pool: enn.EquivariantModule, padding: tuple[int, ...], convert: Converter) -> layers.Blur:
+    plain = layers.Blur(convert(pool.in_type), tuple(pool.filter.shape[2:]), pool.stride, padding)
+    adopt(plain, {"filter": pool.filter})
+    return plain
+
+
+@converts(enn.PointwiseAvgPoolAntialiased2D, enn.PointwiseAvgPoolAntialiased3D)
+def _antialiased_average(pool: enn.EquivariantModule, convert: Converter) -> layers.Blur:
+    return _blur(pool, pool.padding, convert)
+
+
+@converts(enn.PointwiseMaxPoolAntialiased2D, enn.PointwiseMaxPoolAntialiased3D)
+def _antialiased_maximum(pool: enn.EquivariantModule, convert: Converter) -> nn.Sequential:
+    maximum = nn.MaxPool2d if pool.d == 2 else nn.MaxPool3d
+    dense = maximum(pool.kernel_size, 1, pool.padding, pool.dilation, ceil_mode=pool.ceil_mode)
+    return nn.Sequential(dense, _blur(pool, pool._pad, convert))
+
+
+def _field_numbers(kind: enn.FieldType) -> np.ndarray:
+    """(C,) the field of every channel."""
+    sizes = [r.size for r in kind.representations]
+    return np.repeat(np.arange(len(sizes)), sizes)
+
+
+def _subfield(representation: Representation) -> int:
+    """Size of the subfields that escnn's ``InducedNormPool`` takes the norms of."""
+    (name,) = (name for name in representation.supported_nonlinearities if name.startswith("induced_norm"))
+    return int(name.split("_")[-1])
+
+
+@converts(enn.GroupPooling, enn.NormPool, enn.InducedNormPool)
+def _field_pool(pool: enn.EquivariantModule, convert: Converter) -> layers.FieldPool:
+    part = {enn.GroupPooling: lambda r: 1, enn.NormPool: lambda r: r.size, enn.InducedNormPool: _subfield}[type(pool)]
+    return layers.FieldPool(
+        in_type=convert(pool.in_type),
+        out_type=convert(pool.out_type),
+        field=_field_numbers(pool.in_type),
+        parts=np.array([part(r) for r in pool.in_type.representations], dtype=np.int64),
+        norm=not isinstance(pool, enn.GroupPooling),
+    )
+
+
+@converts(enn.NormMaxPool)
+def _norm_max_pool(pool: enn.NormMaxPool, convert: Converter) -> layers.NormMaxPool:
+    window = {name: getattr(pool, name) for name in _WINDOW if hasattr(pool, name)}
+    return layers.NormMaxPool(convert(pool.in_type), _field_numbers(pool.in_type), **window)
