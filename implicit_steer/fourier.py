@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import native
 from ._autocast import own_precision
+from ._transforms import one_by_one, refuse_derivatives
 from .backends.cpu import instruction_set
 from .functions import phi, phi_prime, phi_second
 from .packing import is_traced, is_transformed
@@ -43,7 +44,8 @@ def has_kernel(x: Tensor) -> bool:
 
 def _fields(x: Tensor, d: int) -> Tensor:
     """(N, C · d, ...) → (N, C, ..., d)."""
-    return x.unflatten(1, (-1, d)).movedim(2, -1)
+    n, width, *rest = x.shape
+    return x.view(n, width // d, d, *rest).movedim(2, -1)  # batched gradients know no unflatten
 
 
 def _through(x: Tensor, into: Tensor, change, out: Tensor) -> Tensor:
@@ -104,6 +106,7 @@ class _Fourier(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_derivatives(grad, *ctx.saved_tensors)
         if torch.is_grad_enabled():  # create_graph=True
             return _forward_gradient(ctx, grad)
         with torch._C._AutoDispatchBelowAutograd():
@@ -132,4 +135,5 @@ if native.available()[0]:
         ("fourier_backward", _backward_fake, _backward_gradient),
     ]:
         torch.library.register_fake(f"implicit_steer::{name}")(fake)
+        one_by_one(name)
         torch.library.register_autograd(f"implicit_steer::{name}", gradient, setup_context=_save)
