@@ -37,7 +37,7 @@ def have_tangents(tensors: Sequence[Tensor]) -> bool:
 
 
 def refuse_derivatives(*tensors: Tensor) -> None:
-    """Raise where something else than autograd would differentiate a backward pass, which reads these tensors: it would
+    """Raise where something else than autograd would differentiate a backward pass that reads these tensors, and would
     get 0."""
     if is_differentiated() or have_tangents(tensors):
         expected = "a backward pass that torch.autograd alone differentiates"
@@ -61,7 +61,8 @@ def one_by_one(name: str) -> None:
 
 
 def _stacked(operator: Callable, size: int, arguments: Any, dims: Any) -> Any:
-    """Of arguments with a batch in these dimensions, None for those without."""
+    """What the operator gives for each of ``size`` entries, stacked. ``dims``: of every argument the dimension along
+    which they lie, None where all share it."""
     require(size > 0, "vmap", "a batch of at least one entry", "none", kind=RuntimeError)
 
     def entry(n: int) -> Any:
@@ -71,6 +72,7 @@ def _stacked(operator: Callable, size: int, arguments: Any, dims: Any) -> Any:
 
 
 def _of_older_vmap(operator: Callable, *arguments: Any) -> Any:
+    """The rule of the older vmap, which tensors tell by themselves: a backward pass may run in another thread."""
     # PyTorch gives a tensor its levels in ascending order, so the last one goes first.
     level = max(map(_last_level, tree_leaves(arguments)))
     batches = tree_map(lambda a: _batch(a, level), arguments)

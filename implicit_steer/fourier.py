@@ -76,7 +76,10 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _forward_gradient(ctx, grad: Tensor):
-    tensors = grad.contiguous(), *ctx.saved_tensors
+    return _by_operator(ctx, grad.contiguous(), *ctx.saved_tensors)
+
+
+def _by_operator(ctx, *tensors: Tensor):
     grad_x = torch.ops.implicit_steer.fourier_backward(*tensors, FUNCTIONS.index(ctx.function), ctx.isa)
     return grad_x, *_IGNORED
 
@@ -106,11 +109,12 @@ class _Fourier(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_derivatives(grad, *ctx.saved_tensors)
+        tensors = grad.contiguous(), *ctx.saved_tensors  # asked for once: torch.utils.checkpoint insists
+        refuse_derivatives(*tensors)
         if torch.is_grad_enabled():  # create_graph=True
-            return _forward_gradient(ctx, grad)
+            return _by_operator(ctx, *tensors)
         with torch._C._AutoDispatchBelowAutograd():
-            return _forward_gradient(ctx, grad)
+            return _by_operator(ctx, *tensors)
 
     @staticmethod
     def jvp(ctx, v: Tensor, *_) -> Tensor:

@@ -234,7 +234,7 @@ def _differentiable(name: str, gradient: Callable):
 
         @staticmethod
         def backward(ctx, *grads):
-            refuse_derivatives(*grads, *ctx.saved_tensors)
+            refuse_derivatives(*grads)
             if torch.is_grad_enabled():  # create_graph=True
                 return None, *gradient(ctx, *grads)
             with torch._C._AutoDispatchBelowAutograd():

@@ -14,6 +14,7 @@ from escnn.nn import GeometricTensor
 from helpers import SAMPLED, layer
 from torch.autograd.functional import hessian, jacobian
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from implicit_steer.cases import SMALL
 from implicit_steer.models import NBodyNet, Potential, QM9Net
@@ -372,3 +373,31 @@ def test_transforms_of_a_backward_pass_are_no_zeros(name, transform, create_grap
         else:
             with pytest.raises(RuntimeError, match="grad_outputs: expected a backward pass"):
                 gradient(dual)
+
+
+def test_forward_mode_over_the_gradient_of_an_activation():
+    """Without create_graph, the tangent of the gradient once went missing."""
+    module = FourierActivation(escnn.gspaces.flipRot3dOnR3(), 2, 1, function="silu").double()
+    x = torch.randn(3, module.in_type.size, dtype=torch.float64, requires_grad=True)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        out = module(GeometricTensor(dual, module.in_type, torch.zeros(3, 3, dtype=torch.float64))).tensor
+        with pytest.raises(RuntimeError, match="grad_outputs: expected a backward pass"):
+            torch.autograd.grad(out.sum(), x)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_batched_gradients_through_a_checkpoint(create_graph):
+    """Whose saved tensors can be asked for once."""
+    conv, problem, (x, delta, *_) = points_of("o3")
+    activation = FourierActivation(escnn.gspaces.flipRot3dOnR3(), 2, 1, function="silu").double()
+    coordinates = torch.zeros(len(x), 3, dtype=x.dtype)
+
+    def run(x, delta):
+        y = replace(problem, x=x, delta=delta).run(conv)[:, : activation.in_type.size]
+        return activation(GeometricTensor(y, activation.in_type, coordinates)).tensor
+
+    directions = torch.randn(3, len(x), activation.in_type.size, dtype=x.dtype)
+    expected = looped(run(x, delta), [x, delta], directions)
+    out = checkpoint(run, x, delta, use_reentrant=False)
+    assert_same(batched(out, [x, delta], directions, create_graph=create_graph), expected)
