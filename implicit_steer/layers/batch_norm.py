@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import native
 from .._autocast import own_precision
 from .._check import require
+from .._transforms import refuse_derivatives
 from ..moments import Pool, moments, move_towards
 from ..packing import cached, is_traced
 from .exact import ExactBuffers
@@ -176,7 +177,9 @@ class _Norm(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (norm, kinds), (x, *tensors) = ctx.of, ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
+            refuse_derivatives()  # forward mode works, this being plain PyTorch
             return None, None, *_differentiable(norm, kinds, grad, x, tensors)
+        refuse_derivatives(grad, x, *tensors)
         arguments = _Norm.arguments(norm, kinds, tensors)
         d_x, weights, biases = torch.ops.implicit_steer.field_norm_backward(grad.contiguous(), x, *arguments)
         return None, None, d_x, *[None] * (2 * len(kinds)), *weights, *biases
