@@ -24,6 +24,7 @@ _PLAIN = (
     layers.CloudNet,
     layers.FourierActivation,
     layers.Gate,
+    layers.GatedFields,
     layers.IIDBatchNorm1d,
     layers.ImplicitConv,
     layers.ImplicitKernel,

@@ -8,6 +8,7 @@ from .activation import FourierActivation
 from .batch_norm import IIDBatchNorm1d
 from .clouds import CloudNet
 from .fields import Fields, values, with_values
+from .gate import GatedFields
 from .grid_conv import ImplicitConv
 from .kernel import ImplicitKernel
 from .linear import Linear, TensorProduct
@@ -15,12 +16,14 @@ from .molecules import MoleculeNet, ResidualBlock, TensorReadout
 from .particles import ParticleNet
 from .point_conv import ImplicitPointConv, ImplicitPointConvWithDownsampling
 from .potential import Gate, PotentialNet, Prediction
+from .statistics import update_bn
 
 __all__ = [
     "CloudNet",
     "Fields",
     "FourierActivation",
     "Gate",
+    "GatedFields",
     "IIDBatchNorm1d",
     "ImplicitConv",
     "ImplicitKernel",
@@ -34,6 +37,7 @@ __all__ = [
     "ResidualBlock",
     "TensorProduct",
     "TensorReadout",
+    "update_bn",
     "values",
     "with_values",
 ]
