@@ -7,12 +7,14 @@ load_extra("escnn", "escnn")
 from escnn.group import _numerical  # noqa: E402
 
 from .. import _escnn_pickle  # noqa: E402
+from ..layers.statistics import update_bn  # noqa: E402
 from . import plain as _plain  # noqa: E402, F401
 from .activation import FourierActivation  # noqa: E402
 from .batch_norm import IIDBatchNorm1d  # noqa: E402
+from .gate import Gate  # noqa: E402
 from .grid_conv import ImplicitConv  # noqa: E402
 from .kernel import ImplicitKernel  # noqa: E402
-from .mlp import KernelMLP  # noqa: E402
+from .mlp import KernelMLP, Linear  # noqa: E402
 from .point_conv import ImplicitPointConv, ImplicitPointConvWithDownsampling  # noqa: E402
 
 _escnn_pickle.register()
@@ -22,10 +24,13 @@ _numerical.randomized_svd = (
 
 __all__ = [
     "FourierActivation",
+    "Gate",
     "IIDBatchNorm1d",
     "ImplicitConv",
     "ImplicitKernel",
     "ImplicitPointConv",
     "ImplicitPointConvWithDownsampling",
     "KernelMLP",
+    "Linear",
+    "update_bn",
 ]
