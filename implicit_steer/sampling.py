@@ -11,7 +11,7 @@ from . import _require_escnn  # noqa: F401
 
 # isort: split
 from dataclasses import dataclass
-from functools import wraps
+from functools import lru_cache, wraps
 
 import numpy as np
 from escnn.group import O2, O3, SO2, SO3, DirectProductGroup, Group, GroupElement, Representation, directsum
@@ -218,7 +218,7 @@ def lebedev_matrices(space: HiddenSpace, n: int) -> tuple[np.ndarray, np.ndarray
 
     if not isinstance(space.group, SO3 | O3):
         fail("sampling", "a group that acts on the sphere for a Lebedev rule", space.group, "Use 'escnn' or 'exact'.")
-    sizes = {lebedev_rule(degree)[0].shape[1]: degree for degree in _lebedev_degrees()}
+    sizes = lebedev_degrees()
     require(n in sizes, "sampling", f"'lebedev-N' with N one of {sorted(sizes)}", f"'lebedev-{n}'")
     points, weights = lebedev_rule(sizes[n])
     powers, harmonics = solid_harmonics(space)
@@ -227,8 +227,12 @@ def lebedev_matrices(space: HiddenSpace, n: int) -> tuple[np.ndarray, np.ndarray
     return a, _inverse(a, weights / weights.sum(), name=f"lebedev-{n}")
 
 
-def _lebedev_degrees() -> list[int]:
-    return [*range(3, 32, 2), *range(35, 132, 6)]
+@lru_cache(maxsize=1)
+def lebedev_degrees() -> dict[int, int]:
+    """Number of points → degree up to which that Lebedev rule is exact, in ascending order."""
+    from scipy.integrate import lebedev_rule
+
+    return {lebedev_rule(degree)[0].shape[1]: degree for degree in [*range(3, 32, 2), *range(35, 132, 6)]}
 
 
 def _irreps(space: HiddenSpace) -> list[tuple[int, tuple]]:
@@ -333,6 +337,22 @@ def _block(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]):
     order, partner, sign = (np.concatenate([np.zeros(0), *(p[i] for p in parts)]) for i in (1, 2, 3))
     partner += np.repeat(start[:-1], sizes)
     return v, order.astype(int), partner.astype(int), sign
+
+
+@identity_cache
+def gauss_matrices(space: HiddenSpace, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """A (n, 2) and A⁻ (2, n) of functions s + |v| t on [−1, 1] at n Gauss nodes, in the scale of ``space``: what a
+    function on the sphere of band limit 1, a scalar s and a vector v, is along the vector's axis.
+
+    Raises:
+        ValueError: another space; n < 2.
+    """
+    sphere = isinstance(space.group, SO3 | O3) and space.band_limit == 1
+    require(sphere, "sampling", "a function on the sphere of band limit 1 for 'gauss-N'", space.rho)
+    first = np.argsort([size for size, _ in _irreps(space)])
+    t, w = np.polynomial.legendre.leggauss(n)
+    a = _irrep_norms(space)[first] * np.stack([np.ones(n), t], axis=1)
+    return a, _inverse(a, w / 2, name=f"gauss-{n}")
 
 
 def planar_frame(space: HiddenSpace, position: Representation, attributes: list[Representation], n: int):

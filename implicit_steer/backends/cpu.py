@@ -264,8 +264,9 @@ class Convolution:
 
     def forward(self, packed: Tensor, *inputs: Tensor) -> Tensor:
         layer, graph, (*inputs, bias) = self.layer, self.graph, inputs
-        tensors = *layer.arrays, packed, *inputs, graph.src, graph.order, graph.rowptr, layer.expansion, bias
-        return torch.ops.implicit_steer.conv_forward(*tensors, layer.mean, layer.plan.out_size, instruction_set())
+        finish = layer.expansion.contiguous(), bias.contiguous(), layer.mean
+        tensors = *layer.arrays, packed, *inputs, graph.src, graph.order, graph.rowptr, *finish
+        return torch.ops.implicit_steer.conv_forward(*tensors, layer.plan.out_size, instruction_set())
 
     def backward(self, needs: Sequence[bool], grad: Tensor, packed: Tensor, *inputs: Tensor) -> Sequence[Tensor]:
         """The gradients of the inputs and of ``packed``; empty where not needed, but for the bias."""
@@ -280,7 +281,7 @@ class Convolution:
         """Of the inputs and the parameters, at once; not differentiable."""
         layer = self.layer
         tensors = *layer.arrays, *layer.matrix, learned, statistics, packed, *inputs[:3], *self._edges(needs[0], grad)
-        arguments = *tensors, layer.expansion, layer.mean, *needs[:3], needs[4], instruction_set()
+        arguments = *tensors, layer.expansion.contiguous(), layer.mean, *needs[:3], needs[4], instruction_set()
         *found, of_learned = torch.ops.implicit_steer.conv_gradients(*arguments)
         return [*found, *of_learned]
 

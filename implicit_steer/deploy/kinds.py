@@ -28,6 +28,7 @@ _PLAIN = (
     layers.FieldPool,
     layers.FourierActivation,
     layers.Gate,
+    layers.GatedFields,
     layers.IIDBatchNorm1d,
     layers.ImplicitConv,
     layers.ImplicitKernel,

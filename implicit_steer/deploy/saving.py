@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._check import fail, require
+from ..layers.activation import FourierActivation
 from ..layers.exact import is_exact
 from . import file
 from .convert import convert
@@ -113,7 +114,8 @@ def copy_state(saved: torch.nn.Module, module: torch.nn.Module) -> None:
     Its types, modes and backends stay its own: a network with escnn's types goes on where the saved one ended.
 
     Raises:
-        ValueError: they have other parts, or parts of other sizes; one is named.
+        ValueError: they have other parts, parts of other sizes, or activations of another function or sampling; one is
+            named.
         RuntimeError: the weights of ``saved`` are those of another basis. After either ``module`` is as it was.
         TypeError: ``module`` is none that :func:`save` takes.
 
@@ -127,12 +129,23 @@ def copy_state(saved: torch.nn.Module, module: torch.nn.Module) -> None:
     for name in sorted(own.keys() | given.keys()):
         expected, got = own.get(name, "none"), given.get(name, "none")
         require(expected == got, name, f"shape {expected}", got, remedy)
+    _check_activations(dict(saved.named_modules()), dict(plain.named_modules()))
     before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     try:
         plain.load_state_dict(saved.state_dict())
     except RuntimeError:
         plain.load_state_dict(before)
         raise
+
+
+def _check_activations(saved: dict[str, torch.nn.Module], own: dict[str, torch.nn.Module]) -> None:
+    """Raise unless Fourier activations are the same functions: those are no part of the state."""
+    for name, module in own.items():
+        if isinstance(module, FourierActivation):
+            other = saved.get(name)
+            same = isinstance(other, FourierActivation) and module.is_like(other)
+            remedy = "Build it with the function and sampling of the saved one; 'escnn' was the default once."
+            require(same, name, str(module), str(other), remedy)
 
 
 def _state(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module, str]]:

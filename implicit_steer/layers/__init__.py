@@ -8,6 +8,7 @@ from .activation import FourierActivation
 from .batch_norm import IIDBatchNorm1d
 from .clouds import CloudNet
 from .fields import Fields, values, with_values
+from .gate import GatedFields
 from .grid_conv import ImplicitConv
 from .kernel import ImplicitKernel
 from .linear import Linear, TensorProduct
@@ -16,6 +17,7 @@ from .particles import ParticleNet
 from .point_conv import ImplicitPointConv, ImplicitPointConvWithDownsampling
 from .pooling import Blur, FieldPool, NormMaxPool
 from .potential import Gate, PotentialNet, Prediction
+from .statistics import update_bn
 
 __all__ = [
     "Blur",
@@ -24,6 +26,7 @@ __all__ = [
     "Fields",
     "FourierActivation",
     "Gate",
+    "GatedFields",
     "IIDBatchNorm1d",
     "ImplicitConv",
     "ImplicitKernel",
@@ -38,6 +41,7 @@ __all__ = [
     "ResidualBlock",
     "TensorProduct",
     "TensorReadout",
+    "update_bn",
     "values",
     "with_values",
 ]

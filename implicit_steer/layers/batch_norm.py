@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import native
 from .._autocast import own_precision
 from .._check import require
+from .._modules import NoTorchScript
 from .._transforms import refuse_derivatives
 from ..moments import Pool, moments, move_towards
 from ..packing import cached, is_traced
@@ -34,7 +35,7 @@ class Kind(NamedTuple):
 _Statistics = tuple[Tensor | None, Tensor]  # of a kind: mean (fields, d), None without trivial irreps; var (fields, 1)
 
 
-class NormBase:
+class NormBase(NoTorchScript):
     """y = w · (x − mean) / sqrt(var + eps) + b of every field, on tensors: escnn's ``IIDBatchNorm1d``, to rounding.
 
     Per field, mean (d,) is the part of the mean over all points that lies in trivial irreps, b (d,) lies there too, var
@@ -148,8 +149,8 @@ def _nothing(dtype: torch.dtype) -> Tensor:
 
 
 def _some(t: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A tensor for the native operators; an empty one for None."""
-    return _nothing(dtype) if t is None else t
+    """A tensor for the native operators, contiguous; an empty one for None."""
+    return _nothing(dtype) if t is None else t.contiguous()
 
 
 def _on_channels(values: Tensor, x: Tensor) -> Tensor:

@@ -33,6 +33,12 @@ class PointConvBase(Biased):
 
     @staticmethod
     def _graph(edge_index, n_source: int, n_target: int) -> Graph:
+        if edge_index is None:
+            remedy = (
+                "A point convolution is called with its graph, conv(x, edge_index, edge_delta). A SequentialModule "
+                "passes features alone: call the layers one by one."
+            )
+            fail("edge_index", "(2, E) integers or a Graph", None, remedy, TypeError)
         if not isinstance(edge_index, Graph):
             return Graph(edge_index, (n_source, n_target))
         sizes = (edge_index.num_src, edge_index.num_dst)

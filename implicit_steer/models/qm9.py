@@ -97,7 +97,7 @@ class QM9Net(MoleculeNet):
             torch.nn.init.constant_(layer.implicit_kernel.shell_width, reach)
             return layer
 
-        activation = FourierActivation(gspace, channels, max_frequency)
+        activation = FourierActivation(gspace, channels, max_frequency, sampling="escnn")
         hidden, scalars = activation.in_type, gspace.type(*channels * [gspace.trivial_repr])
 
         def block():

@@ -6,12 +6,14 @@ from .. import _require_escnn  # noqa: F401
 from escnn.group import _numerical
 
 from .. import _escnn_pickle
+from ..layers.statistics import update_bn
 from . import plain as _plain  # noqa: F401
 from .activation import FourierActivation
 from .batch_norm import IIDBatchNorm1d
+from .gate import Gate
 from .grid_conv import ImplicitConv
 from .kernel import ImplicitKernel
-from .mlp import KernelMLP
+from .mlp import KernelMLP, Linear
 from .point_conv import ImplicitPointConv, ImplicitPointConvWithDownsampling
 
 _escnn_pickle.register()
@@ -21,10 +23,13 @@ _numerical.randomized_svd = (
 
 __all__ = [
     "FourierActivation",
+    "Gate",
     "IIDBatchNorm1d",
     "ImplicitConv",
     "ImplicitKernel",
     "ImplicitPointConv",
     "ImplicitPointConvWithDownsampling",
     "KernelMLP",
+    "Linear",
+    "update_bn",
 ]

@@ -7,17 +7,19 @@ from numbers import Real
 
 import numpy as np
 import torch
-from escnn.group import Representation, o2_group, o3_group
+from escnn.group import GroupElement, Representation, o2_group, o3_group
 from escnn.gspaces import GSpace
 from escnn.nn import FieldType
 from scipy.linalg import block_diag
 from torch import Tensor
 
 from .._check import require
+from .._modules import in_mode
 from ..layers.kernel import Biased, KernelBase
 from ..lowering import KernelShape, lower
 from ..sampling import invariants, is_orthogonal
 from .building import built_by_escnn
+from .equivariant import Errors, compare, like, transform
 from .mlp import ANOTHER_BASIS, CLOSED_FORM, KernelMLP, check_basis, fiber_space, norm_names
 
 
@@ -89,7 +91,8 @@ class ImplicitKernel(KernelBase):
         sampling: ``"auto" | "exact" | "exact-N" | "escnn" | "lebedev-N"``: how the MLP's activations are sampled.
             "exact" evaluates in the edge's own frame and is equivariant for every N; "escnn" is the authors' grid;
             "auto" is exact where it exists.
-        norm: ``"batch"`` or None.
+        norm: ``"batch"`` or None. ``torch.optim.swa_utils.update_bn`` passes over these norms, as over
+            :class:`IIDBatchNorm1d`: use :func:`implicit_steer.nn.update_bn`.
         activation: ``"elu" | "relu" | "silu" | "gelu" | "tanh"``.
         cutoff: radius beyond which the kernel is zero (smooth to second order), in the unit of the positions; or None.
         aggr: ``"sum"`` (or PyG's word for it, ``"add"``) or ``"mean"``: how the convolution that it is for adds over a
@@ -154,9 +157,42 @@ class ImplicitKernel(KernelBase):
         )
         self.shell_width = torch.nn.Parameter(torch.full((1, 1, 1), float(width)))
         self._shape, self._sampling = shape, sampling
+        self.conv_in_type, self.conv_out_type = conv_in_type, conv_out_type
         self._find_tensors(self.mlp.linears, [(norm, norm_names(norm)) for norm in self.mlp.norms])
         self._set_plan(lower(self.mlp, shape, sampling))
         self.register_load_state_dict_post_hook(_lower_again)
+
+    def check_equivariance(self, atol: float = 1e-4, rtol: float = 1e-4) -> Errors:
+        """Compare K(g x, ρ_a(g) a) with ρ_out(g) K(x, a) ρ_in(g)⁻¹ for 10 random elements g of the group, random points
+        x and attributes a, in evaluation mode.
+
+        Returns:
+            [(g, relative error)], in the norm over all points.
+
+        Raises:
+            AssertionError: a number that differs by more than ``atol + rtol · |value|``.
+        """
+        with in_mode(self, False), torch.no_grad():
+            points = self.random_points(20)
+            expected = self._at(points)
+            inverse = lambda g: torch.as_tensor(self.conv_in_type.representation(~g)).to(expected)  # noqa: E731
+
+            def pair(g: GroupElement) -> tuple[Tensor, Tensor]:
+                actual = self._at(transform(points, self.mlp.in_type, g))
+                return actual, transform(expected, self.conv_out_type, g) @ inverse(g)
+
+            return compare(self.conv_in_type.gspace, pair, atol, rtol)
+
+    def random_points(self, n: int) -> Tensor:
+        """(n, dim + A): positions where the kernel is neither 0 nor constant, and attributes."""
+        points = torch.randn(n, self._dim + self.n_attributes, **like(self))
+        radius = float(self.shell_width) if self.plan.cutoff is None else self.plan.cutoff / 3
+        points[:, : self._dim] *= radius
+        return points
+
+    def _at(self, points: Tensor) -> Tensor:
+        pos, attributes = points[:, : self._dim], points[:, self._dim :]
+        return self(pos.contiguous(), attributes.contiguous() if self.n_attributes else None)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         check_basis(self.mlp, state_dict, prefix + "mlp.")  # before anything is copied

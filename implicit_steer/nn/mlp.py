@@ -18,6 +18,7 @@ from ..lowering import polished_blocks
 from ..plan import FUNCTIONS
 from .activation import FourierActivation, paper_function
 from .building import built_by_escnn
+from .equivariant import Steerable, check_input
 
 _INIT = ("he", "deltaorthonormal")
 # Suffixes of the buffers that fix what weights mean; escnn derives them from the group's Clebsch-Gordan coefficients.
@@ -52,21 +53,31 @@ def _at_a_point(kind: FieldType) -> FieldType:
     return fiber_space(kind.fibergroup, kind.gspace.name).type(*kind.representations)
 
 
-class Linear(escnn.nn.Linear):
-    """escnn's equivariant Linear without its expanded matrix: one ``state_dict`` in training and evaluation mode. The
-    types may be fields on any space: it maps the features of each point."""
+class Linear(Steerable, escnn.nn.Linear):
+    """y = W x + b, W an intertwiner, b invariant: escnn's Linear, with one ``state_dict`` in training and evaluation
+    mode, since it keeps no expanded matrix.
+
+    Args:
+        in_type, out_type: fields on any space: it maps the features of each point.
+        init_scheme: ``"he"`` or ``"deltaorthonormal"`` (escnn.nn.init); None leaves the weights 0. b is 0 at first.
+
+    Shape: x (N, C_in), y (N, C_out), GeometricTensors.
+    """
 
     @built_by_escnn
-    def __init__(self, in_type: FieldType, out_type: FieldType):
+    def __init__(self, in_type: FieldType, out_type: FieldType, init_scheme: str | None = "he"):
         super().__init__(_at_a_point(in_type), _at_a_point(out_type), bias=True, initialize=False)
         self.in_type, self.out_type = in_type, out_type
         del self.matrix
         if self.bias is not None:
             del self.expanded_bias
         own_basis(self.basisexpansion)
+        if init_scheme is not None:
+            initialise(self, init_scheme)
 
     def forward(self, x: escnn.nn.GeometricTensor) -> escnn.nn.GeometricTensor:
         """W x + b."""
+        check_input(x, self.in_type)
         return escnn.nn.GeometricTensor(
             torch.nn.functional.linear(x.tensor, *self.expand_parameters()), self.out_type, x.coords
         )
@@ -75,13 +86,23 @@ class Linear(escnn.nn.Linear):
         """Set the mode; nothing is expanded or dropped."""
         return torch.nn.Module.train(self, mode)
 
+    def export(self) -> torch.nn.Linear:
+        """The same map on plain tensors, with weights of its own, in evaluation mode."""
+        matrix, shift = self.expand_parameters()
+        plain = torch.nn.Linear(matrix.shape[1], matrix.shape[0], bias=shift is not None).to(matrix)
+        with torch.no_grad():
+            plain.weight.copy_(matrix)
+            if shift is not None:
+                plain.bias.copy_(shift)
+        return plain.eval()
+
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for derived in ("matrix", "expanded_bias"):  # in checkpoints that escnn wrote in evaluation mode
             state_dict.pop(prefix + derived, None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class KernelMLP(torch.nn.Module):
+class KernelMLP(Steerable):
     """Equivariant MLP: Linear, Fourier activation (and batch norm) ``n_layers − 1`` times, then a Linear.
 
     Args:
@@ -93,7 +114,7 @@ class KernelMLP(torch.nn.Module):
         activation: φ. ``"elu"`` means the paper's choice: ELU, but ReLU on groups of order 1 and 2.
 
     Attributes:
-        mlp: the escnn modules; called on a GeometricTensor of ``in_type`` it is the authors' function, layer by layer.
+        mlp: the escnn modules.
 
     Source: Zhdanov, Hoffmann, Cesa, NeurIPS 2023, section 3; band limit = highest frequency of ``out_type`` + 1.
     """
@@ -123,14 +144,19 @@ class KernelMLP(torch.nn.Module):
         if n_layers > 1:
             band_limit = sp.max_frequency(out_type.representations) + 1
         for _ in range(n_layers - 1):
-            act = FourierActivation(gspace, n_channels, band_limit, activation)
-            modules += [Linear(hidden, act.in_type), act]
+            act = FourierActivation(gspace, n_channels, band_limit, activation, sampling="escnn")
+            modules += [Linear(hidden, act.in_type, None), act]
             if norm == "batch":
                 modules.append(escnn.nn.IIDBatchNorm1d(act.out_type))
             hidden = act.out_type
-        self.mlp = escnn.nn.SequentialModule(*modules, Linear(hidden, out_type))
+        self.mlp = escnn.nn.SequentialModule(*modules, Linear(hidden, out_type, None))
         for layer in self.linears:
             initialise(layer, init_scheme)
+
+    def forward(self, x: escnn.nn.GeometricTensor) -> escnn.nn.GeometricTensor:
+        """The authors' function, layer by layer."""
+        check_input(x, self.in_type)
+        return self.mlp(x)
 
     @property
     def linears(self) -> list[Linear]:

@@ -17,6 +17,7 @@ from ..layers.kernel import NORM_TENSORS
 from ..lowering import lower_expansion
 from .activation import FourierActivation
 from .batch_norm import IIDBatchNorm1d, channels_by_kind, constants_by_kind, field_kinds
+from .gate import Gate
 from .grid_conv import ImplicitConv
 from .kernel import CheckedBias, ImplicitKernel
 from .mlp import Linear
@@ -81,6 +82,7 @@ def _grid_conv(conv: ImplicitConv, convert: Converter) -> layers.ImplicitConv:
         dilation=conv.dilation,
         padding_mode=conv.padding_mode,
         n_bias=conv.n_bias,
+        moved_axes=conv.moved_axes,
     )
     return _with_bias(plain, conv)
 
@@ -88,7 +90,14 @@ def _grid_conv(conv: ImplicitConv, convert: Converter) -> layers.ImplicitConv:
 @converts(FourierActivation)
 def _activation(activation: FourierActivation, convert: Converter) -> layers.FourierActivation:
     samples, inverse_t = (m.numpy() for m in activation._merged.exact)
-    return layers.FourierActivation(convert(activation.in_type), activation.function, samples, inverse_t.T)
+    fields, function = convert(activation.in_type), activation.function
+    return layers.FourierActivation(fields, function, samples, inverse_t.T, activation._vector)
+
+
+@converts(Gate)
+def _gate(gate: Gate, convert: Converter) -> layers.GatedFields:
+    types = convert(gate.in_type), convert(gate.out_type)
+    return layers.GatedFields(*types, gate.function, gate.gate, gate._fields)
 
 
 @converts(IIDBatchNorm1d, enn.IIDBatchNorm1d, enn.IIDBatchNorm2d, enn.IIDBatchNorm3d)

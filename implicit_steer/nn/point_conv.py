@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+from escnn.group import GroupElement
 from escnn.nn import FieldType, GeometricTensor
 from torch import Tensor
 
@@ -10,7 +12,9 @@ from .._check import fail, require
 from ..graph import Graph
 from ..layers.fields import check_tensor
 from ..layers.point_conv import PointConvBase, check_chosen, number_of_targets
+from ..neighbours import knn_graph
 from .building import built_by_escnn
+from .equivariant import Errors, Steerable, check_shape, compare, like, transform
 from .kernel import CheckedBias, ImplicitKernel, check_type, trivial_bias
 
 
@@ -25,7 +29,7 @@ def _check_points(x: GeometricTensor, dim: int) -> None:
         fail("x", "features of points, (N, C)", f"a grid {tuple(x.tensor.shape)}", remedy)
 
 
-class ImplicitPointConv(CheckedBias, PointConvBase):
+class ImplicitPointConv(CheckedBias, PointConvBase, Steerable):
     """out_i = bias + Σ_{e: j→i} γ s(|x_e|) K(x_e, a_e) f_j, equivariant for the group of ``in_type``.
 
     Args:
@@ -104,11 +108,11 @@ class ImplicitPointConv(CheckedBias, PointConvBase):
     def forward(
         self,
         x: GeometricTensor | tuple,
-        edge_index: Tensor | Graph,
-        edge_delta: Tensor,
+        edge_index: Tensor | Graph | None = None,
+        edge_delta: Tensor | None = None,
         edge_attr: Tensor | None = None,
     ) -> GeometricTensor:
-        """Convolve.
+        """Convolve; ``edge_index`` and ``edge_delta`` are needed.
 
         Args:
             x: features of ``in_type``, (N, C_in); or a pair (source features, targets) for a graph between two sets:
@@ -151,6 +155,32 @@ class ImplicitPointConv(CheckedBias, PointConvBase):
             coords = x.tensor.new_full((n_target, dim), float("nan"))
         return x.tensor, coords, n_target
 
+    def evaluate_output_shape(self, input_shape: tuple, n_target: int | None = None) -> tuple:
+        """(N, C_in) → (n_target, C_out), as many targets as sources where None."""
+        n, _ = check_shape(input_shape, self.in_type)
+        return n if n_target is None else n_target, self.out_type.size
+
+    def _check(self, atol: float, rtol: float) -> Errors:
+        """On a random cloud, its graph, random features and attributes."""
+        kernel, n = self.implicit_kernel, 20
+        x = torch.randn(n, self.in_type.size, **like(self))
+        graph = knn_graph(torch.randn(n, kernel.plan.frame.dim), k=6).to(x.device)
+        points = kernel.random_points(graph.shape[1])
+
+        def run(x: Tensor, points: Tensor) -> Tensor:
+            delta, attributes = points.split([kernel.plan.frame.dim, kernel.n_attributes], 1)
+            coords = x.new_zeros(n, delta.shape[1])
+            given = [graph, delta.contiguous(), attributes.contiguous() if kernel.n_attributes else None]
+            return self(GeometricTensor(x, self.in_type, coords), *given).tensor
+
+        expected = run(x, points)
+
+        def pair(g: GroupElement) -> tuple[Tensor, Tensor]:
+            actual = run(transform(x, self.in_type, g), transform(points, kernel.mlp.in_type, g))
+            return actual, transform(expected, self.out_type, g)
+
+        return compare(self.in_type.gspace, pair, atol, rtol)
+
     def _convolve(
         self, kernel: ImplicitKernel, source: Tensor, graph: Graph, edge_delta, edge_attr, coords
     ) -> GeometricTensor:
@@ -171,8 +201,8 @@ class ImplicitPointConvWithDownsampling(ImplicitPointConv):
     def forward(
         self,
         x: GeometricTensor,
-        edge_index: Tensor | Graph,
-        edge_delta: Tensor,
+        edge_index: Tensor | Graph | None = None,
+        edge_delta: Tensor | None = None,
         edge_attr: Tensor | None = None,
         idx_downsampled: Tensor | None = None,
     ) -> GeometricTensor:
