@@ -173,7 +173,9 @@ class KernelBase(NoTorchScript, torch.nn.Module):
     def check_reach(self, delta: Tensor) -> None:
         """Warn, at the first call with edges (E, dim), where the shell s(r) = exp(−½ (r / σ)²) leaves nothing of any of
         them, or cannot tell them apart."""
-        if torch.compiler.is_compiling() or self._reach_checked or is_transformed():
+        if torch.compiler.is_compiling() or self._reach_checked:
+            return
+        if is_transformed() or torch._C._len_torch_dispatch_stack() or delta.is_meta:  # numbers may be stand-ins
             return
         if delta.is_cuda and torch.cuda.is_current_stream_capturing():
             return
