@@ -4,9 +4,7 @@ from .._extras import load_extra
 
 load_extra("escnn", "escnn")
 
-from escnn.group import _numerical  # noqa: E402
-
-from .. import _escnn_pickle  # noqa: E402
+from .. import _escnn_changes, _escnn_pickle  # noqa: E402
 from . import plain as _plain  # noqa: E402, F401
 from .activation import FourierActivation  # noqa: E402
 from .batch_norm import IIDBatchNorm1d  # noqa: E402
@@ -16,9 +14,7 @@ from .mlp import KernelMLP  # noqa: E402
 from .point_conv import ImplicitPointConv, ImplicitPointConvWithDownsampling  # noqa: E402
 
 _escnn_pickle.register()
-_numerical.randomized_svd = (
-    None  # scikit-learn's, where that is installed, refuses escnn's matrices; scipy's takes them
-)
+_escnn_changes.apply()
 
 __all__ = [
     "FourierActivation",
