@@ -105,7 +105,7 @@ def _grid_size(group: Group, idents: tuple) -> int:
 
 @sp.identity_cache
 def _matrices(group: Group, ident: tuple, size: int) -> np.ndarray:
-    """(G, d, d) of an irrep on all elements, or on the grid of ``size`` rotations and the discrete part of the group."""
+    """(G, d, d) of an irrep on all elements, or on ``size`` rotations x the discrete part of the group."""
     irrep = group.irrep(*ident)
     return np.stack([irrep(g) for g in (sp.equispaced(group, size) if size else group.elements)])
 
