@@ -17,11 +17,18 @@ def apply() -> None:
         module.generate_irrep_matrices_from_generators = matrices_from_generators
 
 
+_theirs = basisexpansion_singleblock.normalize_basis
+_MOST_PRODUCTS = 2**26
+
+
 def normalize_basis(basis: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """Divide basis elements B (n_b, o, i, ...), in place, by √(‖B‖² / size), unless they vanish.
 
-    escnn takes ‖B‖² as the trace of B Bᵀ, with all n_b o² products in memory: 4 GB for fields of 32 numbers.
+    escnn takes ‖B‖² as the trace of B Bᵀ, with all n_b o² products in memory: 4 GB for fields of 32 numbers. Where they
+    are few, it does so here, too, so that files and layers keep every bit.
     """
+    if basis[:, :, 0].numel() * basis.shape[1] <= _MOST_PRODUCTS:
+        return _theirs(basis, sizes)
     norms = torch.linalg.vector_norm(basis.flatten(1), dim=1, dtype=torch.float64).to(basis.dtype) / sizes.sqrt()
     norms[~(norms >= 1e-6)] = 1
     return basis.div_(norms.view(-1, *[1] * (basis.dim() - 1)))

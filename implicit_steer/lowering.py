@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import escnn.nn
@@ -167,7 +168,7 @@ def _bias_basis(linear: escnn.nn.Linear, field: int) -> np.ndarray:
         return invariant
     start = _starts(reprs)[field]
     here = np.s_[start : start + reprs[field].size, counts[field] : counts[field + 1]]
-    columns = linear.bias_expansion.detach().cpu().double().numpy()[here]
+    columns = linear.bias_expansion.detach()[here].cpu().double().numpy()
     exact = invariant @ np.linalg.lstsq(invariant, columns, rcond=None)[0]
     error = np.abs(exact - columns).max()
     require(error < 1e-4, "bias_expansion", "invariant vectors", f"a deviation of {error:.1e}", kind=RuntimeError)
@@ -255,6 +256,7 @@ def _lower_activation(activation, sampled: _Sampled) -> Activation:
     return Activation(len(activation.in_type), activation.function, samples, inverse, index)
 
 
+@lru_cache(maxsize=1024)
 def _trivial(rep: Representation) -> np.ndarray:
     """Coordinates (in irrep order) of the trivial irreps."""
     starts = _starts([rep.group.irrep(*i) for i in rep.irreps])

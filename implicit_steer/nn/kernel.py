@@ -16,6 +16,7 @@ from .._check import require
 from ..layers.kernel import Biased, KernelBase
 from ..lowering import KernelShape, lower
 from .mlp import KernelMLP, check_basis, fiber_space, norm_names
+from .size import check_kernel
 
 
 def position_representation(gspace: GSpace) -> Representation:
@@ -72,6 +73,10 @@ class ImplicitKernel(KernelBase):
         shell_width: σ, learnable, (1, 1, 1), 0.5 at first, in the unit of the positions.
         plan: the lowered :class:`~implicit_steer.plan.Plan`.
 
+    Raises:
+        ValueError, TypeError: wrong argument, naming it; fields whose kernel takes more than half of the memory, or
+            more than ``$IMPLICIT_STEER_BUILD_GB``, to build, naming them.
+
     Example:
         >>> gs = escnn.gspaces.flipRot3dOnR3()
         >>> scalar, vector = gs.type(gs.trivial_repr), gs.type(gs.irrep(1, 1))
@@ -109,9 +114,11 @@ class ImplicitKernel(KernelBase):
             attributes = list(kernel_attr_type.representations)
         shape = KernelShape(list(conv_out_type.representations), list(conv_in_type.representations), cutoff, aggr)
         fiber = fiber_space(gspace.fibergroup, gspace.name)
+        inputs = [position_representation(gspace), *attributes]
+        check_kernel(shape.out_reprs, shape.in_reprs, inputs, n_layers, n_channels)
         tensor_reprs = [_tensor(out, into) for out in shape.out_reprs for into in shape.in_reprs]
         self.mlp = KernelMLP(
-            fiber.type(position_representation(gspace), *attributes),
+            fiber.type(*inputs),
             fiber.type(*tensor_reprs),
             n_layers,
             n_channels,
