@@ -33,10 +33,15 @@ FUNCTIONS = ("elu", "relu", "silu", "gelu", "tanh")
 def _freeze(value):
     """Float arrays become read-only float64, integer arrays read-only int64, NumPy's numbers Python's; others pass."""
     if isinstance(value, np.generic):  # which print, and so are hashed, differently in NumPy 1 and 2
-        value = value.item()
-    if isinstance(value, np.ndarray):
-        value = np.array(value, dtype=np.int64 if value.dtype.kind in "iub" else np.float64, order="C")
-        value.flags.writeable = False
+        return value.item()
+    if not isinstance(value, np.ndarray):
+        return value
+    dtype, owner = np.int64 if value.dtype.kind in "iub" else np.float64, value if value.base is None else value.base
+    nobody_writes = isinstance(owner, np.ndarray) and not owner.flags.writeable
+    if nobody_writes and value.dtype == dtype and value.flags.c_contiguous:
+        return value
+    value = np.array(value, dtype=dtype, order="C")
+    value.flags.writeable = False
     return value
 
 
@@ -50,7 +55,13 @@ def _require_indices(name: str, index: np.ndarray, count: int, shape: tuple | No
 
 def _fingerprint(arrays: Iterable[np.ndarray]) -> np.ndarray:
     """(n,) integers, one per array: others for other signs, orders or values, but the same (± 1) after rounding."""
-    return np.array([round(1e4 * float(a.reshape(-1) @ np.cos(np.arange(a.size)))) for a in arrays], dtype=np.int64)
+    return np.array([round(1e4 * _scrambled_sum(a.reshape(-1))) for a in arrays], dtype=np.int64)
+
+
+def _scrambled_sum(a: np.ndarray, at_once: int = 2**20) -> float:
+    """Σ cos(n) a[n], in parts that need little memory."""
+    parts = range(0, a.size, at_once)
+    return sum(float(a[n : n + at_once] @ np.cos(np.arange(n, min(n + at_once, a.size)))) for n in parts)
 
 
 def _require_number(name: str, value: Any) -> None:
@@ -82,7 +93,7 @@ class Data:
         def feed(value):
             if isinstance(value, np.ndarray):
                 sha.update(repr((value.shape, value.dtype.str)).encode())
-                sha.update(value.tobytes())
+                sha.update(value.reshape(-1).view(np.uint8))
             elif isinstance(value, tuple):
                 sha.update(f"({len(value)}".encode())
                 for item in value:
@@ -330,6 +341,12 @@ class Coupling(Data):
         return tuple((*map(int, row), float(self.basis[tuple(row)])) for row in index)
 
     @cached_property
+    def counts(self) -> tuple[int, int, int]:
+        """How many nonzeros, products of features ((b, o, m) that occur) and slots there are."""
+        nonzero = self.basis != 0
+        return tuple(int(np.count_nonzero(n)) for n in (nonzero, nonzero.any(2), nonzero.any((2, 3))))
+
+    @cached_property
     def slots(self) -> tuple[tuple[int, int], ...]:
         """(b, o) pairs that occur: T[slot, v, w] is what a node accumulates."""
         return tuple(sorted({(b, o) for b, o, *_ in self.nonzeros}))
@@ -424,10 +441,10 @@ class Plan(Data):
         nonzeros = coupling = mixing = 0
         for c in self.couplings:
             n_in, n_hidden = len(c.in_start), len(c.hidden_start)
-            nonzeros += (len(c.nonzeros) if c.parameter == "weights" else 0) * n_in * n_hidden
-            products = {(b, o, m) for b, o, _, m, _ in c.nonzeros}
-            coupling += len(c.nonzeros) * n_in + len(products) * n_in * n_hidden
-            mixing += len(c.slots) * n_in * n_hidden * len(c.out_start)
+            n_nonzeros, n_products, n_slots = c.counts
+            nonzeros += (n_nonzeros if c.parameter == "weights" else 0) * n_in * n_hidden
+            coupling += n_nonzeros * n_in + n_products * n_in * n_hidden
+            mixing += n_slots * n_in * n_hidden * len(c.out_start)
         return {
             "mlp per edge": mlp,
             "φ per edge": phi,
@@ -464,7 +481,7 @@ class Plan(Data):
         for c in self.couplings:
             lines.append(
                 f"  coupling   {len(c.out_start)} x {len(c.in_start)} x {len(c.hidden_start)} fields ({c.parameter}), "
-                f"{c.basis.shape[0]} intertwiners, {len(c.nonzeros)} nonzeros, {len(c.slots)} slots"
+                f"{c.basis.shape[0]} intertwiners, {c.counts[0]} nonzeros, {c.counts[2]} slots"
             )
         lines.append(
             f"  kernel     {self.out_size} x {self.in_size}, γ = {self.gamma:.4g}, cutoff {self.cutoff}, {self.aggr}"

@@ -49,6 +49,7 @@ class HiddenSpace:
     band_limit: int
 
 
+@lru_cache(maxsize=1024)
 def trivial_coordinates(rep: Representation) -> np.ndarray:
     """(n,) coordinates, in irrep order, of the trivial irreps."""
     irreps = [rep.group.irrep(*ident) for ident in rep.irreps]
@@ -180,15 +181,21 @@ def escnn_matrices(space: HiddenSpace) -> tuple[np.ndarray, np.ndarray]:
     elif space.group.continuous:
         grid = equispaced(space.group, 40 if space.band_limit == 3 else 125)
     else:
-        grid = list(space.group.elements)
+        return _group_samples(space), _inverse(_group_samples(space), eps=1e-8)
     a = _samples(space, grid)
     return a, _inverse(a, eps=1e-8)
 
 
 @identity_cache
+def _group_samples(space: HiddenSpace) -> np.ndarray:
+    """A over all elements of a finite group."""
+    return _samples(space, list(space.group.elements))
+
+
+@identity_cache
 def group_matrices(space: HiddenSpace) -> tuple[np.ndarray, np.ndarray]:
     """A and A⁻ over all elements of a finite group."""
-    a = _samples(space, list(space.group.elements))
+    a = _group_samples(space)
     return a, _inverse(a)
 
 

@@ -5,6 +5,7 @@ The counterparts in C++ are ``csrc/plan.h`` and ``csrc/packing.h``.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -256,17 +257,30 @@ def _dense_couplings(plan: Plan) -> tuple[Coupling, ...]:
 def kernel_entries(plan: Plan, n_weights: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of every product θ·B: its position in the flat (C_out, C_in, H) kernel tensor, that of θ among the last layer's
     parameters, ``n_weights`` weights and then its bias, and B."""
-    none = np.zeros(0, dtype=np.int64)
-    positions, columns, values = [none], [none], [none.astype(float)]
-    for c in plan.couplings:
+    fields = [(len(c.out_start), len(c.in_start), len(c.hidden_start)) for c in plan.couplings]
+    counts = [math.prod(n) * c.counts[0] for n, c in zip(fields, plan.couplings, strict=True)]
+    position, column, value = (np.empty(sum(counts), dtype) for dtype in (np.int64, np.int64, float))
+    ends = np.cumsum(counts)
+    for c, n, count, end in zip(plan.couplings, fields, counts, ends, strict=True):
         b, o, i, m = np.nonzero(c.basis)
-        u, v, w, _ = np.ogrid[: len(c.out_start), : len(c.in_start), : len(c.hidden_start), :1]
-        row = (c.out_start[u] + o) * plan.in_size + c.in_start[v] + i
-        position = row * plan.hidden_size + c.hidden_start[w] + m
-        column = c.row[u, v] + w * len(c.basis) + b + (0 if c.parameter == "weights" else n_weights)
-        positions.append(position.reshape(-1)), columns.append(np.broadcast_to(column, position.shape).reshape(-1))
-        values.append(np.broadcast_to(c.basis[b, o, i, m], position.shape).reshape(-1))
-    return np.concatenate(positions), np.concatenate(columns), np.concatenate(values)
+        u, v, w, _ = np.ogrid[: n[0], : n[1], : n[2], :1]
+        here = position[end - count : end].reshape(*n, len(b))
+        here[...] = (c.out_start[u] + o) * plan.in_size + c.in_start[v] + i
+        here *= plan.hidden_size
+        here += c.hidden_start[w] + m
+        here = column[end - count : end].reshape(*n, len(b))
+        here[...] = c.row[u, v] + w * len(c.basis) + (0 if c.parameter == "weights" else n_weights)
+        here += b
+        value[end - count : end].reshape(*n, len(b))[...] = c.basis[b, o, i, m]
+    return position, column, value
+
+
+def _kernel_matrix(plan: Plan, begin: dict[str, int], n_parameters: int) -> sparse.csr_matrix:
+    """(C_out · C_in · H, n_parameters): the flat kernel tensor of the parameters; ``begin``: of the last layer's."""
+    position, column, value = kernel_entries(plan, begin["bias"] - begin["weights"])
+    column += begin["weights"]
+    shape = plan.out_size * plan.in_size * plan.hidden_size, n_parameters
+    return sparse.coo_matrix((value, (position, column)), shape=shape).tocsr()
 
 
 @lru_cache(maxsize=256)
@@ -299,11 +313,7 @@ def prepare(plan: Plan, sizes: tuple[int, ...]) -> Prepared:
     shell = place.take(1)
     matrices.append(_selection(np.array([next(starts)]), n_parameters))
     begin = dict(zip(("weights", "bias"), starts, strict=False))
-    kernel = None
-    if plan.dense_coupling:
-        entry, column, value = kernel_entries(plan, begin["bias"] - begin["weights"])
-        shape = plan.out_size * plan.in_size * plan.hidden_size, n_parameters
-        kernel = sparse.coo_matrix((value, (entry, begin["weights"] + column)), shape=shape).tocsr()
+    kernel = _kernel_matrix(plan, begin, n_parameters) if plan.dense_coupling else None
     begin["kernel"] = 0
     backward, forward = [], []
     for c in couplings:
@@ -329,15 +339,18 @@ def prepare(plan: Plan, sizes: tuple[int, ...]) -> Prepared:
     _flatten_products(flat, terms)
     for numbers, at in zip(terms.couplings, theta, strict=True):
         flat.i(numbers[:8], at, numbers[8:])
-    return _as_tensors(flat, sparse.vstack(matrices).tocsr())
+    del kernel
+    packing = sparse.vstack(matrices, format="csr")
+    matrices.clear()  # of large fields they take as much memory as the whole
+    return _as_tensors(flat, packing)
 
 
 def _as_tensors(flat: _Flat, matrix: sparse.csr_matrix) -> Prepared:
     def by_dtype(numbers) -> dict[torch.dtype, Tensor]:
-        return {dtype: torch.tensor(numbers, dtype=dtype) for dtype in (torch.float32, torch.float64)}
+        return {dtype: torch.as_tensor(numbers, dtype=dtype) for dtype in (torch.float32, torch.float64)}
 
     def int32(numbers) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int32)
+        return torch.as_tensor(numbers, dtype=torch.int32)
 
     return Prepared(
         int32(flat.ints), by_dtype(flat.reals), int32(matrix.indptr), int32(matrix.indices), by_dtype(matrix.data)

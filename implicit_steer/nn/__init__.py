@@ -3,9 +3,7 @@
 from .. import _require_escnn  # noqa: F401
 
 # isort: split
-from escnn.group import _numerical
-
-from .. import _escnn_pickle
+from .. import _escnn_changes, _escnn_pickle
 from ..layers.statistics import update_bn
 from . import plain as _plain  # noqa: F401
 from .activation import FourierActivation
@@ -17,9 +15,7 @@ from .mlp import KernelMLP, Linear
 from .point_conv import ImplicitPointConv, ImplicitPointConvWithDownsampling
 
 _escnn_pickle.register()
-_numerical.randomized_svd = (
-    None  # scikit-learn's, where that is installed, refuses escnn's matrices; scipy's takes them
-)
+_escnn_changes.apply()
 
 __all__ = [
     "FourierActivation",

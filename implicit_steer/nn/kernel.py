@@ -21,6 +21,7 @@ from ..sampling import invariants, is_orthogonal
 from .building import built_by_escnn
 from .equivariant import Errors, compare, like, transform
 from .mlp import ANOTHER_BASIS, CLOSED_FORM, KernelMLP, check_basis, fiber_space, norm_names
+from .size import check_kernel
 
 
 def position_representation(gspace: GSpace) -> Representation:
@@ -104,6 +105,10 @@ class ImplicitKernel(KernelBase):
         shell_width: σ, learnable, (1, 1, 1).
         plan: the lowered :class:`~implicit_steer.plan.Plan`.
 
+    Raises:
+        ValueError, TypeError: wrong argument, naming it; fields whose kernel takes more than half of the memory, or
+            more than ``$IMPLICIT_STEER_BUILD_GB``, to build, naming them.
+
     Example:
         >>> gs = escnn.gspaces.flipRot3dOnR3()
         >>> scalar, vector = gs.type(gs.trivial_repr), gs.type(gs.irrep(1, 1))
@@ -145,9 +150,11 @@ class ImplicitKernel(KernelBase):
         aggr = "sum" if aggr == "add" else aggr
         shape = KernelShape(list(conv_out_type.representations), list(conv_in_type.representations), cutoff, aggr)
         fiber = fiber_space(gspace.fibergroup, gspace.name)
+        inputs = [position_representation(gspace), *attributes]
+        check_kernel(shape.out_reprs, shape.in_reprs, inputs, n_layers, n_channels)
         tensor_reprs = [_matrices(out, into) for out in shape.out_reprs for into in shape.in_reprs]
         self.mlp = KernelMLP(
-            fiber.type(position_representation(gspace), *attributes),
+            fiber.type(*inputs),
             fiber.type(*tensor_reprs),
             n_layers,
             n_channels,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections import Counter, defaultdict
 
 import escnn.nn
 import torch
@@ -19,6 +21,7 @@ from ..plan import FUNCTIONS
 from .activation import FourierActivation, paper_function
 from .building import built_by_escnn
 from .equivariant import Steerable, check_input
+from .size import check_linear
 
 _INIT = ("he", "deltaorthonormal")
 # Suffixes of the buffers that fix what weights mean; escnn derives them from the group's Clebsch-Gordan coefficients.
@@ -66,6 +69,7 @@ class Linear(Steerable, escnn.nn.Linear):
 
     @built_by_escnn
     def __init__(self, in_type: FieldType, out_type: FieldType, init_scheme: str | None = "he"):
+        check_linear(in_type.representations, out_type.representations)
         super().__init__(_at_a_point(in_type), _at_a_point(out_type), bias=True, initialize=False)
         self.in_type, self.out_type = in_type, out_type
         del self.matrix
@@ -193,9 +197,9 @@ ANOTHER_BASIS = (
 def check_basis(mlp: KernelMLP, state_dict: dict, prefix: str) -> None:
     """Refuse a checkpoint whose basis would make its weights mean another function.
 
-    The basis buffers are the fingerprint. Where Clebsch-Gordan coefficients have a closed form, they must be this
-    installation's. Elsewhere escnn finds them numerically, with arbitrary signs on every installation: there the
-    checkpoint's own basis is taken over, if it consists of intertwiners.
+    The basis buffers are the fingerprint. Where escnn has closed forms of Clebsch-Gordan coefficients, they must be
+    this installation's. Elsewhere escnn alone, and so older checkpoints, has arbitrary signs: there the checkpoint's
+    own basis is taken over, if it consists of intertwiners.
     """
     closed_form = isinstance(mlp.in_type.fibergroup, CLOSED_FORM)
     for name, own in mlp.named_buffers():
@@ -221,7 +225,23 @@ def check_basis(mlp: KernelMLP, state_dict: dict, prefix: str) -> None:
             polished_blocks(layer, lambda key, n=n: state_dict.get(f"{prefix}mlp.{n}.{key}"))
 
 
-_HE_DEVIATION: dict[tuple, torch.Tensor] = {}  # (n_weights,) of escnn's generalised He scheme; slow to collect
+def he_deviation(expansion: escnn.nn.modules.basismanager.BlocksBasisExpansion) -> torch.Tensor:
+    """(n_weights,) of escnn's generalised He scheme: 1/√(n_ψ n_w) for a weight from an irrep ψ of the input to one
+    irrep of the output, which n_ψ different irreps reach, ψ through n_w weights.
+
+    escnn describes every weight to find it; here the weights of all fields of one representation are counted at once.
+    """
+    blocks, counts = {}, defaultdict(Counter)
+    for pair in expansion._representations_pairs:
+        block = getattr(expansion, f"block_expansion_{expansion._escape_pair(pair)}")
+        blocks[pair] = [(attr["in_irrep"], (pair[1], attr["out_irrep_idx"])) for attr in block.get_basis_info()]
+        for into, out in blocks[pair]:
+            counts[out][into] += expansion._in_count[pair[0]]
+    found = []
+    for pair, ends in blocks.items():
+        deviation = torch.tensor([1 / math.sqrt(len(counts[out]) * counts[out][into]) for into, out in ends])
+        found.append(deviation.repeat(expansion._in_count[pair[0]] * expansion._out_count[pair[1]]))
+    return torch.cat(found)
 
 
 def initialise(layer: Linear, scheme: str) -> None:
@@ -229,11 +249,7 @@ def initialise(layer: Linear, scheme: str) -> None:
     if layer.weights.numel() == 0:
         return
     if scheme == "he":
-        key = tuple(tuple(r.name for r in t.representations) for t in (layer.in_type, layer.out_type))
-        key = (layer.in_type.fibergroup.name, *key)
-        if key not in _HE_DEVIATION:
-            _HE_DEVIATION[key] = escnn.nn.init._generalized_he_init_variances(layer.basisexpansion)
         with torch.no_grad():
-            layer.weights.copy_(_HE_DEVIATION[key] * torch.randn_like(layer.weights))
+            layer.weights.copy_(he_deviation(layer.basisexpansion) * torch.randn_like(layer.weights))
     else:
         escnn.nn.init.deltaorthonormal_init(layer.weights.data, layer.basisexpansion)
