@@ -15,6 +15,7 @@ import escnn.nn
 import numpy as np
 import torch
 from escnn.group import O3, SO3, Representation
+from scipy.linalg import block_diag
 
 from . import sampling as sp
 from ._check import fail, parse_sampling, require
@@ -115,16 +116,15 @@ class _Pair:
     basis: np.ndarray  # (n_b, o, i)
 
 
-def polished_blocks(linear: escnn.nn.Linear, stored=lambda key: None) -> dict[tuple[str, str], np.ndarray]:
-    """Exact basis (n_b, o, i) of each (input, output) pair of representation names.
+def polished_blocks(expansion: torch.nn.Module, stored=lambda key: None) -> dict[tuple[str, str], np.ndarray]:
+    """Exact basis (n_b, o, i) of each (input, output) pair of representation names of a ``BlocksBasisExpansion``.
 
     ``stored``: maps the name of a buffer to a tensor that stands in for it (a checkpoint's), or to None.
 
     Raises:
         RuntimeError: a basis that does not consist of intertwiners.
     """
-    expansion = linear.basisexpansion
-    by_name = [{r.name: r for r in t.representations} for t in (linear.in_type, linear.out_type)]
+    by_name = [{r.name: r for r in reprs} for reprs in (expansion._in_reprs, expansion._out_reprs)]
     blocks = {}
     for pair in expansion._representations_pairs:
         name = f"block_expansion_{expansion._escape_pair(pair)}"
@@ -142,7 +142,7 @@ def _pairs(linear: escnn.nn.Linear) -> list[_Pair]:
         for n, r in enumerate(reprs):
             fields[r.name].append(n)
     pairs = []
-    for pair, basis in polished_blocks(linear).items():
+    for pair, basis in polished_blocks(expansion).items():
         ins, outs = by_name[0][pair[0]], by_name[1][pair[1]]
         rep_in, rep_out = linear.in_type.representations[ins[0]], linear.out_type.representations[outs[0]]
         pairs.append(_Pair(rep_in, rep_out, ins, outs, expansion._weights_ranges[pair][0], basis))
@@ -217,15 +217,31 @@ def _lower_linear(linear: escnn.nn.Linear, sampled: _Sampled, first: bool) -> Li
     return Linear(in_size, out_size, tuple(blocks), bias)
 
 
-def lower_expansion(expansion: torch.nn.Module, bias: torch.Tensor | None = None) -> Linear:
-    """The matrix that escnn's ``BlocksBasisExpansion`` makes of weights, in its own coordinates and with its own basis;
-    ``bias`` (out_size, n_bias): its ``bias_expansion``."""
+def lower_map(linear: escnn.nn.Linear) -> Linear:
+    """An equivariant Linear in its own coordinates, with exact bases."""
+    columns = None
+    if linear.bias is not None:
+        columns = block_diag(*(_bias_basis(linear, n) for n in range(len(linear.out_type))))
+    return lower_expansion(linear.basisexpansion, polished_blocks(linear.basisexpansion), columns)
+
+
+def sampled_blocks(expansion: torch.nn.Module) -> dict[tuple[str, str], np.ndarray]:
+    """escnn's own basis of each pair, which it has in float32."""
+    names = {pair: f"block_expansion_{expansion._escape_pair(pair)}" for pair in expansion._representations_pairs}
+    basis = {pair: getattr(expansion, name).sampled_basis[..., 0] for pair, name in names.items()}
+    return {pair: sampled.detach().cpu().double().numpy() for pair, sampled in basis.items()}
+
+
+def lower_expansion(
+    expansion: torch.nn.Module, basis: dict[tuple[str, str], np.ndarray], bias: np.ndarray | None = None
+) -> Linear:
+    """The matrix that escnn's ``BlocksBasisExpansion`` makes of weights, in its own coordinates. ``basis``: of each
+    pair; ``bias`` (out_size, n_bias): its ``bias_expansion``."""
     in_reprs, out_reprs = expansion._in_reprs, expansion._out_reprs
     in_start, out_start, blocks = _starts(in_reprs), _starts(out_reprs), []
     for pair in expansion._representations_pairs:
         ins = [n for n, r in enumerate(in_reprs) if r.name == pair[0]]
         outs = [n for n, r in enumerate(out_reprs) if r.name == pair[1]]
-        sampled = getattr(expansion, f"block_expansion_{expansion._escape_pair(pair)}").sampled_basis[..., 0]
         blocks.append(
             Block(
                 offset=expansion._weights_ranges[pair][0],
@@ -233,12 +249,11 @@ def lower_expansion(expansion: torch.nn.Module, bias: torch.Tensor | None = None
                 columns=np.arange(len(ins)),
                 out_start=out_start[outs],
                 in_start=in_start[ins],
-                basis=sampled.detach().cpu().double().numpy(),
+                basis=basis[pair],
             )
         )
     out_size = int(out_start[-1])
-    columns = np.zeros((out_size, 0)) if bias is None else bias.detach().cpu().double().numpy()
-    return Linear(int(in_start[-1]), out_size, tuple(blocks), columns)
+    return Linear(int(in_start[-1]), out_size, tuple(blocks), np.zeros((out_size, 0)) if bias is None else bias)
 
 
 def _lower_activation(activation, sampled: _Sampled) -> Activation:

@@ -20,7 +20,7 @@ from implicit_steer.cases import SMALL, SPACES, Case, fields
 from implicit_steer.models import QM9Net
 from implicit_steer.nn import FourierActivation, ImplicitConv, ImplicitPointConv, KernelMLP
 from implicit_steer.nn import IIDBatchNorm1d as ImplicitNorm
-from implicit_steer.nn.mlp import Linear
+from implicit_steer.nn.mlp import KernelLinear
 from implicit_steer.packing import dense_kernel, pack
 from implicit_steer.plan import Plan
 
@@ -399,8 +399,8 @@ def test_mlp_children(n_layers, norm):
     gspace = gspaces.no_base_space(SPACES["O(3)"]().fibergroup)
     vector, scalar = gspace.irrep(1, 1), gspace.trivial_repr
     mlp = KernelMLP(gspace.type(vector, scalar), gspace.type(vector, vector), n_layers, 3, norm=norm)
-    stage = [Linear, FourierActivation] + ([IIDBatchNorm1d] if norm else [])
-    assert [type(m) for m in mlp.mlp] == stage * (n_layers - 1) + [Linear]
+    stage = [KernelLinear, FourierActivation] + ([IIDBatchNorm1d] if norm else [])
+    assert [type(m) for m in mlp.mlp] == stage * (n_layers - 1) + [KernelLinear]
     assert len(mlp.linears) == n_layers
     assert len(mlp.norms) == (n_layers - 1 if norm else 0)
     for before, after in zip(list(mlp.mlp)[:-1], list(mlp.mlp)[1:], strict=True):

@@ -15,17 +15,19 @@ from ..data.qm9 import EDGE_ATTRIBUTES
 from ..deploy.convert import converts, saved_as
 from ..layers.linear import project_squares
 from ..layers.molecules import MoleculeNet, ResidualBlock, TensorReadout
+from ..lowering import lower_expansion, polished_blocks
 from ..nn import FourierActivation, IIDBatchNorm1d, ImplicitPointConv
 from ..nn.building import built_by_escnn
 from ..nn.mlp import own_basis
 from ..nn.plain import tensor_product
+from ..packing import Expansion
 
 ATOM_FEATURES = 5  # one-hot of H, C, N, O, F
 
 
 class TensorProduct(enn.TensorProductModule):
     """escnn's product of every field with itself, without its expanded matrix, which escnn builds at ``.eval()``, so
-    that weights loaded afterwards have no effect; and with a basis of its own."""
+    that weights loaded afterwards have no effect; and with a basis of its own, exact in float64."""
 
     @built_by_escnn
     def __init__(self, in_type: enn.FieldType, out_type: enn.FieldType):
@@ -33,6 +35,12 @@ class TensorProduct(enn.TensorProductModule):
         del self.matrix
         own_basis(self.basisexpansion)
         enn.init.deltaorthonormal_init(self.weights.data, self.basisexpansion)
+        _lower(self)
+        self.register_load_state_dict_post_hook(_lower)
+
+    def expand_parameters(self) -> torch.Tensor:
+        """W, (C_out, (C_in / fields)²)."""
+        return self._expansion(self.weights, None)[0]
 
     def forward(self, x: enn.GeometricTensor) -> enn.GeometricTensor:
         """x (N, C_in) → (N, C_out): per field ``W vec(x xᵀ)``."""
@@ -42,6 +50,14 @@ class TensorProduct(enn.TensorProductModule):
     def train(self, mode: bool = True):
         """Set the mode; nothing is expanded or dropped."""
         return torch.nn.Module.train(self, mode)
+
+
+def _lower(product: TensorProduct, *_) -> None:
+    """At first, and after a checkpoint, which may have brought another basis."""
+    if not any(tensor.is_meta for tensor in product.buffers()):
+        expansion = product.basisexpansion
+        product.lowered = lower_expansion(expansion, polished_blocks(expansion))
+        product._expansion = Expansion(product.lowered)
 
 
 converts(TensorProduct)(tensor_product)

@@ -16,7 +16,8 @@ from .. import sampling as sp
 from .._check import fail, require, require_integer
 from ..clebsch_gordan import install
 from ..layers.kernel import NORM_TENSORS
-from ..lowering import polished_blocks
+from ..lowering import lower_map, polished_blocks
+from ..packing import Expansion
 from ..plan import FUNCTIONS
 from .activation import FourierActivation, paper_function
 from .building import built_by_escnn
@@ -56,19 +57,12 @@ def _at_a_point(kind: FieldType) -> FieldType:
     return fiber_space(kind.fibergroup, kind.gspace.name).type(*kind.representations)
 
 
-class Linear(Steerable, escnn.nn.Linear):
-    """y = W x + b, W an intertwiner, b invariant: escnn's Linear, with one ``state_dict`` in training and evaluation
-    mode, since it keeps no expanded matrix.
-
-    Args:
-        in_type, out_type: fields on any space: it maps the features of each point.
-        init_scheme: ``"he"`` or ``"deltaorthonormal"`` (escnn.nn.init); None leaves the weights 0. b is 0 at first.
-
-    Shape: x (N, C_in), y (N, C_out), GeometricTensors.
-    """
+class KernelLinear(Steerable, escnn.nn.Linear):
+    """escnn's Linear as a layer of a kernel's MLP, from which plans are lowered: with one ``state_dict`` in training
+    and evaluation mode, since it keeps no expanded matrix. Its weights are 0 at first."""
 
     @built_by_escnn
-    def __init__(self, in_type: FieldType, out_type: FieldType, init_scheme: str | None = "he"):
+    def __init__(self, in_type: FieldType, out_type: FieldType):
         check_linear(in_type.representations, out_type.representations)
         super().__init__(_at_a_point(in_type), _at_a_point(out_type), bias=True, initialize=False)
         self.in_type, self.out_type = in_type, out_type
@@ -76,8 +70,6 @@ class Linear(Steerable, escnn.nn.Linear):
         if self.bias is not None:
             del self.expanded_bias
         own_basis(self.basisexpansion)
-        if init_scheme is not None:
-            initialise(self, init_scheme)
 
     def forward(self, x: escnn.nn.GeometricTensor) -> escnn.nn.GeometricTensor:
         """W x + b."""
@@ -90,6 +82,37 @@ class Linear(Steerable, escnn.nn.Linear):
         """Set the mode; nothing is expanded or dropped."""
         return torch.nn.Module.train(self, mode)
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for derived in ("matrix", "expanded_bias"):  # in checkpoints that escnn wrote in evaluation mode
+            state_dict.pop(prefix + derived, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Linear(KernelLinear):
+    """y = W x + b, W an intertwiner, b invariant, both exact in float64: escnn's Linear, whose basis is in float32.
+
+    Args:
+        in_type, out_type: fields on any space: it maps the features of each point.
+        init_scheme: ``"he"`` or ``"deltaorthonormal"`` (escnn.nn.init); None leaves the weights 0. b is 0 at first.
+
+    Shape: x (N, C_in), y (N, C_out), GeometricTensors.
+    """
+
+    @built_by_escnn
+    def __init__(self, in_type: FieldType, out_type: FieldType, init_scheme: str | None = "he"):
+        for name, kind in (("in_type", in_type), ("out_type", out_type)):
+            require(isinstance(kind, FieldType), name, "an escnn FieldType", type(kind).__name__, kind=TypeError)
+        super().__init__(in_type, out_type)
+        if init_scheme is not None:
+            initialise(self, init_scheme)
+        _lower_linear(self)
+        self.register_load_state_dict_post_hook(_lower_linear)
+
+    def expand_parameters(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """W (C_out, C_in) and b (C_out,), or None without a bias."""
+        matrix, shift = self._expansion(self.weights, self.bias)
+        return matrix, None if self.bias is None else shift
+
     def export(self) -> torch.nn.Linear:
         """The same map on plain tensors, with weights of its own, in evaluation mode."""
         matrix, shift = self.expand_parameters()
@@ -100,10 +123,12 @@ class Linear(Steerable, escnn.nn.Linear):
                 plain.bias.copy_(shift)
         return plain.eval()
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        for derived in ("matrix", "expanded_bias"):  # in checkpoints that escnn wrote in evaluation mode
-            state_dict.pop(prefix + derived, None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+
+def _lower_linear(linear: Linear, *_) -> None:
+    """At first, and after a checkpoint, which may have brought another basis."""
+    if not any(tensor.is_meta for tensor in linear.buffers()):
+        linear.lowered = lower_map(linear)
+        linear._expansion = Expansion(linear.lowered)
 
 
 class KernelMLP(Steerable):
@@ -149,11 +174,11 @@ class KernelMLP(Steerable):
             band_limit = sp.max_frequency(out_type.representations) + 1
         for _ in range(n_layers - 1):
             act = FourierActivation(gspace, n_channels, band_limit, activation, sampling="escnn")
-            modules += [Linear(hidden, act.in_type, None), act]
+            modules += [KernelLinear(hidden, act.in_type), act]
             if norm == "batch":
                 modules.append(escnn.nn.IIDBatchNorm1d(act.out_type))
             hidden = act.out_type
-        self.mlp = escnn.nn.SequentialModule(*modules, Linear(hidden, out_type, None))
+        self.mlp = escnn.nn.SequentialModule(*modules, KernelLinear(hidden, out_type))
         for layer in self.linears:
             initialise(layer, init_scheme)
 
@@ -163,9 +188,9 @@ class KernelMLP(Steerable):
         return self.mlp(x)
 
     @property
-    def linears(self) -> list[Linear]:
+    def linears(self) -> list[KernelLinear]:
         """The linear layers in order."""
-        return [m for m in self.mlp if isinstance(m, Linear)]
+        return [m for m in self.mlp if isinstance(m, KernelLinear)]
 
     @property
     def norms(self) -> list[escnn.nn.IIDBatchNorm1d]:
@@ -221,8 +246,8 @@ def check_basis(mlp: KernelMLP, state_dict: dict, prefix: str) -> None:
         elif closed_form or not name.endswith((".sampled_basis", ".bias_expansion")):
             fail(prefix + name, *ANOTHER_BASIS, RuntimeError)
     for n, layer in enumerate(mlp.mlp):
-        if isinstance(layer, Linear):
-            polished_blocks(layer, lambda key, n=n: state_dict.get(f"{prefix}mlp.{n}.{key}"))
+        if isinstance(layer, KernelLinear):
+            polished_blocks(layer.basisexpansion, lambda key, n=n: state_dict.get(f"{prefix}mlp.{n}.{key}"))
 
 
 def he_deviation(expansion: escnn.nn.modules.basismanager.BlocksBasisExpansion) -> torch.Tensor:
@@ -244,7 +269,7 @@ def he_deviation(expansion: escnn.nn.modules.basismanager.BlocksBasisExpansion) 
     return torch.cat(found)
 
 
-def initialise(layer: Linear, scheme: str) -> None:
+def initialise(layer: KernelLinear, scheme: str) -> None:
     """Draw the weights, ``"he"`` or ``"deltaorthonormal"``; the bias stays 0."""
     if layer.weights.numel() == 0:
         return

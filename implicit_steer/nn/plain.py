@@ -10,11 +10,11 @@ import torch
 from escnn.group import Representation
 from torch import nn
 
-from .. import layers
+from .. import layers, plan
 from .._check import require
 from ..deploy.convert import Converter, adopt, converts
 from ..layers.kernel import NORM_TENSORS
-from ..lowering import lower_expansion
+from ..lowering import lower_expansion, sampled_blocks
 from .activation import FourierActivation
 from .batch_norm import IIDBatchNorm1d, channels_by_kind, constants_by_kind, field_kinds
 from .gate import Gate
@@ -131,11 +131,17 @@ def _check_expanded(module: nn.Module, matrix: torch.Tensor) -> None:
     require(fresh, f"{remedy} {type(module).__name__}", "a matrix that its weights give", "another one")
 
 
+def _lowered(linear: enn.Linear) -> plan.Linear:
+    if isinstance(linear, Linear):
+        return linear.lowered
+    bias = None if linear.bias is None else linear.bias_expansion.detach().cpu().double().numpy()
+    return lower_expansion(linear.basisexpansion, sampled_blocks(linear.basisexpansion), bias)
+
+
 @converts(enn.Linear, Linear)
 def _linear(linear: enn.Linear, convert: Converter) -> layers.Linear:
     _check_expanded(linear, linear.expand_parameters()[0])
-    has_bias = linear.bias is not None
-    layer = lower_expansion(linear.basisexpansion, linear.bias_expansion if has_bias else None)
+    layer, has_bias = _lowered(linear), linear.bias is not None
     plain = layers.Linear(convert(linear.in_type), convert(linear.out_type), layer, has_bias)
     adopt(plain, {"weights": linear.weights, "bias": linear.bias})
     return plain
@@ -145,7 +151,9 @@ def _linear(linear: enn.Linear, convert: Converter) -> layers.Linear:
 def tensor_product(product: enn.TensorProductModule, convert: Converter) -> layers.TensorProduct:
     """Of escnn's module, and of those that differ from it only in how they keep the matrix."""
     _check_expanded(product, product.expand_parameters())
-    layer, types = lower_expansion(product.basisexpansion), (convert(product.in_type), convert(product.out_type))
+    types, layer = (convert(product.in_type), convert(product.out_type)), getattr(product, "lowered", None)
+    if layer is None:
+        layer = lower_expansion(product.basisexpansion, sampled_blocks(product.basisexpansion))
     plain = layers.TensorProduct(*types, layer, len(product.in_type))
     adopt(plain, {"weights": product.weights})
     return plain

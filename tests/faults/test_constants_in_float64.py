@@ -8,7 +8,9 @@ from escnn.group import Representation
 from helpers import BACKENDS
 
 import implicit_steer as ist
+from implicit_steer.models.qm9 import TensorProduct
 from implicit_steer.nn import IIDBatchNorm1d, ImplicitConv, ImplicitPointConv
+from implicit_steer.nn.mlp import Linear
 
 ROUNDING = 1e-15  # measured: at most 3e-16
 
@@ -85,6 +87,35 @@ def test_norms_of_nodes(way, tmp_path):
     centred = x - (x @ u).mean(0) @ u.T
     var = x.var(0).view(2, 4).mean(1).repeat_interleave(4)  # of every field, over its coordinates
     assert (y.detach() - centred / (var + norm.eps).sqrt()).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_linear_maps_of_nodes(way, tmp_path):
+    """escnn's basis, in float32, made W an intertwiner only to 3e-7."""
+    kind = rotated_scalar()
+    linear = way(Linear(kind, kind), tmp_path).double()
+    x, zero = torch.randn(5, kind.size, dtype=torch.float64), torch.zeros(5, 3)
+
+    def run(x):
+        y = linear(linear.in_type(x, zero))
+        return (y if isinstance(y, torch.Tensor) else y.tensor).detach()
+
+    matrix = torch.tensor(kind.representation(kind.fibergroup.sample()))
+    assert (run(x @ matrix.T) - run(x) @ matrix.T).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_products_of_nodes(way, tmp_path):
+    kind = rotated_scalar()
+    product = way(TensorProduct(kind, kind), tmp_path).double()
+    x, zero = torch.randn(5, kind.size, dtype=torch.float64), torch.zeros(5, 3)
+
+    def run(x):
+        y = product(product.in_type(x, zero))
+        return (y if isinstance(y, torch.Tensor) else y.tensor).detach()
+
+    matrix = torch.tensor(kind.representation(kind.fibergroup.sample()))
+    assert (run(x @ matrix.T) - run(x) @ matrix.T).abs().max() < 1e-13
 
 
 @pytest.mark.parametrize(
