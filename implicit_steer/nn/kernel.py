@@ -15,7 +15,7 @@ from torch import Tensor
 from .._check import require
 from ..layers.kernel import Biased, KernelBase
 from ..lowering import KernelShape, lower
-from .mlp import KernelMLP, check_basis, fiber_space, norm_names
+from .mlp import KernelMLP, check_basis, check_sizes, fiber_space, norm_names
 from .size import check_kernel
 
 
@@ -114,6 +114,7 @@ class ImplicitKernel(KernelBase):
             attributes = list(kernel_attr_type.representations)
         shape = KernelShape(list(conv_out_type.representations), list(conv_in_type.representations), cutoff, aggr)
         fiber = fiber_space(gspace.fibergroup, gspace.name)
+        check_sizes(n_layers, n_channels)
         inputs = [position_representation(gspace), *attributes]
         check_kernel(shape.out_reprs, shape.in_reprs, inputs, n_layers, n_channels)
         tensor_reprs = [_tensor(out, into) for out in shape.out_reprs for into in shape.in_reprs]
