@@ -58,7 +58,11 @@ def check_kernel(
             sparse += 16 * (nonzeros + products * n_hidden) * n_in + slots * n_in * n_hidden * n_out
     if dense < sparse and not isinstance(group, SO3 | O3):  # as Plan.dense_coupling chooses
         needed += packed
-    _check("conv_in_type, conv_out_type", needed)
+    name, total = "conv_in_type, conv_out_type", sum(needed.values())
+    _check(name, needed)
+    if total > _LONG:
+        message = f"{name}: this layer takes about {total / 1e9:.3g} GB to build, and may take minutes."
+        warnings.warn(message, stacklevel=3)
 
 
 def _name(into: Representation, out: Representation) -> str:
@@ -103,9 +107,6 @@ def _check(name: str, needed: dict[str, float]) -> None:
             "Take irreps in place of regular fields, smaller or fewer fields, or fewer channels; "
             f"${_VARIABLE} sets another limit than half of the memory.",
         )
-    if total > _LONG:
-        message = f"{name}: this layer takes about {total / 1e9:.0f} GB to build, and may take minutes."
-        warnings.warn(message, stacklevel=4)
 
 
 def _limit() -> float:
