@@ -3,6 +3,9 @@ field types can then be copied, pickled and sent to other processes. Each is reb
 
 from __future__ import annotations
 
+from . import _require_escnn  # noqa: F401
+
+# isort: split
 import copyreg
 
 import numpy as np

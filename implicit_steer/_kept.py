@@ -9,6 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ._files import READABLE, replacing
+
 
 def cache_folder(cache: str | Path | None) -> Path:
     """``cache``; else ``$IMPLICIT_STEER_CACHE``; else ``implicit_steer`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
@@ -29,9 +31,8 @@ def keep(name: str, found: dict[str, Any]) -> None:
     path, all_found = cache_folder(None) / f"{name}.json", kept(name)
     all_found |= _content(path) | found
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(f".{os.getpid()}")  # others may read meanwhile
-    scratch.write_text(json.dumps(all_found, indent=1) + "\n")
-    scratch.replace(path)
+    with replacing(path) as file:  # others may read meanwhile
+        file.write((json.dumps(all_found, indent=1) + "\n").encode())
 
 
 def forget() -> None:
@@ -45,14 +46,17 @@ def _read(name: str, folder: str | None) -> dict[str, Any]:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
+    remedy = "; delete the file, or measure again."
     try:
         found = json.loads(path.read_text())
         if isinstance(found, dict):
             return found
         reason = f"expected a JSON object, got {type(found).__name__}"
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except PermissionError as error:
+        reason, remedy = f"no permission to read the file ({error.strerror})", f". {READABLE}"
     except (OSError, ValueError) as error:
         reason = str(error)
-    warnings.warn(f"{path}: {reason}. What was measured is ignored; delete the file, or measure again.", stacklevel=2)
+    warnings.warn(f"{path}: {reason}. What was measured is ignored{remedy}", stacklevel=2)
     return {}

@@ -24,9 +24,10 @@ _voigt = load_extra("ase.stress", "ase").full_3x3_to_voigt_6_stress
 
 
 def from_atoms(atoms: Atoms, r: float, dtype: torch.dtype = torch.float64) -> Structures:
-    """ASE's ``atoms``, with edges up to length ``r`` (Å), positions and cell in ``dtype``."""
-    numbers, pos = torch.from_numpy(atoms.numbers), torch.tensor(atoms.positions, dtype=dtype)
-    return Structures.single(numbers, pos, r, torch.tensor(atoms.cell.array, dtype=dtype), atoms.pbc)
+    """A copy of ASE's ``atoms``, with edges up to length ``r`` (Å), the edges' vectors in ``dtype``; positions and cell
+    stay in float64, in which the vectors are computed."""
+    numbers, pos, cell = (torch.tensor(array) for array in (atoms.numbers, atoms.positions, atoms.cell.array))
+    return Structures.single(numbers, pos, r, cell, atoms.pbc).to(dtype)
 
 
 class Calculator(_base.Calculator):
@@ -38,13 +39,15 @@ class Calculator(_base.Calculator):
 
     Args:
         potential: a :class:`~implicit_steer.models.Potential`, or another module with its ``cutoff`` and ``predict``;
-            it is copied. Its dtype and device are the calculation's: use ``potential.double()`` for dynamics.
+            it is copied. Its dtype and device are the calculation's, but vectors between atoms are computed, and
+            energies of atoms added, in float64: use ``potential.double()`` for dynamics.
         skin: Å, ≥ 0.
         kwargs: of ASE's ``Calculator``: atoms, label, directory, restart.
 
     Raises:
         TypeError: no potential, no number as skin, or other keywords, which would have no effect.
-        ValueError: an unknown species; "stress" asked for without three lattice vectors.
+        ValueError: an unknown species; "stress" asked for without three lattice vectors; NaN or infinite positions or
+            lattice vectors.
 
     Example:
         >>> atoms = ase.build.bulk("Cu", cubic=True)
@@ -93,7 +96,7 @@ class Calculator(_base.Calculator):
             found = from_atoms(atoms, self.potential.cutoff + self.skin, like.dtype)
             self._near = atoms.copy(), found.to(like.device)
         near = self._near[1]
-        pos = torch.tensor(atoms.positions, dtype=like.dtype, device=like.device)
+        pos = torch.tensor(atoms.positions, device=like.device)
         return near.moved(pos).within(self.potential.cutoff)
 
     def _moved(self, before: Atoms, atoms: Atoms) -> bool:
@@ -102,4 +105,4 @@ class Calculator(_base.Calculator):
         if (before.pbc != atoms.pbc).any() or (before.cell.array != atoms.cell.array).any():
             return True
         moved = np.square(atoms.positions - before.positions).sum(1).max(initial=0.0)
-        return bool(4 * moved > self.skin**2)
+        return not 4 * moved <= self.skin**2  # so that NaN, too, has moved: the search for neighbours refuses it

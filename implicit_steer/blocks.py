@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ._check import require
-from .graph import Graph, radius_graph
+from .graph import Graph
 from .layers.fields import values
+from .neighbours import radius_graph
 
 if TYPE_CHECKING:
     import numpy as np

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from . import _require_escnn  # noqa: F401
+
+# isort: split
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,7 +16,8 @@ from escnn.group import GroupElement, Representation, directsum
 from escnn.nn import FieldType
 from torch import Tensor
 
-from .graph import Graph, knn_graph
+from .graph import Graph
+from .neighbours import knn_graph
 from .nn import ImplicitPointConv
 
 SPACES: dict[str, Callable[[], gspaces.GSpace]] = {

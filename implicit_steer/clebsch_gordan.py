@@ -9,6 +9,9 @@ elsewhere invariant tensors are columns of an average over the group.
 
 from __future__ import annotations
 
+from . import _require_escnn  # noqa: F401
+
+# isort: split
 from functools import partial
 
 import numpy as np

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import native
 from ._autocast import own_precision
+from ._transforms import one_by_one, refuse_derivatives
 from .backends.cpu import instruction_set
 from .functions import phi, phi_prime, phi_second
 from .packing import is_traced, is_transformed
@@ -43,7 +44,8 @@ def has_kernel(x: Tensor) -> bool:
 
 def _fields(x: Tensor, d: int) -> Tensor:
     """(N, C · d, ...) → (N, C, ..., d)."""
-    return x.unflatten(1, (-1, d)).movedim(2, -1)
+    n, width, *rest = x.shape
+    return x.view(n, width // d, d, *rest).movedim(2, -1)  # batched gradients know no unflatten
 
 
 def _through(x: Tensor, into: Tensor, change, out: Tensor) -> Tensor:
@@ -74,7 +76,10 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _forward_gradient(ctx, grad: Tensor):
-    tensors = grad.contiguous(), *ctx.saved_tensors
+    return _by_operator(ctx, grad.contiguous(), *ctx.saved_tensors)
+
+
+def _by_operator(ctx, *tensors: Tensor):
     grad_x = torch.ops.implicit_steer.fourier_backward(*tensors, FUNCTIONS.index(ctx.function), ctx.isa)
     return grad_x, *_IGNORED
 
@@ -104,10 +109,12 @@ class _Fourier(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = grad.contiguous(), *ctx.saved_tensors  # asked for once: torch.utils.checkpoint insists
+        refuse_derivatives(*tensors)
         if torch.is_grad_enabled():  # create_graph=True
-            return _forward_gradient(ctx, grad)
+            return _by_operator(ctx, *tensors)
         with torch._C._AutoDispatchBelowAutograd():
-            return _forward_gradient(ctx, grad)
+            return _by_operator(ctx, *tensors)
 
     @staticmethod
     def jvp(ctx, v: Tensor, *_) -> Tensor:
@@ -132,4 +139,5 @@ if native.available()[0]:
         ("fourier_backward", _backward_fake, _backward_gradient),
     ]:
         torch.library.register_fake(f"implicit_steer::{name}")(fake)
+        one_by_one(name)
         torch.library.register_autograd(f"implicit_steer::{name}", gradient, setup_context=_save)

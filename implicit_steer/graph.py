@@ -1,22 +1,18 @@
-"""Graphs as the operators want them: validated once, with the edges sorted by node; and two ways to build edges."""
+"""Graphs as the operators want them: validated once, with the edges sorted by node."""
 
 from __future__ import annotations
 
-import numbers
 import operator
-import sys
-from collections.abc import Callable
-from functools import cached_property, wraps
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import native
 from ._check import require
-
-if TYPE_CHECKING:
-    import numpy as np
 
 _INT32_MAX = 2**31 - 1
 
@@ -86,6 +82,40 @@ class Graph:
         self.src, self.dst = self.edge_index.unbind(0)
         self.order, self.rowptr = sort_by_key(self.dst, self.num_dst)
 
+    @classmethod
+    def join(cls, graphs: Iterable[Graph]) -> Graph:
+        """Several graphs (at least one) side by side as one: nodes and edges are numbered part after part. The sorted
+        orders of the parts are put one behind the other; nothing is sorted again.
+
+        The numbers are int64, or int32 where those of all parts are and all numbers of the whole fit.
+
+        Raises:
+            TypeError: ``graphs`` is not a collection of Graphs.
+            ValueError: it is empty, or its graphs are on several devices.
+
+        Example:
+            >>> pair = Graph(torch.tensor([[0, 1], [1, 0]]), num_nodes=2)
+            >>> Graph.join([pair, pair]).edge_index
+            tensor([[0, 1, 2, 3],
+                    [1, 0, 3, 2]])
+        """
+        parts = _checked_parts(graphs)
+        src, dst, edges = (
+            list(accumulate((getattr(part, name) for part in parts), initial=0))
+            for name in ("num_src", "num_dst", "num_edges")
+        )
+        short = all(part.edge_index.dtype == torch.int32 for part in parts)
+        short = short and max(src[-1], dst[-1], edges[-1]) <= _INT32_MAX
+        dtype = torch.int32 if short else torch.int64
+        rows = [_shifted([part.src for part in parts], src, dtype), _shifted([part.dst for part in parts], dst, dtype)]
+        order, rowptr = _side_by_side([(part.order, part.rowptr) for part in parts], edges, dtype)
+        state = {"edge_index": torch.stack(rows), "num_src": src[-1], "num_dst": dst[-1]}
+        joined = object.__new__(cls)
+        joined.__setstate__(state | {"order": order, "rowptr": rowptr})
+        if all("_by_source" in vars(part) for part in parts):
+            joined._by_source = _side_by_side([part._by_source for part in parts], edges, dtype)
+        return joined
+
     @property
     def num_edges(self) -> int:
         """E."""
@@ -139,6 +169,31 @@ class Graph:
         return f"Graph(num_nodes={nodes}, num_edges={self.num_edges}, dtype={dtype}, device={self.device})"
 
 
+def _checked_parts(graphs: Any) -> list[Graph]:
+    expected = "a collection of Graphs"
+    several = isinstance(graphs, Iterable) and not isinstance(graphs, Tensor)
+    require(several, "graphs", expected, type(graphs).__name__, kind=TypeError)
+    parts = list(graphs)
+    require(len(parts) > 0, "graphs", "at least one graph", "none")
+    for number, part in enumerate(parts):
+        require(isinstance(part, Graph), f"graphs[{number}]", "a Graph", type(part).__name__, kind=TypeError)
+    devices = sorted({str(part.device) for part in parts})
+    require(len(devices) == 1, "graphs", "all on one device", " and ".join(devices), "Move them with .to().")
+    return parts
+
+
+def _shifted(parts: Sequence[Tensor], starts: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.cat([part.to(dtype) + start for part, start in zip(parts, starts, strict=False)])
+
+
+def _side_by_side(
+    parts: Sequence[tuple[Tensor, Tensor]], edges: Sequence[int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Of several results of :func:`sort_by_key` that of the whole, where part p has the edges from ``edges[p]`` on."""
+    offsets = _shifted([offsets[1:] for _, offsets in parts], edges, dtype)
+    return _shifted([order for order, _ in parts], edges, dtype), torch.cat([offsets.new_zeros(1), offsets])
+
+
 def _node_counts(num_nodes: Any) -> tuple[int, int]:
     pair = num_nodes if isinstance(num_nodes, (tuple, list)) else (num_nodes, num_nodes)
     expected = "an integer >= 0 or a pair (num_source, num_target)"
@@ -155,7 +210,7 @@ def _node_counts(num_nodes: Any) -> tuple[int, int]:
 def _checked_edges(given: Any, num_src: int, num_dst: int) -> Tensor:
     """A copy, contiguous, int32 or int64, after every check that later code relies on: whoever writes to ``given``
     afterwards does not change the graph."""
-    _require_integers(given, "edge_index")
+    require_integers(given, "edge_index")
     edge_index = given
     expected = "a tensor of shape (2, E)"
     remedy = "Row 0 holds the sources, row 1 the targets; pass edge_index.t() if yours is (E, 2)."
@@ -186,206 +241,10 @@ def _require_range(name: str, index: Tensor, count: int, nodes: str) -> None:
     require(low >= 0 and high < count, name, expected, f"index {low if low < 0 else high}", remedy)
 
 
-def _require_integers(tensor: Any, name: str) -> None:
+def require_integers(tensor: Any, name: str) -> None:
+    """Raise unless ``tensor`` is a tensor of integers."""
     expected = "a torch.Tensor of integers"
     require(isinstance(tensor, Tensor), name, expected, type(tensor).__name__, kind=TypeError)
     dtype = tensor.dtype
     whole = dtype != torch.bool and not dtype.is_floating_point and not dtype.is_complex
     require(whole, name, expected, dtype, "Convert it, for example with .long().", kind=TypeError)
-
-
-def _untraced(function: Callable) -> Callable:
-    """The function, which torch.compile runs as it is: it looks for neighbours in NumPy's arrays. Compiled code around
-    it is in two parts; ``fullgraph=True`` is an error with this reason."""
-
-    @wraps(function)
-    def call(*args, **options):
-        # torch.compiler.disable imports the compiler; where it is not there, there is nothing to disable.
-        run = torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
-        return run(*args, **options)
-
-    call._torchdynamo_disable = True
-    call._torchdynamo_disable_msg = "build graphs outside of the compiled function and pass their edges"
-    return call
-
-
-@_untraced
-def radius_graph(
-    pos: Tensor,
-    r: float,
-    batch: Tensor | None = None,
-    loop: bool = False,
-    cell: Tensor | None = None,
-    pbc: Any = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """All pairs of points at most ``r`` apart: edges j → i with |pos_j − pos_i| ≤ r, as in PyG, without a limit on
-    the number of neighbours. In a periodic box (``cell``) all pairs of images: |pos_i − pos_j + shift · cell| ≤ r.
-
-    Args:
-        pos: (N, D) positions, floating point, finite. Detached: no gradient flows through the choice of edges.
-            Distances are computed in float64.
-        r: the radius, > 0, in the units of ``pos``; ``inf`` connects all points.
-        batch: (N,) integers; only points with equal entries are connected. In any order.
-        loop: whether each point is connected to itself. Other points at distance 0 always count, and so do a point's
-            own images in other cells.
-        cell: (D, D), rows = lattice vectors, or (B, D, D), one for each value 0 .. B−1 of ``batch``; None: no box. Any
-            shape, also one smaller than ``r``: all images in reach count. Points may lie outside the box.
-        pbc: which lattice vectors repeat: a bool, or D of them; None: all. The other rows of ``cell`` are not used.
-
-    Returns:
-        Without ``cell``: ``edge_index`` (2, E), int64, on the device of ``pos``; row 0 = neighbour j, row 1 = centre i;
-        sorted by centre, then by neighbour.
-
-        With ``cell``: ``(edge_index, shift)``, shift (E, D) whole numbers in the dtype of ``pos``, sorted also by
-        shift. The vector of an edge, through which gradients flow to ``pos`` and ``cell``, is
-        ``pos[i] - pos[j] + shift @ cell``.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-
-    Example:
-        >>> radius_graph(torch.tensor([[0.0], [1.0], [3.0]]), r=1.5)
-        tensor([[1, 0],
-                [0, 1]])
-        >>> radius_graph(torch.tensor([[0.0], [1.0], [3.0]]), r=1.5, cell=torch.tensor([[4.0]]))
-        (tensor([[1, 2, 0, 0],
-                [0, 0, 1, 2]]), tensor([[ 0.],
-                [ 1.],
-                [ 0.],
-                [-1.]]))
-    """
-    points, segments = _points(pos, batch)
-    real = isinstance(r, numbers.Real) and not isinstance(r, bool)
-    require(real, "r", "a number > 0", repr(r), kind=TypeError)
-    require(r > 0, "r", "a number > 0", r)
-    if cell is not None:
-        return _periodic_graph(pos, points, segments, r, batch, loop, cell, pbc)
-    require(pbc is None or not _any(pbc), "cell", "the lattice vectors of a periodic box", None)
-
-    def neighbours(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        import numpy as np
-        from scipy.spatial import cKDTree
-
-        low, high = cKDTree(points).query_pairs(r, output_type="ndarray").T
-        itself = np.arange(len(points) if loop else 0)
-        return np.concatenate([low, high, itself]), np.concatenate([high, low, itself])
-
-    edge_index = _edges_per_segment(points, segments, neighbours)
-    # A stable sort by neighbour followed by one by centre sorts by both.
-    edge_index = edge_index[:, sort_by_key(edge_index[0], len(points))[0]]
-    return _sorted_by_centre(edge_index, len(points)).to(pos.device)
-
-
-def _any(flags: Any) -> bool:
-    return bool(flags) if isinstance(flags, bool) else any(flags)
-
-
-def _periodic_graph(pos, points, segments, r, batch, loop, cell, pbc) -> tuple[Tensor, Tensor]:
-    """:func:`radius_graph` with a cell; ``points``, ``segments`` of :func:`_points`."""
-    import numpy as np
-
-    from .periodic import checked_cell, periodic_pairs
-
-    cells, periodic = checked_cell(cell, pbc, points.shape[1])
-    if cells.ndim == 3:
-        require(batch is not None, "batch", "the cell of each point, as there are several", None)
-        labels = [int(batch[segment[0]]) for segment in segments]
-        fits = all(0 <= label < len(cells) for label in labels)
-        require(fits, "batch", f"labels in 0 .. {len(cells) - 1}, one for each cell", labels)
-        cells = cells[labels]
-    else:
-        cells = [cells] * len(segments)
-    edges, shifts = [np.empty((2, 0), np.int64)], [np.empty((0, points.shape[1]))]
-    for segment, vectors in zip(segments, cells, strict=True):
-        neighbour, centre, shift = periodic_pairs(points[segment], float(r), vectors, periodic, loop)
-        edges.append(segment[np.stack([neighbour, centre])])
-        shifts.append(shift)
-    edge_index = torch.from_numpy(np.concatenate(edges, axis=1))
-    order, _ = sort_by_key(edge_index[1], len(points))
-    shift = torch.from_numpy(np.concatenate(shifts)).to(pos.dtype)
-    return edge_index[:, order].to(pos.device), shift[order].to(pos.device)
-
-
-@_untraced
-def knn_graph(pos: Tensor, k: int, batch: Tensor | None = None, loop: bool = False) -> Tensor:
-    """The ``k`` nearest neighbours of every point: edges j → i, as in PyG.
-
-    Args:
-        pos: (N, D) positions, floating point, finite. Detached: no gradient flows through the choice of edges.
-            Distances are computed in float64.
-        k: neighbours per point, ≥ 1; a point with fewer others gets all there are.
-        batch: (N,) integers; only points with equal entries are connected. In any order.
-        loop: whether a point is its own neighbour and counts among the ``k``. Other points at distance 0 always count.
-
-    Returns:
-        ``edge_index`` (2, E), int64, on the device of ``pos``; row 0 = neighbour j, row 1 = centre i; sorted by
-        centre, then by distance. Which of several neighbours at the same distance come first is arbitrary, but the
-        same in every run.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-
-    Example:
-        >>> knn_graph(torch.tensor([[0.0], [1.0], [3.0]]), k=1)
-        tensor([[1, 0, 1],
-                [0, 1, 2]])
-    """
-    points, segments = _points(pos, batch)
-    whole = hasattr(k, "__index__") and not isinstance(k, (bool, Tensor))
-    require(whole, "k", "an integer >= 1", repr(k), kind=TypeError)
-    require(k >= 1, "k", "an integer >= 1", k)
-
-    others = operator.index(k) - bool(loop)  # a point's place among its own neighbours does not depend on its copies
-
-    def neighbours(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        import numpy as np
-        from scipy.spatial import cKDTree
-
-        n = len(points)
-        centre = np.arange(n)[:, None]
-        _, nearest = cKDTree(points).query(points, k=range(1, min(others + 1, n) + 1))  # [n, m], by distance
-        keep = nearest != centre
-        keep[keep.all(axis=1), -1] = False  # too many copies of a point: it is not among its own nearest
-        nearest = nearest[keep].reshape(n, -1)
-        if loop:
-            nearest = np.hstack([centre, nearest])
-        return nearest.ravel(), np.broadcast_to(centre, nearest.shape).ravel()
-
-    return _sorted_by_centre(_edges_per_segment(points, segments, neighbours), len(points)).to(pos.device)
-
-
-def _points(pos: Any, batch: Any) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Positions (N, D) in float64 and, per non-empty segment of the batch, the numbers of its points."""
-    import numpy as np
-
-    expected = "a floating point tensor of shape (N, D), D >= 1"
-    require(isinstance(pos, Tensor), "pos", expected, type(pos).__name__, kind=TypeError)
-    require(
-        pos.is_floating_point(), "pos", expected, pos.dtype, "Convert it, for example with .float().", kind=TypeError
-    )
-    require(pos.dim() == 2 and pos.shape[1] >= 1, "pos", expected, tuple(pos.shape))
-    points = pos.detach().to("cpu", torch.float64).numpy()
-    finite = np.isfinite(points).all(axis=1)
-    require(finite.all(), "pos", "finite positions", f"NaN or Inf in {np.count_nonzero(~finite)} of {len(points)} rows")
-    if batch is None:
-        return points, [np.arange(len(points))] if len(points) else []
-    _require_integers(batch, "batch")
-    require(batch.shape == pos.shape[:1], "batch", f"shape ({len(points)},), one per row of pos", tuple(batch.shape))
-    labels, inverse = torch.unique(batch.cpu(), return_inverse=True)
-    order, offsets = sort_by_key(inverse, len(labels))
-    return points, np.split(order.numpy(), offsets[1:-1].numpy()) if len(labels) else []
-
-
-_Neighbours = Callable[["np.ndarray"], tuple["np.ndarray", "np.ndarray"]]
-
-
-def _edges_per_segment(points: np.ndarray, segments: list[np.ndarray], neighbours: _Neighbours) -> Tensor:
-    """(2, E): ``neighbours(points of a segment)``, (neighbour, centre) within it, for all segments together."""
-    import numpy as np
-
-    edges = [segment[np.stack(neighbours(points[segment]))] for segment in segments]
-    return torch.from_numpy(np.concatenate(edges, axis=1) if edges else np.empty((2, 0), dtype=np.int64))
-
-
-def _sorted_by_centre(edge_index: Tensor, num_nodes: int) -> Tensor:
-    return edge_index[:, sort_by_key(edge_index[1], num_nodes)[0]]

@@ -3,10 +3,12 @@ insides: how it lays out weights, which basis it expands them in, what its names
 
 from __future__ import annotations
 
+from . import _require_escnn  # noqa: F401
+
+# isort: split
 import hashlib
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 
 import escnn.nn
@@ -36,9 +38,6 @@ def exact_obstacle(space: sp.HiddenSpace, attributes: list[Representation]) -> s
     if isinstance(space.group, SO3 | O3):
         trivial = all(r.group.irrep(*i).is_trivial() for r in attributes for i in r.irreps)
         return None if trivial else f"steerable edge attributes leave {space.group} no canonical frame"
-    for r in attributes:
-        if space.group.continuous and not np.allclose(r.change_of_basis.T @ r.change_of_basis, np.eye(r.size)):
-            return f"the attribute representation {r.name} is not orthogonal"
     return None
 
 
@@ -69,19 +68,10 @@ def _exact(space: sp.HiddenSpace, position, attributes: list[Representation], n:
         return _plain(f"exact-{order}", position, attributes, space, *sp.group_matrices(space))
     nodes = 2 * space.band_limit + 4
     if isinstance(space.group, SO3 | O3):
-        basis = np.eye(0) if not attributes else _block_diagonal([r.change_of_basis for r in attributes])
         n = n or nodes
-        return _Sampled(f"exact-{n}", *sp.zonal_frame(space, basis, n))
+        return _Sampled(f"exact-{n}", *sp.zonal_frame(space, sum(r.size for r in attributes), n))
     n = n or 4 * nodes
     return _Sampled(f"exact-{n}", *sp.planar_frame(space, position, attributes, n))
-
-
-def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
-    out, start = np.zeros((sum(len(b) for b in blocks),) * 2), 0
-    for b in blocks:
-        out[start : start + len(b), start : start + len(b)] = b
-        start += len(b)
-    return out
 
 
 _MOST_POLISHED = 256
@@ -162,15 +152,15 @@ def _pairs(linear: escnn.nn.Linear) -> list[_Pair]:
 def _bias_basis(linear: escnn.nn.Linear, field: int) -> np.ndarray:
     """(size, n) columns that the bias adds to one output field: invariant vectors, polished like the basis."""
     reprs = linear.out_type.representations
-    counts = np.cumsum([0] + [len(_trivial(r)) for r in reprs])
-    invariant = reprs[field].change_of_basis[:, _trivial(reprs[field])]
+    counts = np.cumsum([0] + [len(sp.trivial_coordinates(r)) for r in reprs])
+    invariant = sp.invariants(reprs[field])
     if invariant.shape[1] == 0:
         return invariant
     start = _starts(reprs)[field]
     here = np.s_[start : start + reprs[field].size, counts[field] : counts[field + 1]]
     columns = linear.bias_expansion.detach()[here].cpu().double().numpy()
     exact = invariant @ np.linalg.lstsq(invariant, columns, rcond=None)[0]
-    error = np.abs(exact - columns).max()
+    error = np.abs(exact - columns).max() / np.abs(columns).max(initial=1)
     require(error < 1e-4, "bias_expansion", "invariant vectors", f"a deviation of {error:.1e}", kind=RuntimeError)
     return exact
 
@@ -189,8 +179,8 @@ def _input_fields(sampled: _Sampled, in_reprs: list[Representation]) -> tuple[li
         position = np.concatenate([frame.plane[:, : 2 - frame.regular], frame.axis], axis=1)
     else:
         position = np.eye(frame.dim)
-    starts = _starts(in_reprs[1:])
-    z = [position] + [frame.attribute[a:b, a:b] for a, b in pairwise(starts)]
+    starts, attributes = _starts(in_reprs[1:]), np.linalg.inv(frame.attribute).T  # a = attributes · a'
+    z = [position] + [attributes[a:b, a:b] for a, b in pairwise(starts)]
     return z, np.concatenate([[0], position.shape[1] + starts[:-1]]), position.shape[1] + int(starts[-1])
 
 
@@ -256,22 +246,14 @@ def _lower_activation(activation, sampled: _Sampled) -> Activation:
     return Activation(len(activation.in_type), activation.function, samples, inverse, index)
 
 
-@lru_cache(maxsize=1024)
-def _trivial(rep: Representation) -> np.ndarray:
-    """Coordinates (in irrep order) of the trivial irreps."""
-    starts = _starts([rep.group.irrep(*i) for i in rep.irreps])
-    return np.array(
-        [s for s, i in zip(starts, rep.irreps, strict=False) if rep.group.irrep(*i).is_trivial()], dtype=int
-    )
-
-
 def _frame_trivial(sampled: _Sampled, rho: Representation) -> np.ndarray:
     """The trivial coordinates of a hidden field among its coefficients in frame coordinates."""
-    return np.array([int(np.flatnonzero(np.abs(sampled.hidden[m]) > 0.5)[0]) for m in _trivial(rho)], dtype=int)
+    rows = np.abs(sampled.hidden[sp.trivial_coordinates(rho)]) > 0.5
+    return np.array([int(np.flatnonzero(row)[0]) for row in rows], dtype=int)
 
 
 def _lower_norm(norm: escnn.nn.IIDBatchNorm1d, sampled: _Sampled, rho: Representation, measured: np.ndarray) -> Norm:
-    trivial = _frame_trivial(sampled, rho), _trivial(rho), measured
+    trivial = _frame_trivial(sampled, rho), sp.trivial_coordinates(rho), measured
     return Norm(len(norm.in_type), *trivial, float(norm.eps), float(norm.momentum))
 
 
@@ -305,7 +287,7 @@ def _lower_last(
     begin, the constant one last."""
     out_start, in_start = _starts(shape.out_reprs), _starts(shape.in_reprs)
     tensor_reprs, n_in = linear.out_type.representations, len(shape.in_reprs)
-    bias_start = np.cumsum([0] + [len(_trivial(r)) for r in tensor_reprs])
+    bias_start = np.cumsum([0] + [len(sp.trivial_coordinates(r)) for r in tensor_reprs])
     pairs, couplings = _pairs(linear), []
     for us in _classes(shape.out_reprs):
         for vs in _classes(shape.in_reprs):
@@ -371,8 +353,9 @@ def lower(mlp, shape: KernelShape, sampling: str) -> Plan:
     if activations:
         space = sp.hidden_space(mlp.in_type.fibergroup, activations[0].band_limit)
         sampled = _sampled(space, position, attributes, sampling)
-        full = [np.eye(space.rho.size) if sampled.frame.kind == "zonal" else sampled.hidden] * mlp.n_channels
-        trivial = _trivial(space.rho) if sampled.frame.kind == "zonal" else _frame_trivial(sampled, space.rho)
+        zonal = sampled.frame.kind == "zonal"
+        full = [np.eye(space.rho.size) if zonal else sampled.hidden] * mlp.n_channels
+        trivial = sp.trivial_coordinates(space.rho) if zonal else _frame_trivial(sampled, space.rho)
     else:  # a linear kernel: the last layer reads x ⊕ a itself, exactly equivariant without any sample
         n = sum(r.size for r in attributes)
         frame = Frame(kind="none", dim=position.size, attribute=np.eye(n), order=np.zeros(0, dtype=int))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,11 +21,11 @@ from . import viz
 from ._check import require
 from ._extras import load_extra
 from .data.forces import SYSTEMS
+from .deploy import load
+from .layers import PotentialNet
 
 if TYPE_CHECKING:
     from ase import Atoms
-
-    from .models import Potential
 
 COLUMNS = ("time_ps", "potential_eV", "kinetic_eV", "total_eV")
 RELAXED = 0.05  # eV/Å, the largest force at the start
@@ -33,9 +34,10 @@ RELAX_STEPS = 200  # at most
 
 @dataclass(frozen=True)
 class MDOptions:
-    """A run. ``structure``: a name of :data:`~implicit_steer.data.forces.SYSTEMS`, a file that ASE reads, or None for
-    the first system whose species the potential knows. ``dt`` in fs, ``temperature`` in K of the first velocities,
-    after which about half of it remains; the seed is of the velocities."""
+    """A run. ``potential``: a file of :func:`implicit_steer.save` or ``Potential.save``. ``structure``: a name of
+    :data:`~implicit_steer.data.forces.SYSTEMS`, a file that ASE reads, or None for the first system whose species the
+    potential knows. ``dt`` in fs, ``temperature`` in K of the first velocities, after which about half of it remains;
+    the seed is of the velocities."""
 
     potential: str
     structure: str | None = None
@@ -64,16 +66,37 @@ class Trajectory(NamedTuple):
 
     def drift(self) -> float:
         """Slope of the line through the total energy, eV/atom/ps."""
-        return float(np.polyfit(self.energies[:, 0], self.energies[:, 3], 1)[0]) / self.atoms
+        return float(np.polyfit(*self._total(), 1)[0]) / self.atoms
 
     def ripple(self) -> float:
         """Standard deviation of the total energy about that line, eV/atom."""
-        time_ps, total = self.energies[:, 0], self.energies[:, 3]
+        time_ps, total = self._total()
         line = np.polynomial.Polynomial.fit(time_ps, total, 1)
         return float((total - line(time_ps)).std()) / self.atoms
 
+    def _total(self) -> tuple[np.ndarray, np.ndarray]:
+        """Time, and how the total energy has changed: energies of free atoms, 10⁷ eV, leave a fit too few digits."""
+        return self.energies[:, 0], self.energies[:, 3] - self.energies[0, 3]
 
-def start_structure(potential: Potential, name: str | None) -> Atoms:
+
+def read_potential(path: str | Path) -> PotentialNet:
+    """The potential of a file that :func:`implicit_steer.save` wrote, or ``Potential.save``, which takes escnn to read.
+
+    Raises ``ValueError`` for a file without a potential, ``RuntimeError`` for a damaged one, and where escnn is needed
+    and missing.
+    """
+    expected = "a potential that implicit_steer.save or Potential.save wrote"
+    require(Path(path).is_file(), str(path), expected, "no file")
+    if zipfile.is_zipfile(path):  # torch.save's
+        from .models import load_potential
+
+        return load_potential(path)
+    module = load(path)
+    require(isinstance(module, PotentialNet), str(path), expected, type(module).__name__)
+    return module
+
+
+def start_structure(potential: PotentialNet, name: str | None) -> Atoms:
     """The structure that :class:`MDOptions` names.
 
     Raises ``ValueError`` for a file that ASE cannot read, and where no system has the potential's species.
@@ -114,14 +137,11 @@ def run_md(options: MDOptions) -> Trajectory:
     Raises ``RuntimeError`` where a package is missing, ``ValueError`` for a wrong option or file.
     """
     load_extra("ase", "ase")
-    load_extra("escnn", "escnn")
-    # Only now: these import the packages checked above.
-    from .ase import Calculator
-    from .models import load_potential
+    from .ase import Calculator  # only now: it imports the package checked above
 
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
-    potential = load_potential(options.potential).double()
+    potential = read_potential(options.potential).double()
     atoms = start_structure(potential, options.structure)
     atoms.calc = Calculator(potential, options.skin)
     load_extra("ase.optimize").BFGS(atoms, logfile=None).run(fmax=RELAXED, steps=RELAX_STEPS)
@@ -143,7 +163,9 @@ def run_md(options: MDOptions) -> Trajectory:
 def add_md_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of :class:`MDOptions`."""
     default = MDOptions("")
-    parser.add_argument("potential", help="potential.pt of a run of `train forces`")
+    parser.add_argument(
+        "potential", help="potential.pt of a run of `train forces`, or a potential that implicit_steer.save wrote"
+    )
     structure = f"{', '.join(SYSTEMS)}, or a file that ASE reads (the first with the potential's species)"
     parser.add_argument("--structure", help=structure)
     options = {

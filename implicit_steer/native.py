@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ._transforms import one_by_one
+
 LIBRARY = Path(__file__).with_name("_ops.so")
 CUDA_LIBRARY = Path(__file__).with_name("libimplicit_steer_cuda.so")  # opened by _ops.so at the first CUDA call
 
@@ -57,6 +59,8 @@ def _register_fakes() -> None:
 _STATE = _load()
 if _STATE[0]:
     _register_fakes()
+    for name in ("edges_in_range", "sort_by_key", "field_statistics", "field_norm", "field_norm_backward"):
+        one_by_one(name)
 
 
 def available() -> tuple[bool, str]:

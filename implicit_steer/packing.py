@@ -43,11 +43,12 @@ class Kept:
         native: the plan as the native code takes it, or None; under torch.compile it has to be there already.
         tensors, parameters: those of the last call, and what holds them.
         layer: what a backend made of ``parameters``.
+        hooks: how many had been registered when the layer's modules were last searched for some.
     """
 
     def __init__(self, native=None):
         self.native = native
-        self.tensors = self.parameters = self.layer = None
+        self.tensors = self.parameters = self.layer = self.hooks = None
 
     def __reduce__(self):
         return Kept, (self.native,)

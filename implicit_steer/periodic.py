@@ -27,7 +27,7 @@ def checked_cell(cell: Any, pbc: Any, dim: int) -> tuple[np.ndarray, np.ndarray]
     require(cell.dim() in (2, 3) and cell.shape[-2:] == (dim, dim), "cell", expected, tuple(cell.shape))
     vectors = cell.detach().to("cpu", torch.float64).numpy()
     require(np.isfinite(vectors).all(), "cell", "finite lattice vectors", "NaN or Inf")
-    periodic = _checked_pbc(pbc, dim)
+    periodic = checked_pbc(pbc, dim)
     lattice = vectors.reshape(-1, dim, dim)[:, periodic]
     lengths = np.linalg.norm(lattice, axis=-1, keepdims=True)
     singular = (lengths == 0).any()
@@ -38,7 +38,8 @@ def checked_cell(cell: Any, pbc: Any, dim: int) -> tuple[np.ndarray, np.ndarray]
     return vectors, periodic
 
 
-def _checked_pbc(pbc: Any, dim: int) -> np.ndarray:
+def checked_pbc(pbc: Any, dim: int) -> np.ndarray:
+    """``pbc`` as (dim,) bool; None: all."""
     expected = f"True, False, or one of them for each of {dim} directions"
     if isinstance(pbc, Tensor):
         pbc = pbc.tolist()

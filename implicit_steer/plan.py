@@ -24,8 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from ._check import require
+from ._check import require, require_integer
 
+MAX_ORDER = 1000  # of a frame's coefficients and attributes: powers up to it are written out
 FUNCTIONS = ("elu", "relu", "silu", "gelu", "tanh")
 
 
@@ -136,7 +137,7 @@ class Frame(Data):
 
     kind: str
     dim: int
-    attribute: np.ndarray  # (A, A) orthogonal: attributes to frame coordinates, a' = attributeᵀ a
+    attribute: np.ndarray  # (A, A): attributes to frame coordinates, a' = attributeᵀ a
     order: np.ndarray  # (c,)
     regular: bool = False
     # zonal
@@ -154,8 +155,11 @@ class Frame(Data):
 
     def validate(self):
         """Raise ``ValueError`` unless the kind is known and its arrays fit together."""
-        require(isinstance(self.dim, int) and self.dim > 0, "dim", "an integer > 0", repr(self.dim))
+        require_integer("dim", self.dim, 1)
         require(self.kind in ("none", "zonal", "planar"), "kind", "'none', 'zonal' or 'planar'", repr(self.kind))
+        expected = {"none": (1, 2, 3), "zonal": (3,), "planar": (2, 3)}[self.kind]
+        require(self.dim in expected, "dim", f"one of {expected} for a frame of kind {self.kind!r}", self.dim)
+        require(isinstance(self.regular, bool), "regular", "True or False", repr(self.regular))
         require(
             self.attribute.ndim == 2 and self.attribute.shape[0] == self.attribute.shape[1],
             "attribute",
@@ -163,12 +167,12 @@ class Frame(Data):
             self.attribute.shape,
         )
         require(bool(np.all(np.diff(self.order) >= 0)), "order", "ascending", self.order)
-        require(self.order.ndim == 1 and not np.any(self.order < 0), "order", "integers >= 0", self.order)
+        _require_indices("order", self.order, MAX_ORDER)
         if self.kind == "zonal":
             d = len(self.coefficient)
             _require_indices("coefficient", self.coefficient, len(self.order))
             _require_shape("powers", self.powers, (self.harmonics.shape[-1], 3))
-            require(bool((self.powers >= 0).all()), "powers", "integers >= 0", self.powers)
+            _require_indices("powers", self.powers, int(self.order.max(initial=0)) + 1, self.powers.shape)
             _require_shape("harmonics", self.harmonics, (d, len(self.powers)))
         if self.kind == "planar":
             c, a = len(self.order), self.n_attributes
@@ -176,8 +180,7 @@ class Frame(Data):
             _require_shape("axis", self.axis, (self.dim, self.dim - 2))
             _require_indices("partner", self.partner, c, (c,))
             _require_shape("sign", self.sign, (c,))
-            _require_shape("attribute_order", self.attribute_order, (a,))
-            require(not np.any(self.attribute_order < 0), "attribute_order", "integers >= 0", self.attribute_order)
+            _require_indices("attribute_order", self.attribute_order, MAX_ORDER, (a,))
             _require_indices("attribute_partner", self.attribute_partner, a, (a,))
             _require_shape("attribute_sign", self.attribute_sign, (a,))
 
@@ -205,9 +208,13 @@ class Block(Data):
     basis: np.ndarray  # (n_b, o, i)
 
     def validate(self):
-        require(self.offset >= 0, "offset", "an integer >= 0", self.offset)
+        for name in ("offset", "n_in"):
+            require_integer(name, getattr(self, name), 0)
         require(self.basis.ndim == 3, "basis", "shape (n_b, o, i)", self.basis.shape)
         _require_indices("columns", self.columns, self.n_in, self.in_start.shape)
+        for name in ("columns", "out_start"):
+            index = getattr(self, name)
+            require(len(np.unique(index)) == len(index), name, "every one once", index)
 
     @property
     def end(self) -> int:
@@ -225,6 +232,8 @@ class Linear(Data):
     bias: np.ndarray  # (out_size, n_bias)
 
     def validate(self):
+        for name in ("in_size", "out_size"):
+            require_integer(name, getattr(self, name), 0)
         _require_shape("bias", self.bias, (self.out_size, self.bias.shape[-1]))
         for block in self.blocks:
             _, o, i = block.basis.shape
@@ -258,6 +267,7 @@ class Activation(Data):
     index: np.ndarray  # (S_original,) values in 0..S-1
 
     def validate(self):
+        require_integer("channels", self.channels, 0)
         require(self.function in FUNCTIONS, "activation", f"one of {FUNCTIONS}", repr(self.function))
         s, c = self.samples.shape
         require(self.inverse.shape == (c, s), "inverse", f"shape {(c, s)}", self.inverse.shape)
@@ -282,6 +292,7 @@ class Norm(Data):
     momentum: float
 
     def validate(self):
+        require_integer("channels", self.channels, 0)
         _require_number("eps", self.eps)
         _require_number("momentum", self.momentum)
         for name in ("trivial", "full_trivial", "measured"):
@@ -315,6 +326,8 @@ class Coupling(Data):
     def validate(self):
         require(self.basis.ndim == 4, "basis", "shape (n_b, o, i, m)", self.basis.shape)
         _require_indices("row", self.row, self.end, (len(self.out_start), len(self.in_start)))
+        read = self.row.size * len(self.hidden_start) * len(self.basis)
+        require(read <= self.end, "row", f"{read} numbers of the parameter, each read once", f"{self.end} numbers")
 
     @property
     def end(self) -> int:
@@ -359,6 +372,8 @@ class Plan(Data):
 
     def validate(self):
         """Raise ``ValueError`` unless the layers fit together and the couplings stay inside the kernel and h."""
+        for name in ("out_size", "in_size", "hidden_size"):
+            require_integer(name, getattr(self, name), 0)
         _require_number("gamma", self.gamma)
         require(self.aggr in ("sum", "mean"), "aggr", "'sum' or 'mean'", repr(self.aggr))
         require(
@@ -376,7 +391,8 @@ class Plan(Data):
             require(c.parameter in ("weights", "bias"), "parameter", "'weights' or 'bias'", repr(c.parameter))
             _require_indices("out_start", c.out_start, self.out_size - o + 1)
             _require_indices("in_start", c.in_start, self.in_size - i + 1)
-            _require_indices("hidden_start", c.hidden_start, self.hidden_size - m + 1)
+            one = m == 1 and c.hidden_start.tolist() == [self.hidden_size - 1]
+            _require_indices("hidden_start", c.hidden_start, self.hidden_size - m + one)
             into = self.couplings[c.fold_into] if 0 <= c.fold_into < len(self.couplings) else None
             ok = c.fold_into == -1 or (into is not None and into.parameter == "bias" and c.parameter == "weights")
             require(ok, "fold_into", "the position of a bias coupling or -1", (n, c.fold_into))
@@ -387,13 +403,17 @@ class Plan(Data):
 
     def _validate_layers(self) -> None:
         """Each hidden layer takes what the one before it gives."""
-        coefficients, size = len(self.frame.order), self.frame.n_position + self.frame.n_attributes
+        frame, coefficients = self.frame, len(self.frame.order)
+        size = frame.n_position + frame.n_attributes
         for n, (layer, act) in enumerate(zip(self.linears, self.activations, strict=True)):
             require(layer.in_size == size, "linears", f"{size} inputs of layer {n}", layer.in_size)
             size = act.channels * act.samples.shape[1]
             require(layer.out_size == size, "linears", f"{size} outputs of layer {n}", layer.out_size)
             require(act.samples.shape[1] == coefficients, "samples", f"{coefficients} columns", act.samples.shape)
         full = self.hidden_size - 1
+        if self.activations:
+            size = self.activations[-1].channels * len(frame.coefficient if frame.kind == "zonal" else frame.order)
+        require(full == size, "hidden_size", f"{size} hidden features and the constant one", self.hidden_size)
         for norm, act in zip(self.norms, self.activations, strict=False):
             require(norm.channels == act.channels, "channels", act.channels, norm.channels)
             _require_indices("trivial", norm.trivial, coefficients)

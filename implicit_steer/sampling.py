@@ -7,8 +7,11 @@ rotation.
 
 from __future__ import annotations
 
+from . import _require_escnn  # noqa: F401
+
+# isort: split
 from dataclasses import dataclass
-from functools import wraps
+from functools import lru_cache, wraps
 
 import numpy as np
 from escnn.group import O2, O3, SO2, SO3, DirectProductGroup, Group, GroupElement, Representation, directsum
@@ -44,6 +47,24 @@ class HiddenSpace:
     rho: Representation
     dirac: np.ndarray
     band_limit: int
+
+
+@lru_cache(maxsize=1024)
+def trivial_coordinates(rep: Representation) -> np.ndarray:
+    """(n,) coordinates, in irrep order, of the trivial irreps."""
+    irreps = [rep.group.irrep(*ident) for ident in rep.irreps]
+    starts = np.cumsum([0, *(irrep.size for irrep in irreps)])
+    return np.array([s for s, irrep in zip(starts, irreps, strict=False) if irrep.is_trivial()], dtype=int)
+
+
+def invariants(rep: Representation) -> np.ndarray:
+    """(d, n): the vectors that no group element moves, one column per trivial irrep."""
+    return rep.change_of_basis[:, trivial_coordinates(rep)]
+
+
+def is_orthogonal(rep: Representation) -> bool:
+    """Whether its irreps are put together by an orthogonal matrix, so that all its matrices are orthogonal."""
+    return np.allclose(rep.change_of_basis.T, rep.change_of_basis_inv, rtol=0, atol=1e-9)
 
 
 def frequency(group: Group, irrep: tuple) -> int:
@@ -91,8 +112,11 @@ def _regular(group: Group, irreps: list[tuple]) -> tuple[Representation, np.ndar
         parts += [irrep] * copies
         dirac.append(np.eye(irrep.size)[:, :copies].T.reshape(-1) * np.sqrt(irrep.size))
     name = "regular_[" + "|".join(str(i) for i in irreps) + "]"
+    rho = group.representations.get(name)  # escnn's own Fourier activations leave it there, under the same name
+    if rho is None or rho.irreps != [i.id for i in parts] or not np.allclose(rho.change_of_basis, np.eye(rho.size)):
+        rho = directsum(parts, name=name)
     dirac = np.concatenate(dirac)
-    return directsum(parts, name=name), dirac / np.linalg.norm(dirac)
+    return rho, dirac / np.linalg.norm(dirac)
 
 
 @identity_cache
@@ -201,7 +225,7 @@ def lebedev_matrices(space: HiddenSpace, n: int) -> tuple[np.ndarray, np.ndarray
 
     if not isinstance(space.group, SO3 | O3):
         fail("sampling", "a group that acts on the sphere for a Lebedev rule", space.group, "Use 'escnn' or 'exact'.")
-    sizes = {lebedev_rule(degree)[0].shape[1]: degree for degree in _lebedev_degrees()}
+    sizes = lebedev_degrees()
     require(n in sizes, "sampling", f"'lebedev-N' with N one of {sorted(sizes)}", f"'lebedev-{n}'")
     points, weights = lebedev_rule(sizes[n])
     powers, harmonics = solid_harmonics(space)
@@ -210,8 +234,12 @@ def lebedev_matrices(space: HiddenSpace, n: int) -> tuple[np.ndarray, np.ndarray
     return a, _inverse(a, weights / weights.sum(), name=f"lebedev-{n}")
 
 
-def _lebedev_degrees() -> list[int]:
-    return [*range(3, 32, 2), *range(35, 132, 6)]
+@lru_cache(maxsize=1)
+def lebedev_degrees() -> dict[int, int]:
+    """Number of points → degree up to which that Lebedev rule is exact, in ascending order."""
+    from scipy.integrate import lebedev_rule
+
+    return {lebedev_rule(degree)[0].shape[1]: degree for degree in [*range(3, 32, 2), *range(35, 132, 6)]}
 
 
 def _irreps(space: HiddenSpace) -> list[tuple[int, tuple]]:
@@ -260,7 +288,7 @@ def solid_harmonics(space: HiddenSpace) -> tuple[np.ndarray, np.ndarray]:
     return powers, coefficients
 
 
-def zonal_frame(space: HiddenSpace, attribute_basis: np.ndarray, n_nodes: int):
+def zonal_frame(space: HiddenSpace, n_attributes: int, n_nodes: int):
     """Frame, embedding Z (d, c), A_z (Q, c) and A⁻_z (c, Q) for O(3)/SO(3) with invariant attributes, Q Gauss nodes."""
     irreps, norms = _irreps(space), _irrep_norms(space)
     powers, harmonics = solid_harmonics(space)
@@ -277,7 +305,7 @@ def zonal_frame(space: HiddenSpace, attribute_basis: np.ndarray, n_nodes: int):
     frame = Frame(
         kind="zonal",
         dim=3,
-        attribute=attribute_basis,
+        attribute=np.eye(n_attributes),
         order=order,
         regular=True,
         coefficient=np.repeat(np.argsort(first), [size for size, _ in irreps]),
@@ -290,22 +318,19 @@ def zonal_frame(space: HiddenSpace, attribute_basis: np.ndarray, n_nodes: int):
 def rotation_basis(rep: Representation) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Coordinates in which the group's continuous rotation is a rotation of 2-planes.
 
-    Returns V (n, n) orthogonal, order (n,), partner (n,), sign (n,): with c = Vᵀ v, a rotation by φ maps
+    Returns V (n, n), order (n,), partner (n,), sign (n,): with v = V c, a rotation by φ maps
     ``c[m] → cos(kφ) c[m] + sign[m] sin(kφ) c[partner[m]]``, k = order[m]. Irrep by irrep (their size is 1 or 2), so
-    that trivial ones stay apart.
+    that trivial ones stay apart. V is orthogonal where the representation is.
     """
     n, start = rep.size, 0
     v, order, partner, sign = np.eye(n), np.zeros(n, int), np.arange(n), np.zeros(n)
     for ident in rep.irreps:
-        irrep = rep.group.irrep(*ident)
-        if irrep.size == 2:
-            quarter = [irrep(rotations(rep.group, angle)) for angle in (0.1, -0.1)]
-            sine = (quarter[0] - quarter[1]) / 2  # sin(0.1 k) times the rotation by 90 degrees
-            k = round(np.arcsin(np.sqrt(np.linalg.det(sine))) / 0.1)
-            if k > 0:
-                v[start : start + 2, start + 1] = sine[:, 0] / np.sin(0.1 * k)
-                order[start : start + 2], partner[start : start + 2] = k, (start + 1, start)
-                sign[start : start + 2] = (-1, 1)
+        irrep, k = rep.group.irrep(*ident), frequency(rep.group, ident)
+        if irrep.size == 2 and k > 0:
+            there, back = (irrep(rotations(rep.group, angle)) for angle in (np.pi / (2 * k), -np.pi / (2 * k)))
+            v[start : start + 2, start + 1] = (there - back)[:, 0] / 2  # of the plane's rotation by 90 degrees
+            order[start : start + 2], partner[start : start + 2] = k, (start + 1, start)
+            sign[start : start + 2] = (-1, 1)
         start += irrep.size
     return rep.change_of_basis @ v, order, partner, sign
 
@@ -319,6 +344,22 @@ def _block(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]):
     order, partner, sign = (np.concatenate([np.zeros(0), *(p[i] for p in parts)]) for i in (1, 2, 3))
     partner += np.repeat(start[:-1], sizes)
     return v, order.astype(int), partner.astype(int), sign
+
+
+@identity_cache
+def gauss_matrices(space: HiddenSpace, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """A (n, 2) and A⁻ (2, n) of functions s + |v| t on [−1, 1] at n Gauss nodes, in the scale of ``space``: what a
+    function on the sphere of band limit 1, a scalar s and a vector v, is along the vector's axis.
+
+    Raises:
+        ValueError: another space; n < 2.
+    """
+    sphere = isinstance(space.group, SO3 | O3) and space.band_limit == 1
+    require(sphere, "sampling", "a function on the sphere of band limit 1 for 'gauss-N'", space.rho)
+    first = np.argsort([size for size, _ in _irreps(space)])
+    t, w = np.polynomial.legendre.leggauss(n)
+    a = _irrep_norms(space)[first] * np.stack([np.ones(n), t], axis=1)
+    return a, _inverse(a, w / 2, name=f"gauss-{n}")
 
 
 def planar_frame(space: HiddenSpace, position: Representation, attributes: list[Representation], n: int):
@@ -338,14 +379,14 @@ def planar_frame(space: HiddenSpace, position: Representation, attributes: list[
         first = vectors[:, 1]
         plane = plane @ np.array([[first[0], -first[1]], [first[1], first[0]]])
     plane[np.abs(plane) < 1e-12] = 0  # rounding there would look like a tiny azimuth to edges on the axis
-    attribute, a_order, a_partner, a_sign = _block([rotation_basis(r) for r in attributes])
+    v, a_order, a_partner, a_sign = _block([rotation_basis(r) for r in attributes])
     z, h_order, h_partner, h_sign = rotation_basis(space.rho)
     first = np.argsort(h_order, kind="stable")  # coefficients by order
     z, h_order, h_partner, h_sign = z[:, first], h_order[first], np.argsort(first)[h_partner[first]], h_sign[first]
     frame = Frame(
         kind="planar",
         dim=position.size,
-        attribute=attribute,
+        attribute=np.linalg.inv(v).T,
         order=h_order,
         regular=not a_order.any(),
         plane=plane,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ._check import require
-from .graph import radius_graph
+from .neighbours import periodic_radius_graph, radius_graph
+from .periodic import checked_pbc
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,11 @@ class Structures:
     """B structures with N atoms and E directed edges j → i in all. Å, eV.
 
     numbers (N,) int64, atomic numbers; pos (N, 3); cell (B, 3, 3), rows = lattice vectors, 0 where there are none;
-    edge_index (2, E) source j, target i; shift (E, 3) whole numbers: the edge's vector is
+    edge_index (2, E) source j, target i; shift (E, 3) whole numbers, in the dtype of the edges' vectors
     ``pos[i] - pos[j] + shift @ cell``; batch (N,) structure of each atom, ascending; num_graphs = B;
     energy (B,) float64 and forces (N, 3), where they are known.
 
-    Raises ValueError where the shapes do not fit each other.
+    Raises ValueError where the shapes do not fit each other, TypeError for a shift that is not floating point.
     """
 
     numbers: Tensor
@@ -43,14 +44,18 @@ class Structures:
             tensor = getattr(self, name)
             if tensor is not None:
                 require(tensor.shape == shape, name, f"shape {shape}", tuple(tensor.shape))
+        remedy = "Its dtype is that of the edges' vectors."
+        require(self.shift.is_floating_point(), "shift", "floating point", self.shift.dtype, remedy, TypeError)
 
     @classmethod
     def single(cls, numbers: Tensor, pos: Tensor, r: float, cell: Tensor | None = None, pbc: Any = None) -> Structures:
         """One structure, with edges between all atoms at most ``r`` apart, across periodic boundaries too.
 
-        numbers (N,) integers, pos (N, 3), cell (3, 3) or None, pbc: as :func:`~implicit_steer.radius_graph` takes them.
+        numbers (N,) integers, pos (N, 3), cell (3, 3) or None, pbc: as :func:`~implicit_steer.periodic_radius_graph`
+        takes them. They are copied.
 
-        Raises TypeError, ValueError as :func:`~implicit_steer.radius_graph`, and where ``numbers`` do not fit ``pos``.
+        Raises TypeError, ValueError as :func:`~implicit_steer.periodic_radius_graph`, and where ``numbers`` do not fit
+        ``pos``.
 
         Example:
             >>> pos = torch.tensor([[0, 0, 0], [0.96, 0, 0], [0, 0.96, 0]])
@@ -62,14 +67,17 @@ class Structures:
         ok = isinstance(numbers, Tensor) and not numbers.is_floating_point() and not numbers.is_complex()
         require(ok, "numbers", expected, getattr(numbers, "dtype", type(numbers).__name__), kind=TypeError)
         if cell is None:
-            edge_index = radius_graph(pos, r, pbc=pbc)
+            repeats = pbc is not None and checked_pbc(pbc, 3).any()
+            require(not repeats, "cell", "the lattice vectors of a periodic box", None)
+            edge_index = radius_graph(pos, r)
             shift, cell = pos.new_zeros(edge_index.shape[1], 3), pos.new_zeros(3, 3)
         else:
-            edge_index, shift = radius_graph(pos, r, cell=cell, pbc=pbc)
+            edge_index, shift = periodic_radius_graph(pos, r, cell, pbc)
         require(pos.shape[1] == 3, "pos", "shape (N, 3)", tuple(pos.shape))
         require(numbers.shape == pos.shape[:1], "numbers", expected, tuple(numbers.shape))
         batch = torch.zeros(len(pos), dtype=torch.int64, device=pos.device)
-        return cls(numbers.to(torch.int64), pos, cell.to(pos)[None], edge_index, shift, batch, 1)
+        numbers, cell = numbers.to(torch.int64, copy=True), cell.to(pos, copy=True)[None]
+        return cls(numbers, pos.clone(), cell, edge_index, shift, batch, 1)
 
     @classmethod
     def join(cls, parts: Sequence[Structures]) -> Structures:
@@ -92,17 +100,24 @@ class Structures:
         return cls(edge_index=torch.cat(edges, 1), batch=torch.cat(batch), num_graphs=graphs, **rest)
 
     def to(self, where: torch.device | str | torch.dtype) -> Structures:
-        """The same structures on a device, or with pos, cell, shift and forces in a dtype."""
-        cast = isinstance(where, torch.dtype)
-        names = ("pos", "cell", "shift", "forces") if cast else [f.name for f in fields(self)]
-        return self._changed(names, lambda tensor: tensor.to(where))
+        """The same structures on a device, or with the edges' vectors (that is, shift) and forces in a dtype.
 
-    def edge_delta(self) -> Tensor:
-        """(E, 3): ``pos[i] - pos[j] + shift @ cell``, target minus source."""
+        pos and cell take a wider dtype but keep their digits under a narrower one: far from the origin, or from the
+        home cell, it has too few. What is rounded is the difference.
+        """
+        if not isinstance(where, torch.dtype):
+            return self._changed([f.name for f in fields(self)], lambda tensor: tensor.to(where))
+        cast = self._changed(("shift", "forces"), lambda tensor: tensor.to(where))
+        return cast._changed(("pos", "cell"), lambda tensor: tensor.to(torch.promote_types(tensor.dtype, where)))
+
+    def edge_delta(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(E, 3): ``pos[i] - pos[j] + shift @ cell``, target minus source; computed in float64, then rounded to
+        ``dtype``, by default that of ``shift``."""
         source, target = self.edge_index
-        cells = self.cell[self.batch[target]]  # [E, 3, 3]
-        delta = self.pos.index_select(0, target) - self.pos.index_select(0, source)
-        return delta + torch.einsum("ea,eab->eb", self.shift, cells)
+        pos, cells = self.pos.double(), self.cell.double()[self.batch[target]]  # [E, 3, 3]
+        delta = pos.index_select(0, target) - pos.index_select(0, source)
+        delta = delta + torch.einsum("ea,eab->eb", self.shift.double(), cells)
+        return delta.to(self.shift.dtype if dtype is None else dtype)
 
     def copied(self) -> Structures:
         """The same structures in tensors of their own."""
@@ -116,7 +131,20 @@ class Structures:
         """The same atoms and edges at other positions (N, 3)."""
         return replace(self, pos=pos)
 
+    def require_finite_labels(self, name: str = "structures") -> None:
+        """``ValueError`` that names the structures of ``name`` in which the energy or a force is NaN or infinite."""
+        finite = {}  # whether an energy is, per structure; whether a force is, per atom
+        if self.energy is not None:
+            finite["energy"] = self.energy.isfinite()
+        if self.forces is not None:
+            finite["forces"] = self.forces.isfinite().all(1)
+        for label, right in finite.items():
+            rows = (~right).nonzero().squeeze(1)
+            wrong = (rows if label == "energy" else self.batch[rows].unique()).tolist()
+            got = f"NaN or Inf in {len(wrong)} of {self.num_graphs}: numbers {wrong[:10]}"
+            require(not wrong, name, f"finite {label}", got, "Leave these out, or label them anew.")
+
     def within(self, r: float) -> Structures:
-        """Without the edges longer than ``r``."""
-        keep = (self.edge_delta().square().sum(1) <= r * r).nonzero().squeeze(1)
+        """Without the edges longer than ``r``. Those of a NaN position stay: what it has to do with is NaN."""
+        keep = (~(self.edge_delta().square().sum(1) > r * r)).nonzero().squeeze(1)
         return replace(self, edge_index=self.edge_index[:, keep], shift=self.shift[keep])

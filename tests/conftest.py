@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from implicit_steer import native
 from implicit_steer.backends import cpu
 
 torch.set_num_threads(2)
@@ -45,3 +46,10 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["native", "torch"])
+def any_sort(request, monkeypatch):
+    """Runs a test with the native sort and with the one that stands in for it."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "available", lambda: (False, "switched off by a test"))

@@ -133,8 +133,8 @@ def test_a_pickle(path):
 
 def test_newer_format(path):
     manifest, tensors = parts(path)
-    forge(path, manifest | {"format": 2, "library": "9.1.0", "objects": {"laid out": "differently"}}, tensors)
-    assert_refused(path, "format 1 or older, got format 2", "Install implicit_steer 9.1.0 or newer")
+    forge(path, manifest | {"format": 3, "library": "9.1.0", "objects": {"laid out": "differently"}}, tensors)
+    assert_refused(path, "format 2 or older, got format 3", "Install implicit_steer 9.1.0 or newer")
 
 
 def test_changed_tensor_without_a_new_digest(path):

@@ -154,7 +154,7 @@ def test_threads_give_the_same_bits(threads):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_plain(dtype):
-    act = FourierActivation(SPACES["O(3)"](), 2, 1)
+    act = FourierActivation(SPACES["O(3)"](), 2, 1, sampling="escnn")
     x, coords = torch.randn(5, 8, dtype=dtype), torch.zeros(5, 3)
     out = act(GeometricTensor(x, act.in_type, coords)).tensor
     assert out.dtype == dtype

@@ -1,4 +1,4 @@
-"""Graph, the native sort behind it, and the two ways to build edges, against plain PyTorch and brute force."""
+"""Graph, and the native sort behind it, against plain PyTorch."""
 
 import pickle
 
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from implicit_steer import Graph, knn_graph, native, radius_graph
+from implicit_steer import Graph
 from implicit_steer.graph import sort_by_key
 
 INDEX_TYPES = [torch.int32, torch.int64]
@@ -25,13 +25,6 @@ def random_edges(num_edges, num_src, num_dst, dtype=torch.int64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randint(n, (num_edges,), generator=generator) for n in (num_src, num_dst)]
     return torch.stack(rows).to(dtype)
-
-
-@pytest.fixture(params=["native", "torch"])
-def any_sort(request, monkeypatch):
-    """Runs a test with the native sort and with the one that stands in for it."""
-    if request.param == "torch":
-        monkeypatch.setattr(native, "available", lambda: (False, "switched off by a test"))
 
 
 @pytest.fixture
@@ -236,144 +229,6 @@ def test_graph_refuses(case):
         Graph(edge_index, num_nodes)
 
 
-# ---- radius_graph and knn_graph
-
-
-def distances(pos, batch):
-    """(N, N) distances in float64, infinite between segments."""
-    far = torch.cdist(pos.detach().double(), pos.detach().double(), compute_mode="donot_use_mm_for_euclid_dist")
-    return far if batch is None else far.masked_fill(batch[:, None] != batch[None, :], float("inf"))
-
-
-def brute_radius(pos, r, batch, loop):
-    near = distances(pos, batch) <= r
-    if not loop:
-        near.fill_diagonal_(False)
-    centre, neighbour = near.nonzero().t()
-    return torch.stack([neighbour, centre])
-
-
-def check_knn(edge_index, pos, k, batch, loop):
-    """Right number, no doubles, right centre order and the brute-force distances in ascending order."""
-    far = distances(pos, batch)
-    far.fill_diagonal_(-1.0 if loop else float("inf"))  # itself: always first, or never
-    expected = far.sort(dim=1).values[:, :k]
-    expected = expected[expected.isfinite()]
-    neighbour, centre = edge_index
-    assert torch.equal(centre, centre.sort().values)
-    assert len(edge_index.unique(dim=1).t()) == edge_index.shape[1]
-    torch.testing.assert_close(far[centre, neighbour], expected, rtol=0, atol=0)
-
-
-@st.composite
-def clouds(draw):
-    """Points on a coarse lattice (many duplicates and ties), any number of dimensions, batched in any order."""
-    num_points, dim = draw(st.integers(0, 14)), draw(st.integers(1, 4))
-    coordinates = st.integers(-2, 2)
-    values = draw(st.lists(coordinates, min_size=num_points * dim, max_size=num_points * dim))
-    dtype = draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
-    pos = torch.tensor(values, dtype=dtype).reshape(num_points, dim) / 2
-    label = st.integers(-3, 3)
-    labels = draw(st.none() | st.lists(label, min_size=num_points, max_size=num_points))
-    batch = None if labels is None else torch.tensor(labels, dtype=draw(st.sampled_from(INDEX_TYPES)))
-    return pos, batch, draw(st.booleans())
-
-
-@settings(deadline=None)
-@given(clouds(), st.sampled_from([0.25, 0.5, 1.0, 1.2, float("inf")]))
-def test_radius_graph_is_brute_force(cloud, r):
-    pos, batch, loop = cloud
-    edge_index = radius_graph(pos, r, batch, loop)
-    assert edge_index.dtype == torch.int64
-    expected = brute_radius(pos, r, batch, loop)
-    if r == float("inf") and batch is not None:
-        expected = expected[:, batch[expected[0]] == batch[expected[1]]]
-    assert torch.equal(edge_index, expected)
-
-
-@settings(deadline=None)
-@given(clouds(), st.integers(1, 20))
-def test_knn_graph_is_brute_force(cloud, k):
-    pos, batch, loop = cloud
-    edge_index = knn_graph(pos, k, batch, loop)
-    assert edge_index.dtype == torch.int64
-    check_knn(edge_index, pos, k, batch, loop)
-
-
-@pytest.mark.usefixtures("any_sort")
-@pytest.mark.parametrize("batched", [False, True])
-@pytest.mark.parametrize("loop", [False, True])
-def test_graphs_of_many_random_points(batched, loop):
-    generator = torch.Generator().manual_seed(1)
-    pos = torch.randn(200, 3, generator=generator, requires_grad=True)
-    batch = torch.randint(3, (200,), generator=generator) if batched else None
-    assert torch.equal(radius_graph(pos, 0.9, batch, loop), brute_radius(pos, 0.9, batch, loop))
-    check_knn(knn_graph(pos, 7, batch, loop), pos, 7, batch, loop)
-
-
-def test_copies_of_one_point_exclude_only_the_point_itself():
-    pos = torch.zeros(6, 2)
-    everyone = ~torch.eye(6, dtype=torch.bool)
-    assert torch.equal(radius_graph(pos, 0.1), everyone.nonzero().t().flip(0))
-    neighbour, centre = knn_graph(pos, 2)
-    assert (neighbour != centre).all()
-    assert centre.tolist() == [i for i in range(6) for _ in range(2)]
-    assert torch.equal(knn_graph(pos, 1, loop=True), torch.arange(6).expand(2, 6))
-
-
-@pytest.mark.parametrize("build", [lambda *a, **k: radius_graph(*a, 1.0, **k), lambda *a, **k: knn_graph(*a, 3, **k)])
-@pytest.mark.parametrize("num_points", [0, 1])
-def test_no_point_and_one_point(build, num_points):
-    pos = torch.zeros(num_points, 3)
-    batch = torch.zeros(num_points, dtype=torch.uint8)
-    assert build(pos).shape == build(pos, batch=batch).shape == (2, 0)
-    assert build(pos, loop=True).shape == (2, num_points)
-    assert Graph(build(pos, loop=True), num_points).num_edges == num_points
-
-
-POS = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
-NAN = torch.tensor([[0.0, float("nan")], [float("inf"), 0.0], [0.0, 0.0]])
-BAD_POINTS = {
-    "list": ([[0.0]], {}, TypeError, "pos: expected a floating point tensor .* got list"),
-    "integers": (POS.long(), {}, TypeError, "pos: .* got torch.int64"),
-    "complex": (POS.to(torch.complex64), {}, TypeError, "pos: .* got torch.complex64"),
-    "rank": (POS[0], {}, ValueError, r"pos: expected .* \(N, D\), D >= 1, got \(2,\)"),
-    "no dimension": (POS[:, :0], {}, ValueError, r"got \(3, 0\)"),
-    "not finite": (NAN, {}, ValueError, "pos: expected finite positions, got NaN or Inf in 2 of 3 rows"),
-    "short batch": (POS, {"batch": torch.zeros(2).long()}, ValueError, r"batch: expected shape \(3,\).* got \(2,\)"),
-    "batch rank": (POS, {"batch": torch.zeros(3, 1).long()}, ValueError, r"batch: .* got \(3, 1\)"),
-    "float batch": (POS, {"batch": torch.zeros(3)}, TypeError, "batch: expected a torch.Tensor of integers"),
-    "list batch": (POS, {"batch": [0, 0, 0]}, TypeError, "batch: .* got list"),
-}
-BAD_SIZES = {
-    "k 0": (knn_graph, 0, ValueError, "k: expected an integer >= 1, got 0"),
-    "k negative": (knn_graph, -2, ValueError, "k: .* got -2"),
-    "k float": (knn_graph, 2.0, TypeError, "k: .* got 2.0"),
-    "k bool": (knn_graph, True, TypeError, "k: .* got True"),
-    "k none": (knn_graph, None, TypeError, "k: .* got None"),
-    "r 0": (radius_graph, 0, ValueError, "r: expected a number > 0, got 0"),
-    "r negative": (radius_graph, -1.0, ValueError, "r: .* got -1.0"),
-    "r nan": (radius_graph, float("nan"), ValueError, "r: .* got nan"),
-    "r text": (radius_graph, "1", TypeError, "r: expected a number > 0, got '1'"),
-    "r none": (radius_graph, None, TypeError, "r: .* got None"),
-}
-
-
-@pytest.mark.parametrize("build", [knn_graph, radius_graph])
-@pytest.mark.parametrize("case", BAD_POINTS)
-def test_points_are_refused(build, case):
-    pos, options, error, message = BAD_POINTS[case]
-    with pytest.raises(error, match=message):
-        build(pos, 1, **options)
-
-
-@pytest.mark.parametrize("case", BAD_SIZES)
-def test_sizes_are_refused(case):
-    build, size, error, message = BAD_SIZES[case]
-    with pytest.raises(error, match=message):
-        build(POS, size)
-
-
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_writing_to_the_given_edges_leaves_the_graph_alone(dtype):
     edges = torch.tensor([[0, 1, 2], [1, 2, 0]], dtype=dtype)
@@ -381,3 +236,71 @@ def test_writing_to_the_given_edges_leaves_the_graph_alone(dtype):
     edges += 1_000_000
     assert graph.edge_index.tolist() == [[0, 1, 2], [1, 2, 0]]
     assert graph.order_by_source.tolist() == [0, 1, 2]
+
+
+# ---- several graphs as one
+
+
+def assert_same_graph(one, other):
+    assert (one.num_src, one.num_dst, one.edge_index.dtype) == (other.num_src, other.num_dst, other.edge_index.dtype)
+    for name in ("edge_index", "src", "dst", "order", "rowptr", "degree", "order_by_source", "colptr"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+@settings(deadline=None)
+@given(st.lists(graphs(), min_size=1, max_size=4), st.booleans())
+def test_graphs_side_by_side_are_one_graph(cases, sorted_by_source):
+    parts = [Graph(edge_index, sizes) for edge_index, *sizes in cases]
+    if sorted_by_source:
+        assert all(part.colptr.dtype == part.edge_index.dtype for part in parts)
+    edges, num_src, num_dst = [], 0, 0
+    for part in parts:
+        edges.append(part.edge_index + torch.tensor([[num_src], [num_dst]]))
+        num_src, num_dst = num_src + part.num_src, num_dst + part.num_dst
+    short = all(part.edge_index.dtype == torch.int32 for part in parts)
+    dtype = torch.int32 if short else torch.int64
+    assert_same_graph(Graph.join(parts), Graph(torch.cat(edges, 1).to(dtype), (num_src, num_dst)))
+
+
+def test_joining_sorts_nothing(monkeypatch):
+    parts = [Graph(random_edges(30, 5, 4, torch.int32, seed), (5, 4)) for seed in range(3)]
+    assert [part.colptr[-1] for part in parts] == [30, 30, 30]
+    expected = Graph.join(parts)
+    monkeypatch.setattr("implicit_steer.graph.sort_by_key", None)
+    assert_same_graph(Graph.join(iter(parts)), expected)
+
+
+def test_joined_graphs_do_not_share_tensors():
+    edges = torch.tensor([[0, 1], [1, 0]])
+    part = Graph(edges, 2)
+    joined = Graph.join([part])
+    part.edge_index.add_(7)
+    assert torch.equal(joined.edge_index, edges)
+
+
+def test_numbers_that_no_longer_fit_become_int64():
+    part = Graph(torch.tensor([[2**31 - 2], [0]], dtype=torch.int32), (2**31 - 1, 1))
+    joined = Graph.join([part, part])
+    assert joined.src.tolist() == [2**31 - 2, 2**32 - 3]
+    assert joined.rowptr.tolist() == [0, 1, 2]
+    assert Graph.join([part]).edge_index.dtype == torch.int32
+
+
+@pytest.mark.parametrize(
+    ("graphs", "error", "message"),
+    [
+        ([], ValueError, "graphs: expected at least one graph, got none"),
+        (None, TypeError, "graphs: expected a collection of Graphs, got NoneType"),
+        (Graph(EDGES, 3), TypeError, "graphs: expected a collection of Graphs, got Graph"),
+        (torch.tensor(3), TypeError, "graphs: expected a collection of Graphs, got Tensor"),
+        ([Graph(EDGES, 3), EDGES], TypeError, r"graphs\[1\]: expected a Graph, got Tensor"),
+        (
+            [Graph(EDGES, 3), Graph(EDGES, 3).to("meta")],
+            ValueError,
+            "all on one device, got cpu and meta",
+        ),
+    ],
+)
+def test_join_refuses(graphs, error, message):
+    with pytest.raises(error, match=message):
+        Graph.join(graphs)

@@ -12,7 +12,7 @@ from helpers import relative
 from implicit_steer.cases import SPACES, fields
 from implicit_steer.nn import ImplicitConv
 
-pytestmark = pytest.mark.filterwarnings("ignore:kernel_size.*even grid")
+pytestmark = pytest.mark.filterwarnings("ignore:kernel_size.*even grid", "ignore:x. the samples of an axis")
 
 
 def grid_layer(space, into, out, attributes, kernel_size=3, seed=0, **options):

@@ -356,7 +356,7 @@ ACTIVATIONS = [
 @pytest.mark.parametrize(("space", "band_limit", "build", "samples"), ACTIVATIONS)
 def test_activation_is_escnn_s(space, band_limit, build, samples, spatial, dtype):
     gspace = SPACES[space]()
-    ours = FourierActivation(gspace, 3, band_limit)
+    ours = FourierActivation(gspace, 3, band_limit, sampling="escnn")
     irreps = list(dict.fromkeys(ours.in_type.representations[0].irreps))
     theirs = build(gspace, irreps)
     assert theirs.in_type.representations[0].irreps == ours.in_type.representations[0].irreps

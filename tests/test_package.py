@@ -1,10 +1,14 @@
 """The package around the mathematics: what it imports, what it tells about itself, and life without the extension."""
 
+import ast
+import inspect
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -113,6 +117,21 @@ def test_a_library_that_does_not_load_gives_its_reason(pure_python):
     assert "_ops.so" in text
 
 
+# ---- types
+
+
+def test_lazy_names_are_typed():
+    """A type checker does not see what ``__getattr__`` finds: each is imported for it."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If) and node.test.id == "TYPE_CHECKING"]
+    imported = {alias.name for node in block.body for alias in node.names}
+    assert imported == {"load", "register", "save", *ist._SUBMODULES}
+    for function in (ist.load, ist.save, ist.deploy.copy_state, ist.register):
+        parameters = inspect.signature(function).parameters.values()
+        assert inspect.signature(function).return_annotation is not inspect.Signature.empty
+        assert all(p.annotation is not inspect.Parameter.empty for p in parameters)
+
+
 # ---- building
 
 
@@ -124,7 +143,8 @@ def build(tmp_path):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     (tmp_path / "implicit_steer").mkdir()
-    shutil.copy(PACKAGE / "__init__.py", tmp_path / "implicit_steer")
+    for name in ("__init__.py", "py.typed"):
+        shutil.copy(PACKAGE / name, tmp_path / "implicit_steer")
 
     def build(mode, *command):
         command = [sys.executable, "setup.py", *(command or ("build_ext", "--inplace"))]
@@ -163,6 +183,15 @@ def test_wheel_without_the_extension_is_for_every_platform(build, tmp_path):
     assert done.returncode == 0, done.stderr
     (wheel,) = (tmp_path / "dist").iterdir()
     assert wheel.name == f"implicit_steer-{ist.__version__}-py3-none-any.whl"
+    assert "implicit_steer/py.typed" in zipfile.ZipFile(wheel).namelist()
+
+
+def test_source_distribution_says_that_it_is_typed(build, tmp_path):
+    done = build("off", "sdist", "--dist-dir", "dist")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (tmp_path / "dist").iterdir()
+    with tarfile.open(archive) as files:
+        assert any(name.endswith("/implicit_steer/py.typed") for name in files.getnames())
 
 
 # ---- the command line

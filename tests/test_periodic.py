@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from implicit_steer import radius_graph
+from implicit_steer import periodic_radius_graph, radius_graph
+from implicit_steer.structures import Structures
 
 
 def brute_force(pos, r, cell, pbc):
@@ -44,7 +45,7 @@ def boxes(draw):
 @given(boxes())
 def test_all_images_and_no_others(case):
     pos, r, cell, pbc = case
-    edge_index, shift = radius_graph(torch.tensor(pos), r, cell=torch.tensor(cell), pbc=pbc)
+    edge_index, shift = periodic_radius_graph(torch.tensor(pos), r, torch.tensor(cell), pbc)
     found = [(*edge, tuple(s)) for edge, s in zip(edge_index.t().tolist(), shift.int().tolist(), strict=True)]
     assert len(found) == len(set(found))
     assert found == sorted(found, key=lambda e: (e[1], e[0], e[2]))
@@ -59,17 +60,17 @@ def test_all_images_and_no_others(case):
 
 def test_every_edge_has_its_reverse():
     pos, cell = torch.rand(6, 3) * 5, torch.tensor([[2.0, 0, 0], [0.7, 2.1, 0], [0, 0.3, 2.4]])
-    edge_index, shift = radius_graph(pos, 3.0, cell=cell)
+    edge_index, shift = periodic_radius_graph(pos, 3.0, cell)
     edges = {(j, i, tuple(s)) for (j, i), s in zip(edge_index.t().tolist(), shift.int().tolist(), strict=True)}
     assert edges == {(i, j, tuple(-n for n in s)) for j, i, s in edges}
     assert any(i == j for j, i, _ in edges)  # a point sees its own images
-    looped, _ = radius_graph(pos, 3.0, loop=True, cell=cell)
+    looped, _ = periodic_radius_graph(pos, 3.0, cell, loop=True)
     assert looped.shape[1] == edge_index.shape[1] + len(pos)
 
 
 def test_without_periodic_directions_it_is_the_open_graph():
     pos = torch.randn(20, 3)
-    edge_index, shift = radius_graph(pos, 1.5, cell=torch.zeros(3, 3), pbc=False)
+    edge_index, shift = periodic_radius_graph(pos, 1.5, torch.zeros(3, 3), pbc=False)
     assert torch.equal(edge_index, radius_graph(pos, 1.5))
     assert not shift.any()
 
@@ -77,19 +78,19 @@ def test_without_periodic_directions_it_is_the_open_graph():
 def test_one_cell_for_each_structure():
     pos, batch = torch.rand(8, 3), torch.tensor([1, 0, 0, 1, 1, 0, 1, 0])
     cells = torch.stack([torch.eye(3), 1.3 * torch.eye(3)])
-    edge_index, shift = radius_graph(pos, 0.9, batch, cell=cells)
+    edge_index, shift = periodic_radius_graph(pos, 0.9, cells, batch=batch)
     for label in (0, 1):
         rows = (batch == label).nonzero().squeeze(1)
-        alone, alone_shift = radius_graph(pos[rows], 0.9, cell=cells[label])
+        alone, alone_shift = periodic_radius_graph(pos[rows], 0.9, cells[label])
         chosen = batch[edge_index[1]] == label
         assert torch.equal(edge_index[:, chosen], rows[alone])
         assert torch.equal(shift[chosen], alone_shift)
-    same, _ = radius_graph(pos, 0.9, batch, cell=cells[0])
+    same, _ = periodic_radius_graph(pos, 0.9, cells[0], batch=batch)
     assert torch.equal(same[:, batch[same[1]] == 0], edge_index[:, batch[edge_index[1]] == 0])
 
 
 def test_no_points():
-    edge_index, shift = radius_graph(torch.empty(0, 3), 1.0, cell=torch.eye(3))
+    edge_index, shift = periodic_radius_graph(torch.empty(0, 3), 1.0, torch.eye(3))
     assert (edge_index.shape, shift.shape) == ((2, 0), (0, 3))
 
 
@@ -105,7 +106,9 @@ def test_no_points():
         ({"cell": torch.eye(3), "pbc": [True, False]}, ValueError, "pbc: expected True, False, or one of them for"),
         ({"cell": torch.eye(3), "pbc": [1, 0, 1]}, ValueError, "pbc: expected"),
         ({"cell": torch.eye(3), "pbc": "xyz"}, TypeError, "pbc: expected"),
-        ({"pbc": True}, ValueError, "cell: expected the lattice vectors of a periodic box, got None"),
+        ({"cell": None}, TypeError, "cell: expected a floating point tensor .* got NoneType"),
+        ({"cell": torch.eye(3), "loop": 1}, TypeError, "loop: expected True or False, got 1"),
+        ({"cell": torch.eye(3), "r": "1"}, TypeError, "r: expected a number > 0, got '1'"),
         ({"cell": torch.eye(3), "r": float("inf")}, ValueError, "r: expected a radius with fewer than"),
         ({"cell": torch.eye(3).expand(2, 3, 3)}, ValueError, "batch: expected the cell of each point"),
         ({"cell": torch.eye(3).expand(1, 3, 3), "batch": torch.tensor([0, 1])}, ValueError, "batch: .* got .0, 1"),
@@ -113,4 +116,19 @@ def test_no_points():
 )
 def test_wrong_arguments(options, kind, message):
     with pytest.raises(kind, match=message):
-        radius_graph(torch.rand(2, 3), **{"r": 1.0, **options})
+        periodic_radius_graph(torch.rand(2, 3), **{"r": 1.0, **options})
+
+
+@pytest.mark.parametrize("options", [{"cell": torch.eye(3)}, {"pbc": True}, {"cell": None, "pbc": None}])
+def test_the_graph_without_a_box_names_the_one_with(options):
+    name = next(iter(options))
+    with pytest.raises(TypeError, match=rf"{name}: expected no argument .* periodic_radius_graph\(pos, r, cell, pbc\)"):
+        radius_graph(torch.rand(2, 3), 1.0, **options)
+
+
+@pytest.mark.parametrize("pbc", [True, [False, True, False], torch.tensor([True, False, False])])
+def test_a_structure_that_repeats_needs_a_cell(pbc):
+    numbers, pos = torch.ones(2).long(), torch.rand(2, 3)
+    with pytest.raises(ValueError, match="cell: expected the lattice vectors of a periodic box, got None"):
+        Structures.single(numbers, pos, 1.0, pbc=pbc)
+    assert not Structures.single(numbers, pos, 9.0, pbc=[False] * 3).shift.any()

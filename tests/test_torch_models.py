@@ -179,7 +179,7 @@ def test_network_that_builds_its_graphs():
 def test_graphs_inside_a_compiled_function():
     def run(pos, batch):
         edges = [ist.knn_graph(2 * pos, 3, batch), ist.radius_graph(pos, 0.5, batch)]
-        periodic, shift = ist.radius_graph(pos, 0.5, batch, cell=2 * torch.eye(3))
+        periodic, shift = ist.periodic_radius_graph(pos, 0.5, 2 * torch.eye(3), batch=batch)
         return [*(pos[i] - pos[j] for j, i in (*edges, periodic)), shift]
 
     call = torch.compile(run, backend="aot_eager")

@@ -15,11 +15,10 @@ from itertools import zip_longest
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
-from torch.autograd import forward_ad
 
 from .. import native
 from .._check import fail, require
+from .._transforms import have_tangents, is_differentiated, refuse_derivatives
 from ..graph import Graph
 from ..moments import Pool
 from ..packing import Parameters, cached, constant, is_traced, is_transformed, running
@@ -265,8 +264,9 @@ class Convolution:
 
     def forward(self, packed: Tensor, *inputs: Tensor) -> Tensor:
         layer, graph, (*inputs, bias) = self.layer, self.graph, inputs
-        tensors = *layer.arrays, packed, *inputs, graph.src, graph.order, graph.rowptr, layer.expansion, bias
-        return torch.ops.implicit_steer.conv_forward(*tensors, layer.mean, layer.plan.out_size, instruction_set())
+        finish = layer.expansion.contiguous(), bias.contiguous(), layer.mean
+        tensors = *layer.arrays, packed, *inputs, graph.src, graph.order, graph.rowptr, *finish
+        return torch.ops.implicit_steer.conv_forward(*tensors, layer.plan.out_size, instruction_set())
 
     def backward(self, needs: Sequence[bool], grad: Tensor, packed: Tensor, *inputs: Tensor) -> Sequence[Tensor]:
         """The gradients of the inputs and of ``packed``; empty where not needed, but for the bias."""
@@ -281,7 +281,7 @@ class Convolution:
         """Of the inputs and the parameters, at once; not differentiable."""
         layer = self.layer
         tensors = *layer.arrays, *layer.matrix, learned, statistics, packed, *inputs[:3], *self._edges(needs[0], grad)
-        arguments = *tensors, layer.expansion, layer.mean, *needs[:3], needs[4], instruction_set()
+        arguments = *tensors, layer.expansion.contiguous(), layer.mean, *needs[:3], needs[4], instruction_set()
         *found, of_learned = torch.ops.implicit_steer.conv_gradients(*arguments)
         return [*found, *of_learned]
 
@@ -335,6 +335,7 @@ class _Operator(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         call, needs, (packed, statistics, *tensors) = ctx.call, ctx.needs_input_grad[3:], ctx.saved_tensors
+        refuse_derivatives(grad, *tensors)
         n = call.n_inputs
         inputs, learned, needed = tensors[:n], tensors[n:], (*needs[:n], any(needs[n:]))
         if torch.is_grad_enabled():  # create_graph=True
@@ -355,8 +356,7 @@ def _refuse_transforms(backend: str) -> None:
         wrong, expected = is_transformed(), "one that torch.func can transform inside torch.compile"
         remedy = "Use torch.func outside of compiled functions, or backend='reference'."
     else:
-        transforms = torch._C._functorch.get_interpreter_stack() or ()
-        wrong = any(t.key() in (TransformType.Grad, TransformType.Jvp) for t in transforms)
+        wrong = is_differentiated()
         expected = "one that torch.func.grad, vjp, jvp, jacrev, jacfwd and hessian can transform"
         remedy = "Use torch.autograd.grad, also inside torch.func.vmap's ensembles, or backend='reference'."
     if wrong:
@@ -364,7 +364,7 @@ def _refuse_transforms(backend: str) -> None:
 
 
 def _refuse_tangents(backend: str, tensors: Sequence[Tensor]) -> None:
-    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    if have_tangents(tensors):
         remedy = "Use torch.autograd.grad, or backend='reference'."
         fail("backend", "one with forward-mode derivatives", repr(backend), remedy, RuntimeError)
 
@@ -381,8 +381,7 @@ def _run(
         out = call.forward(layer.pack(layer.learned, statistics), *inputs)
         measured = BatchStatistics(layer.plan, statistics) if batch_statistics else []
         return out, [measured[n] for n in range(len(measured))]
-    if forward_ad._current_level >= 0:
-        _refuse_tangents(layer.backend, [*layer.learned, *inputs])
+    _refuse_tangents(layer.backend, [*layer.learned, *inputs])
     with torch._C._AutoDispatchBelowAutograd():
         statistics, packed = layer.measured(delta, attributes, batch_statistics) if batch_statistics else layer.packed()
         measured = BatchStatistics(layer.plan, statistics) if batch_statistics else []

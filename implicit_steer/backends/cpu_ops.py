@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from .._transforms import one_by_one, refuse_derivatives
 
 _NAMESPACE = "implicit_steer"
 
@@ -25,8 +26,8 @@ def _no_third_derivatives(ctx, *_) -> NoReturn:
 
 
 def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The vector in pieces of these tensors' shapes, views where these are not empty."""
-    return list(torch._utils._unflatten_dense_tensors(flat, like))
+    """The vector in pieces of these tensors' shapes, views of it."""
+    return [piece.view(t.shape) for piece, t in zip(flat.split([t.numel() for t in like]), like, strict=True)]
 
 
 def _wanted(like: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:
@@ -151,8 +152,7 @@ def _conv_pack_gradient(ctx, grad):
     arrays = ints, reals, rowptr, column, value
     n = sum(t.numel() for t in parameters)
     flat = torch.ops.implicit_steer.conv_pack_backward(*arrays, statistics, grad.contiguous(), n)
-    pieces = flat.split([t.numel() for t in parameters])
-    return *[None] * 5, [g.view(t.shape) for g, t in zip(pieces, parameters, strict=True)], None
+    return *[None] * 5, unflatten(flat, parameters), None
 
 
 def _conv_pack_backward_fake(ints, reals, rowptr, column, value, statistics, grad_packed, n_parameters):
@@ -234,6 +234,7 @@ def _differentiable(name: str, gradient: Callable):
 
         @staticmethod
         def backward(ctx, *grads):
+            refuse_derivatives(*grads)
             if torch.is_grad_enabled():  # create_graph=True
                 return None, *gradient(ctx, *grads)
             with torch._C._AutoDispatchBelowAutograd():
@@ -252,32 +253,11 @@ def _differentiable(name: str, gradient: Callable):
     return kernel
 
 
-def _one_by_one(name: str):
-    """The rule for torch.func.vmap: the operator for each entry of the batch."""
-
-    def entry(argument, dim, n: int):
-        if isinstance(argument, list):
-            return [entry(t, d, n) for t, d in zip(argument, dim or [None] * len(argument), strict=True)]
-        return argument if dim is None else argument.select(dim, n)
-
-    def rule(info, in_dims, *arguments):
-        operator = getattr(torch.ops.implicit_steer, name)
-        found = [
-            operator(*(entry(a, dim, n) for a, dim in zip(arguments, in_dims, strict=True)))
-            for n in range(info.batch_size)
-        ]
-        if isinstance(found[0], Tensor):
-            return torch.stack(found), 0
-        return tuple(torch.stack(parts) for parts in zip(*found, strict=True)), (0,) * len(found[0])
-
-    return rule
-
-
 if native.available()[0]:
     _LIBRARY = torch.library.Library(_NAMESPACE, "IMPL")  # what it registers lives as long as it does
     for name, fake in _FAKES.items():
         torch.library.register_fake(f"{_NAMESPACE}::{name}")(fake)
-        torch.library.register_vmap(f"{_NAMESPACE}::{name}", _one_by_one(name))
+        one_by_one(name)
     for name, gradient in _GRADIENTS.items():
         _LIBRARY.impl(name, _differentiable(name, gradient), "Autograd", with_keyset=True)
     # this one takes a list of tensors

@@ -51,10 +51,10 @@ class _Edge(NamedTuple):
 
 
 def safe_norm(x: Tensor) -> Tensor:
-    """|x| along the last axis; exactly 0, with derivative 0, at the origin."""
+    """|x| along the last axis; exactly 0, with derivative 0, at the origin; NaN of NaN."""
     squared = x.square().sum(-1)
-    nonzero = squared > ZERO[x.dtype]
-    return torch.where(nonzero, squared, torch.ones_like(squared)).sqrt() * nonzero
+    zero = squared <= ZERO[x.dtype]
+    return torch.where(zero, torch.ones_like(squared), squared).sqrt() * ~zero
 
 
 def _soft_norm(x: Tensor) -> Tensor:

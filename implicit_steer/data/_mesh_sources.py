@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import zipfile
 from collections.abc import Callable
@@ -57,12 +58,12 @@ class OffFiles:
     The vertical axis is z.
     """
 
-    PATTERN = re.compile(r"(?:.*/)?(?P<label>[^/]+)/(?P<part>train|test)/(?P<name>[^/]+)\.off")
+    PATTERN = re.compile(r"(?:.*/)?(?P<label>[^/]+)/(?P<part>train|test)/(?P<name>[^/]+)\.(?i:off)")
 
     def __init__(self, root: Path):
         self.name = "modelnet"
         if root.is_dir():
-            found = [(path.relative_to(root).as_posix(), path, "") for path in root.rglob("*.off")]
+            found = [(path.relative_to(root).as_posix(), path, "") for path in root.rglob("*.*") if path.is_file()]
         else:
             members = _read(root, lambda archive: archive.namelist())
             found = [(member, root, member) for member in members]
@@ -119,7 +120,7 @@ class FurnitureFiles:
         for label, path, record in labelled:
             part = "test" if seen[label] % 7 in self.TEST else "train"
             seen[label] += 1
-            rotation = tuple(float(number) for number in record.get("modelRotation", "").split())
+            rotation = _rotation(f"{path}: {record['name']}", record.get("modelRotation", ""))
             self.entries.append(Entry(label, part, path, record["model"].lstrip("/"), rotation))
         require(bool(labelled), str(root), "catalogues *.sh3f with furniture", "none")
 
@@ -137,11 +138,24 @@ def head_word(name: str) -> str:
     return noun[-1] if noun else ""
 
 
+def _rotation(name: str, text: str) -> tuple[float, ...]:
+    """The nine numbers of a matrix, or none."""
+    try:
+        numbers = tuple(map(float, text.split()))
+    except ValueError:
+        numbers = (math.nan,)
+    ok = len(numbers) in (0, 9) and all(map(math.isfinite, numbers))
+    require(ok, f"{name}: modelRotation", "nine numbers, or none", repr(text), DAMAGED)
+    return numbers
+
+
 def _catalogue(path: Path) -> list[dict[str, str]]:
-    """The records of a catalogue in the order of their numbers: its lines ``key#number=value``."""
+    """The records of a catalogue in the order of their numbers: its lines ``key#number=value``, as Java reads them:
+    also indented, with ``:`` or white space about the ``=``, and going on after a backslash."""
     text = _read(path, lambda archive: archive.read("PluginFurnitureCatalog.properties")).decode("latin-1")
+    text = re.sub(r"\\\r?\n[ \t]*", "", text)
     records: dict[int, dict[str, str]] = {}
-    for key, number, value in re.findall(r"^(\w+)#(\d+)=(.*?)\s*$", text, flags=re.MULTILINE):
+    for key, number, value in re.findall(r"^[ \t]*(\w+)#(\d+)[ \t]*[=:][ \t]*(.*?)\s*$", text, flags=re.MULTILINE):
         records.setdefault(int(number), {})[key] = value
     complete = {number: record for number, record in records.items() if {"name", "model"} <= record.keys()}
     require(bool(complete), str(path), "records with name and model", "none", DAMAGED)

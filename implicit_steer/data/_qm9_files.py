@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +17,10 @@ from .._check import fail, require
 from .._extras import load_extra
 
 ELEMENTS = ("H", "C", "N", "O", "F")
+BONDS = {"SINGLE": 0, "DOUBLE": 1, "TRIPLE": 2, "AROMATIC": 3}  # RDKit's names → numbers in a chunk
 HARTREE_MEV = 27211.386246
+# Of files whose numbers are ASCII: a title in another encoding, which nobody reads, is no error.
+TEXT = {"encoding": "utf-8-sig", "errors": "replace"}
 
 
 class Target(NamedTuple):
@@ -64,6 +69,13 @@ class Molecule(NamedTuple):
     single_bonded: bool
 
 
+class Row(NamedTuple):
+    """Of a CSV file: its place there, for messages, and the columns asked for, as text."""
+
+    place: str
+    fields: tuple[str, ...]
+
+
 class PackedCsv:
     """``qm9_part1.csv``, ``qm9_part2.csv``, ``qm9_part3.csv`` of the package ``qm9pack`` 1.0.3."""
 
@@ -84,14 +96,14 @@ class PackedCsv:
         return sum(self.ROWS.values())
 
     def read(self, rows: np.ndarray) -> dict[int, tuple]:
-        """row → (elements, positions, properties), as text."""
+        """row → (elements, positions, properties), as text, and its place."""
         wanted, records, first = set(rows.tolist()), {}, 0
         columns = ["Elements", "XYZ_Ang", *(target.packed for target in TARGETS.values())]
         for path in self.files():
             last = first
-            for fields in _csv_rows(path, columns, self.REMEDY):
+            for place, fields in _csv_rows(path, columns, self.REMEDY):
                 if last in wanted:
-                    records[last] = (fields[0], fields[1], fields[2:])
+                    records[last] = (fields[0], fields[1], fields[2:], place)
                 last += 1
             expected = self.ROWS[path.name]
             require(last - first == expected, str(path), f"{expected} molecules", last - first, self.REMEDY)
@@ -102,22 +114,26 @@ class PackedCsv:
         """(M, 3, 3) of all molecules in bohr³, each along axes of its own (see :class:`~implicit_steer.data.QM9`)."""
         path = self.folder / POLARIZABILITY
         require(path.exists(), str(path), "a file of qm9pack 1.0.3", "no such file", self.REMEDY)
-        rows = np.array(list(_csv_rows(path, list(TENSOR_COLUMNS), self.REMEDY)), dtype=np.float64)
+        found = _csv_rows(path, list(TENSOR_COLUMNS), self.REMEDY)
+        rows = np.array([_numbers(place, TENSOR_COLUMNS, fields, self.REMEDY) for place, fields in found])
         require(len(rows) == self.count(), str(path), f"{self.count()} molecules", len(rows), self.REMEDY)
         return rows[:, [0, 1, 3, 1, 2, 4, 3, 4, 5]].reshape(-1, 3, 3)
 
     def parse(self, record: tuple) -> Molecule:
         """Atoms from the text, bonds from the positions."""
-        symbols = record[0][2:-2].split("','")
-        position = np.array(record[1][2:-2].replace("],[", ",").split(","), dtype=np.float64).reshape(-1, 3)
-        expected = f"{len(symbols)} positions"
-        require(len(position) == len(symbols), str(self.folder), expected, len(position), self.REMEDY)
+        elements, text, _, place = record
+        symbols, coordinates = elements[2:-2].split("','"), text[2:-2].replace("],[", ",").split(",")
+        _check_elements(f"{place}, column Elements", symbols, self.REMEDY)
+        name, expected = f"{place}, column XYZ_Ang", f"{len(symbols)} positions"
+        require(len(coordinates) == 3 * len(symbols), name, expected, f"{len(coordinates)} coordinates", self.REMEDY)
+        numbers = _numbers(place, ["XYZ_Ang"] * len(coordinates), coordinates, self.REMEDY)
+        position = np.array(numbers).reshape(-1, 3)
         molecule, single_bonded = perceive_bonds(symbols, position)
         return _molecule(molecule, position, single_bonded)
 
-    def properties(self, record: tuple) -> tuple[str, ...]:
-        """The twelve properties of a record, as text."""
-        return record[2]
+    def properties(self, record: tuple) -> list[float]:
+        """The twelve properties of a record."""
+        return _numbers(record[3], [target.packed for target in TARGETS.values()], record[2], self.REMEDY)
 
 
 class RawSdf:
@@ -142,50 +158,88 @@ class RawSdf:
         return len(self._kept)
 
     def read(self, rows: np.ndarray) -> dict[int, tuple]:
-        """row → (record of the SDF, properties), as text."""
+        """row → (record of the SDF, the line on which it begins, row of the CSV file), as text."""
         path = self.folder / "gdb9.sdf"
-        blocks = path.read_text().split("$$$$\n")
+        *blocks, rest = re.split(r"^\$\$\$\$.*(?:\n|\Z)", path.read_text(**TEXT), flags=re.MULTILINE)
         expected = f"{len(self._properties)} molecules, each closed by $$$$, as in gdb9.sdf.csv"
-        got = f"{len(blocks) - 1}" + (" and an unfinished one" if blocks[-1].strip() else "")
+        got = f"{len(blocks)}" + (" and an unfinished one" if rest.strip() else "")
         require(got == str(len(self._properties)), str(path), expected, got, self.REMEDY)
-        return {row: (blocks[self._kept[row]], self._properties[self._kept[row]]) for row in rows.tolist()}
+        first = np.cumsum([1, *(block.count("\n") + 1 for block in blocks)]).tolist()  # lines on which they begin
+        places = zip(rows.tolist(), self._kept[rows].tolist(), strict=True)
+        return {row: (blocks[n], first[n], self._properties[n]) for row, n in places}
 
     def parse(self, record: tuple) -> Molecule:
         """Atoms and bonds of the record."""
-        molecule = load_extra("rdkit.Chem").MolFromMolBlock(record[0], sanitize=False, removeHs=False)
-        title = record[0].partition("\n")[0]
-        require(molecule is not None, str(self.folder / "gdb9.sdf"), "a readable record", title, self.REMEDY)
+        block, first, _ = record
+        path = self.folder / "gdb9.sdf"
+        title, *lines = block.split("\n")
+        count = lines[2][:3].strip() if len(lines) > 2 else ""
+        atoms = lines[3 : 3 + int(count)] if count.isdecimal() else []
+        for line, text in enumerate(atoms, start=first + 4):
+            # Columns of fixed width; RDKit takes an empty one for 0.
+            _numbers(f"{path}, line {line}", "xyz", (text[:10], text[10:20], text[20:30]), self.REMEDY)
+            _check_elements(f"{path}, line {line}", [text[31:34].strip()], self.REMEDY)
+        chem, place = load_extra("rdkit.Chem"), f"{path}, line {first}"
+        molecule = chem.MolFromMolBlock("\n".join(["", *lines]), sanitize=False, removeHs=False)
+        require(molecule is not None, place, "a readable record", repr(title), self.REMEDY)
+        strange = {str(bond.GetBondType()) for bond in molecule.GetBonds()} - BONDS.keys()
+        require(not strange, place, f"bonds among {list(BONDS)}", sorted(strange), self.REMEDY)
         return _molecule(molecule, molecule.GetConformer().GetPositions(), single_bonded=False)
 
-    def properties(self, record: tuple) -> tuple[str, ...]:
-        """The twelve properties of a record, as text."""
-        return record[1]
+    def properties(self, record: tuple) -> list[float]:
+        """The twelve properties of a record."""
+        place, fields = record[2]
+        return _numbers(place, [target.raw for target in TARGETS.values()], fields, self.REMEDY)
 
     def _left_out(self) -> np.ndarray:
         # Nine header lines, one molecule per line that starts with its number (from 1), one footer line.
-        path = self.folder / "uncharacterized.txt"
-        numbers = [line.split()[0] for line in path.read_text().splitlines()[9:-1]]
-        wrong = [number for number in numbers if not number.isdigit() or not 1 <= int(number) <= len(self._properties)]
-        expected = f"a number from 1 to {len(self._properties)} at the start of each line"
-        require(not wrong, str(path), expected, wrong[:1], self.REMEDY)
+        path, numbers = self.folder / "uncharacterized.txt", []
+        last = len(self._properties)
+        for line, text in list(enumerate(path.read_text(**TEXT).rstrip().splitlines(), start=1))[9:-1]:
+            number, expected = (text.split() or [""])[0], f"a number from 1 to {last} at the start of each line"
+            ok = number.isascii() and number.isdigit() and 1 <= int(number) <= last
+            require(ok, str(path), expected, f"{text!r} in line {line}", self.REMEDY)
+            numbers.append(int(number))
         return np.array(numbers, dtype=np.int64) - 1
 
 
-def _csv_rows(path: Path, columns: list[str], remedy: str) -> Iterator[tuple[str, ...]]:
+def _csv_rows(path: Path, columns: list[str], remedy: str) -> Iterator[Row]:
     """The named columns of each row. ``ValueError`` on a missing column or a row that is not complete."""
-    with path.open(newline="") as file:
+    with path.open(newline="", **TEXT) as file:
         reader = csv.reader(file)
-        header = next(reader, [])
-        for column in columns:
-            require(column in header, str(path), f"a column {column}", header, remedy)
-        picked = [header.index(column) for column in columns]
-        for row in reader:
-            if len(row) != len(header):
-                fail(f"{path}, line {reader.line_num}", f"{len(header)} columns", len(row), remedy)
-            yield tuple(row[column] for column in picked)
+        try:
+            header = next(reader, [])
+            for column in columns:
+                require(column in header, str(path), f"a column {column}", header, remedy)
+            picked = [header.index(column) for column in columns]
+            for row in reader:
+                if len(row) != len(header):
+                    fail(f"{path}, line {reader.line_num}", f"{len(header)} columns", len(row), remedy)
+                yield Row(f"{path}, line {reader.line_num}", tuple(row[column] for column in picked))
+        except csv.Error as error:
+            fail(f"{path}, line {reader.line_num}", "fields separated by commas", error, remedy)
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
         require(file.read() == b"\n", str(path), "a last line that is complete", "one without its end", remedy)
+
+
+def _numbers(place: str, columns: Sequence[str], fields: Sequence[str], remedy: str) -> list[float]:
+    """The fields, one for each of ``columns``, as numbers. ``ValueError`` names the one that is none, or not finite."""
+    numbers = []
+    for column, text in zip(columns, fields, strict=True):
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            fail(f"{place}, column {column}", "a finite number", repr(text), remedy)
+        numbers.append(number)
+    return numbers
+
+
+def _check_elements(name: str, symbols: Sequence[str], remedy: str) -> None:
+    unknown = sorted(set(symbols) - set(ELEMENTS))
+    require(not unknown, name, f"elements among {', '.join(ELEMENTS)}", unknown, remedy)
 
 
 def perceive_bonds(symbols: list[str], position: np.ndarray):
@@ -212,10 +266,8 @@ def perceive_bonds(symbols: list[str], position: np.ndarray):
 
 
 def _molecule(molecule, position: np.ndarray, single_bonded: bool) -> Molecule:
-    chem = load_extra("rdkit.Chem")
-    kinds = {chem.BondType.SINGLE: 0, chem.BondType.DOUBLE: 1, chem.BondType.TRIPLE: 2, chem.BondType.AROMATIC: 3}
     element = np.array([ELEMENTS.index(atom.GetSymbol()) for atom in molecule.GetAtoms()], dtype=np.uint8)
-    bonds = [(b.GetBeginAtomIdx(), b.GetEndAtomIdx(), kinds[b.GetBondType()]) for b in molecule.GetBonds()]
+    bonds = [(b.GetBeginAtomIdx(), b.GetEndAtomIdx(), BONDS[str(b.GetBondType())]) for b in molecule.GetBonds()]
     directed = sorted((target, source, kind) for i, j, kind in bonds for source, target in ((i, j), (j, i)))
     table = np.array(directed, dtype=np.uint8).reshape(-1, 3)
     return Molecule(element, position, table[:, [1, 0]], table[:, 2], single_bonded)

@@ -136,12 +136,15 @@ SYSTEMS = {
 
 
 class StructureSet(torch.utils.data.Dataset):
-    """Labelled structures; a list of numbers gives them side by side as one :class:`Structures`.
+    """Labelled structures; a list of numbers gives them side by side as one :class:`Structures`. ``ValueError`` names
+    the first whose energy or forces are not finite.
 
     Use with ``DataLoader(dataset, batch_size, collate_fn=lambda batch: batch)``.
     """
 
     def __init__(self, structures: list[Structures]):
+        for number, single in enumerate(structures):
+            single.require_finite_labels(f"structures[{number}]")
         self.structures = structures
 
     def __len__(self) -> int:
@@ -261,6 +264,7 @@ def _structures(chunk: dict[str, np.ndarray], cutoff: float) -> list[Structures]
     for n, (start, end) in enumerate(zip(ends - chunk["atoms"], ends, strict=True)):
         numbers, pos, forces = (torch.from_numpy(chunk[name][start:end]) for name in ("numbers", "position", "forces"))
         single = Structures.single(numbers, pos, cutoff, torch.from_numpy(chunk["cell"][n]), chunk["pbc"][n])
-        labelled = replace(single, energy=torch.from_numpy(chunk["energy"][n : n + 1]), forces=forces)
-        structures.append(labelled.to(torch.float32))
+        rounded = {name: getattr(single, name).float() for name in ("pos", "cell", "shift")}
+        energy = torch.from_numpy(chunk["energy"][n : n + 1])
+        structures.append(replace(single, **rounded, energy=energy, forces=forces.float()))
     return structures

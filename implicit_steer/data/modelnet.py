@@ -29,7 +29,7 @@ FURNITURE = "/usr/share/sweethome3d/furniture"  # where Debian's sweethome3d-fur
 SPLITS = ("train", "val", "test")
 VALIDATION = 0.1  # of the meshes for training
 SPLIT_SEED = 42
-CACHE_VERSION = 1  # part of the cache's name: raise it when the content of a mesh's file changes
+CACHE_VERSION = 2  # part of the cache's name: raise it when the content of a mesh's file changes
 
 
 @dataclass(frozen=True)

@@ -246,7 +246,10 @@ def _load_chunks(source, folder: Path, parts: dict[str, np.ndarray], progress: b
         _process(source, missing, progress)
     chunks = {name: [] for name in SPLITS}
     for path, rows in wanted.items():
-        chunks[path.name.partition("-")[0]].append(_cache.load_chunk(path, rows, "molecules"))
+        chunk = _cache.load_chunk(path, rows, "molecules")
+        finite, remedy = bool(np.isfinite(chunk["target"]).all()), "Delete the file: it is made anew."
+        require(finite, str(path), "finite targets", "NaN or Inf, of a damaged source", remedy)
+        chunks[path.name.partition("-")[0]].append(chunk)
     return chunks
 
 

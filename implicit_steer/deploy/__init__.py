@@ -4,7 +4,31 @@
 The file is a safetensors file. Its tensors are the parameters, buffers and constants; its metadata is one JSON text:
 the format's version, the modules with what each is built from, and a SHA-256 over everything, which tells damage (it is
 no signature: whoever forges a file can compute it too). Loading executes and imports nothing that the file names: names
-are looked up in a fixed table, and a plan's indices are checked before native code follows them.
+are looked up in a table, a plan's indices are checked before native code follows them, and no size asks for more memory
+than the file's tensors account for.
+
+A network of your own
+---------------------
+:func:`register` its class. Where it is built its layers have escnn's types; where it is loaded, in a process that has
+imported the module with the class, they are layers on plain tensors, and the class's ``__init__`` is not called::
+
+    @implicit_steer.register
+    class Network(torch.nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            from escnn import gspaces  # here, since the module is imported where escnn is missing, too
+            ...
+            self.conv = implicit_steer.nn.ImplicitPointConv(scalars, scalars, None, 2, 8)
+
+        def forward(self, x, pos, edges):
+            x = self.conv.in_type(x, pos)  # a GeometricTensor; or, loaded, x itself
+            return implicit_steer.layers.values(self.conv(x, edges, pos[edges[1]] - pos[edges[0]]))
+
+Without registering anything, save the parts and compose them again where they are used::
+
+    implicit_steer.save(torch.nn.ModuleDict(dict(network.named_children())), "parts.safetensors")
+    parts = implicit_steer.load("parts.safetensors")
+    y = parts["head"](parts["conv"](x, edges, delta))
 
 For developers
 --------------
@@ -25,6 +49,7 @@ parameters and buffers come on top, by name; nothing else is kept. To make a new
 3. A test in ``tests/test_deploy.py``. If files written before would be read differently now, raise ``FORMAT``.
 """
 
+from .registry import register
 from .saving import copy_state, load, save
 
-__all__ = ["copy_state", "load", "save"]
+__all__ = ["copy_state", "load", "register", "save"]

@@ -5,19 +5,24 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from .._check import fail, require
-from .kinds import KINDS, is_plain, kind_of
+from ..layers.exact import ExactBuffers
+from .kinds import KINDS, REGISTERED, is_plain, is_registered, kind_of
+from .registry import check_attributes
 
 _CONVERTERS: dict[type, Callable[[Any, Converter], Any]] = {}
-_REMEDY = (
-    "A network of your own: save its parts, or write it as the text of implicit_steer.deploy describes. A subclass of "
-    "a known module counts as unknown, since it may compute something else; parametrisations have to be removed first "
-    "(torch.nn.utils.parametrize.remove_parametrizations)."
+_REGISTER = (
+    "Decorate the class with @implicit_steer.register, or save its parts in a torch.nn.ModuleDict (see the text of "
+    "implicit_steer.deploy)."
 )
+_REPLACE = "Replace this part, or compute what it does in the forward of a class that you register."
+_REMOVE = "Remove the parametrisations first: torch.nn.utils.parametrize.remove_parametrizations(module, name)."
+_HOLD = "Hold what was added to it in a class of your own that you register (implicit_steer.register)."
+_SUBCLASS = "A subclass of a known module counts as unknown, since it may compute something else."
 
 
 def converts(*classes: type) -> Callable:
@@ -50,8 +55,11 @@ class Converter:
 
     def __call__(self, value: Any) -> Any:
         """The plain counterpart of a module or a field type; of other values themselves."""
-        if isinstance(value, tuple):
-            return tuple(self(item) for item in value)
+        if isinstance(value, tuple | list):
+            items = [self(item) for item in value]
+            return items if isinstance(value, list) else tuple(items)
+        if isinstance(value, dict):
+            return {key: self(item) for key, item in value.items()}
         if not isinstance(value, torch.nn.Module) and type(value) not in _CONVERTERS:
             return value
         if id(value) not in self._made:
@@ -61,17 +69,23 @@ class Converter:
     def _make(self, value: Any) -> Any:
         cls = type(value)
         if isinstance(value, torch.nn.Module):
-            name = self._names.get(id(value), cls.__name__)
-            known = sorted(KINDS) + sorted(f"{c.__module__}.{c.__name__}" for c in _CONVERTERS)
-            ok = cls in _CONVERTERS or is_plain(cls)
-            require(ok, name, f"one of {', '.join(known)}", f"{cls.__module__}.{cls.__name__}", _REMEDY, TypeError)
+            name = self.name(value)
+            if cls not in _CONVERTERS and not is_plain(cls):
+                _refuse(name, value)
             hooks = len(value._forward_hooks) + len(value._forward_pre_hooks)
-            require(not hooks, name, "no forward hooks", hooks, "They cannot be saved: remove them.", TypeError)
+            remedy = "Forward hooks cannot be saved: remove them."
+            require(not hooks, f"{remedy} {name}", "no forward hooks", hooks, kind=TypeError)
+            if is_registered(cls):
+                check_attributes(name, value, _CONVERTERS.__contains__)
         if cls in _CONVERTERS:
             return _CONVERTERS[cls](value, self)
         arguments = kind_of(cls).arguments(value)
         same = all(converted is part or converted == part for part, converted in self._converted(arguments))
         return value if same else self.rebuilt(value, cls)
+
+    def name(self, module: torch.nn.Module) -> str:
+        """Where ``module`` is in what is converted."""
+        return self._names.get(id(module), type(module).__name__)
 
     def _converted(self, arguments: dict[str, Any]) -> list[tuple[Any, Any]]:
         """(part, its counterpart) of those that may have one."""
@@ -87,9 +101,12 @@ class Converter:
 
     def _adopt_rest(self, made: torch.nn.Module, module: torch.nn.Module) -> None:
         adopt(made, module._parameters | module._buffers)
+        if isinstance(made, ExactBuffers):
+            made.adopt_exact(module)
         for name, child in module._modules.items():
             if child is not None and id(child) not in self._made:
-                require(name in made._modules, name, f"a part of {type(made).__name__}", "none", kind=TypeError)
+                found = name in made._modules
+                require(found, f"{_HOLD} {name}", f"a part of {type(made).__name__}", "none", kind=TypeError)
                 self._adopt_rest(made._modules[name], child)
 
     def set_modes(self) -> None:
@@ -113,11 +130,23 @@ def adopt(module: torch.nn.Module, tensors: dict[str, torch.Tensor | None]) -> N
         if name in module._buffers:
             module._buffers[name] = tensor
         elif name not in module._parameters:
-            fail(name, f"a parameter or buffer of {type(module).__name__}", "neither", kind=TypeError)
+            fail(f"{_HOLD} {name}", f"a parameter or buffer of {type(module).__name__}", "neither", kind=TypeError)
         elif tensor is None or isinstance(tensor, torch.nn.Parameter):
             module._parameters[name] = tensor
         else:
             module._parameters[name] = torch.nn.Parameter(tensor.detach())
+
+
+def _refuse(name: str, module: torch.nn.Module) -> NoReturn:
+    """Raise the ``TypeError`` of a part that has no plain counterpart."""
+    cls = type(module)
+    if torch.nn.utils.parametrize.is_parametrized(module):
+        remedy = _REMOVE
+    else:
+        remedy = _REPLACE if cls.__module__.partition(".")[0] in ("escnn", "torch") else _REGISTER
+    classes = [*sorted(KINDS), *sorted(f"{c.__module__}.{c.__name__}" for c in _CONVERTERS), *sorted(REGISTERED)]
+    got = f"{cls.__module__}.{cls.__name__}"
+    fail(f"{remedy} {name}", f"one of {', '.join(classes)}", got, _SUBCLASS, TypeError)
 
 
 def convert(module: torch.nn.Module) -> torch.nn.Module:
@@ -126,7 +155,7 @@ def convert(module: torch.nn.Module) -> torch.nn.Module:
     Raises:
         TypeError: a part that has none; it is named.
     """
-    if "escnn" in sys.modules:  # else there is no module of its kind
+    if sys.modules.get("escnn"):  # else there is no module of its kind
         importlib.import_module("implicit_steer.nn")
     converter = Converter(module)
     with torch.random.fork_rng(devices=[]):  # what modules draw as they are built is replaced

@@ -1,14 +1,16 @@
 """Plain modules and pieces of plans as a list of JSON objects and named arrays, and back.
 
-Every module and every piece of a plan is one object, ``{"module": kind, "arguments": {...}}`` or ``{"data": kind,
-"fields": {...}}``, after those it refers to: what occurs twice is written once and shared again after decoding. The
-last object is the module itself. Values are JSON's own; lists for tuples, ``{"object": n}`` for another object,
-``{"array": name}`` for an array.
+Every module and every piece of a plan is one object, ``{"module": kind, "arguments": {...}}``, ``{"registered": name,
+"origin": where, "arguments": {...}}`` for a class of a user, or ``{"data": kind, "fields": {...}}``, after those it
+refers to: what occurs twice is written once and shared again after decoding. The last object is the module itself.
+Values are JSON's own; lists for tuples, ``{"object": n}`` for another object, ``{"array": name}`` for an array; and
+``{"list": [...]}``, ``{"dict": [[key, value], ...]}``, ``{"dtype": name}``, ``{"float": "inf"}``.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -18,7 +20,8 @@ from torch import Tensor
 
 from .._check import fail, require
 from ..plan import Data
-from .kinds import DATA, KINDS, kind_of
+from .kinds import DATA, KINDS, REGISTERED, kind_of
+from .limits import Placeholders, check_size
 
 ARRAY = "array."  # names of arrays in the file begin with this
 
@@ -35,10 +38,16 @@ class _Encoder:
             value = value.item()
         if value is None or isinstance(value, bool | int | str):
             return value
-        if isinstance(value, float) and math.isfinite(value):
-            return value
+        if isinstance(value, float):
+            return value if math.isfinite(value) else {"float": str(value)}
         if isinstance(value, tuple):
             return [self.value(item) for item in value]
+        if isinstance(value, list):
+            return {"list": [self.value(item) for item in value]}
+        if isinstance(value, dict):
+            return {"dict": [[self.value(key), self.value(item)] for key, item in value.items()]}
+        if isinstance(value, torch.dtype):
+            return {"dtype": str(value).removeprefix("torch.")}
         if isinstance(value, np.ndarray):
             name = f"{ARRAY}{len(self.tensors)}"
             self.tensors[name] = torch.tensor(value)
@@ -47,13 +56,15 @@ class _Encoder:
             return {"object": self.module(value)}
         if isinstance(value, Data):
             return {"object": self.data(value)}
-        fail("arguments", "numbers, strings, arrays, plans, modules and tuples of these", repr(value), kind=TypeError)
+        expected = "numbers, strings, arrays, plans, modules and tuples of these"
+        fail("Build the module from plain values. arguments", expected, repr(value), kind=TypeError)
 
     def module(self, module: torch.nn.Module) -> int:
         if id(module) not in self._known:
             kind = kind_of(type(module))
             arguments = {k: self.value(v) for k, v in kind.arguments(module).items()}
-            self._known[id(module)] = self._add({"module": kind.name, "arguments": arguments})
+            head = {"registered": kind.name, "origin": kind.origin} if kind.origin else {"module": kind.name}
+            self._known[id(module)] = self._add({**head, "arguments": arguments})
         return self._known[id(module)]
 
     def data(self, data: Data) -> int:
@@ -74,31 +85,72 @@ def encode(module: torch.nn.Module) -> tuple[list[dict[str, Any]], dict[str, Ten
     return encoder.objects, encoder.tensors
 
 
-def decode(objects: list[dict[str, Any]], tensors: dict[str, Tensor]) -> torch.nn.Module:
-    """The module that :func:`encode` was given, its parameters and buffers at their initial values.
+def unregistered(objects: Any) -> list[str]:
+    """Names, and where they were, of the classes of users that are not registered here."""
+    entries = [entry for entry in objects if isinstance(entry, dict)] if isinstance(objects, list) else []
+    found = {
+        entry.get("registered"): entry.get("origin") for entry in entries if isinstance(entry.get("registered"), str)
+    }
+    return [f"{name!r} ({origin})" for name, origin in found.items() if name not in REGISTERED]
+
+
+_SCALARS = {
+    "float": float,
+    "dtype": {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}.__getitem__,
+}
+
+
+class _Decoder:
+    def __init__(self, tensors: dict[str, Tensor]):
+        self.tensors = tensors
+        self.built: list[Any] = []
+        self._numbers = sum(tensor.numel() for tensor in tensors.values())
+
+    def value(self, encoded: Any) -> Any:
+        """What stands behind the JSON of an argument or a field."""
+        if isinstance(encoded, list):
+            return tuple(map(self.value, encoded))
+        if not isinstance(encoded, dict):
+            return encoded
+        ((sort, content),) = encoded.items()
+        if sort == "array":
+            return self.tensors[content].numpy()
+        if sort == "object":
+            require(0 <= content < len(self.built), "object", "one of the objects before it", content)
+            return self.built[content]
+        if sort == "list":
+            return list(map(self.value, content))
+        if sort == "dict":
+            return dict(map(self.value, content))
+        return _SCALARS[sort](content)
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Build the object that comes next."""
+        sort = next((sort for sort in _TABLES if sort in entry), "module")
+        table, content = _TABLES[sort], entry["fields" if sort == "data" else "arguments"]
+        name = entry[sort]
+        require(name in table, sort, f"one of {sorted(table)}", repr(name))
+        build = table[name] if sort == "data" else table[name].build
+        made = build(**{key: self.value(value) for key, value in content.items()})
+        if sort == "data":
+            check_size(made, self._numbers)
+        self.built.append(made)
+
+
+_TABLES: dict[str, dict[str, Any]] = {"data": DATA, "registered": REGISTERED, "module": KINDS}
+
+
+def decode(objects: list[dict[str, Any]], tensors: dict[str, Tensor], state: Iterable[Tensor]) -> torch.nn.Module:
+    """The module that :func:`encode` was given, with placeholders for its parameters and buffers, which are ``state``.
 
     Raises:
-        ValueError: a kind that is not known here, or content that contradicts itself. ``AttributeError``,
-            ``IndexError``, ``KeyError`` and ``TypeError`` too come from objects that ``encode`` did not make.
+        ValueError: a kind that is not known here, content that contradicts itself, or sizes that the tensors do not
+            account for. :data:`~implicit_steer.deploy.file.FORGED` too come from objects that ``encode`` did not make.
     """
-    built: list[Any] = []
-
-    def value(encoded: Any) -> Any:
-        if isinstance(encoded, list):
-            return tuple(value(item) for item in encoded)
-        if isinstance(encoded, dict):
-            if "array" in encoded:
-                return tensors[encoded["array"]].numpy()
-            number = encoded["object"]
-            require(0 <= number < len(built), "object", "one of the objects before it", number)
-            return built[number]
-        return encoded
-
-    tables = {"data": (DATA, "fields"), "module": ({name: kind.build for name, kind in KINDS.items()}, "arguments")}
-    for entry in objects:
-        sort = "data" if "data" in entry else "module"
-        table, content = tables[sort]
-        require(entry[sort] in table, sort, f"one of {sorted(table)}", repr(entry[sort]))
-        built.append(table[entry[sort]](**{name: value(v) for name, v in entry[content].items()}))
+    decoder = _Decoder(tensors)
+    with Placeholders(state):
+        for entry in objects:
+            decoder.add(entry)
+    built = decoder.built
     require(bool(built) and isinstance(built[-1], torch.nn.Module), "objects", "a module as the last", len(built))
     return built[-1]

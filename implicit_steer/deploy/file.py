@@ -12,9 +12,21 @@ import torch
 from torch import Tensor
 
 from .._check import fail
+from .._files import replacing
 
-FORMAT = 1  # raise it when files written before would be read differently
+FORMAT = 2  # raise it when files written before would be read differently, or new ones by older versions
 KEY = "implicit_steer"  # of the metadata
+# What Python, NumPy and torch raise where a file holds something else than ``write`` was given.
+FORGED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def _digest(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> str:
@@ -42,20 +54,15 @@ def write(path: str | os.PathLike, content: dict[str, Any], tensors: dict[str, T
     manifest = {"format": FORMAT, "library": __version__, **content}
     manifest["sha256"] = _digest(manifest, tensors)
     data = safetensors.torch.save(tensors, {KEY: _text(manifest)})
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(Path(path)) as file:
+        file.write(data)
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What :func:`write` wrote: the manifest and the tensors.
 
     Raises:
-        FileNotFoundError: no such file.
+        OSError: no such file, or one that cannot be read.
         RuntimeError: damaged, foreign or of a newer format; the message names the path.
     """
     import safetensors.torch
@@ -63,25 +70,29 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
     data = Path(path).read_bytes()
     try:
         tensors = safetensors.torch.load(data)
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, *FORGED) as error:
         remedy = "Copy it again if it was cut short or changed; checkpoints of torch.save need torch.load."
         _refuse(path, "a safetensors file", error, remedy)
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    text = header.get("__metadata__", {}).get(KEY)
     origin = "a file that implicit_steer.save wrote"
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        text = header.get("__metadata__", {}).get(KEY)
+        manifest = None if text is None else json.loads(text)
+    except FORGED as error:
+        _refuse(path, origin, error)
     if text is None:
         _refuse(path, origin, "a safetensors file of another program")
-    try:
-        manifest = json.loads(text)
-    except json.JSONDecodeError as error:
-        _refuse(path, origin, error)
     version = manifest.get("format") if isinstance(manifest, dict) else None
     if not isinstance(version, int) or version < 1:
         _refuse(path, origin, f"format {version!r}")
     if version > FORMAT:
         remedy = f"Install implicit_steer {manifest.get('library')} or newer, which wrote it."
         _refuse(path, f"format {FORMAT} or older", f"format {version}", remedy)
-    expected, found = manifest.get("sha256"), _digest(manifest, tensors)
+    expected = manifest.get("sha256")
+    try:
+        found = _digest(manifest, tensors)
+    except FORGED as error:
+        _refuse(path, f"content with SHA-256 {expected}", error)
     if expected != found:
         _refuse(path, f"content with SHA-256 {expected}", found, "The file was changed after it was written.")
     return manifest, tensors

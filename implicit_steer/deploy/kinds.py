@@ -1,4 +1,4 @@
-"""The fixed tables of what can be in a file: modules that need no escnn, and pieces of plans."""
+"""The tables of what can be in a file: modules that need no escnn, pieces of plans, and classes of users."""
 
 from __future__ import annotations
 
@@ -9,21 +9,26 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .. import layers, plan
+from .._check import require
 
 
 class Kind(NamedTuple):
-    """How a module of one class is taken apart and built again."""
+    """How a module of one class is taken apart and built again. ``origin``: of a class of a user, where it is."""
 
     name: str
     build: Callable[..., Any]
     arguments: Callable[[Any], dict[str, Any]]
+    origin: str = ""
 
 
 # Modules with ``arguments()``, by the name of their class.
 _PLAIN = (
+    layers.Blur,
     layers.CloudNet,
+    layers.FieldPool,
     layers.FourierActivation,
     layers.Gate,
+    layers.GatedFields,
     layers.IIDBatchNorm1d,
     layers.ImplicitConv,
     layers.ImplicitKernel,
@@ -31,6 +36,7 @@ _PLAIN = (
     layers.ImplicitPointConvWithDownsampling,
     layers.Linear,
     layers.MoleculeNet,
+    layers.NormMaxPool,
     layers.ParticleNet,
     layers.PotentialNet,
     layers.ResidualBlock,
@@ -39,7 +45,16 @@ _PLAIN = (
 )
 
 # torch's: their constructors' arguments, which are attributes too.
+_WINDOWS = ("kernel_size", "stride", "padding", "ceil_mode")
+_AVERAGES = (*_WINDOWS, "count_include_pad", "divisor_override")
+_MAXIMA = (*_WINDOWS, "dilation", "return_indices")
 _TORCH: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.AdaptiveAvgPool2d: ("output_size",),
+    nn.AdaptiveAvgPool3d: ("output_size",),
+    nn.AdaptiveMaxPool2d: ("output_size", "return_indices"),
+    nn.AdaptiveMaxPool3d: ("output_size", "return_indices"),
+    nn.AvgPool2d: _AVERAGES,
+    nn.AvgPool3d: _AVERAGES,
     nn.BatchNorm1d: ("num_features", "eps", "momentum", "affine", "track_running_stats"),
     nn.Dropout: ("p",),
     nn.ELU: ("alpha",),
@@ -50,13 +65,14 @@ _TORCH: dict[type[nn.Module], tuple[str, ...]] = {
     nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine"),
     nn.LeakyReLU: ("negative_slope",),
     nn.Linear: ("in_features", "out_features"),
+    nn.MaxPool2d: _MAXIMA,
+    nn.MaxPool3d: _MAXIMA,
     nn.ReLU: (),
     nn.SiLU: (),
     nn.Sigmoid: (),
     nn.Softplus: ("beta", "threshold"),
     nn.Tanh: (),
 }
-_EMPTY = (nn.BatchNorm1d, nn.Embedding, nn.LayerNorm, nn.Linear)  # built without drawing random numbers
 
 
 def _torch_kind(cls: type[nn.Module], names: tuple[str, ...]) -> Kind:
@@ -65,7 +81,9 @@ def _torch_kind(cls: type[nn.Module], names: tuple[str, ...]) -> Kind:
         return {name: getattr(module, name) for name in names} | ({"bias": False} if bias_left_out else {})
 
     def build(**given: Any) -> nn.Module:
-        return cls(**given, device="meta") if cls in _EMPTY else cls(**given)
+        allowed = {*names, "bias"}  # others, such as a device, mean something to torch too
+        require(given.keys() <= allowed, cls.__name__, f"arguments among {sorted(allowed)}", sorted(given))
+        return cls(**given)
 
     return Kind(f"torch.{cls.__name__}", build, arguments)
 
@@ -86,6 +104,7 @@ _BY_CLASS: dict[type, Kind] = {
     **{cls: Kind(f"torch.{cls.__name__}", build, _children) for cls, build in _CONTAINERS.items()},
 }
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _BY_CLASS.values()}
+REGISTERED: dict[str, Kind] = {}  # by the names under which users registered their classes
 
 _DATA = (
     layers.Fields,
@@ -108,3 +127,13 @@ def is_plain(cls: type) -> bool:
 def kind_of(cls: type) -> Kind:
     """How plain modules of exactly this class are taken apart and built."""
     return _BY_CLASS[cls]
+
+
+def add_registered(cls: type, kind: Kind) -> None:
+    """From now on modules of this class of a user can be in a file."""
+    REGISTERED[kind.name] = _BY_CLASS[cls] = kind
+
+
+def is_registered(cls: type) -> bool:
+    """Whether modules of exactly this class can be in a file because a user registered it."""
+    return cls in _BY_CLASS and bool(_BY_CLASS[cls].origin)

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from .._check import fail, require
+from ..layers.activation import FourierActivation
+from ..layers.exact import is_exact
 from . import file
 from .convert import convert
-from .encoding import decode, encode
+from .encoding import decode, encode, unregistered
+from .kinds import is_registered
 
 STATE = "state."  # names of parameters and buffers in the file begin with this
 
@@ -27,12 +30,13 @@ def save(module: torch.nn.Module, path: str | os.PathLike) -> None:
     Args:
         module: a module of :mod:`implicit_steer.nn` or :mod:`implicit_steer.models`; one of escnn's ``Linear``,
             ``IIDBatchNorm1d``, ``TensorProductModule``, ``SequentialModule``, ``ReLU``, ``ELU``, ``LeakyReLU``,
-            ``IdentityModule``; common layers of ``torch.nn``; ``Sequential``, ``ModuleList``, ``ModuleDict`` of these;
-            or what :func:`load` returned.
+            ``IdentityModule``, or a pooling; common layers of ``torch.nn``; ``Sequential``, ``ModuleList``,
+            ``ModuleDict`` of these; one of a class of your own that :func:`~implicit_steer.register` knows; or what
+            :func:`load` returned.
         path: the file; an existing one is replaced.
 
     Raises:
-        TypeError: a part that cannot be saved; it is named, with what can and what to do.
+        TypeError: a part that cannot be saved; the message says what to do, then names it and what can be.
         OSError: the file cannot be written.
 
     Example:
@@ -48,10 +52,10 @@ def save(module: torch.nn.Module, path: str | os.PathLike) -> None:
     for name, owner, key in _state(plain):
         tensor = getattr(owner, key)
         if id(tensor) in owners:
-            remedy = "Give each module its own; modules that are shared as a whole can be saved."
-            fail(name, "a tensor of one module", f"that of {owners[id(tensor)]!r}", remedy, TypeError)
+            remedy = "Give each module tensors of its own; modules that are shared as a whole can be saved."
+            fail(f"{remedy} {name}", "a tensor of one module", f"that of {owners[id(tensor)]!r}", kind=TypeError)
         owners[id(tensor)] = name
-        tensors[STATE + name] = tensor.detach().cpu()
+        tensors[STATE + name] = owner.exact(key) if is_exact(owner, key) else tensor.detach().cpu()
         if isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad:
             frozen.append(name)
     training = [name for name, part in plain.named_modules() if part.training]
@@ -60,6 +64,9 @@ def save(module: torch.nn.Module, path: str | os.PathLike) -> None:
 
 def load(path: str | os.PathLike) -> torch.nn.Module:
     """The module that :func:`save` wrote, without escnn: plain tensors in, plain tensors out, on the CPU.
+
+    A file is looked through before it is believed: nothing that it names is imported or run, and no size in it asks for
+    more memory than its tensors account for.
 
     It gives the numbers of the original to rounding, is trainable and equivariant while it is trained, and can be saved
     again. Its arguments are the original's with tensors for GeometricTensors: ``conv(x, edge_index, edge_delta,
@@ -71,11 +78,13 @@ def load(path: str | os.PathLike) -> torch.nn.Module:
         path: the file.
 
     Returns:
-        a module of :mod:`implicit_steer.layers` or ``torch.nn``, in the training or evaluation mode it was saved in.
+        a module of :mod:`implicit_steer.layers` or ``torch.nn``, or of a registered class, in the training or
+        evaluation mode it was saved in.
 
     Raises:
-        FileNotFoundError: no such file.
-        RuntimeError: a file that ``save`` did not write, a damaged one, or one of a newer version.
+        OSError: a file that is not there (``FileNotFoundError``) or cannot be read, as Python's ``open`` raises it.
+        RuntimeError: a file that ``save`` did not write, a damaged one, one of a newer version, or one of a class that
+            is not registered. The message begins with the path.
 
     Example:
         >>> conv = implicit_steer.load("conv.safetensors").eval()  # as saved in the example of save
@@ -85,13 +94,17 @@ def load(path: str | os.PathLike) -> torch.nn.Module:
         torch.Size([100, 16])
     """
     manifest, tensors = file.read(path)
+    if missing := unregistered(manifest.get("objects")):
+        remedy = "Import the module that registers them (@implicit_steer.register), then load."
+        fail(str(path), f"registered classes {', '.join(missing)}", "none of that name", remedy, RuntimeError)
+    state = {k.removeprefix(STATE): v for k, v in tensors.items() if k.startswith(STATE)}
     try:
-        with torch.random.fork_rng(devices=[]):  # what modules draw as they are built is replaced
-            module = decode(manifest["objects"], tensors)
-        _restore(module, {k.removeprefix(STATE): v for k, v in tensors.items() if k.startswith(STATE)}, manifest)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        module = decode(manifest["objects"], tensors, state.values())
+        _restore(module, state, manifest)
+    except file.FORGED as error:
         remedy = f"It was written by implicit_steer {manifest.get('library')}: save it again, or install that version."
-        fail(str(path), "the content of a saved module", f"{type(error).__name__}: {error}", remedy, RuntimeError)
+        reason = f"{type(error).__name__}: {error}".rstrip(".")
+        fail(str(path), "the content of a saved module", reason, remedy, RuntimeError)
     return module
 
 
@@ -101,7 +114,8 @@ def copy_state(saved: torch.nn.Module, module: torch.nn.Module) -> None:
     Its types, modes and backends stay its own: a network with escnn's types goes on where the saved one ended.
 
     Raises:
-        ValueError: they have other parts, or parts of other sizes; one is named.
+        ValueError: they have other parts, parts of other sizes, or activations of another function or sampling; one is
+            named.
         RuntimeError: the weights of ``saved`` are those of another basis. After either ``module`` is as it was.
         TypeError: ``module`` is none that :func:`save` takes.
 
@@ -115,6 +129,7 @@ def copy_state(saved: torch.nn.Module, module: torch.nn.Module) -> None:
     for name in sorted(own.keys() | given.keys()):
         expected, got = own.get(name, "none"), given.get(name, "none")
         require(expected == got, name, f"shape {expected}", got, remedy)
+    _check_activations(dict(saved.named_modules()), dict(plain.named_modules()))
     before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     try:
         plain.load_state_dict(saved.state_dict())
@@ -123,12 +138,24 @@ def copy_state(saved: torch.nn.Module, module: torch.nn.Module) -> None:
         raise
 
 
+def _check_activations(saved: dict[str, torch.nn.Module], own: dict[str, torch.nn.Module]) -> None:
+    """Raise unless Fourier activations are the same functions: those are no part of the state."""
+    for name, module in own.items():
+        if isinstance(module, FourierActivation):
+            other = saved.get(name)
+            same = isinstance(other, FourierActivation) and module.is_like(other)
+            remedy = "Build it with the function and sampling of the saved one; 'escnn' was the default once."
+            require(same, name, str(module), str(other), remedy)
+
+
 def _state(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module, str]]:
-    """(full name, owner, name there) of every parameter and persistent buffer; modules in two places count once."""
+    """(full name, owner, name there) of every parameter and persistent buffer, and of the other buffers of a user's
+    class, which no ``__init__`` makes; modules in two places count once."""
     found = []
     for prefix, owner in module.named_modules():
+        made_anew = set() if is_registered(type(owner)) else owner._non_persistent_buffers_set
         keys = [k for k, v in owner._parameters.items() if v is not None]
-        keys += [k for k, v in owner._buffers.items() if v is not None and k not in owner._non_persistent_buffers_set]
+        keys += [k for k, v in owner._buffers.items() if v is not None and k not in made_anew]
         found += [(f"{prefix}.{key}" if prefix else key, owner, key) for key in keys]
     return found
 
@@ -145,8 +172,11 @@ def _restore(module: torch.nn.Module, state: dict[str, Tensor], manifest: dict[s
         require(same_kind, name, f"a dtype like {place.dtype}", tensor.dtype)
         if isinstance(place, torch.nn.Parameter):
             owner._parameters[key] = torch.nn.Parameter(tensor, requires_grad=name not in manifest["frozen"])
-        else:
+        elif not is_exact(owner, key):
             owner._buffers[key] = tensor
+    for name, owner, key in places:
+        if is_exact(owner, key):
+            owner.set_exact(key, state[name], owner.learned_dtype())
     training = set(manifest["training"])
     for name, part in module.named_modules():
         part.training = name in training

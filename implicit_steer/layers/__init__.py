@@ -8,19 +8,25 @@ from .activation import FourierActivation
 from .batch_norm import IIDBatchNorm1d
 from .clouds import CloudNet
 from .fields import Fields, values, with_values
+from .gate import GatedFields
 from .grid_conv import ImplicitConv
 from .kernel import ImplicitKernel
 from .linear import Linear, TensorProduct
 from .molecules import MoleculeNet, ResidualBlock, TensorReadout
 from .particles import ParticleNet
 from .point_conv import ImplicitPointConv, ImplicitPointConvWithDownsampling
+from .pooling import Blur, FieldPool, NormMaxPool
 from .potential import Gate, PotentialNet, Prediction
+from .statistics import update_bn
 
 __all__ = [
+    "Blur",
     "CloudNet",
+    "FieldPool",
     "Fields",
     "FourierActivation",
     "Gate",
+    "GatedFields",
     "IIDBatchNorm1d",
     "ImplicitConv",
     "ImplicitKernel",
@@ -28,12 +34,14 @@ __all__ = [
     "ImplicitPointConvWithDownsampling",
     "Linear",
     "MoleculeNet",
+    "NormMaxPool",
     "ParticleNet",
     "PotentialNet",
     "Prediction",
     "ResidualBlock",
     "TensorProduct",
     "TensorReadout",
+    "update_bn",
     "values",
     "with_values",
 ]

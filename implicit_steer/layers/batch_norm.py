@@ -12,8 +12,11 @@ from torch import Tensor
 from .. import native
 from .._autocast import own_precision
 from .._check import require
+from .._modules import NoTorchScript
+from .._transforms import refuse_derivatives
 from ..moments import Pool, moments, move_towards
 from ..packing import cached, is_traced
+from .exact import ExactBuffers
 from .fields import Fields, check_dtype, check_features
 
 
@@ -32,7 +35,7 @@ class Kind(NamedTuple):
 _Statistics = tuple[Tensor | None, Tensor]  # of a kind: mean (fields, d), None without trivial irreps; var (fields, 1)
 
 
-class NormBase:
+class NormBase(NoTorchScript):
     """y = w · (x − mean) / sqrt(var + eps) + b of every field, on tensors: escnn's ``IIDBatchNorm1d``, to rounding.
 
     Per field, mean (d,) is the part of the mean over all points that lies in trivial irreps, b (d,) lies there too, var
@@ -146,8 +149,8 @@ def _nothing(dtype: torch.dtype) -> Tensor:
 
 
 def _some(t: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A tensor for the native operators; an empty one for None."""
-    return _nothing(dtype) if t is None else t
+    """A tensor for the native operators, contiguous; an empty one for None."""
+    return _nothing(dtype) if t is None else t.contiguous()
 
 
 def _on_channels(values: Tensor, x: Tensor) -> Tensor:
@@ -175,7 +178,9 @@ class _Norm(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (norm, kinds), (x, *tensors) = ctx.of, ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
+            refuse_derivatives()  # forward mode works, this being plain PyTorch
             return None, None, *_differentiable(norm, kinds, grad, x, tensors)
+        refuse_derivatives(grad, x, *tensors)
         arguments = _Norm.arguments(norm, kinds, tensors)
         d_x, weights, biases = torch.ops.implicit_steer.field_norm_backward(grad.contiguous(), x, *arguments)
         return None, None, d_x, *[None] * (2 * len(kinds)), *weights, *biases
@@ -197,7 +202,7 @@ def _differentiable(norm: NormBase, kinds: list[Kind], grad: Tensor, x: Tensor, 
 _apply = super(torch.autograd.Function, _Norm).apply  # without the detour for torch.func, which is not looking on
 
 
-class _KindState(torch.nn.Module):
+class _KindState(ExactBuffers, torch.nn.Module):
     """The tensors of one :class:`Kind`."""
 
     def __init__(self, fields: int, size: int, n_trivial: int, affine: bool):
@@ -208,8 +213,10 @@ class _KindState(torch.nn.Module):
         self.register_parameter("bias", bias)
         self.register_buffer("running_mean", torch.zeros(fields, size) if n_trivial else None)
         self.register_buffer("running_var", torch.ones(fields, 1))
-        self.register_buffer("average", torch.zeros(size, size) if n_trivial else None)
-        self.register_buffer("basis", torch.zeros(size, n_trivial) if n_trivial else None)
+        for name, width in (("average", size), ("basis", n_trivial)):
+            self.register_buffer(name, None)
+            if n_trivial:
+                self.set_exact(name, torch.zeros(size, width))
 
     def kind(self) -> Kind:
         mean, var = self.running_mean, self.running_var
@@ -239,10 +246,11 @@ class IIDBatchNorm1d(NormBase, torch.nn.Module):
         super().__init__()
         total = sum(fields * size for fields, size, _ in sizes)
         require(total == in_type.size, "sizes", f"fields of {in_type.size} channels in all", total)
-        sorted_channels = channels is None or np.array_equal(np.sort(channels), np.arange(total))
-        require(
-            sorted_channels and (channels is not None or len(sizes) == 1), "channels", "every channel once", channels
-        )
+        if channels is None:
+            once = len(sizes) == 1
+        else:
+            once = channels.shape == (total,) and np.array_equal(np.sort(channels), np.arange(total))
+        require(once, "channels", "every channel once", channels)
         self.in_type = self.out_type = in_type
         self.eps, self.momentum = eps, momentum
         self.affine, self.track_running_stats = affine, track_running_stats

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from .._check import require
-from ..graph import Graph, knn_graph
+from ..graph import Graph
+from ..neighbours import knn_graph
 from .fields import values
 
 

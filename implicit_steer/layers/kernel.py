@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,16 +14,19 @@ from torch import Tensor
 from .. import op
 from .._autocast import own_precision
 from .._check import fail, require
+from .._modules import Fixed, NoTorchScript
 from ..moments import Pool, move_towards
-from ..packing import Kept, NormParameters, Parameters, is_traced
+from ..packing import Kept, NormParameters, Parameters, is_traced, is_transformed
 from ..plan import Norm, Plan
+from . import hooks
+from .exact import ExactBuffers
 from .fields import check_tensor
 
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")  # in the order of NormParameters
 _NamedNorm = tuple[torch.nn.Module, tuple[str, ...]]
 
 
-class KernelBase(torch.nn.Module):
+class KernelBase(NoTorchScript, torch.nn.Module):
     """K(x, a) = γ exp(−½ (|x| / σ)²) · mat(MLP(x ⊕ a)), of a plan and parameters.
 
     A subclass sets the parameter ``shell_width`` σ and calls :meth:`_find_tensors`, then :meth:`_set_plan`.
@@ -31,10 +35,17 @@ class KernelBase(torch.nn.Module):
     plan: Plan
     shell_width: Tensor
     pool: Pool | None = None  # adds other processes' edges to the batch norms' statistics
+    _in_convolution = False
+    sampling = Fixed(lambda kernel: kernel.plan.sampling)
+    norm = Fixed(lambda kernel: "batch" if kernel.plan.norms else None)
+    activation = Fixed(lambda kernel: kernel.plan.activations[0].function if kernel.plan.activations else None)
+    cutoff = Fixed(lambda kernel: kernel.plan.cutoff)
+    aggr = Fixed(lambda kernel: kernel.plan.aggr)
 
     def __init__(self):
         super().__init__()
         self._kept, self._values = Kept(), False
+        self._reach_checked = False
 
     def _find_tensors(self, linears: Sequence[torch.nn.Module], norms: Sequence[_NamedNorm]) -> None:
         """Say where the parameters are.
@@ -52,8 +63,13 @@ class KernelBase(torch.nn.Module):
         self._tensors = [(m, "_buffers" if name in m._buffers else "_parameters", name) for m, name in tensors]
 
     def adopt_bias(self, conv: Biased) -> None:
-        """From now on the operator gets the bias of the convolution as well."""
+        """From now on the operator gets the bias of the convolution as well, which reads the tensors of this kernel;
+        ``ValueError`` where it has another's."""
+        self._in_convolution = True
         if conv.bias is not None:
+            remedy = "Give each convolution a kernel of its own."
+            free = all(name != "bias_expansion" for *_, name in self._tensors)
+            require(free, "implicit_kernel", "one without the bias of another convolution", "a shared one", remedy)
             self._tensors += [(conv, "_parameters", "bias"), (conv, "_buffers", "bias_expansion")]
             self._kept.tensors = None
 
@@ -80,8 +96,11 @@ class KernelBase(torch.nn.Module):
         kept, traced = self._kept, is_traced()
         try:
             tensors = [getattr(module, kind)[name] for module, kind, name in self._tensors]
-        except KeyError:  # a parametrised one is not stored plainly
+        except KeyError:  # a parametrised one is not stored plainly, nor one that hooks make
+            hooks.make_tensors(dict.fromkeys(module for module, _, _ in self._tensors))
             tensors = [getattr(module, name) for module, _, name in self._tensors]
+        if not traced and kept.hooks != hooks.registered():
+            self._look_for_hooks()
         if not traced and kept.tensors is not None and all(map(operator.is_, tensors, kept.tensors)):
             return kept.parameters
         n, m = 2 * len(self._linears), 4 * len(self._norms)
@@ -93,6 +112,12 @@ class KernelBase(torch.nn.Module):
         if not traced and all(t is None or t.is_leaf for t in tensors):  # others hold a graph: not to be kept alive
             kept.tensors, kept.parameters = tensors, parameters
         return parameters
+
+    def _look_for_hooks(self) -> None:
+        """Since hooks were registered somewhere: warn of those on modules that are never called."""
+        self._kept.hooks = hooks.registered()
+        inside = [("the kernel", self)] if self._in_convolution else []
+        hooks.warn_of_others(inside + [part for part in self.named_modules() if part[1] is not self])
 
     def uses_batch_statistics(self, n_points: int, argument: str = "edge_delta") -> bool | Pool:
         """Whether batch norms take their statistics from these points (training mode), or how they add others to them.
@@ -114,16 +139,17 @@ class KernelBase(torch.nn.Module):
         means, variances = ([b[names[k]] for b, (_, names) in zip(buffers, self._norms, strict=True)] for k in (2, 3))
         counts = [b["num_batches_tracked"] for b in buffers]
         together = getattr(statistics, "together", None)
-        if together is not None and together.is_cpu and together.dtype == variances[0].dtype:
-            arguments = self._columns, [norm.momentum for norm, _ in self._norms]
+        native = together is not None and together.is_cpu and together.dtype == variances[0].dtype
+        if native and all(t.is_contiguous() for t in (*means, *variances)):
+            arguments = self._columns, [_factor(norm) for norm, _ in self._norms]
             torch.ops.implicit_steer.conv_move_running(together, means, variances, counts, *arguments)
             return
         for n, batch in enumerate(statistics):
-            kept, measured = [variances[n].view(-1)], [batch.var.to(variances[n].dtype)]
+            kept, measured = [variances[n].squeeze(1)], [batch.var.to(variances[n].dtype)]
             for k, column in enumerate(self._trivial[n]):  # the other columns of the mean are 0
                 kept.append(means[n].select(1, column))
                 measured.append(batch.mean.select(1, k).to(means[n].dtype))
-            move_towards(kept, measured, self._norms[n][0].momentum)
+            move_towards(kept, measured, _factor(self._norms[n][0]))
             counts[n].add_(1)
 
     def check_points(self, prefix: str, delta: Tensor, attributes: Tensor | None, n: int | None) -> Tensor:
@@ -143,6 +169,31 @@ class KernelBase(torch.nn.Module):
             fail(attribute, "None", got, remedy)
         check_tensor(attribute, attributes, (delta.shape[0], size), width.dtype, width.device)
         return attributes
+
+    def check_reach(self, delta: Tensor) -> None:
+        """Warn, at the first call with edges (E, dim), where the shell s(r) = exp(−½ (r / σ)²) leaves nothing of any of
+        them, or cannot tell them apart."""
+        if torch.compiler.is_compiling() or self._reach_checked:
+            return
+        if is_transformed() or torch._C._len_torch_dispatch_stack() or delta.is_meta:  # numbers may be stand-ins
+            return
+        if delta.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        lengths = delta.detach().norm(dim=1)
+        lengths = lengths[lengths > 0]  # self-loops say nothing about the unit of the positions
+        if not len(lengths):
+            return
+        self._reach_checked = True
+        shell = torch.exp(-0.5 * (lengths / self.shell_width.detach().view(-1)).square())
+        low, high = float(shell.min()), float(shell.max())
+        if high < 1e-3 or low > 0.999:
+            width, shortest, longest = self.shell_width.item(), float(lengths.min()), float(lengths.max())
+            what = f"is at most {high:.0e}" if high < 1e-3 else "is 1"
+            warnings.warn(
+                f"edge_delta: the kernel's shell exp(−½ (r / σ)²), σ = {width:.3g}, {what} on all edges, which are "
+                f"{shortest:.3g} to {longest:.3g} long. Build it with width={longest / 2:.2g}, or scale the positions.",
+                stacklevel=7,  # the line that called the module
+            )
 
     def forward(
         self, pos: Tensor, attrs: Tensor | None = None, *, batch_statistics: bool | Pool | None = None
@@ -172,6 +223,12 @@ class KernelBase(torch.nn.Module):
         return f"{p.group}, {p.out_size} x {p.in_size}, sampling={p.sampling!r}, frame={p.frame.kind!r}"
 
 
+def _factor(norm: torch.nn.Module) -> float:
+    """How far running statistics move towards a batch's; momentum None: they become the average over all batches."""
+    momentum = norm.momentum
+    return 1 / (int(norm._buffers["num_batches_tracked"]) + 1) if momentum is None else momentum
+
+
 class Stamped:
     """Of a Module whose weights mean something on a basis only: it refuses a ``state_dict`` of weights on another."""
 
@@ -187,7 +244,7 @@ class Stamped:
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class LinearParameters(torch.nn.Module):
+class LinearParameters(NoTorchScript, torch.nn.Module):
     """What an equivariant linear map learns: ``weights`` (n_weights,) and ``bias`` (n_bias,), None without."""
 
     def __init__(self, n_weights: int, n_bias: int):
@@ -234,13 +291,18 @@ class ImplicitKernel(Stamped, KernelBase):
         return {"plan": self.plan}
 
 
-class Biased(torch.nn.Module):
+class Biased(ExactBuffers, NoTorchScript, torch.nn.Module):
     """A convolution's bias on the invariants of its output: ``bias`` (n,) and ``bias_expansion`` (C_out, n), both
     absent where there are none."""
 
     implicit_kernel: KernelBase
     in_type: Any
     out_type: Any
+    sampling = Fixed(lambda conv: conv.implicit_kernel.sampling)
+    norm = Fixed(lambda conv: conv.implicit_kernel.norm)
+    activation = Fixed(lambda conv: conv.implicit_kernel.activation)
+    cutoff = Fixed(lambda conv: conv.implicit_kernel.cutoff)
+    aggr = Fixed(lambda conv: conv.implicit_kernel.aggr)
 
     def _check_sizes(self) -> None:
         """Raise unless the kernel maps between the features."""
@@ -252,7 +314,7 @@ class Biased(torch.nn.Module):
     def _set_bias(self, expansion: Tensor) -> None:
         self.bias = None
         if expansion.shape[1]:
-            self.register_buffer("bias_expansion", expansion)
+            self.set_exact("bias_expansion", expansion)
             self.bias = torch.nn.Parameter(torch.zeros(expansion.shape[1]))
 
     def expand_bias(self) -> Tensor | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from ..backends.hidden import safe_norm
 from ..graph import Graph
 from .fields import values
 
@@ -62,4 +63,4 @@ def edge_features(batch: ParticleBatch) -> tuple[Tensor, Tensor]:
     source, target = batch.edge_index
     delta = batch.pos[target] - batch.pos[source]
     ends = [values[end] for values in (batch.vel, batch.scalar) for end in (source, target)]
-    return delta, torch.cat([batch.pair, delta.norm(dim=1, keepdim=True), *ends], 1)
+    return delta, torch.cat([batch.pair, safe_norm(delta)[:, None], *ends], 1)

@@ -33,6 +33,12 @@ class PointConvBase(Biased):
 
     @staticmethod
     def _graph(edge_index, n_source: int, n_target: int) -> Graph:
+        if edge_index is None:
+            remedy = (
+                "A point convolution is called with its graph, conv(x, edge_index, edge_delta). A SequentialModule "
+                "passes features alone: call the layers one by one."
+            )
+            fail("edge_index", "(2, E) integers or a Graph", None, remedy, TypeError)
         if not isinstance(edge_index, Graph):
             return Graph(edge_index, (n_source, n_target))
         sizes = (edge_index.num_src, edge_index.num_dst)
@@ -49,6 +55,7 @@ class PointConvBase(Biased):
         attributes = kernel.check_points("edge", edge_delta, edge_attr, graph.num_edges)
         if graph.device != source.device:
             fail("edge_index", f"device {source.device}", graph.device)
+        kernel.check_reach(edge_delta)
         with own_precision(source):
             out, statistics = op.implicit_conv(
                 kernel.plan,
@@ -67,8 +74,24 @@ class PointConvBase(Biased):
         return out
 
 
-def check_chosen(idx_downsampled: Any, n: int) -> None:
-    """Raise unless these are (M,) integers in 0 .. n-1."""
+def number_of_targets(target: Any, edge_index: Any, features: str) -> int:
+    """Of the second of a pair (source, target) that is no ``features``: a number itself, or None: the graph's."""
+    if target is None and isinstance(edge_index, Graph):
+        return edge_index.num_dst
+    expected, remedy = f"{features} or a number of nodes as target", ""
+    if target is None:
+        expected += ", or None with a Graph"
+        remedy = "Pass (x, num_target), or Graph(edge_index, (num_source, num_target)) as edge_index."
+    whole = isinstance(target, int) and not isinstance(target, bool) and target >= 0
+    got = target if isinstance(target, int) or target is None else type(target).__name__
+    require(whole, "x", expected, got, remedy, kind=TypeError)
+    return target
+
+
+def check_chosen(x: Any, idx_downsampled: Any, n: int) -> None:
+    """Raise unless ``x`` is one set of nodes and these are (M,) integers in 0 .. n-1."""
+    remedy = "idx_downsampled says which of the nodes are the targets; leave it out with a pair (source, target)."
+    require(not isinstance(x, tuple), "x", "the features of all nodes", "a pair", remedy)
     ok = isinstance(idx_downsampled, Tensor) and idx_downsampled.dim() == 1
     ok = ok and not idx_downsampled.is_floating_point() and idx_downsampled.dtype not in (torch.bool, torch.complex64)
     got = getattr(idx_downsampled, "dtype", type(idx_downsampled).__name__)
@@ -119,7 +142,8 @@ class ImplicitPointConv(PointConvBase):
         """Convolve.
 
         Args:
-            x: (N, C_in); or a pair (source features, target features or number of targets).
+            x: (N, C_in); or a pair (source features, targets) for a graph between two sets: the targets' features, of
+                which only the number counts, or that number, or None where ``edge_index`` is a Graph, which knows it.
             edge_index: (2, E) integers, row 0 = source j, row 1 = target i, in any order; or a :class:`Graph`.
             edge_delta: (E, dim), position of the target minus that of the source.
             edge_attr: (E, A); None if the layer has no attributes.
@@ -128,10 +152,11 @@ class ImplicitPointConv(PointConvBase):
             (N_target, C_out).
         """
         kernel = self.implicit_kernel
-        source, n_target = self._nodes(kernel, x)
+        source, n_target = self._nodes(kernel, x, edge_index)
         return self._evaluate(kernel, source, self._graph(edge_index, source.shape[0], n_target), edge_delta, edge_attr)
 
-    def _nodes(self, kernel: KernelBase, x) -> tuple[Tensor, int]:
+    def _nodes(self, kernel: KernelBase, x, edge_index) -> tuple[Tensor, int]:
+        """The sources' features, and the number of targets."""
         target = x
         if isinstance(x, tuple):
             require(len(x) == 2, "x", "a tensor or a pair (source, target)", f"{len(x)} entries")
@@ -140,10 +165,7 @@ class ImplicitPointConv(PointConvBase):
         check_tensor("x", x, (None, kernel.plan.in_size), width.dtype, width.device)
         if isinstance(target, Tensor) and target.dim() > 0:
             return x, target.shape[0]
-        if isinstance(target, int) and not isinstance(target, bool) and target >= 0:
-            return x, target
-        got = target if isinstance(target, int) else type(target).__name__
-        fail("x", "a tensor or a number of nodes as target", got, kind=TypeError)
+        return x, number_of_targets(target, edge_index, "a tensor")
 
     def extra_repr(self) -> str:
         """What distinguishes this layer."""
@@ -161,11 +183,14 @@ class ImplicitPointConvWithDownsampling(ImplicitPointConv):
         edge_attr: Tensor | None = None,
         idx_downsampled: Tensor | None = None,
     ) -> Tensor:
-        """Convolve onto the nodes ``idx_downsampled`` (M,), which row 1 of ``edge_index`` counts; None keeps all."""
+        """Convolve onto the nodes ``idx_downsampled`` (M,), which row 1 of ``edge_index`` counts; None keeps all.
+
+        ``x`` is a pair (source, target) only without ``idx_downsampled``.
+        """
         if idx_downsampled is None:
             return super().forward(x, edge_index, edge_delta, edge_attr)
         kernel = self.implicit_kernel
-        source, n = self._nodes(kernel, x)
-        check_chosen(idx_downsampled, n)
+        source, n = self._nodes(kernel, x, edge_index)
+        check_chosen(x, idx_downsampled, n)
         graph = self._graph(edge_index, n, len(idx_downsampled))
         return self._evaluate(kernel, source, graph, edge_delta, edge_attr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, silu
 
-from .._check import fail, require
+from .._check import fail, require, require_integer
 from ..graph import Graph
 from ..structures import Structures
 from .fields import values
@@ -19,7 +20,9 @@ MAX_NUMBER = 118
 
 
 class Prediction(NamedTuple):
-    """energy (B,) eV; energies (N,) eV, per atom; forces (N, 3) eV/Å; stress (B, 3, 3) eV/Å³, symmetric, or None."""
+    """energy (B,) eV; energies (N,) eV, per atom; forces (N, 3) eV/Å; stress (B, 3, 3) eV/Å³, symmetric, or None.
+
+    Energies are float64 in every potential, since what matters are their differences; the rest is in its dtype."""
 
     energy: Tensor
     energies: Tensor
@@ -35,8 +38,9 @@ class Gate(torch.nn.Module):
 
     def __init__(self, channels: int, max_frequency: int):
         super().__init__()
-        self.sizes = [2 * l + 1 for l in range(max_frequency + 1)]  # noqa: E741
-        width = channels * len(self.sizes)
+        require_integer("channels", channels, 1)
+        require_integer("max_frequency", max_frequency, 0)
+        width = channels * (max_frequency + 1)
         self.channels, self.max_frequency = channels, max_frequency
         self.first, self.second = torch.nn.Linear(width, width), torch.nn.Linear(width, width)
 
@@ -46,7 +50,8 @@ class Gate(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C · Σ(2l+1)) → the same shape."""
-        scalars, *vectors = x.unflatten(1, (self.channels, -1)).split(self.sizes, -1)
+        sizes = [2 * l + 1 for l in range(self.max_frequency + 1)]  # noqa: E741
+        scalars, *vectors = x.unflatten(1, (self.channels, -1)).split(sizes, -1)
         norms = [(1 + v.square().sum(-1)).sqrt() for v in vectors]
         gates = self.second(silu(self.first(torch.cat([scalars.squeeze(-1), *norms], 1))))
         first, *others = gates.unflatten(1, (self.channels, -1)).split(1, -1)
@@ -65,7 +70,8 @@ class PotentialNet(torch.nn.Module):
         convolutions, gates: one of each per layer.
         head: the MLP, (N, C) → (N, 1).
 
-    Buffers (set by :meth:`fit`): shift, scale (S,) eV; degree (), mean number of neighbours.
+    Buffers (set by :meth:`fit`): shift (S,) eV, float64 whatever the potential's dtype; scale (S,) eV; degree (), mean
+    number of neighbours.
     """
 
     def __init__(
@@ -84,7 +90,7 @@ class PotentialNet(torch.nn.Module):
         index = torch.full((MAX_NUMBER + 1,), -1)
         index[list(species)] = torch.arange(len(species))
         self.register_buffer("species_index", index)
-        self.register_buffer("shift", torch.zeros(len(species)))
+        self.register_buffer("shift", torch.zeros(len(species), dtype=torch.float64))
         self.register_buffer("scale", torch.ones(len(species)))
         self.register_buffer("degree", torch.tensor(10.0))
 
@@ -92,6 +98,14 @@ class PotentialNet(torch.nn.Module):
         """What it is built from."""
         names = ("species", "cutoff", "radial", "embedding", "convolutions", "gates", "head")
         return {name: getattr(self, name) for name in names}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PotentialNet:
+        """Behind ``to``, ``float``, ``half``, …: ``shift`` moves, but stays float64."""
+        shift = self.shift.double()
+        super()._apply(fn, recurse)
+        if self.shift.dtype != torch.float64:
+            self.shift = shift.to(self.shift.device)
+        return self
 
     def species_of(self, numbers: Tensor) -> Tensor:
         """(N,) atomic numbers → (N,) positions in ``species``; ``ValueError`` for one that is not among them."""
@@ -105,8 +119,8 @@ class PotentialNet(torch.nn.Module):
         return known
 
     def atomic_energies(self, species: Tensor, graph: Graph, edge_delta: Tensor) -> Tensor:
-        """e_i (N,) in eV from species (N,) as :meth:`species_of` gives them, N nodes and E edges of ``graph``, and
-        edge_delta (E, 3), target minus source in Å."""
+        """e_i (N,) in eV, float64, from species (N,) as :meth:`species_of` gives them, N nodes and E edges of
+        ``graph``, and edge_delta (E, 3), target minus source in Å, in the dtype of the weights."""
         delta = edge_delta / self.cutoff
         kinds = one_hot(species, len(self.shift)).to(delta.dtype)
         ends = [kinds.index_select(0, graph.src), kinds.index_select(0, graph.dst)]
@@ -116,19 +130,21 @@ class PotentialNet(torch.nn.Module):
             y = gate(_convolve(conv, x, graph, delta, attributes) / self.degree.sqrt())
             x = _with_scalars(y, x, gate.channels) if x.shape != y.shape else x + y
         scalars = x.unflatten(1, (self.embedding.embedding_dim, -1))[..., 0]
-        return self.shift[species] + self.scale[species] * self.head(scalars).squeeze(1)
+        interaction = self.scale[species] * self.head(scalars).squeeze(1)
+        # Free atoms have energies of 10⁴ eV, of which float32 keeps 10⁻³. A file of old has a float32 shift.
+        return self.shift.double()[species] + interaction.double()
 
     def forward(self, structures: Structures) -> Tensor:
-        """E (B,) in eV, differentiable in ``structures.pos`` and ``structures.cell``."""
-        graph = _graph(structures)
-        energies = self.atomic_energies(self.species_of(structures.numbers), graph, structures.edge_delta())
-        return _per_structure(energies, structures)
+        """E (B,) in eV, float64, differentiable in ``structures.pos`` and ``structures.cell``."""
+        graph, delta = _graph(structures), structures.edge_delta(self.embedding.weight.dtype)
+        energies = self.atomic_energies(self.species_of(structures.numbers), graph, delta)
+        return _per_structure(energies + _lost(structures), structures)
 
     def predict(self, structures: Structures, *, stress: bool = False, create_graph: bool = False) -> Prediction:
-        """Energies and their derivatives.
+        """Energies and their derivatives. Of structures with a NaN or infinite position they are NaN.
 
         Args:
-            structures: of the potential's dtype, with edges up to at least ``cutoff``.
+            structures: with edges up to at least ``cutoff``, whose vectors are rounded to the potential's dtype.
             stress: also the stress; the cells must have a volume.
             create_graph: keep the graph, so that the results can be differentiated (training, Hessians with
                 ``structures.pos.requires_grad_()``).
@@ -140,7 +156,7 @@ class PotentialNet(torch.nn.Module):
             with torch.inference_mode(False):
                 return self.predict(structures.copied(), stress=stress, create_graph=create_graph)
         if stress:
-            volume = torch.linalg.det(structures.cell).abs()
+            volume = torch.linalg.det(structures.cell.double()).abs()
             expected, got = "cells with three lattice vectors", "a cell without volume"
             if torch.compiler.is_compiling():
                 torch._assert_async((volume > 0).all(), f"stress: expected {expected}, got {got}.")
@@ -148,27 +164,33 @@ class PotentialNet(torch.nn.Module):
                 require(bool((volume > 0).all()), "stress", expected, got)
         with torch.enable_grad():
             graph, species = _graph(structures), self.species_of(structures.numbers)
-            delta = structures.edge_delta()
+            delta = structures.edge_delta(self.embedding.weight.dtype)
             if not delta.requires_grad:
                 delta.requires_grad_()
             energies = self.atomic_energies(species, graph, delta)
             (g,) = torch.autograd.grad(energies.sum(), delta, create_graph=create_graph)  # [E, 3]
             # ∂E/∂pos by the chain rule: each edge vector is target minus source
-            forces = torch.zeros_like(structures.pos).index_add(0, graph.src, g).index_add(0, graph.dst, -g)
+            forces, lost = g.new_zeros(structures.pos.shape), _lost(structures)
+            forces = forces.index_add(0, graph.src, g).index_add(0, graph.dst, -g) + lost[:, None].to(g.dtype)
+            energies = energies + lost
             energy = _per_structure(energies, structures)
             virial = None
             if stress:
                 outer = 0.5 * (delta[:, :, None] * g[:, None] + g[:, :, None] * delta[:, None])
                 owner = structures.batch[graph.dst]
-                virial = torch.zeros_like(structures.cell).index_add(0, owner, outer) / volume[:, None, None]
+                virial = outer.new_zeros(structures.cell.shape).index_add(0, owner, outer)
+                virial = (virial / volume[:, None, None]).to(g.dtype)
         results = (energy, energies, forces, virial)
         return Prediction(*results) if create_graph else Prediction(*(r if r is None else r.detach() for r in results))
 
     def fit(self, structures: Structures) -> None:
         """Set ``shift`` (least squares of the energies on the composition), ``scale`` (r.m.s. force of each species
-        times 1 Å) and ``degree`` from ``structures``, which hold energies and forces."""
+        times 1 Å) and ``degree`` from ``structures``, which hold energies and forces.
+
+        Raises ``ValueError`` where they hold none, and naming those in which one is NaN or infinite."""
         for name in ("energy", "forces"):
             require(getattr(structures, name) is not None, "structures", f"some with {name}", "some without")
+        structures.require_finite_labels()
         species, count = self.species_of(structures.numbers), len(self.shift)
         owner = structures.batch * count + species
         composition = torch.bincount(owner, minlength=structures.num_graphs * count).view(-1, count)
@@ -176,7 +198,7 @@ class PotentialNet(torch.nn.Module):
         squares = structures.forces.double().square().mean(1)
         atoms = torch.bincount(species, minlength=count)
         variance = torch.zeros(count, dtype=torch.float64).index_add(0, species, squares) / atoms.clamp(min=1)
-        self.shift.copy_(torch.from_numpy(shift))
+        self.shift = torch.from_numpy(shift).to(self.shift.device)
         self.scale.copy_(torch.where(variance > 0, variance.sqrt(), torch.ones_like(variance)))
         self.degree.fill_(max(1.0, structures.edge_index.shape[1] / len(species)))
 
@@ -190,10 +212,19 @@ def _graph(structures: Structures) -> Graph:
 
 
 def _cosines(delta: Tensor, count: int) -> Tensor:
-    """(E, count): √2 cos(π n |delta|), n = 1 … count; smooth at 0 too, being even."""
-    length = torch.linalg.vector_norm(delta, dim=1, keepdim=True)
+    """(E, count): √2 cos(π n |delta|), n = 1 … count; smooth at 0 too, being even.
+
+    |delta| is √(|delta|² + ε²): the cosines change by ε², far below rounding, and no derivative divides by 0."""
+    softening = torch.finfo(delta.dtype).eps ** 2
+    length = (delta.square().sum(1, keepdim=True) + softening).sqrt()
     n = torch.arange(1, count + 1, dtype=delta.dtype, device=delta.device)
     return math.sqrt(2) * torch.cos(math.pi * n * length)
+
+
+def _lost(structures: Structures) -> Tensor:
+    """(N,) float64: NaN where a position is NaN or infinite, else 0: of an atom without neighbours no edge tells."""
+    pos = structures.pos.detach().double()
+    return (pos - pos).sum(1)
 
 
 def _convolve(conv: torch.nn.Module, x: Tensor, graph: Graph, delta: Tensor, attributes: Tensor) -> Tensor:

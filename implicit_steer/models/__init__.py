@@ -1,5 +1,8 @@
-"""Networks of the experiments. They need escnn."""
+"""Networks of the experiments. They need the extra ``escnn``."""
 
+from .. import _require_escnn  # noqa: F401
+
+# isort: split
 from .modelnet import ModelNetNet
 from .nbody import NBodyNet
 from .potential import Potential, load_potential

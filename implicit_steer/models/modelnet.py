@@ -66,7 +66,7 @@ class ModelNetNet(CloudNet):
         require(gspace.dimensionality == 3, "gspace", "a GSpace of R³", gspace)
         require(levels >= 1, "levels", "at least 1", levels)
         require(points >> levels >= 2, "points", f"at least {2 << levels} for {levels} levels", points)
-        field = FourierActivation(gspace, 1, max_frequency).in_type
+        field = FourierActivation(gspace, 1, max_frequency, sampling="escnn").in_type
         channels = max(1, round(width / field.size))
         activation = FourierActivation(
             gspace, channels, max_frequency, paper_function(gspace.fibergroup), sampling=node_sampling

@@ -53,7 +53,7 @@ class NBodyNet(ParticleNet):
         vector, scalar = gspace.basespace_action, gspace.trivial_repr
         no_space = gspaces.no_base_space(gspace.fibergroup)
         attributes = no_space.type(scalar, scalar, vector, vector, scalar, scalar)
-        activation = FourierActivation(gspace, channels, max_frequency)
+        activation = FourierActivation(gspace, channels, max_frequency, sampling="escnn")
         hidden, inputs, out = activation.in_type, gspace.type(vector, vector, scalar), gspace.type(vector)
 
         def conv():
@@ -63,14 +63,14 @@ class NBodyNet(ParticleNet):
 
         super().__init__(
             inputs,
-            Linear(inputs, hidden),
-            Linear(inputs, out),
+            Linear(inputs, hidden, None),
+            Linear(inputs, out, None),
             activation,
             torch.nn.ModuleList(
                 ResidualBlock(activation, conv(), conv(), IIDBatchNorm1d(hidden), IIDBatchNorm1d(hidden))
                 for _ in range(blocks)
             ),
-            Linear(hidden, out),
+            Linear(hidden, out, None),
         )
         for layer in (self.embedding, self.direct, self.readout):
             initialise(layer, "he")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -35,7 +36,11 @@ class Potential(PotentialNet):
         activation: of the kernels' MLPs; a smooth one ("silu", "gelu", "tanh").
         backend, sampling: of the convolutions.
 
-    Buffers (set by :meth:`fit`): shift, scale (S,) eV; degree (), mean number of neighbours.
+    Energies are float64 also in a float32 potential: interactions are computed in its dtype, edge vectors before, and
+    sums with the large energies of free atoms after, in float64.
+
+    Buffers (set by :meth:`fit`): shift (S,) eV, float64 whatever the potential's dtype; scale (S,) eV; degree (), mean
+    number of neighbours.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -118,9 +123,11 @@ def load_potential(path: str | Path) -> Potential:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         options, state = saved["options"], saved["state_dict"]
-    except (RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError) as error:
+    except KeyError:
+        fail(str(path), "a file written by Potential.save", "another one", "implicit_steer.load reads those of save.")
+    except (RuntimeError, EOFError, OSError, TypeError, UnpicklingError, ValueError) as error:
         fail(str(path), "a file written by Potential.save", error)
-    potential = Potential(**options).to(state["shift"].dtype)
+    potential = Potential(**options).to(state["embedding.weight"].dtype)
     potential.load_state_dict(state)
     return potential.eval()
 

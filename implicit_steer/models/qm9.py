@@ -16,6 +16,7 @@ from ..deploy.convert import converts, saved_as
 from ..layers.linear import project_squares
 from ..layers.molecules import MoleculeNet, ResidualBlock, TensorReadout
 from ..nn import FourierActivation, IIDBatchNorm1d, ImplicitPointConv
+from ..nn.building import built_by_escnn
 from ..nn.mlp import own_basis
 from ..nn.plain import tensor_product
 
@@ -26,6 +27,7 @@ class TensorProduct(enn.TensorProductModule):
     """escnn's product of every field with itself, without its expanded matrix, which escnn builds at ``.eval()``, so
     that weights loaded afterwards have no effect; and with a basis of its own."""
 
+    @built_by_escnn
     def __init__(self, in_type: enn.FieldType, out_type: enn.FieldType):
         super().__init__(in_type, out_type, initialize=False)
         del self.matrix
@@ -95,7 +97,7 @@ class QM9Net(MoleculeNet):
             torch.nn.init.constant_(layer.implicit_kernel.shell_width, reach)
             return layer
 
-        activation = FourierActivation(gspace, channels, max_frequency)
+        activation = FourierActivation(gspace, channels, max_frequency, sampling="escnn")
         hidden, scalars = activation.in_type, gspace.type(*channels * [gspace.trivial_repr])
 
         def block():

@@ -7,25 +7,40 @@ import torch
 from escnn.nn import FieldType, GeometricTensor
 from torch import Tensor
 
-from .._check import fail
+from .._check import require
 from ..layers.batch_norm import Kind, NormBase
+from ..layers.exact import ExactBuffers, is_exact
+from ..sampling import invariants, is_orthogonal
+from .building import built_by_escnn
+from .equivariant import Steerable, check_input
 
 
-class IIDBatchNorm1d(NormBase, escnn.nn.IIDBatchNorm1d):
+class IIDBatchNorm1d(ExactBuffers, NormBase, Steerable, escnn.nn.IIDBatchNorm1d):
     """y = w · (x − mean) / sqrt(var + eps) + b of every field: escnn's ``IIDBatchNorm1d``, to rounding.
 
     Per field, mean (d,) is the part of the mean over all points that lies in trivial irreps, b (d,) lies there too, var
     is the unbiased variance averaged over the d coordinates, w a number. As in escnn, no gradient flows through the
-    statistics. Arguments, parameters, buffers and running statistics are escnn's.
+    statistics. Arguments, parameters, buffers and running statistics are escnn's. ``torch.optim.swa_utils.update_bn``
+    passes over it: use :func:`implicit_steer.nn.update_bn`.
 
     Shape: x and y (N, C, ...) as GeometricTensor of ``in_type == out_type``.
 
     Raises ``TypeError`` for input that is no GeometricTensor of ``in_type``, ``ValueError`` for statistics of
-    fewer than 2 points.
+    fewer than 2 points, and for fields that do not transform by orthogonal matrices: a variance averaged over their
+    coordinates is not invariant.
     """
 
+    @built_by_escnn
     def __init__(self, in_type: FieldType, *args, **options):
+        for rep in set(in_type.representations):
+            remedy = "Normalise before a Linear to such fields."
+            require(is_orthogonal(rep), "in_type", "fields with orthogonal matrices", rep.name, remedy)
         super().__init__(in_type, *args, **options)
+        for rep in set(in_type.representations):
+            basis, name = torch.from_numpy(invariants(rep)), self._escape_name(rep.name)
+            if basis.shape[1]:
+                self.set_exact(f"{name}_avg", basis @ basis.T)
+                self.set_exact(f"{name}_change_of_basis", basis)
         self._set_channels(channels_by_kind(self))
 
     def _kinds(self) -> list[Kind]:
@@ -33,9 +48,28 @@ class IIDBatchNorm1d(NormBase, escnn.nn.IIDBatchNorm1d):
 
     def forward(self, x: GeometricTensor) -> GeometricTensor:
         """Normalise with the batch's statistics in training mode, which also move the running ones, else with those."""
-        if not isinstance(x, GeometricTensor) or (x.type is not self.in_type and x.type != self.in_type):
-            fail("x", f"a GeometricTensor of {self.in_type}", getattr(x, "type", type(x)), kind=TypeError)
+        check_input(x, self.in_type)
         return GeometricTensor(self._evaluate(x.tensor), self.out_type, x.coords)
+
+    def export(self) -> torch.nn.BatchNorm1d:
+        """What it does in evaluation mode, on plain tensors (N, C) and in that mode: not equivariant once trained on.
+
+        Raises ``RuntimeError`` without running statistics.
+        """
+        kept, remedy = self.track_running_stats, "The statistics of a batch are not symmetric."
+        require(kept, "export", "a norm with track_running_stats", "one without", remedy, RuntimeError)
+        columns = []
+        for kind in self._kinds():
+            mean, _, shift = self._affine(kind, kind.mean, kind.var)
+            weight = torch.ones_like(kind.var) if kind.weight is None else kind.weight
+            columns.append([mean, kind.var.expand_as(mean), weight.expand_as(mean), shift])
+        place = {"dtype": columns[0][1].dtype, "device": columns[0][1].device}
+        plain = torch.nn.BatchNorm1d(self.in_type.size, self.eps, self.momentum, **place)
+        names = ("running_mean", "running_var", "weight", "bias")
+        plain.load_state_dict(
+            dict(zip(names, map(self._joined, zip(*columns, strict=True)), strict=True)), strict=False
+        )
+        return plain.eval()
 
 
 def field_kinds(norm: escnn.nn.IIDBatchNorm1d) -> list[Kind]:
@@ -49,6 +83,14 @@ def field_kinds(norm: escnn.nn.IIDBatchNorm1d) -> list[Kind]:
 
     names = ("weight", "bias", "running_mean", "running_var", "avg", "change_of_basis")
     return [Kind(size, *[of(f"{norm._escape_name(name)}_{what}") for what in names]) for name, size in norm._sizes]
+
+
+def constants_by_kind(norm: escnn.nn.IIDBatchNorm1d) -> list[tuple[Tensor | None, Tensor | None]]:
+    """average and basis of every :class:`Kind`, in float64 where the norm knows them so."""
+    if not isinstance(norm, ExactBuffers):
+        return [(kind.average, kind.basis) for kind in field_kinds(norm)]
+    names = [[f"{norm._escape_name(name)}_{what}" for what in ("avg", "change_of_basis")] for name, _ in norm._sizes]
+    return [tuple(norm.exact(name) if is_exact(norm, name) else None for name in pair) for pair in names]
 
 
 def channels_by_kind(norm: escnn.nn.IIDBatchNorm1d) -> Tensor | None:

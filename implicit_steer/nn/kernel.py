@@ -7,15 +7,20 @@ from numbers import Real
 
 import numpy as np
 import torch
-from escnn.group import Representation, o2_group, o3_group
+from escnn.group import GroupElement, Representation, o2_group, o3_group
 from escnn.gspaces import GSpace
 from escnn.nn import FieldType
+from scipy.linalg import block_diag
 from torch import Tensor
 
 from .._check import require
+from .._modules import in_mode
 from ..layers.kernel import Biased, KernelBase
 from ..lowering import KernelShape, lower
-from .mlp import KernelMLP, check_basis, check_sizes, fiber_space, norm_names
+from ..sampling import invariants, is_orthogonal
+from .building import built_by_escnn
+from .equivariant import Errors, compare, like, transform
+from .mlp import ANOTHER_BASIS, CLOSED_FORM, KernelMLP, check_basis, check_sizes, fiber_space, norm_names
 from .size import check_kernel
 
 
@@ -35,21 +40,44 @@ def _named_action(action: Representation) -> Representation:
 
 
 @lru_cache(maxsize=1024)
-def _tensor(out: Representation, into: Representation) -> Representation:
-    """out ⊗ in; escnn computes it afresh at every call."""
-    return out.tensor(into)
+def _matrices(out: Representation, into: Representation) -> Representation:
+    """How vec K transforms, K → ρ_out K ρ_in⁻¹: out ⊗ in*, the dual in*(g) = in(g⁻¹)ᵀ being ``in`` itself where that is
+    orthogonal. escnn computes it afresh at every call."""
+    return out.tensor(_dual(into))
+
+
+def _dual(rep: Representation) -> Representation:
+    if is_orthogonal(rep):
+        return rep
+    basis, inverse = rep.change_of_basis_inv.T, rep.change_of_basis.T
+    nonlinearities = sorted(rep.supported_nonlinearities)
+    return Representation(rep.group, f"{rep.name}*", rep.irreps, basis, nonlinearities, change_of_basis_inv=inverse)
+
+
+def _is_real(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_type(name: str, value, gspace: GSpace | None = None) -> None:
-    """Raise unless ``value`` is a FieldType (of ``gspace``'s group, if given)."""
+    """Raise unless ``value`` is a FieldType (of ``gspace``'s group, if given) in coordinates that can be inverted."""
     require(isinstance(value, FieldType), name, "an escnn FieldType", type(value).__name__, kind=TypeError)
+    for rep in set(value.representations):
+        condition = np.linalg.cond(rep.change_of_basis)
+        remedy = "Give the coordinates of its fields comparable units."
+        require(condition < 1e6, name, "changes of basis of condition < 1e6", f"{condition:.0e} of {rep.name}", remedy)
     if gspace is not None:
         require(value.fibergroup == gspace.fibergroup, name, f"fields of {gspace.fibergroup}", value.fibergroup)
 
 
 def _lower_again(kernel: ImplicitKernel, _) -> None:
-    """After a checkpoint: its basis may have replaced a numerically found one."""
-    kernel._set_plan(lower(kernel.mlp, kernel._shape, kernel._sampling))
+    """After a checkpoint: its basis may have replaced a numerically found one, or filled a module on "meta"."""
+    if any(tensor.is_meta for tensor in kernel.mlp.buffers()):
+        return
+    plan = lower(kernel.mlp, kernel._shape, kernel._sampling)
+    if isinstance(kernel.mlp.in_type.fibergroup, CLOSED_FORM):
+        same = np.abs(plan.fingerprint - kernel.plan.fingerprint).max(initial=0) <= 1
+        require(same, "state_dict", *ANOTHER_BASIS, RuntimeError)
+    kernel._set_plan(plan)
 
 
 class ImplicitKernel(KernelBase):
@@ -64,13 +92,17 @@ class ImplicitKernel(KernelBase):
         sampling: ``"auto" | "exact" | "exact-N" | "escnn" | "lebedev-N"``: how the MLP's activations are sampled.
             "exact" evaluates in the edge's own frame and is equivariant for every N; "escnn" is the authors' grid;
             "auto" is exact where it exists.
-        norm: ``"batch"`` or None.
+        norm: ``"batch"`` or None. ``torch.optim.swa_utils.update_bn`` passes over these norms, as over
+            :class:`IIDBatchNorm1d`: use :func:`implicit_steer.nn.update_bn`.
         activation: ``"elu" | "relu" | "silu" | "gelu" | "tanh"``.
         cutoff: radius beyond which the kernel is zero (smooth to second order), in the unit of the positions; or None.
-        aggr: ``"sum"`` or ``"mean"``: how the convolution that it is for adds over a node's edges.
+        aggr: ``"sum"`` (or PyG's word for it, ``"add"``) or ``"mean"``: how the convolution that it is for adds over a
+            node's edges.
+        width: σ at first, in the unit of the positions: about the length of an edge. Far longer edges get almost no
+            kernel.
 
     Attributes:
-        shell_width: σ, learnable, (1, 1, 1), 0.5 at first, in the unit of the positions.
+        shell_width: σ, learnable, (1, 1, 1).
         plan: the lowered :class:`~implicit_steer.plan.Plan`.
 
     Raises:
@@ -86,6 +118,7 @@ class ImplicitKernel(KernelBase):
     Source: Zhdanov, Hoffmann, Cesa, *Implicit Convolutional Kernels for Steerable CNNs*, NeurIPS 2023, section 3.
     """
 
+    @built_by_escnn
     def __init__(
         self,
         conv_in_type: FieldType,
@@ -100,24 +133,27 @@ class ImplicitKernel(KernelBase):
         activation: str = "elu",
         cutoff: float | None = None,
         aggr: str = "sum",
+        width: float = 0.5,
     ):
         super().__init__()
         check_type("conv_in_type", conv_in_type)
         gspace = conv_in_type.gspace
         require(gspace.dimensionality in (2, 3), "conv_in_type", "a space of dimension 2 or 3", gspace.dimensionality)
         check_type("conv_out_type", conv_out_type, gspace)
-        number = isinstance(cutoff, Real) and not isinstance(cutoff, bool)
-        require(cutoff is None or number, "cutoff", "a positive radius or None", repr(cutoff), kind=TypeError)
+        require(cutoff is None or _is_real(cutoff), "cutoff", "a positive radius or None", repr(cutoff), kind=TypeError)
+        require(_is_real(width), "width", "a positive length", repr(width), kind=TypeError)
+        require(0 < width < np.inf, "width", "a positive length", width)
         attributes = []
         if kernel_attr_type is not None:
             check_type("kernel_attr_type", kernel_attr_type, gspace)
             attributes = list(kernel_attr_type.representations)
+        aggr = "sum" if aggr == "add" else aggr
         shape = KernelShape(list(conv_out_type.representations), list(conv_in_type.representations), cutoff, aggr)
         fiber = fiber_space(gspace.fibergroup, gspace.name)
         check_sizes(n_layers, n_channels)
         inputs = [position_representation(gspace), *attributes]
         check_kernel(shape.out_reprs, shape.in_reprs, inputs, n_layers, n_channels)
-        tensor_reprs = [_tensor(out, into) for out in shape.out_reprs for into in shape.in_reprs]
+        tensor_reprs = [_matrices(out, into) for out in shape.out_reprs for into in shape.in_reprs]
         self.mlp = KernelMLP(
             fiber.type(*inputs),
             fiber.type(*tensor_reprs),
@@ -127,31 +163,56 @@ class ImplicitKernel(KernelBase):
             norm,
             activation,
         )
-        self.shell_width = torch.nn.Parameter(0.5 * torch.ones(1, 1, 1))
+        self.shell_width = torch.nn.Parameter(torch.full((1, 1, 1), float(width)))
         self._shape, self._sampling = shape, sampling
+        self.conv_in_type, self.conv_out_type = conv_in_type, conv_out_type
         self._find_tensors(self.mlp.linears, [(norm, norm_names(norm)) for norm in self.mlp.norms])
         self._set_plan(lower(self.mlp, shape, sampling))
         self.register_load_state_dict_post_hook(_lower_again)
+
+    def check_equivariance(self, atol: float = 1e-4, rtol: float = 1e-4) -> Errors:
+        """Compare K(g x, ρ_a(g) a) with ρ_out(g) K(x, a) ρ_in(g)⁻¹ for 10 random elements g of the group, random points
+        x and attributes a, in evaluation mode.
+
+        Returns:
+            [(g, relative error)], in the norm over all points.
+
+        Raises:
+            AssertionError: a number that differs by more than ``atol + rtol · |value|``.
+        """
+        with in_mode(self, False), torch.no_grad():
+            points = self.random_points(20)
+            expected = self._at(points)
+            inverse = lambda g: torch.as_tensor(self.conv_in_type.representation(~g)).to(expected)  # noqa: E731
+
+            def pair(g: GroupElement) -> tuple[Tensor, Tensor]:
+                actual = self._at(transform(points, self.mlp.in_type, g))
+                return actual, transform(expected, self.conv_out_type, g) @ inverse(g)
+
+            return compare(self.conv_in_type.gspace, pair, atol, rtol)
+
+    def random_points(self, n: int) -> Tensor:
+        """(n, dim + A): positions where the kernel is neither 0 nor constant, and attributes."""
+        points = torch.randn(n, self._dim + self.n_attributes, **like(self))
+        radius = float(self.shell_width) if self.plan.cutoff is None else self.plan.cutoff / 3
+        points[:, : self._dim] *= radius
+        return points
+
+    def _at(self, points: Tensor) -> Tensor:
+        pos, attributes = points[:, : self._dim], points[:, self._dim :]
+        return self(pos.contiguous(), attributes.contiguous() if self.n_attributes else None)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         check_basis(self.mlp, state_dict, prefix + "mlp.")  # before anything is copied
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def trivial_bias(out_type: FieldType) -> Tensor:
-    """(C_out, n) columns that add a constant to each trivial irrep of the output."""
-    columns, start = [], 0
-    for r in out_type.representations:
-        position = 0
-        for ident in r.irreps:
-            irrep = r.group.irrep(*ident)
-            if irrep.is_trivial():
-                column = torch.zeros(out_type.size)
-                column[start : start + r.size] = torch.tensor(r.change_of_basis[:, position], dtype=column.dtype)
-                columns.append(column)
-            position += irrep.size
-        start += r.size
-    return torch.stack(columns, 1) if columns else torch.zeros(out_type.size, 0)
+def trivial_bias(out_type: FieldType, bias: bool) -> Tensor:
+    """(C_out, n), float64: columns that add a constant to each trivial irrep of the output; none without ``bias``."""
+    require(isinstance(bias, bool), "bias", "True or False", repr(bias), kind=TypeError)
+    if not bias:
+        return torch.zeros(out_type.size, 0)
+    return torch.from_numpy(block_diag(*(invariants(r) for r in out_type.representations)))
 
 
 class CheckedBias(Biased):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import escnn.nn as enn
+import numpy as np
 import torch
+from escnn.group import Representation
 from torch import nn
 
 from .. import layers
@@ -14,7 +16,8 @@ from ..deploy.convert import Converter, adopt, converts
 from ..layers.kernel import NORM_TENSORS
 from ..lowering import lower_expansion
 from .activation import FourierActivation
-from .batch_norm import IIDBatchNorm1d, channels_by_kind, field_kinds
+from .batch_norm import IIDBatchNorm1d, channels_by_kind, constants_by_kind, field_kinds
+from .gate import Gate
 from .grid_conv import ImplicitConv
 from .kernel import CheckedBias, ImplicitKernel
 from .mlp import Linear
@@ -46,12 +49,17 @@ def _kernel(kernel: ImplicitKernel, convert: Converter) -> layers.ImplicitKernel
 
 def _with_bias(plain: layers.kernel.Biased, conv: CheckedBias) -> layers.kernel.Biased:
     if conv.bias is not None:
-        adopt(plain, {"bias": conv.bias, "bias_expansion": conv.bias_expansion})
+        adopt(plain, {"bias": conv.bias})
+        plain.adopt_exact(conv)
     return plain
 
 
 @converts(*_POINT_CONVS)
 def _point_conv(conv: ImplicitPointConv, convert: Converter) -> layers.ImplicitPointConv:
+    own = conv.bias is None or any(owner is conv for owner, *_ in conv.implicit_kernel._tensors)
+    remedy = "Give each convolution a kernel of its own, since the operator adds the bias of only one."
+    name = f"{remedy} {convert.name(conv)}.implicit_kernel"
+    require(own, name, "a kernel of this convolution", "that of another one", kind=TypeError)
     plain = _POINT_CONVS[type(conv)](
         in_type=convert(conv.in_type),
         out_type=convert(conv.out_type),
@@ -68,12 +76,13 @@ def _grid_conv(conv: ImplicitConv, convert: Converter) -> layers.ImplicitConv:
         in_type=convert(conv.in_type),
         out_type=convert(conv.out_type),
         implicit_kernel=convert(conv.implicit_kernel),
-        grid=conv.grid.double().cpu().numpy(),
+        grid=conv.exact("grid").numpy(),
         padding=conv.padding,
         stride=conv.stride,
         dilation=conv.dilation,
         padding_mode=conv.padding_mode,
         n_bias=conv.n_bias,
+        moved_axes=conv.moved_axes,
     )
     return _with_bias(plain, conv)
 
@@ -81,7 +90,14 @@ def _grid_conv(conv: ImplicitConv, convert: Converter) -> layers.ImplicitConv:
 @converts(FourierActivation)
 def _activation(activation: FourierActivation, convert: Converter) -> layers.FourierActivation:
     samples, inverse_t = (m.numpy() for m in activation._merged.exact)
-    return layers.FourierActivation(convert(activation.in_type), activation.function, samples, inverse_t.T)
+    fields, function = convert(activation.in_type), activation.function
+    return layers.FourierActivation(fields, function, samples, inverse_t.T, activation._vector)
+
+
+@converts(Gate)
+def _gate(gate: Gate, convert: Converter) -> layers.GatedFields:
+    types = convert(gate.in_type), convert(gate.out_type)
+    return layers.GatedFields(*types, gate.function, gate.gate, gate._fields)
 
 
 @converts(IIDBatchNorm1d, enn.IIDBatchNorm1d, enn.IIDBatchNorm2d, enn.IIDBatchNorm3d)
@@ -97,9 +113,12 @@ def _batch_norm(norm: enn.IIDBatchNorm1d, convert: Converter) -> layers.IIDBatch
         affine=norm.affine,
         track_running_stats=norm.track_running_stats,
     )
-    names = ("weight", "bias", "running_mean", "running_var", "average", "basis")
-    for state, kind in zip(plain.kinds, kinds, strict=True):
-        adopt(state, dict(zip(names, kind[1:], strict=True)))
+    names = ("weight", "bias", "running_mean", "running_var")
+    for state, kind, constants in zip(plain.kinds, kinds, constants_by_kind(norm), strict=True):
+        adopt(state, dict(zip(names, kind[1:5], strict=True)))
+        for name, exact in zip(("average", "basis"), constants, strict=True):
+            if exact is not None:
+                state.set_exact(name, exact, kind.var.dtype)
     adopt(plain, {"num_batches_tracked": norm.num_batches_tracked})
     return plain
 
@@ -109,7 +128,7 @@ def _check_expanded(module: nn.Module, matrix: torch.Tensor) -> None:
     expanded = getattr(module, "matrix", None)
     fresh = module.training or expanded is None or torch.allclose(expanded, matrix, rtol=1e-4, atol=1e-6)
     remedy = "Call .train() and .eval() on it, which expands its weights again."
-    require(fresh, type(module).__name__, "a matrix that its weights give", "another one", remedy)
+    require(fresh, f"{remedy} {type(module).__name__}", "a matrix that its weights give", "another one")
 
 
 @converts(enn.Linear, Linear)
@@ -155,3 +174,71 @@ def _elu(module: enn.ELU, convert: Converter) -> nn.ELU:
 @converts(enn.LeakyReLU)
 def _leaky_relu(module: enn.LeakyReLU, convert: Converter) -> nn.LeakyReLU:
     return nn.LeakyReLU(module._negative_slope)
+
+
+# ---- escnn's poolings
+
+_POOLINGS = {
+    enn.PointwiseAdaptiveAvgPool2D: nn.AdaptiveAvgPool2d,
+    enn.PointwiseAdaptiveAvgPool3D: nn.AdaptiveAvgPool3d,
+    enn.PointwiseAdaptiveMaxPool2D: nn.AdaptiveMaxPool2d,
+    enn.PointwiseAdaptiveMaxPool3D: nn.AdaptiveMaxPool3d,
+    enn.PointwiseAvgPool2D: nn.AvgPool2d,
+    enn.PointwiseAvgPool3D: nn.AvgPool3d,
+    enn.PointwiseMaxPool2D: nn.MaxPool2d,
+    enn.PointwiseMaxPool3D: nn.MaxPool3d,
+}
+_WINDOW = ("output_size", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
+
+
+@converts(*_POOLINGS)
+def _pooling(pool: enn.EquivariantModule, convert: Converter) -> nn.Module:
+    return _POOLINGS[type(pool)](**{name: getattr(pool, name) for name in _WINDOW if hasattr(pool, name)})
+
+
+def _blur(pool: enn.EquivariantModule, padding: tuple[int, ...], convert: Converter) -> layers.Blur:
+    plain = layers.Blur(convert(pool.in_type), tuple(pool.filter.shape[2:]), pool.stride, padding)
+    adopt(plain, {"filter": pool.filter})
+    return plain
+
+
+@converts(enn.PointwiseAvgPoolAntialiased2D, enn.PointwiseAvgPoolAntialiased3D)
+def _antialiased_average(pool: enn.EquivariantModule, convert: Converter) -> layers.Blur:
+    return _blur(pool, pool.padding, convert)
+
+
+@converts(enn.PointwiseMaxPoolAntialiased2D, enn.PointwiseMaxPoolAntialiased3D)
+def _antialiased_maximum(pool: enn.EquivariantModule, convert: Converter) -> nn.Sequential:
+    maximum = nn.MaxPool2d if pool.d == 2 else nn.MaxPool3d
+    dense = maximum(pool.kernel_size, 1, pool.padding, pool.dilation, ceil_mode=pool.ceil_mode)
+    return nn.Sequential(dense, _blur(pool, pool._pad, convert))
+
+
+def _field_numbers(kind: enn.FieldType) -> np.ndarray:
+    """(C,) the field of every channel."""
+    sizes = [r.size for r in kind.representations]
+    return np.repeat(np.arange(len(sizes)), sizes)
+
+
+def _subfield(representation: Representation) -> int:
+    """Size of the subfields that escnn's ``InducedNormPool`` takes the norms of."""
+    (name,) = (name for name in representation.supported_nonlinearities if name.startswith("induced_norm"))
+    return int(name.split("_")[-1])
+
+
+@converts(enn.GroupPooling, enn.NormPool, enn.InducedNormPool)
+def _field_pool(pool: enn.EquivariantModule, convert: Converter) -> layers.FieldPool:
+    part = {enn.GroupPooling: lambda r: 1, enn.NormPool: lambda r: r.size, enn.InducedNormPool: _subfield}[type(pool)]
+    return layers.FieldPool(
+        in_type=convert(pool.in_type),
+        out_type=convert(pool.out_type),
+        field=_field_numbers(pool.in_type),
+        parts=np.array([part(r) for r in pool.in_type.representations], dtype=np.int64),
+        norm=not isinstance(pool, enn.GroupPooling),
+    )
+
+
+@converts(enn.NormMaxPool)
+def _norm_max_pool(pool: enn.NormMaxPool, convert: Converter) -> layers.NormMaxPool:
+    window = {name: getattr(pool, name) for name in _WINDOW if hasattr(pool, name)}
+    return layers.NormMaxPool(convert(pool.in_type), _field_numbers(pool.in_type), **window)

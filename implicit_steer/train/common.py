@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from .. import processes
 from .._check import fail, parse_sampling, require
 from .._extras import load_extra
+from .._files import CHMOD, replacing
 from ..backends import NAMES as BACKEND_NAMES
 
 # Of a run, in its folder.
@@ -228,7 +229,9 @@ def check_folder(out: Path, options: RunOptions) -> None:
     remedy = "The checkpoint is damaged: start again with --overwrite."
     try:
         saved = torch.load(last, map_location="cpu", weights_only=True)["options"]
-    except (RuntimeError, EOFError, OSError, KeyError) as error:
+    except PermissionError as error:
+        fail(str(last), "a checkpoint that may be read", error.strerror, f"{CHMOD}.", PermissionError)
+    except (RuntimeError, EOFError, OSError, KeyError, UnpicklingError) as error:
         fail(str(last), "a checkpoint of a training run", error, remedy)
     for name, value in options.identity().items():
         require(saved.get(name) == value, name, f"{saved.get(name)!r} as in the run to resume", repr(value))
@@ -236,6 +239,5 @@ def check_folder(out: Path, options: RunOptions) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write ``content``; ``path`` appears complete or not at all."""
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())

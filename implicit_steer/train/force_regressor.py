@@ -43,7 +43,7 @@ class ForceRegressor(Task):
         """Mean |ΔE| / N (eV per atom) and mean |ΔF| over components (eV/Å)."""
         predicted = self.potential.predict(batch, create_graph=create_graph)
         atoms = torch.bincount(batch.batch, minlength=batch.num_graphs)
-        energy = l1_loss(predicted.energy / atoms, (batch.energy / atoms).to(predicted.energy.dtype))
+        energy = l1_loss(predicted.energy / atoms, batch.energy.double() / atoms)  # float64, as predicted.energy
         return energy, l1_loss(predicted.forces, batch.forces)
 
     def on_train_epoch_start(self) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import native
 from .._check import require
+from .._transforms import one_by_one
 from ..plan import Plan
 from . import dense, launch
 
@@ -276,6 +277,7 @@ def _register() -> None:
         for key in ("CPU", "CUDA"):
             _library.impl(name, kernel, key)
         torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
+        one_by_one(name)
         if gradient is not None:
             qualified = f"{_NAMESPACE}::{name}"
             torch.library.register_autograd(qualified, gradient, setup_context=_save, lib=_library)

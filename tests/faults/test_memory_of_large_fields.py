@@ -80,10 +80,11 @@ def test_the_matrix_of_many_biases_counts(limit):
         ImplicitPointConv(fields, fields, None, 3, 8)
 
 
-def test_a_limit_that_is_no_number(limit):
-    limit("much")
+@pytest.mark.parametrize("value", ["much", "nan", "0"])
+def test_a_limit_that_is_no_number(value, limit):
+    limit(value)
     fields = regular(gspaces.rot2dOnR2(2))
-    with pytest.raises(ValueError, match=rf"\${LIMIT}: expected a number of GB, got 'much'"):
+    with pytest.raises(ValueError, match=rf"\${LIMIT}: expected a number of GB > 0, got '{value}'"):
         ImplicitPointConv(fields, fields, None, 3, 8)
 
 

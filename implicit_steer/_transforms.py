@@ -1,0 +1,106 @@
+"""What looks on besides plain autograd. Batches work: those of ``torch.func.vmap``, and those of batched gradients,
+``torch.autograd.grad(..., is_grads_batched=True)``, an older vmap by which ``torch.autograd.functional.jacobian`` and
+``hessian`` vectorise. Derivatives of ``torch.func`` and of forward mode are errors.
+
+Under both vmaps an operator is called once for each entry of the batch, and what it gives is stacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_batchedtensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ._check import fail, require
+
+_NAMESPACE = "implicit_steer"
+_LIBRARY = torch.library.Library(_NAMESPACE, "IMPL")  # what it registers lives as long as it does
+_LEVELS = range(1, 65)  # by which the older vmap numbers batches of batches
+
+# ---- derivatives
+
+
+def is_differentiated() -> bool:
+    """Whether torch.func differentiates (grad, vjp, jvp, jacrev, jacfwd, hessian)."""
+    return any(t.key() in (TransformType.Grad, TransformType.Jvp) for t in get_interpreter_stack() or ())
+
+
+def have_tangents(tensors: Sequence[Tensor]) -> bool:
+    """Whether forward mode differentiates one of them."""
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def refuse_derivatives(*tensors: Tensor) -> None:
+    """Raise where something else than autograd would differentiate a backward pass that reads these tensors, and would
+    get 0."""
+    if is_differentiated() or have_tangents(tensors):
+        expected = "a backward pass that torch.autograd alone differentiates"
+        remedy = "Use torch.autograd.grad with create_graph=True; or, of a convolution, backend='reference'."
+        fail("grad_outputs", expected, "one under torch.func or forward mode", remedy, RuntimeError)
+
+
+# ---- batches
+
+
+def one_by_one(name: str) -> None:
+    """Let an operator of tensors, lists of tensors and numbers run under both vmaps."""
+    operator = getattr(torch.ops.implicit_steer, name).default
+
+    def rule(info, dims, *arguments):
+        return _stacked(operator, info.batch_size, arguments, dims), 0
+
+    torch.library.register_vmap(f"{_NAMESPACE}::{name}", rule)
+    # PyTorch's own loop for the older vmap knows no lists of tensors.
+    _LIBRARY.impl(name, partial(_of_older_vmap, operator), "Batched")
+
+
+def _stacked(operator: Callable, size: int, arguments: Any, dims: Any) -> Any:
+    """What the operator gives for each of ``size`` entries, stacked. ``dims``: of every argument the dimension along
+    which they lie, None where all share it."""
+    require(size > 0, "vmap", "a batch of at least one entry", "none", kind=RuntimeError)
+
+    def entry(n: int) -> Any:
+        return tree_map(lambda a, dim: a if dim is None else a.select(dim, n).contiguous(), arguments, dims)
+
+    return tree_map(lambda *parts: torch.stack(parts), *(operator(*entry(n)) for n in range(size)))
+
+
+def _of_older_vmap(operator: Callable, *arguments: Any) -> Any:
+    """The rule of the older vmap, which tensors tell by themselves: a backward pass may run in another thread."""
+    # PyTorch gives a tensor its levels in ascending order, so the last one goes first.
+    level = max(map(_last_level, tree_leaves(arguments)))
+    batches = tree_map(lambda a: _batch(a, level), arguments)
+    size = next(len(batch) for batch in tree_leaves(batches) if batch is not None)
+    whole = tree_map(lambda a, batch: a if batch is None else batch, arguments, batches)
+    found = _stacked(operator, size, whole, tree_map(lambda batch: None if batch is None else 0, batches))
+    return tree_map(lambda t: torch._add_batch_dim(t, 0, level), found)
+
+
+def _is_batched(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and is_legacy_batchedtensor(argument)
+
+
+def _batch(argument: Any, level: int) -> Tensor | None:
+    """The tensor with its batch of this level in front; None where it has none."""
+    if not _is_batched(argument):
+        return None
+    batch = torch._remove_batch_dim(argument, level, 0, 0)  # without such a batch, the tensor expanded to size 0
+    return batch if len(batch) else None
+
+
+def _last_level(argument: Any) -> int:
+    """Of a tensor's batches; 0 where it has none."""
+    last = 0
+    for level in _LEVELS:
+        if not _is_batched(argument):
+            break
+        batch = _batch(argument, level)
+        if batch is not None:
+            argument, last = batch, level
+    return last

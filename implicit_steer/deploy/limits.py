@@ -1,0 +1,50 @@
+"""What a file may ask for: no more than its tensors account for. Its sizes are numbers that anyone can write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .._check import require
+from ..plan import Data, Linear, Plan
+
+# Numbers that a matrix of a plan may have per number of the file. Networks of the experiments have up to 4, wide layers
+# of regular fields of large finite groups some hundreds.
+_PER_NUMBER = 1000
+_CREATE = (torch.empty, torch.full, torch.ones, torch.zeros)
+
+
+class Placeholders(TorchFunctionMode):
+    """Within it parameters and buffers are made on device meta, where they take no memory: the file's tensors replace
+    them. Together they may have as many numbers as these, ``state``; the first one beyond is a ``ValueError``."""
+
+    def __init__(self, state: Iterable[Tensor]):
+        super().__init__()
+        self._all = self._left = sum(tensor.numel() for tensor in state)
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function not in _CREATE:
+            return function(*args, **(kwargs or {}))
+        made = function(*args, **(kwargs or {}) | {"device": "meta"})
+        self._left -= made.numel()
+        require(self._left >= 0, "sizes", f"parameters and buffers of {self._all} numbers, as in the file", "more")
+        return made
+
+
+def check_size(piece: Data, numbers: int) -> None:
+    """Raise unless a file of so many ``numbers`` accounts for the matrices of a piece of a plan."""
+    if isinstance(piece, Linear):
+        size = piece.in_size * piece.out_size
+        size += sum(len(block.out_start) * len(block.in_start) * block.basis.size for block in piece.blocks)
+    elif isinstance(piece, Plan):
+        size = piece.in_size + piece.out_size
+    else:
+        return
+    most = _PER_NUMBER * (_PER_NUMBER + numbers)
+    require(size <= most, "sizes", f"a {type(piece).__name__} of at most {most} numbers", size)

@@ -1,0 +1,37 @@
+"""Building modules with escnn, whatever PyTorch's defaults are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+from torch._guards import detect_fake_mode
+
+from .._check import require
+
+
+def built_by_escnn(init: Callable) -> Callable:
+    """Of a module's ``__init__`` that builds parts of escnn's: the module has PyTorch's default dtype and device, as
+    torch's own modules have.
+
+    escnn's bases, which it keeps for the whole process, are made in float32 on the CPU. A module on device "meta" gets
+    its numbers, the bases included, by ``load_state_dict(..., assign=True)``. Under ``FakeTensorMode`` building is
+    refused.
+    """
+
+    @wraps(init)
+    def build(self, *args, **options) -> None:
+        remedy = "Build it outside of FakeTensorMode, or under torch.device('meta')."
+        require(detect_fake_mode() is None, type(self).__name__, "real tensors", "fake ones", remedy, RuntimeError)
+        dtype, device = torch.get_default_dtype(), torch.get_default_device()
+        torch.set_default_dtype(torch.float32)
+        try:
+            with torch.device("cpu"):
+                init(self, *args, **options)
+        finally:
+            torch.set_default_dtype(dtype)
+        if (device.type, dtype) != ("cpu", torch.float32):
+            self.to(device, dtype)
+
+    return build

@@ -1,0 +1,130 @@
+"""What makes the modules here escnn's ``EquivariantModule``: shapes, export, and checks with random elements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from escnn.group import GroupElement
+from escnn.gspaces import GSpace
+from escnn.nn import EquivariantModule, FieldType, GeometricTensor
+from torch import Tensor
+
+from .._check import fail, require
+from .._modules import NoTorchScript, in_mode
+
+ELEMENTS = 10  # random ones of a check
+Errors = list[tuple[GroupElement, float]]
+
+
+def check_input(x: Any, kind: FieldType) -> None:
+    """Raise unless ``x`` is a GeometricTensor of ``kind``."""
+    if not isinstance(x, GeometricTensor) or (x.type is not kind and x.type != kind):
+        fail("x", f"a GeometricTensor of {kind}", getattr(x, "type", type(x)), kind=TypeError)
+
+
+def check_shape(shape: Any, kind: FieldType) -> tuple[int, ...]:
+    """``shape`` as a tuple; raise unless it is one of features of ``kind``."""
+    right = len(shape) > 1 and shape[1] == kind.size
+    require(right, "input_shape", f"(*, {kind.size}, ...)", tuple(shape))
+    return tuple(shape)
+
+
+def transform(x: Tensor, kind: FieldType, element: GroupElement) -> Tensor:
+    """ρ(g) x for features x (N, C, ...) of ``kind``, in the precision of x."""
+    matrix = torch.as_tensor(kind.representation(element), dtype=x.dtype, device=x.device)
+    return torch.einsum("oi,ni...->no...", matrix, x)
+
+
+def compare(
+    gspace: GSpace,
+    pair: Callable[[GroupElement], tuple[Tensor, Tensor]],
+    atol: float,
+    rtol: float,
+    elements: list[GroupElement] | None = None,
+) -> Errors:
+    """[(g, ‖f(g x) − g f(x)‖ / ‖f(x)‖)] over random elements g of the group.
+
+    Args:
+        gspace: of the fields.
+        pair: g → (f(g x), g f(x)).
+        atol, rtol: AssertionError unless ``|f(g x) − g f(x)| ≤ atol + rtol |g f(x)|`` everywhere, as
+            ``numpy.allclose`` has it.
+        elements: None for 10 of ``gspace.fibergroup.sample()``.
+    """
+    errors: Errors = []
+    group = gspace.fibergroup
+    for element in elements or [group.sample() for _ in range(ELEMENTS)]:
+        actual, expected = pair(element)
+        error = float((actual - expected).norm() / expected.norm().clamp(min=torch.finfo(expected.dtype).tiny))
+        worst = float((actual - expected).abs().max()) if actual.numel() else 0.0
+        if not torch.allclose(actual, expected, rtol=rtol, atol=atol):
+            errors = f"relative error {error:.1e}, largest difference {worst:.1e}"
+            raise AssertionError(f"not equivariant for the element {element} of {group}: {errors}")
+        errors.append((element, error))
+    return errors
+
+
+class Steerable(NoTorchScript, EquivariantModule):
+    """A module from the features of points to features of the same points, as escnn's modules are.
+
+    A subclass has ``in_type`` and ``out_type`` and maps GeometricTensors (N, C, ...) point by point.
+    """
+
+    in_type: FieldType
+    out_type: FieldType
+
+    def evaluate_output_shape(self, input_shape: tuple) -> tuple:
+        """(N, C_in, ...) → (N, C_out, ...)."""
+        n, _, *space = check_shape(input_shape, self.in_type)
+        return n, self.out_type.size, *space
+
+    def check_equivariance(self, atol: float = 1e-4, rtol: float = 1e-4) -> Errors:
+        """Compare f(g x) with g f(x) for 10 random elements g of the group and random features x, in evaluation mode.
+
+        Returns:
+            [(g, relative error)], in the norm over all features.
+
+        Raises:
+            AssertionError: a number that differs by more than ``atol + rtol · |value|``.
+        """
+        with in_mode(self, False), torch.no_grad():
+            return self._check(atol, rtol)
+
+    def _check(self, atol: float, rtol: float) -> Errors:
+        x = torch.randn(20, self.in_type.size, **like(self))
+        coords = x.new_zeros(20, self.in_type.gspace.dimensionality)
+
+        def run(x: Tensor) -> Tensor:
+            given = GeometricTensor(x, self.in_type, coords) if coords.shape[1] else GeometricTensor(x, self.in_type)
+            return self(given).tensor
+
+        expected = run(x)
+
+        def pair(g: GroupElement) -> tuple[Tensor, Tensor]:
+            return run(transform(x, self.in_type, g)), transform(expected, self.out_type, g)
+
+        return compare(self.in_type.gspace, pair, atol, rtol)
+
+    def export(self) -> NoReturn:
+        """Raise: there are :func:`implicit_steer.save`, whose files need no escnn, and ``torch.export``."""
+        refuse_export(self)
+
+
+def like(module: torch.nn.Module) -> dict[str, Any]:
+    """dtype and device of a module's numbers, for tensors to call it with; float64 where it has none."""
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if tensor.is_floating_point():
+            wide = tensor.dtype if tensor.dtype == torch.float64 else torch.float32
+            return {"dtype": wide, "device": tensor.device}
+    return {"dtype": torch.float64, "device": None}
+
+
+def refuse_export(module: torch.nn.Module) -> NoReturn:
+    """The error of escnn's ``export()``."""
+    remedy = (
+        "Plain PyTorch without escnn: implicit_steer.save(module, path), then implicit_steer.load(path). A program: "
+        "torch.export.export."
+    )
+    fail(f"{type(module).__name__}.export", "another way to deploy", "escnn's export()", remedy, RuntimeError)
