@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from . import _require_escnn  # noqa: F401
+
+# isort: split
 import numpy as np
 import torch
 from escnn.group import Group, GroupElement, _numerical

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from . import _require_escnn  # noqa: F401
+
+# isort: split
 import numpy as np
 from escnn.group import Representation
 

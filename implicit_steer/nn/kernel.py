@@ -20,7 +20,7 @@ from ..lowering import KernelShape, lower
 from ..sampling import invariants, is_orthogonal
 from .building import built_by_escnn
 from .equivariant import Errors, compare, like, transform
-from .mlp import ANOTHER_BASIS, CLOSED_FORM, KernelMLP, check_basis, fiber_space, norm_names
+from .mlp import ANOTHER_BASIS, CLOSED_FORM, KernelMLP, check_basis, check_sizes, fiber_space, norm_names
 from .size import check_kernel
 
 
@@ -150,6 +150,7 @@ class ImplicitKernel(KernelBase):
         aggr = "sum" if aggr == "add" else aggr
         shape = KernelShape(list(conv_out_type.representations), list(conv_in_type.representations), cutoff, aggr)
         fiber = fiber_space(gspace.fibergroup, gspace.name)
+        check_sizes(n_layers, n_channels)
         inputs = [position_representation(gspace), *attributes]
         check_kernel(shape.out_reprs, shape.in_reprs, inputs, n_layers, n_channels)
         tensor_reprs = [_matrices(out, into) for out in shape.out_reprs for into in shape.in_reprs]

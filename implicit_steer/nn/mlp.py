@@ -131,6 +131,12 @@ def _lower_linear(linear: Linear, *_) -> None:
         linear._expansion = Expansion(linear.lowered)
 
 
+def check_sizes(n_layers: int, n_channels: int) -> None:
+    """Raise ``ValueError`` unless both are positive integers."""
+    for name, value in (("n_layers", n_layers), ("n_channels", n_channels)):
+        require_integer(name, value, 1)
+
+
 class KernelMLP(Steerable):
     """Equivariant MLP: Linear, Fourier activation (and batch norm) ``n_layers − 1`` times, then a Linear.
 
@@ -160,8 +166,7 @@ class KernelMLP(Steerable):
         activation: str = "elu",
     ):
         super().__init__()
-        for name, value in (("n_layers", n_layers), ("n_channels", n_channels)):
-            require_integer(name, value, 1)
+        check_sizes(n_layers, n_channels)
         require(init_scheme in _INIT, "init_scheme", f"one of {_INIT}", repr(init_scheme))
         require(norm in ("batch", None), "norm", "'batch' or None", repr(norm))
         require(activation in FUNCTIONS, "activation", f"one of {FUNCTIONS}", repr(activation))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections import Counter
@@ -13,7 +14,7 @@ import numpy as np
 from escnn.group import O3, SO3, Representation
 
 from .. import sampling as sp
-from .._check import fail
+from .._check import fail, require
 
 _BASIS = 16  # bytes per number of a sampled basis (n_b, o, i): two copies in float32, one in float64
 _TENSOR = 56  # per number of the change of basis of a tensor product, while escnn makes it
@@ -58,7 +59,11 @@ def check_kernel(
             sparse += 16 * (nonzeros + products * n_hidden) * n_in + slots * n_in * n_hidden * n_out
     if dense < sparse and not isinstance(group, SO3 | O3):  # as Plan.dense_coupling chooses
         needed += packed
-    _check("conv_in_type, conv_out_type", needed)
+    name, total = "conv_in_type, conv_out_type", sum(needed.values())
+    _check(name, needed)
+    if total > _LONG:
+        message = f"{name}: this layer takes about {total / 1e9:.3g} GB to build, and may take minutes."
+        warnings.warn(message, stacklevel=3)
 
 
 def _name(into: Representation, out: Representation) -> str:
@@ -103,9 +108,6 @@ def _check(name: str, needed: dict[str, float]) -> None:
             "Take irreps in place of regular fields, smaller or fewer fields, or fewer channels; "
             f"${_VARIABLE} sets another limit than half of the memory.",
         )
-    if total > _LONG:
-        message = f"{name}: this layer takes about {total / 1e9:.0f} GB to build, and may take minutes."
-        warnings.warn(message, stacklevel=4)
 
 
 def _limit() -> float:
@@ -113,9 +115,11 @@ def _limit() -> float:
     given = os.environ.get(_VARIABLE)
     if given is not None:
         try:
-            return 1e9 * float(given)
+            limit = 1e9 * float(given)
         except ValueError:
-            fail(f"${_VARIABLE}", "a number of GB", repr(given))
+            limit = math.nan
+        require(limit > 0, f"${_VARIABLE}", "a number of GB > 0", repr(given))
+        return limit
     texts = [Path(file).read_text().strip() for file in _CONTAINER if Path(file).exists()]
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min([machine, *(int(text) for text in texts if text.isdigit())]) / 2
