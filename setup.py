@@ -1,15 +1,18 @@
 """Builds the native extension with CMake and ninja.
 
 ``IMPLICIT_STEER_NATIVE`` decides what happens: ``auto`` (default) builds it where a compiler, CMake and ninja are
-found and otherwise installs pure Python with a warning; ``require`` fails instead; ``off`` never builds it.
-``IMPLICIT_STEER_CUDA`` decides likewise about its CUDA kernels, which need nvcc; ``IMPLICIT_STEER_CUDA_ARCHITECTURES``,
-like ``"80 90"``, what they are compiled for.
+found and otherwise installs pure Python, whose version says so, since pip shows nothing else of a build that succeeds;
+``require`` fails instead; ``off`` never builds it.
+``IMPLICIT_STEER_CUDA`` decides likewise about its CUDA kernels, which need nvcc: ``auto`` compiles them for the GPUs of
+this machine, and not at all where there is none; ``require`` without GPUs for every architecture in CMakeLists.txt;
+``IMPLICIT_STEER_CUDA_ARCHITECTURES``, like ``"80 90"``, says instead what they are compiled for.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -22,6 +25,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "implicit_steer"
 LIBRARIES = ("_ops.so", "libimplicit_steer_cuda.so")  # independent of Python, so without its suffix
+RECORD = "_not_built.txt"  # beside them: what native.py tells where they are not
+NOT_BUILT = "+native.extension.not.built"  # the version's local part then
+OLDEST_GPU = 80  # compute capability, without the point, of the oldest GPUs that the kernels are written for
 
 
 def missing_tools() -> list[str]:
@@ -41,23 +47,58 @@ def mode_of(variable: str) -> str:
     return mode
 
 
+def gpus() -> list[str]:
+    """Compute capabilities of this machine's GPUs, without the point, like ``["80", "90"]``."""
+    import torch
+
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        printed = subprocess.run(query, check=True, capture_output=True, text=True, timeout=15).stdout
+        found = re.findall(r"^\s*(\d+)\.(\d)\s*$", printed, re.MULTILINE)
+    except subprocess.TimeoutExpired:  # a driver that hangs would stop torch, too
+        found = []
+    except (OSError, subprocess.CalledProcessError):  # without nvidia-smi, or with one that knows no compute_cap
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        found = [torch.cuda.get_device_capability(device) for device in range(count)]
+    return sorted({f"{major}{minor}" for major, minor in found}, key=int)
+
+
+def cuda_definitions() -> dict[str, str]:
+    """What CMake is told about the CUDA kernels."""
+    mode, wanted = mode_of("IMPLICIT_STEER_CUDA"), os.environ.get("IMPLICIT_STEER_CUDA_ARCHITECTURES", "").split()
+    if mode == "off" or wanted:
+        found = wanted
+    else:
+        found = gpus()
+        wanted = [capability for capability in found if int(capability) >= OLDEST_GPU]
+    if mode == "auto" and not wanted:
+        print(
+            f"CUDA kernels: not built. They are for GPUs of compute capability {OLDEST_GPU} or newer; here: "
+            f"{', '.join(found) or 'no GPU'}. IMPLICIT_STEER_CUDA=require builds them all the same, with nvcc; "
+            'IMPLICIT_STEER_CUDA_ARCHITECTURES="80 90" says for which.',
+            flush=True,
+        )
+        mode = "off"
+    return {"CUDA_KERNELS": mode} | ({"CUDA_ARCHITECTURES": ";".join(wanted)} if wanted else {})
+
+
 class CMakeBuild(build_ext):
     """CMake builds the shared object into the package folder."""
 
     def run(self) -> None:
         """Build, or not, as ``IMPLICIT_STEER_NATIVE`` says."""
-        mode = mode_of("IMPLICIT_STEER_NATIVE")
-        for output in self.outputs():  # of an earlier build: neither shipped nor loaded by a build without them
+        for output in (*self.outputs(), self.record()):  # of an earlier build: neither shipped nor read by another one
             output.unlink(missing_ok=True)
-        if mode == "off":
+        if MODE != "off" and not MISSING:
+            self.build_native()
             return
-        if missing := missing_tools():
-            message = f"native extension: not built, this machine lacks {', '.join(missing)}."
-            if mode == "require":
-                raise SystemExit(f"{message} IMPLICIT_STEER_NATIVE=require asks for it.")
+        message = f"native extension: not built, this machine lacks {', '.join(MISSING)}."
+        if MODE == "require":
+            raise SystemExit(f"{message} IMPLICIT_STEER_NATIVE=require asks for it.")
+        if MODE == "auto":
             self.warn(f"{message} {PACKAGE} is installed as pure Python; install what is missing and reinstall.")
-            return
-        self.build_native()
+        self.record().parent.mkdir(parents=True, exist_ok=True)
+        self.record().write_text("off" if MODE == "off" else ", ".join(MISSING), encoding="utf-8")
 
     def build_native(self) -> None:
         """Configure and build; ``SystemExit`` where that fails."""
@@ -69,11 +110,10 @@ class CMakeBuild(build_ext):
             "PACKAGE_VERSION": self.distribution.get_version(),
             "TORCH_DIR": Path(torch.__file__).parent,
             "TORCH_VERSION": torch.__version__,
-            "CUDA_KERNELS": mode_of("IMPLICIT_STEER_CUDA"),
+            **cuda_definitions(),
         }
-        if architectures := os.environ.get("IMPLICIT_STEER_CUDA_ARCHITECTURES"):
-            definitions["CUDA_ARCHITECTURES"] = ";".join(architectures.split())
-        configure = [f"-D{name}={value}" for name, value in definitions.items()]
+        # Without those of an earlier build, which CMake would remember.
+        configure = ["-UCUDA_ARCHITECTURES", *(f"-D{name}={value}" for name, value in definitions.items())]
         try:
             subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *configure], check=True)
             subprocess.run(["cmake", "--build", build], check=True)
@@ -87,6 +127,9 @@ class CMakeBuild(build_ext):
 
     def outputs(self) -> list[Path]:
         return [self.package_folder() / name for name in LIBRARIES]
+
+    def record(self) -> Path:
+        return self.package_folder() / RECORD
 
     def get_outputs(self) -> list[str]:
         return [str(output) for output in self.outputs() if output.exists()]
@@ -107,4 +150,9 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2] if native else "any"
 
 
-setup(ext_modules=[Extension(f"{PACKAGE}._ops", sources=[])], cmdclass={"bdist_wheel": Wheel, "build_ext": CMakeBuild})
+MODE, MISSING = mode_of("IMPLICIT_STEER_NATIVE"), missing_tools()
+setup(
+    ext_modules=[Extension(f"{PACKAGE}._ops", sources=[])],
+    cmdclass={"bdist_wheel": Wheel, "build_ext": CMakeBuild},
+    options={"egg_info": {"tag_build": NOT_BUILT}} if MODE == "auto" and MISSING else {},
+)

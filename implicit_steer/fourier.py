@@ -39,7 +39,7 @@ def fourier(function: str, x: Tensor, samples: Tensor, inverse_t: Tensor) -> Ten
 
 def has_kernel(x: Tensor) -> bool:
     """Whether the native operators take it."""
-    return x.is_cpu and x.dtype in (torch.float32, torch.float64) and native.available()[0]
+    return x.is_cpu and x.dtype in (torch.float32, torch.float64) and native.found()
 
 
 def _fields(x: Tensor, d: int) -> Tensor:

@@ -1,12 +1,14 @@
 """The native extension: where it is, whether it loaded, and the fake kernels of its operators on graphs.
 
 ``_ops.so`` registers its operators under ``torch.ops.implicit_steer`` and tells how it was built. It may be absent (a
-pure Python install): :func:`available` then says why, and callers take their torch path.
+pure Python install): :func:`available` then says why, and callers take their torch path; layers ask :func:`found`,
+which says it aloud.
 """
 
 from __future__ import annotations
 
 import ctypes
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -17,17 +19,28 @@ from ._transforms import one_by_one
 
 LIBRARY = Path(__file__).with_name("_ops.so")
 CUDA_LIBRARY = Path(__file__).with_name("libimplicit_steer_cuda.so")  # opened by _ops.so at the first CUDA call
+RECORD = Path(__file__).with_name("_not_built.txt")  # by setup.py: "off", or what was missing
 
 
 def _load() -> tuple[bool, str]:
     if not LIBRARY.exists():
-        remedy = "Install a C++ compiler, cmake and ninja, then reinstall with IMPLICIT_STEER_NATIVE=require"
-        return False, f"not built: {LIBRARY.name} is not in {LIBRARY.parent}. {remedy}"
+        return False, f"not built: {_why_not_built()}"
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
-        return False, f"not loaded: {error}"
+        return False, f"not loaded: {error}. Reinstall implicit_steer on this machine"
     return True, f"loaded from {LIBRARY}"
+
+
+def _why_not_built() -> str:
+    missing = RECORD.read_text(encoding="utf-8") if RECORD.exists() else None
+    reinstall = "reinstall implicit_steer with IMPLICIT_STEER_NATIVE=require"
+    if missing is None:
+        place = f"{LIBRARY.name} is not in {LIBRARY.parent}"
+        return f"{place}. Install a C++ compiler, cmake and ninja, then {reinstall}"
+    if missing == "off":
+        return f"it was installed with IMPLICIT_STEER_NATIVE=off. To have it, {reinstall}"
+    return f"the machine that it was installed on lacked {missing}. Install that, then {reinstall}"
 
 
 def _register_fakes() -> None:
@@ -66,6 +79,25 @@ if _STATE[0]:
 def available() -> tuple[bool, str]:
     """``(True, where it was loaded from)`` or ``(False, why there is no native extension)``."""
     return _STATE
+
+
+def found() -> bool:
+    """:func:`available` for what goes on in plain PyTorch without it: the first one that does warns, with the reason,
+    unless the package was installed with ``IMPLICIT_STEER_NATIVE=off``."""
+    if not _STATE[0]:
+        _warn()
+    return _STATE[0]
+
+
+# As below.
+found._dynamo_marked_constant = True
+
+
+@cache
+def _warn() -> None:
+    if not RECORD.exists() or RECORD.read_text(encoding="utf-8") != "off":
+        slow = "on CPU tensors layers run in plain PyTorch, many times as slow"
+        warnings.warn(f"The native extension is missing, {slow}: {_STATE[1]}.", stacklevel=2)
 
 
 def cuda_available() -> tuple[bool, str]:

@@ -146,10 +146,10 @@ def build(tmp_path):
     for name in ("__init__.py", "py.typed"):
         shutil.copy(PACKAGE / name, tmp_path / "implicit_steer")
 
-    def build(mode, *command):
+    def build(mode, *command, **variables):
         command = [sys.executable, "setup.py", *(command or ("build_ext", "--inplace"))]
         environment = {k: v for k, v in os.environ.items() if k != "CXX"}
-        environment |= {"PATH": str(tmp_path), "IMPLICIT_STEER_NATIVE": mode}
+        environment |= {"PATH": str(tmp_path), "IMPLICIT_STEER_NATIVE": mode} | variables
         return subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True)
 
     return build
@@ -192,6 +192,69 @@ def test_source_distribution_says_that_it_is_typed(build, tmp_path):
     (archive,) = (tmp_path / "dist").iterdir()
     with tarfile.open(archive) as files:
         assert any(name.endswith("/implicit_steer/py.typed") for name in files.getnames())
+
+
+def test_wheel_that_lacks_the_extension_says_so(build, tmp_path):
+    done = build("auto", "bdist_wheel", "--dist-dir", "dist")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "dist").iterdir()
+    assert wheel.name == f"implicit_steer-{ist.__version__}+native.extension.not.built-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as content:
+        assert content.read("implicit_steer/_not_built.txt").startswith(b"cmake, ninja, a C++17 compiler")
+    done = build("off", "bdist_wheel", "--dist-dir", "dist")
+    with zipfile.ZipFile(tmp_path / "dist" / f"implicit_steer-{ist.__version__}-py3-none-any.whl") as content:
+        assert content.read("implicit_steer/_not_built.txt") == b"off"
+
+
+@pytest.fixture
+def configure(build, tmp_path):
+    """Like ``build``, on a machine with tools that do nothing and an nvidia-smi that runs ``script``; returns what is
+    printed, CMake's arguments among it."""
+
+    def configure(script, **variables):
+        tools = {"cmake": 'echo "$@"', "ninja": ":", "g++": ":"} | ({"nvidia-smi": script} if script else {})
+        for name, line in tools.items():
+            (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+            (tmp_path / name).chmod(0o755)
+        done = build("require", CUDA_VISIBLE_DEVICES="", **variables)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return configure
+
+
+@pytest.mark.parametrize(
+    ("script", "architectures"),
+    [("echo 9.0", "90"), ("echo 12.0; echo 8.0; echo 12.0", "80;120"), ("echo 7.5; echo '[N/A]'; echo 8.6", "86")],
+)
+def test_cuda_kernels_are_compiled_for_the_gpus_of_the_machine(configure, script, architectures):
+    for mode in ("auto", "require"):
+        printed = configure(script, IMPLICIT_STEER_CUDA=mode)
+        assert f"-DCUDA_KERNELS={mode} -DCUDA_ARCHITECTURES={architectures}\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("script", "found"),
+    [
+        (None, "no GPU"),  # no nvidia-smi
+        ("echo 'No devices were found'", "no GPU"),
+        ("echo 'Field is not a valid field to query'; exit 2", "no GPU"),
+        ("echo 7.5", "75"),
+    ],
+)
+def test_cuda_kernels_are_not_compiled_without_a_gpu_for_them(configure, script, found):
+    printed = configure(script, IMPLICIT_STEER_CUDA="auto")
+    assert "-DCUDA_KERNELS=off\n" in printed
+    assert f"CUDA kernels: not built. They are for GPUs of compute capability 80 or newer; here: {found}." in printed
+    assert "IMPLICIT_STEER_CUDA=require builds them" in printed
+
+
+def test_cuda_kernels_can_be_asked_for_without_a_gpu(configure):
+    printed = configure(":", IMPLICIT_STEER_CUDA="require")
+    assert "-DCUDA_KERNELS=require\n" in printed  # for every architecture in CMakeLists.txt
+    for mode in ("auto", "require", "off"):
+        printed = configure("echo 8.0", IMPLICIT_STEER_CUDA=mode, IMPLICIT_STEER_CUDA_ARCHITECTURES="90 100")
+        assert f"-DCUDA_KERNELS={mode} -DCUDA_ARCHITECTURES=90;100\n" in printed
 
 
 # ---- the command line

@@ -56,6 +56,8 @@ def select(name: str, plan: Plan, device: torch.device, dtype: torch.dtype):
         RuntimeError: a backend asked for by name that is not there or does not support the plan, with its reason.
     """
     if name == "auto":
+        if device.type == "cpu":
+            native.found()
         refused, (preferred, why) = "", _by_preference(plan, device)
         for candidate in preferred:
             ok, reason = BACKENDS[candidate].supports(plan, device, dtype)

@@ -85,7 +85,7 @@ class NormBase(NoTorchScript):
     @staticmethod
     def _is_native(x: Tensor, kinds: list[Kind]) -> bool:
         right = not is_traced() and x.is_cpu and x.dim() == 2 and x.dtype == kinds[0].var.dtype
-        return right and x.dtype in (torch.float32, torch.float64) and native.available()[0]
+        return right and x.dtype in (torch.float32, torch.float64) and native.found()
 
     def _normalised(self, x: Tensor, kinds: list[Kind], statistics: list[_Statistics]) -> Tensor:
         affine = [self._affine(kind, *s) for kind, s in zip(kinds, statistics, strict=True)]
