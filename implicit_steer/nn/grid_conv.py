@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .. import sampling as sp
 from .._check import require, require_integer
-from .._modules import in_mode
 from ..layers.grid_conv import PADDING_MODES, GridConvBase
 from .building import built_by_escnn
 from .equivariant import ELEMENTS, Errors, Steerable, check_shape, compare, like, transform
@@ -170,8 +169,7 @@ class ImplicitConv(CheckedBias, GridConvBase, Steerable):
         Raises:
             AssertionError: a number that differs by more than ``atol + rtol · |value|``.
         """
-        with in_mode(self, False), torch.no_grad():
-            return self._check(atol, rtol)
+        return super().check_equivariance(atol, rtol)
 
     def _check(self, atol: float, rtol: float) -> Errors:
         size = self._span()
