@@ -25,7 +25,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "implicit_steer"
 LIBRARIES = ("_ops.so", "libimplicit_steer_cuda.so")  # independent of Python, so without its suffix
-RECORD = "_not_built.txt"  # beside them: what native.py tells where they are not
+RECORD = "_not_built.txt"  # beside them: what _native.py tells where they are not
 NOT_BUILT = "+native.extension.not.built"  # the version's local part then
 OLDEST_GPU = 80  # compute capability, without the point, of the oldest GPUs that the kernels are written for
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from implicit_steer import backends
-from implicit_steer.cases import GROUPS, LARGE, SMALL, SPACES
+from implicit_steer.ops import select
+from implicit_steer.testing.cases import GROUPS, LARGE, SMALL, SPACES
 
 from . import accuracy, bound, device, forces, fresh, report, scaling, small, speed
 from .steps import DEVICES, candidates, use_device
@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     top.add_argument("section", nargs="?", choices=list(_SECTIONS), default="speed", help="(%(default)s)")
-    cases = f"of implicit_steer.cases ({' '.join(LARGE)} and one per space)"
+    cases = f"of implicit_steer.testing.cases ({' '.join(LARGE)} and one per space)"
     top.add_argument("--cases", nargs="+", choices=list(_NAMED), metavar="CASE", help=cases)
     compiled = f"cases on which eager is compiled as well ({' '.join(_COMPILED)})"
     top.add_argument("--compile", nargs="*", choices=list(_NAMED), metavar="CASE", help=compiled)
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _backend_names(args: argparse.Namespace, top: argparse.ArgumentParser) -> list[str]:
-    known = backends.availability()
+    known = select.availability()
     for name in args.backends or ():
         ok, reason = known.get(name, (False, f"unknown; there are {', '.join(known)}"))
         if not ok:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from implicit_steer import viz
-from implicit_steer.cases import Case, equivariance_error
+from implicit_steer.testing.cases import Case, equivariance_error
+from implicit_steer.training import viz
 
 from .report import table
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from implicit_steer import Graph, radius_graph
-from implicit_steer.blocks import Block, convolve_in_blocks
-from implicit_steer.cases import LARGE
 from implicit_steer.layers import values
+from implicit_steer.layers.blocks import Block, convolve_in_blocks
+from implicit_steer.testing.cases import LARGE
 
 DEGREE = 16  # neighbours on average
 GATE_POINTS, GATE_BLOCK, TOLERANCE = 20_000, 1_000, 1e-5  # relative, float32

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from implicit_steer import native
-from implicit_steer.cases import Case
+from implicit_steer import _native
 from implicit_steer.plan import Coupling, Plan
+from implicit_steer.testing.cases import Case
 
 from .report import table
 from .steps import Candidate, operator_step, step
@@ -84,7 +84,7 @@ def lane_operations(plan: Plan, nodes_per_edge: float) -> dict[str, float]:
 def measure(cases: list[Case], rounds: int, budget: float) -> dict[str, Any]:
     """The peak, and per case the count per edge by part, the bound, the times of operator and module, and the shares
     of the bound that they reach. Empty without cases or the native extension."""
-    if not cases or not native.available()[0]:
+    if not cases or not _native.available()[0]:
         return {}
     peak = torch.ops.implicit_steer.fma_peak(0)
     records = []

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.overrides import TorchFunctionMode
 
-from implicit_steer.cases import Problem
 from implicit_steer.nn import ImplicitPointConv
+from implicit_steer.testing.cases import Problem
 
 _SHAPING = (Tensor.nonzero, Tensor.tolist, Tensor.__int__)
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from implicit_steer.backends import gpu_cost
-from implicit_steer.cases import Case
-from implicit_steer.triton_kernels.configuration import seconds
+from implicit_steer.ops import gpu_cost
+from implicit_steer.ops.triton.configuration import seconds
+from implicit_steer.testing.cases import Case
 
 from . import report, speed
 from .steps import MEASURES, Candidate, candidates, layer, step
@@ -41,7 +41,7 @@ def ceilings(device: torch.device, copied: int = _COPIED, rows: int = _MULTIPLIE
 def work(case: Case, sampling: str) -> dict[str, float]:
     """Of a forward pass, from the plan: multiply-adds counted twice, and bytes of the tensors that Triton's kernels are
     given, each once."""
-    from implicit_steer.triton_kernels import aot  # which imports triton
+    from implicit_steer.ops.triton import aot  # which imports triton
 
     from .predict import bytes_of
 
@@ -111,7 +111,7 @@ def kernel_times(case: Case, chosen: Sequence[Candidate], most: int = 4) -> list
 
 def tune(case: Case, chosen: Sequence[Candidate], device: torch.device) -> dict[str, dict[str, Any]]:
     """Measure and keep the configurations of Triton's kernels: candidate → kernel → choice."""
-    from implicit_steer.triton_kernels import configuration, launch  # which import triton
+    from implicit_steer.ops.triton import configuration, launch  # which import triton
 
     found = {}
     for candidate in chosen:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from implicit_steer.cases import LARGE, Case
+from implicit_steer.testing.cases import LARGE, Case
 
 from . import fresh
 from .report import table

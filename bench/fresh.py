@@ -55,7 +55,7 @@ def _resident(field: str) -> int:
 
 def memory(case: str, *candidates: str) -> dict[str, dict[str, float]]:
     """Per candidate ("backend/sampling") the peak memory in MB of each measure, beyond the layer and its inputs."""
-    from implicit_steer import cases
+    from implicit_steer.testing import cases
 
     from .steps import Candidate, step
 
@@ -96,7 +96,7 @@ def forces(backend: str, sampling: str) -> dict[str, int]:
 
 def lowering() -> dict[str, float]:
     """Seconds to construct the paper's QM9 network (4 blocks, 9 convolutions), the first and the second time."""
-    from implicit_steer.models import QM9Net
+    from implicit_steer.experiments.models import QM9Net
 
     seconds = {}
     for name in ("first", "second"):

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from implicit_steer.cases import LARGE, SMALL
+from implicit_steer.ops.triton import aot
+from implicit_steer.ops.triton.configuration import exact_product
+from implicit_steer.ops.triton.tables import tables
 from implicit_steer.plan import Plan
-from implicit_steer.triton_kernels import aot
-from implicit_steer.triton_kernels.configuration import exact_product
-from implicit_steer.triton_kernels.tables import tables
+from implicit_steer.testing.cases import LARGE, SMALL
 
 from . import predict
 from .report import table

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from implicit_steer.ops.triton import aot
+from implicit_steer.ops.triton.launch import Launch
 from implicit_steer.plan import Plan
-from implicit_steer.triton_kernels import aot
-from implicit_steer.triton_kernels.launch import Launch
 
 NODES, DEGREE = 31_250, 32  # 1,000,000 edges
 _SAMPLE = 64  # nodes of the graph whose launches are counted; everything grows with their number

@@ -24,14 +24,14 @@ import torch
 from escnn.nn import GeometricTensor, IIDBatchNorm1d
 from tqdm import tqdm
 
-from implicit_steer import backends
-from implicit_steer.data import QM9
-from implicit_steer.data.qm9 import FULL_TRAIN, MoleculeSet
-from implicit_steer.models.qm9 import QM9Net, TensorProduct
+from implicit_steer.experiments.data import QM9
+from implicit_steer.experiments.data.qm9 import FULL_TRAIN, MoleculeSet
+from implicit_steer.experiments.models.qm9 import QM9Net, TensorProduct
+from implicit_steer.experiments.train import QM9Options
 from implicit_steer.nn import FourierActivation, ImplicitPointConv
-from implicit_steer.train import QM9Options
-from implicit_steer.train.common import add_numbers
-from implicit_steer.train.lightning import Regressor
+from implicit_steer.ops import select
+from implicit_steer.training.lightning import Regressor
+from implicit_steer.training.runs import add_numbers
 
 from . import report
 from .steps import MATERIALISE, Candidate
@@ -300,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     texts = {"batch_size": "molecules", "channels": "fields per hidden layer", "max_frequency": "their largest l"}
     add_numbers(parser, PAPER, texts)
     parser.add_argument("--threads", type=int, metavar="N", default=2, help="(%(default)s)")
-    rivals = [name for name in backends.NAMES if name != "auto"] + [MATERIALISE.label]
+    rivals = [name for name in select.NAMES if name != "auto"] + [MATERIALISE.label]
     parser.add_argument("--against", choices=rivals, metavar="BACKEND", help="time another backend, too, by turns")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)

@@ -14,7 +14,7 @@ import torch
 from escnn.nn import FieldType
 from torch import Tensor
 
-from implicit_steer.cases import Case, Problem, fields
+from implicit_steer.testing.cases import Case, Problem, fields
 
 NAME = "e3nn"
 FORMS = ("fully connected", "NequIP form")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import implicit_steer as ist
-from implicit_steer import viz
+from implicit_steer.training import viz
 
 from . import related
 from .steps import COMPILED, MEASURES, TOLERANCE

@@ -9,8 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from implicit_steer import viz
-from implicit_steer.cases import LARGE, Case
+from implicit_steer.testing.cases import LARGE, Case
+from implicit_steer.training import viz
 
 from . import fresh
 from .report import table

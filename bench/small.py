@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from implicit_steer.backends import BACKENDS
-from implicit_steer.backends.cpu import Layer, instruction_set
-from implicit_steer.cases import LARGE
+from implicit_steer.ops.native.cpu import Layer, instruction_set
+from implicit_steer.ops.select import BACKENDS
+from implicit_steer.testing.cases import LARGE
 
 from .report import table
 from .steps import NORMS, Candidate, layer, operator_step, step

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from implicit_steer.cases import Case
-from implicit_steer.graph import sort_by_key
+from implicit_steer.graph.graph import sort_by_key
+from implicit_steer.testing.cases import Case
 
 from . import fresh
 from .steps import COMPILED, MATERIALISE, MEASURES, Candidate, Check, gate, step

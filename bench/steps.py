@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_steer import backends
-from implicit_steer.cases import Case, fields
 from implicit_steer.nn import ImplicitPointConv
-from implicit_steer.op import implicit_conv
+from implicit_steer.ops import select
+from implicit_steer.ops.conv import implicit_conv
+from implicit_steer.testing.cases import Case, fields
 
 from . import related
 from .compiled import compiled_call
@@ -87,7 +87,7 @@ def candidates(case: Case, names: list[str], compile_eager: bool = False) -> tup
             continue
         for name in (n for n in names if n != MATERIALISE.backend):
             candidate = Candidate(name, sampling)
-            ok, reason = backends.BACKENDS[name].supports(plan, _device[0], torch.float32)
+            ok, reason = select.BACKENDS[name].supports(plan, _device[0], torch.float32)
             if not ok:
                 skipped[candidate.label] = reason
             else:

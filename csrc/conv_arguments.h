@@ -1,5 +1,5 @@
 // What the operators of conv_ops.cpp and layer_ops.cpp share: their arguments and results as the loops of cpu/ take
-// them. Their callers (backends/cpu.py) have validated shapes and indices; what is checked here keeps memory safe.
+// them. Their callers (ops/native/cpu.py) have validated shapes and indices; what is checked here keeps memory safe.
 #pragma once
 
 #include <algorithm>
@@ -52,7 +52,7 @@ void read_plan(Plan<R>& plan, const Tensor& ints, const Tensor& reals) {
   STD_TORCH_CHECK(ints.scalar_type() == ScalarType::Int && ints.is_contiguous(), "plan_ints: expected int32.");
   check(reals, "plan_reals", sizeof(R) == 4 ? ScalarType::Float : ScalarType::Double, reals.numel());
   const bool valid = plan_view(plan, data<int32_t>(ints), ints.numel(), data<R>(reals), reals.numel());
-  STD_TORCH_CHECK(valid, "plan_ints, plan_reals: not what backends/cpu_plan.py writes.");
+  STD_TORCH_CHECK(valid, "plan_ints, plan_reals: not what ops/native/arrays.py writes.");
 }
 
 // The part of the arguments that forward and backward share.

@@ -129,7 +129,7 @@ const DevicePlan<R>& device_plan(const Context& context, const Tensor& ints, con
   check(reals, "plan_reals", real_type<R>, reals.numel());
   const auto numbers = std::make_tuple(data<int32_t>(ints), ints.numel(), data<R>(reals), reals.numel());
   const int64_t bytes = std::apply(kernels<R>().plan_bytes, numbers);
-  STD_TORCH_CHECK(bytes >= 0, "plan_ints, plan_reals: not what backends/cpu_plan.py writes.");
+  STD_TORCH_CHECK(bytes >= 0, "plan_ints, plan_reals: not what ops/native/arrays.py writes.");
   Tensor memory = context.bytes(bytes);
   DevicePlan<R>* plan = nullptr;
   check(kernels<R>().plan_create(data<int32_t>(ints), ints.numel(), data<R>(reals), reals.numel(),

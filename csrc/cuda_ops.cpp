@@ -318,7 +318,7 @@ std::tuple<Tensor, Tensor> sort_by_key(const Tensor& key, int64_t n) {
   const Context context(keys);
   const int64_t edges = keys.numel(), size = index == ScalarType::Long ? 8 : 4;
   STD_TORCH_CHECK(edges <= std::numeric_limits<int32_t>::max(), "key: expected at most 2^31 - 1 edges, got ", edges,
-                  ". Split the graph (implicit_steer.blocks).");
+                  ". Split the graph (implicit_steer.layers.blocks).");
   Tensor order = new_empty(keys, {edges}), offsets = new_empty(keys, {n + 1});
   Tensor memory = context.bytes(3 * edges * size + library().sort_bytes(edges) + 1);
   check(library().sort(keys.const_data_ptr(), edges, n, index == ScalarType::Long, order.mutable_data_ptr(),
@@ -339,7 +339,7 @@ int64_t cuda_shared_bytes(const Tensor& ints, const Tensor& reals) {
     using R = std::remove_pointer_t<decltype(tag)>;
     bytes = kernels<R>().shared_bytes(data<int32_t>(ints), ints.numel(), data<R>(reals), reals.numel());
   });
-  STD_TORCH_CHECK(bytes >= 0, "plan_ints, plan_reals: not what backends/cpu_plan.py writes.");
+  STD_TORCH_CHECK(bytes >= 0, "plan_ints, plan_reals: not what ops/native/arrays.py writes.");
   return bytes;
 }
 

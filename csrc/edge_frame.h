@@ -1,5 +1,5 @@
 // L edges: their frame, the MLP's inputs in it, the way back of the hidden features, the radial factor; and the reverse
-// sweep of each. The mathematics and its names are those of backends/hidden.py.
+// sweep of each. The mathematics and its names are those of ops/kernel_mlp.py.
 #pragma once
 
 #include "functions.h"

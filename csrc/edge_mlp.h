@@ -1,5 +1,5 @@
 // L edges: the hidden layers of the kernel MLP and their reverse sweep. Linear layers over static nonzeros; Fourier
-// activations y = A⁻ φ(A z), near the origin on coefficients divided by the radius (backends/hidden.py says why).
+// activations y = A⁻ φ(A z), near the origin on coefficients divided by the radius (ops/kernel_mlp.py says why).
 #pragma once
 
 #include "edge_frame.h"

@@ -1,4 +1,4 @@
-// A plan and the arguments of one call as plain views. The numbers lie in two flat arrays that backends/cpu_plan.py
+// A plan and the arguments of one call as plain views. The numbers lie in two flat arrays that ops/native/arrays.py
 // writes and plan_view() reads in the same order. No torch, nothing that depends on the instruction set.
 #pragma once
 
@@ -218,7 +218,7 @@ bool read_products(PlanView<R>& p, Reader<int32_t>& ints, Reader<R>& reals) {
 }
 
 // The view of a plan whose numbers can be read at `ints` and `reals` now, and where it is used at the copies of these.
-// False when the arrays are not what backends/cpu_plan.py writes.
+// False when the arrays are not what ops/native/arrays.py writes.
 template <typename R>
 bool plan_view(Plan<R>& p, const int32_t* ints_begin, int64_t n_ints, const R* reals_begin, int64_t n_reals,
                const int32_t* ints_copy, const R* reals_copy) {

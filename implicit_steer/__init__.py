@@ -3,19 +3,18 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .graph import Graph
+from ._version import __version__
+from .graph import Graph, knn, knn_graph, periodic_radius_graph, radius, radius_graph
 from .info import info
-from .neighbours import knn, knn_graph, periodic_radius_graph, radius, radius_graph
 
 if TYPE_CHECKING:  # found at the first use, see below
     from . import deploy as deploy
+    from . import experiments as experiments
     from . import layers as layers
-    from . import models as models
     from . import nn as nn
-    from . import viz as viz
+    from . import potentials as potentials
     from .deploy import load, register, save
-
-__version__ = "0.1.0"
+    from .training import viz as viz
 
 __all__ = [
     "Graph",
@@ -32,17 +31,18 @@ __all__ = [
 ]
 
 
-# Found at the first use: they bring every layer and backend along; nn and models also escnn.
-_SUBMODULES = ("deploy", "layers", "models", "nn", "viz")
+# Found at the first use: they bring every layer and backend along; nn also escnn.
+_FOUND = {name: f".{name}" for name in ("deploy", "experiments", "layers", "nn", "potentials")}
+_FOUND["viz"] = ".training.viz"
 
 
 def __getattr__(name: str) -> Any:
     if name in ("load", "register", "save"):
         return getattr(import_module(".deploy", __name__), name)
-    if name in _SUBMODULES:
-        return import_module(f".{name}", __name__)
+    if name in _FOUND:
+        return import_module(_FOUND[name], __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *_SUBMODULES})
+    return sorted({*__all__, *_FOUND})

@@ -7,9 +7,16 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from . import figure_groups, figure_qm9, figures, info, md
 from ._check import is_explained
-from .train import TASKS
+from .experiments.figures import groups as figure_groups
+from .experiments.figures import nbody as figure_nbody
+from .experiments.figures import qm9 as figure_qm9
+from .experiments.train import modelnet, nbody, qm9
+from .info import info
+from .potentials import md
+from .potentials import train as forces
+
+TASKS = {"qm9": qm9, "forces": forces, "nbody": nbody, "modelnet": modelnet}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,18 +31,18 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(run=task.main)
     figure = commands.add_parser("figure", help="an experiment of the paper: a grid of runs, and its picture or table")
     experiments = figure.add_subparsers(dest="experiment", required=True, metavar="{qm9,nbody,groups}")
-    qm9 = experiments.add_parser(
+    molecules = experiments.add_parser(
         "qm9",
         help="molecules without and with attributes of their bonds",
         description="Train on QM9 with three choices of edge attributes; draw the errors, print a table.",
     )
-    figure_qm9.add_arguments(qm9)
-    nbody = experiments.add_parser(
+    figure_qm9.add_arguments(molecules)
+    particles = experiments.add_parser(
         "nbody",
         help="rotations about z against O(3)",
         description="Train on springs with planes of several stiffnesses; draw the test errors.",
     )
-    figures.add_nbody_arguments(nbody)
+    figure_nbody.add_arguments(particles)
     groups = experiments.add_parser(
         "groups",
         help="the paper's eight groups on classes of meshes",
@@ -57,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from .demo import main as demo  # it needs the extras escnn and train
+    from .experiments.demo import main as demo  # it needs the extras escnn and train
 
     demo(args)
 

@@ -1,8 +1,10 @@
-"""Error messages of one form: the argument, what was expected, what came, what to do."""
+"""Error messages of one form: the argument, what was expected, what came, what to do; optional packages included."""
 
 from __future__ import annotations
 
+import importlib
 import re
+from types import ModuleType
 from typing import Any, NoReturn
 
 _SAMPLING = re.compile(r"^(auto|escnn|exact(?:-(?P<exact>\d+))?|lebedev-(?P<lebedev>\d+))$")
@@ -46,3 +48,14 @@ def parse_sampling(name: str) -> tuple[str, int | None]:
     number = match["exact"] or match["lebedev"]
     require(number is None or int(number) > 0, "sampling", "'exact-N' or 'lebedev-N' with N >= 1", repr(name))
     return name.split("-")[0], None if number is None else int(number)
+
+
+def load_extra(module: str, extra: str = "train") -> ModuleType:
+    """Import ``module``; a ``RuntimeError`` that names the extra to install if its package is not there."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != package:
+            raise
+        fail(package, "an installed package", "none", f"Run: pip install implicit_steer[{extra}]", RuntimeError)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from . import native
+from . import _native
+from ._version import __version__
 
 _PACKAGES = ("numpy", "scipy", "safetensors", "escnn", "py3nj", "triton", "lightning", "rdkit")
 
@@ -63,16 +64,16 @@ def info() -> Info:
         >>> ist.info().versions["torch"]  # doctest: +SKIP
         '2.13.0+cpu'
     """
-    # Imported here: both import this package.
-    from . import __version__, backends
+    # Imported here: it brings every backend along.
+    from .ops import select
 
     versions = {"implicit_steer": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    built = native.build_info()
+    built = _native.build_info()
     facts = built.build_facts() if built else {}
     return Info(
         versions=versions | {name: _version(name) for name in _PACKAGES},
-        backends=backends.availability(),
-        native=native.available(),
+        backends=select.availability(),
+        native=_native.available(),
         instruction_sets=tuple(facts.pop("instruction_sets", "").split()),
         cuda_architectures=tuple(facts.pop("cuda_architectures", "").split()),
         build=facts,

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from implicit_steer import native
-from implicit_steer.backends import cpu
+from implicit_steer import _native
+from implicit_steer.ops.native import cpu
 
 torch.set_num_threads(2)
 
 
 def pytest_collection_modifyitems(items):
     """The longest ones first: at the end they would keep one process busy and the others waiting."""
-    longest = ("tests/test_triton.py", "tests/test_tutorials.py")
+    longest = ("tests/ops/test_triton.py", "tests/docs/test_tutorials.py")
     items.sort(key=lambda item: not item.nodeid.startswith(longest))
 
 
@@ -52,4 +52,4 @@ def threads():
 def any_sort(request, monkeypatch):
     """Runs a test with the native sort and with the one that stands in for it."""
     if request.param == "torch":
-        monkeypatch.setattr(native, "available", lambda: (False, "switched off by a test"))
+        monkeypatch.setattr(_native, "available", lambda: (False, "switched off by a test"))

@@ -28,7 +28,7 @@ class Blocked:
 
 def molecules(dtype):
     """A batch of two made-up molecules."""
-    from implicit_steer.data import Batch
+    from implicit_steer.experiments.data import Batch
 
     generator = torch.Generator().manual_seed(0)
 
@@ -48,7 +48,7 @@ def molecules(dtype):
 
 def particles(dtype):
     """A batch of three made-up systems of five particles."""
-    from implicit_steer.data.nbody import ParticleSet
+    from implicit_steer.experiments.data.nbody import ParticleSet
 
     shapes = {"pos": (5, 3), "vel": (5, 3), "scalar": (5, 1), "pair": (20, 1), "y": (5, 3)}
     generator = torch.Generator().manual_seed(0)
@@ -74,8 +74,8 @@ def write(folder):
     from helpers import layer
 
     import implicit_steer as ist
-    from implicit_steer.cases import SMALL
-    from implicit_steer.models import QM9Net
+    from implicit_steer.experiments.models import QM9Net
+    from implicit_steer.testing.cases import SMALL
 
     results = {}
     for name in CASES:

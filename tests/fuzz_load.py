@@ -70,9 +70,9 @@ def write_originals(folder):
     from escnn import gspaces
     from helpers import layer
 
-    from implicit_steer.cases import SMALL, SPACES, fields
-    from implicit_steer.models import Potential
-    from implicit_steer.models.qm9 import QM9Net, TensorProduct
+    from implicit_steer.experiments.models.qm9 import QM9Net, TensorProduct
+    from implicit_steer.potentials import Potential
+    from implicit_steer.testing.cases import SMALL, SPACES, fields
 
     o3, calls = SPACES["O(3)"](), {}
     kinds = fields(o3, "2 scalar+vector"), fields(o3, "1 scalar, 2 vector, 1 scalar, 1 l2")

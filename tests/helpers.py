@@ -6,9 +6,9 @@ from contextlib import contextmanager
 import torch
 from escnn.nn import GeometricTensor
 
-from implicit_steer import Graph, native
-from implicit_steer.backends.cpu import INSTRUCTION_SETS
-from implicit_steer.cases import SMALL
+from implicit_steer import Graph, _native
+from implicit_steer.ops.native.cpu import INSTRUCTION_SETS
+from implicit_steer.testing.cases import SMALL
 
 BACKENDS = ["reference", "eager", "cpu"]
 CONFIGURATIONS = ["train", "eval", "no norm"]
@@ -43,7 +43,7 @@ def layer(case, configuration="eval", dtype=torch.float64, **options):
 
 def machine_sets():
     """The instruction sets that this build and this machine have."""
-    info = native.build_info()
+    info = _native.build_info()
     if info is None:
         return []
     built = info.build_facts()["instruction_sets"].split()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from triton.runtime import interpreter as triton_interpreter
 
-from implicit_steer.triton_kernels import launch as launches
+from implicit_steer.ops.triton import launch as launches
 
 _BUILDER = triton_interpreter.InterpreterBuilder
 

@@ -3,8 +3,8 @@
 import torch
 from helpers import layer
 
-from implicit_steer.backends.cpu import Layer
-from implicit_steer.cases import SMALL
+from implicit_steer.ops.native.cpu import Layer
+from implicit_steer.testing.cases import SMALL
 
 
 def operator_arguments():

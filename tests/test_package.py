@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import implicit_steer as ist
-from implicit_steer import native
+from implicit_steer import _native
 from implicit_steer.__main__ import main
 from implicit_steer._check import is_explained
 
@@ -89,7 +89,7 @@ def test_info_names_what_is_not_installed(monkeypatch):
 
 def test_instruction_set_is_torchs():
     widest = {"AVX512": "AVX-512", "AVX2": "AVX2"}.get(torch.backends.cpu.get_cpu_capability(), "baseline")
-    assert native.build_info().cpu_instruction_set() == widest
+    assert _native.build_info().cpu_instruction_set() == widest
 
 
 # ---- without the native extension

@@ -3,20 +3,19 @@
 import sys
 from pathlib import Path
 
-from test_modelnet_files import write_archive
+from meshes import write_archive
 
-from implicit_steer import processes
-from implicit_steer.train import (
-    ForcesOptions,
+from implicit_steer.experiments.train import (
     ModelNetOptions,
     NBodyOptions,
     QM9Options,
-    train_forces,
     train_modelnet,
     train_nbody,
     train_qm9,
 )
-from implicit_steer.train import forces as forces_task
+from implicit_steer.potentials import train as forces_task
+from implicit_steer.potentials.train import ForcesOptions, train_forces
+from implicit_steer.training import processes
 
 CLOUDS = {"group": "inv", "points": 32, "neighbours": 6, "levels": 2, "width": 8, "copies": 2, "dropout": 0.0}
 SHARED = {"epochs": 2, "num_threads": 1, "progress": False}

@@ -78,7 +78,7 @@ struct DevicePlan {
   Terms terms{};                                                          // of their copy on the device
   int64_t reals_at, layers_at, couplings_at, places_at, lists_at, bytes;  // of the copies, in one piece of memory
 
-  // False when the arrays are not what backends/cpu_plan.py writes.
+  // False when the arrays are not what ops/native/arrays.py writes.
   bool read(const int32_t* ints_begin, int64_t n_ints, const R* reals_begin, int64_t n_reals) {
     ints.assign(ints_begin, ints_begin + n_ints), reals.assign(reals_begin, reals_begin + n_reals);
     if (!::implicit_steer::plan_view(host, ints.data(), n_ints, reals.data(), n_reals)) return false;

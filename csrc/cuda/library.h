@@ -21,7 +21,7 @@ struct DevicePlan;
 
 template <typename R>
 struct CudaTable {
-  // Bytes of device memory that the plan needs; -1 when the arrays are not what backends/cpu_plan.py writes.
+  // Bytes of device memory that the plan needs; -1 when the arrays are not what ops/native/arrays.py writes.
   int64_t (*plan_bytes)(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals);
   // *plan becomes the plan in that memory, aligned to 256 bytes. Its numbers can be read on the host.
   Failure (*plan_create)(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals, void* memory,

@@ -11,10 +11,10 @@ import tempfile
 import numpy as np
 import torch
 
-from implicit_steer import viz
-from implicit_steer.data import ForceData
-from implicit_steer.models import Potential
-from implicit_steer.structures import Structures
+from implicit_steer.graph.structures import Structures
+from implicit_steer.potentials import Potential
+from implicit_steer.potentials.data import ForceData
+from implicit_steer.training import viz
 
 torch.manual_seed(0)
 np.random.seed(0)
@@ -88,4 +88,5 @@ print(f"net force {float(force.sum(0).norm()):.0e} eV/Å")
 
 # %% [markdown]
 # `python -m implicit_steer train forces` does this at length, with validation and checkpoints, `python -m
-# implicit_steer md` runs molecular dynamics with the result, and `implicit_steer.ase.Calculator` hands it to ASE.
+# implicit_steer md` runs molecular dynamics with the result, and `implicit_steer.potentials.ase.Calculator` hands it to
+# ASE.

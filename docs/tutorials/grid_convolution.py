@@ -16,8 +16,8 @@ from escnn.nn import FieldType
 from sklearn.datasets import load_digits
 from torch.nn.functional import affine_grid, avg_pool2d, cross_entropy, grid_sample, interpolate, pad
 
-from implicit_steer import viz
 from implicit_steer.nn import FourierActivation, IIDBatchNorm1d, ImplicitConv
+from implicit_steer.training import viz
 
 digits = load_digits()
 order = np.random.default_rng(0).permutation(len(digits.target))

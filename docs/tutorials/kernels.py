@@ -10,8 +10,8 @@
 import escnn
 import torch
 
-from implicit_steer import viz
 from implicit_steer.nn import ImplicitKernel
+from implicit_steer.training import viz
 
 torch.manual_seed(1)
 gspace = escnn.gspaces.flipRot3dOnR3()  # O(3): all rotations and reflections of space

@@ -10,8 +10,8 @@ import escnn
 import torch
 
 import implicit_steer as ist
-from implicit_steer import viz
 from implicit_steer.nn import ImplicitPointConv
+from implicit_steer.training import viz
 
 torch.manual_seed(0)
 gspace = escnn.gspaces.flipRot3dOnR3()  # O(3)

@@ -42,11 +42,11 @@ parameters and buffers come on top, by name; nothing else is kept. To make a new
    GeometricTensors and plain tensors alike, and which has ``arguments()``. Add it to ``_PLAIN`` in ``kinds.py``. The
    class that builds the parts from escnn types derives from it, is decorated with ``@saved_as(Network)``, and holds
    nothing that matters beyond what the network has. See ``layers/molecules.py`` and
-   ``models/qm9.py``.
+   ``experiments/models/qm9.py``.
 2. A layer: put its arithmetic in a base class in ``implicit_steer/layers``, which ``nn`` and the plain class share; add
-   the plain class to ``_PLAIN``, and to ``nn/plain.py`` a function decorated with ``@converts(Layer)`` that makes the
-   plain one, with the same Parameter objects.
-3. A test in ``tests/test_deploy.py``. If files written before would be read differently now, raise ``FORMAT``.
+   the plain class to ``_PLAIN``, and to ``deploy/plain.py`` a function decorated with ``@converts(Layer)`` that makes
+   the plain one, with the same Parameter objects.
+3. A test in ``tests/deploy/test_deploy.py``. If files written before would be read differently now, raise ``FORMAT``.
 """
 
 from .registry import register

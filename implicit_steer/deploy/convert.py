@@ -156,7 +156,7 @@ def convert(module: torch.nn.Module) -> torch.nn.Module:
         TypeError: a part that has none; it is named.
     """
     if sys.modules.get("escnn"):  # else there is no module of its kind
-        importlib.import_module("implicit_steer.nn")
+        importlib.import_module("implicit_steer.deploy.plain")
     converter = Converter(module)
     with torch.random.fork_rng(devices=[]):  # what modules draw as they are built is replaced
         plain = converter(module)

@@ -48,7 +48,7 @@ def write(path: str | os.PathLike, content: dict[str, Any], tensors: dict[str, T
     """Write ``content`` (JSON values) and ``tensors`` (on the CPU) to ``path``, at once or not at all."""
     import safetensors.torch
 
-    from .. import __version__
+    from .._version import __version__
 
     tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}  # safetensors refuses views
     manifest = {"format": FORMAT, "library": __version__, **content}

@@ -28,8 +28,9 @@ def save(module: torch.nn.Module, path: str | os.PathLike) -> None:
     give equal bytes.
 
     Args:
-        module: a module of :mod:`implicit_steer.nn` or :mod:`implicit_steer.models`; one of escnn's ``Linear``,
-            ``IIDBatchNorm1d``, ``TensorProductModule``, ``SequentialModule``, ``ReLU``, ``ELU``, ``LeakyReLU``,
+        module: a module of :mod:`implicit_steer.nn` or :mod:`implicit_steer.experiments.models`; one of escnn's
+            ``Linear``, ``IIDBatchNorm1d``, ``TensorProductModule``, ``SequentialModule``, ``ReLU``, ``ELU``,
+            ``LeakyReLU``,
             ``IdentityModule``, or a pooling; common layers of ``torch.nn``; ``Sequential``, ``ModuleList``,
             ``ModuleDict`` of these; one of a class of your own that :func:`~implicit_steer.register` knows; or what
             :func:`load` returned.
@@ -120,7 +121,7 @@ def copy_state(saved: torch.nn.Module, module: torch.nn.Module) -> None:
         TypeError: ``module`` is none that :func:`save` takes.
 
     Example:
-        >>> network = implicit_steer.models.QM9Net(channels=16)
+        >>> network = implicit_steer.experiments.models.QM9Net(channels=16)
         >>> implicit_steer.deploy.copy_state(implicit_steer.load("homo.safetensors"), network)
     """
     plain = convert(module)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from .._check import require
-from .._modules import NoTorchScript
-from ..fourier import fourier
-from ..packing import Constants
+from ..ops.fourier import fourier
 from ..plan import FUNCTIONS
+from ..plan.packing import Constants
+from ._modules import NoTorchScript
 from .fields import Fields, check_features
 
 _SOFT = 1e-3  # ε of the lengths √(|v|² + ε²): their derivatives of every order exist where v = 0, too

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import native
-from .._autocast import own_precision
+from .. import _native
 from .._check import require
-from .._modules import NoTorchScript
 from .._transforms import refuse_derivatives
-from ..moments import Pool, moments, move_towards
-from ..packing import cached, is_traced
+from ..ops.autocast import own_precision
+from ..plan.moments import Pool, moments, move_towards
+from ..plan.packing import cached, is_traced
+from ._modules import NoTorchScript
 from .exact import ExactBuffers
 from .fields import Fields, check_dtype, check_features
 
@@ -85,7 +85,7 @@ class NormBase(NoTorchScript):
     @staticmethod
     def _is_native(x: Tensor, kinds: list[Kind]) -> bool:
         right = not is_traced() and x.is_cpu and x.dim() == 2 and x.dtype == kinds[0].var.dtype
-        return right and x.dtype in (torch.float32, torch.float64) and native.found()
+        return right and x.dtype in (torch.float32, torch.float64) and _native.found()
 
     def _normalised(self, x: Tensor, kinds: list[Kind], statistics: list[_Statistics]) -> Tensor:
         affine = [self._affine(kind, *s) for kind, s in zip(kinds, statistics, strict=True)]

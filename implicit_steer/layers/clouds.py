@@ -12,7 +12,7 @@ from torch.nn import Module
 
 from .._check import require
 from ..graph import Graph
-from ..neighbours import knn_graph
+from ..graph.neighbours import knn_graph
 from .fields import values
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from .._check import require
-from .._modules import NoTorchScript
-from ..functions import phi
-from ..packing import Constants
 from ..plan import FUNCTIONS
+from ..plan.activations import phi
+from ..plan.packing import Constants
+from ._modules import NoTorchScript
 from .fields import Fields, check_features
 
 GATES = ("sigmoid", *FUNCTIONS)

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import op
-from .._autocast import own_precision
 from .._check import fail, require
-from .._modules import Fixed, NoTorchScript
-from ..moments import Pool, move_towards
-from ..packing import Kept, NormParameters, Parameters, is_traced, is_transformed
+from ..ops import conv as op
+from ..ops.autocast import own_precision
 from ..plan import Norm, Plan
+from ..plan.moments import Pool, move_towards
+from ..plan.packing import Kept, NormParameters, Parameters, is_traced, is_transformed
 from . import hooks
+from ._modules import Fixed, NoTorchScript
 from .exact import ExactBuffers
 from .fields import check_tensor
 
@@ -254,8 +254,9 @@ class LinearParameters(NoTorchScript, torch.nn.Module):
 
 
 class NormState(torch.nn.Module):
-    """What one batch norm of a kernel learns and keeps; shapes as in :class:`~implicit_steer.packing.NormParameters`,
-    of the running means only the columns up to the last trivial one."""
+    """What one batch norm of a kernel learns and keeps; shapes as in
+    :class:`~implicit_steer.plan.packing.NormParameters`, of the running means only the columns up to the last trivial
+    one."""
 
     def __init__(self, norm: Norm):
         super().__init__()

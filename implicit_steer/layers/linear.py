@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import plan
 from .._check import require
-from ..packing import Expansion
+from ..plan.packing import Expansion
 from .fields import Fields, check_features
 from .kernel import LinearParameters, Stamped
 

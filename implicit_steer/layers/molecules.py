@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..graph import Graph
-from ..packing import Constants
+from ..plan.packing import Constants
 from .fields import values, with_values
 
 if TYPE_CHECKING:
-    from ..data.qm9 import Batch
+    from ..experiments.data.qm9 import Batch
 
 
 TYPICAL_SIZE = 18.0  # atoms of a molecule: keeps sums over them of order 1

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ..backends.hidden import safe_norm
 from ..graph import Graph
+from ..ops.kernel_mlp import safe_norm
 from .fields import values
 
 if TYPE_CHECKING:
-    from ..data.nbody import ParticleBatch
+    from ..experiments.data.nbody import ParticleBatch
 
 
 class ParticleNet(Module):

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, op
-from .._autocast import own_precision
 from .._check import fail, require
 from ..graph import Graph
+from ..ops import conv as op
+from ..ops import select
+from ..ops.autocast import own_precision
 from .fields import Fields, check_tensor
 from .kernel import Biased, KernelBase
 
@@ -25,7 +26,7 @@ class PointConvBase(Biased):
 
     def _select(self):
         width = self.implicit_kernel.shell_width
-        return backends.select(self.backend, self.implicit_kernel.plan, width.device, width.dtype)
+        return select.choose(self.backend, self.implicit_kernel.plan, width.device, width.dtype)
 
     def explain(self) -> str:
         """Group, sampling, frame, costs, and which backend runs and why."""
@@ -120,7 +121,7 @@ class ImplicitPointConv(PointConvBase):
 
     def __init__(self, in_type: Fields, out_type: Fields, implicit_kernel: KernelBase, backend: str, n_bias: int):
         super().__init__()
-        require(backend in backends.NAMES, "backend", f"one of {backends.NAMES}", repr(backend))
+        require(backend in select.NAMES, "backend", f"one of {select.NAMES}", repr(backend))
         self.in_type, self.out_type, self.backend = in_type, out_type, backend
         self._set_bias(torch.zeros(out_type.size, n_bias))
         self.implicit_kernel = implicit_kernel

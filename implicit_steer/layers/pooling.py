@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._check import require
-from ..packing import Constants
+from ..plan.packing import Constants
 from .fields import Fields, check_features
 
 _CONVOLUTIONS = {2: F.conv2d, 3: F.conv3d}

@@ -13,7 +13,7 @@ from torch.nn.functional import one_hot, silu
 
 from .._check import fail, require, require_integer
 from ..graph import Graph
-from ..structures import Structures
+from ..graph.structures import Structures
 from .fields import values
 
 MAX_NUMBER = 118
@@ -60,7 +60,7 @@ class Gate(torch.nn.Module):
 
 class PotentialNet(torch.nn.Module):
     """E = Σ_i e_i,  e_i = shift[z_i] + scale[z_i] · MLP(scalars of x_i),  F = −∂E/∂pos,  σ = (1/V) ∂E/∂ε, of its parts,
-    which may come with or without escnn; see :class:`implicit_steer.models.Potential`.
+    which may come with or without escnn; see :class:`implicit_steer.potentials.Potential`.
 
     Args:
         species: atomic numbers that occur.

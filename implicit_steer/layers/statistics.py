@@ -9,7 +9,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._check import require
-from .._modules import in_mode
+from ._modules import in_mode
 
 
 @torch.no_grad()

@@ -1,11 +1,10 @@
 """Modules that users build with: escnn field types in, escnn field types out. Needs the extra ``escnn``."""
 
-from .. import _require_escnn  # noqa: F401
+from ..lowering import _require_escnn  # noqa: F401
 
 # isort: split
-from .. import _escnn_changes, _escnn_pickle
 from ..layers.statistics import update_bn
-from . import plain as _plain  # noqa: F401
+from . import _escnn_changes, _escnn_pickle
 from .activation import FourierActivation
 from .batch_norm import IIDBatchNorm1d
 from .gate import Gate

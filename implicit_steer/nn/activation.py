@@ -11,10 +11,10 @@ from escnn.gspaces import GSpace
 from escnn.nn import FieldType, GeometricTensor
 from torch import Tensor
 
-from .. import sampling as sp
 from .._check import require, require_integer
-from .._modules import Fixed
+from ..layers._modules import Fixed
 from ..layers.activation import FourierBase
+from ..lowering import sampling as sp
 from ..plan import FUNCTIONS
 from .building import built_by_escnn
 from .equivariant import Steerable, check_input

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._check import require
 from ..layers.batch_norm import Kind, NormBase
 from ..layers.exact import ExactBuffers, is_exact
-from ..sampling import invariants, is_orthogonal
+from ..lowering.sampling import invariants, is_orthogonal
 from .building import built_by_escnn
 from .equivariant import Steerable, check_input
 

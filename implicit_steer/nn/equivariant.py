@@ -12,7 +12,7 @@ from escnn.nn import EquivariantModule, FieldType, GeometricTensor
 from torch import Tensor
 
 from .._check import fail, require
-from .._modules import NoTorchScript, in_mode
+from ..layers._modules import NoTorchScript, in_mode
 
 ELEMENTS = 10  # random ones of a check
 Errors = list[tuple[GroupElement, float]]

@@ -12,9 +12,9 @@ from escnn.gspaces import GSpace
 from escnn.nn import FieldType, GeometricTensor
 from torch import Tensor
 
-from .. import sampling as sp
 from .._check import require, require_integer
 from ..layers.grid_conv import PADDING_MODES, GridConvBase
+from ..lowering import sampling as sp
 from .building import built_by_escnn
 from .equivariant import ELEMENTS, Errors, Steerable, check_shape, compare, like, transform
 from .kernel import CheckedBias, ImplicitKernel, check_type, trivial_bias

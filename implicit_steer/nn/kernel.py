@@ -14,10 +14,10 @@ from scipy.linalg import block_diag
 from torch import Tensor
 
 from .._check import require
-from .._modules import in_mode
+from ..layers._modules import in_mode
 from ..layers.kernel import Biased, KernelBase
-from ..lowering import KernelShape, lower
-from ..sampling import invariants, is_orthogonal
+from ..lowering.network import KernelShape, lower
+from ..lowering.sampling import invariants, is_orthogonal
 from .building import built_by_escnn
 from .equivariant import Errors, compare, like, transform
 from .mlp import ANOTHER_BASIS, CLOSED_FORM, KernelMLP, check_basis, check_sizes, fiber_space, norm_names

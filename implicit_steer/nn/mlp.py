@@ -12,13 +12,13 @@ from escnn.group import O3, SO2, SO3, CyclicGroup, Group
 from escnn.gspaces import GSpace0D, no_base_space
 from escnn.nn import FieldType
 
-from .. import sampling as sp
 from .._check import fail, require, require_integer
-from ..clebsch_gordan import install
 from ..layers.kernel import NORM_TENSORS
-from ..lowering import lower_map, polished_blocks
-from ..packing import Expansion
+from ..lowering import sampling as sp
+from ..lowering.clebsch_gordan import install
+from ..lowering.network import lower_map, polished_blocks
 from ..plan import FUNCTIONS
+from ..plan.packing import Expansion
 from .activation import FourierActivation, paper_function
 from .building import built_by_escnn
 from .equivariant import Steerable, check_input

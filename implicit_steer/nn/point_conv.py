@@ -7,12 +7,12 @@ from escnn.group import GroupElement
 from escnn.nn import FieldType, GeometricTensor
 from torch import Tensor
 
-from .. import backends
 from .._check import fail, require
 from ..graph import Graph
+from ..graph.neighbours import knn_graph
 from ..layers.fields import check_tensor
 from ..layers.point_conv import PointConvBase, check_chosen, number_of_targets
-from ..neighbours import knn_graph
+from ..ops import select
 from .building import built_by_escnn
 from .equivariant import Errors, Steerable, check_shape, compare, like, transform
 from .kernel import CheckedBias, ImplicitKernel, check_type, trivial_bias
@@ -103,7 +103,7 @@ class ImplicitPointConv(CheckedBias, PointConvBase, Steerable):
         self.implicit_kernel.adopt_bias(self)
         self.backend = backend
         width = self.implicit_kernel.shell_width
-        backends.check(backend, self.implicit_kernel.plan, width.device, width.dtype)
+        select.check(backend, self.implicit_kernel.plan, width.device, width.dtype)
 
     def forward(
         self,

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from escnn.group import O3, SO3, Representation
 
-from .. import sampling as sp
 from .._check import fail, require
+from ..lowering import sampling as sp
 
 _BASIS = 16  # bytes per number of a sampled basis (n_b, o, i): two copies in float32, one in float64
 _TENSOR = 56  # per number of the change of basis of a tensor product, while escnn makes it

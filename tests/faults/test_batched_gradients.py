@@ -16,10 +16,11 @@ from torch.autograd.functional import hessian, jacobian
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from implicit_steer.cases import SMALL
-from implicit_steer.models import NBodyNet, Potential, QM9Net
+from implicit_steer.experiments.models import NBodyNet, QM9Net
+from implicit_steer.graph.structures import Structures
 from implicit_steer.nn import FourierActivation, IIDBatchNorm1d, ImplicitConv
-from implicit_steer.structures import Structures
+from implicit_steer.potentials import Potential
+from implicit_steer.testing.cases import SMALL
 
 GROUPS = ["o3", "o3-no-attr", "so2-r3", "c4"]  # zonal, planar and dense kernels
 CASES = [(name, sampling) for name, sampling in SAMPLED if name in GROUPS]

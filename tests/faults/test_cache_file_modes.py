@@ -10,10 +10,9 @@ import pytest
 import torch
 
 import implicit_steer as ist
-from implicit_steer import _kept
-from implicit_steer.data import _cache
-from implicit_steer.models import Potential
-from implicit_steer.train import common
+from implicit_steer import _files
+from implicit_steer.potentials import Potential
+from implicit_steer.training import chunks, runs
 
 ROWS = np.arange(3)
 
@@ -30,13 +29,13 @@ def cache(tmp_path, monkeypatch):
     """The cache folder."""
     monkeypatch.setenv("IMPLICIT_STEER_CACHE", str(tmp_path))
     yield tmp_path
-    _kept.forget()
+    _files.forget()
 
 
 WRITERS = {
-    "chunk.npz": lambda path: _cache.save_chunk(path, {"row": ROWS}),
-    "measured.json": lambda path: _kept.keep("measured", {"a": 1}),
-    "result.json": lambda path: common.write_json(path, {"a": 1}),
+    "chunk.npz": lambda path: chunks.save_chunk(path, {"row": ROWS}),
+    "measured.json": lambda path: _files.keep("measured", {"a": 1}),
+    "result.json": lambda path: runs.write_json(path, {"a": 1}),
     "net.safetensors": lambda path: ist.save(torch.nn.ReLU(), path),
     "potential.pt": lambda path: Potential([1], 2.0, channels=1, blocks=1).save(path),
 }
@@ -89,10 +88,10 @@ def forbidden(monkeypatch):
 
 def test_a_chunk_that_may_not_be_read(cache, forbidden):
     path = cache / "chunk.npz"
-    _cache.save_chunk(path, {"row": ROWS})
+    chunks.save_chunk(path, {"row": ROWS})
     forbidden()
     with pytest.raises(PermissionError) as error:
-        _cache.load_chunk(path, ROWS, "molecules")
+        chunks.load_chunk(path, ROWS, "molecules")
     text = str(error.value)
     assert text.startswith(f"{path}: expected the processed molecules 0, ... (3), got no permission to read the file")
     assert "chmod a+r" in text
@@ -102,29 +101,29 @@ def test_a_chunk_that_may_not_be_read(cache, forbidden):
 
 
 def test_what_was_measured_and_may_not_be_read(cache, forbidden):
-    _kept.keep("measured", {"a": 1})
-    _kept.forget()
+    _files.keep("measured", {"a": 1})
+    _files.forget()
     forbidden()
     with pytest.warns(UserWarning, match=r"measured\.json: no permission .*IMPLICIT_STEER_CACHE") as caught:
-        assert _kept.kept("measured") == {}
+        assert _files.kept("measured") == {}
     assert "delete" not in str(caught[0].message)
 
 
 def test_a_checkpoint_that_may_not_be_read(cache, forbidden):
-    options = common.RunOptions(out=str(cache), resume=True)
+    options = runs.RunOptions(out=str(cache), resume=True)
     torch.save({"options": {}}, cache / "last.ckpt")
     forbidden()
     with pytest.raises(PermissionError, match=r"expected a checkpoint that may be read, got Permission .*chmod a\+r"):
-        common.check_folder(cache, options)
+        runs.check_folder(cache, options)
 
 
 def test_a_checkpoint_that_is_none(cache):
     (cache / "last.ckpt").write_text("no checkpoint")
     with pytest.raises(ValueError, match=r"(?s)last\.ckpt: expected a checkpoint of a training run, .* is damaged"):
-        common.check_folder(cache, common.RunOptions(out=str(cache), resume=True))
+        runs.check_folder(cache, runs.RunOptions(out=str(cache), resume=True))
 
 
 def test_a_chunk_that_is_damaged_is_called_so(cache):
     (cache / "chunk.npz").write_bytes(b"PK but no more")
     with pytest.raises(ValueError, match=r"got a damaged file .*Delete the file: it is made anew"):
-        _cache.load_chunk(cache / "chunk.npz", ROWS, "molecules")
+        chunks.load_chunk(cache / "chunk.npz", ROWS, "molecules")

@@ -8,7 +8,7 @@ from escnn.group import Representation
 from helpers import BACKENDS
 
 import implicit_steer as ist
-from implicit_steer.models.qm9 import TensorProduct
+from implicit_steer.experiments.models.qm9 import TensorProduct
 from implicit_steer.nn import IIDBatchNorm1d, ImplicitConv, ImplicitPointConv
 from implicit_steer.nn.mlp import Linear
 

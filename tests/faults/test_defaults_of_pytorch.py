@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 START = """
 import torch, escnn, implicit_steer as ist
-from implicit_steer.models import NBodyNet, Potential, QM9Net
+from implicit_steer.experiments.models import NBodyNet, QM9Net
+from implicit_steer.potentials import Potential
 from implicit_steer.nn import FourierActivation, IIDBatchNorm1d, ImplicitConv, ImplicitKernel, ImplicitPointConv
 gs = escnn.gspaces.flipRot3dOnR3()
 t = gs.type(*[gs.trivial_repr] * 2, *[gs.irrep(1, 1)] * 2)
@@ -65,7 +66,7 @@ run(other, torch.float32)
 def test_a_potential_trains_in_float64():
     run(
         """
-from implicit_steer.structures import Structures
+from implicit_steer.graph.structures import Structures
 torch.set_default_dtype(torch.float64)
 potential = Potential([1, 8], cutoff=4.0, channels=2, kernel_channels=2)
 water = Structures.single(torch.tensor([8, 1, 1]), torch.tensor([[0, 0, 0], [0.96, 0, 0], [0, 0.96, 0]]), 4.0)

@@ -9,11 +9,11 @@ import torch
 from ase.build import bulk
 
 import implicit_steer as ist
-from implicit_steer.ase import Calculator, from_atoms
-from implicit_steer.md import Trajectory
-from implicit_steer.models import Potential, load_potential
-from implicit_steer.structures import Structures
-from implicit_steer.train.force_regressor import ForceRegressor
+from implicit_steer.graph.structures import Structures
+from implicit_steer.potentials import Potential, load_potential
+from implicit_steer.potentials.ase import Calculator, from_atoms
+from implicit_steer.potentials.md import Trajectory
+from implicit_steer.potentials.regressor import ForceRegressor
 
 CUTOFF, SHIFT = 4.0, -44_600.0
 

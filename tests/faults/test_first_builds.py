@@ -14,9 +14,9 @@ import torch
 from escnn import gspaces
 from escnn.group import cyclic_group, dihedral_group, direct_product, ico_group, octa_group
 
-from implicit_steer import clebsch_gordan
-from implicit_steer.cases import SMALL
+from implicit_steer.lowering import clebsch_gordan
 from implicit_steer.nn import ImplicitPointConv, mlp
+from implicit_steer.testing.cases import SMALL
 
 GROUPS = {
     **{f"D{n}": lambda n=n: dihedral_group(n) for n in (1, 2, 3, 4, 5, 8, 12)},

@@ -9,8 +9,8 @@ from helpers import BACKENDS
 from torch.nn.utils import prune, remove_weight_norm, spectral_norm, weight_norm
 
 import implicit_steer as ist
-from implicit_steer.cases import SMALL, SPACES, fields
 from implicit_steer.nn import ImplicitConv
+from implicit_steer.testing.cases import SMALL, SPACES, fields
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
 

@@ -23,7 +23,7 @@ for module in pkgutil.walk_packages(implicit_steer.__path__, "implicit_steer.", 
         print(f"{module.name}: {error}")
     else:
         print(f"{module.name}: imported")
-for name in ("nn", "models"):
+for name in ("nn",):
     try:
         getattr(implicit_steer, name)
     except RuntimeError as error:
@@ -43,7 +43,12 @@ def test_every_module_imports_or_says_what_to_install(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = dict(line.split(": ", 1) for line in done.stdout.splitlines())
     assert set(lines.values()) == {"imported", EXPLANATION}
-    for name in ("implicit_steer.nn", "implicit_steer.models", "attribute nn", "attribute models"):
+    for name in ("implicit_steer.nn", "implicit_steer.experiments.models", "attribute nn"):
         assert lines[name] == EXPLANATION
-    for name in ("implicit_steer.deploy", "implicit_steer.layers", "implicit_steer.md", "implicit_steer.data"):
+    for name in (
+        "implicit_steer.deploy",
+        "implicit_steer.layers",
+        "implicit_steer.potentials.md",
+        "implicit_steer.experiments.data",
+    ):
         assert lines[name] == "imported"

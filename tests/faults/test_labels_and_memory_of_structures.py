@@ -7,10 +7,10 @@ import pytest
 import torch
 from ase.build import bulk
 
-from implicit_steer.ase import from_atoms
-from implicit_steer.data.forces import StructureSet
-from implicit_steer.models import Potential
-from implicit_steer.structures import Structures
+from implicit_steer.graph.structures import Structures
+from implicit_steer.potentials import Potential
+from implicit_steer.potentials.ase import from_atoms
+from implicit_steer.potentials.data import StructureSet
 
 CUTOFF = 4.0
 

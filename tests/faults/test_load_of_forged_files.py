@@ -17,9 +17,9 @@ from helpers import layer
 from torch import nn
 
 import implicit_steer as ist
-from implicit_steer.cases import SMALL, SPACES, fields
 from implicit_steer.deploy.file import KEY, _digest
-from implicit_steer.models import Potential
+from implicit_steer.potentials import Potential
+from implicit_steer.testing.cases import SMALL, SPACES, fields
 
 O3 = SPACES["O(3)"]()
 FIELDS = fields(O3, "2 scalar+vector")

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import implicit_steer as ist
-from implicit_steer.md import MDOptions, run_md
-from implicit_steer.models import Potential, load_potential
+from implicit_steer.potentials import Potential, load_potential
+from implicit_steer.potentials.md import MDOptions, run_md
 
 ROOT = Path(ist.__file__).parent.parent
 # As `python -m implicit_steer`, as if escnn were not installed.

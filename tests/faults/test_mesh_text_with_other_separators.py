@@ -5,8 +5,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from implicit_steer.data._mesh_formats import parse_obj, parse_off
-from implicit_steer.data._mesh_sources import FurnitureFiles, OffFiles
+from implicit_steer.experiments.data._mesh_formats import parse_obj, parse_off
+from implicit_steer.experiments.data._mesh_sources import FurnitureFiles, OffFiles
 
 CORNERS = [(x, y, z) for x in (0.0, 1.0) for y in (0.0, 2.0) for z in (0.0, 3.0)]
 QUADS = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]

@@ -7,9 +7,9 @@ import pytest
 import torch
 from ase.build import bulk, molecule
 
-from implicit_steer.ase import Calculator, from_atoms
-from implicit_steer.models import Potential
-from implicit_steer.structures import Structures
+from implicit_steer.graph.structures import Structures
+from implicit_steer.potentials import Potential
+from implicit_steer.potentials.ase import Calculator, from_atoms
 
 CUTOFF = 4.0
 # Of the largest force: float32 through the network, 1e-6; positions in float64 have 1e-9 Å at 10⁷ Å.

@@ -9,9 +9,9 @@ from ase import units
 from ase.build import bulk, molecule
 from ase.md.verlet import VelocityVerlet
 
-from implicit_steer.ase import Calculator, from_atoms
-from implicit_steer.backends.hidden import safe_norm
-from implicit_steer.models import Potential
+from implicit_steer.ops.kernel_mlp import safe_norm
+from implicit_steer.potentials import Potential
+from implicit_steer.potentials.ase import Calculator, from_atoms
 
 CUTOFF = 4.0
 REFUSED = "pos: expected finite positions, got NaN or Inf in 1 of"

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from implicit_steer.data import QM9, _cache
-from implicit_steer.data import _qm9_files as files
-from implicit_steer.data._qm9_files import PackedCsv, RawSdf
+from implicit_steer.experiments.data import QM9
+from implicit_steer.experiments.data import _qm9_files as files
+from implicit_steer.experiments.data._qm9_files import PackedCsv, RawSdf
+from implicit_steer.training import chunks
 
 COUNT = 12
 NAMES = [
@@ -187,9 +188,9 @@ def test_lines_after_the_footer_do_not_count(raw):
 
 def test_a_cache_with_nan_is_refused(raw, monkeypatch):
     """As an earlier version made it of ``nan``."""
-    save = _cache.save_chunk
+    save = chunks.save_chunk
     spoilt = lambda path, chunk: save(path, {**chunk, "target": chunk["target"] * np.nan})  # noqa: E731
-    monkeypatch.setattr(_cache, "save_chunk", spoilt)
+    monkeypatch.setattr(chunks, "save_chunk", spoilt)
     with pytest.raises(
         ValueError, match=r"train-000000\.npz: expected finite targets, got NaN or Inf.*Delete the file"
     ):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from implicit_steer.data.nbody import ParticleBatch
+from implicit_steer.experiments.data.nbody import ParticleBatch
+from implicit_steer.graph.structures import Structures
 from implicit_steer.layers.particles import edge_features
 from implicit_steer.layers.potential import _cosines
-from implicit_steer.models import Potential
-from implicit_steer.structures import Structures
+from implicit_steer.potentials import Potential
 
 DIRECTION = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
 

@@ -3,8 +3,8 @@
 import pytest
 
 import implicit_steer as ist
-from implicit_steer.cases import SMALL, SPACES, fields
 from implicit_steer.nn import FourierActivation, ImplicitConv
+from implicit_steer.testing.cases import SMALL, SPACES, fields
 
 SETTINGS = {"sampling": "escnn", "norm": None, "activation": "relu", "cutoff": 2.0, "aggr": "mean"}
 

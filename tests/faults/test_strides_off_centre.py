@@ -8,8 +8,8 @@ import torch
 from escnn import gspaces
 
 import implicit_steer as ist
-from implicit_steer.cases import SPACES, fields
 from implicit_steer.nn import ImplicitConv
+from implicit_steer.testing.cases import SPACES, fields
 
 OFF = "off its centre"
 

@@ -5,8 +5,8 @@ import torch
 from helpers import BACKENDS, relative
 
 import implicit_steer as ist
-from implicit_steer.cases import SMALL, SPACES, fields
 from implicit_steer.nn import IIDBatchNorm1d, ImplicitConv
+from implicit_steer.testing.cases import SMALL, SPACES, fields
 
 
 def strided(tensor):

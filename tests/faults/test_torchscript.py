@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import implicit_steer as ist
-from implicit_steer.cases import SMALL, SPACES, fields
 from implicit_steer.nn import FourierActivation, IIDBatchNorm1d, ImplicitConv
 from implicit_steer.nn.mlp import Linear
+from implicit_steer.testing.cases import SMALL, SPACES, fields
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 

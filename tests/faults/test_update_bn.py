@@ -10,8 +10,8 @@ from torch.optim.swa_utils import AveragedModel
 
 import implicit_steer as ist
 from implicit_steer import layers, nn
-from implicit_steer.cases import SMALL, SPACES, fields
 from implicit_steer.nn import IIDBatchNorm1d
+from implicit_steer.testing.cases import SMALL, SPACES, fields
 
 KIND = fields(SPACES["O(3)"](), "3 scalar, 2 vector")
 

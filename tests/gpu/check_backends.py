@@ -6,9 +6,9 @@ from helpers import CONFIGURATIONS, assert_close, random_edges, relative, with_e
 from problems import DEVICE, INTERPRETED, expected, layer, outcome, small
 
 from implicit_steer import Graph
-from implicit_steer.cases import SMALL, Case, equivariance_error
 from implicit_steer.nn import ImplicitPointConvWithDownsampling
 from implicit_steer.plan import FUNCTIONS
+from implicit_steer.testing.cases import SMALL, Case, equivariance_error
 
 # The largest deviation over all cases and gradients was 2e-6 and 3e-14.
 BOUND = {torch.float32: 1e-5, torch.float64: 1e-12}

@@ -5,8 +5,8 @@ import torch
 from helpers import assert_close, deviations, relative, spread
 from problems import DEVICE, expected, layer, outcome, small
 
-from implicit_steer import _kept
-from implicit_steer.triton_kernels import configuration, launch
+from implicit_steer import _files
+from implicit_steer.ops.triton import configuration, launch
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_tuning_keeps_the_fastest(monkeypatch, tmp_path):
         found = configuration.tune(lambda: problem.run(conv), sizes, torch.float32, DEVICE, measure, candidates)
     assert set(found.values()) == {configuration.Choice(16, 2)}
     assert len(seen) == 3 * len(found)
-    _kept.forget()  # as in another process
+    _files.forget()  # as in another process
     assert configuration.choose("contract_forward", sizes, torch.float32, DEVICE) == configuration.Choice(16, 2)
     other = configuration.choose("contract_forward", sizes, torch.float64, DEVICE)
     assert other == configuration._DOUBLE["contract"]

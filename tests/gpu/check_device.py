@@ -13,12 +13,15 @@ from problems import DEVICE, layer, outcome, small
 from torch.library import opcheck
 from torch.utils._pytree import tree_map_only
 
-from implicit_steer import backends
-from implicit_steer.cases import LARGE
-from implicit_steer.data.nbody import ParticleBatch
-from implicit_steer.graph import sort_by_key
-from implicit_steer.models import NBodyNet, Potential
-from implicit_steer.structures import Structures
+from implicit_steer.experiments.data.nbody import ParticleBatch
+from implicit_steer.experiments.models import NBodyNet
+from implicit_steer.graph.graph import sort_by_key
+from implicit_steer.graph.structures import Structures
+from implicit_steer.ops import select
+from implicit_steer.ops.native import cuda
+from implicit_steer.ops.triton import backend as triton
+from implicit_steer.potentials import Potential
+from implicit_steer.testing.cases import LARGE
 
 # ---- graphs
 
@@ -63,7 +66,7 @@ def test_a_million_products(name, backend):
 
 def test_auto_takes_one_of_both():
     plan = layer(small("o3")).implicit_kernel.plan
-    assert backends.select("auto", plan, DEVICE, torch.float32)[0] in (backends.cuda, backends.triton)
+    assert select.choose("auto", plan, DEVICE, torch.float32)[0] in (cuda, triton)
 
 
 def test_another_stream(backend):

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.errors import InterpreterError
 
 from bench import device, report
-from implicit_steer.cases import SMALL
-from implicit_steer.triton_kernels import configuration, launch, operators
+from implicit_steer.ops.triton import configuration, launch, operators
+from implicit_steer.testing.cases import SMALL
 
 
 @pytest.mark.parametrize("case", ["so2", "o3"])

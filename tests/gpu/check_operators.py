@@ -6,9 +6,9 @@ import torch
 from problems import DEVICE, INTERPRETED, layer
 from torch.library import opcheck
 
-from implicit_steer.cases import Case
-from implicit_steer.packing import pack
-from implicit_steer.triton_kernels import dense, launch, operators
+from implicit_steer.ops.triton import dense, launch, operators
+from implicit_steer.plan.packing import pack
+from implicit_steer.testing.cases import Case
 
 TINY = Case("", "SO(2) on R2", "1 vector", "1 scalar", "1 scalar", 2, 2, nodes=2, degree=2)
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import helpers
 import torch
 
-from implicit_steer.backends import triton
-from implicit_steer.cases import SMALL
+from implicit_steer.ops.triton import backend as triton
+from implicit_steer.testing.cases import SMALL
 
 INTERPRETED = triton.interpreted()
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")

@@ -23,8 +23,8 @@ from helpers import layer, outcome, random_edges, unchanged, with_edges
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from implicit_steer import Graph
-from implicit_steer.backends import reference
-from implicit_steer.cases import SMALL, Case, Problem
+from implicit_steer.ops.reference import reference
+from implicit_steer.testing.cases import SMALL, Case, Problem
 
 # Edges beyond the shell's reach are meant.
 warnings.filterwarnings("ignore", message="edge_delta: the kernel's shell")

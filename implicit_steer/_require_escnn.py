@@ -1,5 +1,0 @@
-"""Imported first by modules that import escnn: where it is missing, this one says what to install."""
-
-from ._extras import load_extra
-
-load_extra("escnn", "escnn")

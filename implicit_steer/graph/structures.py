@@ -1,0 +1,150 @@
+"""Atoms with their neighbours, as potentials take them: several structures side by side as one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._check import require
+from .neighbours import periodic_radius_graph, radius_graph
+from .periodic import checked_pbc
+
+
+@dataclass(frozen=True)
+class Structures:
+    """B structures with N atoms and E directed edges j → i in all. Å, eV.
+
+    numbers (N,) int64, atomic numbers; pos (N, 3); cell (B, 3, 3), rows = lattice vectors, 0 where there are none;
+    edge_index (2, E) source j, target i; shift (E, 3) whole numbers, in the dtype of the edges' vectors
+    ``pos[i] - pos[j] + shift @ cell``; batch (N,) structure of each atom, ascending; num_graphs = B;
+    energy (B,) float64 and forces (N, 3), where they are known.
+
+    Raises ValueError where the shapes do not fit each other, TypeError for a shift that is not floating point.
+    """
+
+    numbers: Tensor
+    pos: Tensor
+    cell: Tensor
+    edge_index: Tensor
+    shift: Tensor
+    batch: Tensor
+    num_graphs: int
+    energy: Tensor | None = None
+    forces: Tensor | None = None
+
+    def __post_init__(self):
+        n, edges, graphs = self.pos.shape[0], self.edge_index.shape[-1], self.num_graphs
+        shapes = {"numbers": (n,), "pos": (n, 3), "cell": (graphs, 3, 3), "edge_index": (2, edges)}
+        shapes |= {"shift": (edges, 3), "batch": (n,), "energy": (graphs,), "forces": (n, 3)}
+        for name, shape in shapes.items():
+            tensor = getattr(self, name)
+            if tensor is not None:
+                require(tensor.shape == shape, name, f"shape {shape}", tuple(tensor.shape))
+        remedy = "Its dtype is that of the edges' vectors."
+        require(self.shift.is_floating_point(), "shift", "floating point", self.shift.dtype, remedy, TypeError)
+
+    @classmethod
+    def single(cls, numbers: Tensor, pos: Tensor, r: float, cell: Tensor | None = None, pbc: Any = None) -> Structures:
+        """One structure, with edges between all atoms at most ``r`` apart, across periodic boundaries too.
+
+        numbers (N,) integers, pos (N, 3), cell (3, 3) or None, pbc: as :func:`~implicit_steer.periodic_radius_graph`
+        takes them. They are copied.
+
+        Raises TypeError, ValueError as :func:`~implicit_steer.periodic_radius_graph`, and where ``numbers`` do not fit
+        ``pos``.
+
+        Example:
+            >>> pos = torch.tensor([[0, 0, 0], [0.96, 0, 0], [0, 0.96, 0]])
+            >>> water = Structures.single(torch.tensor([8, 1, 1]), pos, 3.0)
+            >>> water.edge_index.shape
+            torch.Size([2, 6])
+        """
+        expected = "a tensor of integers, one atomic number per row of pos"
+        ok = isinstance(numbers, Tensor) and not numbers.is_floating_point() and not numbers.is_complex()
+        require(ok, "numbers", expected, getattr(numbers, "dtype", type(numbers).__name__), kind=TypeError)
+        if cell is None:
+            repeats = pbc is not None and checked_pbc(pbc, 3).any()
+            require(not repeats, "cell", "the lattice vectors of a periodic box", None)
+            edge_index = radius_graph(pos, r)
+            shift, cell = pos.new_zeros(edge_index.shape[1], 3), pos.new_zeros(3, 3)
+        else:
+            edge_index, shift = periodic_radius_graph(pos, r, cell, pbc)
+        require(pos.shape[1] == 3, "pos", "shape (N, 3)", tuple(pos.shape))
+        require(numbers.shape == pos.shape[:1], "numbers", expected, tuple(numbers.shape))
+        batch = torch.zeros(len(pos), dtype=torch.int64, device=pos.device)
+        numbers, cell = numbers.to(torch.int64, copy=True), cell.to(pos, copy=True)[None]
+        return cls(numbers, pos.clone(), cell, edge_index, shift, batch, 1)
+
+    @classmethod
+    def join(cls, parts: Sequence[Structures]) -> Structures:
+        """The structures of ``parts`` (at least one) side by side."""
+        require(len(parts) > 0, "parts", "at least one structure", "none")
+        atoms, graphs, edges, batch = 0, 0, [], []
+        for part in parts:
+            edges.append(part.edge_index + atoms)
+            batch.append(part.batch + graphs)
+            atoms, graphs = atoms + len(part.pos), graphs + part.num_graphs
+        for name in ("energy", "forces"):
+            has = [getattr(part, name) is not None for part in parts]
+            remedy = "Leave it out of all with dataclasses.replace, or join those that have it."
+            got = f"{sum(has)} of {len(has)}"
+            require(all(has) or not any(has), "parts", f"{name} in all or in none", got, remedy)
+        rest = {
+            name: None if getattr(parts[0], name) is None else torch.cat([getattr(part, name) for part in parts])
+            for name in ("numbers", "pos", "cell", "shift", "energy", "forces")
+        }
+        return cls(edge_index=torch.cat(edges, 1), batch=torch.cat(batch), num_graphs=graphs, **rest)
+
+    def to(self, where: torch.device | str | torch.dtype) -> Structures:
+        """The same structures on a device, or with the edges' vectors (that is, shift) and forces in a dtype.
+
+        pos and cell take a wider dtype but keep their digits under a narrower one: far from the origin, or from the
+        home cell, it has too few. What is rounded is the difference.
+        """
+        if not isinstance(where, torch.dtype):
+            return self._changed([f.name for f in fields(self)], lambda tensor: tensor.to(where))
+        cast = self._changed(("shift", "forces"), lambda tensor: tensor.to(where))
+        return cast._changed(("pos", "cell"), lambda tensor: tensor.to(torch.promote_types(tensor.dtype, where)))
+
+    def edge_delta(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(E, 3): ``pos[i] - pos[j] + shift @ cell``, target minus source; computed in float64, then rounded to
+        ``dtype``, by default that of ``shift``."""
+        source, target = self.edge_index
+        pos, cells = self.pos.double(), self.cell.double()[self.batch[target]]  # [E, 3, 3]
+        delta = pos.index_select(0, target) - pos.index_select(0, source)
+        delta = delta + torch.einsum("ea,eab->eb", self.shift.double(), cells)
+        return delta.to(self.shift.dtype if dtype is None else dtype)
+
+    def copied(self) -> Structures:
+        """The same structures in tensors of their own."""
+        return self._changed([f.name for f in fields(self)], Tensor.clone)
+
+    def _changed(self, names: Sequence[str], change: Callable[[Tensor], Tensor]) -> Structures:
+        tensors = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: change(t) for name, t in tensors.items() if isinstance(t, Tensor)})
+
+    def moved(self, pos: Tensor) -> Structures:
+        """The same atoms and edges at other positions (N, 3)."""
+        return replace(self, pos=pos)
+
+    def require_finite_labels(self, name: str = "structures") -> None:
+        """``ValueError`` that names the structures of ``name`` in which the energy or a force is NaN or infinite."""
+        finite = {}  # whether an energy is, per structure; whether a force is, per atom
+        if self.energy is not None:
+            finite["energy"] = self.energy.isfinite()
+        if self.forces is not None:
+            finite["forces"] = self.forces.isfinite().all(1)
+        for label, right in finite.items():
+            rows = (~right).nonzero().squeeze(1)
+            wrong = (rows if label == "energy" else self.batch[rows].unique()).tolist()
+            got = f"NaN or Inf in {len(wrong)} of {self.num_graphs}: numbers {wrong[:10]}"
+            require(not wrong, name, f"finite {label}", got, "Leave these out, or label them anew.")
+
+    def within(self, r: float) -> Structures:
+        """Without the edges longer than ``r``. Those of a NaN position stay: what it has to do with is NaN."""
+        keep = (~(self.edge_delta().square().sum(1) > r * r)).nonzero().squeeze(1)
+        return replace(self, edge_index=self.edge_index[:, keep], shift=self.shift[keep])

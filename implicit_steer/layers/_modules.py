@@ -1,0 +1,58 @@
+"""What modules share: what they refuse, TorchScript and settings that come too late; and their modes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+
+from .._check import fail
+
+
+class NoTorchScript:
+    """Of a Module: ``torch.jit.script`` and ``torch.jit.trace`` raise, of networks that contain it, too."""
+
+    def __prepare_scriptable__(self) -> NoReturn:  # torch.jit.script asks every module for a stand-in
+        self._refuse("torch.jit.script")
+
+    def _slow_forward(self, *arguments, **options) -> NoReturn:  # called instead of ``forward`` under torch.jit.trace
+        self._refuse("torch.jit.trace")
+
+    def _refuse(self, what: str) -> NoReturn:
+        remedy = (
+            "For a program without Python: torch.export.export. For a file that needs no escnn: implicit_steer.save, "
+            "implicit_steer.load. For speed: torch.compile."
+        )
+        fail(type(self).__name__, "another way than TorchScript, which cannot express it", what, remedy, RuntimeError)
+
+
+class Fixed:
+    """An attribute of a Module that is chosen when it is built: ``read(module)``; setting it raises."""
+
+    def __init__(self, read: Callable[[Any], Any]):
+        self._read = read
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, module: Any, owner: type | None = None) -> Any:
+        return self if module is None else self._read(module)
+
+    def __set__(self, module: Any, value: Any) -> NoReturn:
+        remedy = f"It would have no effect on what is built: build another {type(module).__name__}."
+        fail(self._name, f"{self._read(module)!r}, as the layer was built", repr(value), remedy, AttributeError)
+
+
+@contextmanager
+def in_mode(module: torch.nn.Module, training: bool) -> Iterator[None]:
+    """``module`` in training or evaluation mode; afterwards every part is in its own mode again."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.train(training)
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            if part.training != mode:
+                part.train(mode)  # a method, since escnn's modules expand their weights in it; parents come first

@@ -1,0 +1,1 @@
+"""What escnn builds → a :class:`~implicit_steer.plan.Plan`: sampling, intertwiners, Clebsch-Gordan coefficients."""

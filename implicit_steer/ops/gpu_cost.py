@@ -1,0 +1,60 @@
+"""Which of the GPU backends "auto" takes: by warp instructions per edge, counted in place of times, and by what times
+were measured on the device.
+
+`cuda` multiplies only where a matrix is not 0, on the ordinary units: 4 instructions per multiply-add and 16 per φ,
+of 32 lanes each, within a third of what docs/cuda_kernels.md has for the benchmark's case ``cloud``. `triton`
+multiplies whole matrices on tensor cores, in three TF32 products of 1,024 multiply-adds per instruction that reach a
+quarter of their rate; everything else in it is what the compiled kernels of the benchmark's case ``cloud`` take
+(docs/gpu-predictions.md): 8 instructions per φ and 0.4 per multiply-add of the coupling. On an H100 (docs/gpu-h100.md)
+`cuda` was 2.2 times as fast as `triton` on eight such clouds, where 3.8 are counted, and 2.3 times on the authors'
+grid, where 2.0 are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from statistics import median
+
+from .._files import keep, kept
+from ..plan import Plan
+
+_MEASURED = "gpu"  # name of what is kept
+
+_LANES, _NODE_DEGREE = 32, 16
+_CUDA_PRODUCT, _CUDA_FUNCTION = 4 / _LANES, 16 / _LANES
+_TRITON_PRODUCT, _TRITON_FUNCTION, _TRITON_COUPLING = 4 * 3 / 1024, 8.0, 0.4
+
+
+@lru_cache(maxsize=256)
+def instructions_per_edge(plan: Plan) -> dict[str, float]:
+    """Backend → warp instructions per edge of a forward pass, predicted."""
+    cost = plan.cost()
+    coupling, phi = cost["sparse coupling per edge"], cost["φ per edge"]
+    mixing = cost["mixing per node"] / _NODE_DEGREE
+    dense = sum(layer.out_size * layer.in_size for layer in plan.linears)
+    dense += sum(2 * a.channels * a.samples.size for a in plan.activations)
+    return {
+        "cuda": _CUDA_PRODUCT * (cost["mlp per edge"] + coupling + mixing) + _CUDA_FUNCTION * phi,
+        "triton": _TRITON_PRODUCT * (dense + mixing) + _TRITON_FUNCTION * phi + _TRITON_COUPLING * coupling,
+    }
+
+
+def keep_times(device: str, times: Iterable[tuple[Plan, int, str, float]]) -> dict[str, float]:
+    """Measured forward passes: plan, edges, backend, seconds. For each backend the median time of what the model counts
+    as one instruction is kept for the device of this name, and returned; nothing where one of the two is missing."""
+    found: dict[str, list[float]] = {}
+    for plan, edges, backend, seconds in times:
+        if backend in (predicted := instructions_per_edge(plan)):
+            found.setdefault(backend, []).append(seconds / (edges * predicted[backend]))
+    factors = {backend: median(of_backend) for backend, of_backend in found.items()}
+    if len(factors) == 2:
+        keep(_MEASURED, {device: factors})
+        return factors
+    return {}
+
+
+def nanoseconds_per_edge(plan: Plan, device: str) -> dict[str, float]:
+    """Backend → time per edge of a forward pass, from what was measured on the device of this name; else empty."""
+    predicted = instructions_per_edge(plan)
+    return {backend: 1e9 * factor * predicted[backend] for backend, factor in kept(_MEASURED).get(device, {}).items()}

@@ -1,0 +1,263 @@
+"""The kernel MLP per edge in plain PyTorch: frame, hidden layers, hidden features h. Shared by `reference` and `eager`.
+
+Near radius 0 a coefficient of order k ≥ 1 vanishes like r^k, and h = c · Y(x/r) would lose digits like eps / r in its
+derivative. Regular frames therefore carry g = c / r for every order ≥ 1: with u₀ the part of the samples A z that the
+orders 0 make and w = Σ_{k ≥ 1} A g, the samples are u₀ + r w and
+
+    d = (φ(u₀ + r w) − φ(u₀)) / r,    c₀ = A⁻ (φ(u₀) + r d),    g = A⁻ d,
+
+since A⁻ of orders ≥ 1 annihilates φ(u₀), which does not depend on the sample's angle. d is a difference quotient of φ.
+c₀ and g / r^{k−1} are smooth functions of r², so r² + ε² may stand for r² (an error of ε²), and with it no derivative
+meets a division by zero: the second derivatives at the origin come out right to rounding / ε.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..plan import Activation, Frame, Plan
+from ..plan.activations import difference_quotient, phi
+from ..plan.moments import Pool, moments
+from ..plan.packing import Parameters, Weights, cached, constant, fold_linear, fold_theta, norm_affine, pack
+
+# Radii below this take the difference quotient; above it A⁻ φ(u₀ + r w) / r is right to eps / r.
+NEAR = {torch.float32: 0.1, torch.float64: 0.01}
+# ε² of regular frames, in the squared unit of the positions.
+SOFTENING = {torch.float32: 1e-10, torch.float64: 1e-18}
+# Squared lengths below this count as 0 elsewhere: their square would underflow.
+ZERO = {torch.float32: 1e-24, torch.float64: 1e-100}
+
+
+class Statistics(NamedTuple):
+    """Batch statistics of one norm in training: mean (channels, n_trivial), var (channels,)."""
+
+    mean: Tensor
+    var: Tensor
+
+
+class _Edge(NamedTuple):
+    """What the frame makes of E edges."""
+
+    inputs: Tensor  # (E, n_in); orders >= 1 divided by the radius where the frame is regular
+    radius: Tensor | None  # (E,) in regular frames
+    cosine: Tensor | None  # (E, d) zonal: factor of each hidden coordinate; planar: (radius ·) cos kφ
+    sine: Tensor | None  # (E, d) planar: (radius ·) sign · sin kφ
+
+
+def safe_norm(x: Tensor) -> Tensor:
+    """|x| along the last axis; exactly 0, with derivative 0, at the origin; NaN of NaN."""
+    squared = x.square().sum(-1)
+    zero = squared <= ZERO[x.dtype]
+    return torch.where(zero, torch.ones_like(squared), squared).sqrt() * ~zero
+
+
+def _soft_norm(x: Tensor) -> Tensor:
+    """sqrt(|x|² + ε²) along the last axis."""
+    return (x.square().sum(-1) + SOFTENING[x.dtype]).sqrt()
+
+
+def _unit(x: Tensor, radius: Tensor) -> Tensor:
+    """x / radius, 0 where the radius is 0."""
+    return x / torch.where(radius > 0, radius, torch.ones_like(radius))[:, None]
+
+
+def _monomials(u: Tensor, powers: np.ndarray) -> Tensor:
+    """(E, n_monomials)."""
+    table = [torch.ones_like(u)]
+    for _ in range(int(powers.max())):
+        table.append(table[-1] * u)
+    stacked = torch.stack(table, dim=-1)  # (E, 3, degree + 1)
+    columns = torch.tensor(powers, device=u.device)
+    return stacked[:, 0, columns[:, 0]] * stacked[:, 1, columns[:, 1]] * stacked[:, 2, columns[:, 2]]
+
+
+def _zonal_edge(frame: Frame, delta: Tensor, attributes: Tensor) -> _Edge:
+    radius = _soft_norm(delta)
+    harmonics = constant(frame, "harmonics", delta)  # (d, n_monomials)
+    degree = torch.tensor(frame.order[frame.coefficient], device=delta.device)
+    y = _monomials(delta / radius[:, None], frame.powers) @ harmonics.T
+    linear = delta @ harmonics[:, torch.tensor(_linear_monomials(frame), device=delta.device)].T
+    # order 0: Y; order 1: r Y(x̂) = Y(x), exactly linear; above: r Y(x̂)
+    cosine = torch.where(degree == 0, y, torch.where(degree == 1, linear, radius[:, None] * y))
+    return _Edge(torch.cat([torch.ones_like(delta[:, :1]), attributes], 1), radius, cosine, None)
+
+
+@lru_cache(maxsize=64)
+def _linear_monomials(frame: Frame) -> list[int]:
+    """Positions of x, y, z among the monomials."""
+    rows = frame.powers.tolist()
+    return [rows.index(unit) for unit in ([1, 0, 0], [0, 1, 0], [0, 0, 1])]
+
+
+def _rotate(values: Tensor, cosine: Tensor, sine: Tensor, partner: Tensor) -> Tensor:
+    """cos · c[m] + sin · c[partner[m]] over the last axis."""
+    return cosine * values + sine * values.index_select(-1, partner)
+
+
+def _multiples(c: Tensor, s: Tensor, order: np.ndarray) -> tuple[Tensor, Tensor]:
+    """(E, n): cos kφ, sin kφ for each k in ``order``, from cos φ and sin φ (E,)."""
+    cosines, sines = [torch.ones_like(c)], [torch.zeros_like(s)]
+    for _ in range(int(order.max(initial=0))):
+        cosines.append(cosines[-1] * c - sines[-1] * s)
+        sines.append(sines[-1] * c + cosines[-2] * s)
+    pick = torch.tensor(order, device=c.device)
+    return torch.stack(cosines, -1)[:, pick], torch.stack(sines, -1)[:, pick]
+
+
+def _planar_edge(frame: Frame, delta: Tensor, attributes: Tensor) -> _Edge:
+    p = delta @ constant(frame, "plane", delta)
+    if frame.regular:
+        radius = _soft_norm(p)
+        c, s = (p / radius[:, None]).unbind(-1)
+    else:
+        radius = safe_norm(p)
+        direction = torch.where(radius[:, None] > 0, _unit(p, radius), _attribute_direction(frame, attributes))
+        c, s = direction.unbind(-1)
+    cosine, sine = _multiples(c, s, frame.attribute_order)
+    turned = _rotate(
+        attributes,
+        cosine,
+        -sine * constant(frame, "attribute_sign", delta),
+        constant(frame, "attribute_partner", delta),
+    )
+    if frame.regular:
+        turned_p = torch.ones_like(p[:, :1])
+    else:  # (ρ, 0); on the axis x itself in the constant frame, which keeps its derivative there
+        turned_p = torch.stack([c * p[:, 0] + s * p[:, 1], c * p[:, 1] - s * p[:, 0]], 1)
+    inputs = torch.cat([turned_p, delta @ constant(frame, "axis", delta), turned], 1)
+    cosine, sine = _multiples(c, s, frame.order)
+    if frame.regular:  # order 0 as it is; order 1 linear in x; above, radius times the unit vector's
+        order = torch.tensor(frame.order, device=delta.device)
+        first_order = order == 1
+        scale = torch.where(order == 0, torch.ones_like(cosine), radius[:, None])
+        cosine = torch.where(first_order, p[:, :1], scale * cosine)
+        sine = torch.where(first_order, p[:, 1:], scale * sine)
+    return _Edge(inputs, radius if frame.regular else None, cosine, sine * constant(frame, "sign", delta))
+
+
+def _attribute_direction(frame: Frame, attributes: Tensor) -> Tensor:
+    """(E, 2) frame for edges on the axis, whose azimuth is undefined: the first nonzero attribute of order 1."""
+    direction = attributes.new_zeros(len(attributes), 2)
+    direction[:, 0] = 1
+    for m in np.flatnonzero((frame.attribute_order == 1) & (frame.attribute_sign < 0))[::-1]:
+        vector = attributes[:, [m, frame.attribute_partner[m]]].detach()
+        norm = safe_norm(vector)
+        direction = torch.where((norm > 0)[:, None], _unit(vector, norm), direction)
+    return direction
+
+
+def edge_frame(plan: Plan, delta: Tensor, attributes: Tensor) -> _Edge:
+    """MLP inputs in the edge's frame, and the way back."""
+    frame = plan.frame
+    attributes = attributes @ constant(frame, "attribute", delta)
+    if frame.kind == "zonal":
+        return _zonal_edge(frame, delta, attributes)
+    if frame.kind == "planar":
+        return _planar_edge(frame, delta, attributes)
+    return _Edge(torch.cat([delta, attributes], 1), None, None, None)
+
+
+def _expand(frame: Frame, edge: _Edge, y: Tensor) -> Tensor:
+    """Coefficients (E, W, c) → full hidden features (E, W, d)."""
+    if frame.kind == "none":
+        return y
+    if frame.kind == "zonal":
+        parts, start = [], 0
+        for coefficient, run in groupby(frame.coefficient.tolist()):
+            end = start + len(list(run))
+            parts.append(y[:, :, coefficient : coefficient + 1] * edge.cosine[:, None, start:end])
+            start = end
+        return torch.cat(parts, -1)
+    return _rotate(y, edge.cosine[:, None], edge.sine[:, None], constant(frame, "partner", y))
+
+
+@cached
+def _samples(act: Activation, merged: bool, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    pair = (act.samples, act.inverse) if merged else act.unmerged
+    return tuple(torch.tensor(m, dtype=dtype, device=device) for m in pair)
+
+
+def _near_origin(act: Activation, n: int, z: Tensor, radius: Tensor, samples: Tensor, inverse: Tensor) -> Tensor:
+    """The activation on (E, W, c) coefficients, n of them of order 0, by difference quotients."""
+    r = radius[:, None, None]
+    u0 = z[..., :n] @ samples[:, :n].T  # (E, W, S)
+    w = z[..., n:] @ samples[:, n:].T
+    d = w * difference_quotient(act.function, u0, r * w)
+    return torch.cat([(phi(act.function, u0) + r * d) @ inverse[:n].T, d @ inverse[n:].T], -1)
+
+
+def _activate(plan: Plan, act: Activation, edge: _Edge, z: Tensor, merged: bool) -> Tensor:
+    """Fourier activation on (E, W, c) coefficients."""
+    samples, inverse = _samples(act, merged, z.dtype, z.device)
+    if edge.radius is None:
+        return phi(act.function, z @ samples.T) @ inverse.T
+    near = edge.radius < NEAR[z.dtype]
+    rows = near.nonzero().squeeze(1)
+    n = int(np.searchsorted(plan.frame.order, 1))  # coefficients of order 0 come first
+    r = torch.where(near, torch.ones_like(edge.radius), edge.radius)[:, None, None]
+    scale = torch.cat([torch.ones_like(r).expand(-1, -1, n), r.expand(-1, -1, z.shape[2] - n)], -1)
+    y = phi(act.function, (z * scale) @ samples.T) @ inverse.T / scale
+    if len(rows):
+        z_near, r_near = z.index_select(0, rows), edge.radius.index_select(0, rows)
+        y = y.index_copy(0, rows, _near_origin(act, n, z_near, r_near, samples, inverse))
+    return y
+
+
+def _statistics(norm, h: Tensor, pool: Pool | bool) -> Statistics:
+    """Batch statistics over the edges, detached as escnn's are: means of the trivial ones among the hidden features h
+    (E, W, d), variances of all."""
+    n, mean, squares = moments(h.detach(), pool)
+    return Statistics(mean.index_select(1, constant(norm, "measured", h)), squares.mean(1) / (n - 1))
+
+
+def hidden_features(
+    plan: Plan,
+    parameters: Parameters,
+    batch_statistics: bool | Pool,
+    delta: Tensor,
+    attributes: Tensor,
+    merged: bool = True,
+) -> tuple[Tensor, Weights, list[Statistics]]:
+    """h (E, H) with the constant one last, the weights with all batch norms folded in, and the batch statistics.
+
+    With ``batch_statistics`` those of the batch norms come from these edges (training), and those that it adds, else
+    they are the running ones.
+    """
+    weights = pack(plan, parameters, fold=not batch_statistics)
+    live = parameters.norms if batch_statistics else ()
+    edge = edge_frame(plan, delta, attributes)
+    y, linears, theta, statistics = edge.inputs, list(weights.linears), weights.theta, []
+    for n, act in enumerate(plan.activations):
+        w, b = linears[n]
+        z = torch.nn.functional.linear(y, w, b).unflatten(1, (act.channels, -1))
+        y = _activate(plan, act, edge, z, merged)
+        if live:
+            norm = plan.norms[n]
+            statistics.append(_statistics(norm, _expand(plan.frame, edge, y), batch_statistics))
+            affine = norm_affine(norm, live[n], *statistics[-1])
+            if n + 1 < len(linears):
+                linears[n + 1] = fold_linear(norm, act, linears[n + 1], *affine)
+            else:
+                theta = fold_theta(plan, theta, *affine)
+        if n + 1 < len(linears):
+            y = y.flatten(1)
+    if plan.activations:
+        y = _expand(plan.frame, edge, y).flatten(1)
+    h = torch.cat([y, y.new_ones(len(y), 1)], 1)
+    return h, Weights(linears, theta, weights.shell_width), statistics
+
+
+def radial_factor(plan: Plan, shell_width: Tensor, delta: Tensor) -> Tensor:
+    """γ · s(|x|) (E,): the Gaussian shell exp(−½ (|x| / σ)²), times the smooth cutoff 1 − 10 t³ + 15 t⁴ − 6 t⁵,
+    t = min(|x| / cutoff, 1), whose value and first two derivatives vanish at the cutoff."""
+    factor = plan.gamma * torch.exp(-0.5 * delta.square().sum(-1) / shell_width.reshape(()).square())
+    if plan.cutoff is None:
+        return factor
+    t = (safe_norm(delta) / plan.cutoff).clamp(max=1)
+    return factor * (1 - t**3 * (10 - t * (15 - 6 * t)))

@@ -1,0 +1,1 @@
+"""Native code: C++ for processors, CUDA for GPUs, behind the same operators."""

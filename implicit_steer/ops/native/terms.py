@@ -1,0 +1,156 @@
+"""The couplings of a plan as the native operator walks them: rows of hidden features, products of features, monomials.
+
+The counterparts in C++ are ``CouplingView`` and ``PlanView`` of ``csrc/plan.h``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...plan import Coupling, Plan
+
+_CHANNELS = 8  # kChannels of csrc/plan.h
+
+
+def padded(n: int) -> int:
+    """Size of a row of n channels."""
+    return -(-n // _CHANNELS) * _CHANNELS
+
+
+def hidden_field_size(plan: Plan) -> int:
+    """d: coordinates of one hidden field."""
+    if not plan.activations:
+        return 1
+    return len(plan.frame.coefficient) if plan.frame.kind == "zonal" else len(plan.frame.order)
+
+
+def reads_one(plan: Plan, c: Coupling) -> bool:
+    return len(c.hidden_start) == 1 and c.basis.shape[3] == 1 and c.hidden_start[0] == plan.hidden_size - 1
+
+
+class Gathered:
+    """Channels by field type: for each tuple of field starts, component by component, all fields side by side and a
+    row's padding."""
+
+    def __init__(self):
+        self.at: dict[tuple[int, ...], int] = {}
+        self.channel: list[int] = []  # number of the channel at each place, −1 in padding
+        self.rows: list[tuple[int, int]] = []  # place and size of each component's row
+
+    def add(self, starts: np.ndarray, size: int) -> int:
+        """The place of component 0 of the fields at ``starts``, of ``size`` components each."""
+        key = tuple(starts.tolist())
+        if key not in self.at:
+            self.at[key] = len(self.channel)
+            padding = [-1] * (padded(len(key)) - len(key))
+            self.rows += [(len(self.channel) + n * padded(len(key)), padded(len(key))) for n in range(size)]
+            self.channel += [c for component in range(size) for c in [*(start + component for start in key), *padding]]
+        return self.at[key]
+
+
+_Factors = dict[int, list[tuple[int, float]]]  # input component i → (harmonic, value)s
+
+
+class Terms:
+    """The couplings as ``T[slot, w, v] += h[row, w] · t[v]``, with products ``t[v] = Σ_g f[i_g, v] G_g`` and
+    ``G = Σ value · Y[m]``. Slots that read the same rows form a group; a block is one of these rows, and the products
+    that it meets in the group's slots, which lie side by side."""
+
+    def __init__(self, plan: Plan, couplings: tuple[Coupling, ...], position: np.ndarray):
+        self.plan, self.position = plan, position
+        self.products, self.product_size = [], 0
+        self.inputs, self.outputs = Gathered(), Gathered()
+        self.rows: dict[tuple[int, ...], int] = {}  # positions of the channels → number
+        # per G: the places of its input and its product, and their size; its nonzeros
+        self.factors: list[tuple[int, int, int]] = []
+        self.g_first, self.nz_harmonic, self.nz_value = [0], [], []
+        found = [self._factors(c) for c in couplings]  # which numbers all rows
+        self.couplings = [self._coupling(c, factors) for c, factors in zip(couplings, found, strict=True)]
+        # what the couplings read of a channel's coefficients: the first ones, by degree
+        order = np.argsort(position)
+        used = max((int(order[p % len(order)]) for row in self.rows for p in row), default=0)
+        self.used = len(order) if plan.frame.kind == "planar" else used + 1
+
+    def _read(self, c: Coupling, m: int) -> tuple[int, int]:
+        """Row (−1: the constant one) and harmonic (−1: none) of coordinate m of the coupling's hidden fields."""
+        if reads_one(self.plan, c):
+            return -1, -1
+        field, coefficient = np.divmod(c.hidden_start + m, hidden_field_size(self.plan))
+        harmonic = -1
+        if self.plan.frame.kind == "zonal":
+            harmonic, coefficient = m, self.plan.frame.coefficient[coefficient]
+        positions = field * len(self.position) + self.position[coefficient]
+        return self.rows.setdefault(tuple(map(int, positions)), len(self.rows)), harmonic
+
+    def _factors(self, c: Coupling) -> dict[tuple[int, int], dict[int, _Factors]]:
+        """Slot (b, o) → row → what its product is made of."""
+        found: dict[tuple[int, int], dict[int, _Factors]] = {}
+        for b, o, i, m, value in c.nonzeros:
+            row, harmonic = self._read(c, m)
+            found.setdefault((b, o), {}).setdefault(row, {}).setdefault(i, []).append((harmonic, value))
+        return found
+
+    def _coupling(self, c: Coupling, factors: dict[tuple[int, int], dict[int, _Factors]]) -> list[int]:
+        """The coupling's numbers but for its θ, which is put in front."""
+        _, n_out, n_in, _ = c.basis.shape
+        inputs, outputs = self.inputs.add(c.in_start, n_in), self.outputs.add(c.out_start, n_out)
+        by_rows: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        for slot in c.slots:
+            by_rows.setdefault(tuple(sorted(factors[slot])), []).append(slot)
+        slots, groups, blocks = [], [], []
+        for rows, members in by_rows.items():
+            groups += [len(slots), len(members), len(blocks) // 2, len(rows)]
+            slots += members
+            for row in rows:
+                blocks += [row if row >= 0 else len(self.rows), self.product_size]
+                for slot in members:
+                    self._add_product(inputs, padded(len(c.in_start)), factors[slot][row])
+        sizes = [len(c.out_start), len(c.in_start), len(c.hidden_start), c.basis.shape[0], int(reads_one(self.plan, c))]
+        counts = [len(slots), len(by_rows), len(blocks) // 2]
+        return [*sizes, *counts, outputs, *(n for slot in slots for n in slot), *groups, *blocks]
+
+    def _add_product(self, inputs: int, size: int, factors: _Factors) -> None:
+        first = len(self.factors)
+        for i, g in factors.items():
+            self.factors.append((inputs + i * size, self.product_size, size))
+            self.nz_harmonic += [harmonic for harmonic, _ in g]
+            self.nz_value += [value for _, value in g]
+            self.g_first.append(len(self.nz_value))
+        self.products += [self.product_size, size, first, len(self.factors)]
+        self.product_size += size
+
+    def adjoint(self) -> tuple[list[int], list[tuple[int, int]]]:
+        """The products backwards, ``df[i, v] = Σ dt[v] G`` over the products that read f[i]: as ``products``, and per
+        term the place of the product and the number of G."""
+        reading: dict[int, list[tuple[int, int]]] = {}
+        for g, (place, product, _) in enumerate(self.factors):
+            reading.setdefault(place, []).append((product, g))
+        adjoint, terms = [], []
+        for place, size in self.inputs.rows:
+            found = reading.get(place, [])
+            adjoint += [place, size, len(terms), len(terms) + len(found)]
+            terms += found
+        return adjoint, terms
+
+    def harmonic_terms(self) -> tuple[list[tuple[int, ...]], list[float]]:
+        """``dY[m] = Σ value Σ_v f[v] dt[v]``: (m, place of f, of t, size) and value of each term, by m."""
+        numbers, g_of = range(len(self.nz_value)), np.repeat(range(len(self.factors)), np.diff(self.g_first))
+        read = sorted((self.nz_harmonic[z], z) for z in numbers if self.nz_harmonic[z] >= 0)
+        return [(m, *self.factors[g_of[z]]) for m, z in read], [self.nz_value[z] for _, z in read]
+
+
+class Monomials:
+    """Monomials of x, y, z: 1, then each an earlier one times a coordinate."""
+
+    def __init__(self):
+        self.number = {(0, 0, 0): 0}
+        self.factors = [(0, 0)]  # per monomial: number of the earlier one, coordinate
+
+    def add(self, powers: tuple[int, int, int]) -> int:
+        """The number of x^i y^j z^k."""
+        if powers not in self.number:
+            axis = max(k for k in range(3) if powers[k])
+            earlier = self.add(tuple(n - (k == axis) for k, n in enumerate(powers)))
+            self.number[powers] = len(self.factors)
+            self.factors.append((earlier, axis))
+        return self.number[powers]

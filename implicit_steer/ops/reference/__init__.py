@@ -1,0 +1,1 @@
+"""Plain PyTorch: `reference`, the oracle, and `eager`, which runs everywhere."""

@@ -1,0 +1,147 @@
+"""The same functions in plain PyTorch on whole tensors, for derivatives of gradients; and what the kernels read of a
+layer's weights. No host synchronisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...plan import Norm, Plan
+from ...plan.activations import difference_quotient, phi
+from ...plan.moments import Pool, combined, moments
+from ...plan.packing import constant
+from ..kernel_mlp import NEAR, Statistics, edge_frame, radial_factor
+from .launch import Prepared
+from .tables import KINDS, Tables
+
+_EDGES = 1 << 16  # of which full hidden features exist at a time
+
+
+def attributes_in_frame(plan: Plan, attr: Tensor) -> Tensor:
+    """a' = attributeᵀ a, without a multiplication where that is a."""
+    frame = plan.frame
+    if (frame.attribute == torch.eye(frame.n_attributes, dtype=torch.float64).numpy()).all():
+        return attr
+    return attr @ constant(frame, "attribute", attr)
+
+
+def geometry(
+    tables: Tables, delta: Tensor, attr: Tensor, order: Tensor, shell_width: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What ``triton_frame`` gives; ``attr`` in frame coordinates."""
+    plan, sizes = tables.plan, tables.sizes
+    delta, attr = delta.index_select(0, order), attr.index_select(0, order)
+    edge = edge_frame(plan, delta, attr @ constant(plan.frame, "attribute", attr).T)
+    factor = radial_factor(plan, shell_width, delta)
+    pick = torch.tensor(tables.pick, device=delta.device)
+    if sizes.kind == KINDS["none"]:
+        return edge.inputs, delta.new_empty(0), factor, delta.new_empty(len(delta), 0)
+    if sizes.kind == KINDS["zonal"]:
+        q = edge.cosine.index_select(1, pick)
+    else:
+        sine = edge.sine.index_select(1, pick) * constant(plan.frame, "sign", delta)[pick]
+        q = torch.stack([edge.cosine.index_select(1, pick), sine], -1).flatten(1)
+    if not plan.frame.regular:
+        return edge.inputs, delta.new_empty(0), factor, q
+    return edge.inputs[:, 1:], edge.radius, factor, q
+
+
+def _pieces(prepared: Prepared, flat: Tensor) -> list[tuple[Tensor, ...]]:
+    """Per layer P₀, P₁ (or None), b and b₁ (or None) of the packed weights."""
+    k, regular, found = prepared.widths, prepared.sizes.regular, []
+    for n, (base, _) in enumerate(prepared.layer_offsets()[:-1]):
+        rows = [k["KI"], 1, 1] if n == 0 and regular else [k["K0"] if n else k["KI"], *([k["K1"]] * regular), 1]
+        parts = flat[base : base + sum(rows) * k["HP"]].view(-1, k["HP"]).split(rows)
+        if not regular:
+            found.append((parts[0], None, parts[1][0], None))
+        elif n == 0:
+            found.append((parts[0], None, parts[1][0], parts[2][0]))
+        else:
+            found.append((parts[0], parts[1], parts[2][0], None))
+    return found
+
+
+def layers(prepared: Prepared, inputs: Tensor, radius: Tensor, factor: Tensor, weights: Tensor) -> Tensor:
+    """What ``triton_layers`` gives."""
+    k, s = prepared.widths, prepared.sizes
+    name, y0, y1 = prepared.tables.plan.activations[0].function, inputs, None
+    r = radius[:, None]
+    for (p0, p1, b, b1), (_, at) in zip(_pieces(prepared, weights), prepared.layer_offsets(), strict=False):
+        inverse = prepared["inverse"][at:]
+        q0 = inverse[: k["HP"] * k["K0"]].view(k["HP"], -1)[:, : s.n_zero]
+        u0 = y0 @ p0[: y0.shape[1]] + b
+        if not s.regular:
+            y0 = phi(name, u0) @ q0
+            continue
+        w = b1 if p1 is None else y1 @ p1[: s.n_rest]
+        near = r < NEAR[u0.dtype]
+        far = torch.where(near, torch.ones_like(r), r)
+        p = phi(name, u0 + r * w)
+        d = torch.where(near, w * difference_quotient(name, u0, torch.where(near, r * w, torch.ones_like(u0))), p / far)
+        q1 = inverse[k["HP"] * k["K0"] :][: k["HP"] * k["K1"]].view(k["HP"], -1)[:, : s.n_rest]
+        y0, y1 = p @ q0, d @ q1
+    y = y0 if y1 is None else torch.cat([y0, y1], 1)
+    return torch.cat([y[:, : s.n_columns - 1] * factor[:, None], factor[:, None]], 1)
+
+
+def _coordinates(prepared: Prepared, y: Tensor, q: Tensor) -> Tensor:
+    """Full hidden features (E, d, channels) from coefficients y (E, c, channels)."""
+    if prepared.sizes.kind == KINDS["none"]:
+        return y
+    (rho, j), value = prepared["way_back"].long(), prepared["way_back_value"]
+    q = torch.cat([torch.ones_like(q[:, :1]), q], 1)
+    first, second = (q[:, j[n]] * value[n] for n in (0, 1))
+    return first[..., None] * y[:, rho[0]] + second[..., None] * y[:, rho[1]]
+
+
+def statistics(prepared: Prepared, norm: Norm, y: Tensor, q: Tensor, pool: Pool | bool) -> Statistics:
+    """Batch statistics of one norm over all edges, from hidden coefficients (E, n_zero + n_rest): means of the trivial
+    coefficients, variances of the full features. Some edges at a time, whose sums of squares are put together; ``pool``
+    adds others."""
+    pieces = zip(y.view(len(y), -1, prepared.sizes.channels).split(_EDGES), q.split(_EDGES), strict=True)
+    parts = [moments(_coordinates(prepared, some, direction), False) for some, direction in pieces]
+    n, mean, total = combined(parts) if len(parts) > 1 else parts[0]  # (d, channels)
+    if callable(pool):
+        n, mean, total = pool(n, mean, total)
+    trivial = mean.index_select(0, constant(norm, "measured", y))
+    return Statistics(trivial.T.contiguous(), (total / (n - 1)).mean(0))
+
+
+def pack_layers(prepared: Prepared, linears: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The packed weights from W (out, in) and b (out,) of some first layers: A W in the kernels' order, padded."""
+    k, s = prepared.widths, prepared.sizes
+    z, parts = s.n_zero // s.channels, []
+    samples = prepared["samples"]  # (layers, S, c)
+
+    def add(block: Tensor, rows: int) -> None:
+        """block (rows, …): padded, flat."""
+        flat = block.flatten(1)
+        parts.append(torch.nn.functional.pad(flat, (0, k["HP"] - flat.shape[1], 0, rows - len(block))).reshape(-1))
+
+    for n, (w, b) in enumerate(linears):
+        zero, rest = samples[n][:, :z], samples[n][:, z:]
+        w, b = w.view(s.channels, -1, w.shape[1]), b.view(s.channels, -1)
+        if n == 0:
+            first = w[:, :, 1:] if s.regular else w  # but the constant one of regular frames
+            add(torch.einsum("sc,wci->iws", zero, first[:, :z]), k["KI"])
+        else:
+            w = w.unflatten(2, (s.channels, -1))
+            add(torch.einsum("sc,wcvk->kvws", zero, w[:, :z, :, :z]).flatten(0, 1), k["K0"])
+            if s.regular:
+                add(torch.einsum("sc,wcvk->kvws", rest, w[:, z:, :, z:]).flatten(0, 1), k["K1"])
+        add(torch.einsum("sc,wc->ws", zero, b[:, :z])[None], 1)
+        if s.regular and n == 0:
+            add(torch.einsum("sc,wc->ws", rest, w[:, z:, 0])[None], 1)
+    return torch.cat(parts)
+
+
+def pack_theta(prepared: Prepared, theta: Sequence[Tensor]) -> Tensor:
+    """Θ (n_t, C_out) from θ (U, V, W, b) of every coupling."""
+    s, mixing = prepared.sizes, prepared.mixing
+    values = [torch.einsum("uvwb,bso->svwuo", t, m).reshape(-1) for t, m in zip(theta, mixing, strict=True)]
+    flat = prepared["scalars"].new_zeros(s.n_t * s.out_size)
+    if values:
+        flat = flat.index_copy(0, prepared.position, torch.cat(values))
+    return flat.view(s.n_t, s.out_size)

@@ -1,0 +1,5 @@
+"""What to compute: :class:`Plan`, its activation functions, the packing of parameters, moments for batch statistics."""
+
+from .plan import FUNCTIONS, MAX_ORDER, Activation, Block, Coupling, Data, Frame, Linear, Norm, Plan
+
+__all__ = ["FUNCTIONS", "MAX_ORDER", "Activation", "Block", "Coupling", "Data", "Frame", "Linear", "Norm", "Plan"]

@@ -1,0 +1,107 @@
+"""Potentials as calculators of the Atomic Simulation Environment: molecular dynamics, relaxation, phonons with ASE."""
+
+from __future__ import annotations
+
+import copy
+import math
+from numbers import Real
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+
+from .._check import load_extra, require
+from ..graph.structures import Structures
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+    from .potential import Potential
+
+_base = load_extra("ase.calculators.calculator", "ase")
+_voigt = load_extra("ase.stress", "ase").full_3x3_to_voigt_6_stress
+
+
+def from_atoms(atoms: Atoms, r: float, dtype: torch.dtype = torch.float64) -> Structures:
+    """A copy of ASE's ``atoms``, with edges up to length ``r`` (Å), the edges' vectors in ``dtype``; positions and cell
+    stay in float64, in which the vectors are computed."""
+    numbers, pos, cell = (torch.tensor(array) for array in (atoms.numbers, atoms.positions, atoms.cell.array))
+    return Structures.single(numbers, pos, r, cell, atoms.pbc).to(dtype)
+
+
+class Calculator(_base.Calculator):
+    """energy, free_energy (eV), energies (eV per atom), forces (eV/Å), stress (eV/Å³, Voigt) of a potential.
+
+    Neighbours are found up to the cutoff plus ``skin`` and found anew when an atom has moved by more than half of it,
+    or when species, cell or periodicity changed; pairs beyond the cutoff do not count. Charges and magnetic moments of
+    the atoms are not looked at: they are those of the potential's training data.
+
+    Args:
+        potential: a :class:`~implicit_steer.potentials.Potential`, or another module with its ``cutoff`` and
+            ``predict``; it is copied. Its dtype and device are the calculation's, but vectors between atoms are
+            computed, and energies of atoms added, in float64: use ``potential.double()`` for dynamics.
+        skin: Å, ≥ 0.
+        kwargs: of ASE's ``Calculator``: atoms, label, directory, restart.
+
+    Raises:
+        TypeError: no potential, no number as skin, or other keywords, which would have no effect.
+        ValueError: an unknown species; "stress" asked for without three lattice vectors; NaN or infinite positions or
+            lattice vectors.
+
+    Example:
+        >>> atoms = ase.build.bulk("Cu", cubic=True)
+        >>> atoms.calc = Calculator(Potential([29], cutoff=5.0).double())
+        >>> atoms.get_forces().shape
+        (4, 3)
+    """
+
+    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "energies", "forces", "stress"]
+
+    def __init__(self, potential: Potential, skin: float = 0.3, **kwargs: Any):
+        super().__init__(**kwargs)
+        remedy = "The potential has nothing to set: total charge and spin are those of its training data."
+        expected = "ASE's options (atoms, label, directory, restart)"
+        require(not self.parameters, "kwargs", expected, dict(self.parameters), remedy, TypeError)
+        is_potential = isinstance(potential, torch.nn.Module) and hasattr(potential, "predict")
+        require(is_potential, "potential", "a Potential", type(potential).__name__, kind=TypeError)
+        real = isinstance(skin, Real) and not isinstance(skin, bool)
+        require(real, "skin", "a number", repr(skin), kind=TypeError)
+        require(0 <= skin < math.inf, "skin", "a length >= 0 in Å", skin)
+        self.potential = copy.deepcopy(potential).eval().requires_grad_(False)
+        self.skin = float(skin)
+        self._parameter = next(iter(self.potential.parameters()))
+        self._near: tuple[Atoms, Structures] | None = None  # where neighbours were found, and all within the skin
+
+    def calculate(self, atoms: Atoms | None = None, properties=("energy",), system_changes=_base.all_changes) -> None:
+        """Fill ``results``, with the stress where the cell has a volume."""
+        super().calculate(atoms, properties, system_changes)
+        structures = self._structures(self.atoms)
+        has_volume = self.atoms.cell.rank == 3
+        require("stress" not in properties or has_volume, "stress", "three lattice vectors", f"{self.atoms.cell}")
+        energy, energies, forces, stress = self.potential.predict(structures, stress=has_volume)
+        self.results = {
+            "energy": energy.item(),
+            "free_energy": energy.item(),
+            "energies": energies.cpu().double().numpy(),
+            "forces": forces.cpu().double().numpy(),
+        }
+        if has_volume:
+            self.results["stress"] = _voigt(stress[0].cpu().double().numpy())
+
+    def _structures(self, atoms: Atoms) -> Structures:
+        """``atoms`` with the edges within the cutoff."""
+        like = self._parameter
+        if self._near is None or self._moved(self._near[0], atoms):
+            found = from_atoms(atoms, self.potential.cutoff + self.skin, like.dtype)
+            self._near = atoms.copy(), found.to(like.device)
+        near = self._near[1]
+        pos = torch.tensor(atoms.positions, device=like.device)
+        return near.moved(pos).within(self.potential.cutoff)
+
+    def _moved(self, before: Atoms, atoms: Atoms) -> bool:
+        if len(before) != len(atoms) or (before.numbers != atoms.numbers).any():
+            return True
+        if (before.pbc != atoms.pbc).any() or (before.cell.array != atoms.cell.array).any():
+            return True
+        moved = np.square(atoms.positions - before.positions).sum(1).max(initial=0.0)
+        return not 4 * moved <= self.skin**2  # so that NaN, too, has moved: the search for neighbours refuses it

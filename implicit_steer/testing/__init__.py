@@ -1,0 +1,1 @@
+"""Named problems, which tests, benchmarks and the demonstration share."""

@@ -1,0 +1,1 @@
+"""What training runs share: Lightning modules, folders of runs, several processes, pictures."""

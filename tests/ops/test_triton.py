@@ -1,0 +1,98 @@
+"""Backend `triton` where there is no GPU: its kernels interpreted (in processes of their own, as triton decides at its
+import), its refusals, and that nobody imports triton by accident."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import layer, outcome
+
+import implicit_steer as ist
+from implicit_steer.ops.triton import backend as triton
+from implicit_steer.ops.triton.tables import MOST_COEFFICIENTS, tables, unsupported
+from implicit_steer.testing.cases import SMALL, Case
+
+_TESTS = Path(__file__).parents[1]
+_TRITON = triton
+_FILES = ("check_backends.py", "check_derivatives.py", "check_operators.py", "check_interpreter.py")
+
+
+@pytest.fixture(scope="module")
+def checks():
+    """A process per file of tests/gpu, all started at once."""
+    path = f"{_TESTS}{os.pathsep}{_TESTS.parent}"  # helpers and bench
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", "-p", "no:cacheprovider"]
+    options = {"cwd": _TESTS / "gpu", "env": environment, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    running = {file: subprocess.Popen([*command, file], **options, **pipes) for file in _FILES}
+    yield running
+    for process in running.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.timeout(3600)  # hundreds of seconds where cores are shared; tests of the file have a limit of their own
+@pytest.mark.parametrize("file", _FILES)
+def test_interpreted(checks, file):
+    """The file's output is shown where it fails."""
+    output, _ = checks[file].communicate()
+    assert checks[file].returncode == 0, output[-5000:]
+
+
+def test_cpu_tensors_are_refused_without_the_interpreter():
+    conv = layer(SMALL["c4"])
+    with pytest.raises(RuntimeError, match="runs on cuda tensors, these are on cpu; TRITON_INTERPRET=1"):
+        outcome(conv, SMALL["c4"].inputs(conv), "triton")
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="runs on cuda tensors, these are on cpu; TRITON_INTERPRET=1"):
+            layer(SMALL["c4"], backend="triton")
+    ok, reason = ist.info().backends["triton"]
+    assert ok == torch.cuda.is_available()
+    assert ok or "no CUDA device" in reason
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(_TRITON.importlib.util, "find_spec", lambda name: None)
+    ok, reason = _TRITON.available()
+    assert not ok
+    assert "pip install implicit_steer[triton]" in reason
+
+
+def test_a_cpu_machine_never_imports_triton():
+    script = (
+        "import sys, torch; before = 'triton' in sys.modules; import implicit_steer as ist;"
+        "from implicit_steer.testing.cases import SMALL;"
+        "conv = SMALL['c4'].layer(); SMALL['c4'].inputs(conv).run(conv).sum().backward(); ist.info(); conv.explain();"
+        "sys.exit('triton' in sys.modules and not before)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_plan_is_supported(name):
+    assert unsupported(layer(SMALL[name]).implicit_kernel.plan) is None
+
+
+def test_too_wide_a_layer_is_refused():
+    plan = layer(Case("", "C4 on R2", "1 scalar", "1 scalar", None, 2, 129)).implicit_kernel.plan
+    assert unsupported(plan) == f"at most {MOST_COEFFICIENTS} coefficients in a hidden layer, not 516"
+
+
+def test_blocks_hold_every_number_of_t_once():
+    for name in ("o3", "o3-mixed", "so2-mixed", "d4"):
+        found = tables(layer(SMALL[name]).implicit_kernel.plan)
+        positions = found.position
+        assert (positions >= 0).all()
+        assert len(set(positions.tolist())) == len(positions)
+        assert found.sizes.n_t == found.indices["block_extent"][:, :3].prod(1).sum()
+
+
+def test_uniform_fields_take_the_slots_of_the_intertwiners():
+    """8 fields l <= 1 into 8, as the design counts them: 11 slots of the weights, 4 of the biases, for 8 x 8 and 8 x 1
+    channels."""
+    case = Case("", "O(3)", "8 scalar+vector", "8 scalar+vector", "1 scalar", 3, 8)
+    assert tables(layer(case).implicit_kernel.plan).sizes.n_t == 11 * 64 + 4 * 8
