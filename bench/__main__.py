@@ -12,7 +12,7 @@ import torch
 from implicit_steer.ops import select
 from implicit_steer.testing.cases import GROUPS, LARGE, SMALL, SPACES
 
-from . import accuracy, bound, device, forces, fresh, report, scaling, small, speed
+from . import accuracy, bound, device, forces, process, report, scaling, small, speed
 from .steps import DEVICES, candidates, use_device
 
 _NAMED = SMALL | LARGE | GROUPS
@@ -88,8 +88,8 @@ def run_speed(args: argparse.Namespace, names: list[str]) -> int:
     results["bound"] = bound.measure(bounded, rounds, budget)
     results["sorting"] = speed.sorting(rounds, min(budget, _SORT_BUDGET))
     weighed = {case: found for case, found in chosen.items() if case.name in (args.cases or _MEMORY)}
-    results["memory"] = speed.memory(weighed, args.threads) if whole and fresh.measures_memory() else []
-    results["lowering"] = fresh.ask("lowering", args.threads) if whole else {}
+    results["memory"] = speed.memory(weighed, args.threads) if whole and process.measures_memory() else []
+    results["lowering"] = process.ask("lowering", args.threads) if whole else {}
     text = "\n\n".join([report.speed_text(results), bound.text(results["bound"])])
     print("\n" + text)
     report.write(args.out, "speed", results, heading + "\n\n" + text)
@@ -109,7 +109,7 @@ def run_on_gpu(args: argparse.Namespace, names: list[str]) -> int:
 
 def run_scaling(args: argparse.Namespace, names: list[str]) -> int:
     """Measure, print and write. 1 where the system does not tell peak memory."""
-    if not fresh.measures_memory():
+    if not process.measures_memory():
         print("scaling: expected a system that tells peak memory (Linux), got none.", file=sys.stderr)
         return 1
     sizes = args.edges or (_QUICK_EDGES if args.quick else scaling.EDGES)

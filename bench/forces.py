@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from implicit_steer.testing.cases import LARGE, Case
 
-from . import fresh
+from . import process
 from .report import table
 from .steps import MATERIALISE, SAMPLINGS, Candidate, relative_error
 from .timing import interleaved, summary
@@ -61,7 +61,7 @@ def measure(names: list[str], rounds: int, budget: float, threads: int) -> dict[
     times = interleaved({c: step(CASE, c) for c in everyone}, rounds, budget)
     base = summary(times[MATERIALISE])["median_ms"]
     for c in tqdm(everyone, desc="memory", unit="process"):
-        peak = fresh.ask("forces", c.backend, c.sampling, threads)["bytes"] if fresh.measures_memory() else None
+        peak = process.ask("forces", c.backend, c.sampling, threads)["bytes"] if process.measures_memory() else None
         values = summary(times[c])
         record = {"candidate": c.label, "ratio": base / values["median_ms"], "bytes": peak} | values
         results["records"].append(record)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from implicit_steer.testing.cases import LARGE, Case
 from implicit_steer.training import viz
 
-from . import fresh
+from . import process
 from .report import table
 from .steps import MATERIALISE, Candidate
 
@@ -57,7 +57,7 @@ def measure(names: list[str], sizes: tuple[int, ...], threads: int) -> dict[str,
             for edges in sizes:
                 curve["ends"] = curve["ends"] or _forecast(curve["records"], edges)
                 if curve["ends"] is None:
-                    steps = fresh.ask("scaling", edges, c.backend, c.sampling, threads)
+                    steps = process.ask("scaling", edges, c.backend, c.sampling, threads)
                     curve["records"].append({"edges": sized(edges).edges} | steps)
                 progress.update()
     return found

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from implicit_steer.ops.native.cpu import Layer, instruction_set
+from implicit_steer.ops.native.cpu import BoundKernel, instruction_set
 from implicit_steer.ops.select import BACKENDS
 from implicit_steer.testing.cases import LARGE
 
@@ -26,7 +26,7 @@ def native_step(case, candidate: Candidate, measure: str) -> Callable[[], Any]:
     with_gradients = measure != "forward"
     conv = layer(case, candidate, NORMS[measure]).train(with_gradients)
     problem, parameters = case.inputs(conv), conv.implicit_kernel.parameters_for_op()
-    bound = Layer(conv.implicit_kernel.plan, parameters.kept.native, parameters)
+    bound = BoundKernel(conv.implicit_kernel.plan, parameters.cache.native, parameters)
     with torch.no_grad():
         _, packed = bound.packed()
     leaves = [t.requires_grad_(with_gradients) for t in (packed, problem.x, problem.delta, problem.attributes)]

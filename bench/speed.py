@@ -10,7 +10,7 @@ from tqdm import tqdm
 from implicit_steer.graph.graph import sort_by_key
 from implicit_steer.testing.cases import Case
 
-from . import fresh
+from . import process
 from .steps import COMPILED, MATERIALISE, MEASURES, Candidate, Check, gate, step
 from .timing import interleaved, summary
 
@@ -55,7 +55,7 @@ def memory(chosen: Chosen, threads: int) -> list[dict[str, Any]]:
     records = []
     for case, candidates in tqdm(chosen.items(), desc="memory", unit="process"):
         asked = {f"{c.backend}/{c.sampling}": c for c in candidates if c != COMPILED}
-        found = fresh.ask("memory", case.name, *asked, threads)
+        found = process.ask("memory", case.name, *asked, threads)
         peaks = {(asked[name], measure): peak for name, of in found.items() for measure, peak in of.items()}
         for (c, measure), peak in peaks.items():
             baseline = peaks.get((MATERIALISE, measure))

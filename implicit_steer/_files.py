@@ -45,21 +45,21 @@ def cache_folder(cache: str | Path | None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "implicit_steer"
 
 
-def kept(name: str) -> dict[str, Any]:
-    """What :func:`keep` has under this name. The file is read once: every launch of a kernel asks."""
+def tuning_cache(name: str) -> dict[str, Any]:
+    """What :func:`add_to_tuning_cache` has under this name. The file is read once: every launch of a kernel asks."""
     return _read(name, os.environ.get("IMPLICIT_STEER_CACHE"))
 
 
-def keep(name: str, found: dict[str, Any]) -> None:
+def add_to_tuning_cache(name: str, found: dict[str, Any]) -> None:
     """Add to what is kept, here and in ``NAME.json`` of the cache folder, where others may have added, too."""
-    path, all_found = cache_folder(None) / f"{name}.json", kept(name)
+    path, all_found = cache_folder(None) / f"{name}.json", tuning_cache(name)
     all_found |= _content(path) | found
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:  # others may read meanwhile
         file.write((json.dumps(all_found, indent=1) + "\n").encode())
 
 
-def forget() -> None:
+def forget_tuning_cache() -> None:
     """Read the files again, as another process would."""
     _read.cache_clear()
 

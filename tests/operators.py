@@ -3,7 +3,7 @@
 import torch
 from helpers import layer
 
-from implicit_steer.ops.native.cpu import Layer
+from implicit_steer.ops.native.cpu import BoundKernel
 from implicit_steer.testing.cases import SMALL
 
 
@@ -11,7 +11,7 @@ def operator_arguments():
     """Name → arguments of every native operator, with gradients where it has them."""
     conv = layer(SMALL["o3"])
     problem, parameters = SMALL["o3"].inputs(conv), conv.implicit_kernel.parameters_for_op()
-    bound = Layer(conv.implicit_kernel.plan, parameters.kept.native, parameters)
+    bound = BoundKernel(conv.implicit_kernel.plan, parameters.cache.native, parameters)
     with torch.no_grad():
         statistics, packed = bound.packed()
     graph, plan, arrays = problem.graph, bound.plan, bound.arrays

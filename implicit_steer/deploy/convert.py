@@ -96,18 +96,18 @@ class Converter:
         """A ``plain`` module of the converted parts of ``module``, with the parameters and buffers of its rest."""
         kind = kind_of(plain)
         made = kind.build(**{name: self(value) for name, value in kind.arguments(module).items()})
-        self._adopt_rest(made, module)
+        self._share_rest(made, module)
         return made
 
-    def _adopt_rest(self, made: torch.nn.Module, module: torch.nn.Module) -> None:
-        adopt(made, module._parameters | module._buffers)
+    def _share_rest(self, made: torch.nn.Module, module: torch.nn.Module) -> None:
+        share_tensors(made, module._parameters | module._buffers)
         if isinstance(made, ExactBuffers):
-            made.adopt_exact(module)
+            made.share_exact(module)
         for name, child in module._modules.items():
             if child is not None and id(child) not in self._made:
                 found = name in made._modules
                 require(found, f"{_HOLD} {name}", f"a part of {type(made).__name__}", "none", kind=TypeError)
-                self._adopt_rest(made._modules[name], child)
+                self._share_rest(made._modules[name], child)
 
     def set_modes(self) -> None:
         """Put every counterpart, and what it holds besides other counterparts, in its module's mode."""
@@ -124,7 +124,7 @@ class Converter:
                 put(made, module.training)
 
 
-def adopt(module: torch.nn.Module, tensors: dict[str, torch.Tensor | None]) -> None:
+def share_tensors(module: torch.nn.Module, tensors: dict[str, torch.Tensor | None]) -> None:
     """Replace parameters and buffers by these; a parameter stays one."""
     for name, tensor in tensors.items():
         if name in module._buffers:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .._check import fail, require
-from ..plan import Data
+from ..plan import FrozenArrays
 from .kinds import DATA, KINDS, REGISTERED, kind_of
 from .limits import Placeholders, check_size
 
@@ -54,7 +54,7 @@ class _Encoder:
             return {"array": name}
         if isinstance(value, torch.nn.Module):
             return {"object": self.module(value)}
-        if isinstance(value, Data):
+        if isinstance(value, FrozenArrays):
             return {"object": self.data(value)}
         expected = "numbers, strings, arrays, plans, modules and tuples of these"
         fail("Build the module from plain values. arguments", expected, repr(value), kind=TypeError)
@@ -67,7 +67,7 @@ class _Encoder:
             self._known[id(module)] = self._add({**head, "arguments": arguments})
         return self._known[id(module)]
 
-    def data(self, data: Data) -> int:
+    def data(self, data: FrozenArrays) -> int:
         if data not in self._known:
             content = {f.name: self.value(getattr(data, f.name)) for f in fields(data)}
             self._known[data] = self._add({"data": type(data).__name__, "fields": content})

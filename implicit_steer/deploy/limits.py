@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .._check import require
-from ..plan import Data, Linear, Plan
+from ..plan import FrozenArrays, Linear, Plan
 
 # Numbers that a matrix of a plan may have per number of the file. Networks of the experiments have up to 4, wide layers
 # of regular fields of large finite groups some hundreds.
@@ -37,7 +37,7 @@ class Placeholders(TorchFunctionMode):
         return made
 
 
-def check_size(piece: Data, numbers: int) -> None:
+def check_size(piece: FrozenArrays, numbers: int) -> None:
     """Raise unless a file of so many ``numbers`` accounts for the matrices of a piece of a plan."""
     if isinstance(piece, Linear):
         size = piece.in_size * piece.out_size

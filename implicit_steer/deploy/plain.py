@@ -21,7 +21,7 @@ from ..nn.grid_conv import ImplicitConv
 from ..nn.kernel import CheckedBias, ImplicitKernel
 from ..nn.mlp import Linear
 from ..nn.point_conv import ImplicitPointConv, ImplicitPointConvWithDownsampling
-from .convert import Converter, adopt, converts
+from .convert import Converter, converts, share_tensors
 
 _POINT_CONVS = {
     ImplicitPointConv: layers.ImplicitPointConv,
@@ -38,19 +38,19 @@ def _fields(kind: enn.FieldType, convert: Converter) -> layers.Fields:
 def _kernel(kernel: ImplicitKernel, convert: Converter) -> layers.ImplicitKernel:
     plain, learned = layers.ImplicitKernel(kernel.plan), kernel.parameters_for_op()
     for layer, (weights, bias) in zip(plain.linears, learned.linears, strict=True):
-        adopt(layer, {"weights": weights, "bias": bias})
+        share_tensors(layer, {"weights": weights, "bias": bias})
     for state, tensors, (norm, _) in zip(plain.norms, learned.norms, kernel._norms, strict=True):
         tensors = tensors._replace(mean=tensors.mean[:, : state.running_mean.shape[1]])
-        adopt(state, dict(zip(NORM_TENSORS, tensors, strict=True)))
-        adopt(state, {"num_batches_tracked": norm.num_batches_tracked})
-    adopt(plain, {"shell_width": learned.shell_width})
+        share_tensors(state, dict(zip(NORM_TENSORS, tensors, strict=True)))
+        share_tensors(state, {"num_batches_tracked": norm.num_batches_tracked})
+    share_tensors(plain, {"shell_width": learned.shell_width})
     return plain
 
 
 def _with_bias(plain: layers.kernel.Biased, conv: CheckedBias) -> layers.kernel.Biased:
     if conv.bias is not None:
-        adopt(plain, {"bias": conv.bias})
-        plain.adopt_exact(conv)
+        share_tensors(plain, {"bias": conv.bias})
+        plain.share_exact(conv)
     return plain
 
 
@@ -115,11 +115,11 @@ def _batch_norm(norm: enn.IIDBatchNorm1d, convert: Converter) -> layers.IIDBatch
     )
     names = ("weight", "bias", "running_mean", "running_var")
     for state, kind, constants in zip(plain.kinds, kinds, constants_by_kind(norm), strict=True):
-        adopt(state, dict(zip(names, kind[1:5], strict=True)))
+        share_tensors(state, dict(zip(names, kind[1:5], strict=True)))
         for name, exact in zip(("average", "basis"), constants, strict=True):
             if exact is not None:
                 state.set_exact(name, exact, kind.var.dtype)
-    adopt(plain, {"num_batches_tracked": norm.num_batches_tracked})
+    share_tensors(plain, {"num_batches_tracked": norm.num_batches_tracked})
     return plain
 
 
@@ -143,7 +143,7 @@ def _linear(linear: enn.Linear, convert: Converter) -> layers.Linear:
     _check_expanded(linear, linear.expand_parameters()[0])
     layer, has_bias = _lowered(linear), linear.bias is not None
     plain = layers.Linear(convert(linear.in_type), convert(linear.out_type), layer, has_bias)
-    adopt(plain, {"weights": linear.weights, "bias": linear.bias})
+    share_tensors(plain, {"weights": linear.weights, "bias": linear.bias})
     return plain
 
 
@@ -155,7 +155,7 @@ def tensor_product(product: enn.TensorProductModule, convert: Converter) -> laye
     if layer is None:
         layer = lower_expansion(product.basisexpansion, sampled_blocks(product.basisexpansion))
     plain = layers.TensorProduct(*types, layer, len(product.in_type))
-    adopt(plain, {"weights": product.weights})
+    share_tensors(plain, {"weights": product.weights})
     return plain
 
 
@@ -206,7 +206,7 @@ def _pooling(pool: enn.EquivariantModule, convert: Converter) -> nn.Module:
 
 def _blur(pool: enn.EquivariantModule, padding: tuple[int, ...], convert: Converter) -> layers.Blur:
     plain = layers.Blur(convert(pool.in_type), tuple(pool.filter.shape[2:]), pool.stride, padding)
-    adopt(plain, {"filter": pool.filter})
+    share_tensors(plain, {"filter": pool.filter})
     return plain
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _native
 from .._check import require
 from .._transforms import refuse_derivatives
-from ..ops.autocast import own_precision
+from ..ops.autocast import without_autocast
 from ..plan.moments import Pool, moments, move_towards
 from ..plan.packing import cached, is_traced
 from ._modules import NoTorchScript
@@ -60,7 +60,7 @@ class NormBase(NoTorchScript):
 
     def _evaluate(self, x: Tensor) -> Tensor:
         """With the batch's statistics in training mode, which also move the running ones, else with those."""
-        with own_precision(x):
+        with without_autocast(x):
             return self._normalise(x)
 
     def _normalise(self, x: Tensor) -> Tensor:

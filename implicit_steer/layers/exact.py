@@ -22,7 +22,7 @@ class ExactBuffers:
         self._exact = self._exact | {name: exact}
         self.register_buffer(name, exact.to(dtype or torch.get_default_dtype(), copy=True), persistent=persistent)
 
-    def adopt_exact(self, other: ExactBuffers) -> None:
+    def share_exact(self, other: ExactBuffers) -> None:
         """Have those of ``other``."""
         for name in other._exact:
             persistent = name not in other._non_persistent_buffers_set

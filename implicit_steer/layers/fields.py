@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from .._check import fail, require, require_integer
-from ..plan import Data
+from ..plan import FrozenArrays
 
 _HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, eq=False)
-class Fields(Data):
+class Fields(FrozenArrays):
     """What is left of a field type without escnn: how many numbers, and its name for people to read.
 
     Called like a field type, on a tensor (N, size, ...) and, if need be, coordinates, it returns the tensor: code that

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .._check import fail, require
 from ..ops import conv as op
-from ..ops.autocast import own_precision
+from ..ops.autocast import without_autocast
 from ..plan import Norm, Plan
 from ..plan.moments import Pool, move_towards
-from ..plan.packing import Kept, NormParameters, Parameters, is_traced, is_transformed
+from ..plan.packing import CallCache, NormParameters, Parameters, is_traced, is_transformed
 from . import hooks
 from ._modules import Fixed, NoTorchScript
 from .exact import ExactBuffers
@@ -44,7 +44,7 @@ class KernelBase(NoTorchScript, torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self._kept, self._values = Kept(), False
+        self._call_cache, self._values = CallCache(), False
         self._reach_checked = False
 
     def _find_tensors(self, linears: Sequence[torch.nn.Module], norms: Sequence[_NamedNorm]) -> None:
@@ -71,7 +71,7 @@ class KernelBase(NoTorchScript, torch.nn.Module):
             free = all(name != "bias_expansion" for *_, name in self._tensors)
             require(free, "implicit_kernel", "one without the bias of another convolution", "a shared one", remedy)
             self._tensors += [(conv, "_parameters", "bias"), (conv, "_buffers", "bias_expansion")]
-            self._kept.tensors = None
+            self._call_cache.tensors = None
 
     def _set_plan(self, plan: Plan) -> None:
         self.plan = plan
@@ -79,7 +79,7 @@ class KernelBase(NoTorchScript, torch.nn.Module):
         self._dim, self.n_attributes = plan.frame.dim, plan.frame.n_attributes
         self._trivial = [norm.full_trivial.tolist() for norm in plan.norms]
         self._columns = torch.tensor(self._trivial, dtype=torch.int64)
-        self._kept.native = op.prepared(plan, self.parameters_for_op(), values=self._values)
+        self._call_cache.native = op.prepared(plan, self.parameters_for_op(), values=self._values)
 
     def explain(self) -> str:
         """Group, sampling, frame, costs, and what evaluates K's values and why."""
@@ -93,29 +93,29 @@ class KernelBase(NoTorchScript, torch.nn.Module):
 
     def parameters_for_op(self) -> Parameters:
         """The learned tensors as the operator takes them; the same object while they are the same."""
-        kept, traced = self._kept, is_traced()
+        cache, traced = self._call_cache, is_traced()
         try:
             tensors = [getattr(module, kind)[name] for module, kind, name in self._tensors]
         except KeyError:  # a parametrised one is not stored plainly, nor one that hooks make
             hooks.make_tensors(dict.fromkeys(module for module, _, _ in self._tensors))
             tensors = [getattr(module, name) for module, _, name in self._tensors]
-        if not traced and kept.hooks != hooks.registered():
+        if not traced and cache.hooks != hooks.registered():
             self._look_for_hooks()
-        if not traced and kept.tensors is not None and all(map(operator.is_, tensors, kept.tensors)):
-            return kept.parameters
+        if not traced and cache.tensors is not None and all(map(operator.is_, tensors, cache.tensors)):
+            return cache.parameters
         n, m = 2 * len(self._linears), 4 * len(self._norms)
         linears, norms, (shell_width, *bias) = tensors[:n], tensors[n : n + m], tensors[n + m :]
         norms = tuple(NormParameters(*norms[k : k + 4]) for k in range(0, m, 4))
         linears = tuple(zip(linears[::2], linears[1::2], strict=True))
         bias = tuple(bias) if bias and bias[0] is not None else None  # conv.bias = None takes it away
-        parameters = Parameters(linears, norms, shell_width, kept, bias)
+        parameters = Parameters(linears, norms, shell_width, cache, bias)
         if not traced and all(t is None or t.is_leaf for t in tensors):  # others hold a graph: not to be kept alive
-            kept.tensors, kept.parameters = tensors, parameters
+            cache.tensors, cache.parameters = tensors, parameters
         return parameters
 
     def _look_for_hooks(self) -> None:
         """Since hooks were registered somewhere: warn of those on modules that are never called."""
-        self._kept.hooks = hooks.registered()
+        self._call_cache.hooks = hooks.registered()
         inside = [("the kernel", self)] if self._in_convolution else []
         hooks.warn_of_others(inside + [part for part in self.named_modules() if part[1] is not self])
 
@@ -210,7 +210,7 @@ class KernelBase(NoTorchScript, torch.nn.Module):
         """
         attributes = self.check_points("kernel", pos, attrs, None)
         live = self.uses_batch_statistics(pos.shape[0], "pos") if batch_statistics is None else batch_statistics
-        with own_precision(pos):
+        with without_autocast(pos):
             parameters = self.parameters_for_op()
             k, statistics = op.implicit_kernel(self.plan, parameters, pos, attributes, batch_statistics=live)
         if self.training:
@@ -229,7 +229,7 @@ def _factor(norm: torch.nn.Module) -> float:
     return 1 / (int(norm._buffers["num_batches_tracked"]) + 1) if momentum is None else momentum
 
 
-class Stamped:
+class BasisFingerprint:
     """Of a Module whose weights mean something on a basis only: it refuses a ``state_dict`` of weights on another."""
 
     def _stamp(self, fingerprint: np.ndarray) -> None:
@@ -268,7 +268,7 @@ class NormState(torch.nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
 
-class ImplicitKernel(Stamped, KernelBase):
+class ImplicitKernel(BasisFingerprint, KernelBase):
     """K(x, a) = γ exp(−½ (|x| / σ)²) · mat(MLP(x ⊕ a)) of a plan, without escnn.
 
     Args:

@@ -10,10 +10,10 @@ from .. import plan
 from .._check import require
 from ..plan.packing import Expansion
 from .fields import Fields, check_features
-from .kernel import LinearParameters, Stamped
+from .kernel import BasisFingerprint, LinearParameters
 
 
-class Linear(Stamped, LinearParameters):
+class Linear(BasisFingerprint, LinearParameters):
     """y = W x + b with an intertwiner W and an invariant b, without escnn: (N, C_in) → (N, C_out), plain tensors.
 
     Args:
@@ -53,7 +53,7 @@ def project_squares(x: Tensor, matrix: Tensor, fields: int) -> Tensor:
     return torch.einsum("foh,nfh->nfo", matrix.view(fields, -1, product.shape[2]), product).flatten(1)
 
 
-class TensorProduct(Stamped, LinearParameters):
+class TensorProduct(BasisFingerprint, LinearParameters):
     """W vec(x xᵀ) of every field, without escnn: (N, fields · i) → (N, fields · o), plain tensors.
 
     Args:

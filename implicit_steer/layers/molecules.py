@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,11 +14,19 @@ from ..graph import Graph
 from ..plan.packing import Constants
 from .fields import values, with_values
 
-if TYPE_CHECKING:
-    from ..experiments.data.qm9 import Batch
-
-
 TYPICAL_SIZE = 18.0  # atoms of a molecule: keeps sums over them of order 1
+
+
+class MoleculeBatch(Protocol):
+    """Molecules side by side: x (N, S) one-hot elements, pos (N, 3), edge_index (2, E), edge_attr (E, A) or None;
+    batch (N,) the molecule of each atom."""
+
+    x: Tensor
+    pos: Tensor
+    edge_index: Tensor
+    edge_attr: Tensor | None
+    batch: Tensor
+    num_graphs: int
 
 
 class ResidualBlock(Module):
@@ -104,7 +112,7 @@ class MoleculeNet(Module):
         names = ("scalar_type", "linear", "product", "activation", "blocks", "to_invariants", "head")
         return {name: getattr(self, name) for name in names}
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: MoleculeBatch) -> Tensor:
         """One number per molecule, (num_graphs,), or one matrix, (num_graphs, 3, 3)."""
         graph = Graph(batch.edge_index, batch.pos.shape[0])
         source, target = batch.edge_index

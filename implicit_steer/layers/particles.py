@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,8 +13,16 @@ from ..graph import Graph
 from ..ops.kernel_mlp import safe_norm
 from .fields import values
 
-if TYPE_CHECKING:
-    from ..experiments.data.nbody import ParticleBatch
+
+class ParticleBatch(Protocol):
+    """Simulations side by side: pos, vel (N, 3), scalar (N, 1) of every particle; edge_index (2, E) and pair (E, 1) of
+    every pair."""
+
+    pos: Tensor
+    vel: Tensor
+    scalar: Tensor
+    edge_index: Tensor
+    pair: Tensor
 
 
 class ParticleNet(Module):

@@ -11,7 +11,7 @@ from .._check import fail, require
 from ..graph import Graph
 from ..ops import conv as op
 from ..ops import select
-from ..ops.autocast import own_precision
+from ..ops.autocast import without_autocast
 from .fields import Fields, check_tensor
 from .kernel import Biased, KernelBase
 
@@ -57,7 +57,7 @@ class PointConvBase(Biased):
         if graph.device != source.device:
             fail("edge_index", f"device {source.device}", graph.device)
         kernel.check_reach(edge_delta)
-        with own_precision(source):
+        with without_autocast(source):
             out, statistics = op.implicit_conv(
                 kernel.plan,
                 kernel.parameters_for_op(),

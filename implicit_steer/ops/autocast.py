@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def own_precision(x: Tensor) -> AbstractContextManager:
+def without_autocast(x: Tensor) -> AbstractContextManager:
     """A guard inside which torch.autocast leaves the dtypes of operations on the device of ``x`` as they are."""
     kind = x.device.type
     active = kind != "meta" and torch.is_autocast_enabled(kind)  # "meta" has no autocast

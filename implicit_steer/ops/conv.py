@@ -23,7 +23,7 @@ def compute_dtype(parameters: Parameters) -> torch.dtype:
 
 
 def prepared(plan: Plan, parameters: Parameters, *, values: bool) -> cpu.NativePlan | None:
-    """The plan for the native code, which torch.compile finds ready in ``parameters.kept``; None where that cannot run
+    """The plan for the native code, which torch.compile finds ready in ``parameters.cache``; None where that cannot run
     it. ``values``: also for the kernel's values."""
     supported, _ = cpu.supports(plan, torch.device("cpu"), torch.float32)
     if not supported:
@@ -34,7 +34,7 @@ def prepared(plan: Plan, parameters: Parameters, *, values: bool) -> cpu.NativeP
 
 def _compiled_engine(parameters: Parameters, backend: str, device: torch.device):
     """Under torch.compile, which cannot follow how a backend is chosen, `cpu` or `cuda` if it can run; else None."""
-    if not torch.compiler.is_compiling() or parameters.kept is None or parameters.kept.native is None:
+    if not torch.compiler.is_compiling() or parameters.cache is None or parameters.cache.native is None:
         return None
     if device.type == "cuda":
         if backend in ("auto", "cuda") and _native.cuda_usable(device)[0]:
@@ -54,7 +54,7 @@ def _cast(parameters: Parameters, dtype: torch.dtype) -> Parameters:
         tuple((w.to(dtype), None if b is None else b.to(dtype)) for w, b in parameters.linears),
         tuple(type(n)(*(t.to(dtype) for t in n)) for n in parameters.norms),
         parameters.shell_width.to(dtype),
-        parameters.kept,
+        parameters.cache,
         None if parameters.bias is None else tuple(t.to(dtype) for t in parameters.bias),
     )
 

@@ -14,7 +14,7 @@ from .._transforms import one_by_one, refuse_derivatives
 from ..plan import FUNCTIONS
 from ..plan.activations import phi, phi_prime, phi_second
 from ..plan.packing import is_traced, is_transformed
-from .autocast import own_precision
+from .autocast import without_autocast
 from .native.cpu import instruction_set
 
 
@@ -88,7 +88,7 @@ def _backward_gradient(ctx, v: Tensor):
     """Of grad_x = Aᵀ (φ′(A x) · A⁻ᵀ grad) by grad and x, along v."""
     grad, x, samples, inverse_t = ctx.saved_tensors
     d = samples.shape[1]
-    with own_precision(x):
+    with without_autocast(x):
         bends = phi_second(ctx.function, _fields(x, d) @ samples.T) * (_fields(grad, d) @ inverse_t.T)
         d_x = _through(v, samples, lambda u: bends * u, samples)
         return _differential(ctx.function, x, v, samples, inverse_t), d_x, *_IGNORED

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from statistics import median
 
-from .._files import keep, kept
+from .._files import add_to_tuning_cache, tuning_cache
 from ..plan import Plan
 
 _MEASURED = "gpu"  # name of what is kept
@@ -49,7 +49,7 @@ def keep_times(device: str, times: Iterable[tuple[Plan, int, str, float]]) -> di
             found.setdefault(backend, []).append(seconds / (edges * predicted[backend]))
     factors = {backend: median(of_backend) for backend, of_backend in found.items()}
     if len(factors) == 2:
-        keep(_MEASURED, {device: factors})
+        add_to_tuning_cache(_MEASURED, {device: factors})
         return factors
     return {}
 
@@ -57,4 +57,7 @@ def keep_times(device: str, times: Iterable[tuple[Plan, int, str, float]]) -> di
 def nanoseconds_per_edge(plan: Plan, device: str) -> dict[str, float]:
     """Backend → time per edge of a forward pass, from what was measured on the device of this name; else empty."""
     predicted = instructions_per_edge(plan)
-    return {backend: 1e9 * factor * predicted[backend] for backend, factor in kept(_MEASURED).get(device, {}).items()}
+    return {
+        backend: 1e9 * factor * predicted[backend]
+        for backend, factor in tuning_cache(_MEASURED).get(device, {}).items()
+    }

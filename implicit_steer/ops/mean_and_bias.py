@@ -10,7 +10,7 @@ from ..plan import Plan
 from ..plan.packing import Parameters
 
 
-def finish(plan: Plan, parameters: Parameters, graph: Graph, total: Tensor) -> Tensor:
+def mean_and_bias(plan: Plan, parameters: Parameters, graph: Graph, total: Tensor) -> Tensor:
     """bias + total_i, of aggr "mean" over the number of node i's edges; total (N, C_out)."""
     if plan.aggr == "mean":
         total = total / graph.degree.clamp(min=1).to(total.dtype)[:, None]

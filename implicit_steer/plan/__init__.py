@@ -1,5 +1,16 @@
 """What to compute: :class:`Plan`, its activation functions, the packing of parameters, moments for batch statistics."""
 
-from .plan import FUNCTIONS, MAX_ORDER, Activation, Block, Coupling, Data, Frame, Linear, Norm, Plan
+from .plan import FUNCTIONS, MAX_ORDER, Activation, Block, Coupling, Frame, FrozenArrays, Linear, Norm, Plan
 
-__all__ = ["FUNCTIONS", "MAX_ORDER", "Activation", "Block", "Coupling", "Data", "Frame", "Linear", "Norm", "Plan"]
+__all__ = [
+    "FUNCTIONS",
+    "MAX_ORDER",
+    "Activation",
+    "Block",
+    "Coupling",
+    "Frame",
+    "FrozenArrays",
+    "Linear",
+    "Norm",
+    "Plan",
+]

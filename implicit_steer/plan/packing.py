@@ -34,7 +34,7 @@ class NormParameters(NamedTuple):
     var: Tensor  # (channels, 1)
 
 
-class Kept:
+class CallCache:
     """What was made of a layer's tensors in its last call. What a backend packed is used again while they hold the same
     bytes: changes of every kind are noticed, also those that leave no trace in a tensor's version (``.data``, another
     process's writes). Copies and pickles keep only ``native``.
@@ -51,7 +51,7 @@ class Kept:
         self.tensors = self.parameters = self.layer = self.hooks = None
 
     def __reduce__(self):
-        return Kept, (self.native,)
+        return CallCache, (self.native,)
 
 
 class Parameters(NamedTuple):
@@ -60,7 +60,7 @@ class Parameters(NamedTuple):
     linears: tuple[tuple[Tensor, Tensor | None], ...]  # (weights, bias) of every linear map, the last one included
     norms: tuple[NormParameters, ...]
     shell_width: Tensor  # σ, any shape with one element
-    kept: Kept | None = None
+    cache: CallCache | None = None
     bias: tuple[Tensor, Tensor] | None = None  # of a convolution: values (n,), what they multiply (C_out, n)
 
 

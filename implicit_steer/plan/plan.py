@@ -73,7 +73,7 @@ def _require_shape(name: str, array: np.ndarray | None, shape: tuple) -> None:
     require(array is not None and array.shape == shape, name, f"shape {shape}", getattr(array, "shape", None))
 
 
-class Data:
+class FrozenArrays:
     """Value semantics for frozen dataclasses that hold arrays: equality and hash by content."""
 
     def __post_init__(self):
@@ -98,7 +98,7 @@ class Data:
                 sha.update(f"({len(value)}".encode())
                 for item in value:
                     feed(item)
-            elif isinstance(value, Data):
+            elif isinstance(value, FrozenArrays):
                 sha.update(value.digest.encode())
             else:
                 sha.update(repr(value).encode())
@@ -118,7 +118,7 @@ class Data:
 
 
 @dataclass(frozen=True, eq=False)
-class Frame(Data):
+class Frame(FrozenArrays):
     """Where the MLP is evaluated, and how its hidden features return from there.
 
     ``kind``:
@@ -197,7 +197,7 @@ class Frame(Data):
 
 
 @dataclass(frozen=True, eq=False)
-class Block(Data):
+class Block(FrozenArrays):
     """``W[out_start[u] + o, in_start[v] + i] = Σ_b weights[offset + (u n_in + columns[v]) n_b + b] basis[b, o, i]``."""
 
     offset: int
@@ -223,7 +223,7 @@ class Block(Data):
 
 
 @dataclass(frozen=True, eq=False)
-class Linear(Data):
+class Linear(FrozenArrays):
     """A hidden equivariant linear layer in frame coordinates, ``z = W y + bias @ b``: blocks, a static pattern."""
 
     in_size: int
@@ -257,7 +257,7 @@ class Linear(Data):
 
 
 @dataclass(frozen=True, eq=False)
-class Activation(Data):
+class Activation(FrozenArrays):
     """``y = inverse · φ(samples · z)`` per channel, equal samples merged; ``index``: which one each original was."""
 
     channels: int
@@ -281,7 +281,7 @@ class Activation(Data):
 
 
 @dataclass(frozen=True, eq=False)
-class Norm(Data):
+class Norm(FrozenArrays):
     """escnn's ``IIDBatchNorm1d``: one variance per channel, means and shifts on the trivial coefficients only."""
 
     channels: int
@@ -306,7 +306,7 @@ class Norm(Data):
 
 
 @dataclass(frozen=True, eq=False)
-class Coupling(Data):
+class Coupling(FrozenArrays):
     """One type of output field, one of input field, one of hidden field: U × V × W fields share the intertwiners B.
 
     ``K[out_start[u] + o, in_start[v] + i] += Σ_{b,w,m} θ[u, v, w, b] B[b, o, i, m] h[hidden_start[w] + m]`` with
@@ -353,7 +353,7 @@ class Coupling(Data):
 
 
 @dataclass(frozen=True, eq=False)
-class Plan(Data):
+class Plan(FrozenArrays):
     """Everything that defines the operator but its weights. See the module's text for the notation."""
 
     group: str

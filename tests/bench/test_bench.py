@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import accuracy, bound, device, forces, fresh, related, report, scaling, small, speed, steps
+from bench import accuracy, bound, device, forces, process, related, report, scaling, small, speed, steps
 from bench.__main__ import main
 from bench.compiled import compiled_call
 from bench.steps import COMPILED, MATERIALISE, MEASURES, TOLERANCE, Candidate, candidates, gate, relative_error, step
@@ -164,11 +164,11 @@ def test_peak_memory_counts_what_is_freed_again():
         for _ in range(2):
             torch.ones(16_000_000)  # 64 MB
 
-    assert fresh.peak_memory(run) == pytest.approx(64e6, rel=0.1)
+    assert process.peak_memory(run) == pytest.approx(64e6, rel=0.1)
 
 
 def test_memory_of_a_case_in_a_process_of_its_own():
-    peaks = fresh.ask("memory", "o3", "reference/escnn", "eager/auto", 1)
+    peaks = process.ask("memory", "o3", "reference/escnn", "eager/auto", 1)
     assert list(peaks) == ["reference/escnn", "eager/auto"]
     assert all(set(of) == set(MEASURES) for of in peaks.values())
     assert all(0 <= peak < 50 for of in peaks.values() for peak in of.values())
@@ -330,7 +330,7 @@ def linear_costs(what, edges, backend, sampling, threads):
 
 
 def test_scaling_stops_where_the_next_size_does_not_fit(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(fresh, "ask", linear_costs)
+    monkeypatch.setattr(process, "ask", linear_costs)
     sizes = ["3200", "320000", "320000000"]
     assert main(["scaling", "--edges", *sizes, "--out", str(tmp_path)]) == 0
     curves = json.loads((tmp_path / "scaling.json").read_text())["curves"]
@@ -348,9 +348,9 @@ def test_scaling_stops_where_the_next_size_does_not_fit(tmp_path, capsys, monkey
     assert "- 3,200 edges: 500" in scaling.text(curves)
 
 
-@pytest.mark.skipif(not fresh.measures_memory(), reason="this system does not tell peak memory")
+@pytest.mark.skipif(not process.measures_memory(), reason="this system does not tell peak memory")
 def test_one_size_of_the_scaling_is_measured():
-    found = fresh.scaling("1600", "eager", "auto")
+    found = process.scaling("1600", "eager", "auto")
     assert set(found) == set(scaling.MEASURES)
     assert all(0 < f["seconds"] < 60 and 0 <= f["bytes"] < 1e9 for f in found.values())
     assert scaling.sized(1600).edges == 1600
@@ -379,8 +379,8 @@ def small_forces(monkeypatch):
     monkeypatch.setattr(forces, "CASE", replace(cases.SMALL["o3"], knn=True))
     monkeypatch.setattr(forces, "CHECKED_NODES", 12)
     peaks = {"reference": 10**6, "eager": 10**5, "cpu": 10**4}
-    monkeypatch.setattr(fresh, "ask", lambda what, backend, sampling, threads: {"bytes": peaks[backend]})
-    monkeypatch.setattr(fresh, "measures_memory", lambda: True)
+    monkeypatch.setattr(process, "ask", lambda what, backend, sampling, threads: {"bytes": peaks[backend]})
+    monkeypatch.setattr(process, "measures_memory", lambda: True)
 
 
 @pytest.mark.usefixtures("small_forces")
@@ -393,7 +393,7 @@ def test_training_on_forces(tmp_path, capsys, monkeypatch):
     assert set(results["errors"]) == {label for label in rest if not label.startswith("reference")}
     assert all(0 <= error < forces.TOLERANCE for error in results["errors"].values())
     assert "Gate: green" in capsys.readouterr().out
-    monkeypatch.setattr(fresh, "measures_memory", lambda: False)
+    monkeypatch.setattr(process, "measures_memory", lambda: False)
     assert main(["forces", "--quick", "--threads", "1", "--out", str(tmp_path)]) == 0
     monkeypatch.setattr(forces, "TOLERANCE", 0.0)
     assert main(["forces", "--quick", "--threads", "1", "--out", str(tmp_path)]) == 1

@@ -29,12 +29,12 @@ def cache(tmp_path, monkeypatch):
     """The cache folder."""
     monkeypatch.setenv("IMPLICIT_STEER_CACHE", str(tmp_path))
     yield tmp_path
-    _files.forget()
+    _files.forget_tuning_cache()
 
 
 WRITERS = {
     "chunk.npz": lambda path: chunks.save_chunk(path, {"row": ROWS}),
-    "measured.json": lambda path: _files.keep("measured", {"a": 1}),
+    "measured.json": lambda path: _files.add_to_tuning_cache("measured", {"a": 1}),
     "result.json": lambda path: runs.write_json(path, {"a": 1}),
     "net.safetensors": lambda path: ist.save(torch.nn.ReLU(), path),
     "potential.pt": lambda path: Potential([1], 2.0, channels=1, blocks=1).save(path),
@@ -101,11 +101,11 @@ def test_a_chunk_that_may_not_be_read(cache, forbidden):
 
 
 def test_what_was_measured_and_may_not_be_read(cache, forbidden):
-    _files.keep("measured", {"a": 1})
-    _files.forget()
+    _files.add_to_tuning_cache("measured", {"a": 1})
+    _files.forget_tuning_cache()
     forbidden()
     with pytest.warns(UserWarning, match=r"measured\.json: no permission .*IMPLICIT_STEER_CACHE") as caught:
-        assert _files.kept("measured") == {}
+        assert _files.tuning_cache("measured") == {}
     assert "delete" not in str(caught[0].message)
 
 

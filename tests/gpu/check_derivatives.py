@@ -76,7 +76,7 @@ def test_every_choice_gives_the_same_numbers():
     problem = small("c4").inputs(conv)
     usual = outcome(conv, problem, "triton")
     for kernel in ("layers_forward", "layers_backward_weights", "contract_forward", "contract_backward_inputs"):
-        with configuration.using(kernel, configuration.Choice(64, 8, 2)):
+        with configuration.using(kernel, configuration.LaunchConfig(64, 8, 2)):
             found = deviations(outcome(conv, problem, "triton"), usual)
             assert max(found.values()) < 1e-5
 
@@ -91,14 +91,14 @@ def test_tuning_keeps_the_fastest(monkeypatch, tmp_path):
     def measure(run, device):
         run()
         seen.append(dict(configuration._override))
-        return 1.0 if configuration.Choice(16, 2) in seen[-1].values() else 2.0
+        return 1.0 if configuration.LaunchConfig(16, 2) in seen[-1].values() else 2.0
 
-    candidates = (configuration.Choice(16, 2), configuration.Choice(32, 8))
+    candidates = (configuration.LaunchConfig(16, 2), configuration.LaunchConfig(32, 8))
     with torch.no_grad():
         found = configuration.tune(lambda: problem.run(conv), sizes, torch.float32, DEVICE, measure, candidates)
-    assert set(found.values()) == {configuration.Choice(16, 2)}
+    assert set(found.values()) == {configuration.LaunchConfig(16, 2)}
     assert len(seen) == 3 * len(found)
-    _files.forget()  # as in another process
-    assert configuration.choose("contract_forward", sizes, torch.float32, DEVICE) == configuration.Choice(16, 2)
+    _files.forget_tuning_cache()  # as in another process
+    assert configuration.choose("contract_forward", sizes, torch.float32, DEVICE) == configuration.LaunchConfig(16, 2)
     other = configuration.choose("contract_forward", sizes, torch.float64, DEVICE)
     assert other == configuration._DOUBLE["contract"]

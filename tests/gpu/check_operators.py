@@ -18,7 +18,7 @@ def arguments_of(case, leaves=True):
     conv = layer(case, "no norm", activation="silu")
     problem, kernel = case.inputs(conv), conv.implicit_kernel
     plan, graph = kernel.plan, problem.graph
-    key, prepared = operators.known(plan), launch.prepare(plan, DEVICE, torch.float64)
+    key, prepared = operators.register_plan(plan), launch.prepare(plan, DEVICE, torch.float64)
 
     def leaf(t):
         return t.detach().clone().requires_grad_(leaves)

@@ -87,7 +87,9 @@ def test_copies_go_their_own_way(duplicate):
 
 def test_unchanged_parameters_are_packed_once(monkeypatch):
     packed = []
-    monkeypatch.setattr(cpu.Layer, "pack", lambda *args, pack=cpu.Layer.pack: packed.append(1) or pack(*args))
+    monkeypatch.setattr(
+        cpu.BoundKernel, "pack", lambda *args, pack=cpu.BoundKernel.pack: packed.append(1) or pack(*args)
+    )
     conv = layer(SMALL["o3"])
     problem = SMALL["o3"].inputs(conv)
     with torch.no_grad():

@@ -135,7 +135,7 @@ def test_auto_goes_by_what_was_measured(both, monkeypatch, tmp_path):
     assert gpu_cost.keep_times("a GPU", times(5)[:1]) == {}
     factors = gpu_cost.keep_times("a GPU", [*times(5), *times(5), *times(0.1)])  # one outlier
     assert factors == pytest.approx({"triton": 3e-9 / predicted["triton"], "cuda": 5e-9 / predicted["cuda"]})
-    _files.forget()  # as in another process
+    _files.forget_tuning_cache()  # as in another process
     chosen, reason = select.choose("auto", plan, GPU, torch.float32)
     assert chosen is triton
     assert reason == "triton: supported; predicted 3.0 ns per edge, cuda 5.0, by what was measured on a GPU"
@@ -147,7 +147,7 @@ def test_auto_goes_by_what_was_measured(both, monkeypatch, tmp_path):
 def test_damaged_measurements_are_named_and_passed_over(both, monkeypatch, tmp_path, content):
     monkeypatch.setenv("IMPLICIT_STEER_CACHE", str(tmp_path))
     (tmp_path / "gpu.json").write_text(content)
-    _files.forget()
+    _files.forget_tuning_cache()
     with pytest.warns(UserWarning, match="gpu.json.*delete the file, or measure again"):
         chosen, _ = select.choose("auto", layer(SMALL["o3"]).implicit_kernel.plan, GPU, torch.float32)
     assert chosen is cuda
@@ -156,12 +156,12 @@ def test_damaged_measurements_are_named_and_passed_over(both, monkeypatch, tmp_p
 def test_measurements_of_others_stay(monkeypatch, tmp_path):
     """Two processes with one cache: what the other one has added since this one read is there afterwards."""
     monkeypatch.setenv("IMPLICIT_STEER_CACHE", str(tmp_path))
-    _files.forget()
-    assert _files.kept("of-others") == {}
+    _files.forget_tuning_cache()
+    assert _files.tuning_cache("of-others") == {}
     (tmp_path / "of-others.json").write_text('{"theirs": 1}')
-    _files.keep("of-others", {"ours": 2})
-    _files.forget()
-    assert _files.kept("of-others") == {"theirs": 1, "ours": 2}
+    _files.add_to_tuning_cache("of-others", {"ours": 2})
+    _files.forget_tuning_cache()
+    assert _files.tuning_cache("of-others") == {"theirs": 1, "ours": 2}
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])

@@ -126,7 +126,7 @@ def native_plan(plan: Plan, parameters: Parameters) -> NativePlan:
     return _native_plan(plan, sizes, 2 - (parameters.linears[-1][1] is None))
 
 
-class Layer:
+class BoundKernel:
     """A plan with what was learned for it, and its weights as the native code reads them."""
 
     backend = "cpu"  # as errors name it
@@ -213,17 +213,17 @@ class Layer:
         return kept[1:]
 
 
-def bind(plan: Plan, parameters: Parameters, make: type[Layer] = Layer) -> Layer:
+def bind(plan: Plan, parameters: Parameters, make: type[BoundKernel] = BoundKernel) -> BoundKernel:
     """The layer of the last call with these very tensors, or a new one."""
-    kept, like = parameters.kept, parameters.shell_width
-    if kept is None:
+    cache, like = parameters.cache, parameters.shell_width
+    if cache is None:
         return make(plan, native_plan(plan, parameters), parameters)
     if is_traced():
-        return make(plan, kept.native, parameters)
-    layer = kept.layer
+        return make(plan, cache.native, parameters)
+    layer = cache.layer
     same = type(layer) is make and layer.plan is plan and layer.parameters is parameters
     if not same or layer.dtype != like.dtype or layer.device != like.device:  # .to() leaves the same objects
-        layer = kept.layer = make(plan, native_plan(plan, parameters), parameters)
+        layer = cache.layer = make(plan, native_plan(plan, parameters), parameters)
     return layer
 
 
@@ -258,7 +258,7 @@ class BatchStatistics(Sequence[Statistics]):
 class Convolution:
     """Inputs x, delta, attributes, bias; the output (N, C_out)."""
 
-    layer: Layer
+    layer: BoundKernel
     graph: Graph
     n_inputs = 4
 
@@ -295,7 +295,7 @@ class Convolution:
 class _HiddenFeatures:
     """Inputs delta, attributes; the output h (P, H), times γ s(|x|)."""
 
-    layer: Layer
+    layer: BoundKernel
     n_inputs = 2
 
     def forward(self, packed: Tensor, *inputs: Tensor) -> Tensor:
@@ -422,7 +422,7 @@ def kernel(
 
 
 def kernel_values(
-    layer: Layer, batch_statistics: bool | Pool, delta: Tensor, attributes: Tensor
+    layer: BoundKernel, batch_statistics: bool | Pool, delta: Tensor, attributes: Tensor
 ) -> tuple[Tensor, Sequence[Statistics]]:
     """K(x, a) (P, C_out, C_in) of a layer whose kernel entries are ready."""
     plan, points = layer.plan, (delta.contiguous(), attributes.contiguous())

@@ -82,7 +82,7 @@ def _kernel_entries(plan: cpu.NativePlan, device: torch.device) -> tuple[Tensor,
     return tuple(t.to(device) for t in plan.with_kernel().kernel)
 
 
-class _Layer(cpu.Layer):
+class _BoundKernel(cpu.BoundKernel):
     """Packs its weights at every call: to ask whether they still hold would be to wait for the device."""
 
     backend = "cuda"
@@ -123,13 +123,15 @@ def forward(
     attributes: Tensor,
 ) -> tuple[Tensor, Sequence[Statistics]]:
     """out_i = bias + Σ_{e: j→i} K(x_e, a_e) f_j, shape (N, C_out)."""
-    return cpu.convolve(_Convolution(cpu.bind(plan, parameters, _Layer), graph), batch_statistics, x, delta, attributes)
+    return cpu.convolve(
+        _Convolution(cpu.bind(plan, parameters, _BoundKernel), graph), batch_statistics, x, delta, attributes
+    )
 
 
 def kernel(
     plan: Plan, parameters: Parameters, batch_statistics: bool | Pool, delta: Tensor, attributes: Tensor
 ) -> tuple[Tensor, Sequence[Statistics]]:
     """K(x, a) (P, C_out, C_in): hidden features from the kernels, the last layer one matrix product."""
-    layer = cpu.bind(plan, parameters, _Layer)
+    layer = cpu.bind(plan, parameters, _BoundKernel)
     layer.kernel_entries = _kernel_entries(layer.native, layer.device)
     return cpu.kernel_values(layer, batch_statistics, delta, attributes)

@@ -16,7 +16,7 @@ from ...plan import Plan
 from ...plan.moments import Pool
 from ...plan.packing import Parameters, dense_kernel, is_transformed
 from ..kernel_mlp import Statistics, hidden_features, radial_factor
-from ..mean_and_bias import finish
+from ..mean_and_bias import mean_and_bias
 
 _WORKSPACE = 1 << 21  # numbers per block
 
@@ -79,4 +79,4 @@ def forward(
         indices.append(nodes)
     out = x.new_zeros(graph.num_dst, plan.out_size)
     out = out.index_copy(0, torch.cat(indices), torch.cat(outputs))
-    return finish(plan, parameters, graph, out), statistics
+    return mean_and_bias(plan, parameters, graph, out), statistics

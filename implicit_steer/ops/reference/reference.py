@@ -10,7 +10,7 @@ from ...plan import Plan
 from ...plan.moments import Pool
 from ...plan.packing import Parameters, dense_kernel
 from ..kernel_mlp import Statistics, hidden_features, radial_factor
-from ..mean_and_bias import finish
+from ..mean_and_bias import mean_and_bias
 
 
 def supports(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
@@ -40,4 +40,4 @@ def forward(
     k, statistics = kernel(plan, parameters, batch_statistics, delta, attributes)
     messages = torch.einsum("eoi,ei->eo", k, x.index_select(0, graph.src))
     out = x.new_zeros(graph.num_dst, plan.out_size).index_add(0, graph.dst, messages)
-    return finish(plan, parameters, graph, out), statistics
+    return mean_and_bias(plan, parameters, graph, out), statistics

@@ -89,9 +89,9 @@ def launches_of(
     plan: Plan, dtype: torch.dtype = torch.float32, nodes: int = 64, degree: int = 32
 ) -> list[launch.Launch]:
     """One launch of every kernel and set of constants that a forward and backward pass makes."""
-    from .operators import known
+    from .operators import register_plan
 
-    ops, key = torch.ops.implicit_steer, known(plan)
+    ops, key = torch.ops.implicit_steer, register_plan(plan)
     prepared = launch.prepare(plan, torch.device("cpu"), dtype)
     s, edges = prepared.sizes, nodes * degree
 

@@ -19,7 +19,7 @@ from ...plan import Plan
 from ...plan.moments import Pool
 from ...plan.packing import Parameters, fold_linear, fold_theta, norm_affine, pack
 from ..kernel_mlp import Statistics
-from ..mean_and_bias import finish
+from ..mean_and_bias import mean_and_bias
 from .tables import unsupported
 
 
@@ -72,7 +72,7 @@ def forward(
     """out_i = bias + Σ_{e: j→i} K(x_e, a_e) f_j, shape (N, C_out)."""
     from . import dense, launch, operators
 
-    key, prepared = operators.known(plan), launch.prepare(plan, x.device, x.dtype)
+    key, prepared = operators.register_plan(plan), launch.prepare(plan, x.device, x.dtype)
     weights = pack(plan, parameters, fold=not batch_statistics)
     attributes = dense.attributes_in_frame(plan, attributes)
     ops, shell = torch.ops.implicit_steer, weights.shell_width
@@ -97,4 +97,4 @@ def forward(
     source = graph.src.index_select(0, graph.order)
     mixed = dense.pack_theta(prepared, theta)
     total = ops.triton_contract(key, x, q, r, mixed, source, graph.rowptr, graph.order, *by_source, True)
-    return finish(plan, parameters, graph, total), statistics
+    return mean_and_bias(plan, parameters, graph, total), statistics

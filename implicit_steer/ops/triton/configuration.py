@@ -15,13 +15,13 @@ from typing import NamedTuple
 
 import torch
 
-from ..._files import keep, kept
+from ..._files import add_to_tuning_cache, tuning_cache
 from .tables import Sizes, padded
 
 TILE = 16  # samples that layers.py makes at a time
 
 
-class Choice(NamedTuple):
+class LaunchConfig(NamedTuple):
     """Edges of a block, warps, stages of the pipeline of loads."""
 
     edges: int
@@ -30,32 +30,37 @@ class Choice(NamedTuple):
 
 
 # kernel: choices for hidden layers up to so many padded coefficients of one kind, and for float64
-_TABLE: dict[str, dict[int, Choice]] = {
-    "frame_forward": {512: Choice(32, 4)},
-    "frame_backward": {512: Choice(32, 4)},
-    "layers_forward": {32: Choice(32, 4), 128: Choice(16, 4), 512: Choice(16, 8)},
-    "layers_backward_inputs": {32: Choice(32, 2, 2), 128: Choice(16, 4), 512: Choice(16, 8)},
-    "layers_backward_weights": {32: Choice(16, 4), 512: Choice(16, 8)},
-    "contract_forward": {512: Choice(16, 8)},
-    "contract_backward_inputs": {512: Choice(32, 4)},
-    "contract_backward_hidden": {512: Choice(32, 4)},
-    "sum_by_source": {512: Choice(32, 4)},
+_TABLE: dict[str, dict[int, LaunchConfig]] = {
+    "frame_forward": {512: LaunchConfig(32, 4)},
+    "frame_backward": {512: LaunchConfig(32, 4)},
+    "layers_forward": {32: LaunchConfig(32, 4), 128: LaunchConfig(16, 4), 512: LaunchConfig(16, 8)},
+    "layers_backward_inputs": {32: LaunchConfig(32, 2, 2), 128: LaunchConfig(16, 4), 512: LaunchConfig(16, 8)},
+    "layers_backward_weights": {32: LaunchConfig(16, 4), 512: LaunchConfig(16, 8)},
+    "contract_forward": {512: LaunchConfig(16, 8)},
+    "contract_backward_inputs": {512: LaunchConfig(32, 4)},
+    "contract_backward_hidden": {512: LaunchConfig(32, 4)},
+    "sum_by_source": {512: LaunchConfig(32, 4)},
 }
-_DOUBLE = {"frame": Choice(32, 4), "layers": Choice(16, 8), "contract": Choice(16, 4), "sum": Choice(32, 4)}
+_DOUBLE = {
+    "frame": LaunchConfig(32, 4),
+    "layers": LaunchConfig(16, 8),
+    "contract": LaunchConfig(16, 4),
+    "sum": LaunchConfig(32, 4),
+}
 _MOST_ON_TENSOR_CORES = 32  # coefficients of order >= 1; three TF32 products of wider layers spill
-CANDIDATES = tuple(Choice(e, w, s) for e in (16, 32, 64) for w in (2, 4, 8) for s in (1, 2))
+CANDIDATES = tuple(LaunchConfig(e, w, s) for e in (16, 32, 64) for w in (2, 4, 8) for s in (1, 2))
 
 _TUNED = "triton"  # name of what is kept
 
-_override: dict[str, Choice] = {}
+_override: dict[str, LaunchConfig] = {}
 
 
-def choose(kernel: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Choice:
+def choose(kernel: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> LaunchConfig:
     """What :func:`tune` found for this device, else the table's."""
     if kernel in _override:
         return _override[kernel]
-    if (tuned := kept(_TUNED)) and (found := tuned.get(_key(kernel, sizes, dtype, device))):
-        return Choice(*found)
+    if (tuned := tuning_cache(_TUNED)) and (found := tuned.get(_key(kernel, sizes, dtype, device))):
+        return LaunchConfig(*found)
     if dtype == torch.float64:
         return _DOUBLE[kernel.partition("_")[0]]
     width = padded(max(sizes.n_zero, sizes.n_rest))
@@ -76,7 +81,7 @@ def _key(kernel: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) ->
 
 
 @contextmanager
-def using(kernel: str, choice: Choice) -> Iterator[None]:
+def using(kernel: str, choice: LaunchConfig) -> Iterator[None]:
     """Inside, the kernel runs with this choice."""
     _override[kernel] = choice
     try:
@@ -104,8 +109,8 @@ def tune(
     dtype: torch.dtype,
     device: torch.device,
     measure: Callable[[Callable[[], object], torch.device], float] = seconds,
-    candidates: tuple[Choice, ...] = CANDIDATES,
-) -> dict[str, Choice]:
+    candidates: tuple[LaunchConfig, ...] = CANDIDATES,
+) -> dict[str, LaunchConfig]:
     """Measure ``run``, which calls a layer, with other choices for one kernel after the other; keep the fastest ones in
     the cache folder and use them from now on. Candidates that do not fit the device are passed over.
 
@@ -126,5 +131,5 @@ def tune(
             if took < least:
                 best, least = candidate, took
         found[kernel] = best
-        keep(_TUNED, {_key(kernel, sizes, dtype, device): best})
+        add_to_tuning_cache(_TUNED, {_key(kernel, sizes, dtype, device): best})
     return found

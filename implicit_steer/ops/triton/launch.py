@@ -16,7 +16,7 @@ from ...plan.activations import SMALL
 from ...plan.packing import cached
 from ..kernel_mlp import NEAR, SOFTENING, ZERO
 from . import contract, frame, layers
-from .configuration import TILE, Choice, choose, exact_product
+from .configuration import TILE, LaunchConfig, choose, exact_product
 from .tables import Sizes, Tables, padded, tables
 
 _NODES, _NUMBERS = 4096, 1 << 23  # of the workspace for T, at most
@@ -49,7 +49,7 @@ def recording():
         _recorded = outer
 
 
-def launch(kernel, grid: tuple[int, ...], arguments: Sequence, constants: dict, choice: Choice) -> None:
+def launch(kernel, grid: tuple[int, ...], arguments: Sequence, constants: dict, choice: LaunchConfig) -> None:
     """``kernel[grid](*arguments, **constants)``; nothing for an empty grid."""
     options = {"num_warps": choice.warps, "num_stages": choice.stages}
     if _recorded is not None:
@@ -81,7 +81,7 @@ class Prepared:
     def sizes(self) -> Sizes:
         return self.tables.sizes
 
-    def choice(self, kernel) -> Choice:
+    def choice(self, kernel) -> LaunchConfig:
         """How to launch a kernel."""
         return choose(kernel.__name__, self.sizes, self.dtype, self.position.device)
 

@@ -27,13 +27,13 @@ _NAMESPACE = "implicit_steer"
 _plans: dict[str, Plan] = {}
 
 
-def known(plan: Plan) -> str:
+def register_plan(plan: Plan) -> str:
     """The digest by which the operators find the plan."""
     return _plans.setdefault(plan.digest, plan).digest
 
 
 def _prepared(digest: str, like: Tensor) -> launch.Prepared:
-    require(digest in _plans, "plan", "the digest of a plan of this process", digest, "Call known(plan) first.")
+    require(digest in _plans, "plan", "the digest of a plan of this process", digest, "Call register_plan(plan) first.")
     return launch.prepare(_plans[digest], like.device, like.dtype)
 
 

@@ -1,6 +1,6 @@
 """What can only be measured in a process of its own: peak memory, and the first construction of a model.
 
-``python -m bench.fresh WHAT ... THREADS`` prints JSON: ``memory CASE BACKEND/SAMPLING ...``, ``scaling EDGES BACKEND
+``python -m bench.process WHAT ... THREADS`` prints JSON: ``memory CASE BACKEND/SAMPLING ...``, ``scaling EDGES BACKEND
 SAMPLING``, ``forces BACKEND SAMPLING``, ``lowering``.
 """
 
@@ -33,7 +33,7 @@ def ask(*arguments: str | int) -> dict[str, Any]:
 
     Raises ``subprocess.CalledProcessError`` where it fails; its errors go to this process's standard error.
     """
-    command = [sys.executable, "-m", "bench.fresh", *map(str, arguments)]
+    command = [sys.executable, "-m", "bench.process", *map(str, arguments)]
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run(command, cwd=root, env=os.environ | _MALLOC, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
