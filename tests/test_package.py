@@ -51,7 +51,9 @@ def test_import_is_light():
 def test_public_names():
     assert all(hasattr(ist, name) for name in ist.__all__)
     assert set(dir(ist)) > set(ist.__all__)
-    assert all(getattr(ist, name).__name__ == f"implicit_steer.{name}" for name in ("nn", "models", "viz", "deploy"))
+    packages = ("deploy", "experiments", "layers", "nn", "potentials")
+    assert all(getattr(ist, name).__name__ == f"implicit_steer.{name}" for name in packages)
+    assert ist.viz.__name__ == "implicit_steer.training.viz"
     assert re.fullmatch(r"\d+\.\d+\.\d+", ist.__version__)
 
 
