@@ -127,7 +127,7 @@ def test_lazy_names_are_typed():
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     (block,) = [node for node in tree.body if isinstance(node, ast.If) and node.test.id == "TYPE_CHECKING"]
     imported = {alias.name for node in block.body for alias in node.names}
-    assert imported == {"load", "register", "save", *ist._SUBMODULES}
+    assert imported == {"load", "register", "save", *ist._FOUND}
     for function in (ist.load, ist.save, ist.deploy.copy_state, ist.register):
         parameters = inspect.signature(function).parameters.values()
         assert inspect.signature(function).return_annotation is not inspect.Signature.empty

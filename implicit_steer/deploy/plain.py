@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from ..lowering import _require_escnn  # noqa: F401
+
+# isort: split
 from collections import OrderedDict
 
 import escnn.nn as enn

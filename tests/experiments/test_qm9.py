@@ -210,11 +210,11 @@ def test_molecule_matches_its_record(cache):
 
 def test_cache_is_used_and_continued(tmp_path, cache, monkeypatch):
     shutil.copytree(cache, tmp_path, dirs_exist_ok=True)
-    chunks = sorted(tmp_path.glob("qm9-v*/*.npz"))
-    assert [path.name for path in chunks] == [f"{name}-000000.npz" for name in ("test", "train", "val")]
-    chunks[0].unlink()
-    chunks[2].unlink()
-    before, reads = chunks[1].stat().st_mtime_ns, []
+    paths = sorted(tmp_path.glob("qm9-v*/*.npz"))
+    assert [path.name for path in paths] == [f"{name}-000000.npz" for name in ("test", "train", "val")]
+    paths[0].unlink()
+    paths[2].unlink()
+    before, reads = paths[1].stat().st_mtime_ns, []
     save, read = chunks.save_chunk, files.PackedCsv.read
 
     def interrupted(path, chunk):
@@ -229,7 +229,7 @@ def test_cache_is_used_and_continued(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(files.PackedCsv, "read", lambda self, rows: reads.append(len(rows)) or read(self, rows))
     data = QM9(limit=LIMIT, cache=tmp_path, progress=False)
     assert reads == [1000]
-    assert chunks[1].stat().st_mtime_ns == before
+    assert paths[1].stat().st_mtime_ns == before
     again = QM9(limit=LIMIT, cache=tmp_path, progress=False)
     assert reads == [1000]
     assert np.array_equal(data.test.pos, again.test.pos)

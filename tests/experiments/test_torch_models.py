@@ -18,6 +18,7 @@ from implicit_steer.experiments.data import Batch
 from implicit_steer.experiments.models import ModelNetNet, NBodyNet, QM9Net
 from implicit_steer.experiments.models.modelnet import SPACES
 from implicit_steer.graph.structures import Structures
+from implicit_steer.ops import fourier
 from implicit_steer.potentials import Potential
 
 MOLECULES = ["CH3CH2OH", "CH3OH", "H2O", "C6H6"]  # 9, 6, 3, 12 atoms
@@ -205,7 +206,7 @@ def test_forces_through_fourier_activations():
 
     run, _ = compiled(lambda: loss(net))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ist.fourier, "has_kernel", lambda x: False)
+        patch.setattr(fourier, "has_kernel", lambda x: False)
         expected = torch.autograd.grad(loss(plain), [batch.pos, *plain.parameters()], materialize_grads=True)
     for found in (loss(net), run()):
         found = torch.autograd.grad(found, [batch.pos, *net.parameters()], materialize_grads=True)

@@ -19,6 +19,7 @@ from implicit_steer.potentials import train as forces
 from implicit_steer.potentials.data import MOLECULES, SYSTEMS, ForceData, draw
 from implicit_steer.potentials.regressor import ForceRegressor
 from implicit_steer.potentials.train import ForcesOptions, train_forces
+from implicit_steer.training import chunks
 
 # One result per seed AND number of threads: the number is part of every run.
 SMALL = {
@@ -134,11 +135,11 @@ def test_labels_are_the_same_in_every_run(tmp_path):
 
 def test_cache_is_used_and_continued(tmp_path, monkeypatch):
     small_data(cache=tmp_path)
-    chunks = sorted(tmp_path.glob("metals-v*/*.npz"))
+    paths = sorted(tmp_path.glob("metals-v*/*.npz"))
     names = ["test-000000", "train-000000", "train-000004", "val-000000"]
-    assert [path.stem for path in chunks] == names
-    chunks[0].unlink()
-    chunks[2].unlink()
+    assert [path.stem for path in paths] == names
+    paths[0].unlink()
+    paths[2].unlink()
     labelled, save = [], chunks.save_chunk
 
     def interrupted(path, chunk):
@@ -154,7 +155,7 @@ def test_cache_is_used_and_continued(tmp_path, monkeypatch):
     again = small_data(cache=tmp_path)
     assert len(labelled) == 1
     assert torch.equal(first.test[1].forces, again.test[1].forces)
-    chunks[0].write_bytes(chunks[0].read_bytes()[:1000])
+    paths[0].write_bytes(paths[0].read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"test-000000.npz: expected the processed configurations .*Delete the file"):
         small_data(cache=tmp_path)
 

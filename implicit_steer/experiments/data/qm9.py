@@ -168,14 +168,14 @@ class QM9:
         require(limit is None or limit >= 1, "limit", "a positive number of molecules, or None", limit)
         source = find_source(root)
         tensor = target == TENSOR
-        found = isinstance(source, files.PackedCsv)
-        require(found or not tensor, "target", "one that the raw files have", repr(target), "Use the package qm9pack.")
+        packed = isinstance(source, files.PackedCsv)
+        require(packed or not tensor, "target", "one that the raw files have", repr(target), "Use the package qm9pack.")
         self.target, self.unit, self.limit = target, NUMBERS["alpha" if tensor else target].unit, limit
         self.split = split(source.count(), limit)
         folder = cache_folder(cache) / _cache_name(source)
-        chunks = _load_chunks(source, folder, self.split, progress)
+        found = _load_chunks(source, folder, self.split, progress)
         joined = {
-            name: {key: np.concatenate([chunk[key] for chunk in chunks[name]]) for key in chunks[name][0]}
+            name: {key: np.concatenate([chunk[key] for chunk in found[name]]) for key in found[name][0]}
             for name in SPLITS
         }
         self.single_bonded = sum(int(joined[name]["single_bonded"][: len(self.split[name])].sum()) for name in SPLITS)
@@ -243,13 +243,13 @@ def _load_chunks(source, folder: Path, parts: dict[str, np.ndarray], progress: b
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         _process(source, missing, progress)
-    chunks = {name: [] for name in SPLITS}
+    found = {name: [] for name in SPLITS}
     for path, rows in wanted.items():
         chunk = chunks.load_chunk(path, rows, "molecules")
         finite, remedy = bool(np.isfinite(chunk["target"]).all()), "Delete the file: it is made anew."
         require(finite, str(path), "finite targets", "NaN or Inf, of a damaged source", remedy)
-        chunks[path.name.partition("-")[0]].append(chunk)
-    return chunks
+        found[path.name.partition("-")[0]].append(chunk)
+    return found
 
 
 def _process(source, missing: dict[Path, np.ndarray], progress: bool) -> None:
