@@ -19,10 +19,46 @@ from .kernel import Biased, KernelBase
 class PointConvBase(Biased):
     """out_i = bias + Σ_{e: j→i} γ s(|x_e|) K(x_e, a_e) f_j, on tensors.
 
-    A subclass sets ``implicit_kernel``, which adopts the bias, and ``backend``.
+    A subclass sets ``implicit_kernel``, which adopts the bias, and ``backend``; it reads its features in :meth:`_nodes`
+    and makes its output in :meth:`_output`.
     """
 
     backend: str
+
+    def forward(
+        self,
+        x: Any,
+        edge_index: Tensor | Graph | None = None,
+        edge_delta: Tensor | None = None,
+        edge_attr: Any = None,
+    ) -> Any:
+        """Convolve; ``edge_index`` and ``edge_delta`` are needed.
+
+        Args:
+            x: features of ``in_type``, (N, C_in), a GeometricTensor where fields have escnn's types, else a tensor; or a
+                pair (source features, targets) for a graph between two sets: the targets' features, of which only
+                number and coordinates count, or their number, or None where ``edge_index`` is a Graph, which knows it.
+                escnn insists on coordinates of points; the layer reads ``edge_delta`` alone, so NaN will do.
+            edge_index: (2, E) integers, row 0 = source j, row 1 = target i, in any order; or a :class:`Graph`, sorted
+                once and shared by every layer.
+            edge_delta: (E, dim), position of the target minus that of the source.
+            edge_attr: (E, A), plain or a GeometricTensor; None if the layer has no attributes.
+
+        Returns:
+            (N_target, C_out) of ``out_type``; a GeometricTensor has the targets' coordinates (NaN where they are not
+            known).
+        """
+        source, coords, n_target = self._nodes(x, edge_index)
+        graph = self._graph(edge_index, source.shape[0], n_target)
+        return self._output(source, graph, edge_delta, edge_attr, coords)
+
+    def _nodes(self, x: Any, edge_index: Any) -> tuple[Tensor, Tensor | None, int]:
+        """The sources' features (N, C_in); the targets' coordinates, None where features have none; their number."""
+        raise NotImplementedError
+
+    def _output(self, source: Tensor, graph: Graph, edge_delta: Any, edge_attr: Any, coords: Tensor | None) -> Any:
+        """The features of the targets, at ``coords``."""
+        raise NotImplementedError
 
     def _select(self):
         width = self.implicit_kernel.shell_width
@@ -48,11 +84,10 @@ class PointConvBase(Biased):
             fail("edge_index", expected, f"one on {sizes[0]} and {sizes[1]}")
         return edge_index
 
-    def _evaluate(
-        self, kernel: KernelBase, source: Tensor, graph: Graph, edge_delta: Tensor, edge_attr: Tensor | None
-    ) -> Tensor:
-        """(N_target, C_out) from checked features and an unchecked geometry; ``kernel`` is ``implicit_kernel``. The
-        arithmetic is the parameters', also under torch.autocast."""
+    def _evaluate(self, source: Tensor, graph: Graph, edge_delta: Tensor, edge_attr: Tensor | None) -> Tensor:
+        """(N_target, C_out) from checked features and an unchecked geometry. The arithmetic has the parameters' dtype,
+        also under torch.autocast."""
+        kernel = self.implicit_kernel
         attributes = kernel.check_points("edge", edge_delta, edge_attr, graph.num_edges)
         if graph.device != source.device:
             fail("edge_index", f"device {source.device}", graph.device)
@@ -102,6 +137,37 @@ def check_chosen(x: Any, idx_downsampled: Any, n: int) -> None:
         require(low >= 0 and high < n, "idx_downsampled", f"indices in 0..{n - 1}", f"{low}..{high}")
 
 
+class DownsamplingBase(PointConvBase):
+    """A point convolution onto a subset of the nodes."""
+
+    def forward(
+        self,
+        x: Any,
+        edge_index: Tensor | Graph | None = None,
+        edge_delta: Tensor | None = None,
+        edge_attr: Any = None,
+        idx_downsampled: Tensor | None = None,
+    ) -> Any:
+        """Convolve onto the nodes ``idx_downsampled``.
+
+        Args:
+            x: features of all nodes, (N, C_in); a pair (source, target) only without ``idx_downsampled``.
+            edge_index: (2, E); row 0 indexes all nodes, row 1 the chosen ones (0 … M − 1); or a Graph of (N, M) nodes.
+            edge_delta, edge_attr: as in :class:`ImplicitPointConv`.
+            idx_downsampled: (M,) integers: the nodes that are kept; None keeps all.
+
+        Returns:
+            (M, C_out); GeometricTensors have the chosen nodes' coordinates (NaN where they are not known).
+        """
+        if idx_downsampled is None:
+            return super().forward(x, edge_index, edge_delta, edge_attr)
+        source, coords, n = self._nodes(x, edge_index)
+        check_chosen(x, idx_downsampled, n)
+        graph = self._graph(edge_index, n, len(idx_downsampled))
+        chosen = None if coords is None else coords.index_select(0, idx_downsampled.long())
+        return self._output(source, graph, edge_delta, edge_attr, chosen)
+
+
 class ImplicitPointConv(PointConvBase):
     """out_i = bias + Σ_{e: j→i} γ s(|x_e|) K(x_e, a_e) f_j, without escnn: plain tensors in, a plain tensor out.
 
@@ -133,65 +199,27 @@ class ImplicitPointConv(PointConvBase):
         names = ("in_type", "out_type", "implicit_kernel", "backend", "n_bias")
         return {name: getattr(self, name) for name in names}
 
-    def forward(
-        self,
-        x: Tensor | tuple,
-        edge_index: Tensor | Graph,
-        edge_delta: Tensor,
-        edge_attr: Tensor | None = None,
-    ) -> Tensor:
-        """Convolve.
-
-        Args:
-            x: (N, C_in); or a pair (source features, targets) for a graph between two sets: the targets' features, of
-                which only the number counts, or that number, or None where ``edge_index`` is a Graph, which knows it.
-            edge_index: (2, E) integers, row 0 = source j, row 1 = target i, in any order; or a :class:`Graph`.
-            edge_delta: (E, dim), position of the target minus that of the source.
-            edge_attr: (E, A); None if the layer has no attributes.
-
-        Returns:
-            (N_target, C_out).
-        """
-        kernel = self.implicit_kernel
-        source, n_target = self._nodes(kernel, x, edge_index)
-        return self._evaluate(kernel, source, self._graph(edge_index, source.shape[0], n_target), edge_delta, edge_attr)
-
-    def _nodes(self, kernel: KernelBase, x, edge_index) -> tuple[Tensor, int]:
-        """The sources' features, and the number of targets."""
+    def _nodes(self, x: Any, edge_index: Any) -> tuple[Tensor, None, int]:
         target = x
         if isinstance(x, tuple):
             require(len(x) == 2, "x", "a tensor or a pair (source, target)", f"{len(x)} entries")
             x, target = x
+        kernel = self.implicit_kernel
         width = kernel.shell_width
         check_tensor("x", x, (None, kernel.plan.in_size), width.dtype, width.device)
         if isinstance(target, Tensor) and target.dim() > 0:
-            return x, target.shape[0]
-        return x, number_of_targets(target, edge_index, "a tensor")
+            return x, None, target.shape[0]
+        return x, None, number_of_targets(target, edge_index, "a tensor")
+
+    def _output(
+        self, source: Tensor, graph: Graph, edge_delta: Tensor, edge_attr: Tensor | None, coords: None
+    ) -> Tensor:
+        return self._evaluate(source, graph, edge_delta, edge_attr)
 
     def extra_repr(self) -> str:
         """What distinguishes this layer."""
         return f"{self.in_type} -> {self.out_type}, backend={self.backend!r}"
 
 
-class ImplicitPointConvWithDownsampling(ImplicitPointConv):
-    """:class:`ImplicitPointConv` whose output lives on a subset of the nodes."""
-
-    def forward(
-        self,
-        x: Tensor | tuple,
-        edge_index: Tensor | Graph,
-        edge_delta: Tensor,
-        edge_attr: Tensor | None = None,
-        idx_downsampled: Tensor | None = None,
-    ) -> Tensor:
-        """Convolve onto the nodes ``idx_downsampled`` (M,), which row 1 of ``edge_index`` counts; None keeps all.
-
-        ``x`` is a pair (source, target) only without ``idx_downsampled``.
-        """
-        if idx_downsampled is None:
-            return super().forward(x, edge_index, edge_delta, edge_attr)
-        kernel = self.implicit_kernel
-        source, n = self._nodes(kernel, x, edge_index)
-        check_chosen(x, idx_downsampled, n)
-        graph = self._graph(edge_index, n, len(idx_downsampled))
-        return self._evaluate(kernel, source, graph, edge_delta, edge_attr)
+class ImplicitPointConvWithDownsampling(DownsamplingBase, ImplicitPointConv):
+    """:class:`ImplicitPointConv` whose output lives on the nodes ``idx_downsampled``."""

@@ -17,14 +17,14 @@ from functools import partial
 import numpy as np
 from escnn.group import O2, SO2, CyclicGroup, DihedralGroup, DirectProductGroup, Group
 
-from . import sampling as sp
+from .sampling import equispaced, frequency, identity_cache, rotations
 
 _BLOCK = 32  # rotations in a grid are a multiple of this: few different grids, each with its own stacks of matrices
 
 
 def install(group: Group) -> None:
     """Let this group object decompose products of irreps as this module does, where escnn has no closed form."""
-    planar = isinstance(group, O2) or (isinstance(group, DirectProductGroup) and sp.rotations(group, 0.0) is not None)
+    planar = isinstance(group, O2) or (isinstance(group, DirectProductGroup) and rotations(group, 0.0) is not None)
     finite = not group.continuous and not isinstance(group, CyclicGroup)
     if planar or finite:
         find = _dihedral if isinstance(group, DihedralGroup) else coefficients
@@ -55,7 +55,7 @@ def coefficients(group: Group, m: tuple, n: tuple, j: tuple) -> np.ndarray:
 def product(group: Group, m: tuple, n: tuple) -> list[tuple[tuple, int]]:
     """(id, multiplicity) of the irreps in ψ_m ⊗ ψ_n: by frequency, or in the order of a finite group's own list."""
     m, n = group.get_irrep_id(m), group.get_irrep_id(n)
-    candidates = _irreps(group, sp.frequency(group, m) + sp.frequency(group, n))
+    candidates = _irreps(group, frequency(group, m) + frequency(group, n))
     size = _grid_size(group, (m, n, candidates[-1]))
     both = _character(group, m, size) * _character(group, n, size)
     invariants = np.stack([_character(group, j, size) for j in candidates]) @ both / len(both)
@@ -76,9 +76,9 @@ def _dihedral(group: DihedralGroup, m: tuple, n: tuple, j: tuple) -> np.ndarray:
     order, ids = group.rotation_order, [group.get_irrep_id(i) for i in (m, n, j)]
     parts = [slice(0, 2) if group.irrep(*i).size == 2 else slice(i[0], i[0] + 1) for i in ids]
     for sign in (-1, 1):
-        frequency = (ids[0][1] + sign * ids[1][1]) % order
-        conjugate = -1 if 2 * frequency > order else 1
-        if min(frequency, order - frequency) != ids[2][1]:
+        k = (ids[0][1] + sign * ids[1][1]) % order
+        conjugate = -1 if 2 * k > order else 1
+        if min(k, order - k) != ids[2][1]:
             continue
         tensor = np.zeros((2, 2, 2))
         tensor[0, 0, 0], tensor[1, 1, 0] = 1, -sign
@@ -103,23 +103,23 @@ def _independent(columns: np.ndarray, endomorphisms: np.ndarray) -> list[np.ndar
 
 def _grid_size(group: Group, idents: tuple) -> int:
     """How many rotations average products of these irreps exactly; 0 for a finite group, which is taken whole."""
-    return -(-(1 + sum(sp.frequency(group, i) for i in idents)) // _BLOCK) * _BLOCK if group.continuous else 0
+    return -(-(1 + sum(frequency(group, i) for i in idents)) // _BLOCK) * _BLOCK if group.continuous else 0
 
 
-@sp.identity_cache
+@identity_cache
 def _matrices(group: Group, ident: tuple, size: int) -> np.ndarray:
     """(G, d, d) of an irrep on all elements, or on ``size`` rotations x the discrete part of the group."""
     irrep = group.irrep(*ident)
-    return np.stack([irrep(g) for g in (sp.equispaced(group, size) if size else group.elements)])
+    return np.stack([irrep(g) for g in (equispaced(group, size) if size else group.elements)])
 
 
-@sp.identity_cache
+@identity_cache
 def _character(group: Group, ident: tuple, size: int) -> np.ndarray:
     """(G,) the traces of :func:`_matrices`."""
     return np.trace(_matrices(group, ident, size), axis1=1, axis2=2)
 
 
-@sp.identity_cache
+@identity_cache
 def _irreps(group: Group, highest: int) -> list[tuple]:
     """All irreps of a finite group, else those of frequency 0 … ``highest``, made if they did not exist."""
     if not group.continuous:

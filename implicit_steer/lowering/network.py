@@ -19,8 +19,19 @@ from scipy.linalg import block_diag
 
 from .._check import fail, parse_sampling, require
 from ..plan import Activation, Block, Coupling, Frame, Linear, Norm, Plan
-from . import sampling as sp
 from .intertwiners import intertwiners
+from .sampling import (
+    HiddenSpace,
+    escnn_matrices,
+    group_matrices,
+    hidden_space,
+    invariants,
+    lebedev_matrices,
+    merge_samples,
+    planar_frame,
+    trivial_coordinates,
+    zonal_frame,
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,7 @@ class _Sampled:
     inverse: np.ndarray  # A⁻ (c, S)
 
 
-def exact_obstacle(space: sp.HiddenSpace, attributes: list[Representation]) -> str | None:
+def exact_obstacle(space: HiddenSpace, attributes: list[Representation]) -> str | None:
     """Why there is no exact sampling for this group and these attributes; None if there is."""
     if isinstance(space.group, SO3 | O3):
         trivial = all(r.group.irrep(*i).is_trivial() for r in attributes for i in r.irreps)
@@ -49,30 +60,30 @@ def _plain(name: str, position: Representation, attributes: list[Representation]
     return _Sampled(name, frame, np.eye(size), a, inverse)
 
 
-def _sampled(space: sp.HiddenSpace, position: Representation, attributes: list[Representation], name: str) -> _Sampled:
+def _sampled(space: HiddenSpace, position: Representation, attributes: list[Representation], name: str) -> _Sampled:
     kind, n = parse_sampling(name)
     if kind == "lebedev":
-        return _plain(name, position, attributes, space, *sp.lebedev_matrices(space, n))
+        return _plain(name, position, attributes, space, *lebedev_matrices(space, n))
     if kind != "escnn":
         obstacle = exact_obstacle(space, attributes)
         if obstacle is None:
             return _exact(space, position, attributes, n)
         if kind == "exact":
             fail("sampling", "a case that has an exact frame", obstacle, "Use 'auto', 'escnn' or 'lebedev-N'.")
-    return _plain("escnn", position, attributes, space, *sp.escnn_matrices(space))
+    return _plain("escnn", position, attributes, space, *escnn_matrices(space))
 
 
-def _exact(space: sp.HiddenSpace, position, attributes: list[Representation], n: int | None) -> _Sampled:
+def _exact(space: HiddenSpace, position, attributes: list[Representation], n: int | None) -> _Sampled:
     if not space.group.continuous:  # the grid is the whole group
         order = space.group.order()
         require(n is None or n == order, "sampling", f"'exact' or 'exact-{order}'", f"'exact-{n}'")
-        return _plain(f"exact-{order}", position, attributes, space, *sp.group_matrices(space))
-    nodes = 2 * space.band_limit + 4
+        return _plain(f"exact-{order}", position, attributes, space, *group_matrices(space))
+    nodes = 2 * space.max_frequency + 4
     if isinstance(space.group, SO3 | O3):
         n = n or nodes
-        return _Sampled(f"exact-{n}", *sp.zonal_frame(space, sum(r.size for r in attributes), n))
+        return _Sampled(f"exact-{n}", *zonal_frame(space, sum(r.size for r in attributes), n))
     n = n or 4 * nodes
-    return _Sampled(f"exact-{n}", *sp.planar_frame(space, position, attributes, n))
+    return _Sampled(f"exact-{n}", *planar_frame(space, position, attributes, n))
 
 
 _MOST_POLISHED = 256
@@ -152,8 +163,8 @@ def _pairs(linear: escnn.nn.Linear) -> list[_Pair]:
 def _bias_basis(linear: escnn.nn.Linear, field: int) -> np.ndarray:
     """(size, n) columns that the bias adds to one output field: invariant vectors, polished like the basis."""
     reprs = linear.out_type.representations
-    counts = np.cumsum([0] + [len(sp.trivial_coordinates(r)) for r in reprs])
-    invariant = sp.invariants(reprs[field])
+    counts = np.cumsum([0] + [len(trivial_coordinates(r)) for r in reprs])
+    invariant = invariants(reprs[field])
     if invariant.shape[1] == 0:
         return invariant
     start = _starts(reprs)[field]
@@ -217,10 +228,10 @@ def _lower_linear(linear: escnn.nn.Linear, sampled: _Sampled, first: bool) -> Li
     return Linear(in_size, out_size, tuple(blocks), bias)
 
 
-def lower_map(linear: escnn.nn.Linear) -> Linear:
-    """An equivariant Linear in its own coordinates, with exact bases."""
+def lower_map(linear: escnn.nn.Linear | escnn.nn.TensorProductModule) -> Linear:
+    """An equivariant map in its own coordinates, with exact bases."""
     columns = None
-    if linear.bias is not None:
+    if getattr(linear, "bias", None) is not None:
         columns = block_diag(*(_bias_basis(linear, n) for n in range(len(linear.out_type))))
     return lower_expansion(linear.basisexpansion, polished_blocks(linear.basisexpansion), columns)
 
@@ -257,18 +268,18 @@ def lower_expansion(
 
 
 def _lower_activation(activation, sampled: _Sampled) -> Activation:
-    samples, inverse, index = sp.merge_samples(sampled.samples, sampled.inverse)
+    samples, inverse, index = merge_samples(sampled.samples, sampled.inverse)
     return Activation(len(activation.in_type), activation.function, samples, inverse, index)
 
 
 def _frame_trivial(sampled: _Sampled, rho: Representation) -> np.ndarray:
     """The trivial coordinates of a hidden field among its coefficients in frame coordinates."""
-    rows = np.abs(sampled.hidden[sp.trivial_coordinates(rho)]) > 0.5
+    rows = np.abs(sampled.hidden[trivial_coordinates(rho)]) > 0.5
     return np.array([int(np.flatnonzero(row)[0]) for row in rows], dtype=int)
 
 
 def _lower_norm(norm: escnn.nn.IIDBatchNorm1d, sampled: _Sampled, rho: Representation, measured: np.ndarray) -> Norm:
-    trivial = _frame_trivial(sampled, rho), sp.trivial_coordinates(rho), measured
+    trivial = _frame_trivial(sampled, rho), trivial_coordinates(rho), measured
     return Norm(len(norm.in_type), *trivial, float(norm.eps), float(norm.momentum))
 
 
@@ -302,7 +313,7 @@ def _lower_last(
     begin, the constant one last."""
     out_start, in_start = _starts(shape.out_reprs), _starts(shape.in_reprs)
     tensor_reprs, n_in = linear.out_type.representations, len(shape.in_reprs)
-    bias_start = np.cumsum([0] + [len(sp.trivial_coordinates(r)) for r in tensor_reprs])
+    bias_start = np.cumsum([0] + [len(trivial_coordinates(r)) for r in tensor_reprs])
     pairs, couplings = _pairs(linear), []
     for us in _classes(shape.out_reprs):
         for vs in _classes(shape.in_reprs):
@@ -366,11 +377,11 @@ def lower(mlp, shape: KernelShape, sampling: str) -> Plan:
     position, *attributes = mlp.in_type.representations
     parse_sampling(sampling)
     if activations:
-        space = sp.hidden_space(mlp.in_type.fibergroup, activations[0].band_limit)
+        space = hidden_space(mlp.in_type.fibergroup, activations[0].max_frequency)
         sampled = _sampled(space, position, attributes, sampling)
         zonal = sampled.frame.kind == "zonal"
         full = [np.eye(space.rho.size) if zonal else sampled.hidden] * mlp.n_channels
-        trivial = sp.trivial_coordinates(space.rho) if zonal else _frame_trivial(sampled, space.rho)
+        trivial = trivial_coordinates(space.rho) if zonal else _frame_trivial(sampled, space.rho)
     else:  # a linear kernel: the last layer reads x ⊕ a itself, exactly equivariant without any sample
         n = sum(r.size for r in attributes)
         frame = Frame(kind="none", dim=position.size, attribute=np.eye(n), order=np.zeros(0, dtype=int))

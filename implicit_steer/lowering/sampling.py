@@ -46,7 +46,7 @@ class HiddenSpace:
     group: Group
     rho: Representation
     dirac: np.ndarray
-    band_limit: int
+    max_frequency: int
 
 
 @lru_cache(maxsize=1024)
@@ -120,31 +120,31 @@ def _regular(group: Group, irreps: list[tuple]) -> tuple[Representation, np.ndar
 
 
 @identity_cache
-def hidden_space(group: Group, band_limit: int) -> HiddenSpace:
-    """The hidden field of the kernel MLP for ``group``, frequencies up to ``band_limit`` (ignored for finite groups).
+def hidden_space(group: Group, max_frequency: int) -> HiddenSpace:
+    """The hidden field of the kernel MLP for ``group``, frequencies up to ``max_frequency`` (ignored for finite groups).
 
     Raises:
         ValueError: for a continuous group that is none of SO(2), O(2), SO(3), O(3), or C2 x one of the first two.
     """
     if isinstance(group, SO3 | O3):
         stabiliser = _SPHERE_STABILISER[type(group).__name__]
-        irreps = list(set(group.bl_sphere_representation(L=band_limit).irreps))
+        irreps = list(set(group.bl_sphere_representation(L=max_frequency).irreps))
         homspace = group.homspace(stabiliser)
         dirac = np.concatenate(
             [homspace._dirac_kernel_ft(i, homspace.H.trivial_representation.id).T.reshape(-1) for i in irreps]
         )
         rho = group.spectral_quotient_representation(stabiliser, *irreps, name=None)
-        return HiddenSpace(group, rho, dirac / np.linalg.norm(dirac), band_limit)
+        return HiddenSpace(group, rho, dirac / np.linalg.norm(dirac), max_frequency)
     if not group.continuous:
         return HiddenSpace(group, *_regular(group, [i.id for i in group.irreps()]), 0)
     if rotations(group, 0.0) is None:
         fail("group", "SO(2), O(2), SO(3), O(3), a cylinder group or a finite group", group, kind=ValueError)
     if isinstance(group, DirectProductGroup):
-        inner = group.G2.bl_regular_representation(L=band_limit).irreps
+        inner = group.G2.bl_regular_representation(L=max_frequency).irreps
         irreps = [(f.id, i, 0) for f in group.G1.irreps() for i in dict.fromkeys(inner)]
     else:
-        irreps = list(set(group.bl_regular_representation(L=band_limit).irreps))
-    return HiddenSpace(group, *_regular(group, irreps), band_limit)
+        irreps = list(set(group.bl_regular_representation(L=max_frequency).irreps))
+    return HiddenSpace(group, *_regular(group, irreps), max_frequency)
 
 
 def equispaced(group: Group, n: int) -> list[GroupElement]:
@@ -179,7 +179,7 @@ def escnn_matrices(space: HiddenSpace) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(space.group, SO3 | O3):
         grid = space.group.grid(type="ico")
     elif space.group.continuous:
-        grid = equispaced(space.group, 40 if space.band_limit == 3 else 125)
+        grid = equispaced(space.group, 40 if space.max_frequency == 3 else 125)
     else:
         return _group_samples(space), _inverse(_group_samples(space), eps=1e-8)
     a = _samples(space, grid)
@@ -354,7 +354,7 @@ def gauss_matrices(space: HiddenSpace, n: int) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: another space; n < 2.
     """
-    sphere = isinstance(space.group, SO3 | O3) and space.band_limit == 1
+    sphere = isinstance(space.group, SO3 | O3) and space.max_frequency == 1
     require(sphere, "sampling", "a function on the sphere of band limit 1 for 'gauss-N'", space.rho)
     first = np.argsort([size for size, _ in _irreps(space)])
     t, w = np.polynomial.legendre.leggauss(n)

@@ -14,7 +14,17 @@ from torch import Tensor
 from .._check import require, require_integer
 from ..layers._modules import Fixed
 from ..layers.activation import FourierBase
-from ..lowering import sampling as sp
+from ..lowering.sampling import (
+    HiddenSpace,
+    equispaced,
+    escnn_matrices,
+    gauss_matrices,
+    hidden_space,
+    lebedev_degrees,
+    lebedev_matrices,
+    merge_samples,
+    rotation_matrices,
+)
 from ..plan import FUNCTIONS
 from .building import built_by_escnn
 from .equivariant import Steerable, check_input
@@ -32,27 +42,27 @@ def paper_function(group: Group) -> str:
     return "relu" if not group.continuous and group.order() <= 2 else "elu"
 
 
-def default_sampling(group: Group, band_limit: int, function: str) -> str:
+def default_sampling(group: Group, max_frequency: int, function: str) -> str:
     """The sampling that ``"auto"`` stands for, see :class:`FourierActivation`."""
-    if not group.continuous or band_limit == 0:
+    if not group.continuous or max_frequency == 0:
         return "escnn"
-    sphere, circle = (degree * (band_limit + 1) for degree in _DEGREES.get(function, _SMOOTH))
+    sphere, circle = (degree * (max_frequency + 1) for degree in _DEGREES.get(function, _SMOOTH))
     if not isinstance(group, SO3 | O3):
         return f"circle-{circle}"
-    if band_limit == 1:
+    if max_frequency == 1:
         return f"gauss-{_GAUSS}"
-    sizes = sp.lebedev_degrees()
+    sizes = lebedev_degrees()
     return f"lebedev-{next((n for n, degree in sizes.items() if degree >= sphere), max(sizes))}"
 
 
-def sample_matrices(space: sp.HiddenSpace, sampling: str) -> tuple[np.ndarray, np.ndarray]:
+def sample_matrices(space: HiddenSpace, sampling: str) -> tuple[np.ndarray, np.ndarray]:
     """A and A⁻ of the sampling ``"escnn"``, ``"lebedev-N"``, ``"circle-N"`` or ``"gauss-N"``."""
     _, kind, n = _NAMES.fullmatch(sampling).groups()
     if kind is None:
-        return sp.escnn_matrices(space)
+        return escnn_matrices(space)
     if kind == "lebedev":
-        return sp.lebedev_matrices(space, int(n))
-    return sp.gauss_matrices(space, int(n)) if kind == "gauss" else sp.rotation_matrices(space, int(n), sampling)
+        return lebedev_matrices(space, int(n))
+    return gauss_matrices(space, int(n)) if kind == "gauss" else rotation_matrices(space, int(n), sampling)
 
 
 class FourierActivation(FourierBase, Steerable):
@@ -101,7 +111,7 @@ class FourierActivation(FourierBase, Steerable):
     A: Tensor
     Ainv: Tensor
     sampling = Fixed(lambda activation: activation._sampling)
-    band_limit = Fixed(lambda activation: activation._band_limit)
+    max_frequency = Fixed(lambda activation: activation._max_frequency)
 
     @built_by_escnn
     def __init__(
@@ -116,8 +126,8 @@ class FourierActivation(FourierBase, Steerable):
         require(known, "sampling", "'auto', 'gauss-N', 'escnn', 'lebedev-N' or 'circle-N'", repr(sampling))
         if sampling == "auto":
             sampling = default_sampling(gspace.fibergroup, max_frequency, function)
-        self._band_limit, self.function = max_frequency, function
-        space = sp.hidden_space(gspace.fibergroup, max_frequency)
+        self._max_frequency, self.function = max_frequency, function
+        space = hidden_space(gspace.fibergroup, max_frequency)
         self.in_type = self.out_type = FieldType(gspace, [space.rho] * channels)
         a, inverse = sample_matrices(space, sampling)
         # the authors' buffers, kept for checkpoints; the merged matrices are what is evaluated
@@ -126,13 +136,13 @@ class FourierActivation(FourierBase, Steerable):
         self._take_samples(sampling, a, inverse)
 
     @property
-    def _space(self) -> sp.HiddenSpace:
-        return sp.hidden_space(self.in_type.fibergroup, self.band_limit)
+    def _space(self) -> HiddenSpace:
+        return hidden_space(self.in_type.fibergroup, self.max_frequency)
 
     def _take_samples(self, sampling: str, a: np.ndarray, inverse: np.ndarray) -> None:
         self._sampling, field = sampling, self._space.rho
         if a.shape[1] == field.size:
-            self._set_samples(self.function, *sp.merge_samples(a, inverse)[:2])
+            self._set_samples(self.function, *merge_samples(a, inverse)[:2])
         else:  # of the scalar and the vector's length
             scalar_first = field.group.irrep(*field.irreps[0]).size == 1
             self._set_samples(self.function, a, inverse, vector=int(scalar_first))
@@ -162,13 +172,13 @@ class FourierActivation(FourierBase, Steerable):
 
     def _samplings_like(self, a: Tensor) -> list[str] | None:
         """The samplings that may have A; None where A is not of this field."""
-        (n, size), space, degree = a.shape, self._space, 2 * self.band_limit
+        (n, size), space, degree = a.shape, self._space, 2 * self.max_frequency
         sphere, circle = isinstance(space.group, SO3 | O3), space.group.continuous
         if size != space.rho.size:
             return [f"gauss-{n}"] if sphere and degree == 2 and size == 2 and n > 1 else None
         if sphere:
-            return ["escnn", *([f"lebedev-{n}"] if sp.lebedev_degrees().get(n, -1) >= degree else [])]
-        rotations = n // len(sp.equispaced(space.group, 1)) if circle else 0
+            return ["escnn", *([f"lebedev-{n}"] if lebedev_degrees().get(n, -1) >= degree else [])]
+        rotations = n // len(equispaced(space.group, 1)) if circle else 0
         return ["escnn", *([f"circle-{rotations}"] if rotations > degree else [])]
 
     def forward(self, x: GeometricTensor) -> GeometricTensor:

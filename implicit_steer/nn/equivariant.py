@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from escnn.group import GroupElement
 from escnn.gspaces import GSpace
@@ -16,6 +17,17 @@ from ..layers._modules import NoTorchScript, in_mode
 
 ELEMENTS = 10  # random ones of a check
 Errors = list[tuple[GroupElement, float]]
+
+
+def check_type(name: str, value, gspace: GSpace | None = None) -> None:
+    """Raise unless ``value`` is a FieldType (of ``gspace``'s group, if given) in coordinates that can be inverted."""
+    require(isinstance(value, FieldType), name, "an escnn FieldType", type(value).__name__, kind=TypeError)
+    for rep in set(value.representations):
+        condition = np.linalg.cond(rep.change_of_basis)
+        remedy = "Give the coordinates of its fields comparable units."
+        require(condition < 1e6, name, "changes of basis of condition < 1e6", f"{condition:.0e} of {rep.name}", remedy)
+    if gspace is not None:
+        require(value.fibergroup == gspace.fibergroup, name, f"fields of {gspace.fibergroup}", value.fibergroup)
 
 
 def check_input(x: Any, kind: FieldType) -> None:

@@ -6,8 +6,7 @@ from escnn.nn import FieldType, GeometricTensor
 
 from .._check import require
 from ..layers.gate import GateBase
-from .equivariant import Steerable, check_input
-from .kernel import check_type
+from .equivariant import Steerable, check_input, check_type
 
 
 class Gate(GateBase, Steerable):

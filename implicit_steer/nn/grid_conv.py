@@ -14,10 +14,10 @@ from torch import Tensor
 
 from .._check import require, require_integer
 from ..layers.grid_conv import PADDING_MODES, GridConvBase
-from ..lowering import sampling as sp
+from ..lowering.sampling import equispaced
 from .building import built_by_escnn
-from .equivariant import ELEMENTS, Errors, Steerable, check_shape, compare, like, transform
-from .kernel import CheckedBias, ImplicitKernel, check_type, trivial_bias
+from .equivariant import ELEMENTS, Errors, Steerable, check_shape, check_type, compare, like, transform
+from .kernel import CheckedBias, ImplicitKernel, trivial_bias
 
 AXES = ("authors", "escnn")
 
@@ -31,7 +31,7 @@ def grid_elements(gspace: GSpace) -> list[GroupElement]:
         if isinstance(group, SO3):
             return [group.element(m, "MAT") for m in matrices]
         return [group.element((flip, m), "MAT") for flip in (0, 1) for m in matrices]
-    candidates = sp.equispaced(group, 4) if group.continuous else list(group.elements)
+    candidates = equispaced(group, 4) if group.continuous else list(group.elements)
     return [g for g in candidates if np.allclose(np.abs(gspace.basespace_action(g)).round(9) % 1, 0)]
 
 
@@ -40,7 +40,7 @@ def moved_axes(gspace: GSpace, axes: str) -> tuple[bool, ...]:
     group, dim = gspace.fibergroup, gspace.dimensionality
     if isinstance(group, SO3 | O3):
         return (True,) * dim
-    elements = sp.equispaced(group, 3) if group.continuous else group.elements
+    elements = equispaced(group, 3) if group.continuous else group.elements
     fixed = np.all([np.diag(gspace.basespace_action(g)) > 1 - 1e-6 for g in elements], axis=0)
     return tuple(bool(moved) for moved in (~fixed if axes == "authors" else ~fixed[::-1]))
 

@@ -19,7 +19,7 @@ from ..layers.kernel import Biased, KernelBase
 from ..lowering.network import KernelShape, lower
 from ..lowering.sampling import invariants, is_orthogonal
 from .building import built_by_escnn
-from .equivariant import Errors, compare, like, transform
+from .equivariant import Errors, check_type, compare, like, transform
 from .mlp import ANOTHER_BASIS, CLOSED_FORM, KernelMLP, check_basis, check_sizes, fiber_space, norm_names
 from .size import check_kernel
 
@@ -56,17 +56,6 @@ def _dual(rep: Representation) -> Representation:
 
 def _is_real(value) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def check_type(name: str, value, gspace: GSpace | None = None) -> None:
-    """Raise unless ``value`` is a FieldType (of ``gspace``'s group, if given) in coordinates that can be inverted."""
-    require(isinstance(value, FieldType), name, "an escnn FieldType", type(value).__name__, kind=TypeError)
-    for rep in set(value.representations):
-        condition = np.linalg.cond(rep.change_of_basis)
-        remedy = "Give the coordinates of its fields comparable units."
-        require(condition < 1e6, name, "changes of basis of condition < 1e6", f"{condition:.0e} of {rep.name}", remedy)
-    if gspace is not None:
-        require(value.fibergroup == gspace.fibergroup, name, f"fields of {gspace.fibergroup}", value.fibergroup)
 
 
 def _lower_again(kernel: ImplicitKernel, _) -> None:

@@ -14,14 +14,14 @@ from escnn.nn import FieldType
 
 from .._check import fail, require, require_integer
 from ..layers.kernel import NORM_TENSORS
-from ..lowering import sampling as sp
 from ..lowering.clebsch_gordan import install
 from ..lowering.network import lower_map, polished_blocks
+from ..lowering.sampling import identity_cache, max_frequency
 from ..plan import FUNCTIONS
 from ..plan.packing import Expansion
 from .activation import FourierActivation, paper_function
 from .building import built_by_escnn
-from .equivariant import Steerable, check_input
+from .equivariant import Steerable, check_input, check_type
 from .size import check_linear
 
 _INIT = ("he", "deltaorthonormal")
@@ -29,7 +29,7 @@ _INIT = ("he", "deltaorthonormal")
 _BASIS = (".sampled_basis", ".A", ".Ainv", ".bias_expansion", "_avg", "_change_of_basis")
 
 
-@sp.identity_cache
+@identity_cache
 def fiber_space(group: Group, name: str) -> GSpace0D:
     """The gspace of the kernel MLPs on the space ``name``: one object, so that all layers share escnn's cache of bases.
 
@@ -101,12 +101,12 @@ class Linear(KernelLinear):
     @built_by_escnn
     def __init__(self, in_type: FieldType, out_type: FieldType, init_scheme: str | None = "he"):
         for name, kind in (("in_type", in_type), ("out_type", out_type)):
-            require(isinstance(kind, FieldType), name, "an escnn FieldType", type(kind).__name__, kind=TypeError)
+            check_type(name, kind)
         super().__init__(in_type, out_type)
         if init_scheme is not None:
             initialise(self, init_scheme)
-        _lower_linear(self)
-        self.register_load_state_dict_post_hook(_lower_linear)
+        read_basis(self)
+        self.register_load_state_dict_post_hook(read_basis)
 
     def expand_parameters(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """W (C_out, C_in) and b (C_out,), or None without a bias."""
@@ -124,8 +124,9 @@ class Linear(KernelLinear):
         return plain.eval()
 
 
-def _lower_linear(linear: Linear, *_) -> None:
-    """At first, and after a checkpoint, which may have brought another basis."""
+def read_basis(linear: torch.nn.Module, *_: object) -> None:
+    """Lower an equivariant map with a ``basisexpansion``: when it is built, and after a checkpoint, which may have
+    brought another basis."""
     if not any(tensor.is_meta for tensor in linear.buffers()):
         linear.lowered = lower_map(linear)
         linear._expansion = Expansion(linear.lowered)
@@ -176,9 +177,9 @@ class KernelMLP(Steerable):
             activation = paper_function(group)
         modules, hidden = [], in_type
         if n_layers > 1:
-            band_limit = sp.max_frequency(out_type.representations) + 1
+            highest = max_frequency(out_type.representations) + 1
         for _ in range(n_layers - 1):
-            act = FourierActivation(gspace, n_channels, band_limit, activation, sampling="escnn")
+            act = FourierActivation(gspace, n_channels, highest, activation, sampling="escnn")
             modules += [KernelLinear(hidden, act.in_type), act]
             if norm == "batch":
                 modules.append(escnn.nn.IIDBatchNorm1d(act.out_type))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from escnn.group import GroupElement
 from escnn.nn import FieldType, GeometricTensor
@@ -11,11 +13,11 @@ from .._check import fail, require
 from ..graph import Graph
 from ..graph.neighbours import knn_graph
 from ..layers.fields import check_tensor
-from ..layers.point_conv import PointConvBase, check_chosen, number_of_targets
+from ..layers.point_conv import DownsamplingBase, PointConvBase, number_of_targets
 from ..ops import select
 from .building import built_by_escnn
-from .equivariant import Errors, Steerable, check_shape, compare, like, transform
-from .kernel import CheckedBias, ImplicitKernel, check_type, trivial_bias
+from .equivariant import Errors, Steerable, check_shape, check_type, compare, like, transform
+from .kernel import CheckedBias, ImplicitKernel, trivial_bias
 
 
 def _points_of(dim: int) -> str:
@@ -36,7 +38,7 @@ class ImplicitPointConv(CheckedBias, PointConvBase, Steerable):
         in_type, out_type: field types on one gspace (R² or R³), uniform or not.
         edge_attr_type: fields of the edge attributes, or None.
         n_layers, n_channels, init_scheme: the kernel's MLP.
-        sampling, norm, activation, cutoff: see :class:`ImplicitKernel`.
+        sampling, norm, activation, cutoff: as in :class:`ImplicitKernel`.
         aggr: ``"sum"`` (``"add"``) or ``"mean"`` over the edges of a node (0 at isolated nodes).
         width: of the shell s(r) = exp(−½ (r / σ)²): σ at first, in the unit of the positions, about the length of an
             edge. The first call warns where no edge, or every one, is within its reach.
@@ -105,35 +107,7 @@ class ImplicitPointConv(CheckedBias, PointConvBase, Steerable):
         width = self.implicit_kernel.shell_width
         select.check(backend, self.implicit_kernel.plan, width.device, width.dtype)
 
-    def forward(
-        self,
-        x: GeometricTensor | tuple,
-        edge_index: Tensor | Graph | None = None,
-        edge_delta: Tensor | None = None,
-        edge_attr: Tensor | None = None,
-    ) -> GeometricTensor:
-        """Convolve; ``edge_index`` and ``edge_delta`` are needed.
-
-        Args:
-            x: features of ``in_type``, (N, C_in); or a pair (source features, targets) for a graph between two sets:
-                the targets' features, of which only number and coordinates count, or their number, or None where
-                ``edge_index`` is a Graph, which knows it. Features without positions: ``in_type(x, coords)`` with any
-                coords, NaN for instance; escnn insists on them, the layer reads ``edge_delta`` alone.
-            edge_index: (2, E) integers, row 0 = source j, row 1 = target i, in any order; or a :class:`Graph`, sorted
-                once and shared by every layer.
-            edge_delta: (E, dim), position of the target minus that of the source.
-            edge_attr: (E, A), plain or a GeometricTensor; None if the layer has no attribute type.
-
-        Returns:
-            (N_target, C_out) of ``out_type``, at the targets' coordinates (NaN where they are not known).
-        """
-        kernel = self.implicit_kernel
-        source, coords, n_target = self._nodes(kernel, x, edge_index)
-        graph = self._graph(edge_index, source.shape[0], n_target)
-        return self._convolve(kernel, source, graph, edge_delta, edge_attr, coords)
-
-    def _nodes(self, kernel: ImplicitKernel, x, edge_index) -> tuple[Tensor, Tensor, int]:
-        """The sources' features; coordinates and number of the targets."""
+    def _nodes(self, x: Any, edge_index: Any) -> tuple[Tensor, Tensor, int]:
         target = x
         if isinstance(x, tuple):
             require(len(x) == 2, "x", "a GeometricTensor or a pair (source, target)", f"{len(x)} entries")
@@ -143,7 +117,7 @@ class ImplicitPointConv(CheckedBias, PointConvBase, Steerable):
             got = x.type if isinstance(x, GeometricTensor) else type(x).__name__
             remedy = f"Wrap it: {_points_of(dim)}"
             fail("x", f"a GeometricTensor of type {self.in_type}", got, remedy, TypeError)
-        width = kernel.shell_width
+        width = self.implicit_kernel.shell_width
         _check_points(x, dim)
         check_tensor("x", x.tensor, (None, self.in_type.size), width.dtype, width.device)
         if isinstance(target, GeometricTensor):
@@ -181,48 +155,17 @@ class ImplicitPointConv(CheckedBias, PointConvBase, Steerable):
 
         return compare(self.in_type.gspace, pair, atol, rtol)
 
-    def _convolve(
-        self, kernel: ImplicitKernel, source: Tensor, graph: Graph, edge_delta, edge_attr, coords
-    ) -> GeometricTensor:
+    def _output(self, source: Tensor, graph: Graph, edge_delta: Any, edge_attr: Any, coords: Tensor) -> GeometricTensor:
         if isinstance(edge_attr, GeometricTensor):
             expected = f"a tensor or a GeometricTensor of type {self.edge_attr_type}"
             require(edge_attr.type == self.edge_attr_type, "edge_attr", expected, edge_attr.type, kind=TypeError)
             edge_attr = edge_attr.tensor
-        return GeometricTensor(self._evaluate(kernel, source, graph, edge_delta, edge_attr), self.out_type, coords)
+        return GeometricTensor(self._evaluate(source, graph, edge_delta, edge_attr), self.out_type, coords)
 
     def extra_repr(self) -> str:
         """What distinguishes this layer."""
         return f"{self.in_type} -> {self.out_type}, backend={self.backend!r}"
 
 
-class ImplicitPointConvWithDownsampling(ImplicitPointConv):
-    """:class:`ImplicitPointConv` whose output lives on a subset of the nodes."""
-
-    def forward(
-        self,
-        x: GeometricTensor,
-        edge_index: Tensor | Graph | None = None,
-        edge_delta: Tensor | None = None,
-        edge_attr: Tensor | None = None,
-        idx_downsampled: Tensor | None = None,
-    ) -> GeometricTensor:
-        """Convolve onto the nodes ``idx_downsampled``.
-
-        Args:
-            x: features of all nodes, (N, C_in); a pair (source, target) only without ``idx_downsampled``.
-            edge_delta, edge_attr: as in :class:`ImplicitPointConv`.
-            edge_index: (2, E); row 0 indexes all nodes, row 1 the chosen ones (0 … M − 1); or a Graph of (N, M) nodes.
-            idx_downsampled: (M,) integers: which nodes are kept; None keeps all.
-
-        Returns:
-            (M, C_out), with the chosen nodes' coordinates (NaN where they are not known).
-        """
-        if idx_downsampled is None:
-            return super().forward(x, edge_index, edge_delta, edge_attr)
-        kernel = self.implicit_kernel
-        source, coords, n = self._nodes(kernel, x, edge_index)
-        check_chosen(x, idx_downsampled, n)
-        graph = self._graph(edge_index, n, len(idx_downsampled))
-        return self._convolve(
-            kernel, source, graph, edge_delta, edge_attr, coords.index_select(0, idx_downsampled.long())
-        )
+class ImplicitPointConvWithDownsampling(DownsamplingBase, ImplicitPointConv):
+    """:class:`ImplicitPointConv` whose output lives on the nodes ``idx_downsampled``."""

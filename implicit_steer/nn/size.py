@@ -14,7 +14,7 @@ import numpy as np
 from escnn.group import O3, SO3, Representation
 
 from .._check import fail, require
-from ..lowering import sampling as sp
+from ..lowering.sampling import hidden_space, max_frequency
 
 _BASIS = 16  # bytes per number of a sampled basis (n_b, o, i): two copies in float32, one in float64
 _TENSOR = 56  # per number of the change of basis of a tensor product, while escnn makes it
@@ -41,8 +41,8 @@ def check_kernel(
     hidden fields (or, of one layer, from the ``inputs``) to ρ_out ⊗ ρ_in of every pair of fields."""
     group, read = inputs[0].group, Counter(inputs)
     if n_layers > 1:
-        highest = sp.max_frequency(out_reprs) + sp.max_frequency(in_reprs) + 1 if group.continuous else 0
-        read = Counter({sp.hidden_space(group, highest).rho: n})
+        highest = max_frequency(out_reprs) + max_frequency(in_reprs) + 1 if group.continuous else 0
+        read = Counter({hidden_space(group, highest).rho: n})
     needed, packed = Counter(), Counter()
     sizes = [sum(r.size for r in reprs) for reprs in (out_reprs, in_reprs)]
     hidden_size = 1 + sum(h.size * count for h, count in read.items())

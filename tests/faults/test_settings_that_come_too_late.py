@@ -26,7 +26,7 @@ def test_of_kernels_and_convolutions(name, tmp_path):
         assert getattr(module, name) == (expected | {"cutoff": None, "aggr": "sum"})[name]
 
 
-@pytest.mark.parametrize(("name", "value"), [("sampling", "lebedev-50"), ("band_limit", 3)])
+@pytest.mark.parametrize(("name", "value"), [("sampling", "lebedev-50"), ("max_frequency", 3)])
 def test_of_activations(name, value):
     activation = FourierActivation(SPACES["O(3)"](), 2, 1)
     with pytest.raises(AttributeError, match=f"{name}: expected .* build another FourierActivation"):

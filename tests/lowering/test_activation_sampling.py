@@ -15,8 +15,8 @@ from implicit_steer.testing.cases import SPACES
 O3 = SPACES["O(3)"]()
 
 
-def activation(space="O(3)", band_limit=1, function="elu", channels=8, **options):
-    return FourierActivation(SPACES[space](), channels, band_limit, function, **options)
+def activation(space="O(3)", max_frequency=1, function="elu", channels=8, **options):
+    return FourierActivation(SPACES[space](), channels, max_frequency, function, **options)
 
 
 def output(module, x):
@@ -45,17 +45,17 @@ def features(module, n=40, dtype=torch.float64, seed=0):
 )
 def test_default_is_equivariant(space, function, bounds):
     """Relative, of features of unit variance, at L = 1, 2, 3."""
-    for band_limit, bound in enumerate(bounds, 1):
-        module = activation(space, band_limit, function).double()
+    for max_frequency, bound in enumerate(bounds, 1):
+        module = activation(space, max_frequency, function).double()
         assert max(error for _, error in module.check_equivariance(atol=1, rtol=1)) <= bound
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("band_limit", [1, 2])
-def test_whole_networks_are_equivariant(band_limit, dtype):
+@pytest.mark.parametrize("max_frequency", [1, 2])
+def test_whole_networks_are_equivariant(max_frequency, dtype):
     """Three convolutions with batch norms and ELUs between them, in training mode, at random elements of O(3)."""
     torch.manual_seed(0)
-    act = activation(band_limit=band_limit)
+    act = activation(max_frequency=max_frequency)
     hidden, scalars = act.in_type, O3.type(*[O3.trivial_repr] * 4)
     out = O3.type(*[O3.trivial_repr] * 2, *[O3.irrep(1, 1)] * 2)
     convs = [ImplicitPointConv(*types, None, 3, 4) for types in ((scalars, hidden), (hidden, hidden), (hidden, out))]
@@ -77,7 +77,7 @@ def test_whole_networks_are_equivariant(band_limit, dtype):
         turned = pos @ torch.tensor(O3.basespace_action(g), dtype=dtype).T
         rho = torch.tensor(out.representation(g), dtype=dtype)
         assert relative(run(turned), expected @ rho.T) <= (
-            1e-5 if band_limit > 1 else 2e-6 if dtype == torch.float32 else 1e-13
+            1e-5 if max_frequency > 1 else 2e-6 if dtype == torch.float32 else 1e-13
         )
 
 
@@ -139,9 +139,9 @@ def test_comes_back_from_a_file(sampling, tmp_path):
 
 
 def test_wrong_samplings():
-    for space, band_limit in (("O(3)", 2), ("SO(2) on R2", 1), ("D4 on R2", 1)):
+    for space, max_frequency in (("O(3)", 2), ("SO(2) on R2", 1), ("D4 on R2", 1)):
         with pytest.raises(ValueError, match="sampling: expected a function on the sphere of band limit 1"):
-            activation(space, band_limit, sampling="gauss-12")
+            activation(space, max_frequency, sampling="gauss-12")
     with pytest.raises(ValueError, match="sampling: expected enough samples for 2 coefficients, got 'gauss-1'"):
         activation(sampling="gauss-1")
 
@@ -150,7 +150,7 @@ def test_wrong_samplings():
 
 
 @pytest.mark.parametrize(
-    ("space", "band_limit", "samplings"),
+    ("space", "max_frequency", "samplings"),
     [
         ("O(3)", 1, ["escnn", "lebedev-50", "gauss-12", "auto"]),
         ("O(3)", 2, ["escnn", "lebedev-50", "auto"]),
@@ -160,12 +160,12 @@ def test_wrong_samplings():
     ],
 )
 @pytest.mark.parametrize("assign", [False, True])
-def test_loading_takes_over_the_samples(space, band_limit, samplings, assign):
+def test_loading_takes_over_the_samples(space, max_frequency, samplings, assign):
     """Of whatever sampling, to the last bit of float64, and saved again."""
     for saved in samplings:
-        module = activation(space, band_limit, sampling=saved)
+        module = activation(space, max_frequency, sampling=saved)
         for own in samplings:
-            other = activation(space, band_limit, sampling=own)
+            other = activation(space, max_frequency, sampling=own)
             keys = other.load_state_dict(module.state_dict(), assign=assign)
             assert not keys.missing_keys + keys.unexpected_keys
             assert other.sampling == module.sampling
@@ -196,8 +196,8 @@ def test_loading_takes_over_unknown_samples():
 
 
 def test_states_of_other_fields_are_refused():
-    module = activation(band_limit=1)
-    for other in (activation(band_limit=2), activation("SO(2) on R2")):
+    module = activation(max_frequency=1)
+    for other in (activation(max_frequency=2), activation("SO(2) on R2")):
         with pytest.raises(RuntimeError, match="size mismatch for A"):
             module.load_state_dict(other.state_dict())
     assert module.sampling == "gauss-24"
@@ -233,7 +233,7 @@ def test_copy_state_does_not_mix_samplings(tmp_path):
         ist.deploy.copy_state(saved, relu)
 
 
-def test_default_takes_no_more_time_at_band_limit_one():
+def test_default_takes_no_more_time_at_max_frequency_one():
     """Evaluations of φ per field, which the time is proportional to."""
     assert len(activation()._merged.exact[0]) == 24 < len(activation(sampling="escnn")._merged.exact[0])
     assert np.isfinite(activation()._merged.exact[0].numpy()).all()

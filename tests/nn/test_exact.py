@@ -9,7 +9,7 @@ import pytest
 import torch
 from escnn import gspaces
 
-from implicit_steer.lowering import sampling as sp
+from implicit_steer.lowering.sampling import hidden_space, solid_harmonics
 from implicit_steer.nn import FourierActivation, ImplicitKernel, KernelMLP
 from implicit_steer.testing.cases import SMALL, Case, equivariance_error
 
@@ -236,8 +236,8 @@ def test_planar_derivative_at_the_origin_is_the_limit():
 
 
 def test_solid_harmonics_are_harmonic_and_have_unit_norm():
-    space = sp.hidden_space(gspaces.rot3dOnR3().fibergroup, 4)
-    powers, coefficients = sp.solid_harmonics(space)
+    space = hidden_space(gspaces.rot3dOnR3().fibergroup, 4)
+    powers, coefficients = solid_harmonics(space)
     x = np.random.default_rng(0).normal(size=(50, 3))
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     values = np.prod(x[:, None] ** powers, axis=-1) @ coefficients.T

@@ -353,10 +353,10 @@ ACTIVATIONS = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("spatial", [False, True])
-@pytest.mark.parametrize(("space", "band_limit", "build", "samples"), ACTIVATIONS)
-def test_activation_is_escnn_s(space, band_limit, build, samples, spatial, dtype):
+@pytest.mark.parametrize(("space", "max_frequency", "build", "samples"), ACTIVATIONS)
+def test_activation_is_escnn_s(space, max_frequency, build, samples, spatial, dtype):
     gspace = SPACES[space]()
-    ours = FourierActivation(gspace, 3, band_limit, sampling="escnn")
+    ours = FourierActivation(gspace, 3, max_frequency, sampling="escnn")
     irreps = list(dict.fromkeys(ours.in_type.representations[0].irreps))
     theirs = build(gspace, irreps)
     assert theirs.in_type.representations[0].irreps == ours.in_type.representations[0].irreps
@@ -409,7 +409,7 @@ def test_mlp_children(n_layers, norm):
     assert mlp.mlp.out_type == mlp.out_type
     if n_layers > 1:
         assert len(list(mlp.mlp)[1].in_type) == 3
-        assert list(mlp.mlp)[1].band_limit == 2  # highest frequency of the output plus one
+        assert list(mlp.mlp)[1].max_frequency == 2  # highest frequency of the output plus one
 
 
 @pytest.mark.parametrize(("name", "function"), [("mirror-r3", "relu"), ("trivial-r3", "relu"), ("d3-r3", "elu")])

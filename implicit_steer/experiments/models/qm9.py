@@ -15,11 +15,9 @@ from ...deploy.convert import converts, saved_as
 from ...deploy.plain import tensor_product
 from ...layers.linear import project_squares
 from ...layers.molecules import MoleculeNet, ResidualBlock, TensorReadout
-from ...lowering.network import lower_expansion, polished_blocks
 from ...nn import FourierActivation, IIDBatchNorm1d, ImplicitPointConv
 from ...nn.building import built_by_escnn
-from ...nn.mlp import own_basis
-from ...plan.packing import Expansion
+from ...nn.mlp import own_basis, read_basis
 from ..data.qm9 import EDGE_ATTRIBUTES
 
 ATOM_FEATURES = 5  # one-hot of H, C, N, O, F
@@ -35,8 +33,8 @@ class TensorProduct(enn.TensorProductModule):
         del self.matrix
         own_basis(self.basisexpansion)
         enn.init.deltaorthonormal_init(self.weights.data, self.basisexpansion)
-        _lower(self)
-        self.register_load_state_dict_post_hook(_lower)
+        read_basis(self)
+        self.register_load_state_dict_post_hook(read_basis)
 
     def expand_parameters(self) -> torch.Tensor:
         """W, (C_out, (C_in / fields)²)."""
@@ -50,14 +48,6 @@ class TensorProduct(enn.TensorProductModule):
     def train(self, mode: bool = True):
         """Set the mode; nothing is expanded or dropped."""
         return torch.nn.Module.train(self, mode)
-
-
-def _lower(product: TensorProduct, *_) -> None:
-    """At first, and after a checkpoint, which may have brought another basis."""
-    if not any(tensor.is_meta for tensor in product.buffers()):
-        expansion = product.basisexpansion
-        product.lowered = lower_expansion(expansion, polished_blocks(expansion))
-        product._expansion = Expansion(product.lowered)
 
 
 converts(TensorProduct)(tensor_product)
