@@ -16,7 +16,7 @@ from torch import nn
 from .. import layers, plan
 from .._check import require
 from ..layers.kernel import NORM_TENSORS
-from ..lowering.network import lower_expansion, sampled_blocks
+from ..lowering.linear import lower_expansion, sampled_blocks
 from ..nn.activation import FourierActivation
 from ..nn.batch_norm import IIDBatchNorm1d, channels_by_kind, constants_by_kind, field_kinds
 from ..nn.gate import Gate

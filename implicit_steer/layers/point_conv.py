@@ -35,8 +35,8 @@ class PointConvBase(Biased):
         """Convolve; ``edge_index`` and ``edge_delta`` are needed.
 
         Args:
-            x: features of ``in_type``, (N, C_in), a GeometricTensor where fields have escnn's types, else a tensor; or a
-                pair (source features, targets) for a graph between two sets: the targets' features, of which only
+            x: features of ``in_type``, (N, C_in), a GeometricTensor where fields have escnn's types, else a tensor; or
+                a pair (source features, targets) for a graph between two sets: the targets' features, of which only
                 number and coordinates count, or their number, or None where ``edge_index`` is a Graph, which knows it.
                 escnn insists on coordinates of points; the layer reads ``edge_delta`` alone, so NaN will do.
             edge_index: (2, E) integers, row 0 = source j, row 1 = target i, in any order; or a :class:`Graph`, sorted

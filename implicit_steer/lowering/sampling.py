@@ -121,7 +121,8 @@ def _regular(group: Group, irreps: list[tuple]) -> tuple[Representation, np.ndar
 
 @identity_cache
 def hidden_space(group: Group, max_frequency: int) -> HiddenSpace:
-    """The hidden field of the kernel MLP for ``group``, frequencies up to ``max_frequency`` (ignored for finite groups).
+    """The hidden field of the kernel MLP for ``group``, of frequencies up to ``max_frequency``, which finite groups
+    ignore.
 
     Raises:
         ValueError: for a continuous group that is none of SO(2), O(2), SO(3), O(3), or C2 x one of the first two.

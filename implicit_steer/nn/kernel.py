@@ -16,7 +16,7 @@ from torch import Tensor
 from .._check import require
 from ..layers._modules import in_mode
 from ..layers.kernel import Biased, KernelBase
-from ..lowering.network import KernelShape, lower
+from ..lowering.kernel import KernelShape, lower
 from ..lowering.sampling import invariants, is_orthogonal
 from .building import built_by_escnn
 from .equivariant import Errors, check_type, compare, like, transform

@@ -15,7 +15,7 @@ from escnn.nn import FieldType
 from .._check import fail, require, require_integer
 from ..layers.kernel import NORM_TENSORS
 from ..lowering.clebsch_gordan import install
-from ..lowering.network import lower_map, polished_blocks
+from ..lowering.linear import lower_map, polished_blocks
 from ..lowering.sampling import identity_cache, max_frequency
 from ..plan import FUNCTIONS
 from ..plan.packing import Expansion

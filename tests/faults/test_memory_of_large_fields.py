@@ -11,7 +11,7 @@ from escnn import gspaces
 from escnn.group import directsum
 
 from implicit_steer import plan
-from implicit_steer.lowering import network
+from implicit_steer.lowering.linear import polished_blocks
 from implicit_steer.nn import ImplicitConv, ImplicitKernel, ImplicitPointConv
 from implicit_steer.nn._escnn_changes import normalize_basis
 from implicit_steer.nn.mlp import Linear, fiber_space
@@ -128,7 +128,7 @@ def test_the_exact_basis_is_kept_once():
     """Finite groups read hidden fields as they are: the plan holds the basis that was made exact, no copy of it."""
     fields = regular(gspaces.rot2dOnR2(6))
     kernel = ImplicitKernel(fields, fields)
-    exact = network.polished_blocks(kernel.mlp.linears[-1].basisexpansion)
+    exact = polished_blocks(kernel.mlp.linears[-1].basisexpansion)
     bases = [c.basis for c in kernel.plan.couplings if c.parameter == "weights"]
     assert any(np.shares_memory(basis, block) for basis in bases for block in exact.values())
 

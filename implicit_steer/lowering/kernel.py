@@ -1,31 +1,35 @@
-"""escnn kernel MLP → :class:`~implicit_steer.plan.Plan`. Together with ``sampling`` the only place that knows escnn's
-insides: how it lays out weights, which basis it expands them in, what its names mean."""
+"""escnn's kernel MLP → :class:`~implicit_steer.plan.Plan`, piece by piece, by :func:`lower`:
+
+================================  ==================================================================================
+sampling, group, attributes       ``Frame``: where the MLP is evaluated; Z, A, A⁻ of the hidden fields in it
+hidden ``Linear``                 ``Linear``: Zᵀ B Z for each intertwiner B, Zᵀ b for the bias
+Fourier activation                ``Activation``: A Z with equal samples merged, and A⁻
+``IIDBatchNorm1d``                ``Norm``
+last ``Linear``                   ``Coupling``: the intertwiners from a hidden field to ρ_out ⊗ ρ_in*
+================================  ==================================================================================
+"""
 
 from __future__ import annotations
 
 from . import _require_escnn  # noqa: F401
 
 # isort: split
-import hashlib
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 
 import escnn.nn
 import numpy as np
-import torch
 from escnn.group import O3, SO3, Representation
-from scipy.linalg import block_diag
 
 from .._check import fail, parse_sampling, require
 from ..plan import Activation, Block, Coupling, Frame, Linear, Norm, Plan
-from .intertwiners import intertwiners
+from .linear import bias_basis, pairs_of, starts_of, without_rounding
 from .sampling import (
     HiddenSpace,
     escnn_matrices,
     group_matrices,
     hidden_space,
-    invariants,
     lebedev_matrices,
     merge_samples,
     planar_frame,
@@ -86,101 +90,6 @@ def _exact(space: HiddenSpace, position, attributes: list[Representation], n: in
     return _Sampled(f"exact-{n}", *planar_frame(space, position, attributes, n))
 
 
-_MOST_POLISHED = 256
-_POLISHED: dict[tuple, np.ndarray] = {}
-
-
-def _polished(rep_in: Representation, rep_out: Representation, sampled: np.ndarray) -> np.ndarray:
-    """escnn's sampled basis (n_b, o, i), float32 there, as exact intertwiners in float64; read-only."""
-    key = rep_in, rep_out, sampled.shape, hashlib.sha256(sampled.reshape(-1).view(np.uint8)).digest()
-    if key not in _POLISHED:
-        if len(_POLISHED) == _MOST_POLISHED:
-            del _POLISHED[next(iter(_POLISHED))]
-        _POLISHED[key] = _without_rounding(intertwiners(rep_in, rep_out, sampled))
-        _POLISHED[key].flags.writeable = False
-    exact = _POLISHED[key]
-    error = max((np.abs(e - s).max(initial=0) for e, s in zip(exact, sampled, strict=True)), default=0)
-    error /= max(sampled.max(initial=1), -sampled.min(initial=-1))
-    remedy = "Do two different representations share a name? escnn tells them apart by it."
-    pair = f"intertwiners from {rep_in.name} to {rep_out.name}"
-    require(error < 1e-4, "escnn basis", pair, f"a deviation of {error:.1e}", remedy, RuntimeError)
-    return exact
-
-
-def _without_rounding(basis: np.ndarray) -> np.ndarray:
-    """The basis after setting to 0, in place, what is only rounding, so that zeros are seen to be structural."""
-    bound = 1e-12 * max(basis.max(initial=0), -basis.min(initial=0))
-    for element in basis:
-        element[np.abs(element) < bound] = 0
-    return basis
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """One (input representation, output representation) of an escnn Linear: where fields start, weights and basis."""
-
-    rep_in: Representation
-    rep_out: Representation
-    in_fields: list[int]  # positions in the list of input fields
-    out_fields: list[int]
-    offset: int
-    basis: np.ndarray  # (n_b, o, i)
-
-
-def polished_blocks(expansion: torch.nn.Module, stored=lambda key: None) -> dict[tuple[str, str], np.ndarray]:
-    """Exact basis (n_b, o, i) of each (input, output) pair of representation names of a ``BlocksBasisExpansion``.
-
-    ``stored``: maps the name of a buffer to a tensor that stands in for it (a checkpoint's), or to None.
-
-    Raises:
-        RuntimeError: a basis that does not consist of intertwiners.
-    """
-    by_name = [{r.name: r for r in reprs} for reprs in (expansion._in_reprs, expansion._out_reprs)]
-    blocks = {}
-    for pair in expansion._representations_pairs:
-        name = f"block_expansion_{expansion._escape_pair(pair)}"
-        sampled = stored(f"_basisexpansion.{name}.sampled_basis")
-        sampled = getattr(expansion, name).sampled_basis if sampled is None else sampled
-        sampled = np.ascontiguousarray(sampled.detach().cpu().float().numpy()[..., 0])
-        blocks[pair] = _polished(by_name[0][pair[0]], by_name[1][pair[1]], sampled)
-    return blocks
-
-
-def _pairs(linear: escnn.nn.Linear) -> list[_Pair]:
-    expansion = linear.basisexpansion
-    by_name = [defaultdict(list), defaultdict(list)]
-    for fields, reprs in zip(by_name, (linear.in_type.representations, linear.out_type.representations), strict=True):
-        for n, r in enumerate(reprs):
-            fields[r.name].append(n)
-    pairs = []
-    for pair, basis in polished_blocks(expansion).items():
-        ins, outs = by_name[0][pair[0]], by_name[1][pair[1]]
-        rep_in, rep_out = linear.in_type.representations[ins[0]], linear.out_type.representations[outs[0]]
-        pairs.append(_Pair(rep_in, rep_out, ins, outs, expansion._weights_ranges[pair][0], basis))
-    return pairs
-
-
-def _bias_basis(linear: escnn.nn.Linear, field: int) -> np.ndarray:
-    """(size, n) columns that the bias adds to one output field: invariant vectors, polished like the basis."""
-    reprs = linear.out_type.representations
-    counts = np.cumsum([0] + [len(trivial_coordinates(r)) for r in reprs])
-    invariant = invariants(reprs[field])
-    if invariant.shape[1] == 0:
-        return invariant
-    start = _starts(reprs)[field]
-    here = np.s_[start : start + reprs[field].size, counts[field] : counts[field + 1]]
-    columns = linear.bias_expansion.detach()[here].cpu().double().numpy()
-    exact = invariant @ np.linalg.lstsq(invariant, columns, rcond=None)[0]
-    error = np.abs(exact - columns).max() / np.abs(columns).max(initial=1)
-    require(error < 1e-4, "bias_expansion", "invariant vectors", f"a deviation of {error:.1e}", kind=RuntimeError)
-    return exact
-
-
-def _starts(reprs) -> np.ndarray:
-    """(n + 1,) first coordinate of every field."""
-    return np.concatenate([[0], np.cumsum([r.size for r in reprs])]).astype(int)
-
-
 def _input_fields(sampled: _Sampled, in_reprs: list[Representation]) -> tuple[list[np.ndarray], np.ndarray, int]:
     """Z of every input field (position first), where each starts in frame coordinates, and their total size."""
     frame = sampled.frame
@@ -190,7 +99,7 @@ def _input_fields(sampled: _Sampled, in_reprs: list[Representation]) -> tuple[li
         position = np.concatenate([frame.plane[:, : 2 - frame.regular], frame.axis], axis=1)
     else:
         position = np.eye(frame.dim)
-    starts, attributes = _starts(in_reprs[1:]), np.linalg.inv(frame.attribute).T  # a = attributes · a'
+    starts, attributes = starts_of(in_reprs[1:]), np.linalg.inv(frame.attribute).T  # a = attributes · a'
     z = [position] + [attributes[a:b, a:b] for a, b in pairwise(starts)]
     return z, np.concatenate([[0], position.shape[1] + starts[:-1]]), position.shape[1] + int(starts[-1])
 
@@ -205,12 +114,12 @@ def _lower_linear(linear: escnn.nn.Linear, sampled: _Sampled, first: bool) -> Li
         z_in, in_size = [sampled.hidden] * len(in_reprs), coefficients * len(in_reprs)
         in_start = coefficients * np.arange(len(in_reprs))
     blocks = []
-    for pair in _pairs(linear):
+    for pair in pairs_of(linear):
         groups = defaultdict(list)  # input fields of one representation and one Z (the position has its own)
         for column, n in enumerate(pair.in_fields):
             groups[first and n == 0].append((column, n))
         for members in groups.values():
-            basis = _without_rounding(sampled.hidden.T @ pair.basis @ z_in[members[0][1]])
+            basis = without_rounding(sampled.hidden.T @ pair.basis @ z_in[members[0][1]])
             blocks.append(
                 Block(
                     offset=pair.offset,
@@ -224,47 +133,8 @@ def _lower_linear(linear: escnn.nn.Linear, sampled: _Sampled, first: bool) -> Li
     out_size = coefficients * len(out_reprs)
     bias = np.zeros((out_size, 0))
     if linear.bias is not None:
-        bias = np.kron(np.eye(len(out_reprs)), sampled.hidden.T @ _bias_basis(linear, 0))
+        bias = np.kron(np.eye(len(out_reprs)), sampled.hidden.T @ bias_basis(linear, 0))
     return Linear(in_size, out_size, tuple(blocks), bias)
-
-
-def lower_map(linear: escnn.nn.Linear | escnn.nn.TensorProductModule) -> Linear:
-    """An equivariant map in its own coordinates, with exact bases."""
-    columns = None
-    if getattr(linear, "bias", None) is not None:
-        columns = block_diag(*(_bias_basis(linear, n) for n in range(len(linear.out_type))))
-    return lower_expansion(linear.basisexpansion, polished_blocks(linear.basisexpansion), columns)
-
-
-def sampled_blocks(expansion: torch.nn.Module) -> dict[tuple[str, str], np.ndarray]:
-    """escnn's own basis of each pair, which it has in float32."""
-    names = {pair: f"block_expansion_{expansion._escape_pair(pair)}" for pair in expansion._representations_pairs}
-    basis = {pair: getattr(expansion, name).sampled_basis[..., 0] for pair, name in names.items()}
-    return {pair: sampled.detach().cpu().double().numpy() for pair, sampled in basis.items()}
-
-
-def lower_expansion(
-    expansion: torch.nn.Module, basis: dict[tuple[str, str], np.ndarray], bias: np.ndarray | None = None
-) -> Linear:
-    """The matrix that escnn's ``BlocksBasisExpansion`` makes of weights, in its own coordinates. ``basis``: of each
-    pair; ``bias`` (out_size, n_bias): its ``bias_expansion``."""
-    in_reprs, out_reprs = expansion._in_reprs, expansion._out_reprs
-    in_start, out_start, blocks = _starts(in_reprs), _starts(out_reprs), []
-    for pair in expansion._representations_pairs:
-        ins = [n for n, r in enumerate(in_reprs) if r.name == pair[0]]
-        outs = [n for n, r in enumerate(out_reprs) if r.name == pair[1]]
-        blocks.append(
-            Block(
-                offset=expansion._weights_ranges[pair][0],
-                n_in=len(ins),
-                columns=np.arange(len(ins)),
-                out_start=out_start[outs],
-                in_start=in_start[ins],
-                basis=basis[pair],
-            )
-        )
-    out_size = int(out_start[-1])
-    return Linear(int(in_start[-1]), out_size, tuple(blocks), np.zeros((out_size, 0)) if bias is None else bias)
 
 
 def _lower_activation(activation, sampled: _Sampled) -> Activation:
@@ -295,7 +165,7 @@ class KernelShape:
 
 def _read_through(basis: np.ndarray, z: np.ndarray) -> np.ndarray:
     """B Z; B itself, which may be large, where Z is the identity."""
-    return basis if np.array_equal(z, np.eye(len(z))) else _without_rounding(basis @ z)
+    return basis if np.array_equal(z, np.eye(len(z))) else without_rounding(basis @ z)
 
 
 def _classes(reprs: list[Representation]) -> list[list[int]]:
@@ -306,30 +176,41 @@ def _classes(reprs: list[Representation]) -> list[list[int]]:
     return list(groups.values())
 
 
+def _fold(columns: np.ndarray, constant: np.ndarray) -> np.ndarray:
+    """(n_b, n_trivial, n_constant): what a shift of trivial hidden coordinates adds to the kernel, ``columns`` (n_b, o,
+    i, n_trivial), as combinations of the invariant matrices ``constant`` (n_constant, o, i, 1), which the bias adds."""
+    n_b, *_, n_trivial = columns.shape
+    if not n_trivial or not len(constant):
+        return np.zeros((n_b, n_trivial, len(constant)))
+    target = constant.reshape(len(constant), -1).T
+    found, *_ = np.linalg.lstsq(target, columns.transpose(1, 2, 0, 3).reshape(len(target), -1), rcond=None)
+    return found.T.reshape(n_b, n_trivial, -1)
+
+
 def _lower_last(
     linear: escnn.nn.Linear, shape: KernelShape, hidden: list[np.ndarray], hidden_start: np.ndarray, trivial: np.ndarray
 ) -> tuple[Coupling, ...]:
     """The last layer as couplings. ``hidden``: Z (m_full, m) of every field it reads; ``hidden_start``: where they
     begin, the constant one last."""
-    out_start, in_start = _starts(shape.out_reprs), _starts(shape.in_reprs)
+    out_start, in_start = starts_of(shape.out_reprs), starts_of(shape.in_reprs)
     tensor_reprs, n_in = linear.out_type.representations, len(shape.in_reprs)
     bias_start = np.cumsum([0] + [len(trivial_coordinates(r)) for r in tensor_reprs])
-    pairs, couplings = _pairs(linear), []
+    pairs, couplings = pairs_of(linear), []
     for us in _classes(shape.out_reprs):
         for vs in _classes(shape.in_reprs):
             field = np.array([[u * n_in + v for v in vs] for u in us])
             rep = tensor_reprs[field[0, 0]]
             sizes = shape.out_reprs[us[0]].size, shape.in_reprs[vs[0]].size
             where = {"out_start": out_start[us], "in_start": in_start[vs]}
-            bias_basis = _bias_basis(linear, field[0, 0]).T.reshape(-1, *sizes, 1)
+            constant = bias_basis(linear, field[0, 0]).T.reshape(-1, *sizes, 1)
             bias_at = -1
-            if len(bias_basis):
+            if len(constant):
                 bias_at = len(couplings)
                 one = hidden_start[-1:]
-                empty = np.zeros((len(bias_basis), 0, 0))
+                empty = np.zeros((len(constant), 0, 0))
                 couplings.append(
                     Coupling(
-                        "bias", bias_start[field], **where, hidden_start=one, basis=bias_basis, fold=empty, fold_into=-1
+                        "bias", bias_start[field], **where, hidden_start=one, basis=constant, fold=empty, fold_into=-1
                     )
                 )
             for pair in pairs:
@@ -339,11 +220,6 @@ def _lower_last(
                 n_w, n_b = len(pair.in_fields), len(pair.basis)
                 row = pair.offset + np.vectorize(index.__getitem__)(field) * n_w * n_b
                 basis = _read_through(pair.basis, hidden[pair.in_fields[0]]).reshape(n_b, *sizes, -1)
-                fold = np.zeros((n_b, len(trivial), len(bias_basis)))
-                if bias_at >= 0 and len(trivial):
-                    columns = basis[..., trivial].transpose(1, 2, 0, 3).reshape(-1, n_b * len(trivial))
-                    target = bias_basis[..., 0].reshape(len(bias_basis), -1).T
-                    fold = np.linalg.lstsq(target, columns, rcond=None)[0].T.reshape(n_b, len(trivial), -1)
                 couplings.append(
                     Coupling(
                         "weights",
@@ -351,7 +227,7 @@ def _lower_last(
                         **where,
                         hidden_start=hidden_start[pair.in_fields],
                         basis=basis,
-                        fold=fold,
+                        fold=_fold(basis[..., trivial], constant),
                         fold_into=bias_at if len(trivial) else -1,
                     )
                 )
