@@ -55,10 +55,10 @@ struct Arguments {
     check_here(context, src, "src", index, args.n_edges), check_here(context, order, "order", index, args.n_edges);
     check_here(context, rowptr, "rowptr", index, args.n_dst + 1);
     args.src = src.const_data_ptr(), args.order = order.const_data_ptr(), args.rowptr = rowptr.const_data_ptr();
-    args.wide = index == ScalarType::Long;
+    args.index64 = index == ScalarType::Long;
   }
   void by_source(const Tensor& order, const Tensor& colptr) {
-    const ScalarType index = args.wide ? ScalarType::Long : ScalarType::Int;
+    const ScalarType index = args.index64 ? ScalarType::Long : ScalarType::Int;
     check_here(context, order, "order_by_source", index, args.n_edges);
     check_here(context, colptr, "colptr", index, args.n_src + 1);
     args.order_by_source = order.const_data_ptr(), args.colptr = colptr.const_data_ptr();

@@ -194,7 +194,7 @@ IST_INLINE void row_blocks(int begin, int end, F f) {
   }
 }
 
-// ---- the difference quotient q(b, k) = (φ(b + k) − φ(b)) / k and its derivatives (see functions.py)
+// ---- the difference quotient q(b, k) = (φ(b + k) − φ(b)) / k and its derivatives (see plan/activations.py)
 
 template <typename V>
 struct Quotient {
@@ -304,7 +304,7 @@ template <typename F, typename R>
 IST_INLINE void channel_forward(const PlanView<Real<R>>& p, const LayerView<Real<R>>& layer, const Edges<R>& e,
                                 const typename Lane<R>::V* z, typename Lane<R>::V* y, typename Lane<R>::V* slopes) {
   const int c = p.c, rows = layer.n_samples - layer.n_pairs;
-  if (e.near) return near_forward<F>(layer, c, p.order_zero, e.radius, z, y);
+  if (e.near_origin) return near_forward<F>(layer, c, p.order_zero, e.radius, z, y);
   clear_unused(p, layer.out_even, layer.out_odd, y);
   using V = typename Lane<R>::V;
   row_blocks<V>(0, layer.n_pairs, [&](auto n, int row) {
@@ -332,7 +332,7 @@ IST_LANES void activation_backward(const PlanView<Real<R>>& p, const LayerView<R
   using V = typename Lane<R>::V;
   const int c = p.c, rows = layer.n_samples - layer.n_pairs;
   for (int w = 0; w < layer.out; w += c, z += c, d_y += c, d_z += c, slopes += layer.n_samples) {
-    if (e.near) {
+    if (e.near_origin) {
       near_backward<F>(layer, c, p.order_zero, e.radius, z, d_y, d_z, e.d_radius);
       continue;
     }

@@ -60,7 +60,7 @@ struct CouplingView {
   const int32_t* slots;          // [n_slots, 2] b, o
   const int32_t* groups;         // [n_groups, 4] first slot, slots, first block, blocks
   const int32_t* blocks;         // [n_blocks, 2] row (n_rows: the constant one), position of the products
-  int32_t hidden_padded, in_padded, out_padded;  // rows of channels: whole kChannels; of the constant one: 1
+  int32_t hidden_stride, in_stride, out_stride;  // rows of channels: whole kChannels; of the constant one: 1
   int64_t theta_size;                            // of θ[b, u], as [v, w]
   int64_t at_sums, at_slots;                     // positions in a worker's buffers; set by place_couplings()
 };
@@ -195,9 +195,9 @@ inline CouplingView read_coupling(Reader<int32_t>& ints) {
   q.theta = ints.one(), q.theta_forward = ints.one(), q.out_at = ints.one();
   q.slots = ints.take(int64_t{2} * q.n_slots), q.groups = ints.take(int64_t{4} * q.n_groups);
   q.blocks = ints.take(int64_t{2} * q.n_blocks);
-  q.hidden_padded = q.constant ? 1 : static_cast<int32_t>(padded(q.n_hidden));
-  q.in_padded = static_cast<int32_t>(padded(q.n_in)), q.out_padded = static_cast<int32_t>(padded(q.n_out));
-  q.theta_size = padded(int64_t{q.n_in} * q.hidden_padded);
+  q.hidden_stride = q.constant ? 1 : static_cast<int32_t>(padded(q.n_hidden));
+  q.in_stride = static_cast<int32_t>(padded(q.n_in)), q.out_stride = static_cast<int32_t>(padded(q.n_out));
+  q.theta_size = padded(int64_t{q.n_in} * q.hidden_stride);
   return q;
 }
 

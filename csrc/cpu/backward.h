@@ -34,7 +34,7 @@ struct Backward : Worker<R> {
   }
   // Position of T[slot] of a coupling in slot_sums and d_sums.
   static int64_t at_slot(const CouplingView& q, int slot) {
-    return q.at_slots + int64_t{slot} * q.in_padded * q.hidden_padded;
+    return q.at_slots + int64_t{slot} * q.in_stride * q.hidden_stride;
   }
 
   // ∂L/∂T of the node, in both layouts
@@ -45,7 +45,7 @@ struct Backward : Worker<R> {
       if (group.q.constant)
         memcpy(static_cast<void*>(d_sums_t + group.sums), d, sizeof(R) * group.width);
       else
-        transpose_rows(static_cast<int>(group.width), group.q.n_hidden, d, group.q.hidden_padded, d_sums_t + group.sums,
+        transpose_rows(static_cast<int>(group.width), group.q.n_hidden, d, group.q.hidden_stride, d_sums_t + group.sums,
                        group.width);
     });
     this->untouched = true;
@@ -72,7 +72,7 @@ struct Backward : Worker<R> {
     const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
     const R* weight = weights + q.theta + int64_t{b} * q.n_out * q.theta_size;
     const R* node[kNodes];
-    for (int n = 0; n < kNodes; ++n) node[n] = whole(mixed + n * p.n_mixed + q.out_at + o * q.out_padded);
+    for (int n = 0; n < kNodes; ++n) node[n] = opaque_pointer(mixed + n * p.n_mixed + q.out_at + o * q.out_stride);
     R* d = d_sums + at_slot(q, slot);
     constexpr int M = IST_LANE_BYTES == 64 && !is_dual<R> ? 2 : 1;  // as many as the registers hold
     int64_t x = 0;
@@ -95,7 +95,7 @@ struct Backward : Worker<R> {
     if (need_weights) this->accumulate(sums, l0, l1);
     this->for_blocks([&](const Group& group, int row, int products) {
       const CouplingView& q = group.q;
-      const int64_t at = int64_t{l0} * p.product_size + products, pad = q.hidden_padded;
+      const int64_t at = int64_t{l0} * p.product_size + products, pad = q.hidden_stride;
       rank_updates<false>(l1 - l0, d_t + at, p.product_size, lane_by_lane(h + p.row_start[row], l0),
                           d_sums_t + group.sums, group.width, 0, q.n_hidden, group.width);
       const R* d = d_sums + current * size.slots + group.slots;
@@ -125,7 +125,7 @@ struct Backward : Worker<R> {
       if (q.constant)
         memcpy(static_cast<void*>(out), sums + group.sums, sizeof(R) * group.width);
       else if (need_weights)
-        transpose_rows(q.n_hidden, static_cast<int>(group.width), sums + group.sums, group.width, out, q.hidden_padded);
+        transpose_rows(q.n_hidden, static_cast<int>(group.width), sums + group.sums, group.width, out, q.hidden_stride);
     });
     ring[n_ring++] = node;
     if (n_ring == kNodes) flush();
@@ -138,7 +138,7 @@ struct Backward : Worker<R> {
       for (int slot = 0; slot < q.n_slots; ++slot) {
         const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
         rank_updates(q.n_out, theta_gradient(q, b), q.theta_size,
-                     numbers_at(grads + q.out_at + o * q.out_padded, 1, p.n_mixed), slot_sums + at_slot(q, slot),
+                     numbers_at(grads + q.out_at + o * q.out_stride, 1, p.n_mixed), slot_sums + at_slot(q, slot),
                      size.slots, 0, n_ring, q.theta_size);
       }
     }
@@ -236,7 +236,7 @@ struct Backward : Worker<R> {
       return;
     }
     for (int m = 0; m < p.d && p.kind == kZonal; ++m)
-      if (p.degree[m] > 0) e.d_cosine[m] += row_sums(d_harmonics + m * L * QL);
+      if (p.degree[m] > 0) e.d_first[m] += row_sums(d_harmonics + m * L * QL);
     this->sweep_frame();
   }
 

@@ -22,11 +22,11 @@ struct Forward : Worker<R> {
     const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
     const R* node[kNodes];
     for (int n = 0; n < kNodes; ++n)
-      node[n] = whole(sums + n * size.sums + group.sums + (slot - group.first) * q.in_padded);
-    const R* weight = weights + q.theta_forward + int64_t{b} * q.n_in * q.n_hidden * q.out_padded;
-    R* out = mixed + q.out_at + o * q.out_padded;
+      node[n] = opaque_pointer(sums + n * size.sums + group.sums + (slot - group.first) * q.in_stride);
+    const R* weight = weights + q.theta_forward + int64_t{b} * q.n_in * q.n_hidden * q.out_stride;
+    R* out = mixed + q.out_at + o * q.out_stride;
     int u = 0;
-    for (; u + L <= q.out_padded; u += L) mix_block<V>(group, weight + u, node, out + u);
+    for (; u + L <= q.out_stride; u += L) mix_block<V>(group, weight + u, node, out + u);
     for (; u < q.n_out; u += QL) mix_block<Q>(group, weight + u, node, out + u);
   }
   // T outputs
@@ -34,7 +34,7 @@ struct Forward : Worker<R> {
   IST_INLINE void mix_block(const Group& group, const R* weight, const R* const* node, R* out) {
     T acc[kNodes] = {};
     for (int v = 0; v < group.q.n_in; ++v)
-      for (int64_t x = v; x < group.q.n_hidden * group.width; x += group.width, weight += group.q.out_padded)
+      for (int64_t x = v; x < group.q.n_hidden * group.width; x += group.width, weight += group.q.out_stride)
         add_term<kNodes, 1>(acc, [&](int n, int) { return node[n][x]; }, weight, 0);
     for (int n = 0; n < kNodes; ++n, out += p.n_mixed) store_numbers(out, load_numbers<T>(out) + acc[n]);
   }

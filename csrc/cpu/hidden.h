@@ -32,7 +32,7 @@ struct Hidden : Worker<R> {
     for (int w = 0; w < channels; ++w)
       for (int m = 0; m < p.d; ++m) {
         const V value = flat[w * p.c + p.coordinate[m]];
-        h[w * p.d + m] = p.kind == kZonal ? value * e.cosine[m] : value;
+        h[w * p.d + m] = p.kind == kZonal ? value * e.first[m] : value;
       }
     h[size - 1] = V{} + 1;
     return y;
@@ -65,11 +65,11 @@ struct Hidden : Worker<R> {
     for (int w = 0; w < channels; ++w)
       for (int m = 0; m < p.d; ++m) {
         V& d = d_hidden[w * p.c + p.coordinate[m]];
-        d += p.kind == kZonal ? d_h[w * p.d + m] * e.cosine[m] : d_h[w * p.d + m];
+        d += p.kind == kZonal ? d_h[w * p.d + m] * e.first[m] : d_h[w * p.d + m];
       }
     this->sweep_mlp(need_weights, true);
     for (int w = 0; w < channels && p.kind == kZonal; ++w)
-      for (int m = 0; m < p.d; ++m) e.d_cosine[m] += d_h[w * p.d + m] * y[w * p.c + p.coordinate[m]];
+      for (int m = 0; m < p.d; ++m) e.d_first[m] += d_h[w * p.d + m] * y[w * p.c + p.coordinate[m]];
     this->sweep_frame();
   }
 

@@ -23,8 +23,8 @@ struct Statistics : Worker<R> {
 
   // Full hidden coordinate m of channel w from the activations y.
   V coordinate(const V* y, int w, int m) const {
-    if (p.kind == kZonal) return y[w * p.c + p.coordinate[m]] * e.cosine[m];
-    if (p.kind == kPlanar) return e.cosine[m] * y[w * p.c + m] + e.sine[m] * y[w * p.c + p.partner[m]];
+    if (p.kind == kZonal) return y[w * p.c + p.coordinate[m]] * e.first[m];
+    if (p.kind == kPlanar) return e.first[m] * y[w * p.c + m] + e.second[m] * y[w * p.c + p.partner[m]];
     return y[w * p.c + m];
   }
 

@@ -16,8 +16,8 @@ CouplingSizes place_couplings(PlanView<R>& p) {
   for (int k = 0; k < p.n_couplings; ++k) {
     CouplingView& q = p.couplings[k];
     q.at_sums = size.sums, q.at_slots = size.slots;
-    size.sums += int64_t{q.n_slots} * q.n_hidden * q.in_padded;
-    size.slots += int64_t{q.n_slots} * q.in_padded * q.hidden_padded;
+    size.sums += int64_t{q.n_slots} * q.n_hidden * q.in_stride;
+    size.slots += int64_t{q.n_slots} * q.in_stride * q.hidden_stride;
   }
   return size;
 }
@@ -34,9 +34,9 @@ IST_INLINE void for_groups(const CouplingView* couplings, int n, F f) {
   for (int k = 0; k < n; ++k) {
     const CouplingView& q = couplings[k];
     for (const int32_t* group = q.groups; group < q.groups + 4 * q.n_groups; group += 4) {
-      const int64_t before = int64_t{group[0]} * q.in_padded;
-      f(Group{q, group[0], group[1], int64_t{group[1]} * q.in_padded, q.at_sums + before * q.n_hidden,
-              q.at_slots + before * q.hidden_padded},
+      const int64_t before = int64_t{group[0]} * q.in_stride;
+      f(Group{q, group[0], group[1], int64_t{group[1]} * q.in_stride, q.at_sums + before * q.n_hidden,
+              q.at_slots + before * q.hidden_stride},
         q.blocks + 2 * group[2], group[3]);
     }
   }
@@ -169,14 +169,14 @@ struct Worker {
   }
 
   void load_geometry() {
-    load_edges(p.dim, a.delta, a.delta_tangent, whole(e.delta));
+    load_edges(p.dim, a.delta, a.delta_tangent, opaque_pointer(e.delta));
     if (p.n_attr) load_edges(p.n_attr, a.attr, a.attr_tangent, e.attr);
   }
 
   // Edges order[begin ..] or, in the near pass, near_edge[begin ..]; lanes past the end repeat the last edge.
   void load(int64_t begin, int64_t end) {
     n_edges = end - begin < L ? static_cast<int>(end - begin) : L;
-    a.wide ? find_edges<int64_t>(begin) : find_edges<int32_t>(begin);
+    a.index64 ? find_edges<int64_t>(begin) : find_edges<int32_t>(begin);
     for (int l = 0; l < n_edges; ++l)
       for (int k = 0; k < p.n_gathered; k += 64 / sizeof(R)) __builtin_prefetch(inputs[l] + k);
     load_geometry();
@@ -196,7 +196,7 @@ struct Worker {
 
   // The frame, and which lanes count: those of edges of this tile, but for near ones outside the near pass.
   void enter_frame(bool all_harmonics) {
-    e.near = near_pass;
+    e.near_origin = near_pass;
     frame_forward(p, shell, e, all_harmonics);
     near_lanes = 0;
     if (!p.regular || near_pass) return;
@@ -223,7 +223,7 @@ struct Worker {
     for (int k = 0; k < p.n_g && p.kind == kZonal; ++k) {
       if (p.nz_harmonic[p.g_first[k]] < 0) continue;  // constant
       V sum{};
-      for (int z = p.g_first[k]; z < p.g_first[k + 1]; ++z) sum += e.cosine[p.nz_harmonic[z]] * p.nz_value[z];
+      for (int z = p.g_first[k]; z < p.g_first[k + 1]; ++z) sum += e.first[p.nz_harmonic[z]] * p.nz_value[z];
       g[k] = sum;
     }
     for (const int32_t* product = p.products; product < p.products + 4 * p.n_products; product += 4)
@@ -396,7 +396,7 @@ struct Worker {
   // From d_hidden: gradients of the weights and, with `need_inputs`, of the frame.
   void sweep_mlp(bool need_weights, bool need_inputs) {
     e.d_radius = V{};
-    for (int m = 0; m < p.d; ++m) e.d_cosine[m] = e.d_sine[m] = V{};
+    for (int m = 0; m < p.d; ++m) e.d_first[m] = e.d_second[m] = V{};
     if (p.kind == kPlanar) {
       expand_backward(p, e, mlp.normed + mlp.size_z - p.hidden_flat, d_hidden, mlp.d_y);
     } else {
@@ -408,7 +408,7 @@ struct Worker {
 
   void sweep_frame() {
     frame_backward(p, shell, e);
-    if (a.grad_delta) store(whole(e.d_delta), p.dim, a.grad_delta);
+    if (a.grad_delta) store(opaque_pointer(e.d_delta), p.dim, a.grad_delta);
     if (a.grad_attr) store(e.d_attr, p.n_attr, a.grad_attr);
   }
 

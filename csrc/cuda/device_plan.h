@@ -14,14 +14,14 @@
 
 namespace implicit_steer {
 
-// Which of the sizes that kernels are compiled for a plan has (hot.cuh): coefficients and channels of its hidden
-// layers.
+// Which of the sizes that kernels are compiled for a plan has (specialised.cuh): coefficients and channels of its
+// hidden layers.
 enum class Sizes { kAny, kElu4x8, kElu6x8, kSilu4x8, kSilu6x8 };
 
-// Whether p's hidden layers are what HotLayers computes with: all of them alike, with samples in pairs and no others,
-// groups that have one coefficient of all channels each, as rows of couplings do.
+// Whether p's hidden layers are what SpecialisedLayers computes with: all of them alike, with samples in pairs and no
+// others, groups that have one coefficient of all channels each, as rows of couplings do.
 template <typename R>
-bool is_hot(const Plan<R>& p, int width) {
+bool is_specialised(const Plan<R>& p, int width) {
   if (p.kind != kZonal || p.n_layers == 0 || p.n_even != (p.c + 1) / 2) return false;
   const auto of_one_coefficient = [&](const int32_t* place, int first) {
     for (int w = 0; w < width; ++w)
@@ -56,7 +56,7 @@ template <typename R>
 Sizes sizes_of(const Plan<R>& p) {
   constexpr int kWidth = 8;
   constexpr int64_t kMostNumbers = 4096;  // of the layers in a block's shared memory: more would keep warps out
-  if ((p.c != 4 && p.c != 6) || !is_hot(p, kWidth)) return Sizes::kAny;
+  if ((p.c != 4 && p.c != 6) || !is_specialised(p, kWidth)) return Sizes::kAny;
   const int64_t samples = int64_t{p.layers[0].n_samples} * 8, weights = int64_t{p.n_layers - 1} * p.c * kWidth * kWidth;
   if (samples + weights > kMostNumbers) return Sizes::kAny;
   if (p.function == kElu) return p.c == 4 ? Sizes::kElu4x8 : Sizes::kElu6x8;
@@ -182,16 +182,17 @@ struct DevicePlan {
     }
   }
 
-  // The rows of one coupling of hot layers, and their terms; also terms that are in no row, of the products' padding.
+  // The rows of one coupling of specialised layers, and their terms; also terms that are in no row, of the products'
+  // padding.
   void list_rows(const CouplingView& q, std::vector<int32_t>& rows, std::vector<int32_t>& term_list) const {
     for (int n = 0; n < q.n_groups; ++n) {
       const int32_t* const group = q.groups + 4 * n;
       for (int slot = group[0]; slot < group[0] + group[1]; ++slot)
-        for (int v = 0; v < q.in_padded; v += 4) {
-          const int32_t at = q.at_sums + slot * q.theta_size + v * q.hidden_padded, begin = term_list.size() / 4;
+        for (int v = 0; v < q.in_stride; v += 4) {
+          const int32_t at = q.at_sums + slot * q.theta_size + v * q.hidden_stride, begin = term_list.size() / 4;
           const int32_t inputs = std::min(std::max(q.n_in - v, 0), 4);
           for (int b = group[2]; b < group[2] + group[3]; ++b) {
-            const int32_t *const block = q.blocks + 2 * b, place = block[1] + (slot - group[0]) * q.in_padded + v;
+            const int32_t *const block = q.blocks + 2 * b, place = block[1] + (slot - group[0]) * q.in_stride + v;
             const int32_t coefficient = q.constant ? -1 : host.row[host.row_start[block[0]]];
             term_list.insert(term_list.end(), {place, coefficient, at, inputs});
           }

@@ -21,9 +21,9 @@ struct Statistics : Warp<R, false, false> {
   __device__ __forceinline__ R coordinate(const R* y, int l, int k) const {
     const int m = k % p.d;
     y = this->of_edge(y + k / p.d * p.c, l);
-    const R* const cosine = this->of_edge(e.cosine, l);
-    if (p.kind == kZonal) return y[p.coordinate[m]] * cosine[m];
-    if (p.kind == kPlanar) return cosine[m] * y[m] + this->of_edge(e.sine, l)[m] * y[p.partner[m]];
+    const R *const first = this->of_edge(e.first, l), *const second = this->of_edge(e.second, l);
+    if (p.kind == kZonal) return y[p.coordinate[m]] * first[m];
+    if (p.kind == kPlanar) return first[m] * y[m] + second[m] * y[p.partner[m]];
     return y[m];
   }
 

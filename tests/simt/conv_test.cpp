@@ -181,9 +181,9 @@ int check_case(const std::string& name, const Case& file, bool trace, int seeds)
   }
   simt::use_device(simt::kDevices[0]);
   const auto launched = simt::take_counts();
-  const bool hot = sizeof(R) == 4 && (name == "cloud" || name.rfind("zonal-hot", 0) == 0);
-  for (const char* kernel : {"conv_forward_hot", "conv_backward_hot"})
-    if ((launched.count(kernel) > 0) != hot) failures += print({name + ": " + kernel + " ran, or did not"});
+  const bool specialised = sizeof(R) == 4 && (name == "cloud" || name.rfind("zonal-specialised", 0) == 0);
+  for (const char* kernel : {"conv_forward_specialised", "conv_backward_specialised"})
+    if ((launched.count(kernel) > 0) != specialised) failures += print({name + ": " + kernel + " ran, or did not"});
   for (const char* kernel : {"conv_forward", "conv_backward", "conv_statistics", "conv_hidden", "conv_hidden_backward"})
     if (name == "zonal-odd-sizes-train" && launched.at(kernel).blocks < 2)
       failures += print({name + ": one block of " + kernel});
