@@ -5,6 +5,8 @@ The counterparts in C++ are ``CouplingView`` and ``PlanView`` of ``csrc/plan.h``
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from ...plan import Coupling, Plan
@@ -33,22 +35,31 @@ class Gathered:
     row's padding."""
 
     def __init__(self):
-        self.at: dict[tuple[int, ...], int] = {}
+        self._first: dict[tuple[int, ...], int] = {}  # place of component 0
         self.channel: list[int] = []  # number of the channel at each place, −1 in padding
         self.rows: list[tuple[int, int]] = []  # place and size of each component's row
 
     def add(self, starts: np.ndarray, size: int) -> int:
         """The place of component 0 of the fields at ``starts``, of ``size`` components each."""
         key = tuple(starts.tolist())
-        if key not in self.at:
-            self.at[key] = len(self.channel)
+        if key not in self._first:
+            self._first[key] = len(self.channel)
             padding = [-1] * (padded(len(key)) - len(key))
             self.rows += [(len(self.channel) + n * padded(len(key)), padded(len(key))) for n in range(size)]
             self.channel += [c for component in range(size) for c in [*(start + component for start in key), *padding]]
-        return self.at[key]
+        return self._first[key]
 
 
 _Factors = dict[int, list[tuple[int, float]]]  # input component i → (harmonic, value)s
+
+
+class CouplingTerms(NamedTuple):
+    """The slots of one coupling; the lists are those of ``CouplingView``."""
+
+    out_at: int  # place of component 0 of its outputs
+    slots: list[tuple[int, int]]  # (b, o)
+    groups: list[tuple[int, int, int, int]]  # first slot, slots, first block, blocks
+    blocks: list[tuple[int, int]]  # row, place of its products
 
 
 class Terms:
@@ -90,24 +101,21 @@ class Terms:
             found.setdefault((b, o), {}).setdefault(row, {}).setdefault(i, []).append((harmonic, value))
         return found
 
-    def _coupling(self, c: Coupling, factors: dict[tuple[int, int], dict[int, _Factors]]) -> list[int]:
-        """The coupling's numbers but for its θ, which is put in front."""
+    def _coupling(self, c: Coupling, factors: dict[tuple[int, int], dict[int, _Factors]]) -> CouplingTerms:
         _, n_out, n_in, _ = c.basis.shape
         inputs, outputs = self.inputs.add(c.in_start, n_in), self.outputs.add(c.out_start, n_out)
         by_rows: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         for slot in c.slots:
             by_rows.setdefault(tuple(sorted(factors[slot])), []).append(slot)
-        slots, groups, blocks = [], [], []
+        found = CouplingTerms(outputs, [], [], [])
         for rows, members in by_rows.items():
-            groups += [len(slots), len(members), len(blocks) // 2, len(rows)]
-            slots += members
+            found.groups.append((len(found.slots), len(members), len(found.blocks), len(rows)))
+            found.slots.extend(members)
             for row in rows:
-                blocks += [row if row >= 0 else len(self.rows), self.product_size]
+                found.blocks.append((row if row >= 0 else len(self.rows), self.product_size))
                 for slot in members:
                     self._add_product(inputs, padded(len(c.in_start)), factors[slot][row])
-        sizes = [len(c.out_start), len(c.in_start), len(c.hidden_start), c.basis.shape[0], int(reads_one(self.plan, c))]
-        counts = [len(slots), len(by_rows), len(blocks) // 2]
-        return [*sizes, *counts, outputs, *(n for slot in slots for n in slot), *groups, *blocks]
+        return found
 
     def _add_product(self, inputs: int, size: int, factors: _Factors) -> None:
         first = len(self.factors)
