@@ -263,7 +263,7 @@ Tensor conv_moments(const Tensor& ints, const Tensor& reals, const Tensor& weigh
     using R = std::remove_pointer_t<decltype(tag)>;
     STD_TORCH_CHECK(a.plan.has_norms && layer >= 0 && layer < a.plan.n_layers,
                     "layer: expected a batch norm's number.");
-    const int64_t expected = int64_t{a.plan.layers[layer].out / a.plan.c} * a.plan.d;
+    const int64_t expected = int64_t{a.plan.layers[layer].out_size / a.plan.c} * a.plan.d;
     STD_TORCH_CHECK(size == expected, "size: expected ", expected, ", got ", size, ".");
     a.weights(weights), a.args.layer = static_cast<int>(layer);
     moments = torch::stable::new_zeros(delta, {2, size});

@@ -141,7 +141,7 @@ void backward(const ConvArgs<R>& given) {
 template <typename R>
 void statistics(const ConvArgs<R>& a) {
   const CouplingSizes sizes = place_couplings(*a.plan);
-  const int n = a.plan->layers[a.layer].out / a.plan->c * a.plan->d;
+  const int n = a.plan->layers[a.layer].out_size / a.plan->c * a.plan->d;
   in_threads(a.threads, [&](int t) {
     const int64_t begin = a.n_edges * t / a.threads, end = a.n_edges * (t + 1) / a.threads;
     Statistics<R>(a, sizes, n, end - begin).run(begin, end, a.sums + 2 * n * t);

@@ -424,8 +424,8 @@ struct Worker {
     for (int n = 0; n < p.n_layers; ++n) {
       const LayerView<Real<R>>& layer = p.layers[n];
       for (int k = 0; k < layer.n_values; ++k) out[layer.weight + k] = result(lane_sum(d_w[k]));
-      for (int k = 0; k < layer.out; ++k) out[layer.bias + k] = result(lane_sum(d_b[k]));
-      d_w += layer.n_values, d_b += layer.out;
+      for (int k = 0; k < layer.out_size; ++k) out[layer.bias + k] = result(lane_sum(d_b[k]));
+      d_w += layer.n_values, d_b += layer.out_size;
       if (!p.has_norms) continue;
       for (int k = 0; k < mlp.affine_size(); ++k) out[layer.affine + k] = result(lane_sum(d_affine[k]));
       d_affine += mlp.affine_size();

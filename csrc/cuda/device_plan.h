@@ -32,7 +32,7 @@ bool is_specialised(const Plan<R>& p, int width) {
   for (int n = 0; n < p.n_layers; ++n) {
     const LayerView<R>& layer = p.layers[n];
     const int64_t rows = int64_t{layer.n_pairs} * p.c;
-    if (layer.out != width * p.c || layer.n_samples != 2 * layer.n_pairs || layer.n_pairs != first.n_pairs ||
+    if (layer.out_size != width * p.c || layer.n_samples != 2 * layer.n_pairs || layer.n_pairs != first.n_pairs ||
         !std::equal(layer.pair_samples, layer.pair_samples + rows, first.pair_samples) ||
         !std::equal(layer.pair_inverse, layer.pair_inverse + rows, first.pair_inverse))
       return false;
@@ -87,8 +87,8 @@ struct DevicePlan {
     list_terms();
     extent.all_layers = extent.widest = 0;
     for (int n = 0; n < host.n_layers; ++n) {
-      extent.all_layers += host.layers[n].out;
-      extent.widest = std::max<int64_t>(extent.widest, host.layers[n].out);
+      extent.all_layers += host.layers[n].out_size;
+      extent.widest = std::max<int64_t>(extent.widest, host.layers[n].out_size);
     }
     const auto aligned = [](int64_t n) { return (n + 255) / 256 * 256; };
     reals_at = aligned(n_ints * sizeof(int32_t)), layers_at = reals_at + aligned(n_reals * sizeof(R));
@@ -229,7 +229,7 @@ int64_t statistics_rest(const DevicePlan<R>& plan) {
 // Channels of all batch norms.
 template <typename R>
 int64_t norm_channels(const DevicePlan<R>& plan) {
-  return plan.host.has_norms ? int64_t{plan.host.n_layers} * (plan.host.layers[0].out / plan.host.c) : 0;
+  return plan.host.has_norms ? int64_t{plan.host.n_layers} * (plan.host.layers[0].out_size / plan.host.c) : 0;
 }
 
 template <typename R>

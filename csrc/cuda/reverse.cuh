@@ -48,7 +48,7 @@ struct Reverse : Warp<N, kFeatures, true, S> {
   // ---- one layer
 
   __device__ __forceinline__ void norm_gradients(const LayerView<R>& layer, const N* y_n) {
-    const int channels = layer.out / p.c;
+    const int channels = layer.out_size / p.c;
     R *const scale = grad_weights + layer.affine, *const shift = scale + channels;
     for (int w = lane; w < channels; w += 32) {
       R sum{};
@@ -76,7 +76,7 @@ struct Reverse : Warp<N, kFeatures, true, S> {
 
   __device__ __forceinline__ void linear_gradients(int layer_number, const LayerView<R>& layer, const N* in) {
     R *w = grad_weights + layer.weight, *const bias = grad_weights + layer.bias;
-    for (int k = lane; k < layer.out; k += 32) bias[k] += sum_of(d_z + k);
+    for (int k = lane; k < layer.out_size; k += 32) bias[k] += sum_of(d_z + k);
     if constexpr (S::specialised)
       if (layer_number > 0) return linear_gradients_specialised(layer, in, w);
     const int32_t* group = layer.groups;
@@ -97,7 +97,7 @@ struct Reverse : Warp<N, kFeatures, true, S> {
         if (active) this->block_layers.linear_inputs(layer_number, d_z, d_in, this->own());
         return;
       }
-    for (int k = sub; k < layer.in && active; k += lanes) d_in[k] = N{};
+    for (int k = sub; k < layer.in_size && active; k += lanes) d_in[k] = N{};
     const N* w = weights + layer.weight;
     const int32_t* group = layer.groups;
     for (int n = 0; n < layer.n_groups; ++n) {
@@ -142,7 +142,7 @@ struct Reverse : Warp<N, kFeatures, true, S> {
     const N *z_n = z + all_layers, *y_n = y + all_layers, *normed_n = normed + all_layers;
     for (int n = p.n_layers - 1; n >= 0; --n) {
       const LayerView<R> layer = this->layer_view(n);
-      z_n -= layer.out, y_n -= layer.out, normed_n -= layer.out;
+      z_n -= layer.out_size, y_n -= layer.out_size, normed_n -= layer.out_size;
       __syncwarp();
       if (p.has_norms) {
         if (need_weights) norm_gradients(layer, y_n);
@@ -150,13 +150,13 @@ struct Reverse : Warp<N, kFeatures, true, S> {
       }
       if (active) {
         const N* scale = weights + layer.affine;
-        for (int at = sub * p.c; at < layer.out; at += lanes * p.c) {
+        for (int at = sub * p.c; at < layer.out_size; at += lanes * p.c) {
           for (int k = at; k < at + p.c && p.has_norms; ++k) d_y[k] *= scale[at / p.c];
           channel_backward(layer, z_n + at, d_y + at, d_z + at);
         }
       }
       __syncwarp();
-      if (need_weights) linear_gradients(n, layer, n > 0 ? normed_n - p.layers[n - 1].out : e.inputs);
+      if (need_weights) linear_gradients(n, layer, n > 0 ? normed_n - p.layers[n - 1].out_size : e.inputs);
       if (n > 0 || need_inputs) linear_inputs(n, layer, n > 0 ? d_y : e.d_inputs);
     }
   }

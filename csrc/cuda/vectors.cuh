@@ -60,14 +60,14 @@ __global__ void multiply(const __grid_constant__ SparseMatrix<R> matrix, const R
 template <typename R>
 __global__ void pack_norms(const __grid_constant__ PlanView<R> plan, const R* parameters, const R* statistics,
                            R* packed) {
-  const int64_t at = thread_number(), channels = plan.layers[0].out / plan.c;
+  const int64_t at = thread_number(), channels = plan.layers[0].out_size / plan.c;
   if (at >= channels * plan.n_layers) return;
   pack_channel(plan, static_cast<int>(at / channels), static_cast<int>(at % channels), parameters, statistics, packed);
 }
 template <typename R>
 __global__ void pack_norms_backward(const __grid_constant__ PlanView<R> plan, const R* statistics, const R* grad,
                                     R* grad_parameters) {
-  const int64_t at = thread_number(), channels = plan.layers[0].out / plan.c;
+  const int64_t at = thread_number(), channels = plan.layers[0].out_size / plan.c;
   if (at >= channels * plan.n_layers) return;
   const int n = static_cast<int>(at / channels), w = static_cast<int>(at % channels);
   pack_channel_backward(plan, n, w, statistics, grad, grad_parameters);

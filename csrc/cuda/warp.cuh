@@ -332,7 +332,7 @@ struct Warp : EdgeArrays<N> {
   }
 
   __device__ __forceinline__ void activations(const LayerView<R>& layer, bool norm, const N* z_n, N* y_n, N* normed_n) {
-    const int channels = layer.out / p.c;
+    const int channels = layer.out_size / p.c;
     const N *scale = weights + layer.affine, *shift = scale + channels;
     for (int w = sub; w < channels; w += lanes) {
       channel(layer, z_n + w * p.c, y_n + w * p.c);
@@ -352,7 +352,7 @@ struct Warp : EdgeArrays<N> {
       if (active) activations(layer, norm, z_n, y_n, normed_n);
       __syncwarp();
       in = norm ? normed_n : y_n;
-      if (kBackward) z_n += layer.out, y_n += layer.out, normed_n += layer.out;
+      if (kBackward) z_n += layer.out_size, y_n += layer.out_size, normed_n += layer.out_size;
     }
     return in;
   }

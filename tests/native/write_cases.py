@@ -245,8 +245,9 @@ def cases():
         return near_origin(skewed(problem))
 
     wide = Case("wide", "O(3)", "9 scalar+vector", "11 scalar, 2 vector", "1 scalar", n_layers=2, n_channels=9)
-    specialised = Case("specialised", "O(3)", "6 scalar+vector", "3 scalar+vector", "2 scalar", n_layers=3, n_channels=8)
-    specialised_l2 = Case("specialised-l2", "O(3)", "2 scalar+vector+l2", "2 scalar+l2", "1 scalar", n_layers=3, n_channels=8)
+    sizes = {"n_layers": 3, "n_channels": 8}  # that CUDA kernels are specialised for
+    specialised = Case("specialised", "O(3)", "6 scalar+vector", "3 scalar+vector", "2 scalar", **sizes)
+    specialised_l2 = Case("specialised-l2", "O(3)", "2 scalar+vector+l2", "2 scalar+l2", "1 scalar", **sizes)
     specialised_odd = replace(specialised, into="5 scalar+vector, 2 vector", n_layers=4)
 
     return {

@@ -91,7 +91,7 @@ double moments_deviation(const Case& file, Emulated<R>& engine) {
   engine.pack(p, unused);
   double largest = 0;
   for (int n = 0; n < p.n_norms() && p.arguments().n_edges > 0; ++n) {
-    const int size = p.plan.layers[n].out / p.plan.c * p.plan.d;
+    const int size = p.plan.layers[n].out_size / p.plan.c * p.plan.d;
     const std::vector<R> actual = engine.moments(p, n, size);
     ConvArgs<R> a = p.arguments();
     a.threads = 1, a.scratch = host_scratch;

@@ -29,6 +29,8 @@ from .packing_matrix import (
 from .sample_pairs import sample_pairs
 from .terms import Monomials, Terms, hidden_field_size, reads_one
 
+FRAME_KINDS = ("none", "zonal", "planar")  # FrameKind of csrc/plan.h
+
 
 class Prepared(NamedTuple):
     """A plan ready for the native code."""
@@ -219,7 +221,7 @@ class _Builder:
         plan, frame, terms = self.plan, self.plan.frame, self.terms
         hidden = plan.linears[-1].out_size if plan.linears else self.n_inputs
         return PlanHeader(
-            kind=("none", "zonal", "planar").index(frame.kind),
+            kind=FRAME_KINDS.index(frame.kind),
             dim=frame.dim,
             n_attr=frame.n_attributes,
             regular=frame.regular,

@@ -11,12 +11,12 @@ import numpy as np
 
 from ...plan import Coupling, Plan
 
-_CHANNELS = 8  # kChannels of csrc/plan.h
+ROW_OF_CHANNELS = 8  # rows have whole multiples of it: kChannels of csrc/plan.h
 
 
 def padded(n: int) -> int:
     """Size of a row of n channels."""
-    return -(-n // _CHANNELS) * _CHANNELS
+    return -(-n // ROW_OF_CHANNELS) * ROW_OF_CHANNELS
 
 
 def hidden_field_size(plan: Plan) -> int:
