@@ -11,10 +11,16 @@ struct Forward : Worker<R> {
   using V = typename Lane<R>::V;
   using Q = typename Lane<R>::Q;
   static constexpr int L = Lane<R>::L, QL = Lane<R>::QL;
-  using Base::a, Base::p, Base::weights, Base::sums, Base::mixed, Base::ring, Base::n_ring, Base::size, Base::near_pass;
+  using Base::a, Base::p, Base::weights, Base::tile, Base::mixed, Base::ring, Base::n_ring, Base::size;
+  R* sums;  // T of kNodes nodes, as [w][slot, v]
 
-  Forward(const ConvArgs<Real<R>>& args, const CouplingSizes& sizes, int64_t own_edges)
-      : Base(args, sizes, false, own_edges) {}
+  Forward(const ConvArgs<Real<R>>& args, const CouplingSizes& sizes, int64_t own_edges) : Base(args, sizes, own_edges) {
+    allocate(a, this->near, [&](Arena& arena) {
+      this->place(arena, false);
+      arena.take(sums, kNodes * size.sums);
+    });
+    this->products.set_constant_factors();
+  }
 
   // mixed[n, o, u] += Σ_{v, w} θ[b, v, w, u] T_n[w, slot, v] for the nodes in the ring
   void mix(const Group& group, int slot) {
@@ -49,7 +55,7 @@ struct Forward : Worker<R> {
       Real<R>* out = a.out + ring[n] * p.out_size;
       for (int k = 0; k < p.out_size; ++k) {
         const Real<R> value = p.place[k] < 0 ? 0 : result(in[p.place[k]]);
-        out[k] = near_pass ? out[k] + value : value;
+        out[k] = tile.e.near_origin ? out[k] + value : value;  // in the near list's walk nodes come once more
       }
     }
     n_ring = 0;
