@@ -5,7 +5,7 @@ Registers, memory and instructions of every kernel are read from the library's m
 needed. COUNTS is what the emulator of tests/simt counts in a forward and a backward pass: ``conv_test … count``.
 
 Gates: no stack and no local memory, no generic loads (every address is known to be shared or global), no arithmetic in
-double in kernels of float, and loads of 128 bits in the kernels for hot sizes. What may break them, and how far, is
+double in kernels of float, and loads of 128 bits in the specialised kernels. What may break them, and how far, is
 listed below with the reason: ``EXCUSED``, ``EXCUSED_DOUBLE``.
 """
 
@@ -42,13 +42,13 @@ _INTRODUCTION = """# What the CUDA kernels need
 Read from the machine code, by `make cuda-kernels`. Registers per thread, on each architecture; all instructions in the
 code and those that load, and of these such of 128 bits, on the newest one; bytes of stack, local and generic accesses,
 the most of any architecture: the last ones are held to 0, in double to at most 40 bytes of stack on sm_100 and 160 on
-sm_120, where 255 registers are not enough. `Hot<φ, c, W>`: kernels for W channels of c coefficients in
-every hidden layer, `AnySizes`: for all others. What was measured on a GPU is in [gpu-h100.md](gpu-h100.md)."""
+sm_120, where 255 registers are not enough. `Specialised<φ, c, W>`: kernels for W channels of c coefficients in
+every hidden layer, `Generic`: for all others. What was measured on a GPU is in [gpu-h100.md](gpu-h100.md)."""
 _PREDICTION = """## Predicted times
 
 PREDICTIONS, never measurements, for 1,000,000 edges of degree 32 in float32: the benchmark's case `cloud` (8 fields of
 l <= 1, three hidden layers of 8 channels). The emulator counts the memory instructions of every warp. Nsight Compute
-found on an H100, of the hot kernels with 12 and 16 resident warps, 7.4 and 8.4 instructions for each of these, and 7.8
+found on an H100, of these kernels with 12 and 16 resident warps, 7.4 and 8.4 instructions for each of these, and 7.8
 and 8.4 cycles from one instruction of a warp to its next: what resident warps leave of that, and four instructions a
 cycle, is the prediction, at the highest clock. Of it the two passes took 0.98 and 1.33 times as long: its two numbers.
 Occupancy: the share of a multiprocessor's warps that registers and shared memory leave resident. The shape of the
@@ -88,7 +88,7 @@ class Kernel:
             most |= EXCUSED_DOUBLE.get(self.architecture, {})
         broken = [(what, n) for what, n in self.counts.items() if n > most[what]]
         found = [f"{self.architecture} {self.name}: {what} {n}, expected {most[what]}" for what, n in broken]
-        if "Hot<" in self.name and not self.wide:
+        if "Specialised<" in self.name and not self.wide:
             found.append(f"{self.architecture} {self.name}: no load of 128 bits")
         return found
 
@@ -187,8 +187,9 @@ def predictions(kernels: Sequence[Kernel], launches: dict[str, Launch]) -> str:
     rows = []
     for label, device in DEVICES.items():
         for name, launch in launches.items():
-            kind = ("float, Hot<Elu, 4, 8>",) if name.endswith("_hot") else ("float", "float, float", "float, long")
-            names = [f"{name.removesuffix('_hot')}<{numbers}>" for numbers in kind]
+            specialised = name.endswith("_specialised")
+            kinds = ("float, Specialised<Elu, 4, 8>",) if specialised else ("float", "float, float", "float, long")
+            names = [f"{name.removesuffix('_specialised')}<{kind}>" for kind in kinds]
             (kernel,) = (k for k in kernels if k.name in names and k.architecture == f"sm_{device.architecture}")
             executed, occupancy = launch.instructions * _PER_ACCESS, launch.occupancy(kernel)
             cycles = 1e6 * executed * max(1 / 4, _CYCLES / (occupancy * _WARPS))

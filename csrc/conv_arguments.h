@@ -71,7 +71,7 @@ ConvArgs<R> graph_arguments(PlanView<R>& plan, const Tensor& weights, const Tens
   check(rowptr, "rowptr", index, a.n_dst + 1);
   a.plan = &plan, a.weights = data<R>(weights), a.x = data<R>(x), a.delta = data<R>(delta), a.attr = data<R>(attr);
   a.src = src.const_data_ptr(), a.order = order.const_data_ptr(), a.rowptr = rowptr.const_data_ptr();
-  a.wide = index == ScalarType::Long, a.threads = threads_for(a.n_edges), a.scratch = scratch;
+  a.index64 = index == ScalarType::Long, a.threads = threads_for(a.n_edges), a.scratch = scratch;
   return a;
 }
 

@@ -55,10 +55,10 @@ struct Arguments {
     check_here(context, src, "src", index, args.n_edges), check_here(context, order, "order", index, args.n_edges);
     check_here(context, rowptr, "rowptr", index, args.n_dst + 1);
     args.src = src.const_data_ptr(), args.order = order.const_data_ptr(), args.rowptr = rowptr.const_data_ptr();
-    args.wide = index == ScalarType::Long;
+    args.index64 = index == ScalarType::Long;
   }
   void by_source(const Tensor& order, const Tensor& colptr) {
-    const ScalarType index = args.wide ? ScalarType::Long : ScalarType::Int;
+    const ScalarType index = args.index64 ? ScalarType::Long : ScalarType::Int;
     check_here(context, order, "order_by_source", index, args.n_edges);
     check_here(context, colptr, "colptr", index, args.n_src + 1);
     args.order_by_source = order.const_data_ptr(), args.colptr = colptr.const_data_ptr();
@@ -263,7 +263,7 @@ Tensor conv_moments(const Tensor& ints, const Tensor& reals, const Tensor& weigh
     using R = std::remove_pointer_t<decltype(tag)>;
     STD_TORCH_CHECK(a.plan.has_norms && layer >= 0 && layer < a.plan.n_layers,
                     "layer: expected a batch norm's number.");
-    const int64_t expected = int64_t{a.plan.layers[layer].out / a.plan.c} * a.plan.d;
+    const int64_t expected = int64_t{a.plan.layers[layer].out_size / a.plan.c} * a.plan.d;
     STD_TORCH_CHECK(size == expected, "size: expected ", expected, ", got ", size, ".");
     a.weights(weights), a.args.layer = static_cast<int>(layer);
     moments = torch::stable::new_zeros(delta, {2, size});

@@ -2,7 +2,7 @@
 // sweep of each. The mathematics and its names are those of ops/kernel_mlp.py.
 #pragma once
 
-#include "functions.h"
+#include "activations.h"
 #include "plan.h"
 
 namespace implicit_steer::IST_ISA {
@@ -32,20 +32,23 @@ struct Limits<double> {
 template <typename R>
 struct Edges {
   using V = typename Lane<R>::V;
-  V* delta;           // [dim]
-  V *attr, *rotated;  // [A] as given; times the frame's matrix
-  V* inputs;          // [n_inputs]
-  V squared;          // |x|²
-  bool near = false;  // regular frames: hidden coefficients of orders >= 1 are carried divided by the radius
-  V radius, inverse;  // softened, or safe_norm in planar frames that are not regular; 1 / radius (0 at 0)
-  V* unit;            // zonal: x / radius; planar: cos φ, sin φ
-  V* plane;           // planar: x in the plane
-  V factor;           // γ s(|x|)
-  V* power;           // planar: cos kφ, sin kφ [2, max_power + 1]
-  V* monomial;        // [n_monomials]
-  V *cosine, *sine;   // [d]
+  V* delta;                  // [dim]
+  V *attr, *rotated;         // [A] as given; times the frame's matrix
+  V* inputs;                 // [n_inputs]
+  V squared;                 // |x|²
+  bool near_origin = false;  // regular frames: hidden coefficients of orders >= 1 are carried divided by the radius
+  V radius, inverse;         // softened, or safe_norm in planar frames that are not regular; 1 / radius (0 at 0)
+  V* unit;                   // zonal: x / radius; planar: cos φ, sin φ
+  V* plane;                  // planar: x in the plane
+  V factor;                  // γ s(|x|)
+  V* power;                  // planar: cos kφ, sin kφ [2, max_power + 1]
+  V* monomial;               // [n_monomials]
+  // The way back from the frame, [d]: coordinate m of a hidden field is first[m] times the coefficient that makes it;
+  // in planar frames plus second[m] times that coefficient's partner. Zonal: first is the solid harmonic; planar: first
+  // is cos kφ and second is sign · sin kφ.
+  V *first, *second;
   // gradients
-  V *d_inputs, *d_cosine, *d_sine, *d_monomial, *d_rotated;
+  V *d_inputs, *d_first, *d_second, *d_monomial, *d_rotated;
   V* d_unit;  // [3] zonal
   V d_radius, d_factor;
   V *d_delta, *d_attr;  // [dim], [A]
@@ -56,9 +59,9 @@ struct Edges {
     arena.take(delta, 3), arena.take(unit, 3), arena.take(plane, 2);
     arena.take(attr, p.n_attr), arena.take(rotated, p.n_attr), arena.take(inputs, p.n_inputs);
     arena.take(power, 2 * (p.max_power + 1)), arena.take(monomial, p.n_monomials);
-    arena.take(cosine, p.d), arena.take(sine, p.d);
+    arena.take(first, p.d), arena.take(second, p.d);
     if (!backward) return;
-    arena.take(d_inputs, p.n_inputs), arena.take(d_cosine, p.d), arena.take(d_sine, p.d);
+    arena.take(d_inputs, p.n_inputs), arena.take(d_first, p.d), arena.take(d_second, p.d);
     arena.take(d_monomial, p.n_monomials), arena.take(d_rotated, p.n_attr), arena.take(d_attr, p.n_attr);
     arena.take(d_delta, 3), arena.take(d_unit, 3);
   }
@@ -137,7 +140,7 @@ IST_LANES void zonal_inputs(const PlanView<Real<R>>& p, Edges<R>& e) {
   e.radius = lane_sqrt(e.squared + Limits<Real<R>>::softening), e.inverse = 1 / e.radius;
   for (int k = 0; k < 3; ++k) e.unit[k] = e.delta[k] * e.inverse;
   e.monomial[0] = V{} + 1;
-  e.inputs[0] = e.near ? V{} + 1 : e.radius;
+  e.inputs[0] = e.near_origin ? V{} + 1 : e.radius;
   for (int j = 0; j < p.n_attr; ++j) e.inputs[1 + j] = e.rotated[j];
 }
 
@@ -150,7 +153,7 @@ IST_LANES void set_monomial(const PlanView<Real<R>>& p, Edges<R>& e, int j) {
 // Whether harmonic m is carried times the radius, which makes it linear in x.
 template <typename R>
 IST_LANES bool is_linear(const PlanView<Real<R>>& p, const Edges<R>& e, int m) {
-  return e.near && p.degree[m] == 1;
+  return e.near_origin && p.degree[m] == 1;
 }
 
 // Term j of the harmonics: a coefficient times its monomial.
@@ -163,7 +166,7 @@ IST_LANES typename Lane<R>::V harmonic_term(const PlanView<Real<R>>& p, const Ed
 // Harmonic m, the sum of its terms.
 template <typename R>
 IST_LANES void set_harmonic(const PlanView<Real<R>>& p, Edges<R>& e, int m, typename Lane<R>::V sum) {
-  e.cosine[m] = e.near && p.degree[m] > 1 ? sum * e.radius : sum;
+  e.first[m] = e.near_origin && p.degree[m] > 1 ? sum * e.radius : sum;
 }
 
 template <typename R>
@@ -186,15 +189,15 @@ IST_LANES void zonal_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
   using V = typename Lane<R>::V;
   IST_ROLLED for (int j = 0; j < p.n_attr; ++j) e.d_rotated[j] = e.d_inputs[1 + j];
   IST_ROLLED for (int j = 0; j < p.used_monomials; ++j) e.d_monomial[j] = V{};
-  if (!e.near) e.d_radius += e.d_inputs[0];
-  IST_ROLLED for (int m = 0; m < p.d && e.near; ++m) if (p.degree[m] > 1) {
-    e.d_radius += e.d_cosine[m] * e.cosine[m] * e.inverse;
-    e.d_cosine[m] *= e.radius;
+  if (!e.near_origin) e.d_radius += e.d_inputs[0];
+  IST_ROLLED for (int m = 0; m < p.d && e.near_origin; ++m) if (p.degree[m] > 1) {
+    e.d_radius += e.d_first[m] * e.first[m] * e.inverse;
+    e.d_first[m] *= e.radius;
   }
   IST_ROLLED for (int j = 0; j < p.used_harmonics; ++j) {
     const int m = p.harmonic[2 * j], n = p.harmonic[2 * j + 1];
-    const V g = e.d_cosine[m] * p.harmonic_value[j];
-    if (e.near && p.degree[m] == 1)
+    const V g = e.d_first[m] * p.harmonic_value[j];
+    if (e.near_origin && p.degree[m] == 1)
       e.d_delta[p.monomial[2 * n + 1]] += g;
     else
       e.d_monomial[n] += g;
@@ -260,7 +263,7 @@ IST_LANES void planar_forward(const PlanView<Real<R>>& p, Edges<R>& e) {
   const V *cosines = e.power, *sines = e.power + p.max_power + 1;
   V* next = e.inputs;
   if (p.regular) {
-    *next++ = e.near ? V{} + 1 : e.radius;
+    *next++ = e.near_origin ? V{} + 1 : e.radius;
   } else {  // (radius, 0); on the axis x itself in the constant frame
     *next++ = e.unit[0] * e.plane[0] + e.unit[1] * e.plane[1];
     *next++ = e.unit[0] * e.plane[1] - e.unit[1] * e.plane[0];
@@ -276,9 +279,9 @@ IST_LANES void planar_forward(const PlanView<Real<R>>& p, Edges<R>& e) {
   }
   for (int m = 0; m < p.c; ++m) {
     const int k = p.order[m];
-    const V scale = e.near && k > 0 ? e.radius : V{} + 1;
-    e.cosine[m] = e.near && k == 1 ? e.plane[0] : scale * cosines[k];
-    e.sine[m] = (e.near && k == 1 ? e.plane[1] : scale * sines[k]) * p.sign[m];
+    const V scale = e.near_origin && k > 0 ? e.radius : V{} + 1;
+    e.first[m] = e.near_origin && k == 1 ? e.plane[0] : scale * cosines[k];
+    e.second[m] = (e.near_origin && k == 1 ? e.plane[1] : scale * sines[k]) * p.sign[m];
   }
 }
 
@@ -295,12 +298,12 @@ IST_LANES void planar_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
   };
   IST_ROLLED for (int m = 0; m < p.c; ++m) {
     const int k = p.order[m];
-    V d_cos = e.d_cosine[m], d_sin = e.d_sine[m] * p.sign[m];
-    if (e.near && k == 1) {
+    V d_cos = e.d_first[m], d_sin = e.d_second[m] * p.sign[m];
+    if (e.near_origin && k == 1) {
       d_plane[0] += d_cos, d_plane[1] += d_sin;
       continue;
     }
-    if (e.near && k > 0) {
+    if (e.near_origin && k > 0) {
       e.d_radius += d_cos * cosines[k] + d_sin * sines[k];
       d_cos *= e.radius, d_sin *= e.radius;
     }
@@ -317,11 +320,11 @@ IST_LANES void planar_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
   }
   IST_ROLLED for (int k = 0; k < p.dim - 2; ++k) IST_ROLLED for (int i = 0; i < p.dim; ++i) e.d_delta[i] +=
       d_axis[k] * p.axis[i * (p.dim - 2) + k];
-  if (p.regular && !e.near) e.d_radius += e.d_inputs[0];
+  if (p.regular && !e.near_origin) e.d_radius += e.d_inputs[0];
   if (!p.regular) {  // the second input's derivative: 0 off the axis, where the frame turns with x
-    const V second = select(e.radius > 0, V{}, e.d_inputs[1]);
-    d_plane[0] += e.unit[0] * e.d_inputs[0] - e.unit[1] * second;
-    d_plane[1] += e.unit[1] * e.d_inputs[0] + e.unit[0] * second;
+    const V d_across = select(e.radius > 0, V{}, e.d_inputs[1]);
+    d_plane[0] += e.unit[0] * e.d_inputs[0] - e.unit[1] * d_across;
+    d_plane[1] += e.unit[1] * e.d_inputs[0] + e.unit[0] * d_across;
   }
   // e.inverse is 0 where the direction is not that of x
   e.d_radius -= (d_unit[0] * e.unit[0] + d_unit[1] * e.unit[1]) * e.inverse;
@@ -351,7 +354,7 @@ IST_LANES void frame_forward(const PlanView<Real<R>>& p, R shell, Edges<R>& e, b
   for (int j = 0; j < p.n_attr; ++j) e.inputs[p.dim + j] = e.rotated[j];
 }
 
-// d_delta and d_attr from d_inputs, d_cosine, d_sine, d_radius and d_factor.
+// d_delta and d_attr from d_inputs, d_first, d_second, d_radius and d_factor.
 template <typename R>
 IST_LANES void frame_backward(const PlanView<Real<R>>& p, R shell, Edges<R>& e) {
   IST_ROLLED for (int k = 0; k < p.dim; ++k) e.d_delta[k] = typename Lane<R>::V{};
@@ -371,7 +374,7 @@ IST_LANES void frame_backward(const PlanView<Real<R>>& p, R shell, Edges<R>& e) 
 template <typename R>
 IST_INLINE typename Lane<R>::V turned(const PlanView<Real<R>>& p, const Edges<R>& e, const typename Lane<R>::V* y,
                                       int m) {
-  return e.cosine[m] * y[m] + e.sine[m] * y[p.partner[m]];
+  return e.first[m] * y[m] + e.second[m] * y[p.partner[m]];
 }
 
 // h[w, m] of all channels
@@ -386,14 +389,14 @@ template <typename R>
 IST_LANES void expand_backward(const PlanView<Real<R>>& p, Edges<R>& e, const typename Lane<R>::V* y,
                                const typename Lane<R>::V* d_h, typename Lane<R>::V* d_y) {
   using V = typename Lane<R>::V;
-  IST_ROLLED for (int m = 0; m < p.c; ++m) e.d_cosine[m] = e.d_sine[m] = V{};
+  IST_ROLLED for (int m = 0; m < p.c; ++m) e.d_first[m] = e.d_second[m] = V{};
   for (int k = 0; k < p.channels * p.c; ++k) d_y[k] = V{};
   IST_ROLLED for (int w = 0; w < p.channels; ++w) IST_ROLLED for (int m = 0; m < p.c; ++m) {
     const int here = w * p.c + m, other = w * p.c + p.partner[m];
-    e.d_cosine[m] += d_h[here] * y[here];
-    e.d_sine[m] += d_h[here] * y[other];
-    d_y[here] += d_h[here] * e.cosine[m];
-    d_y[other] += d_h[here] * e.sine[m];
+    e.d_first[m] += d_h[here] * y[here];
+    e.d_second[m] += d_h[here] * y[other];
+    d_y[here] += d_h[here] * e.first[m];
+    d_y[other] += d_h[here] * e.second[m];
   }
 }
 

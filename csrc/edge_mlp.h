@@ -58,7 +58,7 @@ IST_LANES void linear_backward(const LayerView<Real<R>>& layer, const R* weights
                                typename Lane<R>::V* d_b) {
   using V = typename Lane<R>::V;
   if (d_b)
-    for (int o = 0; o < layer.out; ++o) d_b[o] += d_z[o];
+    for (int o = 0; o < layer.out_size; ++o) d_b[o] += d_z[o];
   const R* w = weights + layer.weight;
   const int32_t* g = layer.groups;
   for (int n = 0; n < layer.n_groups; ++n) {
@@ -194,7 +194,7 @@ IST_INLINE void row_blocks(int begin, int end, F f) {
   }
 }
 
-// ---- the difference quotient q(b, k) = (φ(b + k) − φ(b)) / k and its derivatives (see functions.py)
+// ---- the difference quotient q(b, k) = (φ(b + k) − φ(b)) / k and its derivatives (see plan/activations.py)
 
 template <typename V>
 struct Quotient {
@@ -304,7 +304,7 @@ template <typename F, typename R>
 IST_INLINE void channel_forward(const PlanView<Real<R>>& p, const LayerView<Real<R>>& layer, const Edges<R>& e,
                                 const typename Lane<R>::V* z, typename Lane<R>::V* y, typename Lane<R>::V* slopes) {
   const int c = p.c, rows = layer.n_samples - layer.n_pairs;
-  if (e.near) return near_forward<F>(layer, c, p.order_zero, e.radius, z, y);
+  if (e.near_origin) return near_forward<F>(layer, c, p.order_zero, e.radius, z, y);
   clear_unused(p, layer.out_even, layer.out_odd, y);
   using V = typename Lane<R>::V;
   row_blocks<V>(0, layer.n_pairs, [&](auto n, int row) {
@@ -318,7 +318,7 @@ IST_INLINE void channel_forward(const PlanView<Real<R>>& p, const LayerView<Real
 template <typename F, typename R>
 IST_LANES void activation_forward(const PlanView<Real<R>>& p, const LayerView<Real<R>>& layer, const Edges<R>& e,
                                   const typename Lane<R>::V* z, typename Lane<R>::V* y, typename Lane<R>::V* slopes) {
-  for (int w = 0; w < layer.out; w += p.c, z += p.c, y += p.c) {
+  for (int w = 0; w < layer.out_size; w += p.c, z += p.c, y += p.c) {
     channel_forward<F>(p, layer, e, z, y, slopes);
     if (slopes) slopes += layer.n_samples;
   }
@@ -331,8 +331,8 @@ IST_LANES void activation_backward(const PlanView<Real<R>>& p, const LayerView<R
                                    const typename Lane<R>::V* slopes, typename Lane<R>::V* d_z) {
   using V = typename Lane<R>::V;
   const int c = p.c, rows = layer.n_samples - layer.n_pairs;
-  for (int w = 0; w < layer.out; w += c, z += c, d_y += c, d_z += c, slopes += layer.n_samples) {
-    if (e.near) {
+  for (int w = 0; w < layer.out_size; w += c, z += c, d_y += c, d_z += c, slopes += layer.n_samples) {
+    if (e.near_origin) {
       near_backward<F>(layer, c, p.order_zero, e.radius, z, d_y, d_z, e.d_radius);
       continue;
     }
@@ -409,7 +409,7 @@ struct Mlp {
     p = &plan, weights = packed, size_z = size_w = size_slopes = 0, slopes = nullptr;
     int64_t widest = 1;
     for (int n = 0; n < p->n_layers; ++n) {
-      const int64_t out = p->layers[n].out;
+      const int64_t out = p->layers[n].out_size;
       size_z += out, size_w += p->layers[n].n_values;
       size_slopes += out / p->c * p->layers[n].n_samples;
       widest = out > widest ? out : widest;
@@ -425,7 +425,7 @@ struct Mlp {
   }
 
   // Numbers of one batch norm; every hidden layer has the same channels.
-  int affine_size() const { return p->layers[0].out / p->c * (1 + p->n_trivial); }
+  int affine_size() const { return p->layers[0].out_size / p->c * (1 + p->n_trivial); }
 
   // Layers 0 .. last: the last one's activations, before its batch norm if it has one.
   const V* forward(const Edges<R>& e, int last) {
@@ -436,10 +436,10 @@ struct Mlp {
       linear_forward(layer, weights, in, z_n);
       with_function<R>(p->function, [&](auto f) { activation_forward<decltype(f)>(*p, layer, e, z_n, y_n, slopes_n); });
       if (n == last) return y_n;
-      if (p->has_norms) norm_forward(*p, weights + layer.affine, layer.out / p->c, y_n, normed_n);
+      if (p->has_norms) norm_forward(*p, weights + layer.affine, layer.out_size / p->c, y_n, normed_n);
       in = normed_n;
-      z_n += layer.out, y_n += layer.out, normed_n += layer.out;
-      if (slopes) slopes_n += layer.out / p->c * layer.n_samples;
+      z_n += layer.out_size, y_n += layer.out_size, normed_n += layer.out_size;
+      if (slopes) slopes_n += layer.out_size / p->c * layer.n_samples;
     }
   }
 
@@ -448,8 +448,8 @@ struct Mlp {
     if (!p->n_layers) return e.inputs;
     const V* y_last = forward(e, p->n_layers - 1);
     const LayerView<Real<R>>& layer = p->layers[p->n_layers - 1];
-    V* out = normed + size_z - layer.out;
-    if (p->has_norms) norm_forward(*p, weights + layer.affine, layer.out / p->c, y_last, out);
+    V* out = normed + size_z - layer.out_size;
+    if (p->has_norms) norm_forward(*p, weights + layer.affine, layer.out_size / p->c, y_last, out);
     return out;
   }
 
@@ -459,17 +459,18 @@ struct Mlp {
     V *d_w_n = d_w + size_w, *d_b_n = d_b + size_z, *slopes_n = slopes + size_slopes;
     for (int n = p->n_layers - 1; n >= 0; --n) {
       const LayerView<Real<R>>& layer = p->layers[n];
-      z_n -= layer.out, y_n -= layer.out, normed_n -= layer.out, d_w_n -= layer.n_values, d_b_n -= layer.out;
-      slopes_n -= layer.out / p->c * layer.n_samples;
+      z_n -= layer.out_size, y_n -= layer.out_size, normed_n -= layer.out_size, d_w_n -= layer.n_values,
+          d_b_n -= layer.out_size;
+      slopes_n -= layer.out_size / p->c * layer.n_samples;
       if (p->has_norms)
-        norm_backward(*p, weights + layer.affine, layer.out / p->c, y_n, d_y,
+        norm_backward(*p, weights + layer.affine, layer.out_size / p->c, y_n, d_y,
                       need_weights ? d_affine + n * affine_size() : nullptr);
       with_function<R>(p->function,
                        [&](auto f) { activation_backward<decltype(f)>(*p, layer, e, z_n, d_y, slopes_n, d_z); });
-      const V* in = n > 0 ? normed_n - p->layers[n - 1].out : e.inputs;
+      const V* in = n > 0 ? normed_n - p->layers[n - 1].out_size : e.inputs;
       V* d_in = n > 0 ? d_y : need_inputs ? e.d_inputs : nullptr;
       if (d_in)
-        for (int k = 0; k < layer.in; ++k) d_in[k] = V{};
+        for (int k = 0; k < layer.in_size; ++k) d_in[k] = V{};
       linear_backward(layer, weights, in, d_z, d_in, need_weights ? d_w_n : nullptr, need_weights ? d_b_n : nullptr);
     }
   }

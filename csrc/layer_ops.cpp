@@ -78,7 +78,7 @@ Tensor conv_moments(const Tensor& ints, const Tensor& reals, const Tensor& weigh
     Plan<R> plan{};
     read_plan(plan, ints, reals);
     STD_TORCH_CHECK(plan.has_norms && layer >= 0 && layer < plan.n_layers, "layer: expected a batch norm's number.");
-    check_size(plan.layers[layer].out / plan.c * plan.d, size, "size");
+    check_size(plan.layers[layer].out_size / plan.c * plan.d, size, "size");
     ConvArgs<R> a = point_arguments(plan, weights, delta, attr);
     moments = new_empty(delta, {2, size});
     R* out = mutable_data<R>(moments);

@@ -61,15 +61,15 @@ void for_theta(const PlanView<R>& plan, F f) {
       for (int64_t u = 0; u < q.n_out; ++u)
         for (int64_t v = 0; v < q.n_in; ++v)
           for (int64_t w = 0; w < q.n_hidden; ++w)
-            f(q.theta + (b * q.n_out + u) * q.theta_size + v * q.hidden_padded + w,
-              q.theta_forward + ((b * q.n_in + v) * q.n_hidden + w) * q.out_padded + u);
+            f(q.theta + (b * q.n_out + u) * q.theta_size + v * q.hidden_stride + w,
+              q.theta_forward + ((b * q.n_in + v) * q.n_hidden + w) * q.out_stride + u);
   }
 }
 
 // Statistics of one batch norm: mean [W, n_trivial], variance [W].
 template <typename R>
 IST_HOST_DEVICE int64_t statistics_size(const PlanView<R>& p) {
-  return p.has_norms ? int64_t{p.layers[0].out / p.c} * (p.n_trivial + 1) : 0;
+  return p.has_norms ? int64_t{p.layers[0].out_size / p.c} * (p.n_trivial + 1) : 0;
 }
 
 // The sum of squared deviations from the mean of coordinate k, from sums [2, size] of h - shift and of its square.
@@ -107,7 +107,7 @@ IST_HOST_DEVICE void channel_statistics(const PlanView<R>& plan, int channels, i
 template <typename R>
 IST_HOST_DEVICE void pack_channel(const PlanView<R>& plan, int n, int w, const R* p, const R* statistics, R* packed) {
   const LayerView<R>& layer = plan.layers[n];
-  const int channels = layer.out / plan.c, trivial = plan.n_trivial;
+  const int channels = layer.out_size / plan.c, trivial = plan.n_trivial;
   const R *mean = statistics + n * statistics_size(plan), *variance = mean + channels * trivial;
   R *scale = packed + layer.affine, *shift = scale + channels;
   scale[w] = p[layer.norm_weight + w] / std::sqrt(variance[w] + plan.eps);
@@ -115,7 +115,7 @@ IST_HOST_DEVICE void pack_channel(const PlanView<R>& plan, int n, int w, const R
 }
 template <typename R>
 void pack_affine(const PlanView<R>& plan, int n, const R* p, const R* statistics, R* packed) {
-  for (int w = 0; w < plan.layers[n].out / plan.c; ++w) pack_channel(plan, n, w, p, statistics, packed);
+  for (int w = 0; w < plan.layers[n].out_size / plan.c; ++w) pack_channel(plan, n, w, p, statistics, packed);
 }
 
 // Its reverse; the statistics are constants, as in escnn.
@@ -123,7 +123,7 @@ template <typename R>
 IST_HOST_DEVICE void pack_channel_backward(const PlanView<R>& plan, int n, int w, const R* statistics, const R* grad,
                                            R* grad_p) {
   const LayerView<R>& layer = plan.layers[n];
-  const int channels = layer.out / plan.c, trivial = plan.n_trivial;
+  const int channels = layer.out_size / plan.c, trivial = plan.n_trivial;
   const R *mean = statistics + n * statistics_size(plan), *variance = mean + channels * trivial;
   const R *d_scale = grad + layer.affine, *d_shift = d_scale + channels;
   R d = d_scale[w];
@@ -135,7 +135,8 @@ IST_HOST_DEVICE void pack_channel_backward(const PlanView<R>& plan, int n, int w
 }
 template <typename R>
 void pack_affine_backward(const PlanView<R>& plan, int n, const R* statistics, const R* grad, R* grad_p) {
-  for (int w = 0; w < plan.layers[n].out / plan.c; ++w) pack_channel_backward(plan, n, w, statistics, grad, grad_p);
+  for (int w = 0; w < plan.layers[n].out_size / plan.c; ++w)
+    pack_channel_backward(plan, n, w, statistics, grad, grad_p);
 }
 
 }  // namespace implicit_steer

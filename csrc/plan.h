@@ -24,6 +24,70 @@ __attribute__((always_inline)) constexpr int64_t padded(int64_t n) {
 
 enum Function : int32_t { kElu = 0, kRelu = 1, kSilu = 2, kGelu = 3, kTanh = 4 };
 
+// ---- the scalars of a plan, of a hidden layer and of a coupling, in the order in which they stand in the array of
+// integers. ops/native/headers.py has the same names in the same order, which tests/ops/test_headers.py compares.
+
+#define IST_PLAN_HEADER(FIELD)                                                       \
+  FIELD(kind)       /* FrameKind */                                                  \
+  FIELD(dim)        /* of positions */                                               \
+  FIELD(n_attr)     /* A */                                                          \
+  FIELD(regular)    /* near the origin coefficients are divided by the radius */     \
+  FIELD(n_inputs)   /* of the MLP */                                                 \
+  FIELD(in_size)    /* C_in */                                                       \
+  FIELD(out_size)   /* C_out */                                                      \
+  FIELD(n_layers)   /* hidden ones */                                                \
+  FIELD(d)          /* coordinates of a hidden field */                              \
+  FIELD(c)          /* coefficients of a channel */                                  \
+  FIELD(channels)   /* W of the last hidden layer */                                 \
+  FIELD(order_zero) /* coefficients of order 0, which come first */                  \
+  FIELD(function)   /* Function */                                                   \
+  FIELD(n_couplings)                                                                 \
+  FIELD(n_rows)    /* of hidden features, see CouplingView */                        \
+  FIELD(n_g)       /* factors G of all products */                                   \
+  FIELD(n_weights) /* packed */                                                      \
+  FIELD(n_grad)    /* the first ones, of which a backward pass gives the gradient */ \
+  FIELD(shell)     /* position of the shell's width in the packed weights */         \
+  FIELD(has_cutoff)                                                                  \
+  FIELD(hidden_flat) /* coefficients of all channels of the last hidden layer */     \
+  FIELD(has_norms)   /* a batch norm behind every hidden layer */                    \
+  FIELD(n_trivial)   /* trivial coefficients of a channel */                         \
+  FIELD(n_parameters)                                                                \
+  FIELD(n_even)     /* coefficients of a channel that come first, see LayerView */   \
+  FIELD(n_gathered) /* places for inputs, */                                         \
+  FIELD(n_mixed)    /* and for outputs: by field type, component by component */
+
+#define IST_LAYER_HEADER(FIELD)                                                          \
+  FIELD(in_size)                                                                         \
+  FIELD(out_size)                                                                        \
+  FIELD(n_samples)   /* S */                                                             \
+  FIELD(weight)      /* positions in the packed weights: of W, */                        \
+  FIELD(bias)        /* of b, */                                                         \
+  FIELD(affine)      /* of the batch norm's scale [W] and shift [W, n_trivial], or -1 */ \
+  FIELD(norm_weight) /* positions of the batch norm's parameters in the unpacked */      \
+  FIELD(norm_bias)   /* vector, or -1 */                                                 \
+  FIELD(n_values)    /* structural nonzeros of W */                                      \
+  FIELD(n_pairs)                                                                         \
+  FIELD(in_even)  /* coefficients that z can have: the first of the even, */             \
+  FIELD(in_odd)   /* the first of the odd ones */                                        \
+  FIELD(out_even) /* coefficients of the activation that anything reads: likewise */     \
+  FIELD(out_odd)                                                                         \
+  FIELD(n_groups) /* rows of W that share their columns */
+
+#define IST_COUPLING_HEADER(FIELD)                                             \
+  FIELD(n_out)    /* U */                                                      \
+  FIELD(n_in)     /* V */                                                      \
+  FIELD(n_hidden) /* W */                                                      \
+  FIELD(n_basis)  /* n_b */                                                    \
+  FIELD(constant) /* reads the constant one: W = 1 */                          \
+  FIELD(n_slots)                                                               \
+  FIELD(n_groups)                                                              \
+  FIELD(n_blocks)                                                              \
+  FIELD(theta)         /* positions in the packed weights of θ [b][u][v, w] */ \
+  FIELD(theta_forward) /* and of θ [b][v][w][u] */                             \
+  FIELD(out_at)        /* place of component 0 of the U outputs */
+
+#define IST_MEMBER(name) int32_t name;
+
 // One hidden layer: z = W y + b, then per channel y = inverse · φ(samples · z), then, with batch norms, scale · y +
 // shift.
 //
@@ -32,17 +96,8 @@ enum Function : int32_t { kElu = 0, kRelu = 1, kSilu = 2, kGelu = 3, kTanh = 4 }
 // even coefficients of a channel come first.
 template <typename R>
 struct LayerView {
-  int32_t in, out;
-  int32_t n_samples;               // S
-  int32_t weight, bias;            // positions in the packed weights
-  int32_t affine;                  // position of the batch norm's scale [W] and shift [W, n_trivial], or -1
-  int32_t norm_weight, norm_bias;  // positions of the batch norm's parameters in the unpacked vector, or -1
-  int32_t n_values;                // structural nonzeros of W
-  int32_t n_pairs;
-  int32_t in_even, in_odd;       // coefficients that z can have: the first of the even, the first of the odd ones
-  int32_t out_even, out_odd;     // coefficients of the activation that anything reads
-  int32_t n_groups;              // rows that share their columns; W is packed group by group, [row][column]
-  const int32_t* groups;         // per group: n_rows, n_columns, rows, columns; every row is in one
+  IST_LAYER_HEADER(IST_MEMBER)
+  const int32_t* groups;         // per group: n_rows, n_columns, rows, columns; W is packed so, [row][column] in each
   const R *samples, *inverse_t;  // [S, c] all of them, for edges near the origin
   const R *pair_samples, *pair_inverse;  // [n_pairs + singles, c]
 };
@@ -52,15 +107,11 @@ struct LayerView {
 // read the same rows form a group; a block is one of these rows, with the products that it meets in the group's slots:
 //   T[slot, w, v] += h[row, w] t[slot, v]
 struct CouplingView {
-  int32_t n_out, n_in, n_hidden, n_basis;  // U, V, W, n_b
-  int32_t constant;                        // reads the constant one: W = 1
-  int32_t n_slots, n_groups, n_blocks;
-  int32_t theta, theta_forward;  // positions in the packed weights of θ [b][u][v, w] and [b][v][w][u]
-  int32_t out_at;                // position of component 0 of the U outputs
-  const int32_t* slots;          // [n_slots, 2] b, o
-  const int32_t* groups;         // [n_groups, 4] first slot, slots, first block, blocks
-  const int32_t* blocks;         // [n_blocks, 2] row (n_rows: the constant one), position of the products
-  int32_t hidden_padded, in_padded, out_padded;  // rows of channels: whole kChannels; of the constant one: 1
+  IST_COUPLING_HEADER(IST_MEMBER)
+  const int32_t* slots;                          // [n_slots, 2] b, o
+  const int32_t* groups;                         // [n_groups, 4] first slot, slots, first block, blocks
+  const int32_t* blocks;                         // [n_blocks, 2] row (n_rows: the constant one), place of the products
+  int32_t hidden_stride, in_stride, out_stride;  // from one row of channels to the next: padded, but 1 of the constant
   int64_t theta_size;                            // of θ[b, u], as [v, w]
   int64_t at_sums, at_slots;                     // positions in a worker's buffers; set by place_couplings()
 };
@@ -72,14 +123,10 @@ struct CouplingSizes {
 
 template <typename R>
 struct PlanView {
-  int32_t kind, dim, n_attr, regular, n_inputs, in_size, out_size, n_layers, d, c, channels, order_zero, function;
-  int32_t n_even;  // coefficients of a channel that come first, see LayerView
-  int32_t n_couplings, n_rows, n_g, n_weights, n_grad, has_cutoff, shell, hidden_flat, has_norms, n_trivial,
-      n_parameters;
+  IST_PLAN_HEADER(IST_MEMBER)
   // Inputs and outputs are gathered by field type, component by component: all channels of one side by side, padded.
-  int32_t n_gathered, n_mixed;  // places for inputs and outputs
-  const int32_t* input;         // [n_gathered] number of the input, or -1: padding
-  const int32_t* place;         // [C_out] place of the output, or -1: always 0
+  const int32_t* input;  // [n_gathered] number of the input, or -1: padding
+  const int32_t* place;  // [C_out] place of the output, or -1: always 0
 
   R gamma, cutoff, eps;               // eps: of the batch norms
   const int32_t* coordinate;          // [d] coefficient that makes coordinate m of a hidden field
@@ -112,6 +159,7 @@ struct PlanView {
   const LayerView<R>* layers;
   CouplingView* couplings;
 };
+#undef IST_MEMBER
 
 // With the memory of what it views beside the two flat arrays.
 template <typename R>
@@ -154,6 +202,18 @@ struct Reader {
   T one() { return take(1) ? next[-1] : T{}; }
 };
 
+#define IST_READ(name) view.name = ints.one();
+template <typename R>
+void read_header(PlanView<R>& view, Reader<int32_t>& ints) {
+  IST_PLAN_HEADER(IST_READ)
+}
+template <typename R>
+void read_header(LayerView<R>& view, Reader<int32_t>& ints) {
+  IST_LAYER_HEADER(IST_READ)
+}
+inline void read_header(CouplingView& view, Reader<int32_t>& ints) { IST_COUPLING_HEADER(IST_READ) }
+#undef IST_READ
+
 template <typename R>
 void read_frame(PlanView<R>& p, Reader<int32_t>& ints, Reader<R>& reals) {
   p.attribute_identity = ints.take(1);
@@ -176,10 +236,7 @@ void read_frame(PlanView<R>& p, Reader<int32_t>& ints, Reader<R>& reals) {
 template <typename R>
 void read_layer(Plan<R>& p, Reader<int32_t>& ints, Reader<R>& reals) {
   LayerView<R> layer{};
-  int32_t* const header[] = {&layer.in,      &layer.out,         &layer.n_samples, &layer.weight,   &layer.bias,
-                             &layer.affine,  &layer.norm_weight, &layer.norm_bias, &layer.n_values, &layer.n_pairs,
-                             &layer.in_even, &layer.in_odd,      &layer.out_even,  &layer.out_odd,  &layer.n_groups};
-  for (int32_t* field : header) *field = ints.one();
+  read_header(layer, ints);
   layer.groups = ints.take(ints.one());
   layer.samples = reals.take(int64_t{layer.n_samples} * p.c);
   layer.inverse_t = reals.take(int64_t{layer.n_samples} * p.c);
@@ -190,14 +247,12 @@ void read_layer(Plan<R>& p, Reader<int32_t>& ints, Reader<R>& reals) {
 
 inline CouplingView read_coupling(Reader<int32_t>& ints) {
   CouplingView q{};
-  q.n_out = ints.one(), q.n_in = ints.one(), q.n_hidden = ints.one(), q.n_basis = ints.one();
-  q.constant = ints.one(), q.n_slots = ints.one(), q.n_groups = ints.one(), q.n_blocks = ints.one();
-  q.theta = ints.one(), q.theta_forward = ints.one(), q.out_at = ints.one();
+  read_header(q, ints);
   q.slots = ints.take(int64_t{2} * q.n_slots), q.groups = ints.take(int64_t{4} * q.n_groups);
   q.blocks = ints.take(int64_t{2} * q.n_blocks);
-  q.hidden_padded = q.constant ? 1 : static_cast<int32_t>(padded(q.n_hidden));
-  q.in_padded = static_cast<int32_t>(padded(q.n_in)), q.out_padded = static_cast<int32_t>(padded(q.n_out));
-  q.theta_size = padded(int64_t{q.n_in} * q.hidden_padded);
+  q.hidden_stride = q.constant ? 1 : static_cast<int32_t>(padded(q.n_hidden));
+  q.in_stride = static_cast<int32_t>(padded(q.n_in)), q.out_stride = static_cast<int32_t>(padded(q.n_out));
+  q.theta_size = padded(int64_t{q.n_in} * q.hidden_stride);
   return q;
 }
 
@@ -224,12 +279,7 @@ bool plan_view(Plan<R>& p, const int32_t* ints_begin, int64_t n_ints, const R* r
                const int32_t* ints_copy, const R* reals_copy) {
   Reader<int32_t> ints{ints_begin, ints_begin + n_ints, ints_copy};
   Reader<R> reals{reals_begin, reals_begin + n_reals, reals_copy};
-  int32_t* const header[] = {&p.kind,     &p.dim,         &p.n_attr,      &p.regular,   &p.n_inputs,  &p.in_size,
-                             &p.out_size, &p.n_layers,    &p.d,           &p.c,         &p.channels,  &p.order_zero,
-                             &p.function, &p.n_couplings, &p.n_rows,      &p.n_g,       &p.n_weights, &p.n_grad,
-                             &p.shell,    &p.has_cutoff,  &p.hidden_flat, &p.has_norms, &p.n_trivial, &p.n_parameters,
-                             &p.n_even,   &p.n_gathered,  &p.n_mixed};
-  for (int32_t* field : header) *field = ints.one();
+  read_header(p, ints);
   p.gamma = reals.one(), p.cutoff = reals.one(), p.eps = reals.one();
   p.coordinate = ints.take(p.d);
   p.trivial = ints.take(p.n_trivial), p.measured = ints.take(p.n_trivial);

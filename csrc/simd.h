@@ -25,7 +25,7 @@
 #define IST_INLINE inline __attribute__((always_inline))
 #define IST_ROLLED    // loops that GPU kernels have no registers to unroll,
 #define IST_UNROLLED  // and such over arrays that have to be in registers there
-#define IST_LANES     // functions of lanes that the compiler may leave apart; gpu/lane.h needs more words
+#define IST_LANES     // functions of lanes that the compiler may leave apart; cuda/lane.h needs more words
 
 namespace implicit_steer::IST_ISA {
 
@@ -56,7 +56,7 @@ using VD = Lane<double>::V;
 // The same pointer, but not to be taken apart: its neighbours are then addressed by constant offsets instead of one
 // register each.
 template <typename T>
-IST_INLINE T* whole(T* pointer) {
+IST_INLINE T* opaque_pointer(T* pointer) {
   asm("" : "+r"(pointer));
   return pointer;
 }

@@ -9,24 +9,61 @@ template <typename R>
 struct Backward : Worker<R> {
   using Base = Worker<R>;
   using V = typename Lane<R>::V;
-  using Base::a, Base::p, Base::weights, Base::mixed, Base::grads, Base::sums, Base::slot_sums, Base::ring,
+  using Base::a, Base::p, Base::weights, Base::size, Base::tile, Base::products, Base::h, Base::mixed, Base::ring,
       Base::n_ring;
-  using Base::d_harmonics, Base::t, Base::d_t, Base::g, Base::h, Base::inputs, Base::features, Base::d_hidden;
-  using Base::d_theta, Base::d_sums, Base::d_sums_t, Base::d_rows, Base::row_at, Base::d_f, Base::d_one;
-  using Base::size, Base::e, Base::mlp, Base::n_edges, Base::edge, Base::shell, Base::near_pass;
   static constexpr int L = Lane<R>::L, QL = Lane<R>::QL;
-  bool need_geometry, need_weights, need_hidden;
+  const bool need_geometry, need_weights, need_hidden;
+  R* sums;                // T of one node, as [w][slot, v]
+  R *slot_sums, *d_sums;  // T and ∂L/∂T of kNodes nodes, as [slot, v][w]
+  R* d_sums_t;            // ∂L/∂T of one node, as [w][slot, v]
+  R* d_theta;             // [b][u][v, w] of all couplings, one after the other as in the packed weights
+  R* grads;               // [kNodes, n_mixed] the output's gradients of the nodes in the ring
+  R* d_rows;              // per row of hidden features [L, padded W]
+  R* d_one;               // [L, QL] sums over QL are the gradients of the constant one in h
+  int64_t* row_at;        // [n_rows] positions in d_rows
+  int64_t row_size = 0;   // of all rows together
+  Unit<R>* row_units;     // all rows' channels
+  int n_row_units = 0;
   int64_t last_node = 0;
   int64_t prepared[kNodes];  // nodes whose ∂L/∂T stand in d_sums
   int n_prepared = 0, current = 0;
 
   Backward(const ConvArgs<Real<R>>& args, const CouplingSizes& sizes, int64_t own_edges)
-      : Base(args, sizes, true, own_edges) {
-    need_geometry = a.grad_delta || a.grad_attr;
-    need_weights = a.grad_weights;
-    need_hidden = need_geometry || need_weights;
-    e.d_shell = V{};
+      : Base(args, sizes, own_edges),
+        need_geometry(a.grad_delta || a.grad_attr),
+        need_weights(a.grad_weights),
+        need_hidden(need_geometry || need_weights) {
+    for (int r = 0; r < p.n_rows; ++r) row_size += L * padded(p.row_start[r + 1] - p.row_start[r]);
+    allocate(a, this->near, [&](Arena& arena) { place(arena); });
+    products.set_constant_factors();
+    list_units();
+    tile.e.d_shell = V{};
   }
+
+  void place(Arena& arena) {
+    Base::place(arena, true);
+    arena.take(sums, size.sums), arena.take(slot_sums, kNodes * size.slots), arena.take(d_sums, kNodes * size.slots);
+    arena.take(d_sums_t, size.sums), arena.take(d_theta, theta_size()), arena.take(grads, kNodes * p.n_mixed);
+    arena.take(d_rows, row_size), arena.take(d_one, L * QL), arena.take(row_at, p.n_rows);
+    arena.take(row_units, row_size / (L * QL));
+  }
+
+  void list_units() {
+    int64_t at = 0;
+    for (int r = 0; r < p.n_rows; ++r) {
+      const int n = p.row_start[r + 1] - p.row_start[r];
+      const int64_t pad = padded(n);
+      row_at[r] = at;
+      for (int w = 0; w < n; w += QL) {
+        Unit<R>& unit = row_units[n_row_units++];
+        unit.at = at + w, unit.pad = pad;
+        for (int j = 0; j < QL; ++j) unit.position[j] = w + j < n ? p.row[p.row_start[r] + w + j] : -1;
+      }
+      at += L * pad;
+    }
+  }
+
+  int64_t theta_size() const { return p.n_couplings ? p.n_grad - p.couplings[0].theta : 0; }
 
   // Position of θ [b][u] of a coupling in d_theta.
   R* theta_gradient(const CouplingView& q, int b) const {
@@ -34,7 +71,7 @@ struct Backward : Worker<R> {
   }
   // Position of T[slot] of a coupling in slot_sums and d_sums.
   static int64_t at_slot(const CouplingView& q, int slot) {
-    return q.at_slots + int64_t{slot} * q.in_padded * q.hidden_padded;
+    return q.at_slots + int64_t{slot} * q.in_stride * q.hidden_stride;
   }
 
   // ∂L/∂T of the node, in both layouts
@@ -45,7 +82,7 @@ struct Backward : Worker<R> {
       if (group.q.constant)
         memcpy(static_cast<void*>(d_sums_t + group.sums), d, sizeof(R) * group.width);
       else
-        transpose_rows(static_cast<int>(group.width), group.q.n_hidden, d, group.q.hidden_padded, d_sums_t + group.sums,
+        transpose_rows(static_cast<int>(group.width), group.q.n_hidden, d, group.q.hidden_stride, d_sums_t + group.sums,
                        group.width);
     });
     this->untouched = true;
@@ -57,7 +94,7 @@ struct Backward : Worker<R> {
   void prepare(int64_t node) {
     n_prepared = current = 0;
     prepared[n_prepared++] = node;
-    for (int64_t i = node + 1; i < last_node && n_prepared < kNodes && !near_pass; ++i)
+    for (int64_t i = node + 1; i < last_node && n_prepared < kNodes && !tile.e.near_origin; ++i)
       if (a.index(a.rowptr, i) < a.index(a.rowptr, i + 1)) prepared[n_prepared++] = i;
     for (int n = 0; n < n_prepared; ++n)
       for (int k = 0; k < p.out_size; ++k)
@@ -72,7 +109,7 @@ struct Backward : Worker<R> {
     const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
     const R* weight = weights + q.theta + int64_t{b} * q.n_out * q.theta_size;
     const R* node[kNodes];
-    for (int n = 0; n < kNodes; ++n) node[n] = whole(mixed + n * p.n_mixed + q.out_at + o * q.out_padded);
+    for (int n = 0; n < kNodes; ++n) node[n] = opaque_pointer(mixed + n * p.n_mixed + q.out_at + o * q.out_stride);
     R* d = d_sums + at_slot(q, slot);
     constexpr int M = IST_LANE_BYTES == 64 && !is_dual<R> ? 2 : 1;  // as many as the registers hold
     int64_t x = 0;
@@ -93,18 +130,24 @@ struct Backward : Worker<R> {
   // d_t and d_rows of the lanes l0 .. l1-1, all into one node.
   void run(int l0, int l1) {
     if (need_weights) this->accumulate(sums, l0, l1);
-    this->for_blocks([&](const Group& group, int row, int products) {
-      const CouplingView& q = group.q;
-      const int64_t at = int64_t{l0} * p.product_size + products, pad = q.hidden_padded;
-      rank_updates<false>(l1 - l0, d_t + at, p.product_size, lane_by_lane(h + p.row_start[row], l0),
-                          d_sums_t + group.sums, group.width, 0, q.n_hidden, group.width);
-      const R* d = d_sums + current * size.slots + group.slots;
-      if (q.constant)
-        dots(l0, l1, t + at, d, group.width);
-      else if (need_hidden)
-        rank_updates(l1 - l0, d_rows + row_at[row] + l0 * pad, pad, numbers_at(t + at, p.product_size, 1), d, pad, 0,
-                     static_cast<int>(group.width), pad);
+    for_groups(p.couplings, p.n_couplings, [&](const Group& group, const int32_t* blocks, int n_blocks) {
+      for (const int32_t* block = blocks; block < blocks + 2 * n_blocks; block += 2)
+        run_block(group, block[0], block[1], l0, l1);
     });
+  }
+
+  // Of one row of hidden features, and the products that it meets at `place`.
+  IST_INLINE void run_block(const Group& group, int row, int place, int l0, int l1) {
+    const CouplingView& q = group.q;
+    const int64_t at = int64_t{l0} * p.product_size + place, pad = q.hidden_stride;
+    rank_updates<false>(l1 - l0, products.d_t + at, p.product_size, lane_by_lane(h + p.row_start[row], l0),
+                        d_sums_t + group.sums, group.width, 0, q.n_hidden, group.width);
+    const R* d = d_sums + current * size.slots + group.slots;
+    if (q.constant)
+      dots(l0, l1, products.t + at, d, group.width);
+    else if (need_hidden)
+      rank_updates(l1 - l0, d_rows + row_at[row] + l0 * pad, pad, numbers_at(products.t + at, p.product_size, 1), d,
+                   pad, 0, static_cast<int>(group.width), pad);
   }
 
   // d_one[l] += products of row l and d
@@ -125,7 +168,7 @@ struct Backward : Worker<R> {
       if (q.constant)
         memcpy(static_cast<void*>(out), sums + group.sums, sizeof(R) * group.width);
       else if (need_weights)
-        transpose_rows(q.n_hidden, static_cast<int>(group.width), sums + group.sums, group.width, out, q.hidden_padded);
+        transpose_rows(q.n_hidden, static_cast<int>(group.width), sums + group.sums, group.width, out, q.hidden_stride);
     });
     ring[n_ring++] = node;
     if (n_ring == kNodes) flush();
@@ -138,7 +181,7 @@ struct Backward : Worker<R> {
       for (int slot = 0; slot < q.n_slots; ++slot) {
         const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
         rank_updates(q.n_out, theta_gradient(q, b), q.theta_size,
-                     numbers_at(grads + q.out_at + o * q.out_padded, 1, p.n_mixed), slot_sums + at_slot(q, slot),
+                     numbers_at(grads + q.out_at + o * q.out_stride, 1, p.n_mixed), slot_sums + at_slot(q, slot),
                      size.slots, 0, n_ring, q.theta_size);
       }
     }
@@ -147,65 +190,20 @@ struct Backward : Worker<R> {
 
   // ---- the reverse sweep of one tile
 
-  // d_f and d_harmonics from d_t
-  void products() {
-    const R* rows[L];
-    for (int l = 0; l < L; ++l) rows[l] = d_t + int64_t{l} * p.product_size;
-    const auto factor = [&](int k) { return g + p.adjoint_g[k]; };
-    for (const int32_t* sum = p.adjoint; sum < p.adjoint + 4 * p.n_adjoint; sum += 4)
-      this->sum_products(sum, p.adjoint_from, factor, rows, d_f, p.n_gathered);
-    for (int n = 0; n < p.n_harmonic_terms && need_geometry;) {
-      const int m = p.harmonic_terms[4 * n], first = n;
-      while (n < p.n_harmonic_terms && p.harmonic_terms[4 * n] == m) ++n;
-      if (p.degree[m] > 0) harmonic(d_harmonics + m * L * QL, first, n);
-    }
-  }
-
-  // out[l] = Σ value f d_t over the terms first .. last-1
-  void harmonic(R* out, int first, int last) {
-    const int32_t* term = p.harmonic_terms;
-    for (int k = first; k < last;)
-      if (k + 1 < last && term[4 * k + 3] == term[4 * k + 7])
-        add_terms<2>(k == first, k, out), k += 2;
-      else
-        add_terms<1>(k == first, k, out), k += 1;
-  }
-  // N terms, of the same size; the first ones, or added to what is there.
-  template <int N>
-  IST_INLINE void add_terms(bool is_first, int first, R* out) {
-    const int32_t* term = p.harmonic_terms + 4 * first;
-    const int lanes = n_edges;
-    for (int x = 0; x < term[3]; x += QL) {
-      int64_t at[N], at_t[N];
-      Real<R> value[N];
-      for (int k = 0; k < N; ++k)
-        at[k] = term[4 * k + 1] + x, at_t[k] = term[4 * k + 2] + x, value[k] = p.harmonic_term_value[first + k];
-      const R* d = d_t;
-      R* to = out;
-      for (int l = 0; l < lanes; ++l, to += QL, d += p.product_size) {
-        typename Lane<R>::Q total{};
-        if (!is_first || x > 0) total = load_row(to);
-        for (int k = 0; k < N; ++k) total += load_row(inputs[l] + at[k]) * load_row(d + at_t[k]) * value[k];
-        store_row(to, total);
-      }
-    }
-  }
-
   // d_f, of dual numbers the tangents, to grad_edge or into the sums over nodes
   void store_input_gradients() {
     using P = typename Lane<Real<R>>::Q;
-    for (int l = 0; l < n_edges; ++l) {
-      if (this->near_lanes >> l & 1) continue;  // a later tile has them
-      Real<R>* out = a.grad_edge + (a.grad_by_node ? this->source[l] : edge[l]) * p.n_gathered;
+    for (int l = 0; l < tile.n_edges; ++l) {
+      if (tile.near_lanes >> l & 1) continue;  // a later tile has them
+      Real<R>* out = a.grad_edge + (a.grad_by_node ? tile.source[l] : tile.edge[l]) * p.n_gathered;
       for (int k = 0; k < p.n_gathered; k += QL) {
-        const auto row = plane_of(load_row(d_f + l * p.n_gathered + k));
+        const auto row = tangents_of(load_row(products.d_f + l * p.n_gathered + k));
         store_numbers(out + k, a.grad_by_node ? load_numbers<P>(out + k) + row : row);
       }
     }
   }
-  // The tangent of dual numbers.
   template <typename Q>
-  static IST_INLINE auto plane_of(Q row) {
+  static IST_INLINE auto tangents_of(Q row) {
     if constexpr (is_dual<R>)
       return row.tangent;
     else
@@ -213,31 +211,34 @@ struct Backward : Worker<R> {
   }
 
   // From d_rows and d_one, which are 0 in lanes that do not count, and are so again afterwards.
-  void hidden_features() {
+  void sweep_hidden_features() {
+    Edges<R>& e = tile.e;
+    V* const d_hidden = tile.d_hidden;
     for (int k = 0; k < p.hidden_flat; ++k) d_hidden[k] = V{};
-    units_to_lanes<R>(this->n_row_units, this->row_units, d_rows, d_hidden);
+    units_to_lanes<R>(n_row_units, row_units, d_rows, d_hidden);
     e.d_factor = row_sums(d_one);
     for (int k = 0; k < p.hidden_flat; ++k) {
-      e.d_factor += d_hidden[k] * features[k];
+      e.d_factor += d_hidden[k] * tile.features[k];
       d_hidden[k] *= e.factor;
     }
-    memset(static_cast<void*>(d_rows), 0, sizeof(R) * this->row_size);
+    memset(static_cast<void*>(d_rows), 0, sizeof(R) * row_size);
     memset(static_cast<void*>(d_one), 0, sizeof(R) * L * QL);
-    this->sweep_mlp(need_weights, need_geometry);
+    tile.sweep_mlp(need_weights, need_geometry);
   }
 
   void end_tile() {
-    products();
+    Edges<R>& e = tile.e;
+    products.reverse(tile, need_geometry);
     if (a.grad_edge) store_input_gradients();
     if (!need_hidden) return;
-    hidden_features();
+    sweep_hidden_features();
     if (!need_geometry) {
       e.d_shell += e.d_factor * e.factor * e.squared;
       return;
     }
     for (int m = 0; m < p.d && p.kind == kZonal; ++m)
-      if (p.degree[m] > 0) e.d_cosine[m] += row_sums(d_harmonics + m * L * QL);
-    this->sweep_frame();
+      if (p.degree[m] > 0) e.d_first[m] += row_sums(products.d_harmonics + m * L * QL);
+    tile.sweep_frame();
   }
 
   void nodes(int64_t first, int64_t last, Real<R>* grad_weights) {
@@ -255,8 +256,8 @@ struct Backward : Worker<R> {
 
   void write_weights(Real<R>* out) {
     memset(out, 0, sizeof(Real<R>) * p.n_grad);
-    this->write_mlp_weights(out);
-    for (int64_t k = 0; k < this->theta_size(); ++k) out[p.couplings[0].theta + k] = result(d_theta[k]);
+    tile.write_mlp_weights(out);
+    for (int64_t k = 0; k < theta_size(); ++k) out[p.couplings[0].theta + k] = result(d_theta[k]);
   }
 };
 

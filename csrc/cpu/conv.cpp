@@ -140,11 +140,10 @@ void backward(const ConvArgs<R>& given) {
 
 template <typename R>
 void statistics(const ConvArgs<R>& a) {
-  const CouplingSizes sizes = place_couplings(*a.plan);
-  const int n = a.plan->layers[a.layer].out / a.plan->c * a.plan->d;
+  const int n = a.plan->layers[a.layer].out_size / a.plan->c * a.plan->d;
   in_threads(a.threads, [&](int t) {
     const int64_t begin = a.n_edges * t / a.threads, end = a.n_edges * (t + 1) / a.threads;
-    Statistics<R>(a, sizes, n, end - begin).run(begin, end, a.sums + 2 * n * t);
+    Statistics<R>(a, n, end - begin).run(begin, end, a.sums + 2 * n * t);
   });
   for (int t = 1; t < a.threads; ++t)
     for (int64_t k = 0; k < 2 * n; ++k) a.sums[k] += a.sums[2 * n * t + k];
@@ -153,10 +152,9 @@ void statistics(const ConvArgs<R>& a) {
 // Calls f(worker, first point, one past the last, thread) with the hidden features' worker of every thread.
 template <typename N, typename R, typename F>
 void hidden(const ConvArgs<R>& a, bool backward, F f) {
-  const CouplingSizes sizes = place_couplings(*a.plan);
   in_threads(a.threads, [&](int t) {
     const int64_t begin = a.n_edges * t / a.threads, end = a.n_edges * (t + 1) / a.threads;
-    Hidden<N> worker(a, sizes, backward, end - begin);
+    Hidden<N> worker(a, backward, end - begin);
     f(worker, begin, end, t);
   });
 }

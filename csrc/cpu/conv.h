@@ -13,7 +13,7 @@ struct ConvArgs {
   const R *x_tangent, *delta_tangent, *attr_tangent;  // as these, in calls for derivatives along a direction
   const void *src, *order, *rowptr;                   // [E], [E] edges by target, [N_dst + 1]
   const void *order_by_source, *colptr;               // [E], [N_src + 1]
-  bool wide;                                          // indices are int64, else int32
+  bool index64;                                       // indices are int64, else int32
   int64_t n_src, n_dst, n_edges;
   int threads;
   void* (*scratch)(int64_t bytes);  // 64-byte aligned memory of the calling thread, valid until its next call
@@ -33,7 +33,7 @@ struct ConvArgs {
   double* shift;  // [channels * d]
 
   int64_t index(const void* p, int64_t n) const {
-    return wide ? static_cast<const int64_t*>(p)[n] : static_cast<const int32_t*>(p)[n];
+    return index64 ? static_cast<const int64_t*>(p)[n] : static_cast<const int32_t*>(p)[n];
   }
 };
 

@@ -27,7 +27,7 @@ struct Sums {
 
 template <typename R>
 Sums batch_sums(const ConvTable<R>& table, ConvArgs<R>& a, int n) {
-  const int size = a.plan->layers[n].out / a.plan->c * a.plan->d;
+  const int size = a.plan->layers[n].out_size / a.plan->c * a.plan->d;
   Sums found{std::vector<double>(int64_t{2} * size * a.threads), std::vector<double>(size)};
   a.layer = n, a.sums = found.sums.data(), a.shift = found.shift.data();
   table.statistics(a);
@@ -41,7 +41,7 @@ template <typename R>
 void batch_statistics(const ConvTable<R>& table, ConvArgs<R>& a, const R* p, R* packed, R* statistics) {
   const PlanView<R>& plan = *a.plan;
   for (int n = 0; n < plan.n_layers; ++n) {
-    const int channels = plan.layers[n].out / plan.c;
+    const int channels = plan.layers[n].out_size / plan.c;
     R *mean = statistics + n * statistics_size(plan), *variance = mean + channels * plan.n_trivial;
     const Sums found = batch_sums(table, a, n);
     for (int w = 0; w < channels; ++w)

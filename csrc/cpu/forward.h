@@ -11,10 +11,16 @@ struct Forward : Worker<R> {
   using V = typename Lane<R>::V;
   using Q = typename Lane<R>::Q;
   static constexpr int L = Lane<R>::L, QL = Lane<R>::QL;
-  using Base::a, Base::p, Base::weights, Base::sums, Base::mixed, Base::ring, Base::n_ring, Base::size, Base::near_pass;
+  using Base::a, Base::p, Base::weights, Base::tile, Base::mixed, Base::ring, Base::n_ring, Base::size;
+  R* sums;  // T of kNodes nodes, as [w][slot, v]
 
-  Forward(const ConvArgs<Real<R>>& args, const CouplingSizes& sizes, int64_t own_edges)
-      : Base(args, sizes, false, own_edges) {}
+  Forward(const ConvArgs<Real<R>>& args, const CouplingSizes& sizes, int64_t own_edges) : Base(args, sizes, own_edges) {
+    allocate(a, this->near, [&](Arena& arena) {
+      this->place(arena, false);
+      arena.take(sums, kNodes * size.sums);
+    });
+    this->products.set_constant_factors();
+  }
 
   // mixed[n, o, u] += Σ_{v, w} θ[b, v, w, u] T_n[w, slot, v] for the nodes in the ring
   void mix(const Group& group, int slot) {
@@ -22,11 +28,11 @@ struct Forward : Worker<R> {
     const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
     const R* node[kNodes];
     for (int n = 0; n < kNodes; ++n)
-      node[n] = whole(sums + n * size.sums + group.sums + (slot - group.first) * q.in_padded);
-    const R* weight = weights + q.theta_forward + int64_t{b} * q.n_in * q.n_hidden * q.out_padded;
-    R* out = mixed + q.out_at + o * q.out_padded;
+      node[n] = opaque_pointer(sums + n * size.sums + group.sums + (slot - group.first) * q.in_stride);
+    const R* weight = weights + q.theta_forward + int64_t{b} * q.n_in * q.n_hidden * q.out_stride;
+    R* out = mixed + q.out_at + o * q.out_stride;
     int u = 0;
-    for (; u + L <= q.out_padded; u += L) mix_block<V>(group, weight + u, node, out + u);
+    for (; u + L <= q.out_stride; u += L) mix_block<V>(group, weight + u, node, out + u);
     for (; u < q.n_out; u += QL) mix_block<Q>(group, weight + u, node, out + u);
   }
   // T outputs
@@ -34,7 +40,7 @@ struct Forward : Worker<R> {
   IST_INLINE void mix_block(const Group& group, const R* weight, const R* const* node, R* out) {
     T acc[kNodes] = {};
     for (int v = 0; v < group.q.n_in; ++v)
-      for (int64_t x = v; x < group.q.n_hidden * group.width; x += group.width, weight += group.q.out_padded)
+      for (int64_t x = v; x < group.q.n_hidden * group.width; x += group.width, weight += group.q.out_stride)
         add_term<kNodes, 1>(acc, [&](int n, int) { return node[n][x]; }, weight, 0);
     for (int n = 0; n < kNodes; ++n, out += p.n_mixed) store_numbers(out, load_numbers<T>(out) + acc[n]);
   }
@@ -49,7 +55,7 @@ struct Forward : Worker<R> {
       Real<R>* out = a.out + ring[n] * p.out_size;
       for (int k = 0; k < p.out_size; ++k) {
         const Real<R> value = p.place[k] < 0 ? 0 : result(in[p.place[k]]);
-        out[k] = near_pass ? out[k] + value : value;
+        out[k] = tile.e.near_origin ? out[k] + value : value;  // in the near list's walk nodes come once more
       }
     }
     n_ring = 0;

@@ -2,7 +2,7 @@
 // a row of channels in memory.
 #pragma once
 
-#include "../functions.h"
+#include "../activations.h"
 #include "../plan.h"
 
 namespace implicit_steer::IST_ISA {
@@ -139,7 +139,7 @@ IST_INLINE auto numbers_at(const R* first, int64_t j_step, int64_t k_step) {
 template <typename V>
 IST_INLINE auto lanes_of(const V* first) {
   return [=](int j0) {
-    const V* at = whole(first + j0);
+    const V* at = opaque_pointer(first + j0);
     return [=](int j, int k) { return number(at[j], k); };
   };
 }

@@ -1,40 +1,43 @@
 // Batch statistics of one hidden activation: sums and sums of squares of the full hidden field over all edges.
 #pragma once
 
-#include "worker.h"
+#include "points.h"
 
 namespace implicit_steer::IST_ISA {
 
 // Edges in their given order, so that only the edges and the number of threads decide about the bits.
 template <typename R>
-struct Statistics : Worker<R> {
-  using Base = Worker<R>;
+struct Statistics : Points<R> {
+  using Base = Points<R>;
   using V = typename Lane<R>::V;
-  using Base::a, Base::p, Base::e, Base::mlp, Base::edge, Base::n_edges, Base::hidden;
+  using Base::a, Base::p, Base::tile;
   static constexpr int L = Lane<R>::L;
   static constexpr int kTiles = 32;  // whose sums are kept in R before they go to double
   int n_values;
   V *partial, *partial_squares, *shift;  // [channels * d]
 
-  Statistics(const ConvArgs<Real<R>>& args, const CouplingSizes& sizes, int n, int64_t own_edges)
-      : Base(args, sizes, false, own_edges, 3 * n), n_values(n) {
-    partial = this->extra, partial_squares = partial + n, shift = partial + 2 * n;
+  Statistics(const ConvArgs<R>& args, int n, int64_t own_points) : Base(args, own_points), n_values(n) {
+    allocate(a, this->near, [&](Arena& arena) {
+      tile.place(arena, false);
+      arena.take(partial, n), arena.take(partial_squares, n), arena.take(shift, n);
+    });
   }
 
   // Full hidden coordinate m of channel w from the activations y.
   V coordinate(const V* y, int w, int m) const {
-    if (p.kind == kZonal) return y[w * p.c + p.coordinate[m]] * e.cosine[m];
-    if (p.kind == kPlanar) return e.cosine[m] * y[w * p.c + m] + e.sine[m] * y[w * p.c + p.partner[m]];
+    const Edges<R>& e = tile.e;
+    if (p.kind == kZonal) return y[w * p.c + p.coordinate[m]] * e.first[m];
+    if (p.kind == kPlanar) return e.first[m] * y[w * p.c + m] + e.second[m] * y[w * p.c + p.partner[m]];
     return y[w * p.c + m];
   }
 
   const V* evaluate() {
-    this->enter_frame(true);
-    return mlp.forward(e, a.layer);
+    tile.enter_frame(true);
+    return tile.mlp.forward(tile.e, a.layer);
   }
 
   void add(const V* y) {
-    const V inside = this->counting_lanes();
+    const V inside = tile.counting_lanes();
     for (int w = 0, k = 0; k < n_values; ++w)
       for (int m = 0; m < p.d; ++m, ++k) {
         const V h = (coordinate(y, w, m) - shift[k]) * inside;
@@ -53,7 +56,7 @@ struct Statistics : Worker<R> {
 
   // The values at edge 0 are subtracted: less cancellation in the variance.
   void run(int64_t begin, int64_t end, double* sums) {
-    this->load_points(0, a.n_edges);
+    tile.load_points(0, a.n_edges);
     const V* first = evaluate();
     for (int w = 0, k = 0; k < n_values; ++w)
       for (int m = 0; m < p.d; ++m, ++k) {
@@ -63,7 +66,7 @@ struct Statistics : Worker<R> {
         partial[k] = partial_squares[k] = V{}, sums[k] = sums[n_values + k] = 0;
       }
     int tiles = 0;
-    this->points(begin, end, [&] {
+    this->for_tiles(begin, end, [&] {
       add(evaluate());
       if (++tiles % kTiles == 0) flush(sums);
     });

@@ -35,7 +35,7 @@ struct Backward : Reverse<N, true, S> {
       const CouplingView q = this->coupling_view(k);
       for (int slot = 0; slot < q.n_slots; ++slot) {
         const N* const weight = weights + q.theta + int64_t{q.slots[2 * slot]} * q.n_out * q.theta_size;
-        const N* const grad = mixed + q.out_at + q.slots[2 * slot + 1] * q.out_padded;
+        const N* const grad = mixed + q.out_at + q.slots[2 * slot + 1] * q.out_stride;
         for (int64_t x = lane; x < q.theta_size; x += 32) {
           N sum{};
 #pragma unroll 2
@@ -56,8 +56,8 @@ struct Backward : Reverse<N, true, S> {
         for (end = slot + 1; end < q.n_slots && q.slots[2 * end] == b; ++end) {
         }
         R* const out = grad_weights + q.theta + int64_t{b} * q.n_out * q.theta_size;
-        if constexpr (S::hot) {
-          add_outputs_hot(q, slot, end, out);
+        if constexpr (S::specialised) {
+          add_outputs_specialised(q, slot, end, out);
           continue;
         }
         for (int u = 0; u < q.n_out; ++u)
@@ -65,7 +65,7 @@ struct Backward : Reverse<N, true, S> {
             N sum{};
 #pragma unroll 1
             for (int s = slot; s < end; ++s)
-              sum += sums[q.at_sums + s * q.theta_size + x] * mixed[q.out_at + q.slots[2 * s + 1] * q.out_padded + u];
+              sum += sums[q.at_sums + s * q.theta_size + x] * mixed[q.out_at + q.slots[2 * s + 1] * q.out_stride + u];
             out[u * q.theta_size + x] += result(sum);
           }
       }
@@ -74,7 +74,7 @@ struct Backward : Reverse<N, true, S> {
   }
 
   // The sums of finish() over the slots slot .. end-1, four outputs at a time: their loads are on the way together.
-  __device__ __forceinline__ void add_outputs_hot(const CouplingView& q, int slot, int end, R* out) {
+  __device__ __forceinline__ void add_outputs_specialised(const CouplingView& q, int slot, int end, R* out) {
     const int size = static_cast<int>(q.theta_size);
     for (int x = lane; x < size; x += 32) {
       const N* const column = sums + q.at_sums + x;
@@ -85,7 +85,7 @@ struct Backward : Reverse<N, true, S> {
         Neighbours<N, 4> sum{};
 #pragma unroll 1
         for (int s = slot; s < end; ++s) {
-          const N* const grad = mixed + q.out_at + q.slots[2 * s + 1] * q.out_padded;
+          const N* const grad = mixed + q.out_at + q.slots[2 * s + 1] * q.out_stride;
           add_multiple(sum, column[s * size], neighbours<4>(grad + u));
         }
 #pragma unroll
@@ -99,16 +99,16 @@ struct Backward : Reverse<N, true, S> {
 
   __device__ __forceinline__ void run(int l0, int l1) {
     if (need_weights) this->accumulate(sums, l0, l1);
-    if constexpr (S::hot) {
+    if constexpr (S::specialised) {
       __syncwarp();  // T is complete here, as finish() wants it
-      of_products_hot(l0, l1);
-      if (need_hidden) of_rows_hot(l0, l1);
+      of_products_specialised(l0, l1);
+      if (need_hidden) of_rows_specialised(l0, l1);
     } else {
       this->for_blocks([&](const CouplingView& q, int first_slot, int n_slots, const int32_t* row, int at) {
         const N* const of_slots = d_sums + q.at_sums + first_slot * q.theta_size;
         __syncwarp();  // as above; and rows can share hidden features
         for (int s = 0; s < n_slots; ++s)
-          of_products(q, of_slots + s * q.theta_size, row, at + s * q.in_padded, l0, l1);
+          of_products(q, of_slots + s * q.theta_size, row, at + s * q.in_stride, l0, l1);
         if (need_hidden && !q.constant) of_row(q, of_slots, n_slots, row, at, l0, l1);
       });
     }
@@ -117,15 +117,15 @@ struct Backward : Reverse<N, true, S> {
   // d_t[v] = Σ_w dT[v, w] h[w], 0 in a row's padding
   __device__ __forceinline__ void of_products(const CouplingView& q, const N* of_slot, const int32_t* row, int at,
                                               int l0, int l1) {
-    const int width = row_width(q.in_padded), step = 32 / width;
+    const int width = row_width(q.in_stride), step = 32 / width;
     for (int l = l0 + lane / width; l < l1; l += step) {
       const N* const h = this->of_edge(features, l);
-      for (int v = lane & (width - 1); v < q.in_padded; v += width) {
+      for (int v = lane & (width - 1); v < q.in_stride; v += width) {
         N sum{};
         if (q.constant && v < q.n_in) sum = of_slot[v];
 #pragma unroll 2
         for (int w = 0; w < q.n_hidden && v < q.n_in && !q.constant; ++w)
-          sum += of_slot[v * q.hidden_padded + w] * h[row[w]];
+          sum += of_slot[v * q.hidden_stride + w] * h[row[w]];
         this->of_edge(d_t, l)[at + v] = sum;
       }
     }
@@ -144,8 +144,8 @@ struct Backward : Reverse<N, true, S> {
     }
   }
 
-  // As above for all terms of hot layers, four products at a time.
-  __device__ __forceinline__ void of_products_hot(int l0, int l1) {
+  // As above for all terms of specialised layers, four products at a time.
+  __device__ __forceinline__ void of_products_specialised(int l0, int l1) {
     for_items(terms.n_terms, l0, l1, [&](int n, int l) {
       const auto term = neighbours<4>(terms.terms + 4 * n);
       const int coefficient = term.at[1], inputs = term.at[3];
@@ -178,17 +178,17 @@ struct Backward : Reverse<N, true, S> {
         N sum{};
         for (int s = 0; s < n_slots; ++s) {
           const N *const of_slot = of_slots + s * q.theta_size + w,
-                         *product = this->of_edge(t + at, l) + s * q.in_padded;
+                         *product = this->of_edge(t + at, l) + s * q.in_stride;
 #pragma unroll 2
-          for (int v = 0; v < q.n_in; ++v) sum += of_slot[v * q.hidden_padded] * product[v];
+          for (int v = 0; v < q.n_in; ++v) sum += of_slot[v * q.hidden_stride] * product[v];
         }
         this->of_edge(d_hidden, l)[row[w]] += sum;
       }
     }
   }
 
-  // As above for all coefficients of hot layers, four channels at a time.
-  __device__ __forceinline__ void of_rows_hot(int l0, int l1) {
+  // As above for all coefficients of specialised layers, four channels at a time.
+  __device__ __forceinline__ void of_rows_specialised(int l0, int l1) {
     constexpr int quads = S::width / 4;
     for_items(S::c * quads, l0, l1, [&](int item, int l) {
       const int coefficient = item / quads, w = item % quads * 4, end = terms.first[coefficient + 1];
@@ -251,8 +251,8 @@ struct Backward : Reverse<N, true, S> {
       if (m == p.d) {
         d_factor += sum;
       } else {
-        if (begin < end) d_factor += sum * e.cosine[m];  // others were not computed
-        e.d_cosine[m] = sum * e.factor, e.d_sine[m] = N{};
+        if (begin < end) d_factor += sum * e.first[m];  // others were not computed
+        e.d_first[m] = sum * e.factor, e.d_second[m] = N{};
       }
     }
     e.d_factor = sum_lanes(d_factor, 1, lanes);

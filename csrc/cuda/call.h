@@ -9,15 +9,15 @@ namespace implicit_steer {
 constexpr int kThreads = 128;  // of a block, at most
 
 // Blocks that a multiprocessor should hold, by the size of a kernel's numbers: more of them would have too few
-// registers. The forward pass of hot layers (hot.cuh) takes fewer.
+// registers. The forward pass of specialised layers (specialised.cuh) takes fewer.
 template <typename N>
 constexpr int kResident = sizeof(N) == 4 ? 3 : 2;
-constexpr int kHotForwardResident = 4;
+constexpr int kSpecialisedForwardResident = 4;
 
-// Which of an edge's arrays a kernel needs: those of neighbours' features, those of the reverse sweep, those of hot
-// layers (hot.cuh).
+// Which of an edge's arrays a kernel needs: those of neighbours' features, those of the reverse sweep, those of
+// specialised layers (specialised.cuh).
 struct Needs {
-  bool features, backward, hot;
+  bool features, backward, specialised;
 };
 
 // Numbers of hidden coefficients of all layers and of the widest one; of one node's T.
@@ -34,7 +34,8 @@ struct Places {
 IST_HOST_DEVICE constexpr int whole_quads(int n) { return (n + 3) / 4 * 4; }
 
 // What the couplings read and write, in lists. A row is four inputs v of a slot's T; a term of it is one of the blocks
-// that it sums over, and of hot layers has one coefficient of all channels, or, after all others, the constant one.
+// that it sums over, and of specialised layers has one coefficient of all channels, or, after all others, the constant
+// one.
 struct Terms {
   int n_rows, n_constant_rows, n_terms, n_degrees;
   const int32_t* rows;            // [n_rows + n_constant_rows, 4] place in T, inputs, first term, one past the last

@@ -87,20 +87,20 @@ constexpr int64_t kAnyWarps = int64_t{1} << 30;
 template <typename N, typename Run>
 Failure with_sizes(const DevicePlan<R>& plan, Run run) {
   if constexpr (!std::is_same_v<N, float>) {
-    return run(AnySizes{}, 0);
+    return run(Generic{}, 0);
   } else {
-    const auto hot = [&](auto sizes) { return run(sizes, HotLayers<decltype(sizes), R>::size(plan.host)); };
+    const auto run_for = [&](auto sizes) { return run(sizes, SpecialisedLayers<decltype(sizes), R>::size(plan.host)); };
     switch (plan.sizes) {
       case Sizes::kAny:
-        return run(AnySizes{}, 0);
+        return run(Generic{}, 0);
       case Sizes::kElu4x8:
-        return hot(Hot<Elu, 4, 8>{});
+        return run_for(Specialised<Elu, 4, 8>{});
       case Sizes::kElu6x8:
-        return hot(Hot<Elu, 6, 8>{});
+        return run_for(Specialised<Elu, 6, 8>{});
       case Sizes::kSilu4x8:
-        return hot(Hot<Silu, 4, 8>{});
+        return run_for(Specialised<Silu, 4, 8>{});
       case Sizes::kSilu6x8:
-        return hot(Hot<Silu, 6, 8>{});
+        return run_for(Specialised<Silu, 6, 8>{});
     }
     return {"with_sizes", "there is no kernel for these sizes"};
   }
@@ -110,8 +110,9 @@ template <typename N>
 Failure forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream) {
   EdgeKernel<N> edges{};
   IST_TRY(with_sizes<N>(plan, [&](auto sizes, int64_t front) {
-    edges.name = sizes.hot ? "conv_forward_hot" : "conv_forward", edges.kernel = conv_forward<N, decltype(sizes)>;
-    return edges.prepare(plan, args, {true, false, sizes.hot}, front, forward_rest(plan), kAnyWarps);
+    edges.name = sizes.specialised ? "conv_forward_specialised" : "conv_forward",
+    edges.kernel = conv_forward<N, decltype(sizes)>;
+    return edges.prepare(plan, args, {true, false, sizes.specialised}, front, forward_rest(plan), kAnyWarps);
   }));
   edges.call.partial = partial_results(args, edges.call.shape, 2 * plan.view.out_size);
   IST_TRY(edges.run(stream));
@@ -122,7 +123,7 @@ Failure forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream
 // launch(tag of the indices' type)
 template <typename Launch>
 Failure with_index(const ConvArgs<R>& a, Launch launch) {
-  return a.wide ? launch(static_cast<int64_t*>(nullptr)) : launch(static_cast<int32_t*>(nullptr));
+  return a.index64 ? launch(static_cast<int64_t*>(nullptr)) : launch(static_cast<int32_t*>(nullptr));
 }
 
 Failure sum_features(const DevicePlan<R>& plan, const ConvArgs<R>& a, void* stream) {
@@ -161,8 +162,9 @@ template <typename N>
 Failure backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream) {
   EdgeKernel<N> edges{};
   IST_TRY(with_sizes<N>(plan, [&](auto sizes, int64_t front) {
-    edges.name = sizes.hot ? "conv_backward_hot" : "conv_backward", edges.kernel = conv_backward<N, decltype(sizes)>;
-    return run_backward(edges, plan, args, {true, true, sizes.hot}, front, backward_rest(plan), stream);
+    edges.name = sizes.specialised ? "conv_backward_specialised" : "conv_backward",
+    edges.kernel = conv_backward<N, decltype(sizes)>;
+    return run_backward(edges, plan, args, {true, true, sizes.specialised}, front, backward_rest(plan), stream);
   }));
   return args.grad_x ? sum_features(plan, args, stream) : Failure{};
 }
@@ -188,7 +190,7 @@ struct NormSums {
   R* shift = nullptr;
 
   Failure prepare(const DevicePlan<R>& plan, const ConvArgs<R>& args, const R* packed) {
-    channels = plan.host.layers[0].out / plan.view.c, size = channels * plan.view.d;
+    channels = plan.host.layers[0].out_size / plan.view.c, size = channels * plan.view.d;
     IST_TRY(points.prepare(plan, args, {false, false, false}, 0, statistics_rest(plan), kAnyWarps));
     const int64_t warps = points.call.shape.warps, doubles = 2 * size * (sizeof(double) / sizeof(R));
     sums = reinterpret_cast<double*>(partial_results(args, points.call.shape, 2 * size, size + doubles));

@@ -49,20 +49,20 @@ struct Forward : Warp<N, true, false, S> {
   // mixed[o, u] += Σ_{v, w} θ[b, v, w, u] T[slot, v, w]: a lane for each u, and the sum divided among those left over
   __device__ __forceinline__ void mix(const CouplingView& q, int slot) {
     const int width = row_width(q.n_out), parts = 32 / width, part = lane / width;
-    const N* const weight = weights + q.theta_forward + int64_t{q.slots[2 * slot]} * q.n_in * q.n_hidden * q.out_padded;
+    const N* const weight = weights + q.theta_forward + int64_t{q.slots[2 * slot]} * q.n_in * q.n_hidden * q.out_stride;
     const N* const of_slot = sums + q.at_sums + slot * q.theta_size;
-    N* const out = mixed + q.out_at + q.slots[2 * slot + 1] * q.out_padded;
+    N* const out = mixed + q.out_at + q.slots[2 * slot + 1] * q.out_stride;
     for (int u0 = 0; u0 < q.n_out; u0 += width) {
       const int u = u0 + (lane & (width - 1));
       const int n = u < q.n_out ? q.n_in * q.n_hidden : 0;
       N sum{};
-      if constexpr (S::hot) {  // no padding between its rows
+      if constexpr (S::specialised) {  // no padding between its rows
 #pragma unroll 4
-        for (int x = part; x < n; x += parts) sum += weight[x * q.out_padded + u] * of_slot[x];
+        for (int x = part; x < n; x += parts) sum += weight[x * q.out_stride + u] * of_slot[x];
       } else {
         for (int x = part, v = 0, w = part; x < n; x += parts, w += parts) {
           for (; w >= q.n_hidden; w -= q.n_hidden) ++v;
-          sum += weight[x * q.out_padded + u] * of_slot[v * q.hidden_padded + w];
+          sum += weight[x * q.out_stride + u] * of_slot[v * q.hidden_stride + w];
         }
       }
       sum = sum_lanes(sum, width, 32);
@@ -72,7 +72,7 @@ struct Forward : Warp<N, true, false, S> {
 };
 
 template <typename N, typename S>
-__global__ void __launch_bounds__(kThreads, S::hot ? kHotForwardResident : kResident<N>)
+__global__ void __launch_bounds__(kThreads, S::specialised ? kSpecialisedForwardResident : kResident<N>)
     conv_forward(const __grid_constant__ Call<Real<N>> call) {
   Forward<N, S> warp(call);
   if (warp.number < call.shape.warps) warp.walk(warp);
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads) conv_forward_shared_nodes(const __gr
   if (at >= a.n_dst * n) return;
   const int64_t node = at / n, k = at % n, per_warp = call.shape.edges_per_warp;
   const auto start = [&](int64_t i) {
-    return a.wide ? static_cast<const int64_t*>(a.rowptr)[i] : static_cast<const int32_t*>(a.rowptr)[i];
+    return a.index64 ? static_cast<const int64_t*>(a.rowptr)[i] : static_cast<const int32_t*>(a.rowptr)[i];
   };
   const int64_t begin = start(node), end = start(node + 1), from = begin / per_warp, to = (end - 1) / per_warp;
   if (begin < end && from == to) return;

@@ -15,7 +15,7 @@ struct HiddenForward : Warp<N, false, false> {
     const int channels = p.hidden_flat / p.c;
     IST_ROLLED for (int w = 0; w < channels; ++w) IST_ROLLED for (int m = sub; m < p.d; m += lanes) {
       N h = this->features[w * p.c + p.coordinate[m]] * e.factor;
-      if (p.kind == kZonal) h *= e.cosine[m];
+      if (p.kind == kZonal) h *= e.first[m];
       out[w * p.d + m] = result(h);
     }
     if (sub == 0) out[channels * p.d] = result(e.factor);
@@ -51,7 +51,7 @@ struct HiddenBackward : Reverse<N, false> {
       IST_ROLLED for (int m = 0; m < p.d; ++m) {
         const int at = w * p.c + p.coordinate[m];
         N d = grad(w * p.d + m);
-        if (p.kind == kZonal) d *= e.cosine[m];
+        if (p.kind == kZonal) d *= e.first[m];
         e.d_factor += d * this->features[at];
         d_hidden[at] += d * e.factor;
       }
@@ -64,7 +64,7 @@ struct HiddenBackward : Reverse<N, false> {
       N sum{};
       IST_ROLLED for (int w = 0; w < p.hidden_flat / p.c && p.kind == kZonal; ++w) sum +=
           grad(w * p.d + m) * this->features[w * p.c + p.coordinate[m]];
-      e.d_cosine[m] = sum * e.factor, e.d_sine[m] = N{};
+      e.d_first[m] = sum * e.factor, e.d_second[m] = N{};
     }
   }
 

@@ -40,9 +40,9 @@ Failure sort(const Index* key, int64_t n, int64_t n_keys, Index* order, Index* o
                 stream, values, n, n_keys, offsets);
 }
 
-Failure sort_any(const void* key, int64_t n, int64_t n_keys, bool wide, void* order, void* offsets, void* memory,
+Failure sort_any(const void* key, int64_t n, int64_t n_keys, bool index64, void* order, void* offsets, void* memory,
                  void* stream) {
-  if (wide)
+  if (index64)
     return sort(static_cast<const int64_t*>(key), n, n_keys, static_cast<int64_t*>(order),
                 static_cast<int64_t*>(offsets), static_cast<int64_t*>(memory), stream);
   return sort(static_cast<const int32_t*>(key), n, n_keys, static_cast<int32_t*>(order), static_cast<int32_t*>(offsets),

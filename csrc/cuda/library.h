@@ -63,9 +63,9 @@ struct CudaTable {
 struct CudaLibrary {
   const CudaTable<float>* f32;
   const CudaTable<double>* f64;
-  // Stable sort of n keys in 0 .. n_keys-1 of 4 or, if wide, 8 bytes; memory: 3 n keys and sort_bytes(n).
+  // Stable sort of n keys in 0 .. n_keys-1 of 4 or, if index64, 8 bytes; memory: 3 n keys and sort_bytes(n).
   int64_t (*sort_bytes)(int64_t n);
-  Failure (*sort)(const void* key, int64_t n, int64_t n_keys, bool wide, void* order, void* offsets, void* memory,
+  Failure (*sort)(const void* key, int64_t n, int64_t n_keys, bool index64, void* order, void* offsets, void* memory,
                   void* stream);
   Failure (*copy)(void* to, const void* from, int64_t bytes, void* stream);  // to the device, from anywhere
   Failure (*wait)(void* stream);

@@ -6,7 +6,7 @@
 
 namespace implicit_steer::IST_ISA {
 
-template <typename N, bool kFeatures, typename S = AnySizes>
+template <typename N, bool kFeatures, typename S = Generic>
 struct Reverse : Warp<N, kFeatures, true, S> {
   using R = Real<N>;
   using Base = Warp<N, kFeatures, true, S>;
@@ -48,7 +48,7 @@ struct Reverse : Warp<N, kFeatures, true, S> {
   // ---- one layer
 
   __device__ __forceinline__ void norm_gradients(const LayerView<R>& layer, const N* y_n) {
-    const int channels = layer.out / p.c;
+    const int channels = layer.out_size / p.c;
     R *const scale = grad_weights + layer.affine, *const shift = scale + channels;
     for (int w = lane; w < channels; w += 32) {
       R sum{};
@@ -59,7 +59,7 @@ struct Reverse : Warp<N, kFeatures, true, S> {
   }
 
   // A layer between hidden fields: a row by two columns at a time.
-  __device__ __forceinline__ void linear_gradients_hot(const LayerView<R>& layer, const N* in, R* w) {
+  __device__ __forceinline__ void linear_gradients_specialised(const LayerView<R>& layer, const N* in, R* w) {
     constexpr int pairs = S::width / 2;
     for (int n = 0; n < S::c; ++n, w += S::width * S::width) {
       const int coefficient = this->block_layers.group_coefficient(layer.groups, n);
@@ -76,9 +76,9 @@ struct Reverse : Warp<N, kFeatures, true, S> {
 
   __device__ __forceinline__ void linear_gradients(int layer_number, const LayerView<R>& layer, const N* in) {
     R *w = grad_weights + layer.weight, *const bias = grad_weights + layer.bias;
-    for (int k = lane; k < layer.out; k += 32) bias[k] += sum_of(d_z + k);
-    if constexpr (S::hot)
-      if (layer_number > 0) return linear_gradients_hot(layer, in, w);
+    for (int k = lane; k < layer.out_size; k += 32) bias[k] += sum_of(d_z + k);
+    if constexpr (S::specialised)
+      if (layer_number > 0) return linear_gradients_specialised(layer, in, w);
     const int32_t* group = layer.groups;
     for (int n = 0; n < layer.n_groups; ++n) {
       const int n_rows = group[0], n_columns = group[1];
@@ -92,12 +92,12 @@ struct Reverse : Warp<N, kFeatures, true, S> {
 
   // d_in = Wᵀ d_z
   __device__ __forceinline__ void linear_inputs(int layer_number, const LayerView<R>& layer, N* d_in) {
-    if constexpr (S::hot)
+    if constexpr (S::specialised)
       if (layer_number > 0) {
         if (active) this->block_layers.linear_inputs(layer_number, d_z, d_in, this->own());
         return;
       }
-    for (int k = sub; k < layer.in && active; k += lanes) d_in[k] = N{};
+    for (int k = sub; k < layer.in_size && active; k += lanes) d_in[k] = N{};
     const N* w = weights + layer.weight;
     const int32_t* group = layer.groups;
     for (int n = 0; n < layer.n_groups; ++n) {
@@ -118,8 +118,8 @@ struct Reverse : Warp<N, kFeatures, true, S> {
   // φ′ is computed again from the pre-activations: less than keeping it, for every sample of every channel.
   __device__ __forceinline__ void channel_backward(const LayerView<R>& layer, const N* z_w, const N* d_y_w, N* d_z_w) {
     const int c = p.c, rows = layer.n_samples - layer.n_pairs;
-    if (e.near) return near_backward<Function>(layer, c, p.order_zero, e.radius, z_w, d_y_w, d_z_w, e.d_radius);
-    if constexpr (S::hot) return this->block_layers.activation_backward(z_w, d_y_w, d_z_w);
+    if (e.near_origin) return near_backward<Function>(layer, c, p.order_zero, e.radius, z_w, d_y_w, d_z_w, e.d_radius);
+    if constexpr (S::specialised) return this->block_layers.activation_backward(z_w, d_y_w, d_z_w);
     clear_unused(p, layer.in_even, layer.in_odd, d_z_w);
     row_blocks<N>(0, layer.n_pairs, [&](auto n, int row) {
       constexpr int kRows = decltype(n)::value;
@@ -142,7 +142,7 @@ struct Reverse : Warp<N, kFeatures, true, S> {
     const N *z_n = z + all_layers, *y_n = y + all_layers, *normed_n = normed + all_layers;
     for (int n = p.n_layers - 1; n >= 0; --n) {
       const LayerView<R> layer = this->layer_view(n);
-      z_n -= layer.out, y_n -= layer.out, normed_n -= layer.out;
+      z_n -= layer.out_size, y_n -= layer.out_size, normed_n -= layer.out_size;
       __syncwarp();
       if (p.has_norms) {
         if (need_weights) norm_gradients(layer, y_n);
@@ -150,18 +150,18 @@ struct Reverse : Warp<N, kFeatures, true, S> {
       }
       if (active) {
         const N* scale = weights + layer.affine;
-        for (int at = sub * p.c; at < layer.out; at += lanes * p.c) {
+        for (int at = sub * p.c; at < layer.out_size; at += lanes * p.c) {
           for (int k = at; k < at + p.c && p.has_norms; ++k) d_y[k] *= scale[at / p.c];
           channel_backward(layer, z_n + at, d_y + at, d_z + at);
         }
       }
       __syncwarp();
-      if (need_weights) linear_gradients(n, layer, n > 0 ? normed_n - p.layers[n - 1].out : e.inputs);
+      if (need_weights) linear_gradients(n, layer, n > 0 ? normed_n - p.layers[n - 1].out_size : e.inputs);
       if (n > 0 || need_inputs) linear_inputs(n, layer, n > 0 ? d_y : e.d_inputs);
     }
   }
 
-  // From d_hidden, and with the gradients of the frame's cosines and factor in place, everything before. The edge's
+  // From d_hidden, and with the gradients of the way back and of the factor in place, everything before. The edge's
   // first lane has e.d_factor.
   __device__ __forceinline__ void sweep() {
     if (active && sub == 0 && p.kind == kPlanar) expand_backward(p, e, this->coefficients, d_hidden, d_y);

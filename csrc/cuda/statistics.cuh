@@ -13,7 +13,7 @@ struct Statistics : Warp<R, false, false> {
   R *shift, *sums;  // [channels * d]; [2, channels * d]
 
   __device__ __forceinline__ explicit Statistics(const Call<R>& call)
-      : Base(call), n_values(call.plan.layers[call.args.layer].out / call.plan.c * call.plan.d) {
+      : Base(call), n_values(call.plan.layers[call.args.layer].out_size / call.plan.c * call.plan.d) {
     shift = this->rest, sums = shift + n_values;
   }
 
@@ -21,9 +21,9 @@ struct Statistics : Warp<R, false, false> {
   __device__ __forceinline__ R coordinate(const R* y, int l, int k) const {
     const int m = k % p.d;
     y = this->of_edge(y + k / p.d * p.c, l);
-    const R* const cosine = this->of_edge(e.cosine, l);
-    if (p.kind == kZonal) return y[p.coordinate[m]] * cosine[m];
-    if (p.kind == kPlanar) return cosine[m] * y[m] + this->of_edge(e.sine, l)[m] * y[p.partner[m]];
+    const R *const first = this->of_edge(e.first, l), *const second = this->of_edge(e.second, l);
+    if (p.kind == kZonal) return y[p.coordinate[m]] * first[m];
+    if (p.kind == kPlanar) return first[m] * y[m] + second[m] * y[p.partner[m]];
     return y[m];
   }
 
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, kResident<R>) conv_statistics(const 
 template <typename R>
 __global__ void norm_statistics(const __grid_constant__ PlanView<R> plan, int n, const double* sums, const R* shift,
                                 double count, const R* parameters, R* statistics, R* packed) {
-  const int channels = plan.layers[n].out / plan.c, w = blockIdx.x * blockDim.x + threadIdx.x;
+  const int channels = plan.layers[n].out_size / plan.c, w = blockIdx.x * blockDim.x + threadIdx.x;
   if (w >= channels) return;
   R* const mean = statistics + n * statistics_size(plan);
   channel_statistics(plan, channels, w, sums, shift, count, mean, mean + channels * plan.n_trivial);

@@ -60,14 +60,14 @@ __global__ void multiply(const __grid_constant__ SparseMatrix<R> matrix, const R
 template <typename R>
 __global__ void pack_norms(const __grid_constant__ PlanView<R> plan, const R* parameters, const R* statistics,
                            R* packed) {
-  const int64_t at = thread_number(), channels = plan.layers[0].out / plan.c;
+  const int64_t at = thread_number(), channels = plan.layers[0].out_size / plan.c;
   if (at >= channels * plan.n_layers) return;
   pack_channel(plan, static_cast<int>(at / channels), static_cast<int>(at % channels), parameters, statistics, packed);
 }
 template <typename R>
 __global__ void pack_norms_backward(const __grid_constant__ PlanView<R> plan, const R* statistics, const R* grad,
                                     R* grad_parameters) {
-  const int64_t at = thread_number(), channels = plan.layers[0].out / plan.c;
+  const int64_t at = thread_number(), channels = plan.layers[0].out_size / plan.c;
   if (at >= channels * plan.n_layers) return;
   const int n = static_cast<int>(at / channels), w = static_cast<int>(at % channels);
   pack_channel_backward(plan, n, w, statistics, grad, grad_parameters);
@@ -83,10 +83,10 @@ __global__ void pair_weights(const __grid_constant__ PlanView<R> plan, const R* 
   if (k < plan.n_grad) return;
   const CouplingView* q = plan.couplings;
   for (int n = 1; n < plan.n_couplings && plan.couplings[n].theta_forward <= k; ++n) q = plan.couplings + n;
-  const int64_t at = k - q->theta_forward, u = at % q->out_padded, w = at / q->out_padded % q->n_hidden;
-  const int64_t v = at / q->out_padded / q->n_hidden % q->n_in, b = at / q->out_padded / q->n_hidden / q->n_in;
+  const int64_t at = k - q->theta_forward, u = at % q->out_stride, w = at / q->out_stride % q->n_hidden;
+  const int64_t v = at / q->out_stride / q->n_hidden % q->n_in, b = at / q->out_stride / q->n_hidden / q->n_in;
   if (u < q->n_out)
-    pairs[2 * k + 1] = tangent[q->theta + (b * q->n_out + u) * q->theta_size + v * q->hidden_padded + w];
+    pairs[2 * k + 1] = tangent[q->theta + (b * q->n_out + u) * q->theta_size + v * q->hidden_stride + w];
 }
 
 }  // namespace implicit_steer::IST_ISA

@@ -9,7 +9,7 @@
 
 #include "../edge_mlp.h"
 #include "call.h"
-#include "hot.cuh"
+#include "specialised.cuh"
 
 namespace implicit_steer::IST_ISA {
 
@@ -51,15 +51,16 @@ struct ChosenFunction {
 };
 constexpr int kBlockBytes = 16;  // of shared memory in front of the layers' and the warps'
 
-// What kernels are compiled for where the plan's sizes are none of those in hot.cuh.
-struct AnySizes {
+// What kernels are compiled for where the plan's sizes are none of those in specialised.cuh.
+struct Generic {
   using Function = ChosenFunction;
-  static constexpr bool hot = false;
+  static constexpr bool specialised = false;
 };
 template <typename S, typename R>
 struct Layers {};  // of a block's own there are none
 template <typename F, int kCoefficients, int kWidth, typename R>
-struct Layers<Hot<F, kCoefficients, kWidth>, R> : HotLayers<Hot<F, kCoefficients, kWidth>, R> {};
+struct Layers<Specialised<F, kCoefficients, kWidth>, R> : SpecialisedLayers<Specialised<F, kCoefficients, kWidth>, R> {
+};
 
 template <typename T>
 __device__ __forceinline__ T from_lane(T x, int lane) {
@@ -109,7 +110,7 @@ struct EdgeArrays {
   N *hidden, *d_hidden;  // [flat hidden size] in the couplings' coordinates; `hidden` for planar frames alone
   N *f, *d_f;            // [n_gathered] neighbour features gathered by field type; whole quads, as t
   N *t, *d_t;            // [product_size]
-  N* by_coefficient;     // [c, W] the features of hot layers, a coefficient of all channels after the other
+  N* by_coefficient;     // [c, W] the features of specialised layers, a coefficient of all channels after the other
   N *g, *d_g;            // [n_g] G times the radial factor
 
   IST_INLINE void place(Slice<N>& slice, const PlanView<Real<N>>& p, const Extent& extent, Needs needs) {
@@ -127,14 +128,14 @@ struct EdgeArrays {
     if (!needs.features) return;
     slice.begin_quads();
     slice.take(f, p.n_gathered), slice.take(t, p.product_size),
-        slice.take(by_coefficient, needs.hot ? p.hidden_flat : 0);
+        slice.take(by_coefficient, needs.specialised ? p.hidden_flat : 0);
     if (needs.backward) slice.take(d_f, p.n_gathered), slice.take(d_t, p.product_size), slice.take(d_g, p.n_g);
     slice.take(g, p.n_g);
   }
 };
 
 // kFeatures: the edges have neighbours, else they are points in their given order.
-template <typename N, bool kFeatures, bool kBackward, typename S = AnySizes>
+template <typename N, bool kFeatures, bool kBackward, typename S = Generic>
 struct Warp : EdgeArrays<N> {
   using R = Real<N>;
   using Base = EdgeArrays<N>;
@@ -170,21 +171,21 @@ struct Warp : EdgeArrays<N> {
         last(first + call.shape.edges_per_warp < a.n_edges ? first + call.shape.edges_per_warp : a.n_edges) {
     SHARED_MEMORY(unsigned char, memory);
     N* const numbers = reinterpret_cast<N*>(memory + kBlockBytes);
-    if constexpr (S::hot)
+    if constexpr (S::specialised)
       block_layers.place(numbers, p), block_layers.copy(p, a.weights);
     else if (threadIdx.x == 0)
       ChosenFunction::number() = p.function;
     __syncthreads();
     N* const edges = numbers + call.shape.block_size + threadIdx.x / 32 * call.shape.warp_size;
     Slice<N> slice{edges + slot * edge_size};
-    this->place(slice, p, call.extent, Needs{kFeatures, kBackward, S::hot});
+    this->place(slice, p, call.extent, Needs{kFeatures, kBackward, S::specialised});
     rest = edges + whole_quads(tile * edge_size);
     shell = weights[p.shell];
     e.d_shell = N{};
   }
 
   __device__ __forceinline__ int64_t index(const void* numbers, int64_t n) const {
-    return a.wide ? static_cast<const int64_t*>(numbers)[n] : static_cast<const int32_t*>(numbers)[n];
+    return a.index64 ? static_cast<const int64_t*>(numbers)[n] : static_cast<const int32_t*>(numbers)[n];
   }
   // Number n of an array that may have tangents.
   __device__ __forceinline__ N input(const R* values, const R* tangents, int64_t n) const {
@@ -241,21 +242,21 @@ struct Warp : EdgeArrays<N> {
   }
 
   __device__ __forceinline__ void enter_frame(bool all_harmonics) {
-    e.near = false, e.radius = e.factor = N{};
+    e.near_origin = false, e.radius = e.factor = N{};
     if (active && sub == 0) {
-      for (int m = 0; m < p.d && !S::hot; ++m) e.cosine[m] = N{};  // those of harmonics that no coupling reads stay 0
+      for (int m = 0; m < p.d && !S::specialised; ++m) e.first[m] = N{};  // harmonics that no coupling reads stay 0
 #pragma unroll 1
       for (int n = 0; n < 2; ++n) {
-        frame_forward<!S::hot>(p, shell, e, all_harmonics);
-        if (!p.regular || e.near || !(e.radius < Limits<R>::near)) break;
-        e.near = true;  // once more, as such an edge wants it
+        frame_forward<!S::specialised>(p, shell, e, all_harmonics);
+        if (!p.regular || e.near_origin || !(e.radius < Limits<R>::near)) break;
+        e.near_origin = true;  // once more, as such an edge wants it
       }
     }
     const int leader = lane - sub;
-    e.near = from_lane(static_cast<int>(e.near), leader);
+    e.near_origin = from_lane(static_cast<int>(e.near_origin), leader);
     e.radius = from_lane(e.radius, leader), e.factor = from_lane(e.factor, leader);
     __syncwarp();
-    if constexpr (S::hot) harmonics();
+    if constexpr (S::specialised) harmonics();
   }
 
   // Those that the couplings read, and 0 for all others: the edge's lanes divide them among themselves.
@@ -285,7 +286,7 @@ struct Warp : EdgeArrays<N> {
   }
   // The harmonic of nonzero n of the couplings, or 1
   __device__ __forceinline__ N harmonic(int n) const {
-    return p.nz_harmonic[n] < 0 ? N{} + 1 : e.cosine[p.nz_harmonic[n]];
+    return p.nz_harmonic[n] < 0 ? N{} + 1 : e.first[p.nz_harmonic[n]];
   }
 
   // t[v] = Σ f[i, v] G_i. Two lanes share a product.
@@ -307,7 +308,7 @@ struct Warp : EdgeArrays<N> {
   __device__ __forceinline__ Share own() const { return {sub, lanes}; }
 
   __device__ __forceinline__ void linear(int layer_number, const LayerView<R>& layer, const N* in, N* out) {
-    if constexpr (S::hot)
+    if constexpr (S::specialised)
       if (layer_number > 0) return block_layers.linear(layer_number, weights + layer.bias, in, out, own());
     const N *w = weights + layer.weight, *bias = weights + layer.bias;
     const int32_t* group = layer.groups;
@@ -322,16 +323,16 @@ struct Warp : EdgeArrays<N> {
   }
 
   __device__ __forceinline__ void channel(const LayerView<R>& layer, const N* z_w, N* y_w) const {
-    if constexpr (!S::hot)
+    if constexpr (!S::specialised)
       channel_forward<Function>(p, layer, e, z_w, y_w, static_cast<N*>(nullptr));
-    else if (e.near)
+    else if (e.near_origin)
       near_forward<Function>(layer, p.c, p.order_zero, e.radius, z_w, y_w);
     else
       block_layers.activation(z_w, y_w);
   }
 
   __device__ __forceinline__ void activations(const LayerView<R>& layer, bool norm, const N* z_n, N* y_n, N* normed_n) {
-    const int channels = layer.out / p.c;
+    const int channels = layer.out_size / p.c;
     const N *scale = weights + layer.affine, *shift = scale + channels;
     for (int w = sub; w < channels; w += lanes) {
       channel(layer, z_n + w * p.c, y_n + w * p.c);
@@ -351,7 +352,7 @@ struct Warp : EdgeArrays<N> {
       if (active) activations(layer, norm, z_n, y_n, normed_n);
       __syncwarp();
       in = norm ? normed_n : y_n;
-      if (kBackward) z_n += layer.out, y_n += layer.out, normed_n += layer.out;
+      if (kBackward) z_n += layer.out_size, y_n += layer.out_size, normed_n += layer.out_size;
     }
     return in;
   }
@@ -360,7 +361,7 @@ struct Warp : EdgeArrays<N> {
   const N *features, *coefficients;
   __device__ __forceinline__ void hidden_features() {
     coefficients = features = p.n_layers ? layers(p.n_layers - 1, true) : e.inputs;
-    if constexpr (S::hot && kFeatures)
+    if constexpr (S::specialised && kFeatures)
       for (int w = sub; w < S::width && active; w += lanes)
 #pragma unroll
         for (int k = 0; k < S::c; ++k) by_coefficient[k * S::width + w] = features[w * S::c + k];
@@ -396,8 +397,8 @@ struct Warp : EdgeArrays<N> {
     }
   }
 
-  // As below for hot layers: four inputs by four channels at a time.
-  __device__ __forceinline__ void accumulate_hot(N* sums, int l0, int l1) const {
+  // As below for specialised layers: four inputs by four channels at a time.
+  __device__ __forceinline__ void accumulate_specialised(N* sums, int l0, int l1) const {
     constexpr int quads = S::width / 4;
     for (int x = lane; x < quads * terms.n_rows; x += 32) {
       const auto row = neighbours<4>(terms.rows + x / quads * 4);
@@ -438,20 +439,20 @@ struct Warp : EdgeArrays<N> {
   // T += Σ t ⊗ h over the edges l0 .. l1-1 of the tile, all into one node. A lane owns the same entries of a coupling's
   // T at every call.
   __device__ __forceinline__ void accumulate(N* sums, int l0, int l1) const {
-    if constexpr (S::hot) return accumulate_hot(sums, l0, l1);
+    if constexpr (S::specialised) return accumulate_specialised(sums, l0, l1);
     for_blocks([&](const CouplingView& q, int first_slot, int n_slots, const int32_t* row, int at) {
       const int width = row_width(q.n_hidden), step = 32 / width;
       for (int s = 0; s < n_slots; ++s) {
         N* const of_slot = sums + q.at_sums + (first_slot + s) * q.theta_size;
         for (int w = lane & (width - 1); w < q.n_hidden; w += width)
           for (int v = lane / width; v < q.n_in; v += step) {
-            const N* product = of_edge(t + at + s * q.in_padded + v, l0);
+            const N* product = of_edge(t + at + s * q.in_stride + v, l0);
             const N* h = of_edge(features + (q.constant ? 0 : row[w]), l0);
             N sum{};
 #pragma unroll 2
             for (int l = l0; l < l1; ++l, product += edge_size, h += edge_size)
               sum += q.constant ? *product : *product * *h;
-            of_slot[v * q.hidden_padded + w] += sum;
+            of_slot[v * q.hidden_stride + w] += sum;
           }
       }
     });

@@ -61,7 +61,7 @@ struct Problem {
     a.plan = &plan, a.weights = packed.data(), a.x = x.data(), a.delta = delta.data(), a.attr = attr.data();
     a.src = file["src"].bytes.data(), a.order = file["order"].bytes.data(), a.rowptr = file["rowptr"].bytes.data();
     a.order_by_source = file["order_by_source"].bytes.data(), a.colptr = file["colptr"].bytes.data();
-    a.wide = file["src"].dtype == "int64";
+    a.index64 = file["src"].dtype == "int64";
     a.n_src = file["x"].shape[0], a.n_dst = file["rowptr"].size() - 1, a.n_edges = file["src"].size();
     a.grad_out = grad_out.data();
     return a;

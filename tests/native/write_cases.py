@@ -245,16 +245,17 @@ def cases():
         return near_origin(skewed(problem))
 
     wide = Case("wide", "O(3)", "9 scalar+vector", "11 scalar, 2 vector", "1 scalar", n_layers=2, n_channels=9)
-    hot = Case("hot", "O(3)", "6 scalar+vector", "3 scalar+vector", "2 scalar", n_layers=3, n_channels=8)
-    hot_l2 = Case("hot-l2", "O(3)", "2 scalar+vector+l2", "2 scalar+l2", "1 scalar", n_layers=3, n_channels=8)
-    hot_odd = replace(hot, into="5 scalar+vector, 2 vector", n_layers=4)
+    sizes = {"n_layers": 3, "n_channels": 8}  # that CUDA kernels are specialised for
+    specialised = Case("specialised", "O(3)", "6 scalar+vector", "3 scalar+vector", "2 scalar", **sizes)
+    specialised_l2 = Case("specialised-l2", "O(3)", "2 scalar+vector+l2", "2 scalar+l2", "1 scalar", **sizes)
+    specialised_odd = replace(specialised, into="5 scalar+vector, 2 vector", n_layers=4)
 
     return {
         "zonal": made("o3"),
         "zonal-wide": made(wide),
-        "zonal-hot": made(hot, "no norm", skewed),
-        "zonal-hot-train": made(hot_l2, "train", near_skewed),
-        "zonal-hot-odd": made(hot_odd, activation="silu", cutoff=2.0),
+        "zonal-specialised": made(specialised, "no norm", skewed),
+        "zonal-specialised-train": made(specialised_l2, "train", near_skewed),
+        "zonal-specialised-odd": made(specialised_odd, activation="silu", cutoff=2.0),
         "zonal-odd-sizes-train": made("o3-mixed", "train", activation="gelu"),
         "zonal-cutoff": made("o3-l2", activation="silu", cutoff=1.5),
         "zonal-near-origin": made("o3-l2", "no norm", near_origin),

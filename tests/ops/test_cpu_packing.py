@@ -8,7 +8,8 @@ import pytest
 import torch
 from helpers import CONFIGURATIONS, SAMPLED, assert_close, layer
 
-from implicit_steer.ops.native import arrays, cpu
+from implicit_steer.ops.native import cpu
+from implicit_steer.ops.native.sample_pairs import sample_pairs
 from implicit_steer.ops.reference import reference
 from implicit_steer.testing.cases import SMALL
 
@@ -104,7 +105,7 @@ def test_unchanged_parameters_are_packed_once(monkeypatch):
 @pytest.mark.parametrize(("name", "sampling"), SAMPLED)
 def test_pairs_are_pairs(name, sampling):
     plan = SMALL[name].layer(sampling=sampling).implicit_kernel.plan
-    pairs = arrays._pairs(plan)
+    pairs = sample_pairs(plan)
     if not plan.activations:
         return
     sign = 1 - 2.0 * pairs.odd
@@ -119,7 +120,7 @@ def test_pairs_are_pairs(name, sampling):
 
 @pytest.mark.parametrize(("name", "sampling", "count"), [("o3", "exact", 5), ("o3", "escnn", 15), ("so2", "exact", 19)])
 def test_symmetric_samples_are_paired(name, sampling, count):
-    assert len(arrays._pairs(SMALL[name].layer(sampling=sampling).implicit_kernel.plan).first) == count
+    assert len(sample_pairs(SMALL[name].layer(sampling=sampling).implicit_kernel.plan).first) == count
 
 
 # ---- kernels at points

@@ -91,7 +91,7 @@ double moments_deviation(const Case& file, Emulated<R>& engine) {
   engine.pack(p, unused);
   double largest = 0;
   for (int n = 0; n < p.n_norms() && p.arguments().n_edges > 0; ++n) {
-    const int size = p.plan.layers[n].out / p.plan.c * p.plan.d;
+    const int size = p.plan.layers[n].out_size / p.plan.c * p.plan.d;
     const std::vector<R> actual = engine.moments(p, n, size);
     ConvArgs<R> a = p.arguments();
     a.threads = 1, a.scratch = host_scratch;
@@ -181,9 +181,9 @@ int check_case(const std::string& name, const Case& file, bool trace, int seeds)
   }
   simt::use_device(simt::kDevices[0]);
   const auto launched = simt::take_counts();
-  const bool hot = sizeof(R) == 4 && (name == "cloud" || name.rfind("zonal-hot", 0) == 0);
-  for (const char* kernel : {"conv_forward_hot", "conv_backward_hot"})
-    if ((launched.count(kernel) > 0) != hot) failures += print({name + ": " + kernel + " ran, or did not"});
+  const bool specialised = sizeof(R) == 4 && (name == "cloud" || name.rfind("zonal-specialised", 0) == 0);
+  for (const char* kernel : {"conv_forward_specialised", "conv_backward_specialised"})
+    if ((launched.count(kernel) > 0) != specialised) failures += print({name + ": " + kernel + " ran, or did not"});
   for (const char* kernel : {"conv_forward", "conv_backward", "conv_statistics", "conv_hidden", "conv_hidden_backward"})
     if (name == "zonal-odd-sizes-train" && launched.at(kernel).blocks < 2)
       failures += print({name + ": one block of " + kernel});

@@ -154,7 +154,7 @@ class Emulated {
   }
   void inputs(Problem<R>& p, ConvArgs<R>& a) {
     a.scratch = scratch;
-    const int64_t e = a.n_edges, index = a.wide ? 8 : 4;
+    const int64_t e = a.n_edges, index = a.index64 ? 8 : 4;
     numbers_at(a.delta, e * p.plan.dim, "delta"), numbers_at(a.delta_tangent, e * p.plan.dim, "delta_tangent");
     numbers_at(a.attr, e * p.plan.n_attr, "attr"), numbers_at(a.attr_tangent, e * p.plan.n_attr, "attr_tangent");
     numbers_at(a.x, a.n_src * p.plan.in_size, "x"), numbers_at(a.x_tangent, a.n_src * p.plan.in_size, "x_tangent");

@@ -24,8 +24,10 @@ from ...plan import Plan
 from ...plan.moments import Pool
 from ...plan.packing import Parameters, cached, constant, is_traced, is_transformed, running
 from ..kernel_mlp import Statistics
-from .arrays import hidden_field_size, kernel_entries, prepare, reads_one
+from .arrays import prepare
 from .operators import of_bias_backward, of_sums_backward, unflatten
+from .packing_matrix import kernel_entries
+from .terms import hidden_field_size, reads_one
 
 INSTRUCTION_SETS = {"auto": 0, "baseline": 1, "avx2": 2, "avx512": 3}
 

@@ -5,16 +5,18 @@ The counterparts in C++ are ``CouplingView`` and ``PlanView`` of ``csrc/plan.h``
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from ...plan import Coupling, Plan
 
-_CHANNELS = 8  # kChannels of csrc/plan.h
+ROW_OF_CHANNELS = 8  # rows have whole multiples of it: kChannels of csrc/plan.h
 
 
 def padded(n: int) -> int:
     """Size of a row of n channels."""
-    return -(-n // _CHANNELS) * _CHANNELS
+    return -(-n // ROW_OF_CHANNELS) * ROW_OF_CHANNELS
 
 
 def hidden_field_size(plan: Plan) -> int:
@@ -25,48 +27,70 @@ def hidden_field_size(plan: Plan) -> int:
 
 
 def reads_one(plan: Plan, c: Coupling) -> bool:
+    """Whether the coupling reads the constant hidden feature, the last column of h, and nothing else."""
     return len(c.hidden_start) == 1 and c.basis.shape[3] == 1 and c.hidden_start[0] == plan.hidden_size - 1
 
 
 class Gathered:
-    """Channels by field type: for each tuple of field starts, component by component, all fields side by side and a
-    row's padding."""
+    """Channels by field type: for each tuple of field starts, component by component, all fields side by side and what
+    fills a row of channels."""
 
     def __init__(self):
-        self.at: dict[tuple[int, ...], int] = {}
-        self.channel: list[int] = []  # number of the channel at each place, −1 in padding
+        self._first: dict[tuple[int, ...], int] = {}  # place of component 0
+        self.channel: list[int] = []  # number of the channel at each place, −1 where there is none
         self.rows: list[tuple[int, int]] = []  # place and size of each component's row
 
     def add(self, starts: np.ndarray, size: int) -> int:
         """The place of component 0 of the fields at ``starts``, of ``size`` components each."""
         key = tuple(starts.tolist())
-        if key not in self.at:
-            self.at[key] = len(self.channel)
-            padding = [-1] * (padded(len(key)) - len(key))
-            self.rows += [(len(self.channel) + n * padded(len(key)), padded(len(key))) for n in range(size)]
-            self.channel += [c for component in range(size) for c in [*(start + component for start in key), *padding]]
-        return self.at[key]
+        if key not in self._first:
+            self._first[key] = len(self.channel)
+            row = padded(len(key))
+            self.rows += [(len(self.channel) + component * row, row) for component in range(size)]
+            for component in range(size):
+                self.channel += [*(start + component for start in key), *[-1] * (row - len(key))]
+        return self._first[key]
 
 
 _Factors = dict[int, list[tuple[int, float]]]  # input component i → (harmonic, value)s
 
 
+class CouplingTerms(NamedTuple):
+    """The slots of one coupling; the lists are those of ``CouplingView``."""
+
+    out_at: int  # place of component 0 of its outputs
+    slots: list[tuple[int, int]]  # (b, o)
+    groups: list[tuple[int, int, int, int]]  # first slot, slots, first block, blocks
+    blocks: list[tuple[int, int]]  # row, place of its products
+
+
 class Terms:
     """The couplings as ``T[slot, w, v] += h[row, w] · t[v]``, with products ``t[v] = Σ_g f[i_g, v] G_g`` and
     ``G = Σ value · Y[m]``. Slots that read the same rows form a group; a block is one of these rows, and the products
-    that it meets in the group's slots, which lie side by side."""
+    that it meets in the group's slots, which lie side by side.
+
+    ``position`` (c,): where the native code keeps each coefficient of a channel.
+
+    Attributes:
+        inputs, outputs: where the channels of both are gathered.
+        rows: the positions of a row's W channels among the hidden coefficients → the row's number.
+        products, product_size: four integers for each product, as in ``PlanView``; the size of all of them.
+        factors: of each G the places of its input and of its product, and the size of both.
+        g_first: where the nonzeros of each G begin.
+        nz_harmonic, nz_value: of each nonzero its harmonic, −1 for none, and its value.
+        couplings: one for each coupling.
+        used: how many coefficients of a channel the couplings read, the first ones.
+    """
 
     def __init__(self, plan: Plan, couplings: tuple[Coupling, ...], position: np.ndarray):
         self.plan, self.position = plan, position
         self.products, self.product_size = [], 0
         self.inputs, self.outputs = Gathered(), Gathered()
-        self.rows: dict[tuple[int, ...], int] = {}  # positions of the channels → number
-        # per G: the places of its input and its product, and their size; its nonzeros
+        self.rows: dict[tuple[int, ...], int] = {}
         self.factors: list[tuple[int, int, int]] = []
         self.g_first, self.nz_harmonic, self.nz_value = [0], [], []
-        found = [self._factors(c) for c in couplings]  # which numbers all rows
+        found = [self._factors(c) for c in couplings]  # first, as it numbers all rows
         self.couplings = [self._coupling(c, factors) for c, factors in zip(couplings, found, strict=True)]
-        # what the couplings read of a channel's coefficients: the first ones, by degree
         order = np.argsort(position)
         used = max((int(order[p % len(order)]) for row in self.rows for p in row), default=0)
         self.used = len(order) if plan.frame.kind == "planar" else used + 1
@@ -83,31 +107,28 @@ class Terms:
         return self.rows.setdefault(tuple(map(int, positions)), len(self.rows)), harmonic
 
     def _factors(self, c: Coupling) -> dict[tuple[int, int], dict[int, _Factors]]:
-        """Slot (b, o) → row → what its product is made of."""
+        """Slot (b, o) → row → the factors of its product."""
         found: dict[tuple[int, int], dict[int, _Factors]] = {}
         for b, o, i, m, value in c.nonzeros:
             row, harmonic = self._read(c, m)
             found.setdefault((b, o), {}).setdefault(row, {}).setdefault(i, []).append((harmonic, value))
         return found
 
-    def _coupling(self, c: Coupling, factors: dict[tuple[int, int], dict[int, _Factors]]) -> list[int]:
-        """The coupling's numbers but for its θ, which is put in front."""
+    def _coupling(self, c: Coupling, factors: dict[tuple[int, int], dict[int, _Factors]]) -> CouplingTerms:
         _, n_out, n_in, _ = c.basis.shape
         inputs, outputs = self.inputs.add(c.in_start, n_in), self.outputs.add(c.out_start, n_out)
         by_rows: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         for slot in c.slots:
             by_rows.setdefault(tuple(sorted(factors[slot])), []).append(slot)
-        slots, groups, blocks = [], [], []
+        found = CouplingTerms(outputs, [], [], [])
         for rows, members in by_rows.items():
-            groups += [len(slots), len(members), len(blocks) // 2, len(rows)]
-            slots += members
+            found.groups.append((len(found.slots), len(members), len(found.blocks), len(rows)))
+            found.slots.extend(members)
             for row in rows:
-                blocks += [row if row >= 0 else len(self.rows), self.product_size]
+                found.blocks.append((row if row >= 0 else len(self.rows), self.product_size))
                 for slot in members:
                     self._add_product(inputs, padded(len(c.in_start)), factors[slot][row])
-        sizes = [len(c.out_start), len(c.in_start), len(c.hidden_start), c.basis.shape[0], int(reads_one(self.plan, c))]
-        counts = [len(slots), len(by_rows), len(blocks) // 2]
-        return [*sizes, *counts, outputs, *(n for slot in slots for n in slot), *groups, *blocks]
+        return found
 
     def _add_product(self, inputs: int, size: int, factors: _Factors) -> None:
         first = len(self.factors)
@@ -134,8 +155,8 @@ class Terms:
 
     def harmonic_terms(self) -> tuple[list[tuple[int, ...]], list[float]]:
         """``dY[m] = Σ value Σ_v f[v] dt[v]``: (m, place of f, of t, size) and value of each term, by m."""
-        numbers, g_of = range(len(self.nz_value)), np.repeat(range(len(self.factors)), np.diff(self.g_first))
-        read = sorted((self.nz_harmonic[z], z) for z in numbers if self.nz_harmonic[z] >= 0)
+        g_of = np.repeat(range(len(self.factors)), np.diff(self.g_first))  # of each nonzero
+        read = sorted((m, z) for z, m in enumerate(self.nz_harmonic) if m >= 0)
         return [(m, *self.factors[g_of[z]]) for m, z in read], [self.nz_value[z] for _, z in read]
 
 

@@ -11,9 +11,9 @@
 namespace implicit_steer::IST_ISA {
 
 template <typename F, int kCoefficients, int kWidth>
-struct Hot {
+struct Specialised {
   using Function = F;
-  static constexpr bool hot = true;
+  static constexpr bool specialised = true;
   static constexpr int c = kCoefficients, even = (c + 1) / 2, width = kWidth;
   static constexpr int row = (c + 3) / 4 * 4;  // of samples
   static_assert(kWidth % 4 == 0);
@@ -26,7 +26,7 @@ struct Share {
 
 // The layers as a block has them in its shared memory, and what is done with one channel or the whole of a layer.
 template <typename S, typename R>
-struct HotLayers {
+struct SpecialisedLayers {
   R *samples, *inverse;  // [n_pairs, S::row]
   R* weights;            // [n_layers - 1, c, width, width]: coefficient, row, column
   int n_pairs;

@@ -1,0 +1,152 @@
+"""The sparse matrix that makes the packed weights of the native code from a layer's parameters, one flat vector.
+
+Its counterpart in C++ is ``SparseMatrix`` of ``csrc/packing.h``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from scipy import sparse
+
+from ...plan import Coupling, Linear, Plan
+from .terms import padded
+
+
+class PackingMatrix:
+    """The matrix, one block of rows after the other; as many columns as there are parameters, ``n_parameters``."""
+
+    def __init__(self, n_parameters: int):
+        self.n_parameters, self.n_rows = n_parameters, 0
+        self._blocks: list[sparse.csr_matrix] = []
+
+    def add(self, rows: sparse.csr_matrix) -> int:
+        """The position of the first of these rows among the packed weights."""
+        first = self.n_rows
+        self._blocks.append(rows)
+        self.n_rows += rows.shape[0]
+        return first
+
+    def add_copies(self, parameters: np.ndarray) -> int:
+        """The position of the first of rows that copy one of these parameters each; −1: a row that gives 0."""
+        return self.add(selection(parameters, self.n_parameters))
+
+    def stacked(self) -> sparse.csr_matrix:
+        """All rows; the blocks, which of large fields take as much memory, are given up."""
+        blocks, self._blocks = self._blocks, []
+        return sparse.vstack(blocks, format="csr")
+
+
+def selection(columns: np.ndarray, n_columns: int) -> sparse.csr_matrix:
+    """Rows with a single 1 each, in these columns; column −1: an empty row."""
+    inside = np.flatnonzero(columns >= 0)
+    entries = (np.ones(len(inside)), (inside, columns[inside]))
+    return sparse.coo_matrix(entries, shape=(len(columns), n_columns)).tocsr()
+
+
+# ---- hidden layers
+
+
+def linear_rows(layer: Linear, index: np.ndarray, start: int, n_parameters: int) -> sparse.csr_matrix:
+    """The rows of the values of W (out, in) at ``index`` in its flat form, whose weights start at parameter
+    ``start``."""
+    rows, columns, values = [], [], []
+    for block in layer.blocks:
+        n_b, o, i = block.basis.shape
+        u, v, b, o, i = np.ix_(range(len(block.out_start)), range(len(block.in_start)), range(n_b), range(o), range(i))
+        row = (block.out_start[u] + o) * layer.in_size + block.in_start[v] + i
+        column = start + block.offset + (u * block.n_in + block.columns[v]) * n_b + b
+        value = block.basis[b, o, i]
+        row, column, value = np.broadcast_arrays(row, column, value)
+        rows.append(row[value != 0]), columns.append(column[value != 0]), values.append(value[value != 0])
+    entries = (np.concatenate([*values, [0.0]]), (np.concatenate([*rows, [0]]), np.concatenate([*columns, [0]])))
+    dense = sparse.coo_matrix(entries, shape=(layer.out_size * layer.in_size, n_parameters)).tocsr()
+    return dense[index]
+
+
+def bias_rows(layer: Linear, order: np.ndarray, start: int, n_parameters: int) -> sparse.csr_matrix:
+    """The rows of the bias, its coefficients in this order; its parameters, if it has some, start at ``start``."""
+    rows, n = sparse.lil_matrix((layer.out_size, n_parameters)), layer.bias.shape[1]
+    if n:
+        rows[:, start : start + n] = layer.bias[order]
+    return rows.tocsr()
+
+
+# ---- the last layer
+
+
+class ThetaLayouts(NamedTuple):
+    """The parameter of every number of a coupling's θ in both layouts; −1 in the padding of rows of channels."""
+
+    theta: np.ndarray  # [b][u][v, w], for the reverse sweep
+    theta_forward: np.ndarray  # [b][v][w][u], for the forward pass
+
+
+def theta_layouts(coupling: Coupling, start: int, constant: bool) -> ThetaLayouts:
+    """``start``: of the coupling's parameter; ``constant``: it reads the constant hidden feature."""
+    n_hidden, n_basis = len(coupling.hidden_start), coupling.basis.shape[0]
+    per_row = np.arange(n_hidden * n_basis).reshape(n_hidden, n_basis)
+    parameters = start + coupling.row[:, :, None, None] + per_row  # (U, V, W, b)
+    theta = parameters.transpose(3, 0, 1, 2)
+    theta = theta[..., 0] if constant else _padded_rows(theta).reshape(n_basis, len(coupling.out_start), -1)
+    theta_forward = _padded_rows(parameters.transpose(3, 1, 2, 0))
+    return ThetaLayouts(_padded_rows(theta).reshape(-1), theta_forward.reshape(-1))
+
+
+def _padded_rows(numbers: np.ndarray) -> np.ndarray:
+    """The last axis filled up with −1 to the size of a row of channels."""
+    size = numbers.shape[-1]
+    return np.pad(numbers, [(0, 0)] * (numbers.ndim - 1) + [(0, padded(size) - size)], constant_values=-1)
+
+
+def dense_couplings(plan: Plan) -> tuple[Coupling, ...]:
+    """The outer product f ⊗ h, mixed by the whole kernel tensor (C_out, C_in, H): coordinates count as fields."""
+    n_out, n_in, n_hidden = plan.out_size, plan.in_size, plan.hidden_size
+    row = np.arange(n_out * n_in).reshape(n_out, n_in) * n_hidden
+    parts = (np.arange(n_hidden - 1), np.array([n_hidden - 1]))
+    return tuple(
+        Coupling(
+            parameter="kernel",
+            row=row + part[0],
+            out_start=np.arange(n_out),
+            in_start=np.arange(n_in),
+            hidden_start=part,
+            basis=np.ones((1, 1, 1, 1)),
+            fold=np.zeros((0, 0, 0)),
+            fold_into=-1,
+        )
+        for part in parts
+        if len(part)
+    )
+
+
+def kernel_entries(plan: Plan, n_weights: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every product θ·B: its position in the flat (C_out, C_in, H) kernel tensor, that of θ among the last layer's
+    parameters, ``n_weights`` weights and then its bias, and B."""
+    fields = [(len(c.out_start), len(c.in_start), len(c.hidden_start)) for c in plan.couplings]
+    counts = [math.prod(n) * c.counts[0] for n, c in zip(fields, plan.couplings, strict=True)]
+    position, column, value = (np.empty(sum(counts), dtype) for dtype in (np.int64, np.int64, float))
+    ends = np.cumsum(counts)
+    for c, n, count, end in zip(plan.couplings, fields, counts, ends, strict=True):
+        b, o, i, m = np.nonzero(c.basis)
+        u, v, w, _ = np.ogrid[: n[0], : n[1], : n[2], :1]
+        here = position[end - count : end].reshape(*n, len(b))
+        here[...] = (c.out_start[u] + o) * plan.in_size + c.in_start[v] + i
+        here *= plan.hidden_size
+        here += c.hidden_start[w] + m
+        here = column[end - count : end].reshape(*n, len(b))
+        here[...] = c.row[u, v] + w * len(c.basis) + (0 if c.parameter == "weights" else n_weights)
+        here += b
+        value[end - count : end].reshape(*n, len(b))[...] = c.basis[b, o, i, m]
+    return position, column, value
+
+
+def kernel_rows(plan: Plan, starts: dict[str, int], n_parameters: int) -> sparse.csr_matrix:
+    """(C_out · C_in · H, n_parameters): the rows of the flat kernel tensor; ``starts``: of the last layer's weights and
+    bias among the parameters."""
+    position, column, value = kernel_entries(plan, starts["bias"] - starts["weights"])
+    column += starts["weights"]
+    shape = plan.out_size * plan.in_size * plan.hidden_size, n_parameters
+    return sparse.coo_matrix((value, (position, column)), shape=shape).tocsr()
