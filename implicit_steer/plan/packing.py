@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .plan import Activation, Coupling, Linear, Norm, Plan
+from .layers import Activation, Linear, Norm
+from .plan import Coupling, Plan
 
 
 def is_traced() -> bool:
