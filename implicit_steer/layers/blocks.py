@@ -38,8 +38,8 @@ def node_regions(pos: Tensor, radius: float, size: int) -> Iterator[Region]:
     """Regions of at most ``size`` nodes, every node in one of them, with the edges of ``radius_graph(pos, radius)``.
 
     The cloud is halved along its longer side until the parts are small enough; a part's halo is what lies within
-    ``radius`` of its bounding box. What a layer computes for ``own`` is what it gives there on the whole cloud, up to the
-    order of its sums.
+    ``radius`` of its bounding box. What a layer computes for ``own`` is what it gives there on the whole cloud, up to
+    the order of its sums.
 
     Args:
         pos: (N, D) positions, floating point, finite, in memory: the edges and the features need not be.

@@ -75,9 +75,10 @@ def _by_preference(plan: Plan, device: torch.device) -> tuple[tuple[str, ...], s
         what, where = "ns per edge", f", by what was measured on {name}"
     else:
         cost, what, where = instructions_per_edge(plan), "warp instructions per edge", ""
-    first, second = sorted(cost, key=cost.get)
-    reason = f"; predicted {cost[first]:,.1f} {what}, {second} {cost[second]:,.1f}{where}"
-    return (first, second, *(name for name in _PREFERENCE if name not in cost)), reason
+    first, *others = sorted(cost, key=cost.get)
+    rivals = "".join(f", {name} {cost[name]:,.1f}" for name in others)
+    preferred = (first, *others, *(name for name in _PREFERENCE if name not in cost))
+    return preferred, f"; predicted {cost[first]:,.1f} {what}{rivals}{where}"
 
 
 def choose_for_kernel(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:

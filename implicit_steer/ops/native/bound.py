@@ -198,14 +198,14 @@ class BoundKernel:
     def packed(self) -> tuple[Tensor, Tensor]:
         """The batch norms' running statistics, and packed weights at them; packed again only if a parameter or a
         statistic holds other bytes than last time."""
-        cached = self._cache
-        if cached is None or not torch.ops.implicit_steer.same_values(self._sources, cached[0]):
+        last = self._cache
+        if last is None or not torch.ops.implicit_steer.same_values(self._sources, last[0]):
             # Cached tensors must not be those of torch.inference_mode: autograd would refuse them later.
             plain_tensors = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
             with plain_tensors, torch.no_grad():
                 copy, statistics = torch.cat([t.reshape(-1) for t in self._sources]), self.running()
-                self._cache = cached = copy, statistics, self.pack(self.learned, statistics)
-        return cached[1:]
+                self._cache = last = copy, statistics, self.pack(self.learned, statistics)
+        return last[1:]
 
 
 def bind(plan: Plan, parameters: Parameters, make: type[BoundKernel]) -> BoundKernel:

@@ -67,7 +67,11 @@ class NativeBackend(Backend):
 
 @dataclass(eq=False)
 class Convolution:
-    """Inputs x, delta, attributes, bias; the output (N, C_out)."""
+    """Inputs x, delta, attributes, bias; the output (N_dst, C_out).
+
+    Attributes:
+        n_inputs, geometry: how many inputs there are, and which of them are delta and attributes.
+    """
 
     bound: BoundKernel
     graph: Graph
@@ -106,7 +110,7 @@ class Convolution:
 
 @dataclass(eq=False)
 class HiddenFeatures:
-    """Inputs delta, attributes; the output h (P, H), times γ s(|x|)."""
+    """Inputs delta, attributes; the output h (P, H), times γ s(|x|). Otherwise as :class:`Convolution`."""
 
     bound: BoundKernel
     n_inputs, geometry = 2, slice(0, 2)
@@ -117,12 +121,12 @@ class HiddenFeatures:
         return torch.ops.implicit_steer.conv_hidden(*arguments)
 
     def backward(self, needs: Sequence[bool], grad: Tensor, packed: Tensor, *inputs: Tensor) -> Sequence[Tensor]:
-        """As that of a convolution, but all of them."""
+        """The gradients of the inputs and of ``packed``, all of them."""
         arguments = *self.bound.arrays, packed, *inputs, grad.contiguous(), instruction_set()
         return torch.ops.implicit_steer.conv_hidden_backward(*arguments)
 
     def gradients(self, *arguments) -> list[Tensor]:
-        """As those of a convolution."""
+        """The gradients of the inputs and the parameters."""
         return composed_gradients(self, *arguments)
 
 
@@ -190,7 +194,10 @@ def _refuse_tangents(backend: str, tensors: Sequence[Tensor]) -> None:
 def run(
     call: Convolution | HiddenFeatures, statistics_from: StatisticsSource, inputs: Sequence[Tensor]
 ) -> tuple[Tensor, Sequence[NormStatistics]]:
-    """The output of a call on contiguous inputs, and the batch norms' statistics if they are measured."""
+    """The output of a call on contiguous inputs, and the batch norms' statistics if they are measured.
+
+    Where torch.compile or torch.func is looking on, the parameters are packed anew, by an operator that these see.
+    """
     bound, measured = call.bound, statistics_from.measured
     geometry = *inputs[call.geometry], statistics_from.pool
     if is_traced():
