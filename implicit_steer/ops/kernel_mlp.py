@@ -236,8 +236,7 @@ def hidden_features(
         z = torch.nn.functional.linear(y, w, b).unflatten(1, (act.channels, -1))
         y = _activate(plan, act, edge, z, merged)
         if measured and plan.norms:
-            h = _expand(plan.frame, edge, y)
-            statistics.append(_statistics(plan.norms[n], h, statistics_from.pool))
+            statistics.append(_statistics(plan.norms[n], _expand(plan.frame, edge, y), statistics_from.pool))
             fold_norm(plan, weights, n, parameters.norms[n], *statistics[-1])
         if n + 1 < len(weights.linears):
             y = y.flatten(1)

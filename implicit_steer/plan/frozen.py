@@ -82,11 +82,13 @@ def require_indices(name: str, index: np.ndarray, count: int, shape: tuple | Non
 
 
 def require_number(name: str, value: Any) -> None:
+    """Raise unless this is a finite number."""
     ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     require(ok, name, "a finite number", repr(value))
 
 
 def require_shape(name: str, array: np.ndarray | None, shape: tuple) -> None:
+    """Raise unless there is an array of this shape."""
     require(array is not None and array.shape == shape, name, f"shape {shape}", getattr(array, "shape", None))
 
 
