@@ -20,7 +20,7 @@ from torch import Tensor
 
 from implicit_steer import Graph, radius_graph
 from implicit_steer.layers import values
-from implicit_steer.layers.blocks import Block, convolve_in_blocks
+from implicit_steer.layers.blocks import Region, convolve_in_blocks
 from implicit_steer.testing.cases import LARGE
 
 DEGREE = 16  # neighbours on average
@@ -56,9 +56,9 @@ def cloud(points: int, seed: int = 0) -> tuple[Tensor, float]:
     return pos, (DEGREE / points * 3 / (4 * torch.pi)) ** (1 / 3)
 
 
-def lengths(block: Block) -> Tensor:
+def lengths(region: Region) -> Tensor:
     """The layer's one attribute."""
-    return block.edge_delta.norm(dim=1, keepdim=True)
+    return region.edge_delta.norm(dim=1, keepdim=True)
 
 
 def difference(conv: torch.nn.Module) -> float:
@@ -87,10 +87,10 @@ def measure(conv: torch.nn.Module, points: int, size: int, folder: Path) -> dict
         part[:] = rng.standard_normal(part.shape, dtype=np.float32)
     edges = 0
 
-    def attributes(block: Block) -> Tensor:
+    def attributes(region: Region) -> Tensor:
         nonlocal edges
-        edges += block.graph.num_edges
-        return lengths(block)
+        edges += region.graph.num_edges
+        return lengths(region)
 
     with PeakMemory() as memory:
         pos, radius = cloud(points)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from implicit_steer.ops.native.cpu import BoundKernel, instruction_set
+from implicit_steer.ops.native.bound import BoundKernel
+from implicit_steer.ops.native.instruction_set import instruction_set
 from implicit_steer.ops.select import BACKENDS
 from implicit_steer.testing.cases import LARGE
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from implicit_steer.nn import ImplicitPointConv
 from implicit_steer.ops import select
 from implicit_steer.ops.conv import implicit_conv
+from implicit_steer.plan.moments import RUNNING
 from implicit_steer.testing.cases import Case, fields
 
 from . import related
@@ -160,7 +161,7 @@ def operator_step(case: Case, candidate: Candidate, measure: str) -> Callable[[]
     leaves = [*problem.requires_grad(), *kernel.parameters()] if with_gradients else []
     attributes = problem.delta.new_zeros(len(problem.delta), 0) if problem.attributes is None else problem.attributes
     arguments = kernel.plan, kernel.parameters_for_op(), problem.graph, problem.x, problem.delta, attributes
-    call = partial(implicit_conv, *arguments, batch_statistics=False, backend=candidate.backend)
+    call = partial(implicit_conv, *arguments, statistics_from=RUNNING, backend=candidate.backend)
 
     def forward() -> Tensor:
         with torch.no_grad():

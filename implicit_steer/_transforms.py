@@ -45,6 +45,15 @@ def refuse_derivatives(*tensors: Tensor) -> None:
         fail("grad_outputs", expected, "one under torch.func or forward mode", remedy, RuntimeError)
 
 
+def recorder(function: type[torch.autograd.Function]) -> Callable:
+    """``function.apply`` without its detour for torch.func, for callers that know that no transform is looking on.
+
+    ``torch.autograd.Function.apply`` is Python that first asks for transforms and binds its arguments to the signature
+    of ``forward``; the method of the same name of its base class, in C++, is what records the call for autograd.
+    """
+    return super(torch.autograd.Function, function).apply
+
+
 # ---- batches
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from implicit_steer import _native
-from implicit_steer.ops.native import cpu
+from implicit_steer.ops.native import instruction_set
 
 torch.set_num_threads(2)
 
@@ -33,11 +33,11 @@ def use_isa(monkeypatch):
 
     def use(name):
         monkeypatch.setenv("IMPLICIT_STEER_ISA", name)
-        cpu._instruction_set.cache_clear()
+        instruction_set._instruction_set.cache_clear()
 
     yield use
     monkeypatch.undo()
-    cpu._instruction_set.cache_clear()
+    instruction_set._instruction_set.cache_clear()
 
 
 @pytest.fixture

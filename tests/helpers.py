@@ -7,7 +7,7 @@ import torch
 from escnn.nn import GeometricTensor
 
 from implicit_steer import Graph, _native
-from implicit_steer.ops.native.cpu import INSTRUCTION_SETS
+from implicit_steer.ops.native.instruction_set import INSTRUCTION_SETS
 from implicit_steer.testing.cases import SMALL
 
 BACKENDS = ["reference", "eager", "cpu"]

@@ -3,7 +3,7 @@
 import torch
 from helpers import layer
 
-from implicit_steer.ops.native.cpu import BoundKernel
+from implicit_steer.ops.native.bound import BoundKernel
 from implicit_steer.testing.cases import SMALL
 
 
@@ -65,7 +65,7 @@ def operator_arguments():
             *[True] * 4,
             0,
         ),
-        "conv_statistics": (*arrays, *matrix, values, *fixed[2:], *bound.native.statistics, 0),
+        "conv_statistics": (*arrays, *matrix, values, *fixed[2:], *bound.native.statistics_shape, 0),
         "conv_moments": (*arrays, *fixed[:1], *fixed[2:], 1, plan.norms[1].channels * 16, 0),
         "conv_move_running": (
             statistics.view(2, -1),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _native
 from .._check import require
-from .._transforms import refuse_derivatives
+from .._transforms import recorder, refuse_derivatives
 from ..ops.autocast import without_autocast
 from ..plan.moments import Pool, moments, move_towards
 from ..plan.packing import cached, is_traced
@@ -77,7 +77,7 @@ class NormBase(NoTorchScript):
         if self._is_native(wide, kinds):
             statistics, learned = zip(*statistics, strict=True), zip(*((k.weight, k.bias) for k in kinds), strict=True)
             tensors = (_some(t, dtype) for column in (*statistics, *learned) for t in column)
-            y = _apply(self, kinds, wide.contiguous(), *tensors)
+            y = _recorded(self, kinds, wide.contiguous(), *tensors)
         else:
             y = self._normalised(wide, kinds, statistics)
         return y if y.dtype == x.dtype else y.to(x.dtype)
@@ -102,7 +102,7 @@ class NormBase(NoTorchScript):
             averages = [_some(kind.average, x.dtype) for kind in kinds]
             found = torch.ops.implicit_steer.field_statistics(x.contiguous(), *self._fields(kinds), averages)
             return [(mean if len(mean) else None, var) for mean, var in zip(*found, strict=True)]
-        count, mean, squares = moments(x.movedim(1, -1).flatten(0, -2), self.pool or True)
+        count, mean, squares = moments(x.movedim(1, -1).flatten(0, -2), self.pool)
         if self._by_kind is not None:
             mean, squares = mean[self._by_kind], squares[self._by_kind]
         lengths = [len(kind.var) * kind.size for kind in kinds]
@@ -199,7 +199,7 @@ def _differentiable(norm: NormBase, kinds: list[Kind], grad: Tensor, x: Tensor, 
     return [next(found) if want else None for want in wanted]
 
 
-_apply = super(torch.autograd.Function, _Norm).apply  # without the detour for torch.func, which is not looking on
+_recorded = recorder(_Norm)  # only where nothing is traced
 
 
 class _KindState(ExactBuffers, torch.nn.Module):

@@ -1,4 +1,5 @@
-"""Clouds larger than memory: a layer block by block of nodes, each with a halo of what its edges come from."""
+"""Clouds larger than memory: a layer on one region of nodes after the other, each with a halo of what its edges come
+from."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Block:
+class Region:
     """Nodes whose results are computed together, and all that they depend on.
 
     own (M,): their numbers, ascending; nodes (M + H,): ``own``, then the numbers of the halo; pos (M + H, D): where
@@ -33,17 +34,17 @@ class Block:
     edge_delta: Tensor
 
 
-def node_blocks(pos: Tensor, radius: float, size: int) -> Iterator[Block]:
-    """Blocks of at most ``size`` nodes, every node in one of them, with the edges of ``radius_graph(pos, radius)``.
+def node_regions(pos: Tensor, radius: float, size: int) -> Iterator[Region]:
+    """Regions of at most ``size`` nodes, every node in one of them, with the edges of ``radius_graph(pos, radius)``.
 
     The cloud is halved along its longer side until the parts are small enough; a part's halo is what lies within
-    ``radius`` of its bounding box. Whatever a block's layer computes for ``own`` is what the whole cloud's gives, up to
+    ``radius`` of its bounding box. What a layer computes for ``own`` is what it gives there on the whole cloud, up to
     the order of its sums.
 
     Args:
         pos: (N, D) positions, floating point, finite, in memory: the edges and the features need not be.
         radius: of the neighbourhoods, > 0.
-        size: nodes of a block, ≥ 1. A block of M nodes with d neighbours each takes about 50 M d bytes beside its
+        size: nodes of a region, ≥ 1. A region of M nodes with d neighbours each takes about 50 M d bytes beside its
             features.
 
     Raises:
@@ -60,15 +61,15 @@ def node_blocks(pos: Tensor, radius: float, size: int) -> Iterator[Block]:
         yield from _halved(pos, torch.arange(len(pos)), torch.arange(0), radius, size)
 
 
-def _halved(pos: Tensor, own: Tensor, around: Tensor, radius: float, size: int) -> Iterator[Block]:
-    """Blocks of the nodes ``own``; every other node within ``radius`` of their bounding box is in ``around``."""
+def _halved(pos: Tensor, own: Tensor, around: Tensor, radius: float, size: int) -> Iterator[Region]:
+    """Regions of the nodes ``own``; every other node within ``radius`` of their bounding box is in ``around``."""
     inside = pos[own]
     low, high = inside.amin(0), inside.amax(0)
     outside = pos[around]
     gap = torch.maximum(low - outside, outside - high).clamp(min=0)
     around = around[gap.norm(dim=1) <= radius * (1 + 1e-5)]  # no edge is lost to rounding in float32
     if len(own) <= size:
-        yield _block(pos, own.sort().values, around, radius)
+        yield _region(pos, own.sort().values, around, radius)
         return
     along = inside[:, int((high - low).argmax())]
     first = torch.zeros(len(own), dtype=torch.bool)
@@ -78,12 +79,12 @@ def _halved(pos: Tensor, own: Tensor, around: Tensor, radius: float, size: int) 
     yield from _halved(pos, other, torch.cat([around, one]), radius, size)
 
 
-def _block(pos: Tensor, own: Tensor, halo: Tensor, radius: float) -> Block:
+def _region(pos: Tensor, own: Tensor, halo: Tensor, radius: float) -> Region:
     nodes = torch.cat([own, halo])
     where = pos[nodes]
     edges = radius_graph(where, radius)
     edges = edges[:, edges[1] < len(own)]
-    return Block(own, nodes, where, Graph(edges, (len(nodes), len(own))), where[edges[1]] - where[edges[0]])
+    return Region(own, nodes, where, Graph(edges, (len(nodes), len(own))), where[edges[1]] - where[edges[0]])
 
 
 def convolve_in_blocks(
@@ -93,21 +94,21 @@ def convolve_in_blocks(
     radius: float,
     size: int,
     *,
-    edge_attr: Callable[[Block], Tensor] | None = None,
+    edge_attr: Callable[[Region], Tensor] | None = None,
     out: Tensor | np.ndarray | None = None,
 ) -> Any:
-    """``conv`` on the edges of ``radius_graph(pos, radius)``, block by block; without gradients.
+    """``conv`` on the edges of ``radius_graph(pos, radius)``, region by region; without gradients.
 
     Args:
         conv: an :class:`~implicit_steer.nn.ImplicitPointConv`, or a loaded one, in evaluation mode if it has batch
-            norms: their statistics would be a block's.
+            norms: their statistics would be a region's.
         x: (N, C_in) features in memory or on disk (``np.memmap``), in the dtype of the layer.
-        pos, radius, size: see :func:`node_blocks`.
-        edge_attr: a block → its edges' attributes (E, A); None for a layer without.
+        pos, radius, size: see :func:`node_regions`.
+        edge_attr: a region → its edges' attributes (E, A); None for a layer without.
         out: (N, C_out), where the results go, in memory or on disk; None: a new tensor.
 
     Returns:
-        ``out``. It must not be ``x``: later blocks read their halos there.
+        ``out``. It must not be ``x``: later regions read their halos there.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -125,9 +126,9 @@ def convolve_in_blocks(
     require(len(out) == len(pos), "out", f"{len(pos)} rows, one per node", len(out))
     require(out is not x, "out", "another array than x", "x itself")
     with torch.no_grad():
-        for block in node_blocks(pos, radius, size):
-            features = conv.in_type(torch.as_tensor(x[block.nodes]), block.pos)
-            attributes = None if edge_attr is None else edge_attr(block)
-            y = values(conv((features, len(block.own)), block.graph, block.edge_delta, attributes))
-            out[block.own] = y if isinstance(out, Tensor) else y.numpy()
+        for region in node_regions(pos, radius, size):
+            features = conv.in_type(torch.as_tensor(x[region.nodes]), region.pos)
+            attributes = None if edge_attr is None else edge_attr(region)
+            y = values(conv((features, len(region.own)), region.graph, region.edge_delta, attributes))
+            out[region.own] = y if isinstance(out, Tensor) else y.numpy()
     return out

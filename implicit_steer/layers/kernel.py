@@ -13,9 +13,10 @@ from torch import Tensor
 
 from .._check import fail, require
 from ..ops import conv as op
+from ..ops import select
 from ..ops.autocast import without_autocast
 from ..plan import Norm, Plan
-from ..plan.moments import Pool, move_towards
+from ..plan.moments import MEASURED, RUNNING, NormStatistics, Pool, StatisticsSource, move_towards
 from ..plan.packing import CallCache, NormParameters, Parameters, is_traced, is_transformed
 from . import hooks
 from ._modules import Fixed, NoTorchScript
@@ -84,7 +85,7 @@ class KernelBase(NoTorchScript, torch.nn.Module):
     def explain(self) -> str:
         """Group, sampling, frame, costs, and what evaluates K's values and why."""
         dtype = op.compute_dtype(self.parameters_for_op())
-        return f"{self.plan}\n  backend    {op.kernel_engine(self.plan, self.shell_width.device, dtype)[1]}"
+        return f"{self.plan}\n  backend    {select.choose_for_kernel(self.plan, self.shell_width.device, dtype)[1]}"
 
     def prepare_values(self) -> None:
         """Make ready what the kernel's values take beyond a convolution; torch.compile cannot at the first call."""
@@ -119,21 +120,23 @@ class KernelBase(NoTorchScript, torch.nn.Module):
         inside = [("the kernel", self)] if self._in_convolution else []
         hooks.warn_of_others(inside + [part for part in self.named_modules() if part[1] is not self])
 
-    def uses_batch_statistics(self, n_points: int, argument: str = "edge_delta") -> bool | Pool:
-        """Whether batch norms take their statistics from these points (training mode), or how they add others to them.
+    def statistics_source(self, n_points: int, argument: str = "edge_delta") -> StatisticsSource:
+        """Where batch norms take their statistics from: in training mode these points, and those of other processes
+        where :attr:`pool` adds them.
 
         Raises:
             ValueError: one single point, which has no variance.
         """
-        live = self.training and bool(self.plan.norms)
-        if live and self.pool is not None:
-            return self.pool
-        if live and n_points == 1:
+        if not (self.training and self.plan.norms):
+            return RUNNING
+        if self.pool is not None:
+            return StatisticsSource(measured=True, pool=self.pool)
+        if n_points == 1:
             expected = "at least 2 points in training mode with norm='batch'"
             fail(argument, expected, "1", "Call .eval(), use larger graphs, or norm=None.")
-        return live
+        return MEASURED
 
-    def update_running(self, statistics: Sequence) -> None:
+    def update_running(self, statistics: Sequence[NormStatistics]) -> None:
         """Move the batch norms' running statistics towards those of a batch, as escnn does in its forward pass."""
         buffers = [norm._buffers for norm, _ in self._norms]
         means, variances = ([b[names[k]] for b, (_, names) in zip(buffers, self._norms, strict=True)] for k in (2, 3))
@@ -195,9 +198,7 @@ class KernelBase(NoTorchScript, torch.nn.Module):
                 stacklevel=7,  # the line that called the module
             )
 
-    def forward(
-        self, pos: Tensor, attrs: Tensor | None = None, *, batch_statistics: bool | Pool | None = None
-    ) -> Tensor:
+    def forward(self, pos: Tensor, attrs: Tensor | None = None, *, batch_statistics: bool | None = None) -> Tensor:
         """K at P points.
 
         Args:
@@ -209,10 +210,13 @@ class KernelBase(NoTorchScript, torch.nn.Module):
             (P, C_out, C_in).
         """
         attributes = self.check_points("kernel", pos, attrs, None)
-        live = self.uses_batch_statistics(pos.shape[0], "pos") if batch_statistics is None else batch_statistics
+        if batch_statistics is None:
+            statistics_from = self.statistics_source(pos.shape[0], "pos")
+        else:
+            statistics_from = MEASURED if batch_statistics else RUNNING
         with without_autocast(pos):
             parameters = self.parameters_for_op()
-            k, statistics = op.implicit_kernel(self.plan, parameters, pos, attributes, batch_statistics=live)
+            k, statistics = op.implicit_kernel(self.plan, parameters, pos, attributes, statistics_from=statistics_from)
         if self.training:
             self.update_running(statistics)
         return k

@@ -100,7 +100,7 @@ class PointConvBase(Biased):
                 source,
                 edge_delta,
                 attributes,
-                batch_statistics=kernel.uses_batch_statistics(graph.num_edges),
+                statistics_from=kernel.statistics_source(graph.num_edges),
                 backend=self.backend,
             )
             if len(statistics):

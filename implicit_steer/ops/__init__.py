@@ -1,1 +1,1 @@
-"""The operator ``(plan, parameters, graph, features) → features``: its engines, and which of them runs."""
+"""The operator ``(plan, parameters, graph, features) → features``: its backends, and which of them runs."""

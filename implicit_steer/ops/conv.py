@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .. import _native
-from .._check import fail
 from ..graph import Graph
 from ..plan import Plan
-from ..plan.moments import Pool
+from ..plan.moments import RUNNING, NormStatistics, StatisticsSource
 from ..plan.packing import Parameters
 from . import select
-from .kernel_mlp import Statistics
-from .native import cpu, cuda
-from .reference import reference
+from .native import bound
 
 
 def compute_dtype(parameters: Parameters) -> torch.dtype:
@@ -22,29 +20,13 @@ def compute_dtype(parameters: Parameters) -> torch.dtype:
     return torch.float64 if parameters.shell_width.dtype == torch.float64 else torch.float32
 
 
-def prepared(plan: Plan, parameters: Parameters, *, values: bool) -> cpu.NativePlan | None:
+def prepared(plan: Plan, parameters: Parameters, *, values: bool) -> bound.NativePlan | None:
     """The plan for the native code, which torch.compile finds ready in ``parameters.cache``; None where that cannot run
     it. ``values``: also for the kernel's values."""
-    supported, _ = cpu.supports(plan, torch.device("cpu"), torch.float32)
-    if not supported:
+    if bound.refusal(plan, torch.float32):
         return None
-    native = cpu.native_plan(plan, parameters)
+    native = bound.native_plan(plan, parameters)
     return native.with_kernel() if values else native
-
-
-def _compiled_engine(parameters: Parameters, backend: str, device: torch.device):
-    """Under torch.compile, which cannot follow how a backend is chosen, `cpu` or `cuda` if it can run; else None."""
-    if not torch.compiler.is_compiling() or parameters.cache is None or parameters.cache.native is None:
-        return None
-    if device.type == "cuda":
-        if backend in ("auto", "cuda") and _native.cuda_usable(device)[0]:
-            return cuda
-        remedy = (
-            "Build the CUDA kernels (IMPLICIT_STEER_CUDA=require), or call the layer outside of compiled functions."
-        )
-        if backend in ("auto", "triton"):
-            fail("backend", "'cuda' inside torch.compile, on a GPU", repr(backend), remedy, RuntimeError)
-    return cpu if backend in ("auto", "cpu") and device.type == "cpu" else None
 
 
 def _cast(parameters: Parameters, dtype: torch.dtype) -> Parameters:
@@ -59,9 +41,10 @@ def _cast(parameters: Parameters, dtype: torch.dtype) -> Parameters:
     )
 
 
-def _live(plan: Plan, batch_statistics: bool | Pool, edges: int) -> bool | Pool:
-    """``batch_statistics`` where there is something to take them from."""
-    return bool(plan.norms) and (edges > 0 or callable(batch_statistics)) and batch_statistics
+def _possible_source(plan: Plan, statistics_from: StatisticsSource, edges: int) -> StatisticsSource:
+    """``statistics_from``, or ``RUNNING`` where there are no norms, or no edges of any process to measure them on."""
+    measurable = statistics_from.measured and plan.norms and (edges > 0 or statistics_from.pool is not None)
+    return statistics_from if measurable else RUNNING
 
 
 def implicit_conv(
@@ -69,12 +52,12 @@ def implicit_conv(
     parameters: Parameters,
     graph: Graph,
     x: Tensor,
-    edge_delta: Tensor,
-    edge_attr: Tensor,
+    delta: Tensor,
+    attributes: Tensor,
     *,
-    batch_statistics: bool | Pool,
+    statistics_from: StatisticsSource,
     backend: str = "auto",
-) -> tuple[Tensor, list[Statistics]]:
+) -> tuple[Tensor, Sequence[NormStatistics]]:
     """Convolve node features with the implicit kernel; arguments are taken as valid (``nn`` checks them).
 
     Args:
@@ -82,45 +65,34 @@ def implicit_conv(
         parameters: what was learned.
         graph: N_src, N_dst nodes and E edges.
         x: (N_src, C_in) features, any floating dtype; the arithmetic is the parameters' (at least float32).
-        edge_delta: (E, dim).
-        edge_attr: (E, A), A = 0 without attributes.
-        batch_statistics: take the batch norms' statistics from these edges (training) instead of the running ones; a
-            function adds the edges of other processes.
+        delta: (E, dim), position of the target minus that of the source.
+        attributes: (E, A), A = 0 without attributes.
+        statistics_from: where the batch norms take their statistics from.
         backend: name, or "auto".
 
     Returns:
-        (N_dst, C_out) in the arithmetic's dtype, and one :class:`Statistics` per batch norm (empty unless
-        ``batch_statistics``).
+        (N_dst, C_out) in the arithmetic's dtype, and one :class:`NormStatistics` per batch norm if they were measured.
     """
     dtype = compute_dtype(parameters)
-    engine = _compiled_engine(parameters, backend, x.device) or select.choose(backend, plan, x.device, dtype)[0]
+    chosen = (
+        select.choose_in_compiled(backend, parameters, x.device) or select.choose(backend, plan, x.device, dtype)[0]
+    )
     parameters = _cast(parameters, dtype)
-    live = _live(plan, batch_statistics, graph.num_edges)
-    tensors = [t if t.dtype == dtype else t.to(dtype) for t in (x, edge_delta, edge_attr)]
-    return engine.forward(plan, parameters, live, graph, *tensors)
-
-
-def kernel_engine(plan: Plan, device: torch.device, dtype: torch.dtype):
-    """What evaluates the kernel's values there: native code where it can, else `reference`; and why."""
-    if device.type == "cpu":
-        _native.found()
-    refused = []
-    for name, engine in (("cpu", cpu), ("cuda", cuda)):
-        supported, reason = engine.supports(plan, device, dtype)
-        if supported:
-            return engine, f"{name}: {reason}"
-        refused.append(f"not {name}: {reason}")
-    return reference, "; ".join(["reference: plain PyTorch", *refused])
+    statistics_from = _possible_source(plan, statistics_from, graph.num_edges)
+    tensors = [t if t.dtype == dtype else t.to(dtype) for t in (x, delta, attributes)]
+    return chosen.forward(plan, parameters, statistics_from, graph, *tensors)
 
 
 def implicit_kernel(
-    plan: Plan, parameters: Parameters, delta: Tensor, attributes: Tensor, *, batch_statistics: bool | Pool
-) -> tuple[Tensor, list[Statistics]]:
-    """K (P, C_out, C_in) at P points: delta (P, dim), attributes (P, A). Native on CPU tensors, `cuda` on CUDA
-    tensors where it can, else `reference`."""
+    plan: Plan, parameters: Parameters, delta: Tensor, attributes: Tensor, *, statistics_from: StatisticsSource
+) -> tuple[Tensor, Sequence[NormStatistics]]:
+    """K (P, C_out, C_in) at P points: delta (P, dim), attributes (P, A); and the statistics as of a convolution."""
     dtype = compute_dtype(parameters)
+    chosen = (
+        select.choose_in_compiled("cpu", parameters, delta.device)
+        or select.choose_for_kernel(plan, delta.device, dtype)[0]
+    )
     parameters = _cast(parameters, dtype)
-    live = _live(plan, batch_statistics, delta.shape[0])
-    engine = _compiled_engine(parameters, "cpu", delta.device) or kernel_engine(plan, delta.device, dtype)[0]
-    k, statistics = engine.kernel(plan, parameters, live, delta.to(dtype), attributes.to(dtype))
+    statistics_from = _possible_source(plan, statistics_from, delta.shape[0])
+    k, statistics = chosen.kernel(plan, parameters, statistics_from, delta.to(dtype), attributes.to(dtype))
     return k.to(delta.dtype), statistics

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .._transforms import one_by_one, refuse_derivatives
+from .._transforms import one_by_one, recorder, refuse_derivatives
 from ..plan import FUNCTIONS
 from ..plan.activations import phi, phi_prime, phi_second
 from ..plan.packing import is_traced, is_transformed
 from .autocast import without_autocast
-from .native.cpu import instruction_set
+from .native.instruction_set import instruction_set
 
 
-def fourier(function: str, x: Tensor, samples: Tensor, inverse_t: Tensor) -> Tensor:
+def fourier(activation: str, x: Tensor, samples: Tensor, inverse_t: Tensor) -> Tensor:
     """y = A⁻ φ(A x) of every field.
 
     Args:
-        function: φ, one of ``FUNCTIONS``.
+        activation: φ, one of ``FUNCTIONS``.
         x: (N, C · d, ...), floating point: C fields of d coefficients at every point of any trailing dimensions.
         samples, inverse_t: A and the transposed A⁻, (S, d) each, contiguous, of x's dtype and device; constants.
 
@@ -30,11 +30,11 @@ def fourier(function: str, x: Tensor, samples: Tensor, inverse_t: Tensor) -> Ten
         y, in the shape of x.
     """
     if not has_kernel(x) or is_transformed():
-        return _plain(function, x, samples, inverse_t)
-    arguments = x.contiguous(), samples, inverse_t, FUNCTIONS.index(function), instruction_set()
+        return _plain(activation, x, samples, inverse_t)
+    arguments = x.contiguous(), samples, inverse_t, FUNCTIONS.index(activation), instruction_set()
     if torch.compiler.is_compiling():
         return torch.ops.implicit_steer.fourier_forward(*arguments)
-    return (_Fourier.apply if is_traced() else _apply)(*arguments)
+    return (_Fourier.apply if is_traced() else _recorded)(*arguments)
 
 
 def has_kernel(x: Tensor) -> bool:
@@ -54,13 +54,13 @@ def _through(x: Tensor, into: Tensor, change, out: Tensor) -> Tensor:
     return y.movedim(-1, 2).reshape(x.shape)
 
 
-def _plain(function: str, x: Tensor, samples: Tensor, inverse_t: Tensor) -> Tensor:
-    return _through(x, samples, lambda u: phi(function, u), inverse_t)
+def _plain(activation: str, x: Tensor, samples: Tensor, inverse_t: Tensor) -> Tensor:
+    return _through(x, samples, lambda u: phi(activation, u), inverse_t)
 
 
-def _differential(function: str, x: Tensor, v: Tensor, samples: Tensor, inverse_t: Tensor) -> Tensor:
+def _differential(activation: str, x: Tensor, v: Tensor, samples: Tensor, inverse_t: Tensor) -> Tensor:
     """A⁻ (φ′(A x) · A v): the derivative of y along v."""
-    slopes = phi_prime(function, _fields(x, samples.shape[1]) @ samples.T)
+    slopes = phi_prime(activation, _fields(x, samples.shape[1]) @ samples.T)
     return _through(v, samples, lambda u: slopes * u, inverse_t)
 
 
@@ -71,7 +71,7 @@ _IGNORED = (None,) * 4  # samples, inverse_t, number of φ, instruction set
 
 def _save(ctx, inputs, output) -> None:
     *tensors, number, ctx.isa = inputs
-    ctx.function = FUNCTIONS[number]
+    ctx.activation = FUNCTIONS[number]
     ctx.save_for_backward(*tensors)
 
 
@@ -80,7 +80,7 @@ def _forward_gradient(ctx, grad: Tensor):
 
 
 def _by_operator(ctx, *tensors: Tensor):
-    grad_x = torch.ops.implicit_steer.fourier_backward(*tensors, FUNCTIONS.index(ctx.function), ctx.isa)
+    grad_x = torch.ops.implicit_steer.fourier_backward(*tensors, FUNCTIONS.index(ctx.activation), ctx.isa)
     return grad_x, *_IGNORED
 
 
@@ -89,9 +89,9 @@ def _backward_gradient(ctx, v: Tensor):
     grad, x, samples, inverse_t = ctx.saved_tensors
     d = samples.shape[1]
     with without_autocast(x):
-        bends = phi_second(ctx.function, _fields(x, d) @ samples.T) * (_fields(grad, d) @ inverse_t.T)
+        bends = phi_second(ctx.activation, _fields(x, d) @ samples.T) * (_fields(grad, d) @ inverse_t.T)
         d_x = _through(v, samples, lambda u: bends * u, samples)
-        return _differential(ctx.function, x, v, samples, inverse_t), d_x, *_IGNORED
+        return _differential(ctx.activation, x, v, samples, inverse_t), d_x, *_IGNORED
 
 
 class _Fourier(torch.autograd.Function):
@@ -119,17 +119,17 @@ class _Fourier(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, v: Tensor, *_) -> Tensor:
         x, samples, inverse_t = ctx.saved_tensors
-        return _differential(ctx.function, x, v, samples, inverse_t)
+        return _differential(ctx.activation, x, v, samples, inverse_t)
 
 
-_apply = super(torch.autograd.Function, _Fourier).apply  # without the detour for torch.func
+_recorded = recorder(_Fourier)
 
 
-def _forward_fake(x, samples, inverse_t, function, isa):
+def _forward_fake(x, samples, inverse_t, activation, isa):
     return torch.empty_like(x)
 
 
-def _backward_fake(grad, x, samples, inverse_t, function, isa):
+def _backward_fake(grad, x, samples, inverse_t, activation, isa):
     return torch.empty_like(x)
 
 

@@ -19,7 +19,7 @@ from statistics import median
 from .._files import add_to_tuning_cache, tuning_cache
 from ..plan import Plan
 
-_MEASURED = "gpu"  # name of what is kept
+_MEASURED = "gpu"  # name of the tuning cache
 
 _LANES, _NODE_DEGREE = 32, 16
 _CUDA_PRODUCT, _CUDA_FUNCTION = 4 / _LANES, 16 / _LANES

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..plan import Activation, Frame, Plan
+from ..plan import Activation, Frame, Norm, Plan
 from ..plan.activations import difference_quotient, phi
-from ..plan.moments import Pool, moments
-from ..plan.packing import Parameters, Weights, cached, constant, fold_linear, fold_theta, norm_affine, pack
+from ..plan.moments import NormStatistics, Pool, StatisticsSource, moments
+from ..plan.packing import Parameters, Weights, cached, constant, dense_kernel, fold_norm, pack
 
 # Radii below this take the difference quotient; above it A⁻ φ(u₀ + r w) / r is right to eps / r.
 NEAR = {torch.float32: 0.1, torch.float64: 0.01}
@@ -34,20 +34,21 @@ SOFTENING = {torch.float32: 1e-10, torch.float64: 1e-18}
 ZERO = {torch.float32: 1e-24, torch.float64: 1e-100}
 
 
-class Statistics(NamedTuple):
-    """Batch statistics of one norm in training: mean (channels, n_trivial), var (channels,)."""
+class EdgeFrame(NamedTuple):
+    """E edges in their frames: the MLP's inputs, and the way back from hidden coefficients c to hidden features h.
 
-    mean: Tensor
-    var: Tensor
+    ``first`` and ``second`` say how they return, by kind of frame:
 
+    - zonal: ``h[m] = first[m] c[coefficient[m]]``, first the harmonics r Y_m(x̂), without r for order 0; no ``second``.
+    - planar: ``h[m] = first[m] c[m] + second[m] c[partner[m]]``, first cos kφ, second sign[m] sin kφ, k the order; for
+      k ≥ 1 both times the radius where the frame is regular.
+    - none: ``h = c``; neither.
+    """
 
-class _Edge(NamedTuple):
-    """What the frame makes of E edges."""
-
-    inputs: Tensor  # (E, n_in); orders >= 1 divided by the radius where the frame is regular
+    inputs: Tensor  # (E, n_in); coefficients of orders >= 1 divided by the radius where the frame is regular
     radius: Tensor | None  # (E,) in regular frames
-    cosine: Tensor | None  # (E, d) zonal: factor of each hidden coordinate; planar: (radius ·) cos kφ
-    sine: Tensor | None  # (E, d) planar: (radius ·) sign · sin kφ
+    first: Tensor | None  # (E, d)
+    second: Tensor | None  # (E, d)
 
 
 def safe_norm(x: Tensor) -> Tensor:
@@ -77,15 +78,15 @@ def _monomials(u: Tensor, powers: np.ndarray) -> Tensor:
     return stacked[:, 0, columns[:, 0]] * stacked[:, 1, columns[:, 1]] * stacked[:, 2, columns[:, 2]]
 
 
-def _zonal_edge(frame: Frame, delta: Tensor, attributes: Tensor) -> _Edge:
+def _zonal_edge(frame: Frame, delta: Tensor, attributes: Tensor) -> EdgeFrame:
     radius = _soft_norm(delta)
     harmonics = constant(frame, "harmonics", delta)  # (d, n_monomials)
     degree = torch.tensor(frame.order[frame.coefficient], device=delta.device)
     y = _monomials(delta / radius[:, None], frame.powers) @ harmonics.T
     linear = delta @ harmonics[:, torch.tensor(_linear_monomials(frame), device=delta.device)].T
     # order 0: Y; order 1: r Y(x̂) = Y(x), exactly linear; above: r Y(x̂)
-    cosine = torch.where(degree == 0, y, torch.where(degree == 1, linear, radius[:, None] * y))
-    return _Edge(torch.cat([torch.ones_like(delta[:, :1]), attributes], 1), radius, cosine, None)
+    first = torch.where(degree == 0, y, torch.where(degree == 1, linear, radius[:, None] * y))
+    return EdgeFrame(torch.cat([torch.ones_like(delta[:, :1]), attributes], 1), radius, first, None)
 
 
 @lru_cache(maxsize=64)
@@ -95,9 +96,9 @@ def _linear_monomials(frame: Frame) -> list[int]:
     return [rows.index(unit) for unit in ([1, 0, 0], [0, 1, 0], [0, 0, 1])]
 
 
-def _rotate(values: Tensor, cosine: Tensor, sine: Tensor, partner: Tensor) -> Tensor:
-    """cos · c[m] + sin · c[partner[m]] over the last axis."""
-    return cosine * values + sine * values.index_select(-1, partner)
+def _rotate(values: Tensor, first: Tensor, second: Tensor, partner: Tensor) -> Tensor:
+    """first[m] c[m] + second[m] c[partner[m]] over the last axis."""
+    return first * values + second * values.index_select(-1, partner)
 
 
 def _multiples(c: Tensor, s: Tensor, order: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -110,7 +111,7 @@ def _multiples(c: Tensor, s: Tensor, order: np.ndarray) -> tuple[Tensor, Tensor]
     return torch.stack(cosines, -1)[:, pick], torch.stack(sines, -1)[:, pick]
 
 
-def _planar_edge(frame: Frame, delta: Tensor, attributes: Tensor) -> _Edge:
+def _planar_edge(frame: Frame, delta: Tensor, attributes: Tensor) -> EdgeFrame:
     p = delta @ constant(frame, "plane", delta)
     if frame.regular:
         radius = _soft_norm(p)
@@ -138,7 +139,7 @@ def _planar_edge(frame: Frame, delta: Tensor, attributes: Tensor) -> _Edge:
         scale = torch.where(order == 0, torch.ones_like(cosine), radius[:, None])
         cosine = torch.where(first_order, p[:, :1], scale * cosine)
         sine = torch.where(first_order, p[:, 1:], scale * sine)
-    return _Edge(inputs, radius if frame.regular else None, cosine, sine * constant(frame, "sign", delta))
+    return EdgeFrame(inputs, radius if frame.regular else None, cosine, sine * constant(frame, "sign", delta))
 
 
 def _attribute_direction(frame: Frame, attributes: Tensor) -> Tensor:
@@ -152,7 +153,7 @@ def _attribute_direction(frame: Frame, attributes: Tensor) -> Tensor:
     return direction
 
 
-def edge_frame(plan: Plan, delta: Tensor, attributes: Tensor) -> _Edge:
+def edge_frame(plan: Plan, delta: Tensor, attributes: Tensor) -> EdgeFrame:
     """MLP inputs in the edge's frame, and the way back."""
     frame = plan.frame
     attributes = attributes @ constant(frame, "attribute", delta)
@@ -160,10 +161,10 @@ def edge_frame(plan: Plan, delta: Tensor, attributes: Tensor) -> _Edge:
         return _zonal_edge(frame, delta, attributes)
     if frame.kind == "planar":
         return _planar_edge(frame, delta, attributes)
-    return _Edge(torch.cat([delta, attributes], 1), None, None, None)
+    return EdgeFrame(torch.cat([delta, attributes], 1), None, None, None)
 
 
-def _expand(frame: Frame, edge: _Edge, y: Tensor) -> Tensor:
+def _expand(frame: Frame, edge: EdgeFrame, y: Tensor) -> Tensor:
     """Coefficients (E, W, c) → full hidden features (E, W, d)."""
     if frame.kind == "none":
         return y
@@ -171,10 +172,10 @@ def _expand(frame: Frame, edge: _Edge, y: Tensor) -> Tensor:
         parts, start = [], 0
         for coefficient, run in groupby(frame.coefficient.tolist()):
             end = start + len(list(run))
-            parts.append(y[:, :, coefficient : coefficient + 1] * edge.cosine[:, None, start:end])
+            parts.append(y[:, :, coefficient : coefficient + 1] * edge.first[:, None, start:end])
             start = end
         return torch.cat(parts, -1)
-    return _rotate(y, edge.cosine[:, None], edge.sine[:, None], constant(frame, "partner", y))
+    return _rotate(y, edge.first[:, None], edge.second[:, None], constant(frame, "partner", y))
 
 
 @cached
@@ -192,7 +193,7 @@ def _near_origin(act: Activation, n: int, z: Tensor, radius: Tensor, samples: Te
     return torch.cat([(phi(act.function, u0) + r * d) @ inverse[:n].T, d @ inverse[n:].T], -1)
 
 
-def _activate(plan: Plan, act: Activation, edge: _Edge, z: Tensor, merged: bool) -> Tensor:
+def _activate(plan: Plan, act: Activation, edge: EdgeFrame, z: Tensor, merged: bool) -> Tensor:
     """Fourier activation on (E, W, c) coefficients."""
     samples, inverse = _samples(act, merged, z.dtype, z.device)
     if edge.radius is None:
@@ -209,48 +210,40 @@ def _activate(plan: Plan, act: Activation, edge: _Edge, z: Tensor, merged: bool)
     return y
 
 
-def _statistics(norm, h: Tensor, pool: Pool | bool) -> Statistics:
+def _statistics(norm: Norm, h: Tensor, pool: Pool | None) -> NormStatistics:
     """Batch statistics over the edges, detached as escnn's are: means of the trivial ones among the hidden features h
     (E, W, d), variances of all."""
     n, mean, squares = moments(h.detach(), pool)
-    return Statistics(mean.index_select(1, constant(norm, "measured", h)), squares.mean(1) / (n - 1))
+    return NormStatistics(mean.index_select(1, constant(norm, "measured", h)), squares.mean(1) / (n - 1))
 
 
 def hidden_features(
     plan: Plan,
     parameters: Parameters,
-    batch_statistics: bool | Pool,
+    statistics_from: StatisticsSource,
     delta: Tensor,
     attributes: Tensor,
     merged: bool = True,
-) -> tuple[Tensor, Weights, list[Statistics]]:
-    """h (E, H) with the constant one last, the weights with all batch norms folded in, and the batch statistics.
-
-    With ``batch_statistics`` those of the batch norms come from these edges (training), and those that it adds, else
-    they are the running ones.
-    """
-    weights = pack(plan, parameters, fold=not batch_statistics)
-    live = parameters.norms if batch_statistics else ()
+) -> tuple[Tensor, Weights, list[NormStatistics]]:
+    """h (E, H) with the constant one last, the weights with all batch norms folded in, and the statistics of each norm
+    if they are measured. ``merged``: equal samples are evaluated once."""
+    measured = statistics_from.measured
+    weights, statistics = pack(plan, parameters, fold=not measured), []
     edge = edge_frame(plan, delta, attributes)
-    y, linears, theta, statistics = edge.inputs, list(weights.linears), weights.theta, []
+    y = edge.inputs
     for n, act in enumerate(plan.activations):
-        w, b = linears[n]
+        w, b = weights.linears[n]
         z = torch.nn.functional.linear(y, w, b).unflatten(1, (act.channels, -1))
         y = _activate(plan, act, edge, z, merged)
-        if live:
-            norm = plan.norms[n]
-            statistics.append(_statistics(norm, _expand(plan.frame, edge, y), batch_statistics))
-            affine = norm_affine(norm, live[n], *statistics[-1])
-            if n + 1 < len(linears):
-                linears[n + 1] = fold_linear(norm, act, linears[n + 1], *affine)
-            else:
-                theta = fold_theta(plan, theta, *affine)
-        if n + 1 < len(linears):
+        if measured and plan.norms:
+            statistics.append(_statistics(plan.norms[n], _expand(plan.frame, edge, y), statistics_from.pool))
+            fold_norm(plan, weights, n, parameters.norms[n], *statistics[-1])
+        if n + 1 < len(weights.linears):
             y = y.flatten(1)
     if plan.activations:
         y = _expand(plan.frame, edge, y).flatten(1)
     h = torch.cat([y, y.new_ones(len(y), 1)], 1)
-    return h, Weights(linears, theta, weights.shell_width), statistics
+    return h, weights, statistics
 
 
 def radial_factor(plan: Plan, shell_width: Tensor, delta: Tensor) -> Tensor:
@@ -261,3 +254,12 @@ def radial_factor(plan: Plan, shell_width: Tensor, delta: Tensor) -> Tensor:
         return factor
     t = (safe_norm(delta) / plan.cutoff).clamp(max=1)
     return factor * (1 - t**3 * (10 - t * (15 - 6 * t)))
+
+
+def plain_kernel(
+    plan: Plan, parameters: Parameters, statistics_from: StatisticsSource, delta: Tensor, attributes: Tensor
+) -> tuple[Tensor, list[NormStatistics]]:
+    """K(x, a) = γ s(|x|) · mat(MLP(x ⊕ a)), shape (E, C_out, C_in); every sample evaluated, none merged."""
+    h, weights, statistics = hidden_features(plan, parameters, statistics_from, delta, attributes, merged=False)
+    k = (h @ dense_kernel(plan, weights).flatten(0, 1).T).view(len(h), plan.out_size, plan.in_size)
+    return k * radial_factor(plan, weights.shell_width, delta)[:, None, None], statistics

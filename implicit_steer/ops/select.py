@@ -1,4 +1,10 @@
-"""The interchangeable engines of the one operator. A backend asked for by name runs or raises; "auto" picks."""
+"""The registry of backends: their names, and who runs a call and why. Every such decision is made here.
+
+A backend asked for by name runs or raises with its reason. ``"auto"`` takes the first one that supports the plan: on
+CPU tensors `cpu`, else `eager`; on CUDA tensors `cuda` or `triton`, whichever is predicted to be faster, else the other
+one, else `eager`. Inside torch.compile, which cannot follow that search, it is `cpu` or `cuda`. The kernel alone comes
+from native code where that supports the plan, else from `reference`.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +13,25 @@ import torch
 from .. import _native
 from .._check import fail
 from ..plan import Plan
+from ..plan.packing import Parameters
+from .backend import Backend
 from .gpu_cost import instructions_per_edge, nanoseconds_per_edge
-from .native import cpu, cuda
-from .reference import eager, reference
-from .triton import backend as triton
+from .native.cpu import Cpu
+from .native.cuda import Cuda
+from .reference.eager import Eager
+from .reference.reference import Reference
+from .triton.backend import Triton
 
-BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu, "cuda": cuda, "triton": triton}
+BACKENDS: dict[str, Backend] = {b.name: b for b in (Reference(), Eager(), Cpu(), Cuda(), Triton())}
+NAMES = ("auto", *BACKENDS)
 
 _PREFERENCE = ("cpu", "cuda", "triton", "eager")  # of "auto": the first that supports the plan
-NAMES = ("auto", *BACKENDS)
+_OF_KERNEL = ("cpu", "cuda")  # of the kernel alone, else `reference`
 
 
 def availability() -> dict[str, tuple[bool, str]]:
     """Name → (available on this machine, why or why not)."""
-    return {
-        "reference": (True, "plain PyTorch; materialises the kernel of every edge (the oracle)"),
-        "eager": (True, "plain PyTorch; factored"),
-        "cpu": _native.available(),
-        "cuda": cuda.available(),
-        "triton": triton.available(),
-    }
+    return {name: backend.available() for name, backend in BACKENDS.items()}
 
 
 def check(name: str, plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
@@ -36,22 +41,8 @@ def check(name: str, plan: Plan, device: torch.device, dtype: torch.dtype) -> No
         choose(name, plan, device, dtype)
 
 
-def _by_preference(plan: Plan, device: torch.device) -> tuple[tuple[str, ...], str]:
-    """The backends, the one to be preferred first, and on a GPU why."""
-    if device.type != "cuda":
-        return _PREFERENCE, ""
-    name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else ""
-    if cost := nanoseconds_per_edge(plan, name):
-        what, where = "ns per edge", f", by what was measured on {name}"
-    else:
-        cost, what, where = instructions_per_edge(plan), "warp instructions per edge", ""
-    first, second = sorted(cost, key=cost.get)
-    reason = f"; predicted {cost[first]:,.1f} {what}, {second} {cost[second]:,.1f}{where}"
-    return (first, second, *(name for name in _PREFERENCE if name not in cost)), reason
-
-
-def choose(name: str, plan: Plan, device: torch.device, dtype: torch.dtype):
-    """The backend for ``name`` (an object with ``supports`` and ``forward``) and the reason for the choice.
+def choose(name: str, plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
+    """The backend for ``name`` and the reason for the choice.
 
     Raises:
         ValueError: unknown name.
@@ -73,3 +64,51 @@ def choose(name: str, plan: Plan, device: torch.device, dtype: torch.dtype):
     if not ok:
         fail("backend", f"a plan that {name!r} supports", reason, "Use backend='auto'.", RuntimeError)
     return BACKENDS[name], f"{name}: {reason}"
+
+
+def _by_preference(plan: Plan, device: torch.device) -> tuple[tuple[str, ...], str]:
+    """The backends, the one to be preferred first, and on a GPU why."""
+    if device.type != "cuda":
+        return _PREFERENCE, ""
+    name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else ""
+    if cost := nanoseconds_per_edge(plan, name):
+        what, where = "ns per edge", f", by what was measured on {name}"
+    else:
+        cost, what, where = instructions_per_edge(plan), "warp instructions per edge", ""
+    first, *others = sorted(cost, key=cost.get)
+    rivals = "".join(f", {name} {cost[name]:,.1f}" for name in others)
+    preferred = (first, *others, *(name for name in _PREFERENCE if name not in cost))
+    return preferred, f"; predicted {cost[first]:,.1f} {what}{rivals}{where}"
+
+
+def choose_for_kernel(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
+    """The backend that evaluates the kernel alone, and the reason for the choice."""
+    if device.type == "cpu":
+        _native.found()
+    refused = ""
+    for name in _OF_KERNEL:
+        ok, reason = BACKENDS[name].supports(plan, device, dtype)
+        if ok:
+            return BACKENDS[name], f"{name}: {reason}"
+        refused += f"; not {name}: {reason}"
+    return BACKENDS["reference"], f"reference: plain PyTorch{refused}"
+
+
+def choose_in_compiled(name: str, parameters: Parameters, device: torch.device) -> Backend | None:
+    """Inside torch.compile the backend for ``name`` if that is `cpu` or `cuda`, whose plans are ready before; else, and
+    outside of torch.compile, None: :func:`choose` decides.
+
+    Raises:
+        RuntimeError: on CUDA tensors "auto" or "triton" without usable CUDA kernels, with the remedy.
+    """
+    if not torch.compiler.is_compiling() or parameters.cache is None or parameters.cache.native is None:
+        return None
+    if device.type == "cuda":
+        if name in ("auto", "cuda") and _native.cuda_usable(device)[0]:
+            return BACKENDS["cuda"]
+        remedy = (
+            "Build the CUDA kernels (IMPLICIT_STEER_CUDA=require), or call the layer outside of compiled functions."
+        )
+        if name in ("auto", "triton"):
+            fail("backend", "'cuda' inside torch.compile, on a GPU", repr(name), remedy, RuntimeError)
+    return BACKENDS["cpu"] if name in ("auto", "cpu") and device.type == "cpu" else None

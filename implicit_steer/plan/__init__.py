@@ -1,6 +1,9 @@
-"""What to compute: :class:`Plan`, its activation functions, the packing of parameters, moments for batch statistics."""
+"""What to compute: :class:`Plan` and its pieces, the activations φ, the packing of parameters, batch statistics."""
 
-from .plan import FUNCTIONS, MAX_ORDER, Activation, Block, Coupling, Frame, FrozenArrays, Linear, Norm, Plan
+from .frame import MAX_ORDER, Frame
+from .frozen import FrozenArrays
+from .layers import FUNCTIONS, Activation, Block, Linear, Norm
+from .plan import Coupling, Plan
 
 __all__ = [
     "FUNCTIONS",

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class _Function(NamedTuple):
+class _Activation(NamedTuple):
     value: Callable[[Tensor], Tensor]  # φ
     prime: Callable[[Tensor], Tensor]  # φ′
     second: Callable[[Tensor], Tensor]  # φ″, in a kink that from below
@@ -47,12 +47,12 @@ def _tanh_second(u: Tensor) -> Tensor:
     return -2 * t * (1 - t.square())
 
 
-_TABLE: dict[str, _Function] = {
-    "elu": _Function(F.elu, lambda u: _exp_below(u, 1.0), lambda u: _exp_below(u, 0.0), True),
-    "relu": _Function(F.relu, lambda u: (u > 0).to(u.dtype), torch.zeros_like, True),
-    "silu": _Function(F.silu, _silu_prime, _silu_second, False),
-    "gelu": _Function(F.gelu, _gelu_prime, lambda u: (2 - u * u) * _normal_density(u), False),
-    "tanh": _Function(torch.tanh, lambda u: 1 - torch.tanh(u).square(), _tanh_second, False),
+_TABLE: dict[str, _Activation] = {
+    "elu": _Activation(F.elu, lambda u: _exp_below(u, 1.0), lambda u: _exp_below(u, 0.0), True),
+    "relu": _Activation(F.relu, lambda u: (u > 0).to(u.dtype), torch.zeros_like, True),
+    "silu": _Activation(F.silu, _silu_prime, _silu_second, False),
+    "gelu": _Activation(F.gelu, _gelu_prime, lambda u: (2 - u * u) * _normal_density(u), False),
+    "tanh": _Activation(torch.tanh, lambda u: 1 - torch.tanh(u).square(), _tanh_second, False),
 }
 
 # Below this |k| the quotient is the mean of φ′ over [b, b + k] by 4-point Gauss quadrature (error ~ 6e-10 k⁸ φ⁽⁹⁾),

@@ -1,8 +1,10 @@
-"""Mean and variance of rows that may be spread over processes."""
+"""Batch statistics: where norms take them from, and mean and variance of rows that may be spread over processes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +15,35 @@ Moments = tuple[int, Tensor, Tensor]  # number of rows, mean, sum of squared dev
 Pool = Callable[[int, Tensor, Tensor], Moments]  # those of some rows → those with the rows of other processes
 
 
-def moments(rows: Tensor, pool: Pool | bool) -> Moments:
-    """Of rows (N, ...), 0 without rows; ``pool`` may add others."""
+class NormStatistics(NamedTuple):
+    """What one batch norm of a kernel measures in a call: mean (channels, n_trivial), var (channels,)."""
+
+    mean: Tensor
+    var: Tensor
+
+
+@dataclass(frozen=True)
+class StatisticsSource:
+    """Where the batch norms of a kernel take their means and variances from. There are three kinds:
+
+    - ``RUNNING``: what the norms keep (evaluation mode);
+    - ``MEASURED``: the edges of this call (training mode);
+    - ``StatisticsSource(measured=True, pool=pool)``: these edges together with those of other processes.
+    """
+
+    measured: bool
+    pool: Pool | None = None  # adds the edges of other processes to what is measured
+
+
+RUNNING, MEASURED = StatisticsSource(measured=False), StatisticsSource(measured=True)
+
+
+def moments(rows: Tensor, pool: Pool | None = None) -> Moments:
+    """Of rows (N, ...), all 0 without rows; ``pool`` adds the rows of other processes."""
     n = len(rows)
     mean = rows.mean(0) if n else rows.new_zeros(rows.shape[1:])
     found = n, mean, (rows - mean).square().sum(0)
-    return pool(*found) if callable(pool) else found
+    return found if pool is None else pool(*found)
 
 
 def move_towards(kept: Sequence[Tensor], found: Sequence[Tensor], factor: float) -> None:

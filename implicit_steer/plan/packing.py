@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .plan import Activation, Coupling, Linear, Norm, Plan
+from .layers import Linear, Norm
+from .plan import Coupling, Plan
 
 
 def is_traced() -> bool:
@@ -42,13 +43,13 @@ class CallCache:
     Attributes:
         native: the plan as the native code takes it, or None; under torch.compile it has to be there already.
         tensors, parameters: those of the last call, and what holds them.
-        layer: what a backend made of ``parameters``.
+        bound: what a backend made of ``parameters``.
         hooks: how many had been registered when the layer's modules were last searched for some.
     """
 
     def __init__(self, native=None):
         self.native = native
-        self.tensors = self.parameters = self.layer = self.hooks = None
+        self.tensors = self.parameters = self.bound = self.hooks = None
 
     def __reduce__(self):
         return CallCache, (self.native,)
@@ -77,11 +78,11 @@ def cached(make: Callable) -> Callable:
     """``lru_cache`` for a function that makes tensors. These are none of torch.inference_mode, wherever it is called
     first: autograd would refuse them later; and none of torch.compile or torch.export, which look on with stand-ins."""
     make = torch.inference_mode(False)(make)
-    kept = lru_cache(maxsize=256)(make)
+    from_cache = lru_cache(maxsize=256)(make)
 
     @wraps(make)
     def call(*arguments):
-        return make(*arguments) if torch.compiler.is_compiling() else kept(*arguments)
+        return make(*arguments) if torch.compiler.is_compiling() else from_cache(*arguments)
 
     return call
 
@@ -104,17 +105,17 @@ class Constants:
 
     def __init__(self, *arrays: np.ndarray):
         self.exact = tuple(torch.tensor(a) for a in arrays)
-        self._kept: dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]] = {}
+        self._cache: dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]] = {}
 
     def like(self, x: Tensor) -> tuple[Tensor, ...]:
         """With the dtype and device of ``x``; integers keep theirs."""
         key = x.dtype, x.device
-        if key in self._kept:
-            return self._kept[key]
+        if key in self._cache:
+            return self._cache[key]
         with torch.inference_mode(False):  # kept for calls that autograd sees
             found = tuple(t.to(x.device, x.dtype if t.is_floating_point() else None) for t in self.exact)
         if not is_traced():
-            self._kept[key] = found
+            self._cache[key] = found
         return found
 
 
@@ -201,24 +202,30 @@ def running(p: NormParameters, trivial: Tensor) -> tuple[Tensor, Tensor]:
     return p.mean.index_select(1, trivial), p.var.view(-1)
 
 
-def norm_affine(norm: Norm, p: NormParameters, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """Batch norm as ``y → scale · y + shift``: scale (channels,), shift (channels, n_trivial)."""
+def fold_norm(plan: Plan, weights: Weights, n: int, p: NormParameters, mean: Tensor, var: Tensor) -> None:
+    """Fold batch norm ``n``, with these statistics, into what follows it in ``weights``: the next linear map, or θ.
+
+    The norm is ``y → scale · y + shift`` with scale = weight / sqrt(var + eps) (channels,) and shift = bias − mean ·
+    scale (channels, n_trivial), which the trivial coefficients alone have.
+    """
+    norm = plan.norms[n]
     scale = p.weight.view(-1) / (var + norm.eps).sqrt()
-    return scale, p.bias - mean * scale[:, None]
+    shift = p.bias - mean * scale[:, None]
+    if n + 1 < len(weights.linears):
+        weights.linears[n + 1] = _fold_into_linear(norm, *weights.linears[n + 1], scale, shift)
+    else:
+        weights.theta = _fold_into_theta(plan, weights.theta, scale, shift)
 
 
-def fold_linear(
-    norm: Norm, act: Activation, linear: tuple[Tensor, Tensor], scale: Tensor, shift: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The linear map after a batch norm, with that norm folded in: W · diag(scale), b + W · shift."""
-    w, b = linear
-    per_channel = w.view(w.shape[0], act.channels, -1)
+def _fold_into_linear(norm: Norm, w: Tensor, b: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """W · diag(scale), b + W · shift."""
+    per_channel = w.view(w.shape[0], norm.channels, -1)
     trivial = per_channel.index_select(2, constant(norm, "trivial", w))
     return (per_channel * scale[:, None]).reshape(w.shape), b + torch.einsum("ows,ws->o", trivial, shift)
 
 
-def fold_theta(plan: Plan, theta: list[Tensor], scale: Tensor, shift: Tensor) -> list[Tensor]:
-    """The mixing weights after the last batch norm: θ · scale, and the shift moved into the biases' couplings."""
+def _fold_into_theta(plan: Plan, theta: list[Tensor], scale: Tensor, shift: Tensor) -> list[Tensor]:
+    """θ · scale, and the shift moved into the biases' couplings."""
     folded = [t * scale[:, None] if c.parameter == "weights" else t for c, t in zip(plan.couplings, theta, strict=True)]
     for c, t in zip(plan.couplings, theta, strict=True):
         if c.fold_into >= 0:
@@ -231,11 +238,8 @@ def pack(plan: Plan, parameters: Parameters, fold: bool) -> Weights:
     """Dense weights from parameters; with ``fold`` the batch norms' running statistics are folded in (eval mode)."""
     linears = [_expansion(layer)(w, b) for layer, (w, b) in zip(plan.linears, parameters.linears[:-1], strict=True)]
     theta = [mixing_weights(c, *parameters.linears[-1]) for c in plan.couplings]
+    weights = Weights(linears, theta, parameters.shell_width)
     if fold:
         for n, (norm, p) in enumerate(zip(plan.norms, parameters.norms, strict=True)):
-            affine = norm_affine(norm, p, *running(p, constant(norm, "full_trivial", p.mean)))
-            if n + 1 < len(linears):
-                linears[n + 1] = fold_linear(norm, plan.activations[n], linears[n + 1], *affine)
-            else:
-                theta = fold_theta(plan, theta, *affine)
-    return Weights(linears, theta, parameters.shell_width)
+            fold_norm(plan, weights, n, p, *running(p, constant(norm, "full_trivial", p.mean)))
+    return weights

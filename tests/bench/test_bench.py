@@ -3,7 +3,6 @@
 import json
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from bench.steps import COMPILED, MATERIALISE, MEASURES, TOLERANCE, Candidate, c
 from bench.timing import interleaved, summary
 from implicit_steer import _native
 from implicit_steer.ops import select
-from implicit_steer.ops.reference import eager
+from implicit_steer.ops.reference.eager import Eager
 from implicit_steer.plan import FUNCTIONS
 from implicit_steer.testing import cases
 
@@ -33,11 +32,12 @@ def threads():
 def wrong_by(factor):
     """The eager backend, with outputs off by ``factor``."""
 
-    def forward(*args):
-        out, statistics = eager.forward(*args)
-        return factor * out, statistics
+    class Wrong(Eager):
+        def forward(self, *arguments):
+            out, statistics = super().forward(*arguments)
+            return factor * out, statistics
 
-    return SimpleNamespace(supports=eager.supports, forward=forward)
+    return Wrong()
 
 
 # ---- the whole command
@@ -104,10 +104,11 @@ def test_gate_is_red_on_small_and_on_undefined_errors(factor, monkeypatch):
 
 
 def test_gate_sees_a_wrong_gradient(monkeypatch):
-    def forward(plan, weights, live, graph, x, delta, attributes):
-        return eager.forward(plan, weights, live, graph, x, delta.detach(), attributes)
+    class Wrong(Eager):
+        def forward(self, plan, parameters, statistics_from, graph, x, delta, attributes):
+            return super().forward(plan, parameters, statistics_from, graph, x, delta.detach(), attributes)
 
-    monkeypatch.setitem(select.BACKENDS, "eager", SimpleNamespace(supports=eager.supports, forward=forward))
+    monkeypatch.setitem(select.BACKENDS, "eager", Wrong())
     forward_check, *training = gate(CASE, [MATERIALISE, Candidate("eager", "auto")])
     assert forward_check.ok
     assert [(check.ok, check.tensor, check.error) for check in training] == 2 * [(False, "edge_delta", 1.0)]
@@ -129,10 +130,11 @@ def test_relative_error():
 
 
 def test_unsupported_candidates_are_left_out_with_their_reason(monkeypatch):
-    narrow = SimpleNamespace(
-        supports=lambda plan, device, dtype: (plan.sampling == "escnn", "grids only"), forward=eager.forward
-    )
-    monkeypatch.setitem(select.BACKENDS, "eager", narrow)
+    class Narrow(Eager):
+        def supports(self, plan, device, dtype):
+            return plan.sampling == "escnn", "grids only"
+
+    monkeypatch.setitem(select.BACKENDS, "eager", Narrow())
     found, skipped = candidates(CASE, ["reference", "eager"])
     ours = [c for c in found if c.backend in select.BACKENDS]
     assert ours == [MATERIALISE, Candidate("eager", "escnn")]

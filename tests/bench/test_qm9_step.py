@@ -10,7 +10,7 @@ from escnn.nn import GeometricTensor
 
 from bench import qm9_step
 from implicit_steer.nn import IIDBatchNorm1d
-from implicit_steer.ops.reference import reference
+from implicit_steer.ops.select import BACKENDS
 
 PAUSE = 20.0  # ms
 
@@ -105,8 +105,8 @@ def test_what_blocks_make_of_their_times(monkeypatch):
 
 def test_the_other_backend_runs(monkeypatch):
     """Nine convolutions in each of its steps."""
-    forward, calls = reference.forward, []
-    monkeypatch.setattr(reference, "forward", lambda *arguments: calls.append(1) or forward(*arguments))
+    forward, calls = BACKENDS["reference"].forward, []
+    monkeypatch.setattr(BACKENDS["reference"], "forward", lambda *arguments: calls.append(1) or forward(*arguments))
     qm9_step.compare("reference", 2, batch_size=4)
     assert len(calls) == 9 * (1 + qm9_step.WARM_UP + 2)
 
@@ -148,13 +148,13 @@ def test_materialise_is_the_authors_algorithm(monkeypatch):
 
 
 def test_different_gradients_are_not_timed(monkeypatch, capsys):
-    forward = reference.forward
+    forward = BACKENDS["reference"].forward
 
     def wrong(*arguments):
         out, statistics = forward(*arguments)
         return 1.01 * out, statistics
 
-    monkeypatch.setattr(reference, "forward", wrong)
+    monkeypatch.setattr(BACKENDS["reference"], "forward", wrong)
     assert qm9_step.main([*AGAINST_REFERENCE, "--threads", str(torch.get_num_threads())]) == 1
     printed = capsys.readouterr().out
     assert "RED" in printed

@@ -8,7 +8,7 @@ from helpers import relative
 from bench import blocks as benchmark
 from implicit_steer import Graph, radius_graph
 from implicit_steer.layers import values
-from implicit_steer.layers.blocks import convolve_in_blocks, node_blocks
+from implicit_steer.layers.blocks import convolve_in_blocks, node_regions
 from implicit_steer.testing.cases import SMALL
 
 RADIUS = 0.35
@@ -26,15 +26,15 @@ def cloud(n, dim=3, seed=0):
 def test_every_edge_once(n, size):
     pos = cloud(n)
     owned, edges = [], []
-    for block in node_blocks(pos, RADIUS, size):
-        assert len(block.own) <= size
-        assert torch.equal(block.own, block.own.sort().values)
-        assert torch.equal(block.nodes[: len(block.own)], block.own)
-        assert torch.equal(block.pos, pos[block.nodes])
-        source, target = block.graph.edge_index
-        ends = torch.stack([block.nodes[source], block.own[target]])
-        assert torch.equal(block.edge_delta, pos[ends[1]] - pos[ends[0]])
-        owned.append(block.own)
+    for region in node_regions(pos, RADIUS, size):
+        assert len(region.own) <= size
+        assert torch.equal(region.own, region.own.sort().values)
+        assert torch.equal(region.nodes[: len(region.own)], region.own)
+        assert torch.equal(region.pos, pos[region.nodes])
+        source, target = region.graph.edge_index
+        ends = torch.stack([region.nodes[source], region.own[target]])
+        assert torch.equal(region.edge_delta, pos[ends[1]] - pos[ends[0]])
+        owned.append(region.own)
         edges.append(ends)
     assert torch.equal(torch.cat(owned).sort().values, torch.arange(n))
     found, expected = torch.cat(edges, 1), radius_graph(pos, RADIUS)
@@ -44,18 +44,18 @@ def test_every_edge_once(n, size):
 
 def test_edges_across_a_cut_of_exactly_the_radius():
     line = torch.arange(64, dtype=torch.float32)[:, None]
-    edges = sum(block.graph.num_edges for block in node_blocks(line, 1.0, 8))
+    edges = sum(region.graph.num_edges for region in node_regions(line, 1.0, 8))
     assert edges == 2 * 63
 
 
 def test_points_on_top_of_each_other():
-    blocks = list(node_blocks(torch.zeros(10, 3), 0.1, 3))
-    assert sum(len(block.own) for block in blocks) == 10
-    assert sum(block.graph.num_edges for block in blocks) == 90
+    regions = list(node_regions(torch.zeros(10, 3), 0.1, 3))
+    assert sum(len(region.own) for region in regions) == 10
+    assert sum(region.graph.num_edges for region in regions) == 90
 
 
 def test_no_points():
-    assert list(node_blocks(torch.zeros(0, 3), 0.1, 3)) == []
+    assert list(node_regions(torch.zeros(0, 3), 0.1, 3)) == []
 
 
 @pytest.mark.parametrize("name", ["o3", "o3-no-attr"])
@@ -72,14 +72,14 @@ def test_blockwise_is_the_whole(name, tmp_path):
     delta = pos[edges[1]] - pos[edges[0]]
     with torch.no_grad():
         whole = values(conv(conv.in_type(x, pos), Graph(edges, 200), delta, attributes(delta)))
-    of_block = (lambda block: attributes(block.edge_delta)) if has_attributes else None
-    found = convolve_in_blocks(conv, x, pos, RADIUS, 23, edge_attr=of_block)
+    of_region = (lambda region: attributes(region.edge_delta)) if has_attributes else None
+    found = convolve_in_blocks(conv, x, pos, RADIUS, 23, edge_attr=of_region)
     assert relative(found, whole) < 1e-14  # measured: 2e-16
     files = [
         np.lib.format.open_memmap(tmp_path / f"{k}.npy", "w+", "float64", t.shape) for k, t in enumerate((x, whole))
     ]
     files[0][:] = x
-    assert convolve_in_blocks(conv, files[0], pos, RADIUS, 50, edge_attr=of_block, out=files[1]) is files[1]
+    assert convolve_in_blocks(conv, files[0], pos, RADIUS, 50, edge_attr=of_region, out=files[1]) is files[1]
     assert relative(torch.from_numpy(files[1]), whole) < 1e-14
 
 
@@ -106,12 +106,12 @@ def test_messages():
         r"x: expected 5 rows": lambda: convolve_in_blocks(conv.eval(), x[:4], pos, 1.0, 2),
         r"out: expected another array than x": lambda: convolve_in_blocks(conv.eval(), x, pos, 1.0, 2, out=x),
         r"out: expected 5 rows": lambda: convolve_in_blocks(conv.eval(), x, pos, 1.0, 2, out=x[:3]),
-        r"radius: expected a number > 0": lambda: list(node_blocks(pos, 0.0, 2)),
-        r"size: expected an integer >= 1": lambda: list(node_blocks(pos, 1.0, 0)),
-        r"pos: expected finite positions": lambda: list(node_blocks(pos / 0, 1.0, 2)),
+        r"radius: expected a number > 0": lambda: list(node_regions(pos, 0.0, 2)),
+        r"size: expected an integer >= 1": lambda: list(node_regions(pos, 1.0, 0)),
+        r"pos: expected finite positions": lambda: list(node_regions(pos / 0, 1.0, 2)),
     }
     for message, call in wrong.items():
         with pytest.raises(ValueError, match=message):
             call()
     with pytest.raises(TypeError, match=r"pos: expected a floating point tensor"):
-        list(node_blocks(pos.long(), 1.0, 2))
+        list(node_regions(pos.long(), 1.0, 2))

@@ -23,7 +23,8 @@ from helpers import layer, outcome, random_edges, unchanged, with_edges
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from implicit_steer import Graph
-from implicit_steer.ops.reference import reference
+from implicit_steer.ops.select import BACKENDS
+from implicit_steer.plan.moments import MEASURED
 from implicit_steer.testing.cases import SMALL, Case, Problem
 
 # Edges beyond the shell's reach are meant.
@@ -114,7 +115,8 @@ def second_order(conv, problem):
 def statistics(conv, delta, attributes):
     """Of every batch norm mean [W, n_trivial] and variance [W] over the edges."""
     kernel = conv.implicit_kernel
-    _, found = reference.kernel(kernel.plan, kernel.parameters_for_op(), True, delta, attributes)
+    parameters = kernel.parameters_for_op()
+    _, found = BACKENDS["reference"].kernel(kernel.plan, parameters, MEASURED, delta, attributes)
     return flat(t for of_norm in found for t in of_norm)
 
 

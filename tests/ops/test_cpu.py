@@ -21,9 +21,11 @@ from helpers import (
 )
 
 from implicit_steer import Graph
-from implicit_steer.ops.native import cpu
+from implicit_steer.ops.native.instruction_set import INSTRUCTION_SETS
+from implicit_steer.ops.select import BACKENDS
 from implicit_steer.plan import FUNCTIONS
 from implicit_steer.plan.activations import phi
+from implicit_steer.plan.moments import MEASURED
 from implicit_steer.testing.cases import SMALL, Case
 
 # Largest deviation over SAMPLED x CONFIGURATIONS, gradients included: 6.2e-14; 1.7e-5 for the shell width, a single
@@ -156,7 +158,7 @@ def test_one_edge_has_no_variance():
     kernel, problem = conv.implicit_kernel, with_edges(SMALL["o3"].inputs(conv), slice(1))
     inputs = problem.graph, problem.x, problem.delta, problem.attributes
     with pytest.raises(RuntimeError, match="at least 2 edges"):
-        cpu.forward(kernel.plan, kernel.parameters_for_op(), True, *inputs)
+        BACKENDS["cpu"].forward(kernel.plan, kernel.parameters_for_op(), MEASURED, *inputs)
 
 
 # ---- reproducibility, derivatives
@@ -369,7 +371,7 @@ def test_exp_to_two_ulp(dtype, low, high, isa):
     generator = np.random.default_rng(0)
     x = np.concatenate([generator.uniform(low, high, 200_000), generator.normal(0, 1, 200_000), [0.0, low, high]])
     x = x.astype(dtype)
-    ours = torch.ops.implicit_steer.lane_function(torch.from_numpy(x), 5, cpu.INSTRUCTION_SETS[isa]).numpy()
+    ours = torch.ops.implicit_steer.lane_function(torch.from_numpy(x), 5, INSTRUCTION_SETS[isa]).numpy()
     assert ulps(ours, np.exp(x.astype(np.longdouble))) <= 2
 
 
@@ -380,10 +382,10 @@ def test_erf(dtype, isa):
     generator = np.random.default_rng(0)
     x = [generator.uniform(-7, 7, 200_000), generator.normal(0, 0.5, 200_000), 10.0 ** generator.uniform(-30, 0, 2000)]
     x = np.concatenate(x).astype(dtype)
-    ours = torch.ops.implicit_steer.lane_function(torch.from_numpy(x), 6, cpu.INSTRUCTION_SETS[isa]).numpy()
+    ours = torch.ops.implicit_steer.lane_function(torch.from_numpy(x), 6, INSTRUCTION_SETS[isa]).numpy()
     assert ulps(ours, scipy.special.erf(x.astype(np.float64))) <= (2 if dtype is np.float32 else 3)
     limits = torch.tensor([0.0, torch.inf, -torch.inf, torch.nan], dtype=torch.from_numpy(x).dtype)
-    found = torch.ops.implicit_steer.lane_function(limits, 6, cpu.INSTRUCTION_SETS[isa])
+    found = torch.ops.implicit_steer.lane_function(limits, 6, INSTRUCTION_SETS[isa])
     torch.testing.assert_close(found, torch.erf(limits), rtol=0, atol=0, equal_nan=True)
 
 
@@ -391,7 +393,7 @@ def test_erf(dtype, isa):
 def test_exp_beyond_its_range(isa):
     for dtype in (torch.float32, torch.float64):
         x = torch.tensor([-1e30, -torch.inf, 1e30, torch.inf, torch.nan], dtype=dtype)
-        y = torch.ops.implicit_steer.lane_function(x, 5, cpu.INSTRUCTION_SETS[isa])
+        y = torch.ops.implicit_steer.lane_function(x, 5, INSTRUCTION_SETS[isa])
         tiny = 2 * torch.finfo(dtype).tiny * 2**6
         assert (y[:2] >= 0).all()
         assert (y[:2] <= tiny).all()
@@ -406,7 +408,7 @@ def test_functions(which, dtype, isa):
     x = torch.cat([torch.linspace(-30, 30, 20_001), torch.logspace(-30, 1, 500), -torch.logspace(-30, 1, 500)]).to(
         dtype
     )
-    function, isa = torch.ops.implicit_steer.lane_function, cpu.INSTRUCTION_SETS[isa]
+    function, isa = torch.ops.implicit_steer.lane_function, INSTRUCTION_SETS[isa]
     ours = function(x, which, isa)
     eps = torch.finfo(dtype).eps
     assert ((ours - phi(FUNCTIONS[which], x.double())).abs() <= 4 * eps * (1 + x.abs())).all()

@@ -8,9 +8,10 @@ import pytest
 import torch
 from helpers import CONFIGURATIONS, SAMPLED, assert_close, layer
 
-from implicit_steer.ops.native import cpu
+from implicit_steer.ops.native import bound
 from implicit_steer.ops.native.sample_pairs import sample_pairs
-from implicit_steer.ops.reference import reference
+from implicit_steer.ops.select import BACKENDS
+from implicit_steer.plan.moments import MEASURED, RUNNING
 from implicit_steer.testing.cases import SMALL
 
 # Largest deviation over SAMPLED x CONFIGURATIONS: 1.2e-12 in float64; 1.2e-6 in float32 for values, whose gradients
@@ -89,7 +90,7 @@ def test_copies_go_their_own_way(duplicate):
 def test_unchanged_parameters_are_packed_once(monkeypatch):
     packed = []
     monkeypatch.setattr(
-        cpu.BoundKernel, "pack", lambda *args, pack=cpu.BoundKernel.pack: packed.append(1) or pack(*args)
+        bound.BoundKernel, "pack", lambda *args, pack=bound.BoundKernel.pack: packed.append(1) or pack(*args)
     )
     conv = layer(SMALL["o3"])
     problem = SMALL["o3"].inputs(conv)
@@ -126,9 +127,11 @@ def test_symmetric_samples_are_paired(name, sampling, count):
 # ---- kernels at points
 
 
-def kernel_outcome(kernel, engine, delta, attributes, live):
+def kernel_outcome(kernel, backend, delta, attributes, statistics_from):
     delta, attributes = delta.clone().requires_grad_(), attributes.clone().requires_grad_()
-    k, statistics = engine.kernel(kernel.plan, kernel.parameters_for_op(), live, delta, attributes)
+    k, statistics = BACKENDS[backend].kernel(
+        kernel.plan, kernel.parameters_for_op(), statistics_from, delta, attributes
+    )
     weight = torch.linspace(-1, 1, k.numel(), dtype=k.dtype).view_as(k)
     leaves = {"delta": delta, "attributes": attributes} | dict(kernel.named_parameters())
     grads = torch.autograd.grad((k * weight).sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
@@ -145,9 +148,9 @@ def test_kernel_is_reference(name, sampling, configuration):
     if kernel.plan.frame.regular:
         delta[::5] *= 1e-3
     attributes = problem.attributes if problem.attributes is not None else delta.new_zeros(len(delta), 0)
-    live = configuration == "train" and bool(kernel.plan.norms)
-    expected = kernel_outcome(kernel, reference, delta, attributes, live)
-    assert_close(kernel_outcome(kernel, cpu, delta, attributes, live), expected, BOUND)
+    statistics_from = MEASURED if configuration == "train" and kernel.plan.norms else RUNNING
+    expected = kernel_outcome(kernel, "reference", delta, attributes, statistics_from)
+    assert_close(kernel_outcome(kernel, "cpu", delta, attributes, statistics_from), expected, BOUND)
 
 
 @pytest.mark.parametrize("name", ["o3", "so2-r3", "c4"])

@@ -17,15 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from implicit_steer import _files, _native
 from implicit_steer.graph import graph
-from implicit_steer.ops import conv as operator
 from implicit_steer.ops import gpu_cost, select
 from implicit_steer.ops.gpu_cost import instructions_per_edge
-from implicit_steer.ops.native import cpu, cuda
-from implicit_steer.ops.reference import reference
-from implicit_steer.ops.triton import backend as triton
+from implicit_steer.ops.native import bound
+from implicit_steer.ops.native import cuda as module
+from implicit_steer.plan.moments import RUNNING
 from implicit_steer.testing.cases import SMALL, Case
 
 GPU = torch.device("cuda")
+reference, cuda, triton = (select.BACKENDS[name] for name in ("reference", "cuda", "triton"))
 
 
 # ---- without a device
@@ -84,7 +84,7 @@ def test_too_large_a_plan_is_refused(monkeypatch):
     plan = layer(SMALL["o3"]).implicit_kernel.plan
     monkeypatch.setattr(cuda, "available", lambda: (True, ""))
     monkeypatch.setattr(_native, "cuda_usable", lambda device: (True, ""))
-    monkeypatch.setattr(cuda, "shared_bytes", lambda plan, dtype: 300_000)
+    monkeypatch.setattr(module, "shared_bytes", lambda plan, dtype: 300_000)
     properties = SimpleNamespace(shared_memory_per_block_optin=232_448)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert cuda.supports(plan, GPU, torch.float32) == (
@@ -193,7 +193,7 @@ def test_on_the_native_loops_it_is_reference(monkeypatch, name, options, configu
 def test_kernel_values_on_the_native_loops():
     conv = layer(SMALL["o3"])
     kernel, problem = conv.implicit_kernel, SMALL["o3"].inputs(conv)
-    arguments = kernel.plan, kernel.parameters_for_op(), False, problem.delta, problem.attributes
+    arguments = kernel.plan, kernel.parameters_for_op(), RUNNING, problem.delta, problem.attributes
     assert torch.allclose(cuda.kernel(*arguments)[0], reference.kernel(*arguments)[0], atol=1e-12)
 
 
@@ -201,7 +201,7 @@ def test_kernel_values_on_the_native_loops():
 def test_compiled_on_the_native_loops(monkeypatch, configuration):
     """Its Python side is traced without a break: values and gradients are those of the calls that are not compiled."""
     monkeypatch.setattr(cuda, "supports", lambda plan, device, dtype: (True, ""))
-    monkeypatch.setattr(operator, "_compiled_engine", lambda *_: cuda if torch.compiler.is_compiling() else None)
+    monkeypatch.setattr(select, "choose_in_compiled", lambda *_: cuda if torch.compiler.is_compiling() else None)
     torch._dynamo.reset()
     conv = layer(SMALL["o3"], configuration, backend="cuda")
     problem, function = SMALL["o3"].inputs(conv), function_of(conv)
@@ -220,14 +220,14 @@ def test_backend_inside_a_compiled_function(monkeypatch):
             refused = name == "triton" or (name == "auto" and not usable)
             message = "backend: expected 'cuda' inside torch.compile, on a GPU, got"
             with pytest.raises(RuntimeError, match=message) if refused else nullcontext():
-                assert operator._compiled_engine(parameters, name, GPU) == (cuda if usable else None)
+                assert select.choose_in_compiled(name, parameters, GPU) == (cuda if usable else None)
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_parameter_sizes_are_those_of_the_layer(name):
     conv = layer(SMALL[name])
-    sizes = tuple(t.numel() for t in cpu._learned(conv.implicit_kernel.parameters_for_op()))
-    assert cuda._parameter_sizes(conv.implicit_kernel.plan) == sizes
+    sizes = tuple(t.numel() for t in bound.learned_tensors(conv.implicit_kernel.parameters_for_op()))
+    assert bound.parameter_sizes(conv.implicit_kernel.plan) == sizes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -235,10 +235,10 @@ def test_shared_memory_is_counted(dtype):
     """By the kernel library, where this build has it."""
     plan = layer(SMALL["o3"]).implicit_kernel.plan
     if _native.cuda_available()[0]:
-        assert 0 < cuda.shared_bytes(plan, dtype) < 227 * 1024
+        assert 0 < module.shared_bytes(plan, dtype) < 227 * 1024
     else:
         with pytest.raises(RuntimeError, match="backend 'cuda': its kernels could not be loaded"):
-            cuda.shared_bytes(plan, dtype)
+            module.shared_bytes(plan, dtype)
 
 
 # ---- stand-ins for CUDA tensors

@@ -7,6 +7,7 @@ from helpers import BACKENDS, layer
 from bench.qm9_step import synthetic
 from implicit_steer.experiments.models import QM9Net
 from implicit_steer.ops.conv import implicit_kernel
+from implicit_steer.plan.moments import RUNNING
 from implicit_steer.testing.cases import SMALL
 
 
@@ -40,7 +41,7 @@ def test_kernel_gradients_after_inference_mode():
     problem = SMALL["o3"].inputs(layer(SMALL["o3"]))
     arguments = problem.delta, problem.attributes
     with torch.inference_mode():
-        implicit_kernel(kernel.plan, kernel.parameters_for_op(), *arguments, batch_statistics=False)
-    values, _ = implicit_kernel(kernel.plan, kernel.parameters_for_op(), *arguments, batch_statistics=False)
+        implicit_kernel(kernel.plan, kernel.parameters_for_op(), *arguments, statistics_from=RUNNING)
+    values, _ = implicit_kernel(kernel.plan, kernel.parameters_for_op(), *arguments, statistics_from=RUNNING)
     values.sum().backward()
     assert all(p.grad is not None for p in kernel.mlp.linears[-1].parameters())

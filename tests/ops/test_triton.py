@@ -16,7 +16,6 @@ from implicit_steer.ops.triton.tables import MOST_COEFFICIENTS, tables, unsuppor
 from implicit_steer.testing.cases import SMALL, Case
 
 _TESTS = Path(__file__).parents[1]
-_TRITON = triton
 _FILES = ("check_backends.py", "check_derivatives.py", "check_operators.py", "check_interpreter.py")
 
 
@@ -56,8 +55,8 @@ def test_cpu_tensors_are_refused_without_the_interpreter():
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(_TRITON.importlib.util, "find_spec", lambda name: None)
-    ok, reason = _TRITON.available()
+    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
+    ok, reason = triton.Triton().available()
     assert not ok
     assert "pip install implicit_steer[triton]" in reason
 

@@ -20,7 +20,7 @@ from helpers import BACKENDS, layer, outcome, relative, with_edges
 
 from implicit_steer.experiments.models import QM9Net
 from implicit_steer.nn import IIDBatchNorm1d
-from implicit_steer.ops.native import cuda
+from implicit_steer.ops.select import BACKENDS as REGISTERED
 from implicit_steer.plan.moments import combined, moments
 from implicit_steer.testing.cases import SMALL
 from implicit_steer.training import processes
@@ -66,7 +66,7 @@ def test_moments(sizes):
 @pytest.mark.parametrize("name", ["o3", "so2-r3", "o3-vector-attr", "c4"])
 def test_layers_with_pooled_statistics(monkeypatch, name, backend, shares):
     """Backend `cuda` on the native loops, which its operators run on CPU tensors."""
-    monkeypatch.setattr(cuda, "supports", lambda plan, device, dtype: (True, ""))
+    monkeypatch.setattr(REGISTERED["cuda"], "supports", lambda plan, device, dtype: (True, ""))
     case = SMALL[name]
     conv = layer(case, "train")
     problem = case.inputs(conv)

@@ -1,1 +1,1 @@
-"""Native code: C++ for processors, CUDA for GPUs, behind the same operators."""
+"""Native code, C++ and CUDA: `cpu` and `cuda` share the plan's arrays, the packing of parameters and autograd."""

@@ -7,37 +7,37 @@ from torch import Tensor
 
 from ...graph import Graph
 from ...plan import Plan
-from ...plan.moments import Pool
-from ...plan.packing import Parameters, dense_kernel
-from ..kernel_mlp import Statistics, hidden_features, radial_factor
+from ...plan.moments import NormStatistics, StatisticsSource
+from ...plan.packing import Parameters
+from ..backend import Backend
 from ..mean_and_bias import mean_and_bias
 
 
-def supports(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    """Every plan, device and dtype."""
-    return True, "plain PyTorch, materialises the kernel of every edge"
+class Reference(Backend):
+    """Plain PyTorch on the kernel of every edge; for every plan, device and dtype."""
 
+    name = "reference"
 
-def kernel(
-    plan: Plan, parameters: Parameters, batch_statistics: bool | Pool, delta: Tensor, attributes: Tensor
-) -> tuple[Tensor, list[Statistics]]:
-    """K(x, a) = γ s(|x|) · mat(MLP(x ⊕ a)), shape (E, C_out, C_in); every sample evaluated, none merged."""
-    h, weights, statistics = hidden_features(plan, parameters, batch_statistics, delta, attributes, merged=False)
-    k = (h @ dense_kernel(plan, weights).flatten(0, 1).T).view(len(h), plan.out_size, plan.in_size)
-    return k * radial_factor(plan, weights.shell_width, delta)[:, None, None], statistics
+    def available(self) -> tuple[bool, str]:
+        """Everywhere."""
+        return True, "plain PyTorch; materialises the kernel of every edge (the oracle)"
 
+    def supports(self, plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+        """Every plan, device and dtype."""
+        return True, "plain PyTorch, materialises the kernel of every edge"
 
-def forward(
-    plan: Plan,
-    parameters: Parameters,
-    batch_statistics: bool | Pool,
-    graph: Graph,
-    x: Tensor,
-    delta: Tensor,
-    attributes: Tensor,
-) -> tuple[Tensor, list[Statistics]]:
-    """out_i = bias + Σ_{e: j→i} K(x_e, a_e) f_j, shape (N, C_out)."""
-    k, statistics = kernel(plan, parameters, batch_statistics, delta, attributes)
-    messages = torch.einsum("eoi,ei->eo", k, x.index_select(0, graph.src))
-    out = x.new_zeros(graph.num_dst, plan.out_size).index_add(0, graph.dst, messages)
-    return mean_and_bias(plan, parameters, graph, out), statistics
+    def forward(
+        self,
+        plan: Plan,
+        parameters: Parameters,
+        statistics_from: StatisticsSource,
+        graph: Graph,
+        x: Tensor,
+        delta: Tensor,
+        attributes: Tensor,
+    ) -> tuple[Tensor, list[NormStatistics]]:
+        """out_i = bias + Σ_{e: j→i} K(x_e, a_e) f_j, shape (N_dst, C_out)."""
+        k, statistics = self.kernel(plan, parameters, statistics_from, delta, attributes)
+        messages = torch.einsum("eoi,ei->eo", k, x.index_select(0, graph.src))
+        total = x.new_zeros(graph.num_dst, plan.out_size).index_add(0, graph.dst, messages)
+        return mean_and_bias(plan, parameters, graph, total), statistics

@@ -1,5 +1,5 @@
-"""Backend `triton`: CUDA kernels without a compiler on the user's machine; the kernels:
-``implicit_steer/ops/triton``.
+"""Backend `triton`: CUDA kernels without a compiler on the user's machine. The kernels are the other files of this
+folder.
 
 Neither E × C_out × C_in nor N × C_in × H exists; the reduced hidden coefficients, E × n_r, are written once. triton is
 imported at the first use. Under ``TRITON_INTERPRET=1`` the kernels run on CPU tensors, slowly.
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ...graph import Graph
 from ...plan import Plan
-from ...plan.moments import Pool
-from ...plan.packing import Parameters, fold_linear, fold_theta, norm_affine, pack
-from ..kernel_mlp import Statistics
+from ...plan.moments import NormStatistics, StatisticsSource
+from ...plan.packing import Parameters, fold_norm, pack
+from ..backend import Backend
 from ..mean_and_bias import mean_and_bias
 from .tables import unsupported
 
@@ -28,73 +28,74 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def available() -> tuple[bool, str]:
-    """Whether it runs on this machine, and why or why not."""
-    if importlib.util.find_spec("triton") is None:
-        return False, "the package triton is not installed: pip install implicit_steer[triton]"
-    if interpreted():
-        return True, "interpreted on CPU tensors (TRITON_INTERPRET=1)"
-    if not torch.cuda.is_available():
-        return False, "no CUDA device; TRITON_INTERPRET=1 interprets the kernels on CPU tensors"
-    return True, f"Triton kernels on {torch.cuda.get_device_name()}"
-
-
 @lru_cache(maxsize=256)
 def _unsupported(plan: Plan) -> str | None:
     return unsupported(plan)
 
 
-def supports(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    """CUDA tensors (under TRITON_INTERPRET=1 CPU tensors) in float32 or float64; every plan of the lowering with up
-    to ``MOST_COEFFICIENTS`` coefficients in a hidden layer."""
-    expected = "cpu" if interpreted() else "cuda"
-    if device.type != expected:
-        hint = "" if interpreted() else "; TRITON_INTERPRET=1 interprets the kernels on CPU tensors"
-        return False, f"runs on {expected} tensors, these are on {device}{hint}"
-    ok, reason = available()
-    if not ok:
-        return False, reason
-    if dtype not in (torch.float32, torch.float64):
-        return False, f"computes in float32 or float64, not {dtype}"
-    reason = _unsupported(plan)
-    return reason is None, reason or "Triton kernels: MLP and contraction, edges sorted by target"
+class Triton(Backend):
+    """Triton kernels: MLP and contraction, edges sorted by target."""
 
+    name = "triton"
 
-def forward(
-    plan: Plan,
-    parameters: Parameters,
-    batch_statistics: bool | Pool,
-    graph: Graph,
-    x: Tensor,
-    delta: Tensor,
-    attributes: Tensor,
-) -> tuple[Tensor, list[Statistics]]:
-    """out_i = bias + Σ_{e: j→i} K(x_e, a_e) f_j, shape (N, C_out)."""
-    from . import dense, launch, operators
+    def available(self) -> tuple[bool, str]:
+        """Whether it runs on this machine, and why or why not."""
+        if importlib.util.find_spec("triton") is None:
+            return False, "the package triton is not installed: pip install implicit_steer[triton]"
+        if interpreted():
+            return True, "interpreted on CPU tensors (TRITON_INTERPRET=1)"
+        if not torch.cuda.is_available():
+            return False, "no CUDA device; TRITON_INTERPRET=1 interprets the kernels on CPU tensors"
+        return True, f"Triton kernels on {torch.cuda.get_device_name()}"
 
-    key, prepared = operators.register_plan(plan), launch.prepare(plan, x.device, x.dtype)
-    weights = pack(plan, parameters, fold=not batch_statistics)
-    attributes = dense.attributes_in_frame(plan, attributes)
-    ops, shell = torch.ops.implicit_steer, weights.shell_width
-    inputs, radius, factor, q = ops.triton_frame(key, delta, attributes, graph.order, shell)
-    linears, theta, statistics = list(weights.linears), weights.theta, []
-    for n, norm in enumerate(plan.norms if batch_statistics else ()):
-        with torch.no_grad():
-            packed = dense.pack_layers(prepared, linears[: n + 1])
-            y = ops.triton_hidden(key, inputs, radius, factor, packed, n + 1)
-            statistics.append(dense.statistics(prepared, norm, y, q, batch_statistics))
-        affine = norm_affine(norm, parameters.norms[n], *statistics[-1])
-        if n + 1 < len(linears):
-            linears[n + 1] = fold_linear(norm, plan.activations[n], linears[n + 1], *affine)
+    def supports(self, plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+        """CUDA tensors (under TRITON_INTERPRET=1 CPU tensors) in float32 or float64; every plan of the lowering with
+        up to ``MOST_COEFFICIENTS`` coefficients in a hidden layer."""
+        expected = "cpu" if interpreted() else "cuda"
+        if device.type != expected:
+            hint = "" if interpreted() else "; TRITON_INTERPRET=1 interprets the kernels on CPU tensors"
+            return False, f"runs on {expected} tensors, these are on {device}{hint}"
+        ok, reason = self.available()
+        if not ok:
+            return False, reason
+        if dtype not in (torch.float32, torch.float64):
+            return False, f"computes in float32 or float64, not {dtype}"
+        reason = _unsupported(plan)
+        return reason is None, reason or "Triton kernels: MLP and contraction, edges sorted by target"
+
+    def forward(
+        self,
+        plan: Plan,
+        parameters: Parameters,
+        statistics_from: StatisticsSource,
+        graph: Graph,
+        x: Tensor,
+        delta: Tensor,
+        attributes: Tensor,
+    ) -> tuple[Tensor, list[NormStatistics]]:
+        """out_i = bias + Σ_{e: j→i} K(x_e, a_e) f_j, shape (N_dst, C_out)."""
+        from . import dense, launch, operators
+
+        key, prepared = operators.register_plan(plan), launch.prepare(plan, x.device, x.dtype)
+        measured, statistics = statistics_from.measured, []
+        weights = pack(plan, parameters, fold=not measured)
+        attributes = dense.attributes_in_frame(plan, attributes)
+        ops, shell = torch.ops.implicit_steer, weights.shell_width
+        inputs, radius, factor, q = ops.triton_frame(key, delta, attributes, graph.order, shell)
+        for n, norm in enumerate(plan.norms if measured else ()):
+            with torch.no_grad():
+                packed = dense.pack_layers(prepared, weights.linears[: n + 1])
+                y = ops.triton_hidden(key, inputs, radius, factor, packed, n + 1)
+                statistics.append(dense.statistics(prepared, norm, y, q, statistics_from.pool))
+            fold_norm(plan, weights, n, parameters.norms[n], *statistics[-1])
+        if weights.linears:
+            packed = dense.pack_layers(prepared, weights.linears)
+            r = ops.triton_layers(key, inputs, radius, factor, packed)
         else:
-            theta = fold_theta(plan, theta, *affine)
-    if linears:
-        r = ops.triton_layers(key, inputs, radius, factor, dense.pack_layers(prepared, linears))
-    else:
-        r = torch.cat([inputs * factor[:, None], factor[:, None]], 1)
-    differentiable = torch.is_grad_enabled() and x.requires_grad
-    by_source = (graph.order_by_source, graph.colptr) if differentiable else (graph.order, graph.rowptr)
-    source = graph.src.index_select(0, graph.order)
-    mixed = dense.pack_theta(prepared, theta)
-    total = ops.triton_contract(key, x, q, r, mixed, source, graph.rowptr, graph.order, *by_source, True)
-    return mean_and_bias(plan, parameters, graph, total), statistics
+            r = torch.cat([inputs * factor[:, None], factor[:, None]], 1)
+        differentiable = torch.is_grad_enabled() and x.requires_grad
+        by_source = (graph.order_by_source, graph.colptr) if differentiable else (graph.order, graph.rowptr)
+        source = graph.src.index_select(0, graph.order)
+        mixed = dense.pack_theta(prepared, weights.theta)
+        total = ops.triton_contract(key, x, q, r, mixed, source, graph.rowptr, graph.order, *by_source, True)
+        return mean_and_bias(plan, parameters, graph, total), statistics

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ...plan import Norm, Plan
 from ...plan.activations import difference_quotient, phi
-from ...plan.moments import Pool, combined, moments
+from ...plan.moments import NormStatistics, Pool, combined, moments
 from ...plan.packing import constant
-from ..kernel_mlp import NEAR, Statistics, edge_frame, radial_factor
+from ..kernel_mlp import NEAR, edge_frame, radial_factor
 from .launch import Prepared
 from .tables import KINDS, Tables
 
@@ -39,10 +39,10 @@ def geometry(
     if sizes.kind == KINDS["none"]:
         return edge.inputs, delta.new_empty(0), factor, delta.new_empty(len(delta), 0)
     if sizes.kind == KINDS["zonal"]:
-        q = edge.cosine.index_select(1, pick)
+        q = edge.first.index_select(1, pick)
     else:
-        sine = edge.sine.index_select(1, pick) * constant(plan.frame, "sign", delta)[pick]
-        q = torch.stack([edge.cosine.index_select(1, pick), sine], -1).flatten(1)
+        sine = edge.second.index_select(1, pick) * constant(plan.frame, "sign", delta)[pick]
+        q = torch.stack([edge.first.index_select(1, pick), sine], -1).flatten(1)
     if not plan.frame.regular:
         return edge.inputs, delta.new_empty(0), factor, q
     return edge.inputs[:, 1:], edge.radius, factor, q
@@ -96,17 +96,17 @@ def _coordinates(prepared: Prepared, y: Tensor, q: Tensor) -> Tensor:
     return first[..., None] * y[:, rho[0]] + second[..., None] * y[:, rho[1]]
 
 
-def statistics(prepared: Prepared, norm: Norm, y: Tensor, q: Tensor, pool: Pool | bool) -> Statistics:
+def statistics(prepared: Prepared, norm: Norm, y: Tensor, q: Tensor, pool: Pool | None) -> NormStatistics:
     """Batch statistics of one norm over all edges, from hidden coefficients (E, n_zero + n_rest): means of the trivial
     coefficients, variances of the full features. Some edges at a time, whose sums of squares are put together; ``pool``
     adds others."""
     pieces = zip(y.view(len(y), -1, prepared.sizes.channels).split(_EDGES), q.split(_EDGES), strict=True)
-    parts = [moments(_coordinates(prepared, some, direction), False) for some, direction in pieces]
+    parts = [moments(_coordinates(prepared, some, direction)) for some, direction in pieces]
     n, mean, total = combined(parts) if len(parts) > 1 else parts[0]  # (d, channels)
-    if callable(pool):
+    if pool is not None:
         n, mean, total = pool(n, mean, total)
     trivial = mean.index_select(0, constant(norm, "measured", y))
-    return Statistics(trivial.T.contiguous(), (total / (n - 1)).mean(0))
+    return NormStatistics(trivial.T.contiguous(), (total / (n - 1)).mean(0))
 
 
 def pack_layers(prepared: Prepared, linears: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -1,0 +1,216 @@
+"""The native operators as one differentiable function of inputs and parameters, for CPU and CUDA tensors.
+
+A call has two levels. :class:`NativeBackend` binds plan, parameters and graph to a *call*, a :class:`Convolution` or
+:class:`HiddenFeatures`, which knows its operator and the operators of its gradients. :func:`run` finds the weights at
+the right batch statistics and evaluates the call: the operator at once where nothing is to be differentiated, else by
+way of ``torch.autograd.Function``, which records it. The operators' shapes and second derivatives: operators.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import torch
+from torch import Tensor
+
+from ..._check import fail
+from ..._transforms import have_tangents, is_differentiated, recorder, refuse_derivatives
+from ...graph import Graph
+from ...plan import Plan
+from ...plan.moments import NormStatistics, StatisticsSource
+from ...plan.packing import Parameters, is_traced, is_transformed
+from ..backend import Backend
+from .bound import BoundKernel, JointStatistics, bind
+from .instruction_set import instruction_set
+from .operators import of_bias_backward, of_sums_backward
+
+
+class NativeBackend(Backend):
+    """What `cpu` and `cuda` share: they differ in ``bound``, how weights get to the native code, and in what they
+    support."""
+
+    bound: type[BoundKernel]
+
+    def forward(
+        self,
+        plan: Plan,
+        parameters: Parameters,
+        statistics_from: StatisticsSource,
+        graph: Graph,
+        x: Tensor,
+        delta: Tensor,
+        attributes: Tensor,
+    ) -> tuple[Tensor, Sequence[NormStatistics]]:
+        """out_i = bias + Σ_{e: j→i} K(x_e, a_e) f_j, shape (N_dst, C_out)."""
+        bound = bind(plan, parameters, self.bound)
+        inputs = x.contiguous(), delta.contiguous(), attributes.contiguous(), bound.bias
+        return run(Convolution(bound, graph), statistics_from, inputs)
+
+    def kernel(
+        self,
+        plan: Plan,
+        parameters: Parameters,
+        statistics_from: StatisticsSource,
+        delta: Tensor,
+        attributes: Tensor,
+    ) -> tuple[Tensor, Sequence[NormStatistics]]:
+        """K(x, a) (P, C_out, C_in): hidden features from the native code, the last layer one matrix product."""
+        bound = bind(plan, parameters, self.bound)
+        h, statistics = run(HiddenFeatures(bound), statistics_from, (delta.contiguous(), attributes.contiguous()))
+        return (h @ bound.kernel_matrix().T).view(h.shape[0], plan.out_size, plan.in_size), statistics
+
+
+# ---- level 1: what is called
+
+
+@dataclass(eq=False)
+class Convolution:
+    """Inputs x, delta, attributes, bias; the output (N_dst, C_out).
+
+    Attributes:
+        n_inputs, geometry: how many inputs there are, and which of them are delta and attributes.
+    """
+
+    bound: BoundKernel
+    graph: Graph
+    n_inputs, geometry = 4, slice(1, 3)
+
+    def forward(self, packed: Tensor, *inputs: Tensor) -> Tensor:
+        bound, graph, (*inputs, bias) = self.bound, self.graph, inputs
+        finish = bound.expansion.contiguous(), bias.contiguous(), bound.mean
+        tensors = *bound.arrays, packed, *inputs, graph.src, graph.order, graph.rowptr, *finish
+        return torch.ops.implicit_steer.conv_forward(*tensors, bound.plan.out_size, instruction_set())
+
+    def backward(self, needs: Sequence[bool], grad: Tensor, packed: Tensor, *inputs: Tensor) -> Sequence[Tensor]:
+        """The gradients of the inputs and of ``packed``; empty where not needed, but for the bias."""
+        bound, needs = self.bound, (*needs[:3], needs[4])
+        of_sums = of_sums_backward(self.graph.rowptr, bound.mean, grad)
+        of_bias = of_bias_backward(bound.expansion, grad)
+        tensors = *bound.arrays, packed, *inputs[:3], *self._edges(needs[0], of_sums)
+        *found, of_packed = torch.ops.implicit_steer.conv_backward(*tensors, *needs, instruction_set())
+        return *found, of_bias, of_packed
+
+    def gradients(self, needs, grad, packed, statistics, inputs, learned) -> list[Tensor]:
+        """The gradients of the inputs and the parameters, not differentiable."""
+        if not self.bound.joint_gradients:
+            return composed_gradients(self, needs, grad, packed, statistics, inputs, learned)
+        bound = self.bound
+        tensors = *bound.arrays, *bound.matrix, learned, statistics, packed, *inputs[:3], *self._edges(needs[0], grad)
+        arguments = *tensors, bound.expansion.contiguous(), bound.mean, *needs[:3], needs[4], instruction_set()
+        *found, of_learned = torch.ops.implicit_steer.conv_gradients(*arguments)
+        return [*found, *of_learned]
+
+    def _edges(self, by_source: bool, grad: Tensor) -> tuple[Tensor, ...]:
+        graph = self.graph
+        order = (graph.order_by_source, graph.colptr) if by_source else (graph.order, graph.rowptr)
+        return graph.src, graph.order, graph.rowptr, grad.contiguous(), *order
+
+
+@dataclass(eq=False)
+class HiddenFeatures:
+    """Inputs delta, attributes; the output h (P, H), times γ s(|x|). Otherwise as :class:`Convolution`."""
+
+    bound: BoundKernel
+    n_inputs, geometry = 2, slice(0, 2)
+
+    def forward(self, packed: Tensor, *inputs: Tensor) -> Tensor:
+        bound = self.bound
+        arguments = *bound.arrays, packed, *inputs, bound.plan.hidden_size, instruction_set()
+        return torch.ops.implicit_steer.conv_hidden(*arguments)
+
+    def backward(self, needs: Sequence[bool], grad: Tensor, packed: Tensor, *inputs: Tensor) -> Sequence[Tensor]:
+        """The gradients of the inputs and of ``packed``, all of them."""
+        arguments = *self.bound.arrays, packed, *inputs, grad.contiguous(), instruction_set()
+        return torch.ops.implicit_steer.conv_hidden_backward(*arguments)
+
+    def gradients(self, *arguments) -> list[Tensor]:
+        """The gradients of the inputs and the parameters."""
+        return composed_gradients(self, *arguments)
+
+
+def composed_gradients(
+    call: Convolution | HiddenFeatures, needs, grad, packed, statistics, inputs, learned
+) -> list[Tensor]:
+    """The gradients of the inputs and the parameters by operators that know their derivatives."""
+    *found, of_packed = call.backward(needs, grad, packed, *inputs)
+    return [*found, *call.bound.unpack_gradient(of_packed, learned, statistics)] if needs[-1] else found
+
+
+# ---- level 2: how it is evaluated
+
+
+class _Recorded(torch.autograd.Function):
+    """A call that autograd records: inputs and parameters → output, with weights that are packed already.
+
+    Its gradients, asked for with ``create_graph=True``, are made of the native operators, which know their derivatives.
+    """
+
+    @staticmethod
+    def forward(ctx, call, packed, statistics, *tensors):
+        ctx.save_for_backward(packed, statistics, *tensors)
+        ctx.call = call
+        with torch._C._AutoDispatchBelowAutograd():
+            return call.forward(packed, *tensors[: call.n_inputs])
+
+    @staticmethod
+    def backward(ctx, grad):
+        call, needs, (packed, statistics, *tensors) = ctx.call, ctx.needs_input_grad[3:], ctx.saved_tensors
+        refuse_derivatives(grad, *tensors)
+        n = call.n_inputs
+        inputs, learned, needed = tensors[:n], tensors[n:], (*needs[:n], any(needs[n:]))
+        if torch.is_grad_enabled():  # create_graph=True
+            packed = call.bound.pack(learned, statistics)
+            found = composed_gradients(call, needed, grad, packed, statistics, inputs, learned)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                found = call.gradients(needed, grad, packed, statistics, inputs, learned)
+        return None, None, None, *(g if need else None for g, need in zip_longest(found, needs))
+
+
+_recorded = recorder(_Recorded)  # run has ruled out that torch.func looks on
+
+
+def _refuse_transforms(backend: str) -> None:
+    """Raise where torch.func would differentiate past the operators, or give 0."""
+    if torch.compiler.is_compiling():
+        wrong, expected = is_transformed(), "one that torch.func can transform inside torch.compile"
+        remedy = "Use torch.func outside of compiled functions, or backend='reference'."
+    else:
+        wrong = is_differentiated()
+        expected = "one that torch.func.grad, vjp, jvp, jacrev, jacfwd and hessian can transform"
+        remedy = "Use torch.autograd.grad, also inside torch.func.vmap's ensembles, or backend='reference'."
+    if wrong:
+        fail("backend", expected, repr(backend), remedy, RuntimeError)
+
+
+def _refuse_tangents(backend: str, tensors: Sequence[Tensor]) -> None:
+    if have_tangents(tensors):
+        remedy = "Use torch.autograd.grad, or backend='reference'."
+        fail("backend", "one with forward-mode derivatives", repr(backend), remedy, RuntimeError)
+
+
+def run(
+    call: Convolution | HiddenFeatures, statistics_from: StatisticsSource, inputs: Sequence[Tensor]
+) -> tuple[Tensor, Sequence[NormStatistics]]:
+    """The output of a call on contiguous inputs, and the batch norms' statistics if they are measured.
+
+    Where torch.compile or torch.func is looking on, the parameters are packed anew, by an operator that these see.
+    """
+    bound, measured = call.bound, statistics_from.measured
+    geometry = *inputs[call.geometry], statistics_from.pool
+    if is_traced():
+        _refuse_transforms(bound.backend)
+        with torch.no_grad():
+            statistics = bound.measured(*geometry)[0] if measured else bound.running()
+        out = call.forward(bound.pack(bound.learned, statistics), *inputs)
+        found = JointStatistics(bound.plan, statistics) if measured else []
+        return out, [found[n] for n in range(len(found))]
+    _refuse_tangents(bound.backend, [*bound.learned, *inputs])
+    with torch._C._AutoDispatchBelowAutograd():
+        statistics, packed = bound.measured(*geometry) if measured else bound.packed()
+        found = JointStatistics(bound.plan, statistics) if measured else []
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs, *bound.learned)):
+            return call.forward(packed, *inputs), found
+    return _recorded(call, packed, statistics, *inputs, *bound.learned), found

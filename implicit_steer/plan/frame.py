@@ -1,0 +1,91 @@
+"""The frame of an edge: where the MLP is evaluated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .._check import require, require_integer
+from .frozen import FrozenArrays, require_indices, require_shape
+
+MAX_ORDER = 1000  # of a frame's coefficients and attributes: powers up to it are written out
+
+
+@dataclass(frozen=True, eq=False)
+class Frame(FrozenArrays):
+    """Where the MLP is evaluated, and how its hidden features return from there.
+
+    ``kind``:
+
+    - ``"none"``: at (x, a) itself.
+    - ``"zonal"`` (O(3), SO(3), invariant attributes): at x₀ = r e; hidden field ψ of degree l keeps one coefficient and
+      ``h[m] = c[coefficient[m]] · Y_m(x̂)``, Y the unit-norm solid harmonics ``harmonics`` (d, n_monomials) over the
+      monomials x^i y^j z^k listed in ``powers``.
+    - ``"planar"`` (one continuous rotation): x and a are rotated by −φ, φ the azimuth of x in ``plane`` (dim, 2);
+      coefficients of order k return by a rotation by kφ: ``h[m] = cos(kφ) c[m] + sign[m] sin(kφ) c[partner[m]]``.
+
+    ``order`` (c,) is the degree l or the order k of each hidden coefficient, ascending. Where ``regular``, coefficients
+    of order > 0 vanish at radius 0 and are carried divided by the radius, so that values and derivatives are right
+    there.
+    """
+
+    kind: str
+    dim: int
+    attribute: np.ndarray  # (A, A): attributes to frame coordinates, a' = attributeᵀ a
+    order: np.ndarray  # (c,)
+    regular: bool = False
+    # zonal
+    coefficient: np.ndarray | None = None  # (d,)
+    powers: np.ndarray | None = None  # (n_monomials, 3)
+    harmonics: np.ndarray | None = None  # (d, n_monomials)
+    # planar
+    plane: np.ndarray | None = None  # (dim, 2) orthonormal; azimuth 0 along the first column
+    axis: np.ndarray | None = None  # (dim, dim - 2) the rest of position space
+    partner: np.ndarray | None = None  # (c,)
+    sign: np.ndarray | None = None  # (c,)
+    attribute_order: np.ndarray | None = None  # (A,)
+    attribute_partner: np.ndarray | None = None  # (A,)
+    attribute_sign: np.ndarray | None = None  # (A,)
+
+    def validate(self):
+        """Raise ``ValueError`` unless the kind is known and its arrays fit together."""
+        require_integer("dim", self.dim, 1)
+        require(self.kind in ("none", "zonal", "planar"), "kind", "'none', 'zonal' or 'planar'", repr(self.kind))
+        expected = {"none": (1, 2, 3), "zonal": (3,), "planar": (2, 3)}[self.kind]
+        require(self.dim in expected, "dim", f"one of {expected} for a frame of kind {self.kind!r}", self.dim)
+        require(isinstance(self.regular, bool), "regular", "True or False", repr(self.regular))
+        require(
+            self.attribute.ndim == 2 and self.attribute.shape[0] == self.attribute.shape[1],
+            "attribute",
+            "a square matrix",
+            self.attribute.shape,
+        )
+        require(bool(np.all(np.diff(self.order) >= 0)), "order", "ascending", self.order)
+        require_indices("order", self.order, MAX_ORDER)
+        if self.kind == "zonal":
+            d = len(self.coefficient)
+            require_indices("coefficient", self.coefficient, len(self.order))
+            require_shape("powers", self.powers, (self.harmonics.shape[-1], 3))
+            require_indices("powers", self.powers, int(self.order.max(initial=0)) + 1, self.powers.shape)
+            require_shape("harmonics", self.harmonics, (d, len(self.powers)))
+        if self.kind == "planar":
+            c, a = len(self.order), self.n_attributes
+            require_shape("plane", self.plane, (self.dim, 2))
+            require_shape("axis", self.axis, (self.dim, self.dim - 2))
+            require_indices("partner", self.partner, c, (c,))
+            require_shape("sign", self.sign, (c,))
+            require_indices("attribute_order", self.attribute_order, MAX_ORDER, (a,))
+            require_indices("attribute_partner", self.attribute_partner, a, (a,))
+            require_shape("attribute_sign", self.attribute_sign, (a,))
+
+    @property
+    def n_attributes(self) -> int:
+        """Size of the edge attributes."""
+        return self.attribute.shape[0]
+
+    @property
+    def n_position(self) -> int:
+        """Numbers that the position contributes to the MLP's input: all of x; (r,); (ρ, axis); or, in a planar frame
+        that is not regular, (ρ, 0, axis), where the 0 has a derivative at ρ = 0."""
+        return {"none": self.dim, "zonal": 1, "planar": self.dim - self.regular}[self.kind]
