@@ -49,7 +49,7 @@ def saved_as(plain: type[torch.nn.Module]) -> Callable[[type], type]:
 class Converter:
     """Makes plain counterparts of the parts of one module; a part that occurs twice gets one."""
 
-    def __init__(self, root: torch.nn.Module):
+    def __init__(self, root: torch.nn.Module) -> None:
         self._names = {id(module): name or type(root).__name__ for name, module in root.named_modules()}
         self._made: dict[int, tuple[Any, Any]] = {}
 

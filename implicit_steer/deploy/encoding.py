@@ -27,7 +27,7 @@ ARRAY = "array."  # names of arrays in the file begin with this
 
 
 class _Encoder:
-    def __init__(self):
+    def __init__(self) -> None:
         self.objects: list[dict[str, Any]] = []
         self.tensors: dict[str, Tensor] = {}
         self._known: dict[Any, int] = {}  # modules by identity, data by content
@@ -101,7 +101,7 @@ _SCALARS = {
 
 
 class _Decoder:
-    def __init__(self, tensors: dict[str, Tensor]):
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
         self.built: list[Any] = []
         self._numbers = sum(tensor.numel() for tensor in tensors.values())

@@ -22,7 +22,7 @@ class Placeholders(TorchFunctionMode):
     """Within it parameters and buffers are made on device meta, where they take no memory: the file's tensors replace
     them. Together they may have as many numbers as these, ``state``; the first one beyond is a ``ValueError``."""
 
-    def __init__(self, state: Iterable[Tensor]):
+    def __init__(self, state: Iterable[Tensor]) -> None:
         super().__init__()
         self._all = self._left = sum(tensor.numel() for tensor in state)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..lowering import _require_escnn  # noqa: F401
 
 # isort: split
@@ -11,6 +13,7 @@ import escnn.nn as enn
 import numpy as np
 import torch
 from escnn.group import Representation
+from numpy.typing import NDArray
 from torch import nn
 
 from .. import layers, plan
@@ -225,7 +228,7 @@ def _antialiased_maximum(pool: enn.EquivariantModule, convert: Converter) -> nn.
     return nn.Sequential(dense, _blur(pool, pool._pad, convert))
 
 
-def _field_numbers(kind: enn.FieldType) -> np.ndarray:
+def _field_numbers(kind: enn.FieldType) -> NDArray[Any]:
     """(C,) the field of every channel."""
     sizes = [r.size for r in kind.representations]
     return np.repeat(np.arange(len(sizes)), sizes)

@@ -17,6 +17,7 @@ from .graph import require_integers, sort_by_key
 
 if TYPE_CHECKING:
     import numpy as np
+from numpy.typing import NDArray
 
 _FLOWS = ("source_to_target", "target_to_source")
 
@@ -85,7 +86,7 @@ def radius_graph(
     most = None if max_num_neighbors is None else _count("max_num_neighbors", max_num_neighbors, " or None")
     _check_flow(flow)
 
-    def within(chosen: np.ndarray, _: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def within(chosen: NDArray[Any], _: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         import numpy as np
         from scipy.spatial import cKDTree
 
@@ -190,7 +191,7 @@ def knn_graph(
     others = _count("k", k) - loop  # a point's place among its own neighbours does not depend on its copies
     _check_flow(flow)
 
-    def nearest_others(chosen: np.ndarray, _: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def nearest_others(chosen: NDArray[Any], _: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         import numpy as np
         from scipy.spatial import cKDTree
 
@@ -251,7 +252,7 @@ def radius(
     _check_radius(r)
     most = None if max_num_neighbors is None else _count("max_num_neighbors", max_num_neighbors, " or None")
 
-    def within(of_x: np.ndarray, of_y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def within(of_x: NDArray[Any], of_y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         from scipy.spatial import cKDTree
 
         centres, others = cKDTree(points_y[of_y]), cKDTree(points_x[of_x])
@@ -292,7 +293,7 @@ def knn(x: Tensor, y: Tensor, k: int, batch_x: Tensor | None = None, batch_y: Te
     points_x, points_y, segments = _two_clouds(x, y, batch_x, batch_y)
     count = _count("k", k)
 
-    def nearest(of_x: np.ndarray, of_y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def nearest(of_x: NDArray[Any], of_y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         import numpy as np
         from scipy.spatial import cKDTree
 
@@ -306,7 +307,7 @@ def knn(x: Tensor, y: Tensor, k: int, batch_x: Tensor | None = None, batch_y: Te
 _Segments = dict[int | None, "np.ndarray"]  # label → the numbers of its points, at least one
 
 
-def _points(name: str, pos: Any, batch_name: str, batch: Any) -> tuple[np.ndarray, _Segments]:
+def _points(name: str, pos: Any, batch_name: str, batch: Any) -> tuple[NDArray[Any], _Segments]:
     """Positions (N, D) in float64, and which of them belong together; without a batch all do."""
     import numpy as np
 
@@ -329,7 +330,7 @@ def _points(name: str, pos: Any, batch_name: str, batch: Any) -> tuple[np.ndarra
     return points, dict(zip(labels.tolist(), np.split(order.numpy(), offsets[1:-1].numpy()), strict=False))
 
 
-def _two_clouds(x: Any, y: Any, batch_x: Any, batch_y: Any) -> tuple[np.ndarray, np.ndarray, list]:
+def _two_clouds(x: Any, y: Any, batch_x: Any, batch_y: Any) -> tuple[NDArray[Any], NDArray[Any], list]:
     """Positions of two clouds, and of each label that both have, the numbers of its points in either."""
     points_x, of_x = _points("x", x, "batch_x", batch_x)
     points_y, of_y = _points("y", y, "batch_y", batch_y)
@@ -340,7 +341,7 @@ def _two_clouds(x: Any, y: Any, batch_x: Any, batch_y: Any) -> tuple[np.ndarray,
     return points_x, points_y, _paired(of_x, of_y)
 
 
-def _paired(of_x: _Segments, of_y: _Segments) -> list[tuple[np.ndarray, np.ndarray]]:
+def _paired(of_x: _Segments, of_y: _Segments) -> list[tuple[NDArray[Any], NDArray[Any]]]:
     return [(of_x[label], of_y[label]) for label in of_x if label in of_y]
 
 
@@ -370,7 +371,7 @@ def _check_flow(flow: Any) -> None:
 _Search = Callable[["np.ndarray", "np.ndarray"], tuple["np.ndarray", "np.ndarray"]]
 
 
-def _edges(segments: Iterable[tuple[np.ndarray, np.ndarray]], search: _Search) -> Tensor:
+def _edges(segments: Iterable[tuple[NDArray[Any], NDArray[Any]]], search: _Search) -> Tensor:
     """(2, E), row 0 = neighbour, row 1 = centre: what ``search(numbers of possible neighbours, numbers of centres)``
     finds, each in its segment, for all segments together."""
     import numpy as np
@@ -383,8 +384,8 @@ def _edges(segments: Iterable[tuple[np.ndarray, np.ndarray]], search: _Search) -
 
 
 def _nearest(
-    neighbour: np.ndarray, centre: np.ndarray, distance: np.ndarray, most: int
-) -> tuple[np.ndarray, np.ndarray]:
+    neighbour: NDArray[Any], centre: NDArray[Any], distance: NDArray[Any], most: int
+) -> tuple[NDArray[Any], NDArray[Any]]:
     """Of the pairs (E,) of every centre the ``most`` of the smallest distances, at equal ones of the lowest numbers."""
     import numpy as np
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .._check import fail, require
@@ -15,7 +16,7 @@ from .._check import fail, require
 _MAX_IMAGES = 10**8  # points in one tree: beyond that the radius and the cell are in different units
 
 
-def checked_cell(cell: Any, pbc: Any, dim: int) -> tuple[np.ndarray, np.ndarray]:
+def checked_cell(cell: Any, pbc: Any, dim: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """``cell`` as (dim, dim) or (B, dim, dim) float64 with rows = lattice vectors, and ``pbc`` as (dim,) bool.
 
     Raises:
@@ -38,7 +39,7 @@ def checked_cell(cell: Any, pbc: Any, dim: int) -> tuple[np.ndarray, np.ndarray]
     return vectors, periodic
 
 
-def checked_pbc(pbc: Any, dim: int) -> np.ndarray:
+def checked_pbc(pbc: Any, dim: int) -> NDArray[Any]:
     """``pbc`` as (dim,) bool; None: all."""
     expected = f"True, False, or one of them for each of {dim} directions"
     if isinstance(pbc, Tensor):
@@ -53,8 +54,8 @@ def checked_pbc(pbc: Any, dim: int) -> np.ndarray:
 
 
 def periodic_pairs(
-    points: np.ndarray, r: float, cell: np.ndarray, pbc: np.ndarray, loop: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    points: NDArray[Any], r: float, cell: NDArray[Any], pbc: NDArray[Any], loop: bool
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """All pairs with |points[i] − points[j] + shift · cell| ≤ r.
 
     points (N, D); cell (D, D), rows = lattice vectors; pbc (D,), which of them repeat. Returns neighbour j (E,),

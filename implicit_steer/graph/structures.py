@@ -36,7 +36,7 @@ class Structures:
     energy: Tensor | None = None
     forces: Tensor | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         n, edges, graphs = self.pos.shape[0], self.edge_index.shape[-1], self.num_graphs
         shapes = {"numbers": (n,), "pos": (n, 3), "cell": (graphs, 3, 3), "edge_index": (2, edges)}
         shapes |= {"shift": (edges, 3), "batch": (n,), "energy": (graphs,), "forces": (n, 3)}

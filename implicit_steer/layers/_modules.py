@@ -31,7 +31,7 @@ class NoTorchScript:
 class Fixed:
     """An attribute of a Module that is chosen when it is built: ``read(module)``; setting it raises."""
 
-    def __init__(self, read: Callable[[Any], Any]):
+    def __init__(self, read: Callable[[Any], Any]) -> None:
         self._read = read
 
     def __set_name__(self, owner: type, name: str) -> None:

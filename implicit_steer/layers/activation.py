@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .._check import require
@@ -21,7 +24,9 @@ class FourierBase(NoTorchScript, torch.nn.Module):
 
     function: str
 
-    def _set_samples(self, function: str, samples: np.ndarray, inverse: np.ndarray, vector: int | None = None) -> None:
+    def _set_samples(
+        self, function: str, samples: NDArray[Any], inverse: NDArray[Any], vector: int | None = None
+    ) -> None:
         """φ, A (S, d) and A⁻ (d, S). With ``vector``, fields are a scalar and a vector, which begins at that coordinate
         of the four, and A and A⁻ are those of the pair (scalar, length of the vector)."""
         require(function in FUNCTIONS, "function", f"one of {FUNCTIONS}", repr(function))
@@ -66,8 +71,8 @@ class FourierActivation(FourierBase):
     """
 
     def __init__(
-        self, in_type: Fields, function: str, samples: np.ndarray, inverse: np.ndarray, vector: int | None = None
-    ):
+        self, in_type: Fields, function: str, samples: NDArray[Any], inverse: NDArray[Any], vector: int | None = None
+    ) -> None:
         super().__init__()
         require(samples.shape == inverse.shape[::-1], "inverse", f"shape {samples.shape[::-1]}", inverse.shape)
         require(vector in (None, 0, 1), "vector", "None, 0 or 1", vector)

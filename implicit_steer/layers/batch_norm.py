@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import _native
@@ -205,7 +206,7 @@ _recorded = recorder(_Norm)  # only where nothing is traced
 class _KindState(ExactBuffers, torch.nn.Module):
     """The tensors of one :class:`Kind`."""
 
-    def __init__(self, fields: int, size: int, n_trivial: int, affine: bool):
+    def __init__(self, fields: int, size: int, n_trivial: int, affine: bool) -> None:
         super().__init__()
         self.size = size
         self.register_parameter("weight", torch.nn.Parameter(torch.ones(fields, 1)) if affine else None)
@@ -237,12 +238,12 @@ class IIDBatchNorm1d(NormBase, torch.nn.Module):
         self,
         in_type: Fields,
         sizes: tuple[tuple[int, int, int], ...],
-        channels: np.ndarray | None,
+        channels: NDArray[Any] | None,
         eps: float,
         momentum: float | None,
         affine: bool,
         track_running_stats: bool,
-    ):
+    ) -> None:
         super().__init__()
         total = sum(fields * size for fields, size, _ in sizes)
         require(total == in_type.size, "sizes", f"fields of {in_type.size} channels in all", total)

@@ -16,7 +16,8 @@ from ..graph.neighbours import radius_graph
 from .fields import values
 
 if TYPE_CHECKING:
-    import numpy as np
+    pass
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,13 @@ def _region(pos: Tensor, own: Tensor, halo: Tensor, radius: float) -> Region:
 
 def convolve_in_blocks(
     conv: torch.nn.Module,
-    x: Tensor | np.ndarray,
+    x: Tensor | NDArray[Any],
     pos: Tensor,
     radius: float,
     size: int,
     *,
     edge_attr: Callable[[Region], Tensor] | None = None,
-    out: Tensor | np.ndarray | None = None,
+    out: Tensor | NDArray[Any] | None = None,
 ) -> Any:
     """``conv`` on the edges of ``radius_graph(pos, radius)``, region by region; without gradients.
 

@@ -46,7 +46,7 @@ class CloudNet(Module):
         points: int,
         sizes: tuple[int, ...],
         neighbours: int,
-    ):
+    ) -> None:
         super().__init__()
         self.vector_type, self.activation = vector_type, activation
         self.convolutions, self.norms = convolutions, norms

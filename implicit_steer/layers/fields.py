@@ -29,7 +29,7 @@ class Fields(FrozenArrays):
     size: int
     name: str = ""
 
-    def validate(self):
+    def validate(self) -> None:
         require_integer("size", self.size, 0)
 
     def __call__(self, tensor: Tensor, coords: Tensor | None = None) -> Tensor:

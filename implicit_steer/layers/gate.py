@@ -64,7 +64,7 @@ class GatedFields(GateBase):
 
     def __init__(
         self, in_type: Fields, out_type: Fields, function: str, gate: str, fields: tuple[tuple[int, bool], ...]
-    ):
+    ) -> None:
         super().__init__()
         size, gates = sum(size for size, _ in fields), sum(gated for _, gated in fields)
         require(size == out_type.size, "fields", f"fields of {out_type.size} channels in all", size)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .._check import require, require_integer
@@ -139,14 +140,14 @@ class ImplicitConv(GridConvBase):
         in_type: Fields,
         out_type: Fields,
         implicit_kernel: KernelBase,
-        grid: np.ndarray,
+        grid: NDArray[Any],
         padding: int,
         stride: int,
         dilation: int,
         padding_mode: str,
         n_bias: int,
         moved_axes: tuple[bool, ...] | None = None,
-    ):
+    ) -> None:
         super().__init__()
         require(padding_mode in PADDING_MODES, "padding_mode", f"one of {list(PADDING_MODES)}", repr(padding_mode))
         require(grid.ndim == 2 and grid.shape[1] in (2, 3), "grid", "points in 2 or 3 dimensions", grid.shape)

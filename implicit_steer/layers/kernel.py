@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .._check import fail, require
@@ -43,7 +43,7 @@ class KernelBase(NoTorchScript, torch.nn.Module):
     cutoff = Fixed(lambda kernel: kernel.plan.cutoff)
     aggr = Fixed(lambda kernel: kernel.plan.aggr)
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self._call_cache, self._values = CallCache(), False
         self._reach_checked = False
@@ -236,7 +236,7 @@ def _factor(norm: torch.nn.Module) -> float:
 class BasisFingerprint:
     """Of a Module whose weights mean something on a basis only: it refuses a ``state_dict`` of weights on another."""
 
-    def _stamp(self, fingerprint: np.ndarray) -> None:
+    def _stamp(self, fingerprint: NDArray[Any]) -> None:
         self.register_buffer("fingerprint", torch.tensor(fingerprint))
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -251,7 +251,7 @@ class BasisFingerprint:
 class LinearParameters(NoTorchScript, torch.nn.Module):
     """What an equivariant linear map learns: ``weights`` (n_weights,) and ``bias`` (n_bias,), None without."""
 
-    def __init__(self, n_weights: int, n_bias: int):
+    def __init__(self, n_weights: int, n_bias: int) -> None:
         super().__init__()
         self.weights = torch.nn.Parameter(torch.zeros(n_weights))
         self.register_parameter("bias", torch.nn.Parameter(torch.zeros(n_bias)) if n_bias else None)
@@ -262,7 +262,7 @@ class NormState(torch.nn.Module):
     :class:`~implicit_steer.plan.packing.NormParameters`, of the running means only the columns up to the last trivial
     one."""
 
-    def __init__(self, norm: Norm):
+    def __init__(self, norm: Norm) -> None:
         super().__init__()
         self.momentum = norm.momentum
         self.weight = torch.nn.Parameter(torch.ones(norm.channels, 1))
@@ -281,7 +281,7 @@ class ImplicitKernel(BasisFingerprint, KernelBase):
     Called on positions (P, dim) and attributes (P, A) or None it returns (P, C_out, C_in).
     """
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: Plan) -> None:
         super().__init__()
         sizes = [(layer.n_weights, layer.bias.shape[1]) for layer in plan.linears]
         self.linears = torch.nn.ModuleList(LinearParameters(*n) for n in (*sizes, plan.n_last))

@@ -22,7 +22,7 @@ class Linear(BasisFingerprint, LinearParameters):
         has_bias: whether there is a b.
     """
 
-    def __init__(self, in_type: Fields, out_type: Fields, layer: plan.Linear, has_bias: bool):
+    def __init__(self, in_type: Fields, out_type: Fields, layer: plan.Linear, has_bias: bool) -> None:
         super().__init__(layer.n_weights, layer.bias.shape[1] if has_bias else 0)
         sizes = in_type.size, out_type.size
         require((layer.in_size, layer.out_size) == sizes, "layer", f"sizes {sizes}", (layer.in_size, layer.out_size))
@@ -62,7 +62,7 @@ class TensorProduct(BasisFingerprint, LinearParameters):
         fields: how many.
     """
 
-    def __init__(self, in_type: Fields, out_type: Fields, layer: plan.Linear, fields: int):
+    def __init__(self, in_type: Fields, out_type: Fields, layer: plan.Linear, fields: int) -> None:
         super().__init__(layer.n_weights, 0)
         sizes = (in_type.size // fields) ** 2, out_type.size
         require((layer.in_size, layer.out_size) == sizes, "layer", f"sizes {sizes}", (layer.in_size, layer.out_size))

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Module
 
@@ -32,7 +33,7 @@ class MoleculeBatch(Protocol):
 class ResidualBlock(Module):
     """``φ(x + norm2(conv2(φ(norm1(conv1(x))))))``, φ the ``activation``."""
 
-    def __init__(self, activation: Module, conv1: Module, conv2: Module, norm1: Module, norm2: Module):
+    def __init__(self, activation: Module, conv1: Module, conv2: Module, norm1: Module, norm2: Module) -> None:
         super().__init__()
         self.activation = activation
         self.conv1, self.conv2 = conv1, conv2
@@ -60,7 +61,7 @@ class TensorReadout(Module):
         invariants: I.
     """
 
-    def __init__(self, fields: Callable, norm: Module, basis: np.ndarray, mlp: Module, invariants: int):
+    def __init__(self, fields: Callable, norm: Module, basis: NDArray[Any], mlp: Module, invariants: int) -> None:
         super().__init__()
         self.fields, self.norm, self.mlp, self.invariants = fields, norm, mlp, invariants
         self.basis = np.asarray(basis, dtype=np.float64)
@@ -101,7 +102,7 @@ class MoleculeNet(Module):
         blocks: torch.nn.ModuleList,
         to_invariants: Module,
         head: Module,
-    ):
+    ) -> None:
         super().__init__()
         self.scalar_type = scalar_type
         self.linear, self.product, self.activation = linear, product, activation

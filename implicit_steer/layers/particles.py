@@ -43,7 +43,7 @@ class ParticleNet(Module):
         activation: Module,
         blocks: torch.nn.ModuleList,
         readout: Module,
-    ):
+    ) -> None:
         super().__init__()
         self.in_type = in_type
         self.embedding, self.direct, self.activation = embedding, direct, activation

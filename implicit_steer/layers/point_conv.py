@@ -185,7 +185,9 @@ class ImplicitPointConv(PointConvBase):
         torch.Size([100, 16])
     """
 
-    def __init__(self, in_type: Fields, out_type: Fields, implicit_kernel: KernelBase, backend: str, n_bias: int):
+    def __init__(
+        self, in_type: Fields, out_type: Fields, implicit_kernel: KernelBase, backend: str, n_bias: int
+    ) -> None:
         super().__init__()
         require(backend in select.NAMES, "backend", f"one of {select.NAMES}", repr(backend))
         self.in_type, self.out_type, self.backend = in_type, out_type, backend

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .._check import require
@@ -29,7 +31,7 @@ class Blur(torch.nn.Module):
 
     def __init__(
         self, in_type: Fields, kernel_size: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]
-    ):
+    ) -> None:
         super().__init__()
         require(len(kernel_size) in _CONVOLUTIONS, "kernel_size", "2 or 3 numbers", kernel_size)
         self.in_type = self.out_type = in_type
@@ -57,7 +59,7 @@ class _ByField(torch.nn.Module):
     ``field`` (C,): of every channel, the number of its field; ``parts`` (fields,): sizes of their subfields.
     """
 
-    def __init__(self, in_type: Fields, field: np.ndarray, parts: np.ndarray):
+    def __init__(self, in_type: Fields, field: NDArray[Any], parts: NDArray[Any]) -> None:
         super().__init__()
         right = field.shape == (in_type.size,) and field.dtype.kind == "i"
         right = right and bool(np.isin(np.diff(field, prepend=-1), (0, 1)).all()) and field[:1].tolist() in ([], [0])
@@ -100,7 +102,7 @@ class FieldPool(_ByField):
         norm: whether norms are taken.
     """
 
-    def __init__(self, in_type: Fields, out_type: Fields, field: np.ndarray, parts: np.ndarray, norm: bool):
+    def __init__(self, in_type: Fields, out_type: Fields, field: NDArray[Any], parts: NDArray[Any], norm: bool) -> None:
         super().__init__(in_type, field, parts)
         require(len(parts) == out_type.size, "out_type", f"size {len(parts)}", out_type.size)
         self.out_type, self.parts, self.norm = out_type, parts, norm
@@ -134,13 +136,13 @@ class NormMaxPool(_ByField):
     def __init__(
         self,
         in_type: Fields,
-        field: np.ndarray,
+        field: NDArray[Any],
         kernel_size: tuple[int, int],
         stride: tuple[int, int],
         padding: tuple[int, int],
         dilation: tuple[int, int],
         ceil_mode: bool,
-    ):
+    ) -> None:
         super().__init__(in_type, field, np.ones(len(np.unique(field)), dtype=np.int64))
         self.out_type = in_type
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding

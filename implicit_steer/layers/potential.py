@@ -36,7 +36,7 @@ class Gate(torch.nn.Module):
     x, y (N, C · Σ_l (2l+1)): C fields of one irrep each of l = 0 … L. Exactly equivariant and smooth.
     """
 
-    def __init__(self, channels: int, max_frequency: int):
+    def __init__(self, channels: int, max_frequency: int) -> None:
         super().__init__()
         require_integer("channels", channels, 1)
         require_integer("max_frequency", max_frequency, 0)
@@ -83,7 +83,7 @@ class PotentialNet(torch.nn.Module):
         convolutions: torch.nn.ModuleList,
         gates: torch.nn.ModuleList,
         head: torch.nn.Module,
-    ):
+    ) -> None:
         super().__init__()
         self.species, self.cutoff, self.radial = tuple(species), float(cutoff), radial
         self.embedding, self.convolutions, self.gates, self.head = embedding, convolutions, gates, head

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..plan import Activation, Frame, Norm, Plan
@@ -68,7 +69,7 @@ def _unit(x: Tensor, radius: Tensor) -> Tensor:
     return x / torch.where(radius > 0, radius, torch.ones_like(radius))[:, None]
 
 
-def _monomials(u: Tensor, powers: np.ndarray) -> Tensor:
+def _monomials(u: Tensor, powers: NDArray[Any]) -> Tensor:
     """(E, n_monomials)."""
     table = [torch.ones_like(u)]
     for _ in range(int(powers.max())):
@@ -101,7 +102,7 @@ def _rotate(values: Tensor, first: Tensor, second: Tensor, partner: Tensor) -> T
     return first * values + second * values.index_select(-1, partner)
 
 
-def _multiples(c: Tensor, s: Tensor, order: np.ndarray) -> tuple[Tensor, Tensor]:
+def _multiples(c: Tensor, s: Tensor, order: NDArray[Any]) -> tuple[Tensor, Tensor]:
     """(E, n): cos kφ, sin kφ for each k in ``order``, from cos φ and sin φ (E,)."""
     cosines, sines = [torch.ones_like(c)], [torch.zeros_like(s)]
     for _ in range(int(order.max(initial=0))):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .._check import require, require_integer
 from .frozen import FrozenArrays, require_indices, require_shape
@@ -32,23 +34,23 @@ class Frame(FrozenArrays):
 
     kind: str
     dim: int
-    attribute: np.ndarray  # (A, A): attributes to frame coordinates, a' = attributeᵀ a
-    order: np.ndarray  # (c,)
+    attribute: NDArray[Any]  # (A, A): attributes to frame coordinates, a' = attributeᵀ a
+    order: NDArray[Any]  # (c,)
     regular: bool = False
     # zonal
-    coefficient: np.ndarray | None = None  # (d,)
-    powers: np.ndarray | None = None  # (n_monomials, 3)
-    harmonics: np.ndarray | None = None  # (d, n_monomials)
+    coefficient: NDArray[Any] | None = None  # (d,)
+    powers: NDArray[Any] | None = None  # (n_monomials, 3)
+    harmonics: NDArray[Any] | None = None  # (d, n_monomials)
     # planar
-    plane: np.ndarray | None = None  # (dim, 2) orthonormal; azimuth 0 along the first column
-    axis: np.ndarray | None = None  # (dim, dim - 2) the rest of position space
-    partner: np.ndarray | None = None  # (c,)
-    sign: np.ndarray | None = None  # (c,)
-    attribute_order: np.ndarray | None = None  # (A,)
-    attribute_partner: np.ndarray | None = None  # (A,)
-    attribute_sign: np.ndarray | None = None  # (A,)
+    plane: NDArray[Any] | None = None  # (dim, 2) orthonormal; azimuth 0 along the first column
+    axis: NDArray[Any] | None = None  # (dim, dim - 2) the rest of position space
+    partner: NDArray[Any] | None = None  # (c,)
+    sign: NDArray[Any] | None = None  # (c,)
+    attribute_order: NDArray[Any] | None = None  # (A,)
+    attribute_partner: NDArray[Any] | None = None  # (A,)
+    attribute_sign: NDArray[Any] | None = None  # (A,)
 
-    def validate(self):
+    def validate(self) -> None:
         """Raise ``ValueError`` unless the kind is known and its arrays fit together."""
         require_integer("dim", self.dim, 1)
         require(self.kind in ("none", "zonal", "planar"), "kind", "'none', 'zonal' or 'planar'", repr(self.kind))

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .._check import require
 
@@ -32,7 +33,7 @@ def _freeze(value):
 class FrozenArrays:
     """Value semantics for frozen dataclasses that hold arrays: equality and hash by content."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for f in fields(self):
             object.__setattr__(self, f.name, _freeze(getattr(self, f.name)))
         self.validate()
@@ -73,7 +74,7 @@ class FrozenArrays:
         return int(self.digest[:15], 16)
 
 
-def require_indices(name: str, index: np.ndarray, count: int, shape: tuple | None = None) -> None:
+def require_indices(name: str, index: NDArray[Any], count: int, shape: tuple | None = None) -> None:
     """Raise unless these are integers in 0 .. count-1, of that shape (any 1-D one by default)."""
     ok = index.dtype.kind == "i" and (index.ndim == 1 if shape is None else index.shape == shape)
     require(ok, name, f"integers of shape {shape or '(*,)'}", f"{index.dtype} of shape {index.shape}")
@@ -87,17 +88,17 @@ def require_number(name: str, value: Any) -> None:
     require(ok, name, "a finite number", repr(value))
 
 
-def require_shape(name: str, array: np.ndarray | None, shape: tuple) -> None:
+def require_shape(name: str, array: NDArray[Any] | None, shape: tuple) -> None:
     """Raise unless there is an array of this shape."""
     require(array is not None and array.shape == shape, name, f"shape {shape}", getattr(array, "shape", None))
 
 
-def fingerprint_of(arrays: Iterable[np.ndarray]) -> np.ndarray:
+def fingerprint_of(arrays: Iterable[NDArray[Any]]) -> NDArray[Any]:
     """(n,) integers, one per array: others for other signs, orders or values, but the same (± 1) after rounding."""
     return np.array([round(1e4 * _scrambled_sum(a.reshape(-1))) for a in arrays], dtype=np.int64)
 
 
-def _scrambled_sum(a: np.ndarray, at_once: int = 2**20) -> float:
+def _scrambled_sum(a: NDArray[Any], at_once: int = 2**20) -> float:
     """Σ cos(n) a[n], in parts that need little memory."""
     parts = range(0, a.size, at_once)
     return sum(float(a[n : n + at_once] @ np.cos(np.arange(n, min(n + at_once, a.size)))) for n in parts)

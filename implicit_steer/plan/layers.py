@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .._check import require, require_integer
 from .frozen import FrozenArrays, fingerprint_of, require_indices, require_number, require_shape
@@ -19,12 +21,12 @@ class Block(FrozenArrays):
 
     offset: int
     n_in: int  # input fields in the parameter's layout, of which this block uses ``columns``
-    columns: np.ndarray  # (V,)
-    out_start: np.ndarray  # (U,)
-    in_start: np.ndarray  # (V,)
-    basis: np.ndarray  # (n_b, o, i)
+    columns: NDArray[Any]  # (V,)
+    out_start: NDArray[Any]  # (U,)
+    in_start: NDArray[Any]  # (V,)
+    basis: NDArray[Any]  # (n_b, o, i)
 
-    def validate(self):
+    def validate(self) -> None:
         for name in ("offset", "n_in"):
             require_integer(name, getattr(self, name), 0)
         require(self.basis.ndim == 3, "basis", "shape (n_b, o, i)", self.basis.shape)
@@ -46,9 +48,9 @@ class Linear(FrozenArrays):
     in_size: int
     out_size: int
     blocks: tuple[Block, ...]
-    bias: np.ndarray  # (out_size, n_bias)
+    bias: NDArray[Any]  # (out_size, n_bias)
 
-    def validate(self):
+    def validate(self) -> None:
         for name in ("in_size", "out_size"):
             require_integer(name, getattr(self, name), 0)
         require_shape("bias", self.bias, (self.out_size, self.bias.shape[-1]))
@@ -63,7 +65,7 @@ class Linear(FrozenArrays):
         return max((block.end for block in self.blocks), default=0)
 
     @property
-    def fingerprint(self) -> np.ndarray:
+    def fingerprint(self) -> NDArray[Any]:
         """Integers by which weights that mean another map, on another basis, are told."""
         return fingerprint_of(block.basis for block in self.blocks)
 
@@ -79,11 +81,11 @@ class Activation(FrozenArrays):
 
     channels: int
     function: str
-    samples: np.ndarray  # (S, c)
-    inverse: np.ndarray  # (c, S)
-    index: np.ndarray  # (S_original,) values in 0..S-1
+    samples: NDArray[Any]  # (S, c)
+    inverse: NDArray[Any]  # (c, S)
+    index: NDArray[Any]  # (S_original,) values in 0..S-1
 
-    def validate(self):
+    def validate(self) -> None:
         require_integer("channels", self.channels, 0)
         require(self.function in FUNCTIONS, "activation", f"one of {FUNCTIONS}", repr(self.function))
         s, c = self.samples.shape
@@ -91,7 +93,7 @@ class Activation(FrozenArrays):
         require_indices("index", self.index, s)
 
     @cached_property
-    def unmerged(self) -> tuple[np.ndarray, np.ndarray]:
+    def unmerged(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """(S_original, c) and (c, S_original): the same function with every sample written out."""
         count = np.bincount(self.index, minlength=len(self.samples))
         return self.samples[self.index], (self.inverse / count)[:, self.index]
@@ -102,13 +104,13 @@ class Norm(FrozenArrays):
     """escnn's ``IIDBatchNorm1d``: one variance per channel, means and shifts on the trivial coefficients only."""
 
     channels: int
-    trivial: np.ndarray  # (n_trivial,) coefficients of a channel in frame coordinates
-    full_trivial: np.ndarray  # (n_trivial,) the same among the coordinates of escnn's hidden field
-    measured: np.ndarray  # (n_trivial,) the same among the coordinates of h
+    trivial: NDArray[Any]  # (n_trivial,) coefficients of a channel in frame coordinates
+    full_trivial: NDArray[Any]  # (n_trivial,) the same among the coordinates of escnn's hidden field
+    measured: NDArray[Any]  # (n_trivial,) the same among the coordinates of h
     eps: float
     momentum: float
 
-    def validate(self):
+    def validate(self) -> None:
         require_integer("channels", self.channels, 0)
         require_number("eps", self.eps)
         require_number("momentum", self.momentum)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, wraps
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .layers import Linear, Norm
@@ -47,7 +48,7 @@ class CallCache:
         hooks: how many had been registered when the layer's modules were last searched for some.
     """
 
-    def __init__(self, native=None):
+    def __init__(self, native=None) -> None:
         self.native = native
         self.tensors = self.parameters = self.bound = self.hooks = None
 
@@ -103,7 +104,7 @@ class Constants:
     """Numbers that a module multiplies with: exact in float64 (or int64), and cast to each dtype and device that asks.
     No buffers: ``.double()`` would find what float32 has left of them."""
 
-    def __init__(self, *arrays: np.ndarray):
+    def __init__(self, *arrays: NDArray[Any]) -> None:
         self.exact = tuple(torch.tensor(a) for a in arrays)
         self._cache: dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]] = {}
 
@@ -123,7 +124,7 @@ class Expansion:
     """What a linear layer learns → its matrix W (out, in) and b (out,): the plan's formula on tensors that
     torch.compile, too, can read."""
 
-    def __init__(self, layer: Linear):
+    def __init__(self, layer: Linear) -> None:
         self.shape = layer.out_size, layer.in_size
         self._reads = [(b.offset, b.end, (len(b.out_start), b.n_in, len(b.basis))) for b in layer.blocks]
         blocks = [a for b in layer.blocks for a in (b.columns, b.basis.reshape(len(b.basis), -1))]
@@ -142,7 +143,7 @@ class Expansion:
         return dense.view(self.shape), weights.new_zeros(self.shape[0]) if bias is None else shift @ bias
 
 
-def _places(layer: Linear) -> np.ndarray:
+def _places(layer: Linear) -> NDArray[Any]:
     """Position in the flat W of every value that the blocks produce, in their (U, V, o, i) order."""
     places = [np.zeros(0, dtype=np.int64)]
     for block in layer.blocks:

@@ -17,8 +17,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .._check import require, require_integer
 from .frame import Frame
@@ -35,16 +37,16 @@ class Coupling(FrozenArrays):
     """
 
     parameter: str
-    row: np.ndarray  # (U, V)
-    out_start: np.ndarray  # (U,)
-    in_start: np.ndarray  # (V,)
-    hidden_start: np.ndarray  # (W,)
-    basis: np.ndarray  # (n_b, o, i, m)
+    row: NDArray[Any]  # (U, V)
+    out_start: NDArray[Any]  # (U,)
+    in_start: NDArray[Any]  # (V,)
+    hidden_start: NDArray[Any]  # (W,)
+    basis: NDArray[Any]  # (n_b, o, i, m)
     # where a shift of the hidden trivial coefficients goes: B[b, :, :, trivial t] = Σ_b' fold[b, t, b'] B_bias[b']
-    fold: np.ndarray  # (n_b, n_trivial, n_b') for "weights" blocks, else empty
+    fold: NDArray[Any]  # (n_b, n_trivial, n_b') for "weights" blocks, else empty
     fold_into: int  # position of that bias coupling in Plan.couplings, or -1
 
-    def validate(self):
+    def validate(self) -> None:
         require(self.basis.ndim == 4, "basis", "shape (n_b, o, i, m)", self.basis.shape)
         require_indices("row", self.row, self.end, (len(self.out_start), len(self.in_start)))
         read = self.row.size * len(self.hidden_start) * len(self.basis)
@@ -91,7 +93,7 @@ class Plan(FrozenArrays):
     cutoff: float | None
     aggr: str
 
-    def validate(self):
+    def validate(self) -> None:
         """Raise ``ValueError`` unless the layers fit together and the couplings stay inside the kernel and h."""
         for name in ("out_size", "in_size", "hidden_size"):
             require_integer(name, getattr(self, name), 0)
@@ -149,7 +151,7 @@ class Plan(FrozenArrays):
         return ends["weights"], ends["bias"]
 
     @property
-    def fingerprint(self) -> np.ndarray:
+    def fingerprint(self) -> NDArray[Any]:
         """Integers by which parameters that mean another kernel, on another basis, are told."""
         hidden = [layer.fingerprint for layer in self.linears]
         return np.concatenate([*hidden, fingerprint_of(c.basis for c in self.couplings)])

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
@@ -77,7 +78,7 @@ def _as_tensors(numbers: _Numbers, matrix: sparse.csr_matrix) -> Prepared:
 class _Numbers:
     """Two growing lists: the plan's integers and its real numbers, in the order in which csrc/plan.h reads them."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.ints: list[int] = []
         self.reals: list[float] = []
 
@@ -95,11 +96,11 @@ class _RowGroups(NamedTuple):
 
     ints: list[int]  # per group: n_rows, n_columns, rows, columns
     count: int
-    index: np.ndarray  # position in the flat (out, in) matrix of every packed value
+    index: NDArray[Any]  # position in the flat (out, in) matrix of every packed value
     n_active: int  # coefficients of a channel that can differ from 0: the first ones
 
 
-def _row_groups(layer: Linear, coefficients: int, in_position: np.ndarray, out_position: np.ndarray) -> _RowGroups:
+def _row_groups(layer: Linear, coefficients: int, in_position: NDArray[Any], out_position: NDArray[Any]) -> _RowGroups:
     """``in_position`` (in_size,), ``out_position`` (out_size,): where the native code keeps each input and output."""
     nonzero = np.zeros((layer.out_size, layer.in_size), dtype=bool)
     for block in layer.blocks:
@@ -140,7 +141,7 @@ class _Builder:
     that they make begin; they follow each other in the order of the parameters. The last step, ``plan_numbers``, writes
     the plan with these positions."""
 
-    def __init__(self, plan: Plan, sizes: tuple[int, ...]):
+    def __init__(self, plan: Plan, sizes: tuple[int, ...]) -> None:
         self.plan, self.pairs = plan, sample_pairs(plan)
         self.couplings = dense_couplings(plan) if plan.dense_coupling else plan.couplings
         self.terms = Terms(plan, self.couplings, self.pairs.position)
@@ -194,7 +195,7 @@ class _Builder:
         self.n_grad = self.packing.n_rows
         self.theta_forward = [self.packing.add(rows_of(layout.theta_forward)) for layout in layouts]
 
-    def _theta_rows(self, starts: dict[str, int]) -> Callable[[np.ndarray], sparse.csr_matrix]:
+    def _theta_rows(self, starts: dict[str, int]) -> Callable[[NDArray[Any]], sparse.csr_matrix]:
         """What makes rows of the packing matrix of the positions in a layout of θ: of parameters or, in a dense
         coupling, of entries of the kernel tensor."""
         n_parameters = self.packing.n_parameters

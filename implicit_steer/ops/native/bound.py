@@ -82,7 +82,7 @@ class NativePlan:
         statistics_shape: shape of the batch norms' statistics, (n_layers, W (n_trivial + 1)).
     """
 
-    def __init__(self, plan: Plan, sizes: tuple[int, ...], n_last: int):
+    def __init__(self, plan: Plan, sizes: tuple[int, ...], n_last: int) -> None:
         self._recipe = plan, sizes, n_last
         prepared, dtypes = prepare(plan, sizes), (torch.float32, torch.float64)
         self.arrays = {dtype: prepared.tensors(dtype) for dtype in dtypes}
@@ -123,7 +123,7 @@ class BoundKernel:
     backend = "cpu"  # as errors name it
     joint_gradients = True  # whether the operator conv_gradients gives those of inputs and parameters at once
 
-    def __init__(self, plan: Plan, native: NativePlan, parameters: Parameters):
+    def __init__(self, plan: Plan, native: NativePlan, parameters: Parameters) -> None:
         self.plan, self.native = plan, native
         self.parameters, self.learned = parameters, learned_tensors(parameters)
         self.dtype, self.device = parameters.shell_width.dtype, parameters.shell_width.device
@@ -227,7 +227,7 @@ def bind(plan: Plan, parameters: Parameters, make: type[BoundKernel]) -> BoundKe
 class JointStatistics(Sequence[NormStatistics]):
     """The batch norms' statistics, ``together`` in one tensor (n_layers, W (n_trivial + 1))."""
 
-    def __init__(self, plan: Plan, together: Tensor):
+    def __init__(self, plan: Plan, together: Tensor) -> None:
         self.together, self._channels = together, plan.norms[0].channels
 
     def __len__(self) -> int:

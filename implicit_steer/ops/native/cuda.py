@@ -29,7 +29,7 @@ class CudaKernel(BoundKernel):
     backend = "cuda"
     joint_gradients = False
 
-    def __init__(self, plan: Plan, native: NativePlan, parameters: Parameters):
+    def __init__(self, plan: Plan, native: NativePlan, parameters: Parameters) -> None:
         super().__init__(plan, native, parameters)
         self.trivial = _trivial(native, self.device)
 

@@ -6,9 +6,10 @@ Its counterpart in C++ is ``SparseMatrix`` of ``csrc/packing.h``.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import sparse
 
 from ...plan import Coupling, Linear, Plan
@@ -18,7 +19,7 @@ from .terms import padded
 class PackingMatrix:
     """The matrix, one block of rows after the other; as many columns as there are parameters, ``n_parameters``."""
 
-    def __init__(self, n_parameters: int):
+    def __init__(self, n_parameters: int) -> None:
         self.n_parameters, self.n_rows = n_parameters, 0
         self._blocks: list[sparse.csr_matrix] = []
 
@@ -29,7 +30,7 @@ class PackingMatrix:
         self.n_rows += rows.shape[0]
         return first
 
-    def add_copies(self, parameters: np.ndarray) -> int:
+    def add_copies(self, parameters: NDArray[Any]) -> int:
         """The position of the first of rows that copy one of these parameters each; −1: a row that gives 0."""
         return self.add(selection(parameters, self.n_parameters))
 
@@ -39,7 +40,7 @@ class PackingMatrix:
         return sparse.vstack(blocks, format="csr")
 
 
-def selection(columns: np.ndarray, n_columns: int) -> sparse.csr_matrix:
+def selection(columns: NDArray[Any], n_columns: int) -> sparse.csr_matrix:
     """Rows with a single 1 each, in these columns; column −1: an empty row."""
     inside = np.flatnonzero(columns >= 0)
     entries = (np.ones(len(inside)), (inside, columns[inside]))
@@ -49,7 +50,7 @@ def selection(columns: np.ndarray, n_columns: int) -> sparse.csr_matrix:
 # ---- hidden layers
 
 
-def linear_rows(layer: Linear, index: np.ndarray, start: int, n_parameters: int) -> sparse.csr_matrix:
+def linear_rows(layer: Linear, index: NDArray[Any], start: int, n_parameters: int) -> sparse.csr_matrix:
     """The rows of the values of W (out, in) at ``index`` in its flat form, whose weights start at parameter
     ``start``."""
     rows, columns, values = [], [], []
@@ -66,7 +67,7 @@ def linear_rows(layer: Linear, index: np.ndarray, start: int, n_parameters: int)
     return dense[index]
 
 
-def bias_rows(layer: Linear, order: np.ndarray, start: int, n_parameters: int) -> sparse.csr_matrix:
+def bias_rows(layer: Linear, order: NDArray[Any], start: int, n_parameters: int) -> sparse.csr_matrix:
     """The rows of the bias, its coefficients in this order; its parameters, if it has some, start at ``start``."""
     rows, n = sparse.lil_matrix((layer.out_size, n_parameters)), layer.bias.shape[1]
     if n:
@@ -80,8 +81,8 @@ def bias_rows(layer: Linear, order: np.ndarray, start: int, n_parameters: int) -
 class ThetaLayouts(NamedTuple):
     """The parameter of every number of a coupling's θ in both layouts; −1 in the padding of rows of channels."""
 
-    theta: np.ndarray  # [b][u][v, w], for the reverse sweep
-    theta_forward: np.ndarray  # [b][v][w][u], for the forward pass
+    theta: NDArray[Any]  # [b][u][v, w], for the reverse sweep
+    theta_forward: NDArray[Any]  # [b][v][w][u], for the forward pass
 
 
 def theta_layouts(coupling: Coupling, start: int, constant: bool) -> ThetaLayouts:
@@ -95,7 +96,7 @@ def theta_layouts(coupling: Coupling, start: int, constant: bool) -> ThetaLayout
     return ThetaLayouts(_padded_rows(theta).reshape(-1), theta_forward.reshape(-1))
 
 
-def _padded_rows(numbers: np.ndarray) -> np.ndarray:
+def _padded_rows(numbers: NDArray[Any]) -> NDArray[Any]:
     """The last axis filled up with −1 to the size of a row of channels."""
     size = numbers.shape[-1]
     return np.pad(numbers, [(0, 0)] * (numbers.ndim - 1) + [(0, padded(size) - size)], constant_values=-1)
@@ -122,7 +123,7 @@ def dense_couplings(plan: Plan) -> tuple[Coupling, ...]:
     )
 
 
-def kernel_entries(plan: Plan, n_weights: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def kernel_entries(plan: Plan, n_weights: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Of every product θ·B: its position in the flat (C_out, C_in, H) kernel tensor, that of θ among the last layer's
     parameters, ``n_weights`` weights and then its bias, and B."""
     fields = [(len(c.out_start), len(c.in_start), len(c.hidden_start)) for c in plan.couplings]

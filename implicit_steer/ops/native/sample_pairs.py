@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...plan import Plan
 
 _LARGEST_SEARCH = 400  # samples that are searched for pairs: all are compared with all
 
 
-def _match_pairs(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+def _match_pairs(samples: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]] | None:
     """A sign per coefficient (c,) and a permutation (S,) with ``samples[permutation] = samples · sign``, if the samples
     have such a symmetry (an inversion, a half turn); the first one that leaves fewest samples fixed."""
     if len(samples) > _LARGEST_SEARCH:
@@ -35,8 +36,8 @@ def _match_pairs(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _complete(
-    samples: np.ndarray, equal: np.ndarray, tolerance: float, sign: np.ndarray, image: dict[int, int]
-) -> tuple[np.ndarray, np.ndarray] | None:
+    samples: NDArray[Any], equal: NDArray[Any], tolerance: float, sign: NDArray[Any], image: dict[int, int]
+) -> tuple[NDArray[Any], NDArray[Any]] | None:
     """The signs (0: not known) and images of samples completed, or None. Depth first over a sample's possible images,
     the sample with fewest first, itself last."""
     for row, other in image.items():
@@ -65,15 +66,15 @@ class SamplePairs(NamedTuple):
 
     first: list[int]  # of every pair
     single: list[int]
-    odd: np.ndarray  # (c,) bool
+    odd: NDArray[Any]  # (c,) bool
 
     @property
-    def order(self) -> np.ndarray:
+    def order(self) -> NDArray[Any]:
         """(c,) the coefficients of a channel as the native code keeps them."""
         return np.argsort(self.odd, kind="stable")
 
     @property
-    def position(self) -> np.ndarray:
+    def position(self) -> NDArray[Any]:
         """(c,) where the native code keeps each coefficient of a channel."""
         return np.argsort(self.order)
 

@@ -5,9 +5,10 @@ The counterparts in C++ are ``CouplingView`` and ``PlanView`` of ``csrc/plan.h``
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...plan import Coupling, Plan
 
@@ -35,12 +36,12 @@ class Gathered:
     """Channels by field type: for each tuple of field starts, component by component, all fields side by side and what
     fills a row of channels."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._first: dict[tuple[int, ...], int] = {}  # place of component 0
         self.channel: list[int] = []  # number of the channel at each place, −1 where there is none
         self.rows: list[tuple[int, int]] = []  # place and size of each component's row
 
-    def add(self, starts: np.ndarray, size: int) -> int:
+    def add(self, starts: NDArray[Any], size: int) -> int:
         """The place of component 0 of the fields at ``starts``, of ``size`` components each."""
         key = tuple(starts.tolist())
         if key not in self._first:
@@ -82,7 +83,7 @@ class Terms:
         used: how many coefficients of a channel the couplings read, the first ones.
     """
 
-    def __init__(self, plan: Plan, couplings: tuple[Coupling, ...], position: np.ndarray):
+    def __init__(self, plan: Plan, couplings: tuple[Coupling, ...], position: NDArray[Any]) -> None:
         self.plan, self.position = plan, position
         self.products, self.product_size = [], 0
         self.inputs, self.outputs = Gathered(), Gathered()
@@ -163,7 +164,7 @@ class Terms:
 class Monomials:
     """Monomials of x, y, z: 1, then each an earlier one times a coordinate."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.number = {(0, 0, 0): 0}
         self.factors = [(0, 0)]  # per monomial: number of the earlier one, coordinate
 
