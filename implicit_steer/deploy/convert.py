@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -14,6 +14,7 @@ from ..layers.exact import ExactBuffers
 from .kinds import KINDS, REGISTERED, is_plain, is_registered, kind_of
 from .registry import check_attributes
 
+_Make = TypeVar("_Make", bound="Callable[[Any, Converter], Any]")
 _CONVERTERS: dict[type, Callable[[Any, Converter], Any]] = {}
 _REGISTER = (
     "Decorate the class with @implicit_steer.register, or save its parts in a torch.nn.ModuleDict (see the text of "
@@ -25,11 +26,11 @@ _HOLD = "Hold what was added to it in a class of your own that you register (imp
 _SUBCLASS = "A subclass of a known module counts as unknown, since it may compute something else."
 
 
-def converts(*classes: type) -> Callable:
+def converts(*classes: type) -> Callable[[_Make], _Make]:
     """Decorator: ``function(module, convert)`` makes the plain counterpart of modules of exactly these classes, with
     the same Parameter objects; ``convert`` does so for parts of it, and for field types."""
 
-    def register(function: Callable[[Any, Converter], Any]) -> Callable:
+    def register(function: _Make) -> _Make:
         _CONVERTERS.update(dict.fromkeys(classes, function))
         return function
 
@@ -100,14 +101,14 @@ class Converter:
         return made
 
     def _share_rest(self, made: torch.nn.Module, module: torch.nn.Module) -> None:
-        share_tensors(made, module._parameters | module._buffers)
-        if isinstance(made, ExactBuffers):
+        share_tensors(made, {**module._parameters, **module._buffers})
+        if isinstance(made, ExactBuffers) and isinstance(module, ExactBuffers):
             made.share_exact(module)
         for name, child in module._modules.items():
             if child is not None and id(child) not in self._made:
                 found = name in made._modules
                 require(found, f"{_HOLD} {name}", f"a part of {type(made).__name__}", "none", kind=TypeError)
-                self._share_rest(made._modules[name], child)
+                self._share_rest(made.get_submodule(name), child)
 
     def set_modes(self) -> None:
         """Put every counterpart, and what it holds besides other counterparts, in its module's mode."""

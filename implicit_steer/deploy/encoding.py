@@ -10,7 +10,7 @@ Values are JSON's own; lists for tuples, ``{"object": n}`` for another object, `
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -94,7 +94,7 @@ def unregistered(objects: Any) -> list[str]:
     return [f"{name!r} ({origin})" for name, origin in found.items() if name not in REGISTERED]
 
 
-_SCALARS = {
+_SCALARS: dict[str, Callable[[Any], Any]] = {
     "float": float,
     "dtype": {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}.__getitem__,
 }

@@ -36,7 +36,7 @@ def _digest(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> str:
         tensor = tensors[name].contiguous()
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if tensor.numel():
-            sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+            sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
@@ -44,7 +44,7 @@ def _text(manifest: dict[str, Any]) -> str:
     return json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def write(path: str | os.PathLike, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def write(path: str | os.PathLike[str], content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write ``content`` (JSON values) and ``tensors`` (on the CPU) to ``path``, at once or not at all."""
     import safetensors.torch
 
@@ -58,7 +58,7 @@ def write(path: str | os.PathLike, content: dict[str, Any], tensors: dict[str, T
         file.write(data)
 
 
-def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What :func:`write` wrote: the manifest and the tensors.
 
     Raises:
@@ -77,13 +77,13 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         text = header.get("__metadata__", {}).get(KEY)
-        manifest = None if text is None else json.loads(text)
+        manifest: Any = None if text is None else json.loads(text)
     except FORGED as error:
         _refuse(path, origin, error)
     if text is None:
         _refuse(path, origin, "a safetensors file of another program")
     version = manifest.get("format") if isinstance(manifest, dict) else None
-    if not isinstance(version, int) or version < 1:
+    if not isinstance(manifest, dict) or not isinstance(version, int) or version < 1:
         _refuse(path, origin, f"format {version!r}")
     if version > FORMAT:
         remedy = f"Install implicit_steer {manifest.get('library')} or newer, which wrote it."
@@ -98,5 +98,5 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return manifest, tensors
 
 
-def _refuse(path: str | os.PathLike, expected: str, got: Any, remedy: str = "") -> NoReturn:
+def _refuse(path: str | os.PathLike[str], expected: str, got: Any, remedy: str = "") -> NoReturn:
     fail(str(path), expected, got, remedy, RuntimeError)

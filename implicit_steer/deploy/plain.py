@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from ..lowering import _require_escnn  # noqa: F401
 
@@ -18,6 +18,7 @@ from torch import nn
 
 from .. import layers, plan
 from .._check import require
+from ..layers.exact import ExactBuffers
 from ..layers.kernel import NORM_TENSORS
 from ..lowering.linear import lower_expansion, sampled_blocks
 from ..nn.activation import FourierActivation
@@ -46,14 +47,17 @@ def _kernel(kernel: ImplicitKernel, convert: Converter) -> layers.ImplicitKernel
     for layer, (weights, bias) in zip(plain.linears, learned.linears, strict=True):
         share_tensors(layer, {"weights": weights, "bias": bias})
     for state, tensors, (norm, _) in zip(plain.norms, learned.norms, kernel._norms, strict=True):
-        tensors = tensors._replace(mean=tensors.mean[:, : state.running_mean.shape[1]])
+        tensors = tensors._replace(mean=tensors.mean[:, : state.get_buffer("running_mean").shape[1]])
         share_tensors(state, dict(zip(NORM_TENSORS, tensors, strict=True)))
-        share_tensors(state, {"num_batches_tracked": norm.num_batches_tracked})
+        share_tensors(state, {"num_batches_tracked": norm.get_buffer("num_batches_tracked")})
     share_tensors(plain, {"shell_width": learned.shell_width})
     return plain
 
 
-def _with_bias(plain: layers.kernel.Biased, conv: CheckedBias) -> layers.kernel.Biased:
+_Conv = TypeVar("_Conv", bound=layers.kernel.Biased)
+
+
+def _with_bias(plain: _Conv, conv: CheckedBias) -> _Conv:
     if conv.bias is not None:
         share_tensors(plain, {"bias": conv.bias})
         plain.share_exact(conv)
@@ -124,7 +128,7 @@ def _batch_norm(norm: enn.IIDBatchNorm1d, convert: Converter) -> layers.IIDBatch
         share_tensors(state, dict(zip(names, kind[1:5], strict=True)))
         for name, exact in zip(("average", "basis"), constants, strict=True):
             if exact is not None:
-                state.set_exact(name, exact, kind.var.dtype)
+                cast(ExactBuffers, state).set_exact(name, exact, kind.var.dtype)
     share_tensors(plain, {"num_batches_tracked": norm.num_batches_tracked})
     return plain
 

@@ -19,7 +19,7 @@ from .kinds import is_registered
 STATE = "state."  # names of parameters and buffers in the file begin with this
 
 
-def save(module: torch.nn.Module, path: str | os.PathLike) -> None:
+def save(module: torch.nn.Module, path: str | os.PathLike[str]) -> None:
     """Write ``module`` to a file that :func:`load` reads without escnn.
 
     Saved are the parameters, buffers and constants in their dtypes, which parameters are frozen, and which modules are
@@ -30,10 +30,9 @@ def save(module: torch.nn.Module, path: str | os.PathLike) -> None:
     Args:
         module: a module of :mod:`implicit_steer.nn` or :mod:`implicit_steer.experiments.models`; one of escnn's
             ``Linear``, ``IIDBatchNorm1d``, ``TensorProductModule``, ``SequentialModule``, ``ReLU``, ``ELU``,
-            ``LeakyReLU``,
-            ``IdentityModule``, or a pooling; common layers of ``torch.nn``; ``Sequential``, ``ModuleList``,
-            ``ModuleDict`` of these; one of a class of your own that :func:`~implicit_steer.register` knows; or what
-            :func:`load` returned.
+            ``LeakyReLU``, ``IdentityModule``, or a pooling; common layers of ``torch.nn``; ``Sequential``,
+            ``ModuleList``, ``ModuleDict`` of these; one of a class of your own that
+            :func:`~implicit_steer.register` knows; or what :func:`load` returned.
         path: the file; an existing one is replaced.
 
     Raises:
@@ -49,7 +48,8 @@ def save(module: torch.nn.Module, path: str | os.PathLike) -> None:
     require(isinstance(module, torch.nn.Module), "module", "a torch.nn.Module", type(module).__name__, kind=TypeError)
     plain = convert(module)
     objects, tensors = encode(plain)
-    frozen, owners = [], {}
+    frozen: list[str] = []
+    owners: dict[int, str] = {}
     for name, owner, key in _state(plain):
         tensor = getattr(owner, key)
         if id(tensor) in owners:
@@ -63,7 +63,7 @@ def save(module: torch.nn.Module, path: str | os.PathLike) -> None:
     file.write(path, {"objects": objects, "frozen": frozen, "training": training}, tensors)
 
 
-def load(path: str | os.PathLike) -> torch.nn.Module:
+def load(path: str | os.PathLike[str]) -> torch.nn.Module:
     """The module that :func:`save` wrote, without escnn: plain tensors in, plain tensors out, on the CPU.
 
     A file is looked through before it is believed: nothing that it names is imported or run, and no size in it asks for

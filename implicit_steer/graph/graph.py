@@ -198,7 +198,7 @@ def _node_counts(num_nodes: Any) -> tuple[int, int]:
     pair = num_nodes if isinstance(num_nodes, (tuple, list)) else (num_nodes, num_nodes)
     expected = "an integer >= 0 or a pair (num_source, num_target)"
     if torch.compiler.is_compiling():  # whole numbers as they are: some may stand for any size
-        return pair
+        return pair[0], pair[1]
     whole = all(hasattr(n, "__index__") and not isinstance(n, (bool, Tensor)) for n in pair)
     require(len(pair) == 2, "num_nodes", expected, f"{len(pair)} numbers")
     require(whole, "num_nodes", expected, repr(num_nodes), kind=TypeError)

@@ -7,7 +7,7 @@ import operator
 import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,24 +16,25 @@ from .._check import fail, require
 from .graph import require_integers, sort_by_key
 
 if TYPE_CHECKING:
-    import numpy as np
-from numpy.typing import NDArray
+    from numpy.typing import NDArray
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 _FLOWS = ("source_to_target", "target_to_source")
 
 
-def _untraced(function: Callable) -> Callable:
+def _untraced(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """The function, which torch.compile runs as it is: it looks for neighbours in NumPy's arrays. Compiled code around
     it is in two parts; ``fullgraph=True`` is an error with this reason."""
 
     @wraps(function)
-    def call(*args, **options):
+    def call(*args: _P.args, **options: _P.kwargs) -> _R:
         # torch.compiler.disable imports the compiler; where it is not there, there is nothing to disable.
         run = torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
         return run(*args, **options)
 
-    call._torchdynamo_disable = True
-    call._torchdynamo_disable_msg = "build graphs outside of the compiled function and pass their edges"
+    reason = "build graphs outside of the compiled function and pass their edges"
+    vars(call).update(_torchdynamo_disable=True, _torchdynamo_disable_msg=reason)
     return call
 
 
@@ -143,20 +144,21 @@ def periodic_radius_graph(
     cells, periodic = checked_cell(cell, pbc, points.shape[1])
     if cells.ndim == 3:
         require(batch is not None, "batch", "the cell of each point, as there are several", None)
-        fits = all(0 <= label < len(cells) for label in segments)
-        require(fits, "batch", f"labels in 0 .. {len(cells) - 1}, one for each cell", list(segments))
-        cells = cells[list(segments)]
+        labels = [label for label in segments if label is not None]
+        fits = all(0 <= label < len(cells) for label in labels)
+        require(fits, "batch", f"labels in 0 .. {len(cells) - 1}, one for each cell", labels)
+        own = list(cells[labels])
     else:
-        cells = [cells] * len(segments)
+        own = [cells] * len(segments)
     edges, shifts = [np.empty((2, 0), np.int64)], [np.empty((0, points.shape[1]))]
-    for segment, vectors in zip(segments.values(), cells, strict=True):
+    for segment, vectors in zip(segments.values(), own, strict=True):
         neighbour, centre, shift = periodic_pairs(points[segment], float(r), vectors, periodic, loop)
         edges.append(segment[np.stack([neighbour, centre])])
         shifts.append(shift)
     edge_index = torch.from_numpy(np.concatenate(edges, axis=1))
     order, _ = sort_by_key(edge_index[1], len(points))
-    shift = torch.from_numpy(np.concatenate(shifts)).to(pos.dtype)
-    return edge_index[:, order].to(pos.device), shift[order].to(pos.device)
+    all_shifts = torch.from_numpy(np.concatenate(shifts)).to(pos.dtype)
+    return edge_index[:, order].to(pos.device), all_shifts[order].to(pos.device)
 
 
 @_untraced
@@ -304,7 +306,7 @@ def knn(x: Tensor, y: Tensor, k: int, batch_x: Tensor | None = None, batch_y: Te
     return _sorted_by_centre(_edges(segments, nearest), len(points_y)).flip(0).to(x.device)
 
 
-_Segments = dict[int | None, "np.ndarray"]  # label → the numbers of its points, at least one
+_Segments = dict[int | None, "NDArray[Any]"]  # label → the numbers of its points, at least one
 
 
 def _points(name: str, pos: Any, batch_name: str, batch: Any) -> tuple[NDArray[Any], _Segments]:
@@ -330,7 +332,9 @@ def _points(name: str, pos: Any, batch_name: str, batch: Any) -> tuple[NDArray[A
     return points, dict(zip(labels.tolist(), np.split(order.numpy(), offsets[1:-1].numpy()), strict=False))
 
 
-def _two_clouds(x: Any, y: Any, batch_x: Any, batch_y: Any) -> tuple[NDArray[Any], NDArray[Any], list]:
+def _two_clouds(
+    x: Any, y: Any, batch_x: Any, batch_y: Any
+) -> tuple[NDArray[Any], NDArray[Any], list[tuple[NDArray[Any], NDArray[Any]]]]:
     """Positions of two clouds, and of each label that both have, the numbers of its points in either."""
     points_x, of_x = _points("x", x, "batch_x", batch_x)
     points_y, of_y = _points("y", y, "batch_y", batch_y)
@@ -368,7 +372,7 @@ def _check_flow(flow: Any) -> None:
     require(flow in _FLOWS, "flow", expected, repr(flow))
 
 
-_Search = Callable[["np.ndarray", "np.ndarray"], tuple["np.ndarray", "np.ndarray"]]
+_Search = Callable[["NDArray[Any]", "NDArray[Any]"], tuple["NDArray[Any]", "NDArray[Any]"]]
 
 
 def _edges(segments: Iterable[tuple[NDArray[Any], NDArray[Any]]], search: _Search) -> Tensor:

@@ -93,7 +93,7 @@ class Structures:
             remedy = "Leave it out of all with dataclasses.replace, or join those that have it."
             got = f"{sum(has)} of {len(has)}"
             require(all(has) or not any(has), "parts", f"{name} in all or in none", got, remedy)
-        rest = {
+        rest: dict[str, Any] = {
             name: None if getattr(parts[0], name) is None else torch.cat([getattr(part, name) for part in parts])
             for name in ("numbers", "pos", "cell", "shift", "energy", "forces")
         }
@@ -125,7 +125,8 @@ class Structures:
 
     def _changed(self, names: Sequence[str], change: Callable[[Tensor], Tensor]) -> Structures:
         tensors = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: change(t) for name, t in tensors.items() if isinstance(t, Tensor)})
+        changed: dict[str, Any] = {name: change(t) for name, t in tensors.items() if isinstance(t, Tensor)}
+        return replace(self, **changed)
 
     def moved(self, pos: Tensor) -> Structures:
         """The same atoms and edges at other positions (N, 3)."""

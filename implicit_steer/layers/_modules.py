@@ -17,7 +17,9 @@ class NoTorchScript:
     def __prepare_scriptable__(self) -> NoReturn:  # torch.jit.script asks every module for a stand-in
         self._refuse("torch.jit.script")
 
-    def _slow_forward(self, *arguments, **options) -> NoReturn:  # called instead of ``forward`` under torch.jit.trace
+    def _slow_forward(
+        self, *arguments: Any, **options: Any
+    ) -> NoReturn:  # called instead of ``forward`` under torch.jit.trace
         self._refuse("torch.jit.trace")
 
     def _refuse(self, what: str) -> NoReturn:

@@ -42,14 +42,14 @@ class FourierBase(NoTorchScript, torch.nn.Module):
 
     def _along_vectors(self, x: Tensor) -> Tensor:
         """(s, v) → (s′, v · r′ / r), (s′, r′) = A⁻ φ(A (s, r)), r = √(|v|² + ε²), of every field."""
-        fields = x.unflatten(1, (-1, 4))
-        vector = fields[:, :, self._vector : self._vector + 3]
-        scalar = fields[:, :, :1] if self._vector else fields[:, :, 3:]
+        fields, start = x.unflatten(1, (-1, 4)), self._vector or 0
+        vector = fields[:, :, start : start + 3]
+        scalar = fields[:, :, :1] if start else fields[:, :, 3:]
         length = (vector.square().sum(2, keepdim=True) + _SOFT**2).sqrt()
         pairs = torch.cat([scalar, length], 2).flatten(1, 2)
         scalar, along = fourier(self.function, pairs, *self._merged.like(x)).unflatten(1, (-1, 2)).split(1, 2)
         vector = vector * (along / length)
-        return torch.cat([scalar, vector] if self._vector else [vector, scalar], 2).flatten(1, 2)
+        return torch.cat([scalar, vector] if start else [vector, scalar], 2).flatten(1, 2)
 
     def is_like(self, other: FourierBase) -> bool:
         """Whether both apply the same function to every field."""
@@ -82,7 +82,7 @@ class FourierActivation(FourierBase):
         self.in_type = self.out_type = in_type
         self._set_samples(function, samples, inverse, vector)
 
-    def arguments(self) -> dict:
+    def arguments(self) -> dict[str, Any]:
         """What it is built from."""
         samples, inverse_t = (m.numpy() for m in self._merged.exact)
         given = {"in_type": self.in_type, "function": self.function, "vector": self._vector}

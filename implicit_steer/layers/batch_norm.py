@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -36,14 +36,14 @@ class Kind(NamedTuple):
 _Statistics = tuple[Tensor | None, Tensor]  # of a kind: mean (fields, d), None without trivial irreps; var (fields, 1)
 
 
-class NormBase(NoTorchScript):
+class NormBase(NoTorchScript, torch.nn.Module):
     """y = w · (x − mean) / sqrt(var + eps) + b of every field, on tensors: escnn's ``IIDBatchNorm1d``, to rounding.
 
     Per field, mean (d,) is the part of the mean over all points that lies in trivial irreps, b (d,) lies there too, var
     is the unbiased variance averaged over the d coordinates, w a number. As in escnn, no gradient flows through the
     statistics.
 
-    A subclass, which is a Module too, sets ``in_type``, ``eps``, ``momentum`` and ``track_running_stats``, has a buffer
+    A subclass sets ``in_type``, ``eps``, ``momentum`` and ``track_running_stats``, has a buffer
     ``num_batches_tracked``, calls :meth:`_set_channels` and implements :meth:`_kinds`.
     """
 
@@ -52,6 +52,9 @@ class NormBase(NoTorchScript):
     momentum: float | None
     track_running_stats: bool
     pool: Pool | None = None  # adds other processes' points to the batch's statistics
+    num_batches_tracked: Tensor
+    _by_kind: Tensor | None
+    _in_place: Tensor | None
     _kinds: Callable[[], list[Kind]]
 
     def _set_channels(self, channels: Tensor | None) -> None:
@@ -76,8 +79,9 @@ class NormBase(NoTorchScript):
         if self.training:
             self._update_running(statistics, kinds)
         if self._is_native(wide, kinds):
-            statistics, learned = zip(*statistics, strict=True), zip(*((k.weight, k.bias) for k in kinds), strict=True)
-            tensors = (_some(t, dtype) for column in (*statistics, *learned) for t in column)
+            learned = [(kind.weight, kind.bias) for kind in kinds]
+            columns = (*zip(*statistics, strict=True), *zip(*learned, strict=True))
+            tensors = (_some(t, dtype) for column in columns for t in column)
             y = _recorded(self, kinds, wide.contiguous(), *tensors)
         else:
             y = self._normalised(wide, kinds, statistics)
@@ -123,8 +127,9 @@ class NormBase(NoTorchScript):
         if not self.track_running_stats:
             return
         factor = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
-        pairs = [(kind.var, var) for kind, (_, var) in zip(kinds, statistics, strict=True)]
-        pairs += [(kind.mean, mean) for kind, (mean, _) in zip(kinds, statistics, strict=True) if mean is not None]
+        both = list(zip(kinds, statistics, strict=True))
+        pairs = [(kind.var, var) for kind, (_, var) in both]
+        pairs += [(kind.mean, mean) for kind, (mean, _) in both if kind.mean is not None and mean is not None]
         running, batch = zip(*pairs, strict=True)
         move_towards(running, batch, factor)
 
@@ -134,7 +139,7 @@ class NormBase(NoTorchScript):
         if kind.weight is not None:
             scale = kind.weight * scale
         zero = torch.zeros_like(scale).expand(-1, kind.size)
-        shift = zero if kind.bias is None else kind.bias @ kind.basis.T
+        shift = zero if kind.bias is None or kind.basis is None else kind.bias @ kind.basis.T
         return zero if mean is None else mean, scale.expand(-1, kind.size), shift
 
     def _joined(self, parts: tuple[Tensor, ...]) -> Tensor:
@@ -163,20 +168,20 @@ class _Norm(torch.autograd.Function):
     """x, and of all kinds means, variances, weights and biases → the normalised x, by the native operators."""
 
     @staticmethod
-    def forward(ctx, norm: NormBase, kinds: list[Kind], x: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, norm: NormBase, kinds: list[Kind], x: Tensor, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(x, *tensors)
         ctx.of = norm, kinds
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.implicit_steer.field_norm(x, *_Norm.arguments(norm, kinds, tensors))
 
     @staticmethod
-    def arguments(norm: NormBase, kinds: list[Kind], tensors: Sequence[Tensor]) -> tuple:
+    def arguments(norm: NormBase, kinds: list[Kind], tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         n = len(kinds)
         columns = [tensors[k : k + n] for k in range(0, 4 * n, n)]
         return *norm._fields(kinds), *columns, [_some(kind.basis, tensors[0].dtype) for kind in kinds], norm.eps
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (norm, kinds), (x, *tensors) = ctx.of, ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
             refuse_derivatives()  # forward mode works, this being plain PyTorch
@@ -187,10 +192,11 @@ class _Norm(torch.autograd.Function):
         return None, None, d_x, *[None] * (2 * len(kinds)), *weights, *biases
 
 
-def _differentiable(norm: NormBase, kinds: list[Kind], grad: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> list:
+def _differentiable(norm: NormBase, kinds: list[Kind], grad: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> list[Any]:
     """The gradients of x and ``tensors`` by plain PyTorch."""
-    n, given = len(kinds), [t if t.numel() else None for t in tensors]
-    statistics = list(zip(given[:n], given[n : 2 * n], strict=True))
+    n = len(kinds)
+    given = [t if t.numel() else None for t in tensors]
+    statistics = list(zip(given[:n], tensors[n : 2 * n], strict=True))
     learned = zip(given[2 * n : 3 * n], given[3 * n :], strict=True)
     y = norm._normalised(
         x, [k._replace(weight=w, bias=b) for k, (w, b) in zip(kinds, learned, strict=True)], statistics
@@ -205,6 +211,13 @@ _recorded = recorder(_Norm)  # only where nothing is traced
 
 class _KindState(ExactBuffers, torch.nn.Module):
     """The tensors of one :class:`Kind`."""
+
+    weight: torch.nn.Parameter | None
+    bias: torch.nn.Parameter | None
+    running_mean: Tensor | None
+    running_var: Tensor
+    average: Tensor | None
+    basis: Tensor | None
 
     def __init__(self, fields: int, size: int, n_trivial: int, affine: bool) -> None:
         super().__init__()
@@ -260,14 +273,14 @@ class IIDBatchNorm1d(NormBase, torch.nn.Module):
         self._sizes = sizes
         self._set_channels(None if channels is None else torch.tensor(channels))
 
-    def arguments(self) -> dict:
+    def arguments(self) -> dict[str, Any]:
         """What it is built from."""
         names = ("in_type", "eps", "momentum", "affine", "track_running_stats")
         channels = None if self._by_kind is None else self._by_kind.cpu().numpy()
         return {name: getattr(self, name) for name in names} | {"sizes": self._sizes, "channels": channels}
 
     def _kinds(self) -> list[Kind]:
-        return [state.kind() for state in self.kinds]
+        return [cast(_KindState, state).kind() for state in self.kinds]
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise with the batch's statistics in training mode, which also move the running ones, else with those."""

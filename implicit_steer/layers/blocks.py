@@ -89,7 +89,7 @@ def _region(pos: Tensor, own: Tensor, halo: Tensor, radius: float) -> Region:
 
 
 def convolve_in_blocks(
-    conv: torch.nn.Module,
+    conv: Any,
     x: Tensor | NDArray[Any],
     pos: Tensor,
     radius: float,
@@ -131,5 +131,8 @@ def convolve_in_blocks(
             features = conv.in_type(torch.as_tensor(x[region.nodes]), region.pos)
             attributes = None if edge_attr is None else edge_attr(region)
             y = values(conv((features, len(region.own)), region.graph, region.edge_delta, attributes))
-            out[region.own] = y if isinstance(out, Tensor) else y.numpy()
+            if isinstance(out, Tensor):
+                out[region.own] = y
+            else:
+                out[region.own] = y.numpy()
     return out

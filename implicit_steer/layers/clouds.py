@@ -53,7 +53,7 @@ class CloudNet(Module):
         self.to_invariants, self.head = to_invariants, head
         self.points, self.sizes, self.neighbours = points, sizes, neighbours
 
-    def arguments(self) -> dict:
+    def arguments(self) -> dict[str, Any]:
         """What it is built from."""
         names = ("vector_type", "convolutions", "norms", "activation", "to_invariants", "head")
         return {name: getattr(self, name) for name in (*names, "points", "sizes", "neighbours")}

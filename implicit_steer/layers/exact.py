@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-class ExactBuffers:
-    """Of a Module: buffers that are rounded from float64 whenever their dtype changes, so that ``.double()`` does not
+
+class ExactBuffers(torch.nn.Module):
+    """A Module with buffers that are rounded from float64 whenever their dtype changes, so that ``.double()`` does not
     find what float32 has left of them. They are in the ``state_dict``; a value loaded from one takes their place if it
     differs by more than rounding."""
 
@@ -26,32 +30,35 @@ class ExactBuffers:
         """Have those of ``other``."""
         for name in other._exact:
             persistent = name not in other._non_persistent_buffers_set
-            self.set_exact(name, other.exact(name), other._buffers[name].dtype, persistent)
+            self.set_exact(name, other.exact(name), other._held(name).dtype, persistent)
 
     def exact(self, name: str) -> Tensor:
         """One of these buffers in float64, on the CPU; what it holds, where somebody wrote other numbers to it."""
-        exact, buffer = self._exact[name], self._buffers[name]
+        exact, buffer = self._exact[name], self._held(name)
         unchanged = buffer.is_meta or torch.equal(exact.to(buffer.dtype), buffer.cpu())
         return exact if unchanged else buffer.detach().to("cpu", torch.float64)
+
+    def _held(self, name: str) -> Tensor:
+        return self.get_buffer(name)
 
     def learned_dtype(self) -> torch.dtype:
         """That of what the module itself learns or measures."""
         tensors = [t for name, t in (self._parameters | self._buffers).items() if name not in self._exact]
         return next(t.dtype for t in tensors if t is not None and t.is_floating_point())
 
-    def _apply(self, function: Callable, recurse: bool = True):
-        before = {name: (self._buffers[name], self.exact(name)) for name in self._exact}
-        super()._apply(function, recurse)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = {name: (self._held(name), self.exact(name)) for name in self._exact}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, (buffer, exact) in before.items():
-            now = self._buffers[name]
+            now = self._held(name)
             if now.dtype != buffer.dtype or (buffer.is_meta and not now.is_meta):
                 self._buffers[name] = exact.to(now, copy=True)
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name, exact in self._exact.items():
-            given, buffer = state_dict.get(prefix + name), self._buffers[name]
+            given, buffer = state_dict.get(prefix + name), self._held(name)
             if given is None or given.shape != exact.shape or given.is_meta or buffer.is_meta:
                 continue
             rounding = 2 * max(torch.finfo(t.dtype).eps for t in (given, buffer))
@@ -59,6 +66,6 @@ class ExactBuffers:
                 buffer.copy_(exact)
 
 
-def is_exact(module: torch.nn.Module, name: str) -> bool:
+def is_exact(module: torch.nn.Module, name: str) -> TypeGuard[ExactBuffers]:
     """Whether this is one of a module's exact buffers."""
     return isinstance(module, ExactBuffers) and name in module._exact

@@ -51,7 +51,9 @@ def with_values(x: Any, tensor: Tensor) -> Any:
     return tensor if isinstance(x, Tensor) else type(x)(tensor, x.type, x.coords)
 
 
-def check_tensor(name: str, value: Any, shape: tuple, dtype: torch.dtype, device: torch.device) -> None:
+def check_tensor(
+    name: str, value: Any, shape: tuple[int | None, ...], dtype: torch.dtype, device: torch.device
+) -> None:
     """Raise unless ``value`` is a tensor of ``shape`` (None: any), on ``device``, as :func:`check_dtype` asks."""
     if not isinstance(value, Tensor):
         fail(name, "a torch.Tensor", type(value).__name__, kind=TypeError)

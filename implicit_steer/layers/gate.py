@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -72,7 +74,7 @@ class GatedFields(GateBase):
         self.in_type, self.out_type = in_type, out_type
         self._set_fields(function, gate, tuple((size, bool(gated)) for size, gated in fields))
 
-    def arguments(self) -> dict:
+    def arguments(self) -> dict[str, Any]:
         """What it is built from."""
         given = {name: getattr(self, name) for name in ("in_type", "out_type", "function", "gate")}
         return given | {"fields": self._fields}

@@ -33,7 +33,7 @@ class GridConvBase(Biased):
     dilation: int
     padding_mode: str
     moved_axes: tuple[bool, ...] | None = None  # None: all
-    _off_centre: frozenset = frozenset()  # sizes that a warning has named
+    _off_centre: frozenset[int] = frozenset()  # sizes that a warning has named
 
     def explain(self) -> str:
         """Group, sampling, frame, costs, and what evaluates the kernel at the grid's points."""
@@ -45,7 +45,8 @@ class GridConvBase(Biased):
         Without attributes the points are always the same, so batch norms use their statistics in both modes, as the
         authors' module does.
         """
-        rows, batch_statistics = 1, True
+        rows = 1
+        batch_statistics: bool | None = True
         pos = self.grid.to(self.implicit_kernel.shell_width.dtype)
         n = self.implicit_kernel.n_attributes
         expected, got = f"a tensor of {n} attributes per sample" if n else "None", type(attr).__name__
@@ -170,7 +171,7 @@ class ImplicitConv(GridConvBase):
         implicit_kernel.prepare_values()
         self.set_exact("grid", torch.tensor(grid), torch.float64, persistent=False)
 
-    def arguments(self) -> dict:
+    def arguments(self) -> dict[str, Any]:
         """What it is built from."""
         names = ("in_type", "out_type", "implicit_kernel", "padding", "stride", "dilation", "padding_mode", "n_bias")
         given = {name: getattr(self, name) for name in (*names, "moved_axes")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from numpy.typing import NDArray
@@ -103,12 +103,12 @@ class KernelBase(NoTorchScript, torch.nn.Module):
         if not traced and cache.hooks != hooks.registered():
             self._look_for_hooks()
         if not traced and cache.tensors is not None and all(map(operator.is_, tensors, cache.tensors)):
-            return cache.parameters
+            return cast(Parameters, cache.parameters)
         n, m = 2 * len(self._linears), 4 * len(self._norms)
-        linears, norms, (shell_width, *bias) = tensors[:n], tensors[n : n + m], tensors[n + m :]
-        norms = tuple(NormParameters(*norms[k : k + 4]) for k in range(0, m, 4))
-        linears = tuple(zip(linears[::2], linears[1::2], strict=True))
-        bias = tuple(bias) if bias and bias[0] is not None else None  # conv.bias = None takes it away
+        linears = tuple(zip(tensors[0:n:2], tensors[1:n:2], strict=True))
+        norms = tuple(NormParameters(*tensors[k : k + 4]) for k in range(n, n + m, 4))
+        shell_width, *conv = tensors[n + m :]
+        bias = (conv[0], conv[1]) if conv and conv[0] is not None else None  # conv.bias = None takes it away
         parameters = Parameters(linears, norms, shell_width, cache, bias)
         if not traced and all(t is None or t.is_leaf for t in tensors):  # others hold a graph: not to be kept alive
             cache.tensors, cache.parameters = tensors, parameters
@@ -138,7 +138,7 @@ class KernelBase(NoTorchScript, torch.nn.Module):
 
     def update_running(self, statistics: Sequence[NormStatistics]) -> None:
         """Move the batch norms' running statistics towards those of a batch, as escnn does in its forward pass."""
-        buffers = [norm._buffers for norm, _ in self._norms]
+        buffers: list[dict[str, Any]] = [norm._buffers for norm, _ in self._norms]
         means, variances = ([b[names[k]] for b, (_, names) in zip(buffers, self._norms, strict=True)] for k in (2, 3))
         counts = [b["num_batches_tracked"] for b in buffers]
         together = getattr(statistics, "together", None)
@@ -229,17 +229,19 @@ class KernelBase(NoTorchScript, torch.nn.Module):
 
 def _factor(norm: torch.nn.Module) -> float:
     """How far running statistics move towards a batch's; momentum None: they become the average over all batches."""
-    momentum = norm.momentum
-    return 1 / (int(norm._buffers["num_batches_tracked"]) + 1) if momentum is None else momentum
+    momentum: Any = norm.momentum
+    return 1 / (int(norm.get_buffer("num_batches_tracked")) + 1) if momentum is None else momentum
 
 
-class BasisFingerprint:
-    """Of a Module whose weights mean something on a basis only: it refuses a ``state_dict`` of weights on another."""
+class BasisFingerprint(torch.nn.Module):
+    """A Module whose weights mean something on a basis only: it refuses a ``state_dict`` of weights on another."""
+
+    fingerprint: Tensor
 
     def _stamp(self, fingerprint: NDArray[Any]) -> None:
         self.register_buffer("fingerprint", torch.tensor(fingerprint))
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         own, theirs = self.fingerprint, state_dict.get(f"{prefix}fingerprint")
         if theirs is not None:
             same = theirs.shape == own.shape and not bool(((theirs.to(own) - own).abs() > 1).any())
@@ -250,6 +252,8 @@ class BasisFingerprint:
 
 class LinearParameters(NoTorchScript, torch.nn.Module):
     """What an equivariant linear map learns: ``weights`` (n_weights,) and ``bias`` (n_bias,), None without."""
+
+    bias: torch.nn.Parameter | None
 
     def __init__(self, n_weights: int, n_bias: int) -> None:
         super().__init__()
@@ -291,7 +295,7 @@ class ImplicitKernel(BasisFingerprint, KernelBase):
         self._find_tensors(list(self.linears), [(norm, NORM_TENSORS) for norm in self.norms])
         self._set_plan(plan)
 
-    def arguments(self) -> dict:
+    def arguments(self) -> dict[str, Any]:
         """What it is built from."""
         return {"plan": self.plan}
 
@@ -303,6 +307,8 @@ class Biased(ExactBuffers, NoTorchScript, torch.nn.Module):
     implicit_kernel: KernelBase
     in_type: Any
     out_type: Any
+    bias: torch.nn.Parameter | None
+    bias_expansion: Tensor
     sampling = Fixed(lambda conv: conv.implicit_kernel.sampling)
     norm = Fixed(lambda conv: conv.implicit_kernel.norm)
     activation = Fixed(lambda conv: conv.implicit_kernel.activation)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,7 +32,7 @@ class Linear(BasisFingerprint, LinearParameters):
         self._expansion = Expansion(layer)
         self._stamp(layer.fingerprint)
 
-    def arguments(self) -> dict:
+    def arguments(self) -> dict[str, Any]:
         """What it is built from."""
         names = ("in_type", "out_type", "layer")
         return {name: getattr(self, name) for name in names} | {"has_bias": self.bias is not None}
@@ -70,7 +72,7 @@ class TensorProduct(BasisFingerprint, LinearParameters):
         self._expansion = Expansion(layer)
         self._stamp(layer.fingerprint)
 
-    def arguments(self) -> dict:
+    def arguments(self) -> dict[str, Any]:
         """What it is built from."""
         return {name: getattr(self, name) for name in ("in_type", "out_type", "layer", "fields")}
 

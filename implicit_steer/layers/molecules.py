@@ -39,7 +39,7 @@ class ResidualBlock(Module):
         self.conv1, self.conv2 = conv1, conv2
         self.norm1, self.norm2 = norm1, norm2
 
-    def arguments(self) -> dict:
+    def arguments(self) -> dict[str, Any]:
         """What it is built from."""
         return {name: getattr(self, name) for name in ("activation", "conv1", "conv2", "norm1", "norm2")}
 
@@ -61,13 +61,15 @@ class TensorReadout(Module):
         invariants: I.
     """
 
-    def __init__(self, fields: Callable, norm: Module, basis: NDArray[Any], mlp: Module, invariants: int) -> None:
+    def __init__(
+        self, fields: Callable[..., Any], norm: Module, basis: NDArray[Any], mlp: Module, invariants: int
+    ) -> None:
         super().__init__()
         self.fields, self.norm, self.mlp, self.invariants = fields, norm, mlp, invariants
         self.basis = np.asarray(basis, dtype=np.float64)
         self._basis = Constants(self.basis)
 
-    def arguments(self) -> dict:
+    def arguments(self) -> dict[str, Any]:
         """What it is built from."""
         return {name: getattr(self, name) for name in ("fields", "norm", "basis", "mlp", "invariants")}
 
@@ -108,7 +110,7 @@ class MoleculeNet(Module):
         self.linear, self.product, self.activation = linear, product, activation
         self.blocks, self.to_invariants, self.head = blocks, to_invariants, head
 
-    def arguments(self) -> dict:
+    def arguments(self) -> dict[str, Any]:
         """What it is built from."""
         names = ("scalar_type", "linear", "product", "activation", "blocks", "to_invariants", "head")
         return {name: getattr(self, name) for name in names}

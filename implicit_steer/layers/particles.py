@@ -49,7 +49,7 @@ class ParticleNet(Module):
         self.embedding, self.direct, self.activation = embedding, direct, activation
         self.blocks, self.readout = blocks, readout
 
-    def arguments(self) -> dict:
+    def arguments(self) -> dict[str, Any]:
         """What it is built from."""
         names = ("in_type", "embedding", "direct", "activation", "blocks", "readout")
         return {name: getattr(self, name) for name in names}

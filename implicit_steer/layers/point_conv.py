@@ -12,6 +12,7 @@ from ..graph import Graph
 from ..ops import conv as op
 from ..ops import select
 from ..ops.autocast import without_autocast
+from ..ops.backend import Backend
 from .fields import Fields, check_tensor
 from .kernel import Biased, KernelBase
 
@@ -60,7 +61,7 @@ class PointConvBase(Biased):
         """The features of the targets, at ``coords``."""
         raise NotImplementedError
 
-    def _select(self):
+    def _select(self) -> tuple[Backend, str]:
         width = self.implicit_kernel.shell_width
         return select.choose(self.backend, self.implicit_kernel.plan, width.device, width.dtype)
 
@@ -69,7 +70,7 @@ class PointConvBase(Biased):
         return f"{self.implicit_kernel.plan}\n  backend    {self._select()[1]}"
 
     @staticmethod
-    def _graph(edge_index, n_source: int, n_target: int) -> Graph:
+    def _graph(edge_index: Any, n_source: int, n_target: int) -> Graph:
         if edge_index is None:
             remedy = (
                 "A point convolution is called with its graph, conv(x, edge_index, edge_delta). A SequentialModule "
@@ -196,7 +197,7 @@ class ImplicitPointConv(PointConvBase):
         implicit_kernel.adopt_bias(self)
         self._check_sizes()
 
-    def arguments(self) -> dict:
+    def arguments(self) -> dict[str, Any]:
         """What it is built from."""
         names = ("in_type", "out_type", "implicit_kernel", "backend", "n_bias")
         return {name: getattr(self, name) for name in names}
@@ -213,9 +214,7 @@ class ImplicitPointConv(PointConvBase):
             return x, None, target.shape[0]
         return x, None, number_of_targets(target, edge_index, "a tensor")
 
-    def _output(
-        self, source: Tensor, graph: Graph, edge_delta: Tensor, edge_attr: Tensor | None, coords: None
-    ) -> Tensor:
+    def _output(self, source: Tensor, graph: Graph, edge_delta: Any, edge_attr: Any, coords: Tensor | None) -> Tensor:
         return self._evaluate(source, graph, edge_delta, edge_attr)
 
     def extra_repr(self) -> str:

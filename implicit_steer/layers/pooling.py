@@ -36,9 +36,10 @@ class Blur(torch.nn.Module):
         require(len(kernel_size) in _CONVOLUTIONS, "kernel_size", "2 or 3 numbers", kernel_size)
         self.in_type = self.out_type = in_type
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
+        self.filter: Tensor
         self.register_buffer("filter", torch.zeros(in_type.size, 1, *kernel_size))
 
-    def arguments(self) -> dict:
+    def arguments(self) -> dict[str, Any]:
         """What it is built from."""
         return {name: getattr(self, name) for name in ("in_type", "kernel_size", "stride", "padding")}
 
@@ -107,7 +108,7 @@ class FieldPool(_ByField):
         require(len(parts) == out_type.size, "out_type", f"size {len(parts)}", out_type.size)
         self.out_type, self.parts, self.norm = out_type, parts, norm
 
-    def arguments(self) -> dict:
+    def arguments(self) -> dict[str, Any]:
         """What it is built from."""
         return {name: getattr(self, name) for name in ("in_type", "out_type", "field", "parts", "norm")}
 
@@ -148,7 +149,7 @@ class NormMaxPool(_ByField):
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
         self.dilation, self.ceil_mode = dilation, ceil_mode
 
-    def arguments(self) -> dict:
+    def arguments(self) -> dict[str, Any]:
         """What it is built from."""
         names = ("in_type", "field", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
         return {name: getattr(self, name) for name in names}
@@ -157,8 +158,9 @@ class NormMaxPool(_ByField):
         """Pool every field."""
         windows = self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
 
-        def pool(fields: Tensor, _: int) -> Tensor:
+        def pool(fields: Tensor, part: int) -> Tensor:
             norms = fields.square().sum(2).sqrt()
+            place: Tensor
             _, place = F.max_pool2d(norms, *windows, return_indices=True)
             index = place.flatten(2)[:, :, None].expand(-1, -1, fields.shape[2], -1)
             return fields.flatten(3).gather(3, index).flatten(1, 2).unflatten(2, place.shape[2:])

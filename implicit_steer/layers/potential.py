@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,11 @@ class Prediction(NamedTuple):
     forces: Tensor
     stress: Tensor | None
 
+    def detached(self) -> Prediction:
+        """The same numbers without their graph."""
+        stress = None if self.stress is None else self.stress.detach()
+        return Prediction(self.energy.detach(), self.energies.detach(), self.forces.detach(), stress)
+
 
 class Gate(torch.nn.Module):
     """y_l[u] = g_l[u](q) · x_l[u] for l ≥ 1, y_0 = g_0(q), q = (x_0, √(1 + |x_l|²)), g a two-layer SiLU network.
@@ -44,7 +49,7 @@ class Gate(torch.nn.Module):
         self.channels, self.max_frequency = channels, max_frequency
         self.first, self.second = torch.nn.Linear(width, width), torch.nn.Linear(width, width)
 
-    def arguments(self) -> dict:
+    def arguments(self) -> dict[str, Any]:
         """What it is built from."""
         return {"channels": self.channels, "max_frequency": self.max_frequency}
 
@@ -74,6 +79,13 @@ class PotentialNet(torch.nn.Module):
     number of neighbours.
     """
 
+    species_index: Tensor
+    shift: Tensor
+    scale: Tensor
+    degree: Tensor
+    convolutions: torch.nn.ModuleList
+    gates: torch.nn.ModuleList
+
     def __init__(
         self,
         species: tuple[int, ...],
@@ -94,7 +106,7 @@ class PotentialNet(torch.nn.Module):
         self.register_buffer("scale", torch.ones(len(species)))
         self.register_buffer("degree", torch.tensor(10.0))
 
-    def arguments(self) -> dict:
+    def arguments(self) -> dict[str, Any]:
         """What it is built from."""
         names = ("species", "cutoff", "radial", "embedding", "convolutions", "gates", "head")
         return {name: getattr(self, name) for name in names}
@@ -102,7 +114,7 @@ class PotentialNet(torch.nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PotentialNet:
         """Behind ``to``, ``float``, ``half``, …: ``shift`` moves, but stays float64."""
         shift = self.shift.double()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.shift.dtype != torch.float64:
             self.shift = shift.to(self.shift.device)
         return self
@@ -128,7 +140,7 @@ class PotentialNet(torch.nn.Module):
         x = self.embedding(species)
         for conv, gate in zip(self.convolutions, self.gates, strict=True):
             y = gate(_convolve(conv, x, graph, delta, attributes) / self.degree.sqrt())
-            x = _with_scalars(y, x, gate.channels) if x.shape != y.shape else x + y
+            x = _with_scalars(y, x, cast(Gate, gate).channels) if x.shape != y.shape else x + y
         scalars = x.unflatten(1, (self.embedding.embedding_dim, -1))[..., 0]
         interaction = self.scale[species] * self.head(scalars).squeeze(1)
         # Free atoms have energies of 10⁴ eV, of which float32 keeps 10⁻³. A file of old has a float32 shift.
@@ -180,22 +192,24 @@ class PotentialNet(torch.nn.Module):
                 owner = structures.batch[graph.dst]
                 virial = outer.new_zeros(structures.cell.shape).index_add(0, owner, outer)
                 virial = (virial / volume[:, None, None]).to(g.dtype)
-        results = (energy, energies, forces, virial)
-        return Prediction(*results) if create_graph else Prediction(*(r if r is None else r.detach() for r in results))
+        found = Prediction(energy, energies, forces, virial)
+        return found if create_graph else found.detached()
 
     def fit(self, structures: Structures) -> None:
         """Set ``shift`` (least squares of the energies on the composition), ``scale`` (r.m.s. force of each species
         times 1 Å) and ``degree`` from ``structures``, which hold energies and forces.
 
         Raises ``ValueError`` where they hold none, and naming those in which one is NaN or infinite."""
-        for name in ("energy", "forces"):
-            require(getattr(structures, name) is not None, "structures", f"some with {name}", "some without")
+        energy, forces = structures.energy, structures.forces
+        if energy is None or forces is None:
+            missing = "energy" if energy is None else "forces"
+            fail("structures", f"some with {missing}", "some without")
         structures.require_finite_labels()
         species, count = self.species_of(structures.numbers), len(self.shift)
         owner = structures.batch * count + species
         composition = torch.bincount(owner, minlength=structures.num_graphs * count).view(-1, count)
-        shift, *_ = np.linalg.lstsq(composition.double().numpy(), structures.energy.double().numpy(), rcond=None)
-        squares = structures.forces.double().square().mean(1)
+        shift, *_ = np.linalg.lstsq(composition.double().numpy(), energy.double().numpy(), rcond=None)
+        squares = forces.double().square().mean(1)
         atoms = torch.bincount(species, minlength=count)
         variance = torch.zeros(count, dtype=torch.float64).index_add(0, species, squares) / atoms.clamp(min=1)
         self.shift = torch.from_numpy(shift).to(self.shift.device)
@@ -227,7 +241,7 @@ def _lost(structures: Structures) -> Tensor:
     return (pos - pos).sum(1)
 
 
-def _convolve(conv: torch.nn.Module, x: Tensor, graph: Graph, delta: Tensor, attributes: Tensor) -> Tensor:
+def _convolve(conv: Any, x: Tensor, graph: Graph, delta: Tensor, attributes: Tensor) -> Tensor:
     """``conv`` between plain tensors."""
     coordinates = x.new_zeros(x.shape[0], 3)  # a GeometricTensor has some; the layer only passes them on
     return values(conv(conv.in_type(x, coordinates), graph, delta, attributes))

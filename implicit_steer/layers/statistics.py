@@ -52,7 +52,7 @@ def update_bn(
                 if count == 1:
                     for norm in norms:
                         _reset(norm)
-                        norm.momentum = None  # the average over all batches
+                        setattr(norm, "momentum", None)  # noqa: B010 - the average over all batches
                 batch = _moved(batch, device)
                 if forward is not None:
                     forward(model, batch)

@@ -32,12 +32,13 @@ def prepared(plan: Plan, parameters: Parameters, *, values: bool) -> bound.Nativ
 def _cast(parameters: Parameters, dtype: torch.dtype) -> Parameters:
     if parameters.shell_width.dtype == dtype:
         return parameters
+    bias = parameters.bias and (parameters.bias[0].to(dtype), parameters.bias[1].to(dtype))
     return Parameters(
         tuple((w.to(dtype), None if b is None else b.to(dtype)) for w, b in parameters.linears),
         tuple(type(n)(*(t.to(dtype) for t in n)) for n in parameters.norms),
         parameters.shell_width.to(dtype),
         parameters.cache,
-        None if parameters.bias is None else tuple(t.to(dtype) for t in parameters.bias),
+        bias,
     )
 
 

@@ -6,6 +6,9 @@ and their derivatives, to any order, are here too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,7 +37,8 @@ def fourier(activation: str, x: Tensor, samples: Tensor, inverse_t: Tensor) -> T
     arguments = x.contiguous(), samples, inverse_t, FUNCTIONS.index(activation), instruction_set()
     if torch.compiler.is_compiling():
         return torch.ops.implicit_steer.fourier_forward(*arguments)
-    return (_Fourier.apply if is_traced() else _recorded)(*arguments)
+    apply: Callable[..., Tensor] = _Fourier.apply if is_traced() else _recorded
+    return apply(*arguments)
 
 
 def has_kernel(x: Tensor) -> bool:
@@ -48,7 +52,7 @@ def _fields(x: Tensor, d: int) -> Tensor:
     return x.view(n, width // d, d, *rest).movedim(2, -1)  # batched gradients know no unflatten
 
 
-def _through(x: Tensor, into: Tensor, change, out: Tensor) -> Tensor:
+def _through(x: Tensor, into: Tensor, change: Callable[[Tensor], Tensor], out: Tensor) -> Tensor:
     """``out``ᵀ change(``into`` x) of every field; into, out (S, d); ``change`` keeps the shape (N, C, ..., S)."""
     y = change(_fields(x, into.shape[1]) @ into.T) @ out
     return y.movedim(-1, 2).reshape(x.shape)
@@ -69,22 +73,22 @@ def _differential(activation: str, x: Tensor, v: Tensor, samples: Tensor, invers
 _IGNORED = (None,) * 4  # samples, inverse_t, number of φ, instruction set
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, number, ctx.isa = inputs
     ctx.activation = FUNCTIONS[number]
     ctx.save_for_backward(*tensors)
 
 
-def _forward_gradient(ctx, grad: Tensor):
+def _forward_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _by_operator(ctx, grad.contiguous(), *ctx.saved_tensors)
 
 
-def _by_operator(ctx, *tensors: Tensor):
+def _by_operator(ctx: Any, *tensors: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = torch.ops.implicit_steer.fourier_backward(*tensors, FUNCTIONS.index(ctx.activation), ctx.isa)
     return grad_x, *_IGNORED
 
 
-def _backward_gradient(ctx, v: Tensor):
+def _backward_gradient(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
     """Of grad_x = Aᵀ (φ′(A x) · A⁻ᵀ grad) by grad and x, along v."""
     grad, x, samples, inverse_t = ctx.saved_tensors
     d = samples.shape[1]
@@ -103,12 +107,12 @@ class _Fourier(torch.autograd.Function):
             return torch.ops.implicit_steer.fourier_forward(x, samples, inverse_t, number, isa)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _save(ctx, inputs, output)
         ctx.save_for_forward(*inputs[:3])
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = grad.contiguous(), *ctx.saved_tensors  # asked for once: torch.utils.checkpoint insists
         refuse_derivatives(*tensors)
         if torch.is_grad_enabled():  # create_graph=True
@@ -117,7 +121,7 @@ class _Fourier(torch.autograd.Function):
             return _by_operator(ctx, *tensors)
 
     @staticmethod
-    def jvp(ctx, v: Tensor, *_) -> Tensor:
+    def jvp(ctx: Any, v: Tensor, *_: Any) -> Tensor:
         x, samples, inverse_t = ctx.saved_tensors
         return _differential(ctx.activation, x, v, samples, inverse_t)
 
@@ -125,11 +129,11 @@ class _Fourier(torch.autograd.Function):
 _recorded = recorder(_Fourier)
 
 
-def _forward_fake(x, samples, inverse_t, activation, isa):
+def _forward_fake(x: Tensor, samples: Tensor, inverse_t: Tensor, activation: int, isa: int) -> Tensor:
     return torch.empty_like(x)
 
 
-def _backward_fake(grad, x, samples, inverse_t, activation, isa):
+def _backward_fake(grad: Tensor, x: Tensor, samples: Tensor, inverse_t: Tensor, activation: int, isa: int) -> Tensor:
     return torch.empty_like(x)
 
 

@@ -35,6 +35,9 @@ SOFTENING = {torch.float32: 1e-10, torch.float64: 1e-18}
 ZERO = {torch.float32: 1e-24, torch.float64: 1e-100}
 
 
+_NOTHING: Any = None  # where a frame has no such tensor
+
+
 class EdgeFrame(NamedTuple):
     """E edges in their frames: the MLP's inputs, and the way back from hidden coefficients c to hidden features h.
 
@@ -48,8 +51,8 @@ class EdgeFrame(NamedTuple):
 
     inputs: Tensor  # (E, n_in); coefficients of orders >= 1 divided by the radius where the frame is regular
     radius: Tensor | None  # (E,) in regular frames
-    first: Tensor | None  # (E, d)
-    second: Tensor | None  # (E, d)
+    first: Tensor = _NOTHING  # (E, d)
+    second: Tensor = _NOTHING  # (E, d)
 
 
 def safe_norm(x: Tensor) -> Tensor:
@@ -87,7 +90,7 @@ def _zonal_edge(frame: Frame, delta: Tensor, attributes: Tensor) -> EdgeFrame:
     linear = delta @ harmonics[:, torch.tensor(_linear_monomials(frame), device=delta.device)].T
     # order 0: Y; order 1: r Y(x̂) = Y(x), exactly linear; above: r Y(x̂)
     first = torch.where(degree == 0, y, torch.where(degree == 1, linear, radius[:, None] * y))
-    return EdgeFrame(torch.cat([torch.ones_like(delta[:, :1]), attributes], 1), radius, first, None)
+    return EdgeFrame(torch.cat([torch.ones_like(delta[:, :1]), attributes], 1), radius, first)
 
 
 @lru_cache(maxsize=64)
@@ -162,7 +165,7 @@ def edge_frame(plan: Plan, delta: Tensor, attributes: Tensor) -> EdgeFrame:
         return _zonal_edge(frame, delta, attributes)
     if frame.kind == "planar":
         return _planar_edge(frame, delta, attributes)
-    return EdgeFrame(torch.cat([delta, attributes], 1), None, None, None)
+    return EdgeFrame(torch.cat([delta, attributes], 1), None)
 
 
 def _expand(frame: Frame, edge: EdgeFrame, y: Tensor) -> Tensor:
@@ -181,8 +184,8 @@ def _expand(frame: Frame, edge: EdgeFrame, y: Tensor) -> Tensor:
 
 @cached
 def _samples(act: Activation, merged: bool, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    pair = (act.samples, act.inverse) if merged else act.unmerged
-    return tuple(torch.tensor(m, dtype=dtype, device=device) for m in pair)
+    samples, inverse = (act.samples, act.inverse) if merged else act.unmerged
+    return torch.tensor(samples, dtype=dtype, device=device), torch.tensor(inverse, dtype=dtype, device=device)
 
 
 def _near_origin(act: Activation, n: int, z: Tensor, radius: Tensor, samples: Tensor, inverse: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def _by_preference(plan: Plan, device: torch.device) -> tuple[tuple[str, ...], s
         what, where = "ns per edge", f", by what was measured on {name}"
     else:
         cost, what, where = instructions_per_edge(plan), "warp instructions per edge", ""
-    first, *others = sorted(cost, key=cost.get)
+    first, *others = sorted(cost, key=lambda name: cost[name])
     rivals = "".join(f", {name} {cost[name]:,.1f}" for name in others)
     preferred = (first, *others, *(name for name in _PREFERENCE if name not in cost))
     return preferred, f"; predicted {cost[first]:,.1f} {what}{rivals}{where}"

@@ -12,6 +12,7 @@ from .._check import require, require_integer
 from .frozen import FrozenArrays, require_indices, require_shape
 
 MAX_ORDER = 1000  # of a frame's coefficients and attributes: powers up to it are written out
+_ABSENT: Any = None  # in place of arrays that belong to other kinds of frames
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,17 +39,17 @@ class Frame(FrozenArrays):
     order: NDArray[Any]  # (c,)
     regular: bool = False
     # zonal
-    coefficient: NDArray[Any] | None = None  # (d,)
-    powers: NDArray[Any] | None = None  # (n_monomials, 3)
-    harmonics: NDArray[Any] | None = None  # (d, n_monomials)
+    coefficient: NDArray[Any] = _ABSENT  # (d,)
+    powers: NDArray[Any] = _ABSENT  # (n_monomials, 3)
+    harmonics: NDArray[Any] = _ABSENT  # (d, n_monomials)
     # planar
-    plane: NDArray[Any] | None = None  # (dim, 2) orthonormal; azimuth 0 along the first column
-    axis: NDArray[Any] | None = None  # (dim, dim - 2) the rest of position space
-    partner: NDArray[Any] | None = None  # (c,)
-    sign: NDArray[Any] | None = None  # (c,)
-    attribute_order: NDArray[Any] | None = None  # (A,)
-    attribute_partner: NDArray[Any] | None = None  # (A,)
-    attribute_sign: NDArray[Any] | None = None  # (A,)
+    plane: NDArray[Any] = _ABSENT  # (dim, 2) orthonormal; azimuth 0 along the first column
+    axis: NDArray[Any] = _ABSENT  # (dim, dim - 2) the rest of position space
+    partner: NDArray[Any] = _ABSENT  # (c,)
+    sign: NDArray[Any] = _ABSENT  # (c,)
+    attribute_order: NDArray[Any] = _ABSENT  # (A,)
+    attribute_partner: NDArray[Any] = _ABSENT  # (A,)
+    attribute_sign: NDArray[Any] = _ABSENT  # (A,)
 
     def validate(self) -> None:
         """Raise ``ValueError`` unless the kind is known and its arrays fit together."""

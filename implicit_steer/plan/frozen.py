@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import Field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .._check import require
 
 
-def _freeze(value):
+def _freeze(value: Any) -> Any:
     """Float arrays become read-only float64, integer arrays read-only int64, NumPy's numbers Python's; others pass."""
     if isinstance(value, np.generic):  # which print, and so are hashed, differently in NumPy 1 and 2
         return value.item()
@@ -33,6 +33,8 @@ def _freeze(value):
 class FrozenArrays:
     """Value semantics for frozen dataclasses that hold arrays: equality and hash by content."""
 
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
     def __post_init__(self) -> None:
         for f in fields(self):
             object.__setattr__(self, f.name, _freeze(getattr(self, f.name)))
@@ -47,10 +49,10 @@ class FrozenArrays:
         """SHA-256 over the class name and every field."""
         sha = hashlib.sha256(type(self).__name__.encode())
 
-        def feed(value):
+        def feed(value: Any) -> None:
             if isinstance(value, np.ndarray):
                 sha.update(repr((value.shape, value.dtype.str)).encode())
-                sha.update(value.reshape(-1).view(np.uint8))
+                sha.update(value.reshape(-1).view(np.uint8).data)
             elif isinstance(value, tuple):
                 sha.update(f"({len(value)}".encode())
                 for item in value:
@@ -64,17 +66,17 @@ class FrozenArrays:
             feed(getattr(self, f.name))
         return sha.hexdigest()
 
-    def __reduce__(self):  # copies and unpickled plans are validated and read-only too
+    def __reduce__(self) -> tuple[Any, ...]:  # copies and unpickled plans are validated and read-only too
         return type(self), tuple(getattr(self, f.name) for f in fields(self))
 
-    def __eq__(self, other) -> bool:
-        return type(self) is type(other) and self.digest == other.digest
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and isinstance(other, FrozenArrays) and self.digest == other.digest
 
     def __hash__(self) -> int:
         return int(self.digest[:15], 16)
 
 
-def require_indices(name: str, index: NDArray[Any], count: int, shape: tuple | None = None) -> None:
+def require_indices(name: str, index: NDArray[Any], count: int, shape: tuple[int, ...] | None = None) -> None:
     """Raise unless these are integers in 0 .. count-1, of that shape (any 1-D one by default)."""
     ok = index.dtype.kind == "i" and (index.ndim == 1 if shape is None else index.shape == shape)
     require(ok, name, f"integers of shape {shape or '(*,)'}", f"{index.dtype} of shape {index.shape}")
@@ -88,7 +90,7 @@ def require_number(name: str, value: Any) -> None:
     require(ok, name, "a finite number", repr(value))
 
 
-def require_shape(name: str, array: NDArray[Any] | None, shape: tuple) -> None:
+def require_shape(name: str, array: NDArray[Any] | None, shape: tuple[int, ...]) -> None:
     """Raise unless there is an array of this shape."""
     require(array is not None and array.shape == shape, name, f"shape {shape}", getattr(array, "shape", None))
 

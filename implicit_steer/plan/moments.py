@@ -52,7 +52,7 @@ def move_towards(kept: Sequence[Tensor], found: Sequence[Tensor], factor: float)
         for old, new in zip(kept, found, strict=True):
             old.lerp_(new, factor)
     else:
-        torch._foreach_lerp_(kept, found, factor)
+        torch._foreach_lerp_(list(kept), list(found), factor)
 
 
 def combined(parts: Sequence[Moments]) -> Moments:

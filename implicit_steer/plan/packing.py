@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, wraps
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -48,11 +48,14 @@ class CallCache:
         hooks: how many had been registered when the layer's modules were last searched for some.
     """
 
-    def __init__(self, native=None) -> None:
+    def __init__(self, native: Any = None) -> None:
         self.native = native
-        self.tensors = self.parameters = self.bound = self.hooks = None
+        self.tensors: list[Any] | None = None
+        self.parameters: Parameters | None = None
+        self.bound: Any = None
+        self.hooks: int | None = None
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return CallCache, (self.native,)
 
 
@@ -75,27 +78,30 @@ class Weights:
     shell_width: Tensor
 
 
-def cached(make: Callable) -> Callable:
+_R = TypeVar("_R")
+
+
+def cached(make: Callable[..., _R]) -> Callable[..., _R]:
     """``lru_cache`` for a function that makes tensors. These are none of torch.inference_mode, wherever it is called
     first: autograd would refuse them later; and none of torch.compile or torch.export, which look on with stand-ins."""
     make = torch.inference_mode(False)(make)
     from_cache = lru_cache(maxsize=256)(make)
 
     @wraps(make)
-    def call(*arguments):
+    def call(*arguments: Any) -> _R:
         return make(*arguments) if torch.compiler.is_compiling() else from_cache(*arguments)
 
     return call
 
 
 @cached
-def _constant(plan, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    array = getattr(plan, name)
+def _constant(owner: Any, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    array = getattr(owner, name)
     integer = array.dtype.kind == "i"
     return torch.tensor(array, dtype=torch.int64 if integer else dtype, device=device)
 
 
-def constant(owner, name: str, like: Tensor) -> Tensor:
+def constant(owner: Any, name: str, like: Tensor) -> Tensor:
     """The array ``owner.name`` of a piece of the plan as a tensor with the dtype and device of ``like``; cached."""
     return _constant(owner, name, like.dtype, like.device)
 
@@ -167,7 +173,7 @@ def _theta_index(coupling: Coupling, device: torch.device) -> Tensor:
 
 def mixing_weights(coupling: Coupling, weights: Tensor, bias: Tensor | None) -> Tensor:
     """θ (U, V, W, n_b)."""
-    parameter = weights if coupling.parameter == "weights" else bias
+    parameter = bias if coupling.parameter == "bias" and bias is not None else weights
     shape = (*coupling.row.shape, len(coupling.hidden_start), coupling.basis.shape[0])
     return parameter.index_select(0, _theta_index(coupling, parameter.device)).view(shape)
 

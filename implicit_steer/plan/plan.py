@@ -60,14 +60,15 @@ class Coupling(FrozenArrays):
     @cached_property
     def nonzeros(self) -> tuple[tuple[int, int, int, int, float], ...]:
         """(b, o, i, m, value) of every nonzero of B."""
-        index = np.argwhere(self.basis != 0)
-        return tuple((*map(int, row), float(self.basis[tuple(row)])) for row in index)
+        index = np.argwhere(self.basis != 0).tolist()
+        return tuple((b, o, i, m, float(self.basis[b, o, i, m])) for b, o, i, m in index)
 
     @cached_property
     def counts(self) -> tuple[int, int, int]:
         """How many nonzeros, products of features ((b, o, m) that occur) and slots there are."""
         nonzero = self.basis != 0
-        return tuple(int(np.count_nonzero(n)) for n in (nonzero, nonzero.any(2), nonzero.any((2, 3))))
+        nonzeros, products, slots = map(np.count_nonzero, (nonzero, nonzero.any(2), nonzero.any((2, 3))))
+        return int(nonzeros), int(products), int(slots)
 
     @cached_property
     def slots(self) -> tuple[tuple[int, int], ...]:
@@ -138,7 +139,9 @@ class Plan(FrozenArrays):
             size = self.activations[-1].channels * len(frame.coefficient if frame.kind == "zonal" else frame.order)
         require(full == size, "hidden_size", f"{size} hidden features and the constant one", self.hidden_size)
         for norm, act in zip(self.norms, self.activations, strict=False):
-            require(norm.channels == act.channels, "channels", act.channels, norm.channels)
+            require(
+                norm.channels == act.channels, "channels", f"{act.channels}, those of its activation", norm.channels
+            )
             require_indices("trivial", norm.trivial, coefficients)
             require_indices("measured", norm.measured, full // norm.channels)
 

@@ -64,10 +64,10 @@ def prepare(plan: Plan, sizes: tuple[int, ...]) -> Prepared:
 
 
 def _as_tensors(numbers: _Numbers, matrix: sparse.csr_matrix) -> Prepared:
-    def by_dtype(reals) -> dict[torch.dtype, Tensor]:
+    def by_dtype(reals: Any) -> dict[torch.dtype, Tensor]:
         return {dtype: torch.as_tensor(reals, dtype=dtype) for dtype in (torch.float32, torch.float64)}
 
-    def int32(ints) -> Tensor:
+    def int32(ints: Any) -> Tensor:
         return torch.as_tensor(ints, dtype=torch.int32)
 
     return Prepared(
@@ -82,11 +82,11 @@ class _Numbers:
         self.ints: list[int] = []
         self.reals: list[float] = []
 
-    def add_ints(self, *values) -> None:
+    def add_ints(self, *values: Any) -> None:
         for value in values:
             self.ints += np.asarray(value).reshape(-1).tolist()
 
-    def add_reals(self, *values) -> None:
+    def add_reals(self, *values: Any) -> None:
         for value in values:
             self.reals += np.asarray(value, dtype=np.float64).reshape(-1).tolist()
 
@@ -95,8 +95,8 @@ class _RowGroups(NamedTuple):
     """The structural nonzeros of a linear layer, rows with equal columns together."""
 
     ints: list[int]  # per group: n_rows, n_columns, rows, columns
-    count: int
-    index: NDArray[Any]  # position in the flat (out, in) matrix of every packed value
+    n_groups: int
+    places: NDArray[Any]  # position in the flat (out, in) matrix of every packed value
     n_active: int  # coefficients of a channel that can differ from 0: the first ones
 
 
@@ -105,19 +105,18 @@ def _row_groups(layer: Linear, coefficients: int, in_position: NDArray[Any], out
     nonzero = np.zeros((layer.out_size, layer.in_size), dtype=bool)
     for block in layer.blocks:
         o, i = np.nonzero(np.abs(block.basis).sum(0))
-        rows, columns = block.out_start[:, None, None] + o, block.in_start[None, :, None] + i
-        nonzero[np.broadcast_arrays(rows, columns)[0], np.broadcast_arrays(rows, columns)[1]] = True
-    by_columns: dict[tuple, list[int]] = {}
+        nonzero[block.out_start[:, None, None] + o, block.in_start[None, :, None] + i] = True
+    by_columns: dict[tuple[int, ...], list[int]] = {}
     for row in range(layer.out_size):
         by_columns.setdefault(tuple(np.flatnonzero(nonzero[row])), []).append(row)
-    ints, index = [], []
+    ints: list[int] = []
+    places = [np.zeros(0, dtype=np.int64)]
     for key, rows in by_columns.items():
         columns = np.array(key, dtype=int)
         ints += [len(rows), len(columns), *out_position[rows].tolist(), *in_position[columns].tolist()]
-        index.append((np.array(rows)[:, None] * layer.in_size + columns).reshape(-1))
+        places.append((np.array(rows)[:, None] * layer.in_size + columns).reshape(-1))
     active = np.flatnonzero(nonzero.any(1) | (np.abs(layer.bias).sum(1) > 0)) % coefficients
-    index = np.concatenate([*index, np.zeros(0, dtype=np.int64)])
-    return _RowGroups(ints, len(by_columns), index, 1 + int(active.max(initial=0)))
+    return _RowGroups(ints, len(by_columns), np.concatenate(places), 1 + int(active.max(initial=0)))
 
 
 class _PackedLinear(NamedTuple):
@@ -164,7 +163,7 @@ class _Builder:
             groups = _row_groups(layer, self.n_coefficients, in_position, out_position)
             weights_start = next(self.parameter_starts)
             bias_start = next(self.parameter_starts) if layer.bias.shape[1] else 0
-            weight = self.packing.add(linear_rows(layer, groups.index, weights_start, n_parameters))
+            weight = self.packing.add(linear_rows(layer, groups.places, weights_start, n_parameters))
             bias = self.packing.add(bias_rows(layer, np.argsort(out_position), bias_start, n_parameters))
             self.linears.append(_PackedLinear(groups, weight, bias))
             in_position = out_position
@@ -310,13 +309,13 @@ class _Builder:
             affine=norm.affine,
             norm_weight=norm.weight,
             norm_bias=norm.bias,
-            n_values=len(packed.groups.index),
+            n_values=len(packed.groups.places),
             n_pairs=len(pairs.first),
             in_even=in_even,
             in_odd=in_odd,
             out_even=out_even,
             out_odd=out_odd,
-            n_groups=packed.groups.count,
+            n_groups=packed.groups.n_groups,
         )
         numbers.add_ints(header, len(packed.groups.ints), packed.groups.ints)
         samples, inverse = act.samples[:, pairs.order], act.inverse.T[:, pairs.order]

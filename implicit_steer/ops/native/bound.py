@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,13 +73,17 @@ def parameter_sizes(plan: Plan) -> tuple[int, ...]:
     return *sizes, 1, *filter(None, plan.n_last)  # 1: the shell's width
 
 
+KernelEntries = tuple[Tensor, Tensor, Tensor]
+
+
 class NativePlan:
     """A plan as the native operators take it, for parameters of these sizes; the last ``n_last`` are the last layer's.
 
     Attributes:
         arrays, matrix: by dtype, the plan's numbers; what packs the parameters.
         trivial: per batch norm, its trivial coordinates.
-        kernel: what :meth:`with_kernel` makes, or None.
+        kernel: of every θ·B the position in the flat (C_out, C_in, H) kernel tensor, that of θ among the last layer's
+            parameters, and B; None until it is asked for.
         statistics_shape: shape of the batch norms' statistics, (n_layers, W (n_trivial + 1)).
     """
 
@@ -87,23 +92,27 @@ class NativePlan:
         prepared, dtypes = prepare(plan, sizes), (torch.float32, torch.float64)
         self.arrays = {dtype: prepared.tensors(dtype) for dtype in dtypes}
         self.matrix = {dtype: prepared.matrix(dtype) for dtype in dtypes}
-        self.kernel: tuple[Tensor, Tensor, Tensor] | None = None
+        self.kernel: KernelEntries | None = None
         norms = plan.norms
         self.trivial = [torch.tensor(norm.full_trivial) for norm in norms]
         self.statistics_shape = (len(norms), norms[0].channels * (1 + len(norms[0].trivial))) if norms else (0, 0)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _native_plan, self._recipe
 
-    @torch.inference_mode(False)
     def with_kernel(self) -> NativePlan:
-        """Self, after making ``kernel``: of every θ·B the position in the flat (C_out, C_in, H) kernel tensor, that of
-        θ among the last layer's parameters, and B."""
+        """Self, after making ``kernel``."""
+        self.kernel_entries()
+        return self
+
+    def kernel_entries(self) -> KernelEntries:
+        """``kernel``, made at the first call."""
         if self.kernel is None:
             plan, sizes, n_last = self._recipe
-            position, column, value = kernel_entries(plan, sizes[-n_last])
-            self.kernel = torch.from_numpy(position), torch.from_numpy(column), torch.from_numpy(value)
-        return self
+            with torch.inference_mode(False):  # kept for calls that autograd sees
+                position, column, value = map(torch.from_numpy, kernel_entries(plan, sizes[-n_last]))
+            self.kernel = position, column, value
+        return self.kernel
 
 
 @cached
@@ -135,10 +144,9 @@ class BoundKernel:
         self.trivial = native.trivial
         self._cache: tuple[Tensor, Tensor, Tensor] | None = None  # bytes of the sources; statistics, packed weights
 
-    def kernel_entries(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What :meth:`NativePlan.with_kernel` makes."""
-        entries = self.native.kernel
-        return self.native.with_kernel().kernel if entries is None else entries
+    def kernel_entries(self) -> KernelEntries:
+        """As :meth:`NativePlan.kernel_entries`."""
+        return self.native.kernel_entries()
 
     def kernel_matrix(self) -> Tensor:
         """(C_out · C_in, H) of the last layer."""
@@ -233,6 +241,6 @@ class JointStatistics(Sequence[NormStatistics]):
     def __len__(self) -> int:
         return self.together.shape[0]
 
-    def __getitem__(self, n) -> NormStatistics:
+    def __getitem__(self, n: int) -> NormStatistics:  # type: ignore[override]  # no slices
         row, channels = self.together[n], self._channels
         return NormStatistics(row[:-channels].view(channels, -1), row[-channels:])

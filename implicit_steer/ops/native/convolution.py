@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,9 +79,10 @@ class Convolution:
     n_inputs, geometry = 4, slice(1, 3)
 
     def forward(self, packed: Tensor, *inputs: Tensor) -> Tensor:
-        bound, graph, (*inputs, bias) = self.bound, self.graph, inputs
+        bound, graph, (x, delta, attributes, bias) = self.bound, self.graph, inputs
         finish = bound.expansion.contiguous(), bias.contiguous(), bound.mean
-        tensors = *bound.arrays, packed, *inputs, graph.src, graph.order, graph.rowptr, *finish
+        edges = graph.src, graph.order, graph.rowptr
+        tensors = *bound.arrays, packed, x, delta, attributes, *edges, *finish
         return torch.ops.implicit_steer.conv_forward(*tensors, bound.plan.out_size, instruction_set())
 
     def backward(self, needs: Sequence[bool], grad: Tensor, packed: Tensor, *inputs: Tensor) -> Sequence[Tensor]:
@@ -92,7 +94,15 @@ class Convolution:
         *found, of_packed = torch.ops.implicit_steer.conv_backward(*tensors, *needs, instruction_set())
         return *found, of_bias, of_packed
 
-    def gradients(self, needs, grad, packed, statistics, inputs, learned) -> list[Tensor]:
+    def gradients(
+        self,
+        needs: Sequence[bool],
+        grad: Tensor,
+        packed: Tensor,
+        statistics: Tensor,
+        inputs: Sequence[Tensor],
+        learned: Sequence[Tensor],
+    ) -> list[Tensor]:
         """The gradients of the inputs and the parameters, not differentiable."""
         if not self.bound.joint_gradients:
             return composed_gradients(self, needs, grad, packed, statistics, inputs, learned)
@@ -125,13 +135,19 @@ class HiddenFeatures:
         arguments = *self.bound.arrays, packed, *inputs, grad.contiguous(), instruction_set()
         return torch.ops.implicit_steer.conv_hidden_backward(*arguments)
 
-    def gradients(self, *arguments) -> list[Tensor]:
+    def gradients(self, *arguments: Any) -> list[Tensor]:
         """The gradients of the inputs and the parameters."""
         return composed_gradients(self, *arguments)
 
 
 def composed_gradients(
-    call: Convolution | HiddenFeatures, needs, grad, packed, statistics, inputs, learned
+    call: Convolution | HiddenFeatures,
+    needs: Sequence[bool],
+    grad: Tensor,
+    packed: Tensor,
+    statistics: Tensor,
+    inputs: Sequence[Tensor],
+    learned: Sequence[Tensor],
 ) -> list[Tensor]:
     """The gradients of the inputs and the parameters by operators that know their derivatives."""
     *found, of_packed = call.backward(needs, grad, packed, *inputs)
@@ -148,14 +164,16 @@ class _Recorded(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, call, packed, statistics, *tensors):
+    def forward(
+        ctx: Any, call: Convolution | HiddenFeatures, packed: Tensor, statistics: Tensor, *tensors: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(packed, statistics, *tensors)
         ctx.call = call
         with torch._C._AutoDispatchBelowAutograd():
             return call.forward(packed, *tensors[: call.n_inputs])
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         call, needs, (packed, statistics, *tensors) = ctx.call, ctx.needs_input_grad[3:], ctx.saved_tensors
         refuse_derivatives(grad, *tensors)
         n = call.n_inputs
@@ -199,17 +217,17 @@ def run(
     Where torch.compile or torch.func is looking on, the parameters are packed anew, by an operator that these see.
     """
     bound, measured = call.bound, statistics_from.measured
-    geometry = *inputs[call.geometry], statistics_from.pool
+    (delta, attributes), pool = inputs[call.geometry], statistics_from.pool
     if is_traced():
         _refuse_transforms(bound.backend)
         with torch.no_grad():
-            statistics = bound.measured(*geometry)[0] if measured else bound.running()
+            statistics = bound.measured(delta, attributes, pool)[0] if measured else bound.running()
         out = call.forward(bound.pack(bound.learned, statistics), *inputs)
         found = JointStatistics(bound.plan, statistics) if measured else []
         return out, [found[n] for n in range(len(found))]
     _refuse_tangents(bound.backend, [*bound.learned, *inputs])
     with torch._C._AutoDispatchBelowAutograd():
-        statistics, packed = bound.measured(*geometry) if measured else bound.packed()
+        statistics, packed = bound.measured(delta, attributes, pool) if measured else bound.packed()
         found = JointStatistics(bound.plan, statistics) if measured else []
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs, *bound.learned)):
             return call.forward(packed, *inputs), found

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from ... import _native
 from ...plan import Plan
 from ...plan.packing import Parameters, cached
 from .arrays import prepare
-from .bound import BoundKernel, NativePlan, parameter_sizes, refusal
+from .bound import BoundKernel, KernelEntries, NativePlan, parameter_sizes, refusal
 from .convolution import NativeBackend
 
 
@@ -33,8 +34,8 @@ class CudaKernel(BoundKernel):
         super().__init__(plan, native, parameters)
         self.trivial = _trivial(native, self.device)
 
-    def kernel_entries(self) -> tuple[Tensor, ...]:
-        """What :meth:`NativePlan.with_kernel` makes, on the device."""
+    def kernel_entries(self) -> KernelEntries:
+        """As :meth:`NativePlan.kernel_entries`, on the device."""
         return _kernel_entries(self.native, self.device)
 
     @staticmethod
@@ -60,8 +61,9 @@ def _trivial(plan: NativePlan, device: torch.device) -> list[Tensor]:
 
 
 @cached
-def _kernel_entries(plan: NativePlan, device: torch.device) -> tuple[Tensor, ...]:
-    return tuple(t.to(device) for t in plan.with_kernel().kernel)
+def _kernel_entries(plan: NativePlan, device: torch.device) -> KernelEntries:
+    position, column, value = plan.kernel_entries()
+    return position.to(device), column.to(device), value.to(device)
 
 
 @lru_cache(maxsize=256)
@@ -95,7 +97,8 @@ class Cuda(NativeBackend):
         if not there:
             return False, reason
         needed = shared_bytes(plan, dtype)
-        found = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        properties: Any = torch.cuda.get_device_properties(device)  # whose type lacks this attribute
+        found = properties.shared_memory_per_block_optin
         if needed > found:
             return False, f"needs {needed} bytes of shared memory per block, {device} has {found}"
         return True, "compiled ahead of time, fused, a warp for each range of edges"

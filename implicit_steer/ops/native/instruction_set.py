@@ -17,7 +17,7 @@ def instruction_set() -> int:
 
 
 # torch.compiler.assume_constant_result does just this, but imports the compiler first, and that triton.
-instruction_set._dynamo_marked_constant = True
+vars(instruction_set)["_dynamo_marked_constant"] = True
 
 
 @cache

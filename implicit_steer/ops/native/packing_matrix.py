@@ -55,13 +55,16 @@ def linear_rows(layer: Linear, index: NDArray[Any], start: int, n_parameters: in
     ``start``."""
     rows, columns, values = [], [], []
     for block in layer.blocks:
-        n_b, o, i = block.basis.shape
-        u, v, b, o, i = np.ix_(range(len(block.out_start)), range(len(block.in_start)), range(n_b), range(o), range(i))
+        n_b, n_o, n_i = block.basis.shape
+        fields = len(block.out_start), len(block.in_start)
+        u, v, b, o, i = np.ix_(*map(np.arange, (*fields, n_b, n_o, n_i)))
         row = (block.out_start[u] + o) * layer.in_size + block.in_start[v] + i
         column = start + block.offset + (u * block.n_in + block.columns[v]) * n_b + b
         value = block.basis[b, o, i]
         row, column, value = np.broadcast_arrays(row, column, value)
-        rows.append(row[value != 0]), columns.append(column[value != 0]), values.append(value[value != 0])
+        rows.append(row[value != 0])
+        columns.append(column[value != 0])
+        values.append(value[value != 0])
     entries = (np.concatenate([*values, [0.0]]), (np.concatenate([*rows, [0]]), np.concatenate([*columns, [0]])))
     dense = sparse.coo_matrix(entries, shape=(layer.out_size * layer.in_size, n_parameters)).tocsr()
     return dense[index]

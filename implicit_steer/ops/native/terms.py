@@ -85,11 +85,14 @@ class Terms:
 
     def __init__(self, plan: Plan, couplings: tuple[Coupling, ...], position: NDArray[Any]) -> None:
         self.plan, self.position = plan, position
-        self.products, self.product_size = [], 0
+        self.products: list[int] = []
+        self.product_size = 0
         self.inputs, self.outputs = Gathered(), Gathered()
         self.rows: dict[tuple[int, ...], int] = {}
         self.factors: list[tuple[int, int, int]] = []
-        self.g_first, self.nz_harmonic, self.nz_value = [0], [], []
+        self.g_first = [0]
+        self.nz_harmonic: list[int] = []
+        self.nz_value: list[float] = []
         found = [self._factors(c) for c in couplings]  # first, as it numbers all rows
         self.couplings = [self._coupling(c, factors) for c, factors in zip(couplings, found, strict=True)]
         order = np.argsort(position)
@@ -147,7 +150,8 @@ class Terms:
         reading: dict[int, list[tuple[int, int]]] = {}
         for g, (place, product, _) in enumerate(self.factors):
             reading.setdefault(place, []).append((product, g))
-        adjoint, terms = [], []
+        adjoint: list[int] = []
+        terms: list[tuple[int, int]] = []
         for place, size in self.inputs.rows:
             found = reading.get(place, [])
             adjoint += [place, size, len(terms), len(terms) + len(found)]
@@ -172,7 +176,8 @@ class Monomials:
         """The number of x^i y^j z^k."""
         if powers not in self.number:
             axis = max(k for k in range(3) if powers[k])
-            earlier = self.add(tuple(n - (k == axis) for k, n in enumerate(powers)))
+            x, y, z = (n - (k == axis) for k, n in enumerate(powers))
+            earlier = self.add((x, y, z))
             self.number[powers] = len(self.factors)
             self.factors.append((earlier, axis))
         return self.number[powers]

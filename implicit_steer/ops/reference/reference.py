@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ class Reference(Backend):
         x: Tensor,
         delta: Tensor,
         attributes: Tensor,
-    ) -> tuple[Tensor, list[NormStatistics]]:
+    ) -> tuple[Tensor, Sequence[NormStatistics]]:
         """out_i = bias + Σ_{e: j→i} K(x_e, a_e) f_j, shape (N_dst, C_out)."""
         k, statistics = self.kernel(plan, parameters, statistics_from, delta, attributes)
         messages = torch.einsum("eoi,ei->eo", k, x.index_select(0, graph.src))
