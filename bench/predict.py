@@ -67,11 +67,11 @@ def _trips(entry: Launch, degree: int) -> float:
     edges."""
     constants, name = entry.constants, entry.kernel.__name__
     if name.startswith("layers"):
-        return 1 if name.endswith("weights") else constants["HP"] / constants["TH"]
+        return 1 if name.endswith("weights") else constants["NU"] / constants["BU"]
     if not name.startswith("contract"):
         return 1
-    terms = {"forward": "block_terms", "inputs": "group_terms", "hidden": "column_terms"}[name.rpartition("_")[2]]
-    offsets = entry.arguments[terms]
+    terms = {"forward": "acc", "inputs": "slice", "hidden": "window"}[name.rpartition("_")[2]]
+    offsets = entry.arguments[f"p_{terms}_term_begin"]
     return float(offsets[-1]) / (len(offsets) - 1) * -(-degree // constants["BE"])
 
 
