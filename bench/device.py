@@ -110,16 +110,17 @@ def kernel_times(case: Case, chosen: Sequence[Candidate], most: int = 4) -> list
 
 
 def tune(case: Case, chosen: Sequence[Candidate], device: torch.device) -> dict[str, dict[str, Any]]:
-    """Measure and keep the configurations of Triton's kernels: candidate → kernel → choice."""
-    from implicit_steer.ops.triton import configuration, launch  # which import triton
+    """Measure and keep the configurations of Triton's kernels: candidate → kernel → configuration."""
+    from implicit_steer.ops.triton import configuration
+    from implicit_steer.ops.triton.tables import tables
 
     found = {}
     for candidate in chosen:
         if candidate.backend == "triton":
             plan = layer(case, candidate, None).implicit_kernel.plan
-            run, sizes = step(case, candidate, "train"), launch.tables(plan).sizes
-            choices = configuration.tune(run, sizes, torch.float32, device)
-            found[candidate.label] = {kernel: choice._asdict() for kernel, choice in choices.items()}
+            run, sizes = step(case, candidate, "train"), tables(plan).sizes
+            configs = configuration.tune(run, sizes, torch.float32, device)
+            found[candidate.label] = {kernel: config._asdict() for kernel, config in configs.items()}
     return found
 
 

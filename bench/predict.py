@@ -63,15 +63,15 @@ class Prediction:
 
 
 def _trips(entry: Launch, degree: int) -> float:
-    """How often a kernel goes through its inner loop: tiles of samples, or terms of a block for every block of
-    edges."""
+    """How often a kernel goes through its inner loop: tiles of samples, or for every block of edges the terms of an
+    accumulator, a slice of x or a window of r, on average."""
     constants, name = entry.constants, entry.kernel.__name__
     if name.startswith("layers"):
-        return 1 if name.endswith("weights") else constants["HP"] / constants["TH"]
+        return 1 if name.endswith("weights") else constants["NU"] / constants["BU"]
     if not name.startswith("contract"):
         return 1
-    terms = {"forward": "block_terms", "inputs": "group_terms", "hidden": "column_terms"}[name.rpartition("_")[2]]
-    offsets = entry.arguments[terms]
+    part = {"forward": "acc", "inputs": "slice", "hidden": "window"}[name.rpartition("_")[2]]
+    offsets = entry.arguments[f"p_{part}_term_begin"]
     return float(offsets[-1]) / (len(offsets) - 1) * -(-degree // constants["BE"])
 
 

@@ -95,9 +95,9 @@ def install():
     triton_interpreter.InterpretedFunction.__call__ = call
     launch = launches.launch
 
-    def guarded(kernel, grid, arguments, constants, choice):
+    def guarded(kernel, grid, arguments, constants, config):
         with Guard([t for t in arguments if isinstance(t, torch.Tensor)]).on():
-            launch(kernel, grid, arguments, constants, choice)
+            launch(kernel, grid, arguments, constants, config)
 
     launches.launch = guarded
 

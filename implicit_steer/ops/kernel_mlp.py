@@ -188,12 +188,17 @@ def _samples(act: Activation, merged: bool, dtype: torch.dtype, device: torch.de
     return torch.tensor(samples, dtype=dtype, device=device), torch.tensor(inverse, dtype=dtype, device=device)
 
 
+def difference_near_origin(function: str, u0: Tensor, w: Tensor, r: Tensor) -> Tensor:
+    """d = (φ(u₀ + r w) − φ(u₀)) / r on samples, accurate down to r = 0, where it is φ′(u₀) w."""
+    return w * difference_quotient(function, u0, r * w)
+
+
 def _near_origin(act: Activation, n: int, z: Tensor, radius: Tensor, samples: Tensor, inverse: Tensor) -> Tensor:
     """The activation on (E, W, c) coefficients, n of them of order 0, by difference quotients."""
     r = radius[:, None, None]
     u0 = z[..., :n] @ samples[:, :n].T  # (E, W, S)
     w = z[..., n:] @ samples[:, n:].T
-    d = w * difference_quotient(act.function, u0, r * w)
+    d = difference_near_origin(act.function, u0, w, r)
     return torch.cat([(phi(act.function, u0) + r * d) @ inverse[:n].T, d @ inverse[n:].T], -1)
 
 

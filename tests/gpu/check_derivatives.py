@@ -6,7 +6,8 @@ from helpers import assert_close, deviations, relative, spread
 from problems import DEVICE, expected, layer, outcome, small
 
 from implicit_steer import _files
-from implicit_steer.ops.triton import configuration, launch
+from implicit_steer.ops.triton import configuration, launch_contract, launch_mlp
+from implicit_steer.ops.triton.tables import tables
 
 
 @pytest.mark.parametrize(
@@ -61,8 +62,8 @@ def test_batches_of_nodes_and_edges(monkeypatch):
     conv = layer(small("so2"), "no norm")
     problem = small("so2").inputs(conv)
     whole = outcome(conv, problem, "triton")
-    monkeypatch.setattr(launch, "_NODES", 2)
-    monkeypatch.setattr(launch, "_EDGES", 8)
+    monkeypatch.setattr(launch_contract, "_NODES", 2)
+    monkeypatch.setattr(launch_mlp, "_EDGES", 8)
     parts, again = outcome(conv, problem, "triton"), outcome(conv, problem, "triton")
     assert_close(parts, whole, 1e-13)
     assert all(torch.equal(parts[name], again[name]) for name in parts)
@@ -71,7 +72,7 @@ def test_batches_of_nodes_and_edges(monkeypatch):
 # ---- configurations
 
 
-def test_every_choice_gives_the_same_numbers():
+def test_every_configuration_gives_the_same_numbers():
     conv = layer(small("c4"), "no norm", torch.float32)
     problem = small("c4").inputs(conv)
     usual = outcome(conv, problem, "triton")
@@ -85,7 +86,7 @@ def test_tuning_keeps_the_fastest(monkeypatch, tmp_path):
     monkeypatch.setenv("IMPLICIT_STEER_CACHE", str(tmp_path))
     conv = layer(small("c4"), "no norm", torch.float32, backend="triton")
     problem = small("c4").inputs(conv)
-    sizes = launch.tables(conv.implicit_kernel.plan).sizes
+    sizes = tables(conv.implicit_kernel.plan).sizes
     seen = []
 
     def measure(run, device):

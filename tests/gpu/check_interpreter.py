@@ -86,9 +86,9 @@ def test_exact_products_and_rounded_ones():
 def test_bench(monkeypatch, tmp_path, capsys):
     """All of ``python -m bench --device cuda`` but the ceilings, with the interpreter as device."""
     case = replace(SMALL["c4"], nodes=4, degree=2)
-    ceilings, choice = {"copy, GB/s": 1.0, "float32, TFLOP/s": 1.0}, configuration.LaunchConfig(16, 4)
+    ceilings, config = {"copy, GB/s": 1.0, "float32, TFLOP/s": 1.0}, configuration.LaunchConfig(16, 4)
     monkeypatch.setattr(device, "ceilings", lambda device: ceilings)
-    monkeypatch.setattr(configuration, "tune", lambda run, *_: run() and {"contract_forward": choice})
+    monkeypatch.setattr(configuration, "tune", lambda run, *_: run() and {"contract_forward": config})
     results = {"environment": report.environment(), "device": "the interpreter"}
     arguments = ["reference", "triton"], (), (1, 0.0), tmp_path, True, torch.device("cpu"), results
     assert device.measure([case], *arguments) == 0
@@ -98,5 +98,5 @@ def test_bench(monkeypatch, tmp_path, capsys):
     candidates = {(r["backend"], r["measure"]) for r in results["times"]}
     assert {("triton", m) for m in ("forward", "train", "train-batch")} <= candidates
     found = results["configurations"]["c4"].values()
-    assert list(found) == [{"contract_forward": choice._asdict()}] * len(found)
+    assert list(found) == [{"contract_forward": config._asdict()}] * len(found)
     assert (tmp_path / "gpu.json").exists()

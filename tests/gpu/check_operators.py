@@ -6,7 +6,8 @@ import torch
 from problems import DEVICE, INTERPRETED, layer
 from torch.library import opcheck
 
-from implicit_steer.ops.triton import dense, launch, operators
+from implicit_steer.ops.triton import dense, operators
+from implicit_steer.ops.triton.prepared import prepare
 from implicit_steer.plan.packing import pack
 from implicit_steer.testing.cases import Case
 
@@ -18,7 +19,7 @@ def arguments_of(case, leaves=True):
     conv = layer(case, "no norm", activation="silu")
     problem, kernel = case.inputs(conv), conv.implicit_kernel
     plan, graph = kernel.plan, problem.graph
-    key, prepared = operators.register_plan(plan), launch.prepare(plan, DEVICE, torch.float64)
+    key, prepared = operators.register_plan(plan), prepare(plan, DEVICE, torch.float64)
 
     def leaf(t):
         return t.detach().clone().requires_grad_(leaves)

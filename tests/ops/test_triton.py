@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import layer, outcome
@@ -81,13 +82,45 @@ def test_too_wide_a_layer_is_refused():
     assert unsupported(plan) == f"at most {MOST_COEFFICIENTS} coefficients in a hidden layer, not 516"
 
 
-def test_blocks_hold_every_number_of_t_once():
+def test_accumulators_hold_every_entry_of_t_once():
     for name in ("o3", "o3-mixed", "so2-mixed", "d4"):
         found = tables(layer(SMALL[name]).implicit_kernel.plan)
         positions = found.position
         assert (positions >= 0).all()
         assert len(set(positions.tolist())) == len(positions)
-        assert found.sizes.n_t == found.indices["block_extent"][:, :3].prod(1).sum()
+        assert found.sizes.n_t == found.indices["acc_extent"][:, :3].prod(1).sum()
+
+
+def test_worked_example():
+    """That of contract_tables: 2 vectors into 1 scalar under SO(2), 2 vectors as hidden features."""
+    found = tables(layer(Case("", "SO(2) on R2", "2 vector", "1 scalar", "1 vector", 1, 1)).implicit_kernel.plan)
+    expected = {
+        "acc_term_begin": [0, 2],
+        "acc_start": [[0, 2]],
+        "acc_extent": [[2, 2, 2, 2]],
+        "acc_offset": [0],
+        "term_acc": [0, 0],
+        "term_column": [[0, 2], [1, 3]],
+        "term_chunks": [[0, 1], [0, 1]],
+        "slice_term_begin": [0, 2],
+        "slice_term": [0, 1],
+        "slice_chunk": [0],
+        "slice_start": [[0, 2]],
+        "slice_components": [2],
+        "window_term_begin": [0, 2],
+        "window_term": [0, 1],
+        "window_place": [[0, -1, 1, -1], [-1, 0, -1, 1]],
+    }
+    filled = {"term_column": 2, "window_place": 4}  # entries of a row that are not only filled up with −1
+    for name, entries in expected.items():
+        table = found.indices[name]
+        kept, rest = np.split(table, [filled.get(name, table.shape[-1])], -1)
+        assert kept.tolist() == entries, name
+        assert (rest == -1).all()
+    constant = found.numbers["constant"]  # (t, i, s)
+    assert constant[..., :2].tolist() == [[[1, 0], [0, 1]], [[0, -1], [1, 0]]]
+    assert not constant[..., 2:].any()
+    assert found.sizes.n_t == 8
 
 
 def test_uniform_fields_take_the_slots_of_the_intertwiners():

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from bench import gpu, predict
-from implicit_steer.ops.triton import aot, configuration, launch
+from implicit_steer.ops.triton import aot, configuration
+from implicit_steer.ops.triton.tables import tables
 from implicit_steer.testing.cases import LARGE, SMALL
 
 
@@ -70,7 +71,7 @@ def test_predictions_are_bounds_of_what_was_counted():
     entries = [e for e in aot.launches_of(plan) if e.kernel.__name__ == "contract_forward"]
     device = predict.DEVICES["H100-SXM"]
     found = predict.of_launch(entries[0], device, aot.resources(entries[0], 90))
-    sizes, nodes, edges = launch.tables(plan).sizes, predict.NODES, predict.NODES * predict.DEGREE
+    sizes, nodes, edges = tables(plan).sizes, predict.NODES, predict.NODES * predict.DEGREE
     numbers = nodes * (sizes.in_size + sizes.n_t) + edges * sizes.n_columns
     assert found.megabytes == pytest.approx((4 * numbers + 8 * (edges + nodes)) / 1e6, rel=1e-2)
     low, high = found.microseconds

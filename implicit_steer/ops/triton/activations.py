@@ -1,7 +1,8 @@
 """Products, and the nonlinearities φ with two derivatives and their difference quotient, as in
 ``implicit_steer/plan/activations.py``.
 
-FN is the function's place in ``plan.FUNCTIONS``. Comparisons are such that NaN passes through.
+All arguments are values in registers: u samples, b and k start and step of a difference quotient (u₀ and r w of
+layers.py). FN is the function's place in ``plan.FUNCTIONS``. Comparisons are such that NaN passes through.
 """
 
 from __future__ import annotations

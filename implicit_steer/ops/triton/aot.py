@@ -21,7 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ...plan import Plan
-from . import launch
+from .launch import Launch, recording
+from .prepared import prepare
 
 ARCHITECTURES = {80: "A100", 90: "H100", 100: "B200"}
 # Shared memory of a block in bytes, threads, blocks, registers and shared memory of a multiprocessor (CUDA programming
@@ -33,9 +34,8 @@ _TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32", t
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one kernel on one architecture: per thread registers and bytes of stack; bytes of shared memory; how often
-    each
-    instruction stands in the code."""
+    """What one kernel needs on one architecture: registers and bytes of stack per thread, bytes of shared memory, and
+    how often each instruction stands in the code."""
 
     kernel: str
     architecture: int
@@ -85,14 +85,12 @@ class Resources:
         return [f"{self.kernel}, sm_{self.architecture}: {text}" for text in found]
 
 
-def launches_of(
-    plan: Plan, dtype: torch.dtype = torch.float32, nodes: int = 64, degree: int = 32
-) -> list[launch.Launch]:
+def launches_of(plan: Plan, dtype: torch.dtype = torch.float32, nodes: int = 64, degree: int = 32) -> list[Launch]:
     """One launch of every kernel and set of constants that a forward and backward pass makes."""
     from .operators import register_plan
 
     ops, key = torch.ops.implicit_steer, register_plan(plan)
-    prepared = launch.prepare(plan, torch.device("cpu"), dtype)
+    prepared = prepare(plan, torch.device("cpu"), dtype)
     s, edges = prepared.sizes, nodes * degree
 
     def zeros(*shape: int, kind: torch.dtype = dtype) -> Tensor:
@@ -103,7 +101,7 @@ def launches_of(
     geometry = zeros(edges, s.n_inputs), zeros(edges if s.regular else 0), zeros(edges), zeros(edges, s.n_harmonics)
     weights, r = zeros(max(1, prepared.layer_offsets()[-1][0])), zeros(edges, s.n_columns)
     sums = (zeros(nodes, s.in_size), geometry[3], r, zeros(s.n_t, s.out_size), index, offsets, index, index, offsets)
-    with launch.recording() as found, torch.no_grad():
+    with recording() as found, torch.no_grad():
         ops.triton_frame(key, *frame)
         ops.triton_frame_backward(key, *frame, *geometry)
         if s.n_layers:
@@ -116,7 +114,7 @@ def launches_of(
     return list(unique.values())
 
 
-def _signature(entry: launch.Launch) -> tuple[dict, dict, dict]:
+def _signature(entry: Launch) -> tuple[dict, dict, dict]:
     """Types of the arguments, constants, and which pointers are multiples of 16 bytes, as the just-in-time compiler
     has them."""
     types, constants, attributes = {}, dict(entry.constants), {}
@@ -131,7 +129,7 @@ def _signature(entry: launch.Launch) -> tuple[dict, dict, dict]:
     return types, constants, attributes
 
 
-def compile_for(entry: launch.Launch, architecture: int):
+def compile_for(entry: Launch, architecture: int):
     """The compiled kernel of a launch, by triton."""
     types, constants, attributes = _signature(entry)
     source = ASTSource(fn=entry.kernel, signature=types, constexprs=constants, attrs=attributes)
@@ -168,7 +166,7 @@ _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A
 _QUIET = {"check": True, "capture_output": True, "text": True}
 
 
-def resources(entry: launch.Launch, architecture: int) -> Resources:
+def resources(entry: Launch, architecture: int) -> Resources:
     """Compile a launch and read the result."""
     compiled = compile_for(entry, architecture)
     registers, stack, code = _read(compiled.asm["cubin"])

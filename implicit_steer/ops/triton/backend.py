@@ -74,9 +74,10 @@ class Triton(Backend):
         attributes: Tensor,
     ) -> tuple[Tensor, list[NormStatistics]]:
         """out_i = bias + Σ_{e: j→i} K(x_e, a_e) f_j, shape (N_dst, C_out)."""
-        from . import dense, launch, operators
+        from . import dense, operators
+        from .prepared import prepare
 
-        key, prepared = operators.register_plan(plan), launch.prepare(plan, x.device, x.dtype)
+        key, prepared = operators.register_plan(plan), prepare(plan, x.device, x.dtype)
         measured, statistics = statistics_from.measured, []
         weights = pack(plan, parameters, fold=not measured)
         attributes = dense.attributes_in_frame(plan, attributes)

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 
 from ..._files import add_to_tuning_cache, tuning_cache
-from .tables import Sizes, padded
+from .sizes import Sizes, next_power_of_2
 
-TILE = 16  # samples that layers.py makes at a time
+SAMPLES = 16  # that layers.py makes at a time
 
 
 class LaunchConfig(NamedTuple):
@@ -29,7 +29,7 @@ class LaunchConfig(NamedTuple):
     stages: int = 1
 
 
-# kernel: choices for hidden layers up to so many padded coefficients of one kind, and for float64
+# kernel: configurations for hidden layers in blocks of up to so many coefficients of one kind, and for float64
 _TABLE: dict[str, dict[int, LaunchConfig]] = {
     "frame_forward": {512: LaunchConfig(32, 4)},
     "frame_backward": {512: LaunchConfig(32, 4)},
@@ -50,7 +50,7 @@ _DOUBLE = {
 _MOST_ON_TENSOR_CORES = 32  # coefficients of order >= 1; three TF32 products of wider layers spill
 CANDIDATES = tuple(LaunchConfig(e, w, s) for e in (16, 32, 64) for w in (2, 4, 8) for s in (1, 2))
 
-_TUNED = "triton"  # name of what is kept
+_TUNED = "triton"  # name of the file in the cache folder
 
 _override: dict[str, LaunchConfig] = {}
 
@@ -63,8 +63,16 @@ def choose(kernel: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) 
         return LaunchConfig(*found)
     if dtype == torch.float64:
         return _DOUBLE[kernel.partition("_")[0]]
-    width = padded(max(sizes.n_zero, sizes.n_rest))
-    return next(choice for most, choice in _TABLE[kernel].items() if width <= most)
+    width = next_power_of_2(max(sizes.n_zero, sizes.n_rest))
+    return next(config for most, config in _TABLE[kernel].items() if width <= most)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies: float64 as it is; float32 exactly, or in TF32 where
+    ``torch.set_float32_matmul_precision`` allows it."""
+    if dtype == torch.float64:
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def exact_product(sizes: Sizes) -> str:
@@ -81,9 +89,9 @@ def _key(kernel: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) ->
 
 
 @contextmanager
-def using(kernel: str, choice: LaunchConfig) -> Iterator[None]:
-    """Inside, the kernel runs with this choice."""
-    _override[kernel] = choice
+def using(kernel: str, config: LaunchConfig) -> Iterator[None]:
+    """Inside, the kernel runs with this configuration."""
+    _override[kernel] = config
     try:
         yield
     finally:
@@ -111,11 +119,11 @@ def tune(
     measure: Callable[[Callable[[], object], torch.device], float] = seconds,
     candidates: tuple[LaunchConfig, ...] = CANDIDATES,
 ) -> dict[str, LaunchConfig]:
-    """Measure ``run``, which calls a layer, with other choices for one kernel after the other; keep the fastest ones in
-    the cache folder and use them from now on. Candidates that do not fit the device are passed over.
+    """Measure ``run``, which calls a layer, with other configurations for one kernel after the other; keep the
+    fastest ones in the cache folder and use them from now on. Candidates that do not fit the device are passed over.
 
     Returns:
-        kernel → choice.
+        kernel → configuration.
     """
     from triton.runtime.errors import OutOfResources
 

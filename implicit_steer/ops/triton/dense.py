@@ -1,5 +1,5 @@
-"""The same functions in plain PyTorch on whole tensors, for derivatives of gradients; and what the kernels read of a
-layer's weights. No host synchronisation."""
+"""Frame and hidden layers in plain PyTorch on whole tensors, for the derivatives of their gradients; batch statistics
+of hidden coefficients; and weights as the kernels read them. Nothing here waits for the device."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from ...plan import Norm, Plan
-from ...plan.activations import difference_quotient, phi
+from ...plan.activations import phi
 from ...plan.moments import NormStatistics, Pool, combined, moments
 from ...plan.packing import constant
-from ..kernel_mlp import NEAR, edge_frame, radial_factor
-from .launch import Prepared
-from .tables import KINDS, Tables
+from ..kernel_mlp import NEAR, difference_near_origin, edge_frame, radial_factor
+from .prepared import Prepared
+from .sizes import KINDS
+from .tables import Tables
 
-_EDGES = 1 << 16  # of which full hidden features exist at a time
+_EDGES = 1 << 16  # whose full hidden features exist at a time
 
 
 def attributes_in_frame(plan: Plan, attr: Tensor) -> Tensor:
-    """a' = attributeᵀ a, without a multiplication where that is a."""
+    """a' = attributeᵀ a (E, A), the attributes in frame coordinates; a itself where attribute is the identity."""
     frame = plan.frame
     if (frame.attribute == torch.eye(frame.n_attributes, dtype=torch.float64).numpy()).all():
         return attr
@@ -30,7 +31,7 @@ def attributes_in_frame(plan: Plan, attr: Tensor) -> Tensor:
 def geometry(
     tables: Tables, delta: Tensor, attr: Tensor, order: Tensor, shell_width: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What ``triton_frame`` gives; ``attr`` in frame coordinates."""
+    """Inputs, radius, factor and q, as ``triton_frame`` returns them; ``attr`` in frame coordinates."""
     plan, sizes = tables.plan, tables.sizes
     delta, attr = delta.index_select(0, order), attr.index_select(0, order)
     edge = edge_frame(plan, delta, attr @ constant(plan.frame, "attribute", attr).T)
@@ -49,11 +50,11 @@ def geometry(
 
 
 def _pieces(prepared: Prepared, flat: Tensor) -> list[tuple[Tensor, ...]]:
-    """Per layer P₀, P₁ (or None), b and b₁ (or None) of the packed weights."""
+    """Of the packed weights each layer's P₀, P₁ (or None), b and b₁ (or None), as layers.py names them."""
     k, regular, found = prepared.widths, prepared.sizes.regular, []
-    for n, (base, _) in enumerate(prepared.layer_offsets()[:-1]):
-        rows = [k["KI"], 1, 1] if n == 0 and regular else [k["K0"] if n else k["KI"], *([k["K1"]] * regular), 1]
-        parts = flat[base : base + sum(rows) * k["HP"]].view(-1, k["HP"]).split(rows)
+    for n, (start, _) in enumerate(prepared.layer_offsets()[:-1]):
+        rows = [k["BI"], 1, 1] if n == 0 and regular else [k["B0"] if n else k["BI"], *([k["B1"]] * regular), 1]
+        parts = flat[start : start + sum(rows) * k["NU"]].view(-1, k["NU"]).split(rows)
         if not regular:
             found.append((parts[0], None, parts[1][0], None))
         elif n == 0:
@@ -64,23 +65,24 @@ def _pieces(prepared: Prepared, flat: Tensor) -> list[tuple[Tensor, ...]]:
 
 
 def layers(prepared: Prepared, inputs: Tensor, radius: Tensor, factor: Tensor, weights: Tensor) -> Tensor:
-    """What ``triton_layers`` gives."""
+    """r (E, n_columns), as ``triton_layers`` returns it."""
     k, s = prepared.widths, prepared.sizes
     name, y0, y1 = prepared.tables.plan.activations[0].function, inputs, None
     r = radius[:, None]
-    for (p0, p1, b, b1), (_, at) in zip(_pieces(prepared, weights), prepared.layer_offsets(), strict=False):
-        inverse = prepared["inverse"][at:]
-        q0 = inverse[: k["HP"] * k["K0"]].view(k["HP"], -1)[:, : s.n_zero]
+    for (p0, p1, b, b1), (_, start) in zip(_pieces(prepared, weights), prepared.layer_offsets(), strict=False):
+        inverse = prepared["inverse"][start:]
+        q0 = inverse[: k["NU"] * k["B0"]].view(k["NU"], -1)[:, : s.n_zero]
         u0 = y0 @ p0[: y0.shape[1]] + b
         if not s.regular:
             y0 = phi(name, u0) @ q0
             continue
         w = b1 if p1 is None else y1 @ p1[: s.n_rest]
         near = r < NEAR[u0.dtype]
-        far = torch.where(near, torch.ones_like(r), r)
+        # each branch gets a radius at which it is finite, for the gradient's sake
+        r_near, r_far = torch.where(near, r, torch.zeros_like(r)), torch.where(near, torch.ones_like(r), r)
         p = phi(name, u0 + r * w)
-        d = torch.where(near, w * difference_quotient(name, u0, torch.where(near, r * w, torch.ones_like(u0))), p / far)
-        q1 = inverse[k["HP"] * k["K0"] :][: k["HP"] * k["K1"]].view(k["HP"], -1)[:, : s.n_rest]
+        d = torch.where(near, difference_near_origin(name, u0, w, r_near), p / r_far)
+        q1 = inverse[k["NU"] * k["B0"] :][: k["NU"] * k["B1"]].view(k["NU"], -1)[:, : s.n_rest]
         y0, y1 = p @ q0, d @ q1
     y = y0 if y1 is None else torch.cat([y0, y1], 1)
     return torch.cat([y[:, : s.n_columns - 1] * factor[:, None], factor[:, None]], 1)
@@ -98,8 +100,8 @@ def _coordinates(prepared: Prepared, y: Tensor, q: Tensor) -> Tensor:
 
 def statistics(prepared: Prepared, norm: Norm, y: Tensor, q: Tensor, pool: Pool | None) -> NormStatistics:
     """Batch statistics of one norm over all edges, from hidden coefficients (E, n_zero + n_rest): means of the trivial
-    coefficients, variances of the full features. Some edges at a time, whose sums of squares are put together; ``pool``
-    adds others."""
+    coefficients, variances of the full features. The sums of some edges at a time are put together; ``pool`` adds those
+    of other processes."""
     pieces = zip(y.view(len(y), -1, prepared.sizes.channels).split(_EDGES), q.split(_EDGES), strict=True)
     parts = [moments(_coordinates(prepared, some, direction)) for some, direction in pieces]
     n, mean, total = combined(parts) if len(parts) > 1 else parts[0]  # (d, channels)
@@ -110,27 +112,28 @@ def statistics(prepared: Prepared, norm: Norm, y: Tensor, q: Tensor, pool: Pool 
 
 
 def pack_layers(prepared: Prepared, linears: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The packed weights from W (out, in) and b (out,) of some first layers: A W in the kernels' order, padded."""
+    """The packed weights from W (out, in) and b (out,) of the first layers: A W in the order of layers.py, filled up
+    with 0."""
     k, s = prepared.widths, prepared.sizes
     z, parts = s.n_zero // s.channels, []
     samples = prepared["samples"]  # (layers, S, c)
 
-    def add(block: Tensor, rows: int) -> None:
-        """block (rows, …): padded, flat."""
-        flat = block.flatten(1)
-        parts.append(torch.nn.functional.pad(flat, (0, k["HP"] - flat.shape[1], 0, rows - len(block))).reshape(-1))
+    def add(matrix: Tensor, rows: int) -> None:
+        """Flatten a matrix (inputs, …), filled up to so many rows of NU."""
+        flat = matrix.flatten(1)
+        parts.append(torch.nn.functional.pad(flat, (0, k["NU"] - flat.shape[1], 0, rows - len(flat))).reshape(-1))
 
     for n, (w, b) in enumerate(linears):
         zero, rest = samples[n][:, :z], samples[n][:, z:]
         w, b = w.view(s.channels, -1, w.shape[1]), b.view(s.channels, -1)
         if n == 0:
             first = w[:, :, 1:] if s.regular else w  # but the constant one of regular frames
-            add(torch.einsum("sc,wci->iws", zero, first[:, :z]), k["KI"])
+            add(torch.einsum("sc,wci->iws", zero, first[:, :z]), k["BI"])
         else:
             w = w.unflatten(2, (s.channels, -1))
-            add(torch.einsum("sc,wcvk->kvws", zero, w[:, :z, :, :z]).flatten(0, 1), k["K0"])
+            add(torch.einsum("sc,wcvk->kvws", zero, w[:, :z, :, :z]).flatten(0, 1), k["B0"])
             if s.regular:
-                add(torch.einsum("sc,wcvk->kvws", rest, w[:, z:, :, z:]).flatten(0, 1), k["K1"])
+                add(torch.einsum("sc,wcvk->kvws", rest, w[:, z:, :, z:]).flatten(0, 1), k["B1"])
         add(torch.einsum("sc,wc->ws", zero, b[:, :z])[None], 1)
         if s.regular and n == 0:
             add(torch.einsum("sc,wc->ws", rest, w[:, z:, 0])[None], 1)

@@ -1,8 +1,21 @@
 """Edges into their own frames: the MLP's inputs, the radius, γ s(|x|), the harmonics q; and the reverse sweep.
 
-Formulas and names are those of ``ops/kernel_mlp.py``. Edge number ``order[n]`` becomes row n of what is written. KIND
-is a number of ``tables.KINDS``. Regular frames carry what vanishes at the origin divided by the radius: their harmonics
-of order k > 0 have one factor of the radius."""
+Formulas and names are those of ``ops/kernel_mlp.py``, prefixes and constants those of the package's glossary. Edge
+``order[n]`` becomes row n of what is written. KIND is a value of ``sizes.KINDS``. Regular frames carry what vanishes at
+the origin divided by the radius: their harmonics of order k > 0 have one factor of the radius.
+
+Values of edges are (BE,) unless a shape is given: b_x0, b_x1, b_x2 the coordinates of x (0 beyond DIM), b_plane0 and
+b_plane1 those in the plane of a planar frame, b_cos and b_sin of the azimuth φ. The tables of the frame are
+
+===================================  ===============================================================================
+scalars (2,)                         γ, and 1 / cutoff or 0
+harmonics (NM, NQ), powers (3, NM)   zonal: Y_m = Σ_n harmonics[n, m] x^powers[0, n] y^powers[1, n] z^powers[2, n]
+plane (DIM, 2), axis (DIM,)          planar: an orthonormal basis of the plane, and the axis orthogonal to it
+attribute_order, _partner, _sign     planar, (NA,) each: how attributes turn: a'[m] = cos kφ a[m] − sign[m] sin kφ
+                                     a[partner[m]], k the order
+pairs (PAIRS, 2)                     planar: pairs of attributes of order 1 that give φ of edges on the axis
+===================================  ===============================================================================
+"""
 
 from __future__ import annotations
 
@@ -13,251 +26,276 @@ from . import activations
 
 
 @triton.jit
-def position(delta, e, ok, K: tl.constexpr, DIM: tl.constexpr):
-    """Coordinate K of the edges' x, (BE,); 0 beyond DIM."""
+def position(p_delta, o_edge, m_edge, K: tl.constexpr, DIM: tl.constexpr):
+    """Coordinate K of the edges' x; 0 beyond DIM."""
     if K < DIM:
-        return tl.load(delta + e * DIM + K, ok, 0.0)
+        return tl.load(p_delta + o_edge * DIM + K, m_edge, 0.0)
     else:
-        return tl.load(delta + e * DIM, ok, 0.0) * 0.0
+        return tl.load(p_delta + o_edge * DIM, m_edge, 0.0) * 0.0
 
 
 @triton.jit
-def unit_of(squared, ZERO: tl.constexpr):
-    """|p| and 1 / |p|, exactly 0 both where |p|² would underflow."""
-    nonzero = (squared > ZERO) | (squared != squared)
-    root = tl.sqrt(tl.where(nonzero, squared, 1.0))
-    return tl.where(nonzero, root, 0.0), tl.where(nonzero, 1.0 / root, 0.0)
+def unit_of(b_squared, ZERO: tl.constexpr):
+    """|p| and 1 / |p| from |p|², exactly 0 both where |p|² would underflow."""
+    m_nonzero = (b_squared > ZERO) | (b_squared != b_squared)
+    b_root = tl.sqrt(tl.where(m_nonzero, b_squared, 1.0))
+    return tl.where(m_nonzero, b_root, 0.0), tl.where(m_nonzero, 1.0 / b_root, 0.0)
 
 
 @triton.jit
-def cutoff_of(squared, scalars, ZERO: tl.constexpr):
+def cutoff_of(b_squared, p_scalars, ZERO: tl.constexpr):
     """1 − 10 t³ + 15 t⁴ − 6 t⁵, t = min(|x| / cutoff, 1), and its derivative with respect to |x|² / 2."""
-    inverse = tl.load(scalars + 1)
-    norm, over = unit_of(squared, ZERO)
-    t = norm * inverse
+    over_cutoff = tl.load(p_scalars + 1)
+    b_norm, b_over_norm = unit_of(b_squared, ZERO)
+    t = b_norm * over_cutoff
     t = tl.where(t > 1.0, 1.0, t)
-    return 1.0 - t * t * t * (10.0 - t * (15.0 - 6.0 * t)), -30.0 * t * t * (1.0 - t) * (1.0 - t) * inverse * over
+    b_value = 1.0 - t * t * t * (10.0 - t * (15.0 - 6.0 * t))
+    return b_value, -30.0 * t * t * (1.0 - t) * (1.0 - t) * over_cutoff * b_over_norm
 
 
 @triton.jit
-def monomials(ux, uy, uz, px, py, pz, DEGREE: tl.constexpr):
-    """(BE, n): ux^px uy^py uz^pz for the exponents (n,); 0 where one is negative."""
-    found = tl.where((px >= 0) & (py >= 0) & (pz >= 0), 1.0, 0.0)[None, :].to(ux.dtype) + 0.0 * ux[:, None]
+def monomials(b_u0, b_u1, b_u2, b_n0, b_n1, b_n2, DEGREE: tl.constexpr):
+    """(BE, n): u₀^n₀ u₁^n₁ u₂^n₂ for the exponents (n,); 0 where one is negative."""
+    m_exponents = (b_n0 >= 0) & (b_n1 >= 0) & (b_n2 >= 0)
+    b_found = tl.where(m_exponents, 1.0, 0.0)[None, :].to(b_u0.dtype) + 0.0 * b_u0[:, None]
     for n in tl.static_range(DEGREE):
-        found = tl.where((px > n)[None, :], found * ux[:, None], found)
-        found = tl.where((py > n)[None, :], found * uy[:, None], found)
-        found = tl.where((pz > n)[None, :], found * uz[:, None], found)
-    return found
+        b_found = tl.where((b_n0 > n)[None, :], b_found * b_u0[:, None], b_found)
+        b_found = tl.where((b_n1 > n)[None, :], b_found * b_u1[:, None], b_found)
+        b_found = tl.where((b_n2 > n)[None, :], b_found * b_u2[:, None], b_found)
+    return b_found
 
 
 @triton.jit
-def multiples(c, s, order, MOST: tl.constexpr):
-    """(BE, n): cos kφ, sin kφ for the orders k (n,), from cos φ and sin φ (BE,); k < 0 counts as 0."""
-    re = 1.0 + 0.0 * c[:, None] * order[None, :].to(c.dtype)
-    im = 0.0 * re
+def multiples(b_cos, b_sin, b_k, MOST: tl.constexpr):
+    """(BE, n): cos kφ, sin kφ for the orders k (n,), from cos φ and sin φ; k < 0 counts as 0."""
+    b_re = 1.0 + 0.0 * b_cos[:, None] * b_k[None, :].to(b_cos.dtype)
+    b_im = 0.0 * b_re
     for n in tl.static_range(MOST):
-        more = (order > n)[None, :]
-        turned = re * c[:, None] - im * s[:, None]
-        im = tl.where(more, re * s[:, None] + im * c[:, None], im)
-        re = tl.where(more, turned, re)
-    return re, im
+        m_more = (b_k > n)[None, :]
+        b_turned = b_re * b_cos[:, None] - b_im * b_sin[:, None]
+        b_im = tl.where(m_more, b_re * b_sin[:, None] + b_im * b_cos[:, None], b_im)
+        b_re = tl.where(m_more, b_turned, b_re)
+    return b_re, b_im
 
 
 @triton.jit
-def azimuth(attr, e, ok, p0, p1, pairs, A: tl.constexpr, PAIRS: tl.constexpr, ZERO: tl.constexpr):
-    """ρ, 1 / ρ (0 on the axis), cos φ, sin φ; on the axis φ is that of the first nonzero attribute of order 1, or 0."""
-    rho, inverse = unit_of(p0 * p0 + p1 * p1, ZERO)
-    c = tl.where(inverse != 0, p0 * inverse, 1.0)
-    s = tl.where(inverse != 0, p1 * inverse, 0.0)
+def azimuth(p_attr, o_edge, m_edge, b_plane0, b_plane1, p_pairs, NA: tl.constexpr, PAIRS: tl.constexpr,
+            ZERO: tl.constexpr):  # fmt: skip
+    """1 / ρ (0 on the axis), cos φ, sin φ; on the axis φ is that of the first nonzero attribute of order 1, or 0."""
+    _, b_over_rho = unit_of(b_plane0 * b_plane0 + b_plane1 * b_plane1, ZERO)
+    b_cos = tl.where(b_over_rho != 0, b_plane0 * b_over_rho, 1.0)
+    b_sin = tl.where(b_over_rho != 0, b_plane1 * b_over_rho, 0.0)
     for n in tl.static_range(PAIRS):
-        a = tl.load(attr + e * A + tl.load(pairs + 2 * n), ok, 0.0)
-        b = tl.load(attr + e * A + tl.load(pairs + 2 * n + 1), ok, 0.0)
-        _, over = unit_of(a * a + b * b, ZERO)
-        found = (inverse == 0) & (over != 0)
-        c, s = tl.where(found, a * over, c), tl.where(found, b * over, s)
-    return rho, inverse, c, s
+        b_a0 = tl.load(p_attr + o_edge * NA + tl.load(p_pairs + 2 * n), m_edge, 0.0)
+        b_a1 = tl.load(p_attr + o_edge * NA + tl.load(p_pairs + 2 * n + 1), m_edge, 0.0)
+        _, b_over = unit_of(b_a0 * b_a0 + b_a1 * b_a1, ZERO)
+        m_found = (b_over_rho == 0) & (b_over != 0)
+        b_cos, b_sin = tl.where(m_found, b_a0 * b_over, b_cos), tl.where(m_found, b_a1 * b_over, b_sin)
+    return b_over_rho, b_cos, b_sin
 
 
 @triton.jit
-def planar_axes(x0, x1, x2, plane, DIM: tl.constexpr):
+def planar_axes(b_x0, b_x1, b_x2, p_plane, DIM: tl.constexpr):
     """The two coordinates of x in the plane."""
-    p0 = x0 * tl.load(plane) + x1 * tl.load(plane + 2)
-    p1 = x0 * tl.load(plane + 1) + x1 * tl.load(plane + 3)
+    b_plane0 = b_x0 * tl.load(p_plane) + b_x1 * tl.load(p_plane + 2)
+    b_plane1 = b_x0 * tl.load(p_plane + 1) + b_x1 * tl.load(p_plane + 3)
     if DIM > 2:
-        p0 += x2 * tl.load(plane + 4)
-        p1 += x2 * tl.load(plane + 5)
-    return p0, p1
+        b_plane0 += b_x2 * tl.load(p_plane + 4)
+        b_plane1 += b_x2 * tl.load(p_plane + 5)
+    return b_plane0, b_plane1
 
 
 @triton.jit
 def frame_forward(
-    delta, attr, order, shell, scalars, harmonics, powers, plane, axis, attribute_order, attribute_partner,
-    attribute_sign, pairs, inputs, radius, factor, q, E,
-    KIND: tl.constexpr, DIM: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, NI: tl.constexpr, NM: tl.constexpr,
-    NMP: tl.constexpr, NQ: tl.constexpr, NQP: tl.constexpr, DEGREE: tl.constexpr, PAIRS: tl.constexpr,
+    p_delta, p_attr, p_order, p_shell, p_scalars, p_harmonics, p_powers, p_plane, p_axis, p_attribute_order,
+    p_attribute_partner, p_attribute_sign, p_pairs, p_inputs, p_radius, p_factor, p_q, n_edges,
+    KIND: tl.constexpr, DIM: tl.constexpr, NA: tl.constexpr, BA: tl.constexpr, NI: tl.constexpr, NM: tl.constexpr,
+    BM: tl.constexpr, NQ: tl.constexpr, BQ: tl.constexpr, DEGREE: tl.constexpr, PAIRS: tl.constexpr,
     CUTOFF: tl.constexpr, SOFT: tl.constexpr, ZERO: tl.constexpr, BE: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """delta (E, DIM), attr (E, A), in rows of the given order → inputs (E, NI), radius (E,), factor (E,), q (E, NQ)."""
-    n = tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE)
-    ok = n < E
-    e = tl.load(order + n, ok, 0).to(tl.int64)
-    x0, x1, x2 = position(delta, e, ok, 0, DIM), position(delta, e, ok, 1, DIM), position(delta, e, ok, 2, DIM)
-    squared = x0 * x0 + x1 * x1 + x2 * x2
-    sigma = tl.load(shell)
-    s_of = tl.load(scalars) * tl.exp(-0.5 * squared / (sigma * sigma))
+    """delta (E, DIM), attr (E, NA), shell: σ (1,) → inputs (E, NI), radius (E,), factor (E,), q (E, NQ)."""
+    o_row = tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE)
+    m_edge = o_row < n_edges
+    o_edge = tl.load(p_order + o_row, m_edge, 0).to(tl.int64)
+    b_x0 = position(p_delta, o_edge, m_edge, 0, DIM)
+    b_x1 = position(p_delta, o_edge, m_edge, 1, DIM)
+    b_x2 = position(p_delta, o_edge, m_edge, 2, DIM)
+    b_squared = b_x0 * b_x0 + b_x1 * b_x1 + b_x2 * b_x2
+    sigma = tl.load(p_shell)
+    b_factor = tl.load(p_scalars) * tl.exp(-0.5 * b_squared / (sigma * sigma))
     if CUTOFF:
-        cut, _ = cutoff_of(squared, scalars, ZERO)
-        s_of *= cut
-    tl.store(factor + n, s_of, ok)
+        b_cutoff, _ = cutoff_of(b_squared, p_scalars, ZERO)
+        b_factor *= b_cutoff
+    tl.store(p_factor + o_row, b_factor, m_edge)
 
-    a, m = tl.arange(0, AP), tl.arange(0, NQP)
-    here = ok[:, None] & (a < A)[None, :]
-    turned = tl.load(attr + e[:, None] * A + a[None, :], here, 0.0)
+    o_a, o_q = tl.arange(0, BA), tl.arange(0, BQ)
+    m_attr = m_edge[:, None] & (o_a < NA)[None, :]
+    b_attr = tl.load(p_attr + o_edge[:, None] * NA + o_a[None, :], m_attr, 0.0)
     if KIND == 0:
         for k in tl.static_range(DIM):
-            tl.store(inputs + n * NI + k, position(delta, e, ok, k, DIM), ok)
+            tl.store(p_inputs + o_row * NI + k, position(p_delta, o_edge, m_edge, k, DIM), m_edge)
     elif KIND == 1:
-        r = tl.sqrt(squared + SOFT)
-        tl.store(radius + n, r, ok)
-        j = tl.arange(0, NMP)
-        px, py = tl.load(powers + j, j < NM, 0), tl.load(powers + NM + j, j < NM, 0)
-        pz = tl.load(powers + 2 * NM + j, j < NM, 0)
-        table = tl.load(harmonics + j[:, None] * NQ + m[None, :], (j < NM)[:, None] & (m < NQ)[None, :], 0.0)
-        y = activations.dot(monomials(x0 / r, x1 / r, x2 / r, px, py, pz, DEGREE), table, PREC)
-        tl.store(q + n[:, None] * NQ + m[None, :], y * r[:, None], ok[:, None] & (m < NQ)[None, :])
+        b_radius = tl.sqrt(b_squared + SOFT)
+        tl.store(p_radius + o_row, b_radius, m_edge)
+        o_m = tl.arange(0, BM)
+        b_n0, b_n1 = tl.load(p_powers + o_m, o_m < NM, 0), tl.load(p_powers + NM + o_m, o_m < NM, 0)
+        b_n2 = tl.load(p_powers + 2 * NM + o_m, o_m < NM, 0)
+        b_table = tl.load(
+            p_harmonics + o_m[:, None] * NQ + o_q[None, :], (o_m < NM)[:, None] & (o_q < NQ)[None, :], 0.0
+        )
+        b_monomials = monomials(b_x0 / b_radius, b_x1 / b_radius, b_x2 / b_radius, b_n0, b_n1, b_n2, DEGREE)
+        b_y = activations.dot(b_monomials, b_table, PREC)
+        tl.store(
+            p_q + o_row[:, None] * NQ + o_q[None, :], b_y * b_radius[:, None], m_edge[:, None] & (o_q < NQ)[None, :]
+        )
     else:
-        p0, p1 = planar_axes(x0, x1, x2, plane, DIM)
-        scale = 1.0 + 0.0 * p0
+        b_plane0, b_plane1 = planar_axes(b_x0, b_x1, b_x2, p_plane, DIM)
+        b_scale = 1.0 + 0.0 * b_plane0
         if KIND == 2:
-            r = tl.sqrt(p0 * p0 + p1 * p1 + SOFT)
-            tl.store(radius + n, r, ok)
-            c, s, scale = p0 / r, p1 / r, r
+            b_radius = tl.sqrt(b_plane0 * b_plane0 + b_plane1 * b_plane1 + SOFT)
+            tl.store(p_radius + o_row, b_radius, m_edge)
+            b_cos, b_sin, b_scale = b_plane0 / b_radius, b_plane1 / b_radius, b_radius
         else:
-            _, _, c, s = azimuth(attr, e, ok, p0, p1, pairs, A, PAIRS, ZERO)
-            tl.store(inputs + n * NI, c * p0 + s * p1, ok)
-            tl.store(inputs + n * NI + 1, c * p1 - s * p0, ok)
-            k = tl.load(attribute_order + a, a < A, 0)
-            partner, sign = tl.load(attribute_partner + a, a < A, 0), tl.load(attribute_sign + a, a < A, 0.0)
-            cosine, sine = multiples(c, s, k, DEGREE)
-            other = tl.load(attr + e[:, None] * A + partner[None, :], here, 0.0)
-            turned = cosine * turned - sine * sign[None, :] * other
+            _, b_cos, b_sin = azimuth(p_attr, o_edge, m_edge, b_plane0, b_plane1, p_pairs, NA, PAIRS, ZERO)
+            tl.store(p_inputs + o_row * NI, b_cos * b_plane0 + b_sin * b_plane1, m_edge)
+            tl.store(p_inputs + o_row * NI + 1, b_cos * b_plane1 - b_sin * b_plane0, m_edge)
+            b_k = tl.load(p_attribute_order + o_a, o_a < NA, 0)
+            o_partner = tl.load(p_attribute_partner + o_a, o_a < NA, 0)
+            b_sign = tl.load(p_attribute_sign + o_a, o_a < NA, 0.0)
+            b_cos_k, b_sin_k = multiples(b_cos, b_sin, b_k, DEGREE)
+            b_other = tl.load(p_attr + o_edge[:, None] * NA + o_partner[None, :], m_attr, 0.0)
+            b_attr = b_cos_k * b_attr - b_sin_k * b_sign[None, :] * b_other
         if DIM > 2:
-            along = x0 * tl.load(axis) + x1 * tl.load(axis + 1) + x2 * tl.load(axis + 2)
-            tl.store(inputs + n * NI + (NI - A - 1), along, ok)
-        cosine, sine = multiples(c, s, m // 2 + 1, NQ // 2)
-        found = tl.where((m % 2 == 0)[None, :], cosine, sine) * scale[:, None]
-        tl.store(q + n[:, None] * NQ + m[None, :], found, ok[:, None] & (m < NQ)[None, :])
-    tl.store(inputs + n[:, None] * NI + (NI - A) + a[None, :], turned, here)
+            b_along = b_x0 * tl.load(p_axis) + b_x1 * tl.load(p_axis + 1) + b_x2 * tl.load(p_axis + 2)
+            tl.store(p_inputs + o_row * NI + (NI - NA - 1), b_along, m_edge)
+        b_cos_k, b_sin_k = multiples(b_cos, b_sin, o_q // 2 + 1, NQ // 2)
+        b_q = tl.where((o_q % 2 == 0)[None, :], b_cos_k, b_sin_k) * b_scale[:, None]
+        tl.store(p_q + o_row[:, None] * NQ + o_q[None, :], b_q, m_edge[:, None] & (o_q < NQ)[None, :])
+    tl.store(p_inputs + o_row[:, None] * NI + (NI - NA) + o_a[None, :], b_attr, m_attr)
 
 
 @triton.jit
-def zonal_backward(x0, x1, x2, r, dq, dr, harmonics, powers, NM: tl.constexpr, NMP: tl.constexpr, NQ: tl.constexpr,
-                   NQP: tl.constexpr, DEGREE: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
-    """Gradients of x from those of q = r Y(x / r) and of r."""
-    j, m = tl.arange(0, NMP), tl.arange(0, NQP)
-    px, py = tl.load(powers + j, j < NM, 0), tl.load(powers + NM + j, j < NM, 0)
-    pz = tl.load(powers + 2 * NM + j, j < NM, 0)
-    table = tl.load(harmonics + j[None, :] * NQ + m[:, None], (j < NM)[None, :] & (m < NQ)[:, None], 0.0)
-    of_monomials = activations.dot(dq, table, PREC)  # of r · monomial
-    ux, uy, uz = x0 / r, x1 / r, x2 / r
-    dr += tl.sum(of_monomials * monomials(ux, uy, uz, px, py, pz, DEGREE), 1)
-    # d_unit / r, the factor r of q taken out
-    d0 = tl.sum(of_monomials * px[None, :].to(r.dtype) * monomials(ux, uy, uz, px - 1, py, pz, DEGREE), 1)
-    d1 = tl.sum(of_monomials * py[None, :].to(r.dtype) * monomials(ux, uy, uz, px, py - 1, pz, DEGREE), 1)
-    d2 = tl.sum(of_monomials * pz[None, :].to(r.dtype) * monomials(ux, uy, uz, px, py, pz - 1, DEGREE), 1)
-    dr -= d0 * ux + d1 * uy + d2 * uz
-    return d0 + dr * ux, d1 + dr * uy, d2 + dr * uz
+def zonal_backward(b_x0, b_x1, b_x2, b_radius, b_d_q, b_d_radius, p_harmonics, p_powers, NM: tl.constexpr,
+                   BM: tl.constexpr, NQ: tl.constexpr, BQ: tl.constexpr, DEGREE: tl.constexpr,
+                   PREC: tl.constexpr):  # fmt: skip
+    """Gradients of x from those of q = r Y(x / r) (BE, BQ) and of the radius r."""
+    o_m, o_q = tl.arange(0, BM), tl.arange(0, BQ)
+    b_n0, b_n1 = tl.load(p_powers + o_m, o_m < NM, 0), tl.load(p_powers + NM + o_m, o_m < NM, 0)
+    b_n2 = tl.load(p_powers + 2 * NM + o_m, o_m < NM, 0)
+    m_table = (o_m < NM)[None, :] & (o_q < NQ)[:, None]
+    b_table = tl.load(p_harmonics + o_m[None, :] * NQ + o_q[:, None], m_table, 0.0)
+    b_d_m = activations.dot(b_d_q, b_table, PREC)  # (BE, BM) of r · monomial
+    b_u0, b_u1, b_u2 = b_x0 / b_radius, b_x1 / b_radius, b_x2 / b_radius
+    b_d_radius += tl.sum(b_d_m * monomials(b_u0, b_u1, b_u2, b_n0, b_n1, b_n2, DEGREE), 1)
+    # gradients of u = x / r divided by r, the factor r of q taken out
+    dtype = b_radius.dtype
+    b_d_u0 = tl.sum(b_d_m * b_n0[None, :].to(dtype) * monomials(b_u0, b_u1, b_u2, b_n0 - 1, b_n1, b_n2, DEGREE), 1)
+    b_d_u1 = tl.sum(b_d_m * b_n1[None, :].to(dtype) * monomials(b_u0, b_u1, b_u2, b_n0, b_n1 - 1, b_n2, DEGREE), 1)
+    b_d_u2 = tl.sum(b_d_m * b_n2[None, :].to(dtype) * monomials(b_u0, b_u1, b_u2, b_n0, b_n1, b_n2 - 1, DEGREE), 1)
+    b_d_radius -= b_d_u0 * b_u0 + b_d_u1 * b_u1 + b_d_u2 * b_u2
+    return b_d_u0 + b_d_radius * b_u0, b_d_u1 + b_d_radius * b_u1, b_d_u2 + b_d_radius * b_u2
 
 
 @triton.jit
-def turn_backward(c, s, order, d_cosine, d_sine, MOST: tl.constexpr):
-    """Gradients of (cos φ, sin φ) from those of cos kφ and sin kφ (BE, n): (c + is)^k has derivative k (c +
+def turn_backward(b_cos, b_sin, b_k, b_d_cos, b_d_sin, MOST: tl.constexpr):
+    """Gradients of cos φ and sin φ from those of cos kφ and sin kφ (BE, n): (c + is)^k has derivative k (c +
     is)^(k−1)."""
-    re, im = multiples(c, s, order - 1, MOST)
-    k = order[None, :].to(c.dtype)
-    return tl.sum(k * (d_cosine * re + d_sine * im), 1), tl.sum(k * (d_sine * re - d_cosine * im), 1)
+    b_re, b_im = multiples(b_cos, b_sin, b_k - 1, MOST)
+    b_order = b_k[None, :].to(b_cos.dtype)
+    b_d_c = tl.sum(b_order * (b_d_cos * b_re + b_d_sin * b_im), 1)
+    return b_d_c, tl.sum(b_order * (b_d_sin * b_re - b_d_cos * b_im), 1)
 
 
 @triton.jit
 def frame_backward(
-    delta, attr, order, shell, scalars, harmonics, powers, plane, axis, attribute_order, attribute_partner,
-    attribute_sign, pairs, d_inputs, d_radius, d_factor, d_q, d_delta, d_attr, d_shell, E,
-    KIND: tl.constexpr, DIM: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, NI: tl.constexpr, NM: tl.constexpr,
-    NMP: tl.constexpr, NQ: tl.constexpr, NQP: tl.constexpr, DEGREE: tl.constexpr, PAIRS: tl.constexpr,
+    p_delta, p_attr, p_order, p_shell, p_scalars, p_harmonics, p_powers, p_plane, p_axis, p_attribute_order,
+    p_attribute_partner, p_attribute_sign, p_pairs, p_d_inputs, p_d_radius, p_d_factor, p_d_q, p_d_delta, p_d_attr,
+    p_d_shell, n_edges,
+    KIND: tl.constexpr, DIM: tl.constexpr, NA: tl.constexpr, BA: tl.constexpr, NI: tl.constexpr, NM: tl.constexpr,
+    BM: tl.constexpr, NQ: tl.constexpr, BQ: tl.constexpr, DEGREE: tl.constexpr, PAIRS: tl.constexpr,
     CUTOFF: tl.constexpr, SOFT: tl.constexpr, ZERO: tl.constexpr, BE: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of delta and attr, in the edges' own order, and d_shell (programs,) of the shell's width."""
-    n = tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE)
-    ok = n < E
-    e = tl.load(order + n, ok, 0).to(tl.int64)
-    x0, x1, x2 = position(delta, e, ok, 0, DIM), position(delta, e, ok, 1, DIM), position(delta, e, ok, 2, DIM)
-    squared = x0 * x0 + x1 * x1 + x2 * x2
-    sigma = tl.load(shell)
-    gauss = tl.load(scalars) * tl.exp(-0.5 * squared / (sigma * sigma)) * tl.load(d_factor + n, ok, 0.0)
-    slope = -gauss / (sigma * sigma)  # of |x|² / 2
+    """Gradients of delta and attr, in the edges' own order, and d_shell (programs,), the parts of that of σ."""
+    o_row = tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE)
+    m_edge = o_row < n_edges
+    o_edge = tl.load(p_order + o_row, m_edge, 0).to(tl.int64)
+    b_x0 = position(p_delta, o_edge, m_edge, 0, DIM)
+    b_x1 = position(p_delta, o_edge, m_edge, 1, DIM)
+    b_x2 = position(p_delta, o_edge, m_edge, 2, DIM)
+    b_squared = b_x0 * b_x0 + b_x1 * b_x1 + b_x2 * b_x2
+    sigma = tl.load(p_shell)
+    b_gauss = tl.load(p_scalars) * tl.exp(-0.5 * b_squared / (sigma * sigma)) * tl.load(p_d_factor + o_row, m_edge, 0.0)
+    b_slope = -b_gauss / (sigma * sigma)  # with respect to |x|² / 2
     if CUTOFF:
-        cut, of_cut = cutoff_of(squared, scalars, ZERO)
-        slope = slope * cut + gauss * of_cut
-        gauss *= cut
-    tl.store(d_shell + tl.program_id(0), tl.sum(gauss * squared / (sigma * sigma * sigma), 0))
-    g0, g1, g2 = slope * x0, slope * x1, slope * x2
+        b_cutoff, b_cutoff_slope = cutoff_of(b_squared, p_scalars, ZERO)
+        b_slope = b_slope * b_cutoff + b_gauss * b_cutoff_slope
+        b_gauss *= b_cutoff
+    tl.store(p_d_shell + tl.program_id(0), tl.sum(b_gauss * b_squared / (sigma * sigma * sigma), 0))
+    b_d_x0, b_d_x1, b_d_x2 = b_slope * b_x0, b_slope * b_x1, b_slope * b_x2
 
-    a, m = tl.arange(0, AP), tl.arange(0, NQP)
-    here = ok[:, None] & (a < A)[None, :]
-    of_turned = tl.load(d_inputs + n[:, None] * NI + (NI - A) + a[None, :], here, 0.0)
+    o_a, o_q = tl.arange(0, BA), tl.arange(0, BQ)
+    m_attr = m_edge[:, None] & (o_a < NA)[None, :]
+    b_d_attr = tl.load(p_d_inputs + o_row[:, None] * NI + (NI - NA) + o_a[None, :], m_attr, 0.0)
     if KIND == 0:
-        g0 += tl.load(d_inputs + n * NI, ok, 0.0)
+        b_d_x0 += tl.load(p_d_inputs + o_row * NI, m_edge, 0.0)
         if DIM > 1:
-            g1 += tl.load(d_inputs + n * NI + 1, ok, 0.0)
+            b_d_x1 += tl.load(p_d_inputs + o_row * NI + 1, m_edge, 0.0)
         if DIM > 2:
-            g2 += tl.load(d_inputs + n * NI + 2, ok, 0.0)
+            b_d_x2 += tl.load(p_d_inputs + o_row * NI + 2, m_edge, 0.0)
     elif KIND == 1:
-        dq = tl.load(d_q + n[:, None] * NQ + m[None, :], ok[:, None] & (m < NQ)[None, :], 0.0)
-        dr = tl.load(d_radius + n, ok, 0.0)
-        r = tl.sqrt(squared + SOFT)
-        h0, h1, h2 = zonal_backward(x0, x1, x2, r, dq, dr, harmonics, powers, NM, NMP, NQ, NQP, DEGREE, PREC)
-        g0, g1, g2 = g0 + h0, g1 + h1, g2 + h2
+        b_d_q = tl.load(p_d_q + o_row[:, None] * NQ + o_q[None, :], m_edge[:, None] & (o_q < NQ)[None, :], 0.0)
+        b_d_radius = tl.load(p_d_radius + o_row, m_edge, 0.0)
+        b_radius = tl.sqrt(b_squared + SOFT)
+        b_more0, b_more1, b_more2 = zonal_backward(b_x0, b_x1, b_x2, b_radius, b_d_q, b_d_radius, p_harmonics, p_powers,
+                                                   NM, BM, NQ, BQ, DEGREE, PREC)  # fmt: skip
+        b_d_x0, b_d_x1, b_d_x2 = b_d_x0 + b_more0, b_d_x1 + b_more1, b_d_x2 + b_more2
     else:
-        dq = tl.load(d_q + n[:, None] * NQ + m[None, :], ok[:, None] & (m < NQ)[None, :], 0.0)
-        of_cosine, of_sine = tl.where((m % 2 == 0)[None, :], dq, 0.0), tl.where((m % 2 == 1)[None, :], dq, 0.0)
-        p0, p1 = planar_axes(x0, x1, x2, plane, DIM)
+        b_d_q = tl.load(p_d_q + o_row[:, None] * NQ + o_q[None, :], m_edge[:, None] & (o_q < NQ)[None, :], 0.0)
+        b_d_cos_k = tl.where((o_q % 2 == 0)[None, :], b_d_q, 0.0)
+        b_d_sin_k = tl.where((o_q % 2 == 1)[None, :], b_d_q, 0.0)
+        b_plane0, b_plane1 = planar_axes(b_x0, b_x1, b_x2, p_plane, DIM)
         if KIND == 2:
-            r = tl.sqrt(p0 * p0 + p1 * p1 + SOFT)
-            inverse, c, s = 1.0 / r, p0 / r, p1 / r
-            dc, ds = turn_backward(c, s, m // 2 + 1, of_cosine, of_sine, NQ // 2)
-            cosine, sine = multiples(c, s, m // 2 + 1, NQ // 2)
-            dr = tl.load(d_radius + n, ok, 0.0) + tl.sum(of_cosine * cosine + of_sine * sine, 1)
-            dr -= dc * c + ds * s  # of q / r, whose factor r cancels 1 / r
-            h0, h1 = dc + dr * c, ds + dr * s
+            b_radius = tl.sqrt(b_plane0 * b_plane0 + b_plane1 * b_plane1 + SOFT)
+            b_cos, b_sin = b_plane0 / b_radius, b_plane1 / b_radius
+            b_d_cos, b_d_sin = turn_backward(b_cos, b_sin, o_q // 2 + 1, b_d_cos_k, b_d_sin_k, NQ // 2)
+            b_cos_k, b_sin_k = multiples(b_cos, b_sin, o_q // 2 + 1, NQ // 2)
+            b_d_radius = tl.load(p_d_radius + o_row, m_edge, 0.0)
+            b_d_radius += tl.sum(b_d_cos_k * b_cos_k + b_d_sin_k * b_sin_k, 1)
+            b_d_radius -= b_d_cos * b_cos + b_d_sin * b_sin  # of q / r, whose factor r cancels 1 / r
+            b_d_plane0, b_d_plane1 = b_d_cos + b_d_radius * b_cos, b_d_sin + b_d_radius * b_sin
         else:
-            _, inverse, c, s = azimuth(attr, e, ok, p0, p1, pairs, A, PAIRS, ZERO)
-            dc, ds = turn_backward(c, s, m // 2 + 1, of_cosine, of_sine, NQ // 2)
-            k = tl.load(attribute_order + a, a < A, 0)
-            partner, sign = tl.load(attribute_partner + a, a < A, 0), tl.load(attribute_sign + a, a < A, 0.0)
-            cosine, sine = multiples(c, s, k, DEGREE)
-            mine = tl.load(attr + e[:, None] * A + a[None, :], here, 0.0)
-            other = tl.load(attr + e[:, None] * A + partner[None, :], here, 0.0)
-            of_other = tl.load(d_inputs + n[:, None] * NI + (NI - A) + partner[None, :], here, 0.0)
-            tc, ts = turn_backward(c, s, k, of_turned * mine, -of_turned * sign[None, :] * other, DEGREE)
-            dc, ds = dc + tc, ds + ts
+            b_over_rho, b_cos, b_sin = azimuth(p_attr, o_edge, m_edge, b_plane0, b_plane1, p_pairs, NA, PAIRS, ZERO)
+            b_d_cos, b_d_sin = turn_backward(b_cos, b_sin, o_q // 2 + 1, b_d_cos_k, b_d_sin_k, NQ // 2)
+            b_k = tl.load(p_attribute_order + o_a, o_a < NA, 0)
+            o_partner = tl.load(p_attribute_partner + o_a, o_a < NA, 0)
+            b_sign = tl.load(p_attribute_sign + o_a, o_a < NA, 0.0)
+            b_cos_k, b_sin_k = multiples(b_cos, b_sin, b_k, DEGREE)
+            b_attr = tl.load(p_attr + o_edge[:, None] * NA + o_a[None, :], m_attr, 0.0)
+            b_other = tl.load(p_attr + o_edge[:, None] * NA + o_partner[None, :], m_attr, 0.0)
+            p_d_other = p_d_inputs + o_row[:, None] * NI + (NI - NA) + o_partner[None, :]
+            b_d_other = tl.load(p_d_other, m_attr, 0.0)
+            b_more_cos, b_more_sin = turn_backward(b_cos, b_sin, b_k, b_d_attr * b_attr,
+                                                   -b_d_attr * b_sign[None, :] * b_other, DEGREE)  # fmt: skip
+            b_d_cos, b_d_sin = b_d_cos + b_more_cos, b_d_sin + b_more_sin
             # the partner's sign is the opposite one
-            of_turned = cosine * of_turned + sine * sign[None, :] * of_other
-            first = tl.load(d_inputs + n * NI, ok, 0.0)
-            second = tl.where(inverse != 0, 0.0, tl.load(d_inputs + n * NI + 1, ok, 0.0))  # off the axis it stays 0
-            along = (dc * c + ds * s) * inverse
-            h0 = c * first - s * second + dc * inverse - along * p0 * inverse
-            h1 = s * first + c * second + ds * inverse - along * p1 * inverse
-        g0 += h0 * tl.load(plane) + h1 * tl.load(plane + 1)
-        g1 += h0 * tl.load(plane + 2) + h1 * tl.load(plane + 3)
+            b_d_attr = b_cos_k * b_d_attr + b_sin_k * b_sign[None, :] * b_d_other
+            b_in0 = tl.load(p_d_inputs + o_row * NI, m_edge, 0.0)
+            # the second input stays 0 off the axis
+            b_in1 = tl.where(b_over_rho != 0, 0.0, tl.load(p_d_inputs + o_row * NI + 1, m_edge, 0.0))
+            b_along = (b_d_cos * b_cos + b_d_sin * b_sin) * b_over_rho
+            b_d_plane0 = b_cos * b_in0 - b_sin * b_in1 + b_d_cos * b_over_rho - b_along * b_plane0 * b_over_rho
+            b_d_plane1 = b_sin * b_in0 + b_cos * b_in1 + b_d_sin * b_over_rho - b_along * b_plane1 * b_over_rho
+        b_d_x0 += b_d_plane0 * tl.load(p_plane) + b_d_plane1 * tl.load(p_plane + 1)
+        b_d_x1 += b_d_plane0 * tl.load(p_plane + 2) + b_d_plane1 * tl.load(p_plane + 3)
         if DIM > 2:
-            g2 += h0 * tl.load(plane + 4) + h1 * tl.load(plane + 5)
-            of_axis = tl.load(d_inputs + n * NI + (NI - A - 1), ok, 0.0)
-            g0 += of_axis * tl.load(axis)
-            g1 += of_axis * tl.load(axis + 1)
-            g2 += of_axis * tl.load(axis + 2)
-    tl.store(d_delta + e * DIM, g0, ok)
+            b_d_x2 += b_d_plane0 * tl.load(p_plane + 4) + b_d_plane1 * tl.load(p_plane + 5)
+            b_d_along = tl.load(p_d_inputs + o_row * NI + (NI - NA - 1), m_edge, 0.0)
+            b_d_x0 += b_d_along * tl.load(p_axis)
+            b_d_x1 += b_d_along * tl.load(p_axis + 1)
+            b_d_x2 += b_d_along * tl.load(p_axis + 2)
+    tl.store(p_d_delta + o_edge * DIM, b_d_x0, m_edge)
     if DIM > 1:
-        tl.store(d_delta + e * DIM + 1, g1, ok)
+        tl.store(p_d_delta + o_edge * DIM + 1, b_d_x1, m_edge)
     if DIM > 2:
-        tl.store(d_delta + e * DIM + 2, g2, ok)
-    tl.store(d_attr + e[:, None] * A + a[None, :], of_turned, here)
+        tl.store(p_d_delta + o_edge * DIM + 2, b_d_x2, m_edge)
+    tl.store(p_d_attr + o_edge[:, None] * NA + o_a[None, :], b_d_attr, m_attr)

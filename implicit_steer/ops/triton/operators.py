@@ -1,13 +1,14 @@
 """The kernels as operators of torch: schemas, shapes (fake kernels), derivatives of every order.
 
-``triton_frame``, ``triton_layers`` and ``triton_contract`` run in a row; each has a native gradient operator.
+``triton_frame``, ``triton_layers`` and ``triton_contract`` run in a row; each has a gradient operator made of kernels.
 Derivatives of the gradients:
 
-- of the contraction: T is linear in x, r and Θ and affine in q, so they are the same native operators again, with a
-  direction in the place of one argument;
-- of frame and layers: formulas in PyTorch, E numbers per sample in memory (``ops/kernel_mlp.py`` and ``dense.py``).
+- of the contraction: T is linear in x, r and Θ and affine in q, so they are the same operators again, with a direction
+  in the place of one argument;
+- of frame and layers: formulas in PyTorch, which keep E values per sample in memory (``ops/kernel_mlp.py`` and
+  ``dense.py``).
 
-A plan goes by its digest, since operators take tensors and numbers; :func:`known` makes it known.
+Operators take tensors and scalars only, so a plan goes by its digest; :func:`register_plan` stores the plan under it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ from ... import _native
 from ..._check import require
 from ..._transforms import one_by_one
 from ...plan import Plan
-from . import dense, launch
+from . import dense, launch_contract, launch_mlp
+from .launch_contract import Edges, Factors
+from .launch_mlp import LayerInputs
+from .prepared import Prepared, prepare
+from .sizes import Sizes
+from .tables import tables
 
 _NAMESPACE = "implicit_steer"
 _plans: dict[str, Plan] = {}
@@ -32,13 +38,13 @@ def register_plan(plan: Plan) -> str:
     return _plans.setdefault(plan.digest, plan).digest
 
 
-def _prepared(digest: str, like: Tensor) -> launch.Prepared:
+def _prepared(digest: str, like: Tensor) -> Prepared:
     require(digest in _plans, "plan", "the digest of a plan of this process", digest, "Call register_plan(plan) first.")
-    return launch.prepare(_plans[digest], like.device, like.dtype)
+    return prepare(_plans[digest], like.device, like.dtype)
 
 
-def _sizes(digest: str):
-    return launch.tables(_plans[digest]).sizes
+def _sizes(digest: str) -> Sizes:
+    return tables(_plans[digest]).sizes
 
 
 def _on_device(like: Tensor):
@@ -74,41 +80,45 @@ def _contiguous(*tensors: Tensor) -> list[Tensor]:
 
 def _frame(plan, delta, attr, order, shell_width):
     with _on_device(delta):
-        return launch.frame_forward(_prepared(plan, delta), *_contiguous(delta, attr, order, shell_width))
+        return launch_mlp.frame_forward(_prepared(plan, delta), *_contiguous(delta, attr, order, shell_width))
 
 
 def _frame_backward(plan, delta, attr, order, shell_width, *gradients):
     with _on_device(delta):
-        fixed = _contiguous(delta, attr, order, shell_width)
-        return launch.frame_backward(_prepared(plan, delta), *fixed, _contiguous(*gradients))
+        given = _contiguous(delta, attr, order, shell_width)
+        return launch_mlp.frame_backward(_prepared(plan, delta), *given, _contiguous(*gradients))
 
 
 def _layers(plan, inputs, radius, factor, weights):
     with _on_device(factor):
-        return launch.layers_forward(_prepared(plan, factor), *_contiguous(inputs, radius, factor, weights))
+        given = LayerInputs(*_contiguous(inputs, radius, factor, weights))
+        return launch_mlp.layers_forward(_prepared(plan, factor), given)
 
 
 def _layers_backward(plan, inputs, radius, factor, weights, gradient, need_inputs, need_weights):
     with _on_device(factor):
-        fixed = _contiguous(inputs, radius, factor, weights, gradient)
-        return launch.layers_backward(_prepared(plan, factor), *fixed, need_inputs, need_weights)
+        given, prepared = LayerInputs(*_contiguous(inputs, radius, factor, weights)), _prepared(plan, factor)
+        return launch_mlp.layers_backward(prepared, given, gradient.contiguous(), need_inputs, need_weights)
 
 
 def _hidden(plan, inputs, radius, factor, weights, n_layers):
     with _on_device(factor):
-        fixed = _contiguous(inputs, radius, factor, weights)
-        return launch.hidden_coefficients(_prepared(plan, factor), *fixed, n_layers)
+        given = LayerInputs(*_contiguous(inputs, radius, factor, weights))
+        return launch_mlp.hidden_coefficients(_prepared(plan, factor), given, n_layers)
 
 
 def _contract(plan, x, q, r, theta, source, rowptr, order, by_source, colptr, has_one):
     with _on_device(x):
-        return launch.contract_forward(_prepared(plan, r), *_contiguous(x, q, r, theta, source, rowptr), has_one)
+        factors = Factors(*_contiguous(x, q, r, theta), has_one)
+        edges = Edges(*_contiguous(source, rowptr, order, by_source, colptr))
+        return launch_contract.contract_forward(_prepared(plan, r), factors, edges)
 
 
 def _contract_backward(plan, x, q, r, theta, source, rowptr, order, by_source, colptr, has_one, gradient, needs):
     with _on_device(x):
-        fixed = _contiguous(gradient, x, q, r, theta, source, rowptr, order, by_source, colptr)
-        return launch.contract_backward(_prepared(plan, r), *fixed, has_one, needs)
+        factors = Factors(*_contiguous(x, q, r, theta), has_one)
+        edges = Edges(*_contiguous(source, rowptr, order, by_source, colptr))
+        return launch_contract.contract_backward(_prepared(plan, r), gradient.contiguous(), factors, edges, needs)
 
 
 # ---- shapes
@@ -162,8 +172,8 @@ def _masked(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor |
 def _derivatives_of_gradients(
     function: Callable, primals: Sequence[Tensor], cotangents: Sequence[Tensor], directions: Sequence[Tensor | None]
 ) -> list[Tensor]:
-    """Of Σ ⟨direction, gradient⟩, the gradients those of ``function`` (tensors → tensors) at these cotangents: the
-    derivatives with respect to primals and cotangents."""
+    """The derivatives of Σ ⟨direction, gradient⟩ with respect to primals and cotangents, where the gradients are those
+    of Σ ⟨cotangent, output⟩ with respect to the primals, outputs = ``function``(*primals)."""
     live = torch.is_grad_enabled()
     with torch.enable_grad():
         fresh = [t.view_as(t) if live and t.requires_grad else t.detach().requires_grad_() for t in primals]
@@ -193,7 +203,7 @@ def _frame_backward_gradient(ctx, *directions):
     plan = _plans[ctx.plan]
 
     def geometry(delta, attr, shell_width):
-        return dense.geometry(launch.tables(plan), delta, attr, order, shell_width)
+        return dense.geometry(tables(plan), delta, attr, order, shell_width)
 
     d_delta, d_attr, d_shell, *rest = _derivatives_of_gradients(
         geometry, (delta, attr, shell_width), gradients, directions
