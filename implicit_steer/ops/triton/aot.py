@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -43,7 +44,7 @@ class Resources:
     registers: int
     stack: int
     shared: int
-    instructions: Counter
+    instructions: Counter[str]
     in_loops: int  # instructions in innermost loops, and tensor-core instructions among them
     tensor_in_loops: int
 
@@ -114,7 +115,7 @@ def launches_of(plan: Plan, dtype: torch.dtype = torch.float32, nodes: int = 64,
     return list(unique.values())
 
 
-def _signature(entry: Launch) -> tuple[dict, dict, dict]:
+def _signature(entry: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
     """Types of the arguments, constants, and which pointers are multiples of 16 bytes, as the just-in-time compiler
     has them."""
     types, constants, attributes = {}, dict(entry.constants), {}
@@ -129,15 +130,17 @@ def _signature(entry: Launch) -> tuple[dict, dict, dict]:
     return types, constants, attributes
 
 
-def compile_for(entry: Launch, architecture: int):
+def compile_for(entry: Launch, architecture: int) -> Any:
     """The compiled kernel of a launch, by triton."""
     types, constants, attributes = _signature(entry)
     source = ASTSource(fn=entry.kernel, signature=types, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(entry.options))
 
 
-def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+def _output(tool: str, *arguments: str) -> str:
+    """What one of the CUDA tools that triton ships prints."""
+    command = [str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _read(cubin: bytes) -> tuple[int, int, list[tuple[int, str, int | None]]]:
@@ -145,8 +148,8 @@ def _read(cubin: bytes) -> tuple[int, int, list[tuple[int, str, int | None]]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([_tool("cuobjdump"), "--dump-resource-usage", file.name], **_QUIET).stdout
-        code = subprocess.run([_tool("cuobjdump"), "-sass", file.name], **_QUIET).stdout
+        usage = _output("cuobjdump", "--dump-resource-usage", file.name)
+        code = _output("cuobjdump", "-sass", file.name)
     facts = dict(re.findall(r"(REG|STACK):(\d+)", usage))
     found = []
     for at, name, rest in _INSTRUCTION.findall(code):
@@ -163,7 +166,6 @@ def _innermost(code: list[tuple[int, str, int | None]]) -> list[str]:
 
 
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)([^;]*);", re.MULTILINE)
-_QUIET = {"check": True, "capture_output": True, "text": True}
 
 
 def resources(entry: Launch, architecture: int) -> Resources:

@@ -60,8 +60,8 @@ class Triton(Backend):
             return False, reason
         if dtype not in (torch.float32, torch.float64):
             return False, f"computes in float32 or float64, not {dtype}"
-        reason = _unsupported(plan)
-        return reason is None, reason or "Triton kernels: MLP and contraction, edges sorted by target"
+        refused = _unsupported(plan)
+        return refused is None, refused or "Triton kernels: MLP and contraction, edges sorted by target"
 
     def forward(
         self,

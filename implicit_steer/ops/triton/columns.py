@@ -9,7 +9,10 @@ field is
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from ...plan import Coupling, Plan
 
@@ -38,7 +41,7 @@ class Columns:
         most: planar frames: the highest order k of the pairs (cos kφ, sin kφ) that q holds.
     """
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: Plan) -> None:
         self.plan, frame = plan, plan.frame
         self.d, self.channels = field_size(plan), plan.activations[0].channels if plan.activations else 1
         self.used = self._used()
@@ -78,7 +81,7 @@ class Columns:
             return [(m, 0, 1.0)]
         return [(m, 2 * k - 1, 1.0), (int(frame.partner[m]), 2 * k, float(frame.sign[m]))]
 
-    def all_ways_back(self) -> tuple[np.ndarray, np.ndarray]:
+    def all_ways_back(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """ρ and j (2, 2, d) and H (2, d) of the two terms of every coordinate; H of a second term that is not there is
         0."""
         places, values = np.zeros((2, 2, self.d), int), np.zeros((2, self.d))

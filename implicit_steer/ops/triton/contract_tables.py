@@ -47,9 +47,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...plan import Coupling, Plan
 from .columns import Columns
@@ -61,7 +62,7 @@ _MOST_FIELDS, _MOST_COLUMNS, _MOST_SLOTS = 32, 32, 16  # of an accumulator
 _MOST_COMPONENTS = 9  # that are read at once where there are harmonics, by which their products are shared
 
 _Coefficient = tuple[int, ...]  # of each hidden field of a coupling the column of r that holds its coefficient ρ
-_Slot = dict[_Coefficient, np.ndarray]  # → C (i, 1 + n_harmonics)
+_Slot = dict[_Coefficient, NDArray[Any]]  # → C (i, 1 + n_harmonics)
 
 
 class Extents(NamedTuple):
@@ -79,8 +80,8 @@ class Accumulator:
     """T[s, v, ω] of some slots, fields and columns."""
 
     start: tuple[int, ...]  # (v,) first columns of the fields in x
-    terms: list[tuple[_Coefficient, np.ndarray]]  # columns of r (ω,), C (i, 1 + n_harmonics, s)
-    source: np.ndarray  # (s, v, ω) row of the coupling's Θ that each entry of T meets
+    terms: list[tuple[_Coefficient, NDArray[Any]]]  # columns of r (ω,), C (i, 1 + n_harmonics, s)
+    source: NDArray[Any]  # (s, v, ω) row of the coupling's Θ that each entry of T meets
 
     @property
     def components(self) -> int:
@@ -96,7 +97,7 @@ class _Bundle(NamedTuple):
     coefficients: list[list[_Coefficient]]
 
 
-def slots_of(columns: Columns, c: Coupling) -> tuple[list[_Slot], np.ndarray]:
+def slots_of(columns: Columns, c: Coupling) -> tuple[list[_Slot], NDArray[Any]]:
     """The coupling's slots, the fewer of (b, o) and (i, m), and the coefficients (b, s, o) that make Θ of θ."""
     n_b, n_o, n_i, n_m = c.basis.shape
     back = [columns.of(c, m) for m in range(n_m)]
@@ -126,7 +127,8 @@ def _bundles(slots: list[_Slot], most: int) -> list[_Bundle]:
     by_coefficients: dict[tuple[_Coefficient, ...], list[int]] = {}
     for n, slot in enumerate(slots):
         by_coefficients.setdefault(tuple(sorted(slot)), []).append(n)
-    bundles, side_by_side = [], {}
+    bundles: list[Any] = []
+    side_by_side: dict[Any, Any] = {}
     for coefficients, members in by_coefficients.items():
         for first in range(0, len(members), most):
             part = members[first : first + most]
@@ -179,13 +181,13 @@ def extents_of(plan: Plan, columns: Columns, rows: tuple[int, int], accumulators
 # ---- tables
 
 
-def _listed(name: str, lists: list[list[int]]) -> dict[str, np.ndarray]:
+def _listed(name: str, lists: list[list[int]]) -> dict[str, NDArray[Any]]:
     """The terms of every slice or window one after the other, and where each begins."""
     begin = np.cumsum([0, *map(len, lists)])
     return {f"{name}_term_begin": begin, f"{name}_term": np.array([t for found in lists for t in found], int)}
 
 
-def _filled(rows: list[tuple[int, ...]], width: int) -> np.ndarray:
+def _filled(rows: list[tuple[int, ...]], width: int) -> NDArray[Any]:
     """(rows, width), −1 where a row is shorter."""
     found = np.full((len(rows), width), -1)
     for n, row in enumerate(rows):
@@ -204,7 +206,7 @@ class ContractTables:
         n_covered: columns of x that belong to one.
     """
 
-    def __init__(self, accumulators: Sequence[Accumulator], extents: Extents, columns: Columns):
+    def __init__(self, accumulators: Sequence[Accumulator], extents: Extents, columns: Columns) -> None:
         self.accumulators, self.extents = accumulators, extents
         self.terms = [(n, names, c) for n, a in enumerate(accumulators) for names, c in a.terms]
         self.slices = self._slices()
@@ -229,7 +231,7 @@ class ContractTables:
         components = {a.start: a.components for a in self.accumulators}
         return [(start, n, k) for start, n in components.items() for k in range(-(-n // self.extents.components))]
 
-    def _couplings(self, n_q: int) -> tuple[np.ndarray, np.ndarray]:
+    def _couplings(self, n_q: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """C (t, i, 1 + n_harmonics, s), and first and end of the chunks of components that each term reads (t, 2)."""
         table = np.zeros((len(self.terms), self.extents.most_components, n_q, self.extents.slots))
         chunks = np.zeros((len(self.terms), 2), int)
@@ -239,7 +241,7 @@ class ContractTables:
             chunks[t] = read.min(), read.max() + 1
         return table, chunks
 
-    def _slice_tables(self, chunks: np.ndarray) -> dict[str, np.ndarray]:
+    def _slice_tables(self, chunks: NDArray[Any]) -> dict[str, NDArray[Any]]:
         number = {(start, chunk): n for n, (start, _, chunk) in enumerate(self.slices)}
         members: list[list[int]] = [[] for _ in self.slices]
         for t, (n, _, _) in enumerate(self.terms):
@@ -251,7 +253,7 @@ class ContractTables:
             "slice_components": np.array([n for _, n, _ in self.slices], int),
         }
 
-    def _window_tables(self, n_columns: int) -> dict[str, np.ndarray]:
+    def _window_tables(self, n_columns: int) -> dict[str, NDArray[Any]]:
         width = self.extents.columns
         members: list[list[int]] = [[] for _ in range(-(-n_columns // width))]
         for t, (_, names, _) in enumerate(self.terms):
@@ -265,7 +267,7 @@ class ContractTables:
         return _listed("window", members) | {"window_place": _filled(place, width)}
 
 
-def positions_of(plan: Plan, per_coupling: Sequence[tuple[list[Accumulator], int]]) -> np.ndarray:
+def positions_of(plan: Plan, per_coupling: Sequence[tuple[list[Accumulator], int]]) -> NDArray[Any]:
     """Of the values (s, v, w, u, o) of every coupling in the flat Θ (n_t, C_out), from its accumulators and its number
     of slots."""
     found, entry = [], 0

@@ -4,6 +4,7 @@ of hidden coefficients; and weights as the kernels read them. Nothing here waits
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -46,10 +47,10 @@ def geometry(
         q = torch.stack([edge.first.index_select(1, pick), sine], -1).flatten(1)
     if not plan.frame.regular:
         return edge.inputs, delta.new_empty(0), factor, q
-    return edge.inputs[:, 1:], edge.radius, factor, q
+    return edge.inputs[:, 1:], cast(Tensor, edge.radius), factor, q
 
 
-def _pieces(prepared: Prepared, flat: Tensor) -> list[tuple[Tensor, ...]]:
+def _pieces(prepared: Prepared, flat: Tensor) -> list[tuple[Tensor, Any, Tensor, Any]]:
     """Of the packed weights each layer's P₀, P₁ (or None), b and b₁ (or None), as layers.py names them."""
     k, regular, found = prepared.widths, prepared.sizes.regular, []
     for n, (start, _) in enumerate(prepared.layer_offsets()[:-1]):
@@ -67,7 +68,8 @@ def _pieces(prepared: Prepared, flat: Tensor) -> list[tuple[Tensor, ...]]:
 def layers(prepared: Prepared, inputs: Tensor, radius: Tensor, factor: Tensor, weights: Tensor) -> Tensor:
     """r (E, n_columns), as ``triton_layers`` returns it."""
     k, s = prepared.widths, prepared.sizes
-    name, y0, y1 = prepared.tables.plan.activations[0].function, inputs, None
+    name, y0 = prepared.tables.plan.activations[0].function, inputs
+    y1: Tensor | None = None
     r = radius[:, None]
     for (p0, p1, b, b1), (_, start) in zip(_pieces(prepared, weights), prepared.layer_offsets(), strict=False):
         inverse = prepared["inverse"][start:]
@@ -76,7 +78,7 @@ def layers(prepared: Prepared, inputs: Tensor, radius: Tensor, factor: Tensor, w
         if not s.regular:
             y0 = phi(name, u0) @ q0
             continue
-        w = b1 if p1 is None else y1 @ p1[: s.n_rest]
+        w = b1 if y1 is None else y1 @ p1[: s.n_rest]
         near = r < NEAR[u0.dtype]
         # each branch gets a radius at which it is finite, for the gradient's sake
         r_near, r_far = torch.where(near, r, torch.zeros_like(r)), torch.where(near, torch.ones_like(r), r)

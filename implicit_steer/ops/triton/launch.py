@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ _recorded: list[Launch] | None = None
 
 
 @contextmanager
-def recording():
+def recording() -> Iterator[list[Launch]]:
     """Launches are written down instead of being made: ``with recording() as launches``. Results are then nonsense."""
     global _recorded
     outer, _recorded = _recorded, []
@@ -35,7 +35,9 @@ def recording():
         _recorded = outer
 
 
-def launch(kernel, grid: tuple[int, ...], arguments: Sequence, constants: dict, config: LaunchConfig) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any], config: LaunchConfig
+) -> None:
     """``kernel[grid](*arguments, **constants)`` with BE edges of a block; nothing for an empty grid. What is assumed of
     the tensors is checked in operators.py."""
     constants = constants | {"BE": config.edges}

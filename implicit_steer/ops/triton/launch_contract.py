@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -57,11 +57,11 @@ _HIDDEN_TABLES = (
 class Factors(NamedTuple):
     """What is multiplied; T is linear in x and r, affine in q."""
 
+    has_one: bool  # whether q₀ = 1, or 0 (for derivatives in a direction of q)
     x: Tensor  # (N, C_in)
     q: Tensor  # (E, n_harmonics), as r in rows sorted by target
     r: Tensor  # (E, n_columns)
     theta: Tensor  # (n_t, C_out)
-    has_one: bool  # whether q₀ = 1, or 0 (for derivatives in a direction of q)
 
 
 class Edges(NamedTuple):
@@ -80,7 +80,7 @@ def _batches(s: Sizes, n: int) -> list[range]:
     return [range(node, min(node + size, n)) for node in range(0, n, size)]
 
 
-def _constants(p: Prepared, has_one: bool) -> dict:
+def _constants(p: Prepared, has_one: bool) -> dict[str, Any]:
     s = p.sizes
     return {
         "C_IN": s.in_size,
@@ -133,9 +133,9 @@ def contract_backward(p: Prepared, grad: Tensor, f: Factors, edges: Edges, needs
             _backward_inputs(p, f, edges, nodes, d_t, (d_rows, d_q), (need_x, need_q))
         if need_r:
             _backward_hidden(p, f, edges, nodes, d_t, d_r)
-    d_x = _sum_by_source(p, d_rows, edges, len(f.x)) if need_x else None
+    d_x = _sum_by_source(p, d_rows, edges, len(f.x)) if need_x else f.x.new_empty(0)
     found = (d_x, d_q[0] if s.n_slices == 1 else d_q.sum(0), d_r, d_theta)
-    return tuple(t if need else like.new_empty(0) for t, need, like in zip(found, needs, f[:4], strict=True))
+    return tuple(t if need else t.new_empty(0) for t, need in zip(found, needs, strict=True))
 
 
 def _backward_inputs(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -44,7 +44,7 @@ class LayerInputs(NamedTuple):
 # ---- frame
 
 
-def _frame_constants(p: Prepared) -> dict:
+def _frame_constants(p: Prepared) -> dict[str, Any]:
     s, indices = p.sizes, p.tables.indices
     degrees = (indices[name].max(initial=0) for name in ("powers", "attribute_order") if name in indices)
     monomials = indices["powers"].shape[1] if "powers" in indices else 0
@@ -84,7 +84,9 @@ def frame_forward(p: Prepared, delta: Tensor, attr: Tensor, order: Tensor, shell
     return out
 
 
-def frame_backward(p: Prepared, delta, attr, order, shell, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def frame_backward(
+    p: Prepared, delta: Tensor, attr: Tensor, order: Tensor, shell: Tensor, gradients: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
     """Gradients of delta, attr and the shell's width from those of frame_forward's results."""
     n, config = len(delta), p.config(frame.frame_backward)
     programs = triton.cdiv(n, config.edges)
@@ -97,7 +99,7 @@ def frame_backward(p: Prepared, delta, attr, order, shell, gradients: Sequence[T
 # ---- hidden layers
 
 
-def _layer_constants(p: Prepared) -> dict:
+def _layer_constants(p: Prepared) -> dict[str, Any]:
     s, multiply = p.sizes, precision(p.dtype)
     return p.widths | {
         "REGULAR": s.regular,
@@ -156,9 +158,8 @@ def layers_backward(
         d_y = torch.zeros_like(y[0])
         d_y[:, :used] = grad[here, :used] * factor[here, None]
         _reverse_sweep(p, given, y, d_y, edges, d_inputs if need_inputs else None, d_radius, d_weights)
-    if not need_weights:
-        d_weights = weights.new_empty(0)
-    return (*(t if need_inputs else t.new_empty(0) for t in out), d_weights)
+    of_weights = weights.new_empty(0) if d_weights is None else d_weights
+    return (*(t if need_inputs else t.new_empty(0) for t in out), of_weights)
 
 
 def _reverse_sweep(
@@ -185,7 +186,7 @@ def _reverse_sweep(
         if first and d_inputs is None:
             return
         config = p.config(layers.layers_backward_inputs)
-        d_in = d_inputs if first else torch.empty_like(d_y)
+        d_in = d_inputs if first and d_inputs is not None else torch.empty_like(d_y)
         grid = (triton.cdiv(len(edges), config.edges),)
         arguments = (*shared, d_in, d_radius, edges.start, edges.stop, *offsets[n])
         launch.launch(layers.layers_backward_inputs, grid, arguments, here | {"ADD": n < n_layers - 1}, config)
@@ -193,7 +194,12 @@ def _reverse_sweep(
 
 
 def _add_weights(
-    p: Prepared, shared: tuple[Tensor, ...], edges: range, offsets: tuple[int, int], constants: dict, out: Tensor
+    p: Prepared,
+    shared: tuple[Tensor, ...],
+    edges: range,
+    offsets: tuple[int, int],
+    constants: dict[str, Any],
+    out: Tensor,
 ) -> None:
     """Add the gradient of one layer's weights, in partial sums of some edges each."""
     config = p.config(layers.layers_backward_weights)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from ...plan import Plan
 from .columns import Columns
 from .sizes import KINDS
 
-_Arrays = dict[str, np.ndarray]
+_Arrays = dict[str, NDArray[Any]]
 
 
 def kind_of(plan: Plan) -> int:
@@ -17,7 +20,7 @@ def kind_of(plan: Plan) -> int:
     return KINDS["regular planar" if frame.kind == "planar" and frame.regular else frame.kind]
 
 
-def _azimuth_pairs(plan: Plan) -> np.ndarray:
+def _azimuth_pairs(plan: Plan) -> NDArray[Any]:
     """(pairs, 2): column and partner of the attributes of order 1, of which the first nonzero one gives the azimuth of
     an edge on the axis. The kernel goes through all and keeps the last, so the first comes last."""
     frame = plan.frame
@@ -27,7 +30,7 @@ def _azimuth_pairs(plan: Plan) -> np.ndarray:
     return np.stack([first, frame.attribute_partner[first]], 1)
 
 
-def frame_tables(plan: Plan, columns: Columns) -> tuple[_Arrays, _Arrays, np.ndarray]:
+def frame_tables(plan: Plan, columns: Columns) -> tuple[_Arrays, _Arrays, NDArray[Any]]:
     """Numbers and indices of frame.py, and the coordinates of ``ops/kernel_mlp.py``'s harmonics that q holds."""
     frame = plan.frame
     numbers = {"scalars": np.array([plan.gamma, 1 / plan.cutoff if plan.cutoff else 0.0])}

@@ -14,6 +14,7 @@ Operators take tensors and scalars only, so a plan goes by its digest; :func:`re
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def _sizes(digest: str) -> Sizes:
     return tables(_plans[digest]).sizes
 
 
-def _on_device(like: Tensor):
+def _on_device(like: Tensor) -> Any:
     """Kernels are launched on the current device: make it the tensors'."""
     return torch.cuda.device_of(like)
 
@@ -78,45 +79,83 @@ def _contiguous(*tensors: Tensor) -> list[Tensor]:
     return [t.contiguous() for t in tensors]
 
 
-def _frame(plan, delta, attr, order, shell_width):
+def _frame(plan: str, delta: Tensor, attr: Tensor, order: Tensor, shell_width: Tensor) -> Any:
     with _on_device(delta):
         return launch_mlp.frame_forward(_prepared(plan, delta), *_contiguous(delta, attr, order, shell_width))
 
 
-def _frame_backward(plan, delta, attr, order, shell_width, *gradients):
+def _frame_backward(
+    plan: str, delta: Tensor, attr: Tensor, order: Tensor, shell_width: Tensor, *gradients: Tensor
+) -> Any:
     with _on_device(delta):
-        given = _contiguous(delta, attr, order, shell_width)
-        return launch_mlp.frame_backward(_prepared(plan, delta), *given, _contiguous(*gradients))
+        delta, attr, order, shell_width = _contiguous(delta, attr, order, shell_width)
+        prepared, given = _prepared(plan, delta), _contiguous(*gradients)
+        return launch_mlp.frame_backward(prepared, delta, attr, order, shell_width, given)
 
 
-def _layers(plan, inputs, radius, factor, weights):
+def _layers(plan: str, inputs: Tensor, radius: Tensor, factor: Tensor, weights: Tensor) -> Any:
     with _on_device(factor):
         given = LayerInputs(*_contiguous(inputs, radius, factor, weights))
         return launch_mlp.layers_forward(_prepared(plan, factor), given)
 
 
-def _layers_backward(plan, inputs, radius, factor, weights, gradient, need_inputs, need_weights):
+def _layers_backward(
+    plan: str,
+    inputs: Tensor,
+    radius: Tensor,
+    factor: Tensor,
+    weights: Tensor,
+    gradient: Tensor,
+    need_inputs: bool,
+    need_weights: bool,
+) -> Any:
     with _on_device(factor):
         given, prepared = LayerInputs(*_contiguous(inputs, radius, factor, weights)), _prepared(plan, factor)
         return launch_mlp.layers_backward(prepared, given, gradient.contiguous(), need_inputs, need_weights)
 
 
-def _hidden(plan, inputs, radius, factor, weights, n_layers):
+def _hidden(plan: str, inputs: Tensor, radius: Tensor, factor: Tensor, weights: Tensor, n_layers: int) -> Any:
     with _on_device(factor):
         given = LayerInputs(*_contiguous(inputs, radius, factor, weights))
         return launch_mlp.hidden_coefficients(_prepared(plan, factor), given, n_layers)
 
 
-def _contract(plan, x, q, r, theta, source, rowptr, order, by_source, colptr, has_one):
+def _contract(
+    plan: str,
+    x: Tensor,
+    q: Tensor,
+    r: Tensor,
+    theta: Tensor,
+    source: Tensor,
+    rowptr: Tensor,
+    order: Tensor,
+    by_source: Tensor,
+    colptr: Tensor,
+    has_one: bool,
+) -> Any:
     with _on_device(x):
-        factors = Factors(*_contiguous(x, q, r, theta), has_one)
+        factors = Factors(has_one, *_contiguous(x, q, r, theta))
         edges = Edges(*_contiguous(source, rowptr, order, by_source, colptr))
         return launch_contract.contract_forward(_prepared(plan, r), factors, edges)
 
 
-def _contract_backward(plan, x, q, r, theta, source, rowptr, order, by_source, colptr, has_one, gradient, needs):
+def _contract_backward(
+    plan: str,
+    x: Tensor,
+    q: Tensor,
+    r: Tensor,
+    theta: Tensor,
+    source: Tensor,
+    rowptr: Tensor,
+    order: Tensor,
+    by_source: Tensor,
+    colptr: Tensor,
+    has_one: bool,
+    gradient: Tensor,
+    needs: Sequence[bool],
+) -> Any:
     with _on_device(x):
-        factors = Factors(*_contiguous(x, q, r, theta), has_one)
+        factors = Factors(has_one, *_contiguous(x, q, r, theta))
         edges = Edges(*_contiguous(source, rowptr, order, by_source, colptr))
         return launch_contract.contract_backward(_prepared(plan, r), gradient.contiguous(), factors, edges, needs)
 
@@ -124,35 +163,72 @@ def _contract_backward(plan, x, q, r, theta, source, rowptr, order, by_source, c
 # ---- shapes
 
 
-def _frame_fake(plan, delta, attr, order, shell_width):
+def _frame_fake(plan: str, delta: Tensor, attr: Tensor, order: Tensor, shell_width: Tensor) -> Any:
     s, n = _sizes(plan), delta.shape[0]
     radius = delta.new_empty(n) if s.regular else delta.new_empty(0)
     return delta.new_empty(n, s.n_inputs), radius, delta.new_empty(n), delta.new_empty(n, s.n_harmonics)
 
 
-def _frame_backward_fake(plan, delta, attr, order, shell_width, *gradients):
+def _frame_backward_fake(
+    plan: str, delta: Tensor, attr: Tensor, order: Tensor, shell_width: Tensor, *gradients: Tensor
+) -> Any:
     return torch.empty_like(delta), torch.empty_like(attr), torch.empty_like(shell_width)
 
 
-def _layers_fake(plan, inputs, radius, factor, weights):
+def _layers_fake(plan: str, inputs: Tensor, radius: Tensor, factor: Tensor, weights: Tensor) -> Any:
     return factor.new_empty(factor.shape[0], _sizes(plan).n_columns)
 
 
-def _layers_backward_fake(plan, inputs, radius, factor, weights, gradient, need_inputs, need_weights):
+def _layers_backward_fake(
+    plan: str,
+    inputs: Tensor,
+    radius: Tensor,
+    factor: Tensor,
+    weights: Tensor,
+    gradient: Tensor,
+    need_inputs: bool,
+    need_weights: bool,
+) -> Any:
     found, needs = (inputs, radius, factor, weights), (need_inputs,) * 3 + (need_weights,)
     return tuple(t.new_empty(t.shape if need else (0,)) for t, need in zip(found, needs, strict=True))
 
 
-def _hidden_fake(plan, inputs, radius, factor, weights, n_layers):
+def _hidden_fake(plan: str, inputs: Tensor, radius: Tensor, factor: Tensor, weights: Tensor, n_layers: int) -> Any:
     s = _sizes(plan)
     return factor.new_empty(factor.shape[0], s.n_zero + s.n_rest)
 
 
-def _contract_fake(plan, x, q, r, theta, source, rowptr, order, by_source, colptr, has_one):
+def _contract_fake(
+    plan: str,
+    x: Tensor,
+    q: Tensor,
+    r: Tensor,
+    theta: Tensor,
+    source: Tensor,
+    rowptr: Tensor,
+    order: Tensor,
+    by_source: Tensor,
+    colptr: Tensor,
+    has_one: bool,
+) -> Any:
     return x.new_empty(rowptr.shape[0] - 1, theta.shape[1])
 
 
-def _contract_backward_fake(plan, x, q, r, theta, source, rowptr, order, by_source, colptr, has_one, gradient, needs):
+def _contract_backward_fake(
+    plan: str,
+    x: Tensor,
+    q: Tensor,
+    r: Tensor,
+    theta: Tensor,
+    source: Tensor,
+    rowptr: Tensor,
+    order: Tensor,
+    by_source: Tensor,
+    colptr: Tensor,
+    has_one: bool,
+    gradient: Tensor,
+    needs: Sequence[bool],
+) -> Any:
     found = (x, q, r, theta)
     return tuple(t.new_empty(t.shape if need else (0,)) for t, need in zip(found, needs, strict=True))
 
@@ -160,7 +236,7 @@ def _contract_backward_fake(plan, x, q, r, theta, source, rowptr, order, by_sour
 # ---- derivatives
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*(t for t in inputs if isinstance(t, Tensor)))
     ctx.plan, ctx.others = inputs[0], [v for v in inputs[1:] if not isinstance(v, Tensor)]
 
@@ -170,7 +246,10 @@ def _masked(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor |
 
 
 def _derivatives_of_gradients(
-    function: Callable, primals: Sequence[Tensor], cotangents: Sequence[Tensor], directions: Sequence[Tensor | None]
+    function: Callable[..., Sequence[Tensor]],
+    primals: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    directions: Sequence[Tensor | None],
 ) -> list[Tensor]:
     """The derivatives of Σ ⟨direction, gradient⟩ with respect to primals and cotangents, where the gradients are those
     of Σ ⟨cotangent, output⟩ with respect to the primals, outputs = ``function``(*primals)."""
@@ -191,18 +270,18 @@ def _derivatives_of_gradients(
     return list(found)
 
 
-def _frame_gradient(ctx, *gradients):
+def _frame_gradient(ctx: Any, *gradients: Tensor) -> Any:
     delta, attr, order, shell_width = ctx.saved_tensors
     found = torch.ops.implicit_steer.triton_frame_backward(ctx.plan, delta, attr, order, shell_width, *gradients)
     d_delta, d_attr, d_shell = _masked(found, [ctx.needs_input_grad[n] for n in (1, 2, 4)])
     return None, d_delta, d_attr, None, d_shell
 
 
-def _frame_backward_gradient(ctx, *directions):
+def _frame_backward_gradient(ctx: Any, *directions: Tensor) -> Any:
     delta, attr, order, shell_width, *gradients = ctx.saved_tensors
     plan = _plans[ctx.plan]
 
-    def geometry(delta, attr, shell_width):
+    def geometry(delta: Tensor, attr: Tensor, shell_width: Tensor) -> Any:
         return dense.geometry(tables(plan), delta, attr, order, shell_width)
 
     d_delta, d_attr, d_shell, *rest = _derivatives_of_gradients(
@@ -211,41 +290,42 @@ def _frame_backward_gradient(ctx, *directions):
     return None, d_delta, d_attr, None, d_shell, *rest
 
 
-def _layers_gradient(ctx, gradient):
+def _layers_gradient(ctx: Any, gradient: Tensor) -> Any:
     tensors, needs = ctx.saved_tensors, ctx.needs_input_grad
     some = any(needs[1:4])
     found = torch.ops.implicit_steer.triton_layers_backward(ctx.plan, *tensors, gradient, some, needs[4])
     return None, *_masked(found, needs[1:5])
 
 
-def _layers_backward_gradient(ctx, *directions):
+def _layers_backward_gradient(ctx: Any, *directions: Tensor) -> Any:
     *tensors, gradient = ctx.saved_tensors
     prepared = _prepared(ctx.plan, gradient)
     need_inputs, need_weights = ctx.others
     given = [v if need else None for v, need in zip(directions, (need_inputs,) * 3 + (need_weights,), strict=True)]
 
-    def hidden(*tensors):
+    def hidden(*tensors: Tensor) -> Any:
         return (dense.layers(prepared, *tensors),)
 
     found = _derivatives_of_gradients(hidden, tensors, [gradient], given)
     return None, *found, None, None
 
 
-def _contract_gradient(ctx, gradient):
+def _contract_gradient(ctx: Any, gradient: Tensor) -> Any:
     needs = ctx.needs_input_grad[1:5]
     arguments = ctx.plan, *ctx.saved_tensors, *ctx.others, gradient, needs
     found = torch.ops.implicit_steer.triton_contract_backward(*arguments)
     return None, *_masked(found, needs), *[None] * 6
 
 
-def _contract_backward_gradient(ctx, *directions):
+def _contract_backward_gradient(ctx: Any, *directions: Tensor) -> Any:
     *inputs, source, rowptr, order, by_source, colptr, gradient = ctx.saved_tensors
     (has_one, given), graph = ctx.others, (source, rowptr, order, by_source, colptr)
     needs, of_gradient = ctx.needs_input_grad[1:5], ctx.needs_input_grad[11]
     totals: list[Tensor | None] = [None] * 5
 
     def add(n: int, more: Tensor) -> None:
-        totals[n] = more if totals[n] is None else totals[n] + more
+        before = totals[n]
+        totals[n] = more if before is None else before + more
 
     operators = torch.ops.implicit_steer
     for n, (direction, was_given) in enumerate(zip(directions, given, strict=True)):
@@ -267,7 +347,7 @@ def _contract_backward_gradient(ctx, *directions):
 
 # ---- registration
 
-_KERNELS = {
+_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any] | None]] = {
     "triton_frame": (_frame, _frame_fake, _frame_gradient),
     "triton_frame_backward": (_frame_backward, _frame_backward_fake, _frame_backward_gradient),
     "triton_layers": (_layers, _layers_fake, _layers_gradient),

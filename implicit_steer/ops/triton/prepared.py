@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...plan import Plan
@@ -31,7 +33,7 @@ class Prepared:
     def sizes(self) -> Sizes:
         return self.tables.sizes
 
-    def config(self, kernel) -> LaunchConfig:
+    def config(self, kernel: Any) -> LaunchConfig:
         """How to launch a kernel."""
         return choose(kernel.__name__, self.sizes, self.dtype, self.position.device)
 
@@ -84,7 +86,7 @@ def prepare(plan: Plan, device: torch.device, dtype: torch.dtype) -> Prepared:
     """The plan on this device; cached."""
     found = tables(plan)
 
-    def tensor(array, kind):
+    def tensor(array: NDArray[Any], kind: torch.dtype) -> Tensor:
         return torch.tensor(array, dtype=kind, device=device).contiguous()
 
     tensors = {name: tensor(array, dtype) for name, array in found.numbers.items()}

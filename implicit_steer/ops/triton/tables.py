@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...plan import FUNCTIONS, Plan
 from .columns import Columns, field_size, reads_constant
@@ -65,11 +67,11 @@ class Tables:
 
     plan: Plan
     sizes: Sizes
-    numbers: dict[str, np.ndarray]
-    indices: dict[str, np.ndarray]
-    mixing: list[np.ndarray]  # per coupling (b, s, o): Θ's coefficients in the intertwiners' θ
-    position: np.ndarray  # of every (s, v, w, u, o) of all couplings in the flat Θ (n_t, C_out)
-    pick: np.ndarray  # zonal: coordinates of q; planar: a coordinate of each order 1 .. most
+    numbers: dict[str, NDArray[Any]]
+    indices: dict[str, NDArray[Any]]
+    mixing: list[NDArray[Any]]  # per coupling (b, s, o): Θ's coefficients in the intertwiners' θ
+    position: NDArray[Any]  # of every (s, v, w, u, o) of all couplings in the flat Θ (n_t, C_out)
+    pick: NDArray[Any]  # zonal: coordinates of q; planar: a coordinate of each order 1 .. most
 
 
 @lru_cache(maxsize=256)
@@ -92,7 +94,7 @@ def tables(plan: Plan) -> Tables:
     return Tables(plan, _sizes(plan, columns, numbers, contract), numbers, indices, list(mixing), position, pick)
 
 
-def _sizes(plan: Plan, columns: Columns, numbers: dict[str, np.ndarray], contract: ContractTables) -> Sizes:
+def _sizes(plan: Plan, columns: Columns, numbers: dict[str, NDArray[Any]], contract: ContractTables) -> Sizes:
     frame, activations = plan.frame, plan.activations
     channels = activations[0].channels if activations else 1
     c = len(frame.order) if activations else 0
