@@ -1,5 +1,6 @@
 // What the operators of conv_ops.cpp and layer_ops.cpp share: their arguments and results as the loops of cpu/ take
-// them. Their callers (ops/native/cpu.py) have validated shapes and indices; what is checked here keeps memory safe.
+// them. Their callers (native/convolution.py) have validated shapes and indices; what is checked here keeps memory
+// safe.
 #pragma once
 
 #include <algorithm>

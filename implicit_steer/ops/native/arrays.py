@@ -53,7 +53,7 @@ class Prepared(NamedTuple):
 
 @lru_cache(maxsize=256)
 def prepare(plan: Plan, sizes: tuple[int, ...]) -> Prepared:
-    """``sizes``: of the parameters, in the order in which ops/native/cpu.py puts them into one vector."""
+    """``sizes``: of the parameters, in the order of ``bound.learned_tensors``."""
     builder = _Builder(plan, sizes)
     builder.pack_hidden_layers()
     builder.pack_batch_norms()
