@@ -13,7 +13,10 @@ from .._check import require
 
 
 class Kind(NamedTuple):
-    """How a module of one class is taken apart and built again. ``origin``: of a class of a user, where it is."""
+    """How a module of one class is taken apart and built again.
+
+    ``origin`` is the full name, ``module.Class``, of a class that a user registered; empty for the package's own.
+    """
 
     name: str
     build: Callable[..., Any]

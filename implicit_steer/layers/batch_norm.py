@@ -21,7 +21,7 @@ from .exact import ExactBuffers
 from .fields import Fields, check_dtype, check_features
 
 
-class Kind(NamedTuple):
+class FieldKind(NamedTuple):
     """The fields of one representation, of size d: what is learned and kept for them."""
 
     size: int
@@ -40,7 +40,7 @@ class NormBase(NoTorchScript, torch.nn.Module):
     """y = w · (x − mean) / sqrt(var + eps) + b of every field, on tensors: escnn's ``IIDBatchNorm1d``, to rounding.
 
     Per field, mean (d,) is the part of the mean over all points that lies in trivial irreps, b (d,) lies there too, var
-    is the unbiased variance averaged over the d coordinates, w a number. As in escnn, no gradient flows through the
+    is the unbiased variance averaged over the d coordinates, w a scalar. As in escnn, no gradient flows through the
     statistics.
 
     A subclass sets ``in_type``, ``eps``, ``momentum`` and ``track_running_stats``, has a buffer
@@ -55,7 +55,7 @@ class NormBase(NoTorchScript, torch.nn.Module):
     num_batches_tracked: Tensor
     _by_kind: Tensor | None
     _in_place: Tensor | None
-    _kinds: Callable[[], list[Kind]]
+    _kinds: Callable[[], list[FieldKind]]
 
     def _set_channels(self, channels: Tensor | None) -> None:
         """(C,) the channels sorted by kind of field; None where they are."""
@@ -88,17 +88,17 @@ class NormBase(NoTorchScript, torch.nn.Module):
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
-    def _is_native(x: Tensor, kinds: list[Kind]) -> bool:
+    def _is_native(x: Tensor, kinds: list[FieldKind]) -> bool:
         right = not is_traced() and x.is_cpu and x.dim() == 2 and x.dtype == kinds[0].var.dtype
         return right and x.dtype in (torch.float32, torch.float64) and _native.found()
 
-    def _normalised(self, x: Tensor, kinds: list[Kind], statistics: list[_Statistics]) -> Tensor:
+    def _normalised(self, x: Tensor, kinds: list[FieldKind], statistics: list[_Statistics]) -> Tensor:
         affine = [self._affine(kind, *s) for kind, s in zip(kinds, statistics, strict=True)]
         mean, scale, shift = (_on_channels(self._joined(parts), x) for parts in zip(*affine, strict=True))
         return torch.addcmul(shift, x - mean, scale)
 
     @torch.no_grad()
-    def _batch_statistics(self, x: Tensor, kinds: list[Kind]) -> list[_Statistics]:
+    def _batch_statistics(self, x: Tensor, kinds: list[FieldKind]) -> list[_Statistics]:
         """Per kind of field: mean (fields, d), or None without trivial irreps, and variance (fields, 1)."""
         count, alone = x.numel() // self.in_type.size, self.pool is None
         remedy = "Call .eval(), or use larger batches."
@@ -117,12 +117,12 @@ class NormBase(NoTorchScript, torch.nn.Module):
             statistics.append((trivial, s.view(-1, kind.size).mean(1, keepdim=True) / (count - 1)))
         return statistics
 
-    def _fields(self, kinds: list[Kind]) -> tuple[Tensor, list[int], list[int]]:
+    def _fields(self, kinds: list[FieldKind]) -> tuple[Tensor, list[int], list[int]]:
         """As the native operators take it: the channels sorted by kind, of every kind number and size of fields."""
         return _some(self._by_kind, torch.int64), [kind.var.shape[0] for kind in kinds], [kind.size for kind in kinds]
 
     @torch.no_grad()
-    def _update_running(self, statistics: list[_Statistics], kinds: list[Kind]) -> None:
+    def _update_running(self, statistics: list[_Statistics], kinds: list[FieldKind]) -> None:
         self.num_batches_tracked += 1
         if not self.track_running_stats:
             return
@@ -133,7 +133,7 @@ class NormBase(NoTorchScript, torch.nn.Module):
         running, batch = zip(*pairs, strict=True)
         move_towards(running, batch, factor)
 
-    def _affine(self, kind: Kind, mean: Tensor | None, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _affine(self, kind: FieldKind, mean: Tensor | None, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """mean, scale and shift of a kind's channels, (fields, d) each."""
         scale = (var + self.eps).rsqrt()
         if kind.weight is not None:
@@ -168,14 +168,14 @@ class _Norm(torch.autograd.Function):
     """x, and of all kinds means, variances, weights and biases → the normalised x, by the native operators."""
 
     @staticmethod
-    def forward(ctx: Any, norm: NormBase, kinds: list[Kind], x: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, norm: NormBase, kinds: list[FieldKind], x: Tensor, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(x, *tensors)
         ctx.of = norm, kinds
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.implicit_steer.field_norm(x, *_Norm.arguments(norm, kinds, tensors))
 
     @staticmethod
-    def arguments(norm: NormBase, kinds: list[Kind], tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    def arguments(norm: NormBase, kinds: list[FieldKind], tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         n = len(kinds)
         columns = [tensors[k : k + n] for k in range(0, 4 * n, n)]
         return *norm._fields(kinds), *columns, [_some(kind.basis, tensors[0].dtype) for kind in kinds], norm.eps
@@ -192,7 +192,9 @@ class _Norm(torch.autograd.Function):
         return None, None, d_x, *[None] * (2 * len(kinds)), *weights, *biases
 
 
-def _differentiable(norm: NormBase, kinds: list[Kind], grad: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> list[Any]:
+def _differentiable(
+    norm: NormBase, kinds: list[FieldKind], grad: Tensor, x: Tensor, tensors: Sequence[Tensor]
+) -> list[Any]:
     """The gradients of x and ``tensors`` by plain PyTorch."""
     n = len(kinds)
     given = [t if t.numel() else None for t in tensors]
@@ -210,7 +212,7 @@ _recorded = recorder(_Norm)  # only where nothing is traced
 
 
 class _KindState(ExactBuffers, torch.nn.Module):
-    """The tensors of one :class:`Kind`."""
+    """The tensors of one :class:`FieldKind`."""
 
     weight: torch.nn.Parameter | None
     bias: torch.nn.Parameter | None
@@ -232,9 +234,9 @@ class _KindState(ExactBuffers, torch.nn.Module):
             if n_trivial:
                 self.set_exact(name, torch.zeros(size, width))
 
-    def kind(self) -> Kind:
+    def kind(self) -> FieldKind:
         mean, var = self.running_mean, self.running_var
-        return Kind(self.size, self.weight, self.bias, mean, var, self.average, self.basis)
+        return FieldKind(self.size, self.weight, self.bias, mean, var, self.average, self.basis)
 
 
 class IIDBatchNorm1d(NormBase, torch.nn.Module):
@@ -279,7 +281,7 @@ class IIDBatchNorm1d(NormBase, torch.nn.Module):
         channels = None if self._by_kind is None else self._by_kind.cpu().numpy()
         return {name: getattr(self, name) for name in names} | {"sizes": self._sizes, "channels": channels}
 
-    def _kinds(self) -> list[Kind]:
+    def _kinds(self) -> list[FieldKind]:
         return [cast(_KindState, state).kind() for state in self.kinds]
 
     def forward(self, x: Tensor) -> Tensor:

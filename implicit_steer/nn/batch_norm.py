@@ -8,7 +8,7 @@ from escnn.nn import FieldType, GeometricTensor
 from torch import Tensor
 
 from .._check import require
-from ..layers.batch_norm import Kind, NormBase
+from ..layers.batch_norm import FieldKind, NormBase
 from ..layers.exact import ExactBuffers, is_exact
 from ..lowering.sampling import invariants, is_orthogonal
 from .building import built_by_escnn
@@ -19,7 +19,7 @@ class IIDBatchNorm1d(ExactBuffers, NormBase, Steerable, escnn.nn.IIDBatchNorm1d)
     """y = w · (x − mean) / sqrt(var + eps) + b of every field: escnn's ``IIDBatchNorm1d``, to rounding.
 
     Per field, mean (d,) is the part of the mean over all points that lies in trivial irreps, b (d,) lies there too, var
-    is the unbiased variance averaged over the d coordinates, w a number. As in escnn, no gradient flows through the
+    is the unbiased variance averaged over the d coordinates, w a scalar. As in escnn, no gradient flows through the
     statistics. Arguments, parameters, buffers and running statistics are escnn's. ``torch.optim.swa_utils.update_bn``
     passes over it: use :func:`implicit_steer.nn.update_bn`.
 
@@ -43,7 +43,7 @@ class IIDBatchNorm1d(ExactBuffers, NormBase, Steerable, escnn.nn.IIDBatchNorm1d)
                 self.set_exact(f"{name}_change_of_basis", basis)
         self._set_channels(channels_by_kind(self))
 
-    def _kinds(self) -> list[Kind]:
+    def _kinds(self) -> list[FieldKind]:
         return field_kinds(self)
 
     def forward(self, x: GeometricTensor) -> GeometricTensor:
@@ -72,7 +72,7 @@ class IIDBatchNorm1d(ExactBuffers, NormBase, Steerable, escnn.nn.IIDBatchNorm1d)
         return plain.eval()
 
 
-def field_kinds(norm: escnn.nn.IIDBatchNorm1d) -> list[Kind]:
+def field_kinds(norm: escnn.nn.IIDBatchNorm1d) -> list[FieldKind]:
     """The tensors of one of escnn's batch norms, per representation."""
 
     parameters, buffers = norm._parameters, norm._buffers  # without the detour over Module.__getattr__
@@ -82,11 +82,11 @@ def field_kinds(norm: escnn.nn.IIDBatchNorm1d) -> list[Kind]:
         return getattr(norm, key, None) if found is None else found
 
     names = ("weight", "bias", "running_mean", "running_var", "avg", "change_of_basis")
-    return [Kind(size, *[of(f"{norm._escape_name(name)}_{what}") for what in names]) for name, size in norm._sizes]
+    return [FieldKind(size, *[of(f"{norm._escape_name(name)}_{what}") for what in names]) for name, size in norm._sizes]
 
 
 def constants_by_kind(norm: escnn.nn.IIDBatchNorm1d) -> list[tuple[Tensor | None, Tensor | None]]:
-    """average and basis of every :class:`Kind`, in float64 where the norm knows them so."""
+    """average and basis of every :class:`FieldKind`, in float64 where the norm holds them exactly."""
     if not isinstance(norm, ExactBuffers):
         return [(kind.average, kind.basis) for kind in field_kinds(norm)]
     names = [[f"{norm._escape_name(name)}_{what}" for what in ("avg", "change_of_basis")] for name, _ in norm._sizes]
