@@ -350,7 +350,7 @@ def _block(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]):
 @identity_cache
 def gauss_matrices(space: HiddenSpace, n: int) -> tuple[np.ndarray, np.ndarray]:
     """A (n, 2) and A⁻ (2, n) of functions s + |v| t on [−1, 1] at n Gauss nodes, in the scale of ``space``: what a
-    function on the sphere of band limit 1, a scalar s and a vector v, is along the vector's axis.
+    function on the sphere of maximal frequency 1, a scalar s and a vector v, is along the vector's axis.
 
     Raises:
         ValueError: another space; n < 2.

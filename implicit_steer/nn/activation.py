@@ -30,7 +30,7 @@ from .building import built_by_escnn
 from .equivariant import Steerable, check_input
 
 _GAUSS = 24  # nodes along a vector's axis: equivariance does not depend on them; ELU has converged to 1e-5
-# Largest frequency that a default quadrature integrates, per (band limit + 1), on the sphere and on the circle: the
+# Largest frequency that a default quadrature integrates, per (max_frequency + 1), on the sphere and on the circle: the
 # smoother φ is, the faster its harmonics decay.
 _SMOOTH, _ELU, _RELU = (12, 24), (24, 64), (131, 512)
 _DEGREES = {"elu": _ELU, "relu": _RELU}
@@ -75,7 +75,7 @@ class FourierActivation(FourierBase, Steerable):
         gspace: its fibre group chooses the representation: functions on the sphere for SO(3) and O(3), else on the
             group.
         channels: number of fields.
-        max_frequency: band limit L (without effect for finite groups, which keep every irrep).
+        max_frequency: highest frequency L (without effect for finite groups, which keep every irrep).
         function: ``"elu" | "relu" | "silu" | "gelu" | "tanh"``.
         sampling: ``"auto"``, or one of
 

@@ -152,7 +152,7 @@ class KernelMLP(Steerable):
     Attributes:
         mlp: the escnn modules.
 
-    Source: Zhdanov, Hoffmann, Cesa, NeurIPS 2023, section 3; band limit = highest frequency of ``out_type`` + 1.
+    Source: Zhdanov, Hoffmann, Cesa, NeurIPS 2023, section 3, with max_frequency that of ``out_type`` + 1.
     """
 
     @built_by_escnn
