@@ -52,12 +52,12 @@ def test_what_is_supported_is_what_the_code_answers():
 
 def test_docstrings_become_markdown(tmp_path):
     (tmp_path / "module.py").write_text(
-        '"""Of :class:`Thing`, :func:`~package.other.function` and g[u](q) or ``g[u](q)``::\n\n    x = 1\n"""\n\n'
+        '"""Of :class:`Thing`, :func:`~package.other.function` and g[u](q) or ``g[u](q)``::\n\n    x = 1\n\nText.\n"""\n\n'
         'class Thing:\n    """One.\n\n    Example:\n        >>> 1\n        1\n    """\n'
     )
     extensions = griffe.load_extensions(ROOT / "docs" / "docstrings.py")
     module = griffe.load("module", search_paths=[tmp_path], extensions=extensions)
     thing = '<autoref identifier="module.Thing" optional><code>Thing</code></autoref>'
     function = '<autoref identifier="package.other.function" optional><code>function</code></autoref>'
-    assert module.docstring.value == f"Of {thing}, {function} and g[u\\](q) or ``g[u](q)``:\n\n    x = 1"
+    assert module.docstring.value == f"Of {thing}, {function} and g[u\\](q) or ``g[u](q)``:\n\n    x = 1\n\nText."
     assert module["Thing"].docstring.value == "One.\n\nExamples:\n    >>> 1\n    1"
