@@ -1,12 +1,12 @@
-"""What is supported: ``python docs/support.py`` asks the code and prints two tables; ``--write`` puts them into README.md
-and docs/support.md.
+"""What is supported: ``python docs/support.py`` asks the code and prints two tables; ``--write`` puts them into
+README.md and docs/support.md.
 
 - Samplings: a layer with 8 fields of l <= 1 (of regular fields for small finite groups), three hidden layers and 8
   channels is built for every space of ``implicit_steer.testing.cases``, with scalar and with vector edge attributes.
 - Backends: ``supports`` is asked about the plan of every layer that could be built. `triton` answers as its interpreter
   does; `cuda` answers as on a machine whose GPU has its kernels and enough shared memory.
-- Derivatives: small layers are run and compared with `reference` in float64, `triton` interpreted. Of `cuda`, which runs
-  on GPUs only, the operators that are registered for CUDA tensors decide.
+- Derivatives: a small layer is run and compared with `reference` in float64, `triton` interpreted. Of `cuda`, which
+  runs on GPUs only, the operators that are registered for CUDA tensors decide.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def cuda_kernels() -> Iterator[None]:
     with (
         mock.patch.multiple(_native, cuda_available=lambda: (True, ""), cuda_usable=lambda device: (True, "")),
         mock.patch.multiple(torch.cuda, is_available=lambda: True, get_device_properties=lambda device: gpu),
-        mock.patch.object(torch.ops.implicit_steer, "cuda_shared_bytes", lambda *plan: 0),
+        mock.patch.object(torch.ops.implicit_steer, "cuda_shared_bytes", return_value=0),
     ):
         yield
 

@@ -10,7 +10,11 @@ import griffe
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "developers").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "developers").glob("*.md")),
+]
 BLOCK = re.compile(r"(?P<fragment><!-- fragment[^\n]*-->\n)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -52,7 +56,7 @@ def test_what_is_supported_is_what_the_code_answers():
 
 def test_docstrings_become_markdown(tmp_path):
     (tmp_path / "module.py").write_text(
-        '"""Of :class:`Thing`, :func:`~package.other.function` and g[u](q) or ``g[u](q)``::\n\n    x = 1\n\nText.\n"""\n\n'
+        '"""Of :class:`Thing`, :func:`~package.other.function` and g[u](q) or ``g[u](q)``::\n\n    x = 1\n\nText."""\n\n'
         'class Thing:\n    """One.\n\n    Example:\n        >>> 1\n        1\n    """\n'
     )
     extensions = griffe.load_extensions(ROOT / "docs" / "docstrings.py")
