@@ -55,9 +55,10 @@ def test_what_is_supported_is_what_the_code_answers():
 
 
 def test_docstrings_become_markdown(tmp_path):
+    links = ":class:`Thing`, :func:`~package.other.function`"
+    example = "    Example:\n        >>> 1\n        1\n    "
     (tmp_path / "module.py").write_text(
-        '"""Of :class:`Thing`, :func:`~package.other.function` and g[u](q) or ``g[u](q)``::\n\n    x = 1\n\nText."""\n\n'
-        'class Thing:\n    """One.\n\n    Example:\n        >>> 1\n        1\n    """\n'
+        f'"""Of {links} and g[u](q) or ``g[u](q)``::\n\n    x = 1\n\nText."""\n\nclass Thing:\n    """One.\n\n{example}"""\n'
     )
     extensions = griffe.load_extensions(ROOT / "docs" / "docstrings.py")
     module = griffe.load("module", search_paths=[tmp_path], extensions=extensions)
