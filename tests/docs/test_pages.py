@@ -58,7 +58,8 @@ def test_docstrings_become_markdown(tmp_path):
     links = ":class:`Thing`, :func:`~package.other.function`"
     example = "    Example:\n        >>> 1\n        1\n    "
     (tmp_path / "module.py").write_text(
-        f'"""Of {links} and g[u](q) or ``g[u](q)``::\n\n    x = 1\n\nText."""\n\nclass Thing:\n    """One.\n\n{example}"""\n'
+        f'"""Of {links} and g[u](q) or ``g[u](q)``::\n\n    x = 1\n\nText."""\n\n'
+        f'class Thing:\n    """One.\n\n{example}"""\n'
     )
     extensions = griffe.load_extensions(ROOT / "docs" / "docstrings.py")
     module = griffe.load("module", search_paths=[tmp_path], extensions=extensions)
