@@ -11,7 +11,7 @@
 #                    TORCH=torch==2.10.0 for another
 # make test-install  install as README.md says, in a bare environment, and run its example; 3 minutes
 # make bench    build everything, then check and time every backend
-# make docs     run the tutorials (docs/tutorials/*.py) and write their pages and pictures
+# make docs     run the tutorials (docs/tutorials/*.py), write their pages and pictures, build the site into build/site
 # make lint, make format, make clean
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || echo python3)
@@ -135,6 +135,7 @@ bench: build
 
 docs: build
 	$(BIN)/python docs/render.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 build: $(VENV)/.native
 
@@ -158,7 +159,7 @@ $(VENV)/.packages: pyproject.toml constraints.txt .ci/system-packages
 	PYTHON=$(PYTHON) .ci/system-packages
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel cmake ninja torch escnn py3nj
-	IMPLICIT_STEER_NATIVE=off $(PIP) --no-build-isolation --editable '.[escnn,triton,train,test]'
+	IMPLICIT_STEER_NATIVE=off $(PIP) --no-build-isolation --editable '.[escnn,triton,train,test,docs]'
 	touch $@
 
 # The native extension, in the source tree; CMake and ninja build what has changed.

@@ -1,0 +1,69 @@
+"""README and the site's pages: their code runs, and the table of what is supported is what the code answers."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import griffe
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "developers").glob("*.md")),
+]
+BLOCK = re.compile(r"(?P<fragment><!-- fragment[^\n]*-->\n)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def code_of(page):
+    """The page's blocks of Python but for fragments, on the lines where they stand."""
+    text, lines = page.read_text(), []
+    for block in BLOCK.finditer(text):
+        if not block["fragment"]:
+            lines += [""] * (text.count("\n", 0, block.start("code")) - len(lines))
+            lines += block["code"].splitlines()
+    return "\n".join(lines)
+
+
+def run(*command, cwd=ROOT):
+    """What a fresh process of Python prints."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page)], ids=lambda page: page.stem)
+def test_code_runs(page, tmp_path):
+    script = tmp_path / f"{page.stem.replace('-', '_')}.py"
+    script.write_text(code_of(page))
+    run(script.name, cwd=tmp_path)
+
+
+def test_what_is_supported_is_what_the_code_answers():
+    printed = run("docs/support.py")
+    tables = printed[printed.index("| group |") :]
+    for page in (ROOT / "README.md", ROOT / "docs" / "support.md"):
+        assert tables in page.read_text(), "run: python docs/support.py --write"
+
+
+def test_docstrings_become_markdown(tmp_path):
+    links = ":class:`Thing`, :func:`~package.other.function`"
+    example = "    Example:\n        >>> 1\n        1\n    "
+    (tmp_path / "module.py").write_text(
+        f'"""Of {links} and g[u](q) or ``g[u](q)``::\n\n    x = 1\n\nText."""\n\n'
+        f'class Thing:\n    """One.\n\n{example}"""\n'
+    )
+    extensions = griffe.load_extensions(ROOT / "docs" / "docstrings.py")
+    module = griffe.load("module", search_paths=[tmp_path], extensions=extensions)
+    thing = '<autoref identifier="module.Thing" optional><code>Thing</code></autoref>'
+    function = '<autoref identifier="package.other.function" optional><code>function</code></autoref>'
+    assert module.docstring.value == f"Of {thing}, {function} and g[u\\](q) or ``g[u](q)``:\n\n    x = 1\n\nText."
+    assert module["Thing"].docstring.value == "One.\n\nExamples:\n    >>> 1\n    1"
