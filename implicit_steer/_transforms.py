@@ -45,6 +45,27 @@ def refuse_derivatives(*tensors: Tensor) -> None:
         fail("grad_outputs", expected, "one under torch.func or forward mode", remedy, RuntimeError)
 
 
+def refuse_transforms(backend: str) -> None:
+    """Raise where torch.func would differentiate past the operators, or give 0."""
+    if torch.compiler.is_compiling():
+        wrong = torch._C._are_functorch_transforms_active()
+        expected = "one that torch.func can transform inside torch.compile"
+        remedy = "Use torch.func outside of compiled functions, or backend='reference'."
+    else:
+        wrong = is_differentiated()
+        expected = "one that torch.func.grad, vjp, jvp, jacrev, jacfwd and hessian can transform"
+        remedy = "Use torch.autograd.grad, also inside torch.func.vmap's ensembles, or backend='reference'."
+    if wrong:
+        fail("backend", expected, repr(backend), remedy, RuntimeError)
+
+
+def refuse_tangents(backend: str, tensors: Sequence[Tensor]) -> None:
+    """Raise where forward mode would differentiate past the operators, and get 0."""
+    if have_tangents(tensors):
+        remedy = "Use torch.autograd.grad, or backend='reference'."
+        fail("backend", "one with forward-mode derivatives", repr(backend), remedy, RuntimeError)
+
+
 def recorder(function: type[torch.autograd.Function]) -> Callable:
     """``function.apply`` without its detour for torch.func, for callers that know that no transform is looking on.
 

@@ -1,5 +1,7 @@
 """The GPU backends: derivatives beyond the first; of Triton's kernels the third, workspaces and block sizes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import assert_close, deviations, relative, spread
@@ -103,3 +105,30 @@ def test_tuning_keeps_the_fastest(monkeypatch, tmp_path):
     assert configuration.choose("contract_forward", sizes, torch.float32, DEVICE) == configuration.LaunchConfig(16, 2)
     other = configuration.choose("contract_forward", sizes, torch.float64, DEVICE)
     assert other == configuration._DOUBLE["contract"]
+
+
+# ---- what would give 0
+
+
+@pytest.mark.parametrize("name", ["x", "delta", "weights"])
+def test_forward_mode_is_refused(name, backend):
+    """It gave a result without a tangent."""
+    conv = layer(small("c4"), "no norm", backend=backend).requires_grad_(False)
+    problem, ad = small("c4").inputs(conv), torch.autograd.forward_ad
+    with ad.dual_level():
+        if name == "weights":
+            weights = conv.implicit_kernel.mlp.mlp[0].weights
+            values = {"implicit_kernel.mlp.mlp.0.weights": ad.make_dual(weights, weights)}
+            call = lambda: torch.func.functional_call(conv, values, problem.arguments(conv))  # noqa: E731
+        else:
+            value = getattr(problem, name)
+            call = lambda: replace(problem, **{name: ad.make_dual(value, value)}).run(conv)  # noqa: E731
+        with pytest.raises(RuntimeError, match="backend: expected one with forward-mode derivatives"):
+            call()
+
+
+def test_torch_func_is_refused(backend):
+    conv = layer(small("c4"), "no norm", backend=backend)
+    problem = small("c4").inputs(conv)
+    with pytest.raises(RuntimeError, match=r"Use torch\.autograd\.grad"):
+        torch.func.grad(lambda x: replace(problem, x=x).run(conv).square().sum())(problem.x)

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._check import fail
-from ..._transforms import have_tangents, is_differentiated, recorder, refuse_derivatives
+from ..._transforms import recorder, refuse_derivatives, refuse_tangents, refuse_transforms
 from ...graph import Graph
 from ...plan import Plan
 from ...plan.moments import NormStatistics, StatisticsSource
-from ...plan.packing import Parameters, is_traced, is_transformed
+from ...plan.packing import Parameters, is_traced
 from ..backend import Backend
 from .bound import BoundKernel, JointStatistics, bind
 from .instruction_set import instruction_set
@@ -190,25 +189,6 @@ class _Recorded(torch.autograd.Function):
 _recorded = recorder(_Recorded)  # run has ruled out that torch.func looks on
 
 
-def _refuse_transforms(backend: str) -> None:
-    """Raise where torch.func would differentiate past the operators, or give 0."""
-    if torch.compiler.is_compiling():
-        wrong, expected = is_transformed(), "one that torch.func can transform inside torch.compile"
-        remedy = "Use torch.func outside of compiled functions, or backend='reference'."
-    else:
-        wrong = is_differentiated()
-        expected = "one that torch.func.grad, vjp, jvp, jacrev, jacfwd and hessian can transform"
-        remedy = "Use torch.autograd.grad, also inside torch.func.vmap's ensembles, or backend='reference'."
-    if wrong:
-        fail("backend", expected, repr(backend), remedy, RuntimeError)
-
-
-def _refuse_tangents(backend: str, tensors: Sequence[Tensor]) -> None:
-    if have_tangents(tensors):
-        remedy = "Use torch.autograd.grad, or backend='reference'."
-        fail("backend", "one with forward-mode derivatives", repr(backend), remedy, RuntimeError)
-
-
 def run(
     call: Convolution | HiddenFeatures, statistics_from: StatisticsSource, inputs: Sequence[Tensor]
 ) -> tuple[Tensor, Sequence[NormStatistics]]:
@@ -219,13 +199,13 @@ def run(
     bound, measured = call.bound, statistics_from.measured
     (delta, attributes), pool = inputs[call.geometry], statistics_from.pool
     if is_traced():
-        _refuse_transforms(bound.backend)
+        refuse_transforms(bound.backend)
         with torch.no_grad():
             statistics = bound.measured(delta, attributes, pool)[0] if measured else bound.running()
         out = call.forward(bound.pack(bound.learned, statistics), *inputs)
         found = JointStatistics(bound.plan, statistics) if measured else []
         return out, [found[n] for n in range(len(found))]
-    _refuse_tangents(bound.backend, [*bound.learned, *inputs])
+    refuse_tangents(bound.backend, [*bound.learned, *inputs])
     with torch._C._AutoDispatchBelowAutograd():
         statistics, packed = bound.measured(delta, attributes, pool) if measured else bound.packed()
         found = JointStatistics(bound.plan, statistics) if measured else []

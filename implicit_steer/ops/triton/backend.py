@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..._transforms import refuse_tangents, refuse_transforms
 from ...graph import Graph
 from ...plan import Plan
 from ...plan.moments import NormStatistics, StatisticsSource
@@ -77,9 +78,13 @@ class Triton(Backend):
         from . import dense, operators
         from .prepared import prepare
 
+        refuse_transforms(self.name)
+
         key, prepared = operators.register_plan(plan), prepare(plan, x.device, x.dtype)
         measured, statistics = statistics_from.measured, []
         weights = pack(plan, parameters, fold=not measured)
+        learned = (*weights.theta, weights.shell_width, *(t for layer in weights.linears for t in layer))
+        refuse_tangents(self.name, [x, delta, attributes, *learned])
         attributes = dense.attributes_in_frame(plan, attributes)
         ops, shell = torch.ops.implicit_steer, weights.shell_width
         inputs, radius, factor, q = ops.triton_frame(key, delta, attributes, graph.order, shell)
