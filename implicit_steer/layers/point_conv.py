@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,10 @@ class PointConvBase(Biased):
     """
 
     backend: str
+    # (x, edge_index) → the sources' features (N, C_in); the targets' coordinates, None where features have none; their
+    # number. Then (source, graph, edge_delta, edge_attr, coords) → the targets' features.
+    _nodes: Callable[[Any, Any], tuple[Tensor, Tensor | None, int]]
+    _output: Callable[[Tensor, Graph, Any, Any, Tensor | None], Any]
 
     def forward(
         self,
@@ -52,14 +57,6 @@ class PointConvBase(Biased):
         source, coords, n_target = self._nodes(x, edge_index)
         graph = self._graph(edge_index, source.shape[0], n_target)
         return self._output(source, graph, edge_delta, edge_attr, coords)
-
-    def _nodes(self, x: Any, edge_index: Any) -> tuple[Tensor, Tensor | None, int]:
-        """The sources' features (N, C_in); the targets' coordinates, None where features have none; their number."""
-        raise NotImplementedError
-
-    def _output(self, source: Tensor, graph: Graph, edge_delta: Any, edge_attr: Any, coords: Tensor | None) -> Any:
-        """The features of the targets, at ``coords``."""
-        raise NotImplementedError
 
     def _select(self) -> tuple[Backend, str]:
         width = self.implicit_kernel.shell_width

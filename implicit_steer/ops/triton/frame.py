@@ -35,6 +35,15 @@ def position(p_delta, o_edge, m_edge, K: tl.constexpr, DIM: tl.constexpr):
 
 
 @triton.jit
+def positions(p_delta, o_edge, m_edge, DIM: tl.constexpr):
+    """The three coordinates of the edges' x (BE,), 0 beyond DIM, and |x|²."""
+    b_x0 = position(p_delta, o_edge, m_edge, 0, DIM)
+    b_x1 = position(p_delta, o_edge, m_edge, 1, DIM)
+    b_x2 = position(p_delta, o_edge, m_edge, 2, DIM)
+    return b_x0, b_x1, b_x2, b_x0 * b_x0 + b_x1 * b_x1 + b_x2 * b_x2
+
+
+@triton.jit
 def unit_of(b_squared, ZERO: tl.constexpr):
     """|p| and 1 / |p| from |p|², exactly 0 both where |p|² would underflow."""
     m_nonzero = (b_squared > ZERO) | (b_squared != b_squared)
@@ -117,10 +126,7 @@ def frame_forward(
     o_row = tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE)
     m_edge = o_row < n_edges
     o_edge = tl.load(p_order + o_row, m_edge, 0).to(tl.int64)
-    b_x0 = position(p_delta, o_edge, m_edge, 0, DIM)
-    b_x1 = position(p_delta, o_edge, m_edge, 1, DIM)
-    b_x2 = position(p_delta, o_edge, m_edge, 2, DIM)
-    b_squared = b_x0 * b_x0 + b_x1 * b_x1 + b_x2 * b_x2
+    b_x0, b_x1, b_x2, b_squared = positions(p_delta, o_edge, m_edge, DIM)
     sigma = tl.load(p_shell)
     b_factor = tl.load(p_scalars) * tl.exp(-0.5 * b_squared / (sigma * sigma))
     if CUTOFF:
@@ -207,6 +213,26 @@ def turn_backward(b_cos, b_sin, b_k, b_d_cos, b_d_sin, MOST: tl.constexpr):
 
 
 @triton.jit
+def attributes_backward(
+    p_attr, p_attribute_order, p_attribute_partner, p_attribute_sign, p_d_inputs, o_edge, o_row, m_attr, b_cos, b_sin,
+    b_d_attr, NA: tl.constexpr, BA: tl.constexpr, NI: tl.constexpr, DEGREE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the attributes (BE, BA) and of cos φ and sin φ from that of the turned attributes, ``b_d_attr``."""
+    o_a = tl.arange(0, BA)
+    b_k = tl.load(p_attribute_order + o_a, o_a < NA, 0)
+    o_partner = tl.load(p_attribute_partner + o_a, o_a < NA, 0)
+    b_sign = tl.load(p_attribute_sign + o_a, o_a < NA, 0.0)
+    b_cos_k, b_sin_k = multiples(b_cos, b_sin, b_k, DEGREE)
+    b_attr = tl.load(p_attr + o_edge[:, None] * NA + o_a[None, :], m_attr, 0.0)
+    b_other = tl.load(p_attr + o_edge[:, None] * NA + o_partner[None, :], m_attr, 0.0)
+    b_d_other = tl.load(p_d_inputs + o_row[:, None] * NI + (NI - NA) + o_partner[None, :], m_attr, 0.0)
+    b_d_sin_k = -b_d_attr * b_sign[None, :] * b_other
+    b_d_cos, b_d_sin = turn_backward(b_cos, b_sin, b_k, b_d_attr * b_attr, b_d_sin_k, DEGREE)
+    # the partner's sign is the opposite one
+    return b_cos_k * b_d_attr + b_sin_k * b_sign[None, :] * b_d_other, b_d_cos, b_d_sin
+
+
+@triton.jit
 def frame_backward(
     p_delta, p_attr, p_order, p_shell, p_scalars, p_harmonics, p_powers, p_plane, p_axis, p_attribute_order,
     p_attribute_partner, p_attribute_sign, p_pairs, p_d_inputs, p_d_radius, p_d_factor, p_d_q, p_d_delta, p_d_attr,
@@ -219,10 +245,7 @@ def frame_backward(
     o_row = tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE)
     m_edge = o_row < n_edges
     o_edge = tl.load(p_order + o_row, m_edge, 0).to(tl.int64)
-    b_x0 = position(p_delta, o_edge, m_edge, 0, DIM)
-    b_x1 = position(p_delta, o_edge, m_edge, 1, DIM)
-    b_x2 = position(p_delta, o_edge, m_edge, 2, DIM)
-    b_squared = b_x0 * b_x0 + b_x1 * b_x1 + b_x2 * b_x2
+    b_x0, b_x1, b_x2, b_squared = positions(p_delta, o_edge, m_edge, DIM)
     sigma = tl.load(p_shell)
     b_gauss = tl.load(p_scalars) * tl.exp(-0.5 * b_squared / (sigma * sigma)) * tl.load(p_d_factor + o_row, m_edge, 0.0)
     b_slope = -b_gauss / (sigma * sigma)  # with respect to |x|² / 2
@@ -266,19 +289,11 @@ def frame_backward(
         else:
             b_over_rho, b_cos, b_sin = azimuth(p_attr, o_edge, m_edge, b_plane0, b_plane1, p_pairs, NA, PAIRS, ZERO)
             b_d_cos, b_d_sin = turn_backward(b_cos, b_sin, o_q // 2 + 1, b_d_cos_k, b_d_sin_k, NQ // 2)
-            b_k = tl.load(p_attribute_order + o_a, o_a < NA, 0)
-            o_partner = tl.load(p_attribute_partner + o_a, o_a < NA, 0)
-            b_sign = tl.load(p_attribute_sign + o_a, o_a < NA, 0.0)
-            b_cos_k, b_sin_k = multiples(b_cos, b_sin, b_k, DEGREE)
-            b_attr = tl.load(p_attr + o_edge[:, None] * NA + o_a[None, :], m_attr, 0.0)
-            b_other = tl.load(p_attr + o_edge[:, None] * NA + o_partner[None, :], m_attr, 0.0)
-            p_d_other = p_d_inputs + o_row[:, None] * NI + (NI - NA) + o_partner[None, :]
-            b_d_other = tl.load(p_d_other, m_attr, 0.0)
-            b_more_cos, b_more_sin = turn_backward(b_cos, b_sin, b_k, b_d_attr * b_attr,
-                                                   -b_d_attr * b_sign[None, :] * b_other, DEGREE)  # fmt: skip
+            b_d_attr, b_more_cos, b_more_sin = attributes_backward(
+                p_attr, p_attribute_order, p_attribute_partner, p_attribute_sign, p_d_inputs, o_edge, o_row, m_attr,
+                b_cos, b_sin, b_d_attr, NA, BA, NI, DEGREE,
+            )  # fmt: skip
             b_d_cos, b_d_sin = b_d_cos + b_more_cos, b_d_sin + b_more_sin
-            # the partner's sign is the opposite one
-            b_d_attr = b_cos_k * b_d_attr + b_sin_k * b_sign[None, :] * b_d_other
             b_in0 = tl.load(p_d_inputs + o_row * NI, m_edge, 0.0)
             # the second input stays 0 off the axis
             b_in1 = tl.where(b_over_rho != 0, 0.0, tl.load(p_d_inputs + o_row * NI + 1, m_edge, 0.0))

@@ -14,7 +14,7 @@ Operators take tensors and scalars only, so a plan goes by its digest; :func:`re
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,158 +79,118 @@ def _contiguous(*tensors: Tensor) -> list[Tensor]:
     return [t.contiguous() for t in tensors]
 
 
-def _frame(plan: str, delta: Tensor, attr: Tensor, order: Tensor, shell_width: Tensor) -> Any:
-    with _on_device(delta):
-        return launch_mlp.frame_forward(_prepared(plan, delta), *_contiguous(delta, attr, order, shell_width))
+# What stands for an argument list below: each operator's tensors after ``plan``, in the order of its schema.
 
 
-def _frame_backward(
-    plan: str, delta: Tensor, attr: Tensor, order: Tensor, shell_width: Tensor, *gradients: Tensor
-) -> Any:
-    with _on_device(delta):
-        delta, attr, order, shell_width = _contiguous(delta, attr, order, shell_width)
-        prepared, given = _prepared(plan, delta), _contiguous(*gradients)
-        return launch_mlp.frame_backward(prepared, delta, attr, order, shell_width, given)
+class FrameInputs(NamedTuple):
+    """Of ``triton_frame``."""
+
+    delta: Tensor
+    attr: Tensor
+    order: Tensor
+    shell_width: Tensor
 
 
-def _layers(plan: str, inputs: Tensor, radius: Tensor, factor: Tensor, weights: Tensor) -> Any:
-    with _on_device(factor):
-        given = LayerInputs(*_contiguous(inputs, radius, factor, weights))
-        return launch_mlp.layers_forward(_prepared(plan, factor), given)
+def _layer_inputs(tensors: Sequence[Tensor]) -> LayerInputs:
+    return LayerInputs(*_contiguous(*tensors))
 
 
-def _layers_backward(
-    plan: str,
-    inputs: Tensor,
-    radius: Tensor,
-    factor: Tensor,
-    weights: Tensor,
-    gradient: Tensor,
-    need_inputs: bool,
-    need_weights: bool,
-) -> Any:
-    with _on_device(factor):
-        given, prepared = LayerInputs(*_contiguous(inputs, radius, factor, weights)), _prepared(plan, factor)
+def _factors_and_edges(arguments: Sequence[Any]) -> tuple[Factors, Edges]:
+    """Of ``triton_contract``: x, q, r, theta; source, rowptr, order, by_source, colptr; has_one."""
+    *tensors, has_one = arguments
+    return Factors(has_one, *_contiguous(*tensors[:4])), Edges(*_contiguous(*tensors[4:]))
+
+
+def _frame(plan: str, *tensors: Tensor) -> Any:
+    given = FrameInputs(*_contiguous(*tensors))
+    with _on_device(given.delta):
+        return launch_mlp.frame_forward(_prepared(plan, given.delta), *given)
+
+
+def _frame_backward(plan: str, *tensors: Tensor) -> Any:
+    given, gradients = FrameInputs(*_contiguous(*tensors[:4])), _contiguous(*tensors[4:])
+    with _on_device(given.delta):
+        return launch_mlp.frame_backward(_prepared(plan, given.delta), *given, gradients)
+
+
+def _layers(plan: str, *tensors: Tensor) -> Any:
+    given = _layer_inputs(tensors)
+    with _on_device(given.factor):
+        return launch_mlp.layers_forward(_prepared(plan, given.factor), given)
+
+
+def _layers_backward(plan: str, *arguments: Any) -> Any:
+    *tensors, gradient, need_inputs, need_weights = arguments
+    given = _layer_inputs(tensors)
+    with _on_device(given.factor):
+        prepared = _prepared(plan, given.factor)
         return launch_mlp.layers_backward(prepared, given, gradient.contiguous(), need_inputs, need_weights)
 
 
-def _hidden(plan: str, inputs: Tensor, radius: Tensor, factor: Tensor, weights: Tensor, n_layers: int) -> Any:
-    with _on_device(factor):
-        given = LayerInputs(*_contiguous(inputs, radius, factor, weights))
-        return launch_mlp.hidden_coefficients(_prepared(plan, factor), given, n_layers)
+def _hidden(plan: str, *arguments: Any) -> Any:
+    *tensors, n_layers = arguments
+    given = _layer_inputs(tensors)
+    with _on_device(given.factor):
+        return launch_mlp.hidden_coefficients(_prepared(plan, given.factor), given, n_layers)
 
 
-def _contract(
-    plan: str,
-    x: Tensor,
-    q: Tensor,
-    r: Tensor,
-    theta: Tensor,
-    source: Tensor,
-    rowptr: Tensor,
-    order: Tensor,
-    by_source: Tensor,
-    colptr: Tensor,
-    has_one: bool,
-) -> Any:
-    with _on_device(x):
-        factors = Factors(has_one, *_contiguous(x, q, r, theta))
-        edges = Edges(*_contiguous(source, rowptr, order, by_source, colptr))
-        return launch_contract.contract_forward(_prepared(plan, r), factors, edges)
+def _contract(plan: str, *arguments: Any) -> Any:
+    factors, edges = _factors_and_edges(arguments)
+    with _on_device(factors.x):
+        return launch_contract.contract_forward(_prepared(plan, factors.r), factors, edges)
 
 
-def _contract_backward(
-    plan: str,
-    x: Tensor,
-    q: Tensor,
-    r: Tensor,
-    theta: Tensor,
-    source: Tensor,
-    rowptr: Tensor,
-    order: Tensor,
-    by_source: Tensor,
-    colptr: Tensor,
-    has_one: bool,
-    gradient: Tensor,
-    needs: Sequence[bool],
-) -> Any:
-    with _on_device(x):
-        factors = Factors(has_one, *_contiguous(x, q, r, theta))
-        edges = Edges(*_contiguous(source, rowptr, order, by_source, colptr))
-        return launch_contract.contract_backward(_prepared(plan, r), gradient.contiguous(), factors, edges, needs)
+def _contract_backward(plan: str, *arguments: Any) -> Any:
+    *inputs, gradient, needs = arguments
+    factors, edges = _factors_and_edges(inputs)
+    with _on_device(factors.x):
+        prepared = _prepared(plan, factors.r)
+        return launch_contract.contract_backward(prepared, gradient.contiguous(), factors, edges, needs)
 
 
 # ---- shapes
 
 
-def _frame_fake(plan: str, delta: Tensor, attr: Tensor, order: Tensor, shell_width: Tensor) -> Any:
-    s, n = _sizes(plan), delta.shape[0]
+def _wanted(tensors: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Gradients of these tensors; empty where not needed."""
+    return tuple(t.new_empty(t.shape if need else (0,)) for t, need in zip(tensors, needs, strict=True))
+
+
+def _frame_fake(plan: str, *tensors: Tensor) -> Any:
+    s, delta = _sizes(plan), FrameInputs(*tensors).delta
+    n = delta.shape[0]
     radius = delta.new_empty(n) if s.regular else delta.new_empty(0)
     return delta.new_empty(n, s.n_inputs), radius, delta.new_empty(n), delta.new_empty(n, s.n_harmonics)
 
 
-def _frame_backward_fake(
-    plan: str, delta: Tensor, attr: Tensor, order: Tensor, shell_width: Tensor, *gradients: Tensor
-) -> Any:
-    return torch.empty_like(delta), torch.empty_like(attr), torch.empty_like(shell_width)
+def _frame_backward_fake(plan: str, *tensors: Tensor) -> Any:
+    given = FrameInputs(*tensors[:4])
+    return torch.empty_like(given.delta), torch.empty_like(given.attr), torch.empty_like(given.shell_width)
 
 
-def _layers_fake(plan: str, inputs: Tensor, radius: Tensor, factor: Tensor, weights: Tensor) -> Any:
+def _layers_fake(plan: str, *tensors: Tensor) -> Any:
+    factor = LayerInputs(*tensors).factor
     return factor.new_empty(factor.shape[0], _sizes(plan).n_columns)
 
 
-def _layers_backward_fake(
-    plan: str,
-    inputs: Tensor,
-    radius: Tensor,
-    factor: Tensor,
-    weights: Tensor,
-    gradient: Tensor,
-    need_inputs: bool,
-    need_weights: bool,
-) -> Any:
-    found, needs = (inputs, radius, factor, weights), (need_inputs,) * 3 + (need_weights,)
-    return tuple(t.new_empty(t.shape if need else (0,)) for t, need in zip(found, needs, strict=True))
+def _layers_backward_fake(plan: str, *arguments: Any) -> Any:
+    *tensors, _, need_inputs, need_weights = arguments
+    return _wanted(tensors, (need_inputs,) * 3 + (need_weights,))
 
 
-def _hidden_fake(plan: str, inputs: Tensor, radius: Tensor, factor: Tensor, weights: Tensor, n_layers: int) -> Any:
-    s = _sizes(plan)
+def _hidden_fake(plan: str, *arguments: Any) -> Any:
+    s, factor = _sizes(plan), LayerInputs(*arguments[:-1]).factor
     return factor.new_empty(factor.shape[0], s.n_zero + s.n_rest)
 
 
-def _contract_fake(
-    plan: str,
-    x: Tensor,
-    q: Tensor,
-    r: Tensor,
-    theta: Tensor,
-    source: Tensor,
-    rowptr: Tensor,
-    order: Tensor,
-    by_source: Tensor,
-    colptr: Tensor,
-    has_one: bool,
-) -> Any:
-    return x.new_empty(rowptr.shape[0] - 1, theta.shape[1])
+def _contract_fake(plan: str, *arguments: Any) -> Any:
+    factors, edges = _factors_and_edges(arguments)
+    return factors.x.new_empty(edges.rowptr.shape[0] - 1, factors.theta.shape[1])
 
 
-def _contract_backward_fake(
-    plan: str,
-    x: Tensor,
-    q: Tensor,
-    r: Tensor,
-    theta: Tensor,
-    source: Tensor,
-    rowptr: Tensor,
-    order: Tensor,
-    by_source: Tensor,
-    colptr: Tensor,
-    has_one: bool,
-    gradient: Tensor,
-    needs: Sequence[bool],
-) -> Any:
-    found = (x, q, r, theta)
-    return tuple(t.new_empty(t.shape if need else (0,)) for t, need in zip(found, needs, strict=True))
+def _contract_backward_fake(plan: str, *arguments: Any) -> Any:
+    *inputs, _, needs = arguments
+    return _wanted(inputs[:4], needs)
 
 
 # ---- derivatives
