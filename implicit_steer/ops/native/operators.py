@@ -1,4 +1,4 @@
-"""The native operators of ``csrc/conv_ops.cpp`` for torch: their shapes (fake kernels) and derivatives to second order.
+"""The native operators of ``csrc/bindings/conv_ops.cpp`` for torch: their shapes (fake kernels) and derivatives to second order.
 
 Everything differentiable is packed weights, features x, edge_delta and attributes. The derivative of a gradient is the
 product of a Hessian with a vector, which the native code takes as the backward pass's derivative along that direction.

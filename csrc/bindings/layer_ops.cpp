@@ -5,8 +5,8 @@
 #include <tuple>
 #include <vector>
 
+#include "../packing.h"
 #include "conv_arguments.h"
-#include "packing.h"
 
 namespace {
 

@@ -18,8 +18,8 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/library.h"
-#include "op_arguments.h"
+#include "../cuda/library.h"
+#include "arguments.h"
 
 namespace implicit_steer {
 

@@ -6,8 +6,8 @@
 #include <tuple>
 #include <vector>
 
+#include "../packing.h"
 #include "conv_arguments.h"
-#include "packing.h"
 
 namespace {
 

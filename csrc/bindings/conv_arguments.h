@@ -9,8 +9,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu/entry.h"
-#include "op_arguments.h"
+#include "../cpu/entry.h"
+#include "arguments.h"
 
 namespace implicit_steer {
 

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <initializer_list>
 
-#include "cpu/instruction_set.h"
+#include "../cpu/instruction_set.h"
 
 namespace implicit_steer {
 
