@@ -43,36 +43,43 @@ def _why_not_built() -> str:
     return f"the machine that it was installed on lacked {missing}. Install that, then {reinstall}"
 
 
-def _register_fakes() -> None:
-    @torch.library.register_fake("implicit_steer::edges_in_range")
-    def _(edge_index: Tensor, num_src: int, num_dst: int) -> Tensor:
-        return edge_index.new_empty((), dtype=torch.bool)
+def _edges_in_range(edge_index: Tensor, num_src: int, num_dst: int) -> Tensor:
+    return edge_index.new_empty((), dtype=torch.bool)
 
-    @torch.library.register_fake("implicit_steer::sort_by_key")
-    def _(key: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        return key.new_empty(key.shape), key.new_empty(n + 1)
 
-    @torch.library.register_fake("implicit_steer::field_statistics")
-    def _(x, channels, counts, sizes, averages) -> tuple[list[Tensor], list[Tensor]]:
-        kinds = zip(counts, sizes, averages, strict=True)
-        means = [x.new_empty(count if average.numel() else 0, size) for count, size, average in kinds]
-        return means, [x.new_empty(count, 1) for count in counts]
+def _sort_by_key(key: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    return key.new_empty(key.shape), key.new_empty(n + 1)
 
-    @torch.library.register_fake("implicit_steer::field_norm")
-    def _(x, *arguments) -> Tensor:
-        return x.new_empty(x.shape)
 
-    @torch.library.register_fake("implicit_steer::field_norm_backward")
-    def _(
-        grad, x, channels, counts, sizes, means, variances, weights, biases, bases, eps
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        return x.new_empty(x.shape), *([t.new_empty(t.shape) for t in tensors] for tensors in (weights, biases))
+def _field_statistics(x, channels, counts, sizes, averages) -> tuple[list[Tensor], list[Tensor]]:
+    kinds = zip(counts, sizes, averages, strict=True)
+    means = [x.new_empty(count if average.numel() else 0, size) for count, size, average in kinds]
+    return means, [x.new_empty(count, 1) for count in counts]
 
+
+def _field_norm(x, *_) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _field_norm_backward(
+    grad, x, channels, counts, sizes, means, variances, weights, biases, bases, eps
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    return x.new_empty(x.shape), *([t.new_empty(t.shape) for t in tensors] for tensors in (weights, biases))
+
+
+# Operators with a fake kernel and rules for both vmaps; those of convolutions are in ops/native/operators.py.
+_FAKES = {
+    "edges_in_range": _edges_in_range,
+    "sort_by_key": _sort_by_key,
+    "field_statistics": _field_statistics,
+    "field_norm": _field_norm,
+    "field_norm_backward": _field_norm_backward,
+}
 
 _STATE = _load()
 if _STATE[0]:
-    _register_fakes()
-    for name in ("edges_in_range", "sort_by_key", "field_statistics", "field_norm", "field_norm_backward"):
+    for name, fake in _FAKES.items():
+        torch.library.register_fake(f"implicit_steer::{name}", fake)
         one_by_one(name)
 
 

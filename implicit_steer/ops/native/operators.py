@@ -1,4 +1,4 @@
-"""The native operators of ``csrc/conv_ops.cpp`` for torch: their shapes (fake kernels) and derivatives to second order.
+"""The native operators of ``csrc/bindings`` for torch: their shapes (fake kernels) and derivatives to second order.
 
 Everything differentiable is packed weights, features x, edge_delta and attributes. The derivative of a gradient is the
 product of a Hessian with a vector, which the native code takes as the backward pass's derivative along that direction.
@@ -6,6 +6,7 @@ product of a Hessian with a vector, which the native code takes as the backward 
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -13,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ... import _native
-from ..._transforms import one_by_one, refuse_derivatives
+from ..._transforms import one_by_one, recorder, refuse_derivatives
 
 _NAMESPACE = "implicit_steer"
 
 
-def _no_third_derivatives(ctx, *_) -> NoReturn:
+def _no_third_derivatives(*_) -> NoReturn:
     raise RuntimeError(
         "backend: expected one with third derivatives, got 'cpu' or 'cuda', which have first and second ones. "
         "Use backend='eager'."
@@ -49,26 +50,41 @@ def _by_source(src: Tensor, n: int, need: bool, order: Tensor, rowptr: Tensor) -
     return torch.ops.implicit_steer.sort_by_key.default(src, n) if need else (order, rowptr)
 
 
-# ---- conv_forward(plan_ints, plan_reals, weights, x, delta, attr, src, order, rowptr, expansion, bias, mean, out_size,
-# isa)
+# ---- Of every operator below: a fake kernel, which gets its arguments `a` by the names that its schema gives them
+# (csrc/bindings); and a gradient, which gets `a`, likewise by name which of them need a gradient, and the gradients of
+# what the operator gave. It returns, by name, the gradients that it found.
 
 
-def _conv_forward_fake(ints, reals, weights, x, delta, attr, src, order, rowptr, *rest):
-    return x.new_empty(rowptr.shape[0] - 1, rest[-2])
+def _edges(a) -> tuple[Tensor, ...]:
+    """What the operators that sum over edges have in common."""
+    return a.plan_ints, a.plan_reals, a.weights, a.x, a.delta, a.attr, a.src, a.order, a.rowptr
 
 
-def _conv_forward_gradient(ctx, grad):
-    ints, reals, weights, x, delta, attr, src, order, rowptr, expansion, _ = ctx.saved_tensors
-    mean, _, isa = ctx.numbers
-    of_weights, *of_inputs = ctx.needs_input_grad[3:7]
-    needs = (*of_inputs, of_weights)
-    of_sums = of_sums_backward(rowptr, mean, grad).contiguous()
-    of_bias = of_bias_backward(expansion, grad) if ctx.needs_input_grad[11] else None
-    by_source = _by_source(src, x.shape[0], needs[0], order, rowptr)
-    tensors = ints, reals, weights, x, delta, attr, src, order, rowptr, of_sums, *by_source
-    found = torch.ops.implicit_steer.conv_backward.default(*tensors, *needs, isa)
-    *found, d_weights = _masked(found, needs)
-    return None, None, d_weights, *found, *[None] * 4, of_bias, *[None] * 3
+def _points(a) -> tuple[Tensor, ...]:
+    """What the operators of the hidden features have in common."""
+    return a.plan_ints, a.plan_reals, a.weights, a.delta, a.attr
+
+
+def _packing(a) -> tuple[Tensor, ...]:
+    """What the operators that pack parameters have in common."""
+    return a.plan_ints, a.plan_reals, a.pack_rowptr, a.pack_column, a.pack_value
+
+
+# ---- sums over edges
+
+
+def _conv_forward_fake(a):
+    return a.x.new_empty(a.rowptr.shape[0] - 1, a.out_size)
+
+
+def _conv_forward_gradient(a, needs, grad):
+    names = "x", "delta", "attr", "weights"
+    needed = needs.x, needs.delta, needs.attr, needs.weights
+    of_sums = of_sums_backward(a.rowptr, a.mean, grad).contiguous()
+    of_bias = of_bias_backward(a.expansion, grad) if needs.bias else None
+    by_source = _by_source(a.src, a.x.shape[0], needs.x, a.order, a.rowptr)
+    found = torch.ops.implicit_steer.conv_backward.default(*_edges(a), of_sums, *by_source, *needed, a.isa)
+    return dict(zip(names, _masked(found, needed), strict=True), bias=of_bias)
 
 
 def of_sums_backward(rowptr: Tensor, mean: bool, grad: Tensor) -> Tensor:
@@ -81,65 +97,57 @@ def of_bias_backward(expansion: Tensor, grad: Tensor) -> Tensor:
     return torch.mv(expansion.T, grad.sum(0))
 
 
-# ---- conv_backward(…, grad_out, order_by_source, colptr, need_x, need_delta, need_attr, need_weights, isa)
+def _conv_backward_fake(a):
+    return _wanted((a.x, a.delta, a.attr, a.weights), (a.need_x, a.need_delta, a.need_attr, a.need_weights))
 
 
-def _conv_backward_fake(ints, reals, weights, x, delta, attr, src, order, rowptr, grad, by_source, colptr, *rest):
-    return _wanted((x, delta, attr, weights), rest[:4])
+def _conv_backward_gradient(a, needs, *cotangents):
+    given = a.need_x, a.need_delta, a.need_attr, a.need_weights
+    v_x, v_delta, v_attr, v_weights = _directions(cotangents, (a.x, a.delta, a.attr, a.weights), given)
+    names = "grad_out", "x", "delta", "attr", "weights"
+    needed = needs.grad_out, needs.x, needs.delta, needs.attr, needs.weights
+    by_source = _by_source(a.src, a.x.shape[0], needs.x, a.order, a.rowptr)
+    tensors = *_edges(a), a.grad_out, *by_source, v_weights, v_x, v_delta, v_attr
+    found = torch.ops.implicit_steer.conv_double_backward(*tensors, *needed, a.isa)
+    return dict(zip(names, _masked(found, needed), strict=True))
 
 
-def _conv_backward_gradient(ctx, *cotangents):
-    ints, reals, weights, x, delta, attr, src, order, rowptr, grad, _, _ = ctx.saved_tensors
-    *given, isa = ctx.numbers
-    v_x, v_delta, v_attr, v_weights = _directions(cotangents, (x, delta, attr, weights), given)
-    of_weights, *of_inputs = ctx.needs_input_grad[3:7]
-    needs = (ctx.needs_input_grad[10], *of_inputs, of_weights)
-    by_source = _by_source(src, x.shape[0], needs[1], order, rowptr)
-    tensors = ints, reals, weights, x, delta, attr, src, order, rowptr, grad, *by_source
-    found = torch.ops.implicit_steer.conv_double_backward(*tensors, v_weights, v_x, v_delta, v_attr, *needs, isa)
-    d_grad, *of_inputs, d_weights = _masked(found, needs)
-    return None, None, d_weights, *of_inputs, None, None, None, d_grad, *[None] * 7
+def _conv_double_backward_fake(a):
+    needed = a.need_out, a.need_x, a.need_delta, a.need_attr, a.need_weights
+    return _wanted((a.grad_out, a.x, a.delta, a.attr, a.weights), needed)
 
 
-def _conv_double_backward_fake(
-    ints, reals, weights, x, delta, attr, src, order, rowptr, grad, by_source, colptr, *rest
-):
-    return _wanted((grad, x, delta, attr, weights), rest[4:9])
+# ---- hidden features at points
 
 
-# ---- conv_hidden(plan_ints, plan_reals, weights, delta, attr, hidden, isa) and its gradients
+def _conv_hidden_fake(a):
+    return a.delta.new_empty(a.delta.shape[0], a.hidden)
 
 
-def _conv_hidden_fake(ints, reals, weights, delta, attr, hidden, isa):
-    return delta.new_empty(delta.shape[0], hidden)
+def _conv_hidden_gradient(a, needs, grad):
+    found = torch.ops.implicit_steer.conv_hidden_backward(*_points(a), grad.contiguous(), a.isa)
+    return dict(zip(("delta", "attr", "weights"), found, strict=True))
 
 
-def _conv_hidden_gradient(ctx, grad):
-    found = torch.ops.implicit_steer.conv_hidden_backward(*ctx.saved_tensors, grad.contiguous(), ctx.numbers[-1])
-    d_delta, d_attr, d_weights = found
-    return None, None, d_weights, d_delta, d_attr, None, None
+def _conv_hidden_backward_fake(a):
+    return _wanted((a.delta, a.attr, a.weights), (True,) * 3)
 
 
-def _conv_hidden_backward_fake(ints, reals, weights, delta, attr, grad, isa):
-    return _wanted((delta, attr, weights), (True,) * 3)
-
-
-def _conv_hidden_backward_gradient(ctx, v_delta, v_attr, v_weights):
+def _conv_hidden_backward_gradient(a, needs, v_delta, v_attr, v_weights):
     directions = (v.contiguous() for v in (v_weights, v_delta, v_attr))
-    found = torch.ops.implicit_steer.conv_hidden_double_backward(*ctx.saved_tensors, *directions, *ctx.numbers)
-    d_grad, d_delta, d_attr, d_weights = found
-    return None, None, d_weights, d_delta, d_attr, d_grad, None
+    found = torch.ops.implicit_steer.conv_hidden_double_backward(*_points(a), a.grad_out, *directions, a.isa)
+    return dict(zip(("grad_out", "delta", "attr", "weights"), found, strict=True))
 
 
-def _conv_hidden_double_backward_fake(ints, reals, weights, delta, attr, grad, *rest):
-    return _wanted((grad, delta, attr, weights), (True,) * 4)
+def _conv_hidden_double_backward_fake(a):
+    return _wanted((a.grad_out, a.delta, a.attr, a.weights), (True,) * 4)
 
 
 # ---- parameters → packed weights, a linear map at given statistics
 
 
-def _conv_pack_fake(ints, reals, rowptr, column, value, parameters, statistics):
-    return statistics.new_empty(rowptr.shape[0] - 1)
+def _conv_pack_fake(a):
+    return a.statistics.new_empty(a.pack_rowptr.shape[0] - 1)
 
 
 def _save_pack(ctx, inputs, output) -> None:
@@ -148,43 +156,40 @@ def _save_pack(ctx, inputs, output) -> None:
 
 
 def _conv_pack_gradient(ctx, grad):
-    ints, reals, rowptr, column, value, statistics, *parameters = ctx.saved_tensors
-    arrays = ints, reals, rowptr, column, value
+    *arrays, statistics = ctx.saved_tensors[:6]
+    parameters = ctx.saved_tensors[6:]
     n = sum(t.numel() for t in parameters)
     flat = torch.ops.implicit_steer.conv_pack_backward(*arrays, statistics, grad.contiguous(), n)
     return *[None] * 5, unflatten(flat, parameters), None
 
 
-def _conv_pack_backward_fake(ints, reals, rowptr, column, value, statistics, grad_packed, n_parameters):
-    return grad_packed.new_empty(n_parameters)
+def _conv_pack_backward_fake(a):
+    return a.grad_packed.new_empty(a.n_parameters)
 
 
-def _conv_pack_backward_gradient(ctx, v):
-    *arrays, statistics, _ = ctx.saved_tensors
-    return *[None] * 6, torch.ops.implicit_steer.conv_pack(*arrays, [v.contiguous()], statistics), None
+def _conv_pack_backward_gradient(a, needs, v):
+    return {"grad_packed": torch.ops.implicit_steer.conv_pack(*_packing(a), [v.contiguous()], a.statistics)}
 
 
-def _conv_gradients_fake(*arguments):
-    parameters, (x, delta, attr), expansion, (*needs, need_parameters, _) = (
-        arguments[5],
-        arguments[8:11],
-        arguments[17],
-        arguments[19:],
-    )
-    of_parameters = [t.new_empty(t.shape) for t in parameters] if need_parameters else []
-    return *_wanted((x, delta, attr), needs), expansion.new_empty(expansion.shape[1]), of_parameters
+# ---- a layer
 
 
-def _conv_statistics_fake(ints, reals, rowptr, column, value, parameters, delta, attr, n_layers, size, isa):
-    return delta.new_empty(n_layers, size), delta.new_empty(rowptr.shape[0] - 1)
+def _conv_gradients_fake(a):
+    of_parameters = [t.new_empty(t.shape) for t in a.parameters] if a.need_parameters else []
+    of_inputs = _wanted((a.x, a.delta, a.attr), (a.need_x, a.need_delta, a.need_attr))
+    return *of_inputs, a.expansion.new_empty(a.expansion.shape[1]), of_parameters
 
 
-def _conv_moments_fake(ints, reals, weights, delta, attr, layer, size, isa):
-    return delta.new_empty(2, size)
+def _conv_statistics_fake(a):
+    return a.delta.new_empty(a.n_layers, a.size), a.delta.new_empty(a.pack_rowptr.shape[0] - 1)
 
 
-def _same_values_fake(tensors, copy):
-    return copy.new_empty((), dtype=torch.bool)
+def _conv_moments_fake(a):
+    return a.delta.new_empty(2, a.size)
+
+
+def _same_values_fake(a):
+    return a.copy.new_empty((), dtype=torch.bool)
 
 
 _FAKES = {
@@ -212,13 +217,24 @@ _GRADIENTS = {
 }
 
 
+def _by_name(name: str) -> type:
+    """A named tuple with a place for each of the operator's arguments, None where none is given."""
+    names = [a.name for a in getattr(torch.ops.implicit_steer, name).default._schema.arguments]
+    return namedtuple(name, names, defaults=[None] * len(names))
+
+
+def _fake_kernel(name: str, fake: Callable) -> Callable:
+    arguments_of = _by_name(name)
+    return lambda *arguments: fake(arguments_of(*arguments))
+
+
 def _differentiable(name: str, gradient: Callable):
     """The operator as autograd sees it: what ``torch.library.register_autograd`` makes, at a quarter of its cost.
 
-    ``gradient(ctx, *grads)`` finds the operator's tensors in ``ctx.saved_tensors``, its other arguments in
-    ``ctx.numbers``.
+    No transform of torch.func is looking on by then, which :func:`~implicit_steer._transforms.recorder` asks for: the
+    dispatcher has dealt with those before it calls a kernel for autograd.
     """
-    operator = getattr(torch.ops.implicit_steer, name).default
+    operator, arguments_of = getattr(torch.ops.implicit_steer, name).default, _by_name(name)
     n_tensors = sum(str(a.type) == "Tensor" for a in operator._schema.arguments)  # the first ones
 
     def call(arguments, keys):
@@ -235,14 +251,14 @@ def _differentiable(name: str, gradient: Callable):
         @staticmethod
         def backward(ctx, *grads):
             refuse_derivatives(*grads)
+            given = arguments_of(*ctx.saved_tensors, *ctx.numbers)
+            needs = arguments_of(*ctx.needs_input_grad[1:])
             if torch.is_grad_enabled():  # create_graph=True
-                return None, *gradient(ctx, *grads)
+                return None, *arguments_of(**gradient(given, needs, *grads))
             with torch._C._AutoDispatchBelowAutograd():
-                return None, *gradient(ctx, *grads)
+                return None, *arguments_of(**gradient(given, needs, *grads))
 
-    apply = super(
-        torch.autograd.Function, Operator
-    ).apply  # without the detour for torch.func: that has been dealt with
+    apply = recorder(Operator)
 
     def kernel(keys, *arguments):
         keys = keys & torch._C._after_autograd_keyset
@@ -256,7 +272,7 @@ def _differentiable(name: str, gradient: Callable):
 if _native.available()[0]:
     _LIBRARY = torch.library.Library(_NAMESPACE, "IMPL")  # what it registers lives as long as it does
     for name, fake in _FAKES.items():
-        torch.library.register_fake(f"{_NAMESPACE}::{name}")(fake)
+        torch.library.register_fake(f"{_NAMESPACE}::{name}", _fake_kernel(name, fake))
         one_by_one(name)
     for name, gradient in _GRADIENTS.items():
         _LIBRARY.impl(name, _differentiable(name, gradient), "Autograd", with_keyset=True)

@@ -1,7 +1,7 @@
-// The library of the CUDA kernels, libimplicit_steer_cuda.so beside this one, which the first call opens; a call's
-// device and stream; and what stays on a device: the arrays of a plan and of its packing matrix are CPU tensors, their
-// copies are made at the first call and kept for good, with the tensors: one of each plan that was made, device and
-// kind of number.
+// CUDA tensors as conv_call.h asks for a device. The library of the CUDA kernels, libimplicit_steer_cuda.so beside this
+// one, which the first call opens; a call's device and stream; and what stays on a device: the arrays of a plan and of
+// its packing matrix are CPU tensors, their copies are made at the first call and kept for good, with the tensors: one
+// of each plan that was made, device and kind of number.
 #pragma once
 
 #include <dlfcn.h>
@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <array>
+#include <initializer_list>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -18,8 +19,8 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/library.h"
-#include "op_arguments.h"
+#include "../cuda/library.h"
+#include "arguments.h"
 
 namespace implicit_steer {
 
@@ -108,9 +109,6 @@ class Context {
 // ---- what stays on the device
 
 template <typename R>
-constexpr ScalarType real_type = sizeof(R) == 4 ? ScalarType::Float : ScalarType::Double;
-
-template <typename R>
 struct HeldPlan {
   Tensor ints, reals, memory;
   std::unique_ptr<DevicePlan<R>, void (*)(DevicePlan<R>*)> plan;
@@ -162,9 +160,7 @@ const HeldMatrix<R>& device_matrix(const Context& context, const PlanView<R>& pl
   const std::lock_guard<std::mutex> lock(mutex);
   const auto key = std::make_pair(value.const_data_ptr(), context.device);
   if (const auto found = held->find(key); found != held->end()) return found->second;
-  check(rowptr, "pack_rowptr", ScalarType::Int, int64_t{plan.n_weights} + 1);
-  check(column, "pack_column", ScalarType::Int, column.numel());
-  check(value, "pack_value", real_type<R>, column.numel());
+  check_packing<R>(plan, rowptr, column, value);
   const SparseMatrix<R> host{plan.n_weights, data<int32_t>(rowptr), data<int32_t>(column), data<R>(value)};
   const Transposed<R> t(host, plan.n_grad, plan.n_parameters);
   const int64_t n = column.numel(), n_t = t.column.size();
@@ -180,5 +176,93 @@ const HeldMatrix<R>& device_matrix(const Context& context, const PlanView<R>& pl
   made.transposed = {plan.n_parameters, data<int32_t>(a[3]), data<int32_t>(a[4]), data<R>(a[5])};
   return held->emplace(key, made).first->second;
 }
+
+// ---- the device of a call
+
+template <typename R>
+class Cuda {
+ public:
+  using Real = R;
+
+  Cuda(const Tensor& ints, const Tensor& reals, const Tensor& like, int64_t = 0)
+      : context_(like), plan_(device_plan<R>(context_, ints, reals)), view_(*kernels<R>().plan_view(&plan_)) {}
+
+  const PlanView<R>& plan() const { return view_; }
+  const CudaTable<R>& table() const { return kernels<R>(); }
+  template <typename Pass>
+  void run(Pass pass, const ConvArgs<R>& a) const {
+    implicit_steer::check(pass(plan_, a, context_.stream));
+  }
+
+  // Also that the tensor is on the call's device.
+  void check(const Tensor& t, const char* name, ScalarType type, int64_t numel) const {
+    implicit_steer::check(t, name, type, numel);
+    STD_TORCH_CHECK(numel == 0 || (t.is_cuda() && t.get_device_index() == context_.device), name,
+                    ": expected a tensor on the call's device, cuda:", context_.device, ".");
+  }
+  void prepare(ConvArgs<R>& a) const { a.scratch = Context::scratch; }
+  Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape) const {
+    return torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()));
+  }
+
+  const R* with_tangents(const Tensor& like, const R* weights, const R* tangent) {
+    pairs_ = new_empty(like, {2 * int64_t{view_.n_weights}});
+    implicit_steer::check(kernels<R>().pair_weights(plan_, weights, tangent, mutable_data<R>(pairs_), context_.stream));
+    return data<R>(pairs_);
+  }
+  void finish_nodes(const ConvArgs<R>& a, const R* expansion, const R* bias, int64_t n, bool mean) const {
+    implicit_steer::check(kernels<R>().finish(plan_, a, expansion, bias, n, mean, context_.stream));
+  }
+
+  int64_t edge_width() const { return view_.in_size; }
+  // The kernels sum it themselves, in place.
+  Tensor weight_gradient(const ConvArgs<R>&, const Tensor& like, bool wanted) const {
+    return new_empty(like, {wanted ? view_.n_weights : 0});
+  }
+  Tensor summed_weight_gradient(const Tensor& summed) const { return summed; }
+
+  // ---- packing
+
+  // The parameters as one vector.
+  const R* gathered(const std::vector<Tensor>& parameters) {
+    check_size(view_.n_parameters, count(parameters), "parameters");
+    for (const Tensor& t : parameters) check(t, "parameters", real_type<R>, t.numel());
+    if (parameters.size() == 1) return data<R>(parameters[0]);
+    parameters_ = context_.bytes(std::max<int64_t>(view_.n_parameters, 1) * sizeof(R));
+    char* next = static_cast<char*>(parameters_.mutable_data_ptr());
+    for (const Tensor& t : parameters) {
+      implicit_steer::check(library().copy(next, t.const_data_ptr(), t.numel() * sizeof(R), context_.stream));
+      next += t.numel() * sizeof(R);
+    }
+    return data<R>(parameters_);
+  }
+  const HeldMatrix<R>& matrix(const Tensor& rowptr, const Tensor& column, const Tensor& value) const {
+    return device_matrix(context_, view_, rowptr, column, value);
+  }
+  void pack(const HeldMatrix<R>& held, const R* parameters, const R* statistics, R* packed) const {
+    implicit_steer::check(kernels<R>().pack(plan_, held.matrix, parameters, statistics, packed, context_.stream));
+  }
+  void pack_backward(const HeldMatrix<R>& held, const R* statistics, const R* grad_packed, R* grad) const {
+    implicit_steer::check(
+        kernels<R>().pack_backward(plan_, held.transposed, statistics, grad_packed, grad, context_.stream));
+  }
+
+  // ---- statistics of batch norms
+
+  // `out` is overwritten norm by norm; until then finite numbers stand where the packing reads them.
+  void statistics(const ConvArgs<R>& a, const HeldMatrix<R>& held, const R* parameters, R* packed, R* out) const {
+    pack(held, parameters, out, packed);
+    implicit_steer::check(kernels<R>().statistics(plan_, a, parameters, packed, out, context_.stream));
+  }
+  void moments(const ConvArgs<R>& a, int64_t, R* out) const {
+    implicit_steer::check(kernels<R>().moments(plan_, a, out, context_.stream));
+  }
+
+ private:
+  const Context context_;
+  const DevicePlan<R>& plan_;
+  const PlanView<R>& view_;
+  Tensor pairs_, parameters_;
+};
 
 }  // namespace implicit_steer

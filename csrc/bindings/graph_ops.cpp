@@ -5,8 +5,8 @@
 #include <tuple>
 #include <type_traits>
 
-#include "graph.h"
-#include "op_arguments.h"
+#include "../graph.h"
+#include "arguments.h"
 
 namespace {
 

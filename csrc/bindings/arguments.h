@@ -1,4 +1,5 @@
-// What the bindings of cpu/ and cuda/ share: checks of their tensors, and of the instruction set asked for.
+// What all bindings share: checks of tensors, their memory, the instruction set asked for, and the parts that the
+// operators' argument lists have in common.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -8,8 +9,18 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <vector>
 
-#include "cpu/instruction_set.h"
+#include "../cpu/instruction_set.h"
+#include "../plan.h"
+
+// Parts of schemas, in the order in which ops/native/operators.py names them.
+#define IST_PLAN "Tensor plan_ints, Tensor plan_reals"
+#define IST_PACKING "Tensor pack_rowptr, Tensor pack_column, Tensor pack_value"
+#define IST_POINTS "Tensor weights, Tensor delta, Tensor attr"
+#define IST_EDGES "Tensor weights, Tensor x, Tensor delta, Tensor attr, Tensor src, Tensor order, Tensor rowptr"
+#define IST_GRADIENT "Tensor grad_out, Tensor order_by_source, Tensor colptr"
+#define IST_NEEDS "bool need_x, bool need_delta, bool need_attr"
 
 namespace implicit_steer {
 
@@ -40,6 +51,27 @@ inline void check(const Tensor& t, const char* name, ScalarType type, int64_t nu
   STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous(), name,
                   ": expected a contiguous tensor of another dtype.");
   STD_TORCH_CHECK(t.numel() == numel, name, ": expected ", numel, " numbers, got ", t.numel(), ".");
+}
+
+inline void check_size(int64_t found, int64_t given, const char* name) {
+  STD_TORCH_CHECK(found == given, name, ": expected ", found, ", got ", given, ".");
+}
+
+template <typename R>
+constexpr ScalarType real_type = sizeof(R) == 4 ? ScalarType::Float : ScalarType::Double;
+
+// The arrays of the sparse matrix from parameters to packed weights, CPU tensors.
+template <typename R>
+void check_packing(const PlanView<R>& plan, const Tensor& rowptr, const Tensor& column, const Tensor& value) {
+  check(rowptr, "pack_rowptr", ScalarType::Int, int64_t{plan.n_weights} + 1);
+  check(column, "pack_column", ScalarType::Int, column.numel());
+  check(value, "pack_value", real_type<R>, column.numel());
+}
+
+inline int64_t count(const std::vector<Tensor>& tensors) {
+  int64_t n = 0;
+  for (const Tensor& t : tensors) n += t.numel();
+  return n;
 }
 
 inline int32_t dtype_of(const Tensor& t) {

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
-#include "cpu/fourier.h"
-#include "op_arguments.h"
+#include "../cpu/fourier.h"
+#include "arguments.h"
 
 namespace {
 

@@ -1,5 +1,5 @@
 // What this build is made of and what the machine can run. Facts only: nothing here computes. Two C functions of
-// _ops.so, which native.py calls through ctypes: they need neither torch nor a Python version.
+// _ops.so, which _native.py calls through ctypes: they need neither torch nor a Python version.
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 

@@ -10,7 +10,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "op_arguments.h"
+#include "arguments.h"
 
 namespace {
 

@@ -1,0 +1,165 @@
+// CPU tensors as conv_call.h asks for a device: the plan is read at every call, the loops of cpu/ run on torch's
+// threads. The callers (ops/native/convolution.py) have validated shapes and indices; the checks here keep memory safe.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <type_traits>
+#include <vector>
+
+#include "../cpu/entry.h"
+#include "../packing.h"
+#include "arguments.h"
+
+namespace implicit_steer {
+
+// Below this many edges per thread, waking a second thread costs more than it saves.
+constexpr int64_t kTileEdgesPerThread = 192;
+
+// Memory of one thread that its calls share; only ever grows.
+inline void* scratch(int64_t bytes) {
+  struct Buffer {
+    void* memory = nullptr;
+    int64_t size = 0;
+    ~Buffer() { std::free(memory); }
+  };
+  static thread_local Buffer buffer;
+  if (bytes > buffer.size) {
+    std::free(buffer.memory);
+    buffer.size = (bytes + 4095) / 4096 * 4096;
+    buffer.memory = std::aligned_alloc(64, buffer.size);
+    if (!buffer.memory) std::abort();  // inside a parallel region: no exception can leave it
+  }
+  return buffer.memory;
+}
+
+inline int threads_for(int64_t edges) {
+  const int64_t most = static_cast<int64_t>(torch::stable::get_num_threads());
+  return static_cast<int>(std::clamp<int64_t>(edges / kTileEdgesPerThread, 1, most));
+}
+
+// The number of edges into node i, at least 1.
+template <typename R>
+R divisor(const ConvArgs<R>& a, int64_t i) {
+  return static_cast<R>(std::max<int64_t>(a.index(a.rowptr, i + 1) - a.index(a.rowptr, i), 1));
+}
+
+template <typename R>
+class Cpu {
+ public:
+  using Real = R;
+
+  Cpu(const Tensor& ints, const Tensor& reals, const Tensor&, int64_t isa = 0) : isa_(isa) {
+    STD_TORCH_CHECK(ints.scalar_type() == ScalarType::Int && ints.is_contiguous(), "plan_ints: expected int32.");
+    check(reals, "plan_reals", real_type<R>, reals.numel());
+    const bool valid = plan_view(plan_, data<int32_t>(ints), ints.numel(), data<R>(reals), reals.numel());
+    STD_TORCH_CHECK(valid, "plan_ints, plan_reals: not what ops/native/arrays.py writes.");
+  }
+  Cpu(const Cpu&) = delete;
+
+  const PlanView<R>& plan() const { return plan_; }
+  const ConvTable<R>& table() const { return conv_table<R>(instruction_set(isa_)); }
+  template <typename Pass>
+  void run(Pass pass, const ConvArgs<R>& a) const {
+    pass(a);
+  }
+
+  void check(const Tensor& t, const char* name, ScalarType type, int64_t numel) const {
+    implicit_steer::check(t, name, type, numel);
+  }
+  void prepare(ConvArgs<R>& a) { a.plan = &plan_, a.threads = threads_for(a.n_edges), a.scratch = scratch; }
+  Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape) const {
+    Tensor made = new_empty(like, shape);
+    std::fill_n(mutable_data<R>(made), made.numel(), R{});
+    return made;
+  }
+
+  // Weights and their tangents side by side, [n_weights, 2]. `tangent` holds every weight of θ in its first place only.
+  const R* with_tangents(const Tensor&, const R* weights, const R* tangent) {
+    pairs_.resize(2 * plan_.n_weights);
+    for (int64_t k = 0; k < plan_.n_weights; ++k) pairs_[2 * k] = weights[k];
+    for (int64_t k = 0; k < plan_.n_grad; ++k) pairs_[2 * k + 1] = tangent[k];
+    for_theta(plan_, [&](int64_t from, int64_t to) { pairs_[2 * to + 1] = tangent[from]; });
+    return pairs_.data();
+  }
+
+  // What follows the sums over the edges: the mean over them if `mean`, then + expansion [C_out, n] · bias [n].
+  void finish_nodes(const ConvArgs<R>& a, const R* expansion, const R* bias, int64_t n, bool mean) const {
+    const int64_t width = plan_.out_size;
+    std::vector<R> shift(width);
+    for (int64_t k = 0; k < width * n; ++k) shift[k / n] += expansion[k] * bias[k % n];
+    for (int64_t i = 0; i < a.n_dst; ++i) {
+      const R edges = mean ? divisor(a, i) : R{1};
+      for (int64_t k = 0; k < width; ++k) a.out[i * width + k] = a.out[i * width + k] / edges + shift[k];
+    }
+  }
+
+  // Columns of the features' gradient edge by edge.
+  int64_t edge_width() const { return plan_.n_gathered; }
+  // Memory for the gradient of the packed weights, thread by thread.
+  Tensor weight_gradient(const ConvArgs<R>& a, const Tensor& like, bool wanted) const {
+    return new_empty(like, {wanted ? a.threads : 0, plan_.n_grad});
+  }
+  // After the call: that of the packed weights, in which every weight of θ stands twice: the first holds the gradient,
+  // the second 0.
+  Tensor summed_weight_gradient(const Tensor& of_threads) const {
+    const bool wanted = of_threads.numel() > 0;
+    Tensor weights = new_empty(of_threads, {wanted ? plan_.n_weights : 0});
+    if (!wanted) return weights;
+    R* out = mutable_data<R>(weights);
+    std::copy_n(data<R>(of_threads), plan_.n_grad, out);
+    std::fill(out + plan_.n_grad, out + plan_.n_weights, R{});
+    return weights;
+  }
+
+  // ---- packing
+
+  // The parameters as one vector.
+  const R* gathered(const std::vector<Tensor>& parameters) {
+    check_size(plan_.n_parameters, count(parameters), "parameters");
+    parameters_.reserve(plan_.n_parameters);
+    for (const Tensor& t : parameters) {
+      implicit_steer::check(t, "parameters", real_type<R>, t.numel());
+      const R* values = data<R>(t);
+      parameters_.insert(parameters_.end(), values, values + t.numel());
+    }
+    return parameters_.data();
+  }
+  // The sparse matrix from parameters to packed weights.
+  SparseMatrix<R> matrix(const Tensor& rowptr, const Tensor& column, const Tensor& value) const {
+    check_packing<R>(plan_, rowptr, column, value);
+    return {plan_.n_weights, data<int32_t>(rowptr), data<int32_t>(column), data<R>(value)};
+  }
+  void pack(const SparseMatrix<R>& matrix, const R* parameters, const R* statistics, R* packed) const {
+    matrix.multiply(parameters, packed);
+    for (int n = 0; n < plan_.n_layers && plan_.has_norms; ++n) pack_affine(plan_, n, parameters, statistics, packed);
+  }
+  void pack_backward(const SparseMatrix<R>& matrix, const R* statistics, const R* grad_packed, R* grad) const {
+    std::fill_n(grad, plan_.n_parameters, R{});
+    matrix.multiply_transposed(plan_.n_grad, grad_packed, grad);
+    for (int n = 0; n < plan_.n_layers && plan_.has_norms; ++n)
+      pack_affine_backward(plan_, n, statistics, grad_packed, grad);
+  }
+
+  // ---- statistics of batch norms
+
+  void statistics(ConvArgs<R>& a, const SparseMatrix<R>& matrix, const R* parameters, R* packed, R* out) const {
+    matrix.multiply(parameters, packed);
+    a.weights = packed;
+    batch_statistics(table(), a, parameters, packed, out);
+  }
+  void moments(ConvArgs<R>& a, int64_t size, R* out) const {
+    const Sums found = batch_sums(table(), a, a.layer);
+    for (int k = 0; k < size; ++k)
+      coordinate_moments(plan_, static_cast<int>(size), k, found.sums.data(), found.shift.data(),
+                         static_cast<double>(a.n_edges), out);
+  }
+
+ private:
+  Plan<R> plan_{};
+  const int64_t isa_;
+  std::vector<R> pairs_, parameters_;
+};
+
+}  // namespace implicit_steer
