@@ -89,7 +89,7 @@ def run_speed(args: argparse.Namespace, names: list[str]) -> int:
     results["sorting"] = speed.sorting(rounds, min(budget, _SORT_BUDGET))
     weighed = {case: found for case, found in chosen.items() if case.name in (args.cases or _MEMORY)}
     results["memory"] = speed.memory(weighed, args.threads) if whole and process.measures_memory() else []
-    results["lowering"] = process.ask("lowering", args.threads) if whole else {}
+    results["lowering"] = process.ask(speed.construction, threads=args.threads) if whole else {}
     text = "\n\n".join([report.speed_text(results), bound.text(results["bound"])])
     print("\n" + text)
     report.write(args.out, "speed", results, heading + "\n\n" + text)

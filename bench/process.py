@@ -1,17 +1,17 @@
-"""What can only be measured in a process of its own: peak memory, and the first construction of a model.
+"""Measuring in a fresh process, as peak memory and the first construction of a model have to be.
 
-``python -m bench.process WHAT ... THREADS`` prints JSON: ``memory CASE BACKEND/SAMPLING ...``, ``scaling EDGES BACKEND
-SAMPLING``, ``forces BACKEND SAMPLING``, ``lowering``.
+``python -m bench.process MODULE:FUNCTION ARGUMENT ... THREADS`` calls the function with these strings and prints its
+result as JSON.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,14 @@ def measures_memory() -> bool:
     return _CLEAR.exists()
 
 
-def ask(*arguments: str | int) -> dict[str, Any]:
-    """Run this module with ``arguments`` in a fresh process; what it prints.
+def ask(function: Callable[..., Any], *arguments: str, threads: int) -> Any:
+    """``function(*arguments)`` of a module of this package, called in a fresh process on so many threads; its result is
+    passed on as JSON.
 
     Raises ``subprocess.CalledProcessError`` where it fails; its errors go to this process's standard error.
     """
-    command = [sys.executable, "-m", "bench.process", *map(str, arguments)]
+    called = f"{function.__module__}:{function.__name__}"
+    command = [sys.executable, "-m", "bench.process", called, *arguments, str(threads)]
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run(command, cwd=root, env=os.environ | _MALLOC, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
@@ -53,61 +55,8 @@ def _resident(field: str) -> int:
     return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text())[1])
 
 
-def memory(case: str, *candidates: str) -> dict[str, dict[str, float]]:
-    """Per candidate ("backend/sampling") the peak memory in MB of each measure, beyond the layer and its inputs."""
-    from implicit_steer.testing import cases
-
-    from .steps import Candidate, step
-
-    named, peaks = cases.SMALL | cases.LARGE | cases.GROUPS, {}
-    for name in candidates:
-        candidate = Candidate(*name.split("/"))
-        peaks[name] = {}
-        for measure in candidate.measures:
-            run = step(named[case], candidate, measure)
-            run()  # what is made once and kept does not count
-            peaks[name][measure] = peak_memory(run) / 1e6
-    return peaks
-
-
-def scaling(edges: str, backend: str, sampling: str) -> dict[str, dict[str, float]]:
-    """Seconds (median) and peak bytes beyond the layer and its inputs, of each measure of the scaling section."""
-    from .scaling import MEASURES, ROUNDS, SECONDS, sized
-    from .steps import Candidate, step
-    from .timing import interleaved, summary
-
-    found = {}
-    for measure in MEASURES:
-        run = step(sized(int(edges)), Candidate(backend, sampling), measure)
-        times = interleaved({measure: run}, ROUNDS, SECONDS)[measure]
-        found[measure] = {"seconds": summary(times)["median_ms"] / 1e3, "bytes": peak_memory(run)}
-    return found
-
-
-def forces(backend: str, sampling: str) -> dict[str, int]:
-    """Peak bytes of a training step on energies and forces, beyond the layer and its inputs."""
-    from .forces import CASE, step
-    from .steps import Candidate
-
-    run = step(CASE, Candidate(backend, sampling))
-    run()
-    return {"bytes": peak_memory(run)}
-
-
-def lowering() -> dict[str, float]:
-    """Seconds to construct the paper's QM9 network (4 blocks, 9 convolutions), the first and the second time."""
-    from implicit_steer.experiments.models import QM9Net
-
-    seconds = {}
-    for name in ("first", "second"):
-        start = time.perf_counter()
-        QM9Net()
-        seconds[name] = time.perf_counter() - start
-    return seconds
-
-
 if __name__ == "__main__":
-    what, *arguments, threads = sys.argv[1:]
+    function, *arguments, threads = sys.argv[1:]
+    module, _, name = function.partition(":")
     torch.set_num_threads(int(threads))
-    known = {"memory": memory, "scaling": scaling, "forces": forces, "lowering": lowering}
-    print(json.dumps(known[what](*arguments)))
+    print(json.dumps(getattr(importlib.import_module(module), name)(*arguments)))

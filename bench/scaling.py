@@ -14,7 +14,8 @@ from implicit_steer.training import viz
 
 from . import process
 from .report import table
-from .steps import MATERIALISE, Candidate
+from .steps import MATERIALISE, Candidate, step
+from .timing import interleaved, summary
 
 EDGES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
 MEASURES = {"forward": "forward", "train": "forward + backward"}
@@ -32,17 +33,28 @@ def sized(edges: int) -> Case:
     return replace(cloud, nodes=max(1, edges // cloud.degree), knn=False)
 
 
+def costs(edges: str, backend: str, sampling: str) -> dict[str, dict[str, float]]:
+    """Per measure the seconds (median) and the peak bytes beyond the layer and its inputs; memory is measured right
+    only in a fresh process, see :func:`process.ask`."""
+    found = {}
+    for measure in MEASURES:
+        run = step(sized(int(edges)), Candidate(backend, sampling), measure)
+        times = interleaved({measure: run}, ROUNDS, SECONDS)[measure]
+        found[measure] = {"seconds": summary(times)["median_ms"] / 1e3, "bytes": process.peak_memory(run)}
+    return found
+
+
 def _forecast(records: list[dict[str, Any]], edges: int) -> str | None:
     """Why the next size is not run, by linear extrapolation from the last one; None where it fits."""
     if not records:
         return None
     last = records[-1]
-    factor, step = edges / last["edges"], last["train"]
+    factor, training = edges / last["edges"], last["train"]
     free = 1024 * int(_AVAILABLE.search(Path("/proc/meminfo").read_text())[1])
-    if factor * step["bytes"] > _MEMORY_SHARE * free:
-        return f"needs ~{factor * step['bytes'] / 1e9:.0f} GB, {free / 1e9:.0f} GB free"
-    if factor * step["seconds"] > _TIME_LIMIT:
-        return f"~{factor * step['seconds']:.0f} s, limit {_TIME_LIMIT:.0f} s"
+    if factor * training["bytes"] > _MEMORY_SHARE * free:
+        return f"needs ~{factor * training['bytes'] / 1e9:.0f} GB, {free / 1e9:.0f} GB free"
+    if factor * training["seconds"] > _TIME_LIMIT:
+        return f"~{factor * training['seconds']:.0f} s, limit {_TIME_LIMIT:.0f} s"
     return None
 
 
@@ -57,8 +69,8 @@ def measure(names: list[str], sizes: tuple[int, ...], threads: int) -> dict[str,
             for edges in sizes:
                 curve["ends"] = curve["ends"] or _forecast(curve["records"], edges)
                 if curve["ends"] is None:
-                    steps = process.ask("scaling", edges, c.backend, c.sampling, threads)
-                    curve["records"].append({"edges": sized(edges).edges} | steps)
+                    measured = process.ask(costs, str(edges), c.backend, c.sampling, threads=threads)
+                    curve["records"].append({"edges": sized(edges).edges} | measured)
                 progress.update()
     return found
 

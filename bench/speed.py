@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from implicit_steer.experiments.models import QM9Net
 from implicit_steer.graph.graph import sort_by_key
-from implicit_steer.testing.cases import Case
+from implicit_steer.testing.cases import GROUPS, LARGE, SMALL, Case
 
 from . import process
 from .steps import COMPILED, MATERIALISE, MEASURES, Candidate, Check, gate, step
@@ -47,6 +49,31 @@ def times(chosen: Chosen, rounds: int, budget: float) -> list[dict[str, Any]]:
     return records
 
 
+def peaks(case: str, *candidates: str) -> dict[str, dict[str, float]]:
+    """Per candidate ("backend/sampling") the peak memory in MB of each measure, beyond the layer and its inputs;
+    measured right only in a fresh process."""
+    named, found = SMALL | LARGE | GROUPS, {}
+    for name in candidates:
+        candidate = Candidate(*name.split("/"))
+        found[name] = {}
+        for measure in candidate.measures:
+            run = step(named[case], candidate, measure)
+            run()  # what is made once and kept does not count
+            found[name][measure] = process.peak_memory(run) / 1e6
+    return found
+
+
+def construction() -> dict[str, float]:
+    """Seconds to construct the paper's QM9 network (4 blocks, 9 convolutions), the first and the second time in a
+    process."""
+    seconds = {}
+    for name in ("first", "second"):
+        start = time.perf_counter()
+        QM9Net()
+        seconds[name] = time.perf_counter() - start
+    return seconds
+
+
 def memory(chosen: Chosen, threads: int) -> list[dict[str, Any]]:
     """A record per case, measure and candidate: peak memory in MB, each case in a process of its own.
 
@@ -55,10 +82,10 @@ def memory(chosen: Chosen, threads: int) -> list[dict[str, Any]]:
     records = []
     for case, candidates in tqdm(chosen.items(), desc="memory", unit="process"):
         asked = {f"{c.backend}/{c.sampling}": c for c in candidates if c != COMPILED}
-        found = process.ask("memory", case.name, *asked, threads)
-        peaks = {(asked[name], measure): peak for name, of in found.items() for measure, peak in of.items()}
-        for (c, measure), peak in peaks.items():
-            baseline = peaks.get((MATERIALISE, measure))
+        found = process.ask(peaks, case.name, *asked, threads=threads)
+        of_all = {(asked[name], measure): peak for name, of in found.items() for measure, peak in of.items()}
+        for (c, measure), peak in of_all.items():
+            baseline = of_all.get((MATERIALISE, measure))
             ratio = baseline / peak if baseline and peak else None
             records.append(_record(case, c, measure) | {"peak_mb": peak, "ratio": ratio})
     return records

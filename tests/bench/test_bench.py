@@ -170,7 +170,7 @@ def test_peak_memory_counts_what_is_freed_again():
 
 
 def test_memory_of_a_case_in_a_process_of_its_own():
-    peaks = process.ask("memory", "o3", "reference/escnn", "eager/auto", 1)
+    peaks = process.ask(speed.peaks, "o3", "reference/escnn", "eager/auto", threads=1)
     assert list(peaks) == ["reference/escnn", "eager/auto"]
     assert all(set(of) == set(MEASURES) for of in peaks.values())
     assert all(0 <= peak < 50 for of in peaks.values() for peak in of.values())
@@ -325,9 +325,9 @@ def test_the_bound_is_the_count_over_the_peak():
 # ---- scaling and small graphs
 
 
-def linear_costs(what, edges, backend, sampling, threads):
+def linear_costs(function, edges, backend, sampling, threads):
     per_edge = {"reference": 1e6, "eager": 4e3, "cpu": 500}[backend]
-    found = {"bytes": per_edge * edges, "seconds": 1e-6 * edges}
+    found = {"bytes": per_edge * int(edges), "seconds": 1e-6 * int(edges)}
     return dict.fromkeys(scaling.MEASURES, found)
 
 
@@ -352,7 +352,7 @@ def test_scaling_stops_where_the_next_size_does_not_fit(tmp_path, capsys, monkey
 
 @pytest.mark.skipif(not process.measures_memory(), reason="this system does not tell peak memory")
 def test_one_size_of_the_scaling_is_measured():
-    found = process.scaling("1600", "eager", "auto")
+    found = scaling.costs("1600", "eager", "auto")
     assert set(found) == set(scaling.MEASURES)
     assert all(0 < f["seconds"] < 60 and 0 <= f["bytes"] < 1e9 for f in found.values())
     assert scaling.sized(1600).edges == 1600
@@ -381,7 +381,7 @@ def small_forces(monkeypatch):
     monkeypatch.setattr(forces, "CASE", replace(cases.SMALL["o3"], knn=True))
     monkeypatch.setattr(forces, "CHECKED_NODES", 12)
     peaks = {"reference": 10**6, "eager": 10**5, "cpu": 10**4}
-    monkeypatch.setattr(process, "ask", lambda what, backend, sampling, threads: {"bytes": peaks[backend]})
+    monkeypatch.setattr(process, "ask", lambda function, backend, sampling, threads: peaks[backend])
     monkeypatch.setattr(process, "measures_memory", lambda: True)
 
 
