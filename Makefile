@@ -1,8 +1,9 @@
 # make demo     build everything, then show the library at work
-# make test     build everything, then lint and test: what CI runs; where nvcc is, cuda-kernels, too
+# make test     build everything, then lint and test what a contributor waits for: 5 minutes on 2 cores
+# make test-slow     the rest: sanitizers, emulated CUDA kernels, gates on their machine code, tutorials, other processes
 # make test-native   the native code alone: plain, and under AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer
 # make test-gpu-emulated   the CUDA kernels on the processor: results, memory errors, races, barriers; make test-gpu-quick:
-#                    the part of it that CI runs
+#                    the part of it that test-slow runs
 # make test-gpu      where there is a GPU: its backends against reference; needs nvcc
 # make cuda-kernels  compile them with nvcc, hold their machine code to its gates, write docs/cuda_kernels.md
 # make test-arm      the same for 64-bit ARM, with a cross compiler and an emulator
@@ -12,7 +13,7 @@
 # make test-install  install as README.md says, in a bare environment, and run its example; 3 minutes
 # make bench    build everything, then check and time every backend
 # make docs     run the tutorials (docs/tutorials/*.py), write their pages and pictures, build the site into build/site
-# make lint, make format, make clean
+# make lint     style, imports, types; make format, make clean
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
@@ -29,23 +30,26 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-gpu test-gpu-emulated test-gpu-quick cuda-kernels test-native test-arm native-cases arm-tools wheel test-wheel test-install bench docs build lint format clean
+.PHONY: demo test test-slow test-gpu test-gpu-emulated test-gpu-quick cuda-kernels cuda-gates test-native test-arm native-cases arm-tools wheel test-wheel test-install bench docs build lint format clean
 
 demo: build
 	$(BIN)/python -m implicit_steer demo
 
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder
+test: lint
+	$(PYTEST) -m "not slow and not gpu"
+
 # What is compiled and run without Python goes two at a time: much of it keeps one core. The plain native tests are left
 # out: the Python tests run the same optimised code.
-test: lint
-	$(MAKE) --no-print-directory -j 2 --output-sync=target native-address native-thread test-gpu-quick cuda-kernels
-	$(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder
+test-slow: build
+	$(MAKE) --no-print-directory -j 2 --output-sync=target native-address native-thread test-gpu-quick cuda-gates
+	$(PYTEST) -m slow
 
-# On this machine's GPU what tests/test_triton.py runs with Triton's interpreter, and what takes a GPU.
+# On this machine's GPU what tests/ops/test_triton.py runs with Triton's interpreter, and what takes a GPU.
 test-gpu: build
 	test -e implicit_steer/libimplicit_steer_cuda.so || \
 	  IMPLICIT_STEER_NATIVE=require IMPLICIT_STEER_CUDA=require $(PIP) --no-build-isolation --no-deps --editable .
-	cd tests/gpu && PYTHONPATH=..:../.. OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest -q -n 8 \
-	  check_backends.py check_derivatives.py check_operators.py check_device.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 8 -m gpu tests/gpu
 
 # Programs without torch and Python (tests/native), on inputs and expected results that native-cases writes.
 NATIVE_TESTS := build/native-tests
@@ -58,7 +62,7 @@ OPTIONS_arm := -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 test-native: native-plain native-address native-thread
 
 native-cases: build
-	PYTHONPATH=.:tests $(BIN)/python tests/native/write_cases.py $(NATIVE_TESTS)/cases
+	PYTHONPATH=.:tests/support $(BIN)/python tests/native/write_cases.py $(NATIVE_TESTS)/cases
 
 native-%: native-cases
 	cmake -S tests/native -B $(NATIVE_TESTS)/$* -G Ninja -DCASES=$(CURDIR)/$(NATIVE_TESTS)/cases $(OPTIONS_$*)
@@ -84,16 +88,21 @@ emulated-%: native-cases
 	cmake -S tests/simt -B $(EMULATED)/$* -G Ninja -DMODE=$*
 	cmake --build $(EMULATED)/$*
 
-# For every architecture; the library opens without a driver.
+# The library opens without a driver. cuda-kernels compiles for every architecture and writes the page; cuda-gates only
+# holds the kernels of one to the gates.
 NVCC := $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
-cuda-kernels: emulated-trace
+cuda-kernels: CUDA_OPTIONS := "-DCUDA_ARCHITECTURES=80;90;100;120"
+cuda-kernels: CUDA_PAGE := docs/cuda_kernels.md
+cuda-gates: CUDA_OPTIONS := -DCUDA_ARCHITECTURES=90
+cuda-gates: CUDA_PAGE := build/cuda-gates/cuda_kernels.md
+cuda-kernels cuda-gates: emulated-trace
 ifneq ($(NVCC),)
-	CUDACXX=$(NVCC) cmake -S csrc/cuda -B build/cuda -G Ninja
-	cmake --build build/cuda
+	CUDACXX=$(NVCC) cmake -S csrc/cuda -B build/$@ -G Ninja $(CUDA_OPTIONS)
+	cmake --build build/$@
 	$(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
-	$(BIN)/python -c "import ctypes; ctypes.CDLL('build/cuda/libimplicit_steer_cuda.so').implicit_steer_cuda_library"
-	$(EMULATED)/trace/conv_test $(CASES)/gpu count cloud > build/cuda/counts.txt
-	$(BIN)/python -m bench.cuda build/cuda/libimplicit_steer_cuda.so build/cuda/counts.txt
+	$(BIN)/python -c "import ctypes; ctypes.CDLL('build/$@/libimplicit_steer_cuda.so').implicit_steer_cuda_library"
+	$(EMULATED)/trace/conv_test $(CASES)/gpu count cloud > build/$@/counts.txt
+	$(BIN)/python -m bench.cuda build/$@/libimplicit_steer_cuda.so build/$@/counts.txt --page $(CUDA_PAGE)
 else
 	@echo "nvcc is not on this machine: the CUDA kernels are not compiled."
 endif
@@ -123,7 +132,7 @@ DEPLOYED := build/deployed
 TORCH ?= $(shell grep ^torch== constraints.txt)
 test-wheel: wheel
 	rm -rf $(DEPLOYED)
-	PYTHONPATH=. $(BIN)/python tests/deployed.py write $(DEPLOYED)/models
+	PYTHONPATH=. $(BIN)/python tests/support/deployed.py write $(DEPLOYED)/models
 	PIP_CONSTRAINT= .ci/test-wheel $(DEPLOYED) $(TORCH)
 
 test-install:
@@ -143,6 +152,8 @@ lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 format: build
 	$(BIN)/ruff check --fix .

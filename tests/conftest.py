@@ -15,10 +15,45 @@ from implicit_steer.ops.native import instruction_set
 torch.set_num_threads(2)
 
 
+# Tests that only `make test-slow` runs: they take seconds each, most of them in processes of their own.
+SLOW = (
+    "tests/bench/",
+    "tests/docs/",
+    "tests/deploy/test_deploy_fuzz.py",
+    "tests/deploy/test_register.py::test_in_a_process_without_escnn",
+    "tests/experiments/test_torch_models.py",
+    "tests/faults/test_defaults_of_pytorch.py",
+    "tests/faults/test_first_builds.py::test_first_builds_take_seconds",
+    "tests/faults/test_imports_without_escnn.py",
+    "tests/faults/test_install_without_the_native_extension.py",
+    "tests/faults/test_md_of_a_saved_potential.py",
+    "tests/faults/test_memory_of_large_fields.py",
+    "tests/faults/test_strides_off_centre.py",
+    "tests/nn/test_first_steps.py",
+    "tests/ops/test_hypothesis.py",
+    "tests/ops/test_torch.py",
+    "tests/ops/test_triton.py::test_a_cpu_machine_never_imports_triton",
+    "tests/ops/test_triton.py::test_interpreted",
+    "tests/ops/test_triton_aot.py",
+    "tests/potentials/test_ase.py::test_energy_is_conserved",
+    "tests/test_package.py::test_a_wrong_option_has_no_traceback",
+    "tests/test_package.py::test_commands_without_escnn",
+    "tests/test_package.py::test_cuda_kernels",
+    "tests/test_package.py::test_setup",
+    "tests/test_package.py::test_source_distribution",
+    "tests/test_package.py::test_wheel",
+    "tests/training/test_processes.py",
+)
+# Of these the longest go first: at the end they would keep one process busy and the others waiting.
+LONGEST = ("tests/ops/test_triton.py", "tests/docs/")
+
+
 def pytest_collection_modifyitems(items):
-    """The longest ones first: at the end they would keep one process busy and the others waiting."""
-    longest = ("tests/ops/test_triton.py", "tests/docs/test_tutorials.py")
-    items.sort(key=lambda item: not item.nodeid.startswith(longest))
+    """Mark the slow tests, and put the longest ones first."""
+    for item in items:
+        if item.nodeid.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Damaged and forged files at random, a few of those that ``python tests/fuzz_load.py`` makes."""
+"""Damaged and forged files at random, a few of those that ``python tests/support/fuzz_load.py`` makes."""
 
 import fuzz_load
 

@@ -1,8 +1,16 @@
-"""Tests of the GPU backends: on a GPU, or, in a process with TRITON_INTERPRET=1, of Triton's kernels on CPU tensors."""
+"""Tests of the GPU backends. They are collected where there is a GPU, and in a process with TRITON_INTERPRET=1, in
+which Triton interprets its kernels on CPU tensors: tests/ops/test_triton.py starts such processes."""
 
 import pytest
 import torch
 from problems import BACKENDS, INTERPRETED
+
+if INTERPRETED:
+    collect_ignore = ["test_device.py"]
+elif torch.cuda.is_available():
+    collect_ignore = ["test_interpreter.py"]
+else:
+    collect_ignore_glob = ["test_*.py"]
 
 
 def pytest_generate_tests(metafunc):

@@ -8,6 +8,7 @@ import helpers
 import torch
 
 from implicit_steer.ops.triton import backend as triton
+from implicit_steer.plan.packing import pack
 from implicit_steer.testing.cases import SMALL
 
 INTERPRETED = triton.interpreted()
@@ -43,3 +44,41 @@ def expected(conv, problem, **options):
     exact.graph = problem.graph.to("cpu")
     found = outcome(copy.deepcopy(conv).cpu().double(), exact, "reference", **options)
     return {k: v.to(problem.x.dtype) if v.is_floating_point() else v for k, v in found.items()}
+
+
+def triton_arguments(case, leaves=True):
+    """Name → arguments of every operator of Triton's kernels, with gradients where it has them."""
+    from implicit_steer.ops.triton import dense, operators  # which import triton
+    from implicit_steer.ops.triton.prepared import prepare
+
+    conv = layer(case, "no norm", activation="silu")
+    problem, kernel = case.inputs(conv), conv.implicit_kernel
+    plan, graph = kernel.plan, problem.graph
+    key, prepared = operators.register_plan(plan), prepare(plan, DEVICE, torch.float64)
+
+    def leaf(t):
+        return t.detach().clone().requires_grad_(leaves)
+
+    ops = torch.ops.implicit_steer
+    with torch.no_grad():
+        weights = pack(plan, kernel.parameters_for_op(), fold=True)
+        frame = problem.delta, problem.attributes, graph.order, weights.shell_width
+        inputs, radius, factor, q = ops.triton_frame(key, *frame)
+        packed, theta = dense.pack_layers(prepared, weights.linears), dense.pack_theta(prepared, weights.theta)
+        r = ops.triton_layers(key, inputs, radius, factor, packed)
+    delta, attr, order, shell = frame
+    frame = leaf(delta), leaf(attr), order, leaf(shell)
+    hidden = tuple(map(leaf, (inputs, radius, factor, packed)))
+    edges = graph.src[graph.order], graph.rowptr, graph.order, graph.order_by_source, graph.colptr
+    sums = *map(leaf, (problem.x, q, r, theta)), *edges, True
+    gradients = [leaf(torch.randn_like(t)) for t in (inputs, radius, factor, q)]
+    output = torch.randn(graph.num_dst, plan.out_size, dtype=torch.float64, device=DEVICE)
+    return {
+        "triton_frame": (key, *frame),
+        "triton_frame_backward": (key, *frame, *gradients),
+        "triton_layers": (key, *hidden),
+        "triton_layers_backward": (key, *hidden, leaf(torch.randn_like(r)), True, True),
+        "triton_contract": (key, *sums),
+        "triton_contract_backward": (key, *sums, leaf(output), [True] * 4),
+        "triton_hidden": (key, inputs, radius, factor, packed, 1),
+    }

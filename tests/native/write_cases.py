@@ -1,4 +1,4 @@
-"""Writes the case files of the native tests: ``PYTHONPATH=.:tests python tests/native/write_cases.py DIR``;
+"""Writes the case files of the native tests: ``PYTHONPATH=.:tests/support python tests/native/write_cases.py DIR``;
 those for the emulated CUDA kernels alone are in DIR/gpu.
 
 A case file is a sequence of arrays, each a line of text ``name dtype size size ...\\n`` (one size per axis) followed by

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ..._transforms import one_by_one, recorder, refuse_derivatives
 _NAMESPACE = "implicit_steer"
 
 
-def _no_third_derivatives(*_) -> NoReturn:
+def _no_third_derivatives(*_: Any) -> NoReturn:
     raise RuntimeError(
         "backend: expected one with third derivatives, got 'cpu' or 'cuda', which have first and second ones. "
         "Use backend='eager'."
@@ -55,17 +55,17 @@ def _by_source(src: Tensor, n: int, need: bool, order: Tensor, rowptr: Tensor) -
 # what the operator gave. It returns, by name, the gradients that it found.
 
 
-def _edges(a) -> tuple[Tensor, ...]:
+def _edges(a: Any) -> tuple[Tensor, ...]:
     """What the operators that sum over edges have in common."""
     return a.plan_ints, a.plan_reals, a.weights, a.x, a.delta, a.attr, a.src, a.order, a.rowptr
 
 
-def _points(a) -> tuple[Tensor, ...]:
+def _points(a: Any) -> tuple[Tensor, ...]:
     """What the operators of the hidden features have in common."""
     return a.plan_ints, a.plan_reals, a.weights, a.delta, a.attr
 
 
-def _packing(a) -> tuple[Tensor, ...]:
+def _packing(a: Any) -> tuple[Tensor, ...]:
     """What the operators that pack parameters have in common."""
     return a.plan_ints, a.plan_reals, a.pack_rowptr, a.pack_column, a.pack_value
 
@@ -73,11 +73,11 @@ def _packing(a) -> tuple[Tensor, ...]:
 # ---- sums over edges
 
 
-def _conv_forward_fake(a):
+def _conv_forward_fake(a: Any) -> Any:
     return a.x.new_empty(a.rowptr.shape[0] - 1, a.out_size)
 
 
-def _conv_forward_gradient(a, needs, grad):
+def _conv_forward_gradient(a: Any, needs: Any, grad: Tensor) -> dict[str, Tensor | None]:
     names = "x", "delta", "attr", "weights"
     needed = needs.x, needs.delta, needs.attr, needs.weights
     of_sums = of_sums_backward(a.rowptr, a.mean, grad).contiguous()
@@ -97,11 +97,11 @@ def of_bias_backward(expansion: Tensor, grad: Tensor) -> Tensor:
     return torch.mv(expansion.T, grad.sum(0))
 
 
-def _conv_backward_fake(a):
+def _conv_backward_fake(a: Any) -> Any:
     return _wanted((a.x, a.delta, a.attr, a.weights), (a.need_x, a.need_delta, a.need_attr, a.need_weights))
 
 
-def _conv_backward_gradient(a, needs, *cotangents):
+def _conv_backward_gradient(a: Any, needs: Any, *cotangents: Tensor) -> dict[str, Tensor | None]:
     given = a.need_x, a.need_delta, a.need_attr, a.need_weights
     v_x, v_delta, v_attr, v_weights = _directions(cotangents, (a.x, a.delta, a.attr, a.weights), given)
     names = "grad_out", "x", "delta", "attr", "weights"
@@ -112,7 +112,7 @@ def _conv_backward_gradient(a, needs, *cotangents):
     return dict(zip(names, _masked(found, needed), strict=True))
 
 
-def _conv_double_backward_fake(a):
+def _conv_double_backward_fake(a: Any) -> Any:
     needed = a.need_out, a.need_x, a.need_delta, a.need_attr, a.need_weights
     return _wanted((a.grad_out, a.x, a.delta, a.attr, a.weights), needed)
 
@@ -120,42 +120,44 @@ def _conv_double_backward_fake(a):
 # ---- hidden features at points
 
 
-def _conv_hidden_fake(a):
+def _conv_hidden_fake(a: Any) -> Any:
     return a.delta.new_empty(a.delta.shape[0], a.hidden)
 
 
-def _conv_hidden_gradient(a, needs, grad):
+def _conv_hidden_gradient(a: Any, needs: Any, grad: Tensor) -> dict[str, Tensor | None]:
     found = torch.ops.implicit_steer.conv_hidden_backward(*_points(a), grad.contiguous(), a.isa)
     return dict(zip(("delta", "attr", "weights"), found, strict=True))
 
 
-def _conv_hidden_backward_fake(a):
+def _conv_hidden_backward_fake(a: Any) -> Any:
     return _wanted((a.delta, a.attr, a.weights), (True,) * 3)
 
 
-def _conv_hidden_backward_gradient(a, needs, v_delta, v_attr, v_weights):
+def _conv_hidden_backward_gradient(
+    a: Any, needs: Any, v_delta: Tensor, v_attr: Tensor, v_weights: Tensor
+) -> dict[str, Tensor | None]:
     directions = (v.contiguous() for v in (v_weights, v_delta, v_attr))
     found = torch.ops.implicit_steer.conv_hidden_double_backward(*_points(a), a.grad_out, *directions, a.isa)
     return dict(zip(("grad_out", "delta", "attr", "weights"), found, strict=True))
 
 
-def _conv_hidden_double_backward_fake(a):
+def _conv_hidden_double_backward_fake(a: Any) -> Any:
     return _wanted((a.grad_out, a.delta, a.attr, a.weights), (True,) * 4)
 
 
 # ---- parameters → packed weights, a linear map at given statistics
 
 
-def _conv_pack_fake(a):
+def _conv_pack_fake(a: Any) -> Any:
     return a.statistics.new_empty(a.pack_rowptr.shape[0] - 1)
 
 
-def _save_pack(ctx, inputs, output) -> None:
+def _save_pack(ctx: Any, inputs: Any, output: Any) -> None:
     *arrays, parameters, statistics = inputs
     ctx.save_for_backward(*arrays, statistics, *parameters)
 
 
-def _conv_pack_gradient(ctx, grad):
+def _conv_pack_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     *arrays, statistics = ctx.saved_tensors[:6]
     parameters = ctx.saved_tensors[6:]
     n = sum(t.numel() for t in parameters)
@@ -163,36 +165,36 @@ def _conv_pack_gradient(ctx, grad):
     return *[None] * 5, unflatten(flat, parameters), None
 
 
-def _conv_pack_backward_fake(a):
+def _conv_pack_backward_fake(a: Any) -> Any:
     return a.grad_packed.new_empty(a.n_parameters)
 
 
-def _conv_pack_backward_gradient(a, needs, v):
+def _conv_pack_backward_gradient(a: Any, needs: Any, v: Tensor) -> dict[str, Tensor | None]:
     return {"grad_packed": torch.ops.implicit_steer.conv_pack(*_packing(a), [v.contiguous()], a.statistics)}
 
 
 # ---- a layer
 
 
-def _conv_gradients_fake(a):
+def _conv_gradients_fake(a: Any) -> Any:
     of_parameters = [t.new_empty(t.shape) for t in a.parameters] if a.need_parameters else []
     of_inputs = _wanted((a.x, a.delta, a.attr), (a.need_x, a.need_delta, a.need_attr))
     return *of_inputs, a.expansion.new_empty(a.expansion.shape[1]), of_parameters
 
 
-def _conv_statistics_fake(a):
+def _conv_statistics_fake(a: Any) -> Any:
     return a.delta.new_empty(a.n_layers, a.size), a.delta.new_empty(a.pack_rowptr.shape[0] - 1)
 
 
-def _conv_moments_fake(a):
+def _conv_moments_fake(a: Any) -> Any:
     return a.delta.new_empty(2, a.size)
 
 
-def _same_values_fake(a):
+def _same_values_fake(a: Any) -> Any:
     return a.copy.new_empty((), dtype=torch.bool)
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[[Any], Any]] = {
     "conv_forward": _conv_forward_fake,
     "conv_backward": _conv_backward_fake,
     "conv_double_backward": _conv_double_backward_fake,
@@ -206,7 +208,7 @@ _FAKES = {
     "conv_gradients": _conv_gradients_fake,
     "same_values": _same_values_fake,
 }
-_GRADIENTS = {
+_GRADIENTS: dict[str, Callable[..., Any]] = {
     "conv_forward": _conv_forward_gradient,
     "conv_backward": _conv_backward_gradient,
     "conv_double_backward": _no_third_derivatives,
@@ -217,18 +219,18 @@ _GRADIENTS = {
 }
 
 
-def _by_name(name: str) -> type:
+def _by_name(name: str) -> Any:
     """A named tuple with a place for each of the operator's arguments, None where none is given."""
     names = [a.name for a in getattr(torch.ops.implicit_steer, name).default._schema.arguments]
     return namedtuple(name, names, defaults=[None] * len(names))
 
 
-def _fake_kernel(name: str, fake: Callable) -> Callable:
+def _fake_kernel(name: str, fake: Callable[[Any], Any]) -> Callable[..., Any]:
     arguments_of = _by_name(name)
     return lambda *arguments: fake(arguments_of(*arguments))
 
 
-def _differentiable(name: str, gradient: Callable):
+def _differentiable(name: str, gradient: Callable[..., Any]) -> Callable[..., Any]:
     """The operator as autograd sees it: what ``torch.library.register_autograd`` makes, at a quarter of its cost.
 
     No transform of torch.func is looking on by then, which :func:`~implicit_steer._transforms.recorder` asks for: the
@@ -237,19 +239,19 @@ def _differentiable(name: str, gradient: Callable):
     operator, arguments_of = getattr(torch.ops.implicit_steer, name).default, _by_name(name)
     n_tensors = sum(str(a.type) == "Tensor" for a in operator._schema.arguments)  # the first ones
 
-    def call(arguments, keys):
+    def call(arguments: Any, keys: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keys, *arguments)
 
     class Operator(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, keys, *arguments):
+        def forward(ctx: Any, keys: Any, *arguments: Any) -> Any:
             ctx.save_for_backward(*arguments[:n_tensors])
             ctx.numbers = arguments[n_tensors:]
             return call(arguments, keys)
 
         @staticmethod
-        def backward(ctx, *grads):
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
             refuse_derivatives(*grads)
             given = arguments_of(*ctx.saved_tensors, *ctx.numbers)
             needs = arguments_of(*ctx.needs_input_grad[1:])
@@ -260,7 +262,7 @@ def _differentiable(name: str, gradient: Callable):
 
     apply = recorder(Operator)
 
-    def kernel(keys, *arguments):
+    def kernel(keys: Any, *arguments: Any) -> Any:
         keys = keys & torch._C._after_autograd_keyset
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             return apply(keys, *arguments)

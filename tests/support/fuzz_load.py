@@ -1,4 +1,5 @@
-"""``python tests/fuzz_load.py --count 2000``: damaged and forged files, each of which loads, or says what it is.
+"""``python tests/support/fuzz_load.py --count 2000``: damaged and forged files, each of which loads, or says what it
+is.
 
 Files of several kinds are changed: their bytes, their manifest, their tensors, in most cases with a digest that is
 right again. A worker process loads each, one after the other, and calls what it loaded. Wrong is: an exception that is

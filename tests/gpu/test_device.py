@@ -21,6 +21,8 @@ from implicit_steer.ops import select
 from implicit_steer.potentials import Potential
 from implicit_steer.testing.cases import LARGE
 
+pytestmark = pytest.mark.gpu
+
 # ---- graphs
 
 

@@ -10,6 +10,8 @@ from implicit_steer.nn import ImplicitPointConvWithDownsampling
 from implicit_steer.plan import FUNCTIONS
 from implicit_steer.testing.cases import SMALL, Case, equivariance_error
 
+pytestmark = pytest.mark.gpu
+
 # The largest deviation over all cases and gradients was 2e-6 and 3e-14.
 BOUND = {torch.float32: 1e-5, torch.float64: 1e-12}
 

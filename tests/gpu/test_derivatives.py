@@ -11,6 +11,8 @@ from implicit_steer import _files
 from implicit_steer.ops.triton import configuration, launch_contract, launch_mlp
 from implicit_steer.ops.triton.tables import tables
 
+pytestmark = pytest.mark.gpu
+
 
 @pytest.mark.parametrize(
     ("name", "configuration"), [("o3", "train"), ("so2", "no norm"), ("so2-r3", "eval"), ("c4", "no norm")]

@@ -7,8 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from check_operators import arguments_of
-from problems import small
+from problems import small, triton_arguments
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.errors import InterpreterError
 
@@ -16,11 +15,13 @@ from bench import device, report
 from implicit_steer.ops.triton import configuration, launch, operators
 from implicit_steer.testing.cases import SMALL
 
+pytestmark = pytest.mark.gpu
+
 
 @pytest.mark.parametrize("case", ["so2", "o3"])
 def test_host_code_never_waits_for_the_device(case):
     """With tensors that have no values, whatever asks for one fails."""
-    found = arguments_of(small(case), leaves=False)
+    found = triton_arguments(small(case), leaves=False)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def fake(entry):  # as tensors on a GPU would be: without values
