@@ -269,7 +269,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"into {' and '.join(p.name for p in PAGES)}")
     write = parser.parse_args().write
-    assert sorted(space for spaces in FAMILIES.values() for space in spaces) == sorted(SPACES)
+    left_out = set(SPACES).symmetric_difference(space for spaces in FAMILIES.values() for space in spaces)
+    if left_out:
+        parser.error(f"FAMILIES: expected every space of SPACES once, got a difference in {sorted(left_out)}.")
     tables = f"{groups()}\n{derivatives()}"
     print(tables, end="")
     for page in PAGES if write else ():

@@ -155,6 +155,7 @@ class _Builder:
     # ---- the packed weights
 
     def pack_hidden_layers(self) -> None:
+        """W of every hidden layer as groups of rows, and b, row by row."""
         n_parameters = self.packing.n_parameters
         in_position = np.arange(self.n_inputs)
         for layer in self.plan.linears:
