@@ -352,7 +352,7 @@ def test_a_new_kind_needs_arguments_and_a_place_in_the_table(tmp_path):
 
 def test_without_escnn(tmp_path):
     deployed.write(tmp_path)
-    command = [sys.executable, str(ROOT / "tests" / "deployed.py"), "check", str(tmp_path), "--block"]
+    command = [sys.executable, str(ROOT / "tests" / "support" / "deployed.py"), "check", str(tmp_path), "--block"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
