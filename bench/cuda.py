@@ -183,9 +183,11 @@ class Launch:
 
 
 def predictions(kernels: Sequence[Kernel], launches: dict[str, Launch]) -> str:
-    """The table of the kernels that were counted, in float, and the devices of bench/predict.py."""
-    rows = []
-    for label, device in DEVICES.items():
+    """The table of the kernels that were counted, in float, and those devices of bench/predict.py that they were
+    compiled for."""
+    rows, compiled = [], {kernel.architecture for kernel in kernels}
+    devices = {label: device for label, device in DEVICES.items() if f"sm_{device.architecture}" in compiled}
+    for label, device in devices.items():
         for name, launch in launches.items():
             specialised = name.endswith("_specialised")
             kinds = ("float, Specialised<Elu, 4, 8>",) if specialised else ("float", "float, float", "float, long")
