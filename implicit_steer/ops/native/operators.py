@@ -158,8 +158,9 @@ def _save_pack(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _conv_pack_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    *arrays, statistics = ctx.saved_tensors[:6]
-    parameters = ctx.saved_tensors[6:]
+    saved = ctx.saved_tensors  # asked for once: torch.utils.checkpoint insists
+    *arrays, statistics = saved[:6]
+    parameters = saved[6:]
     n = sum(t.numel() for t in parameters)
     flat = torch.ops.implicit_steer.conv_pack_backward(*arrays, statistics, grad.contiguous(), n)
     return *[None] * 5, unflatten(flat, parameters), None
