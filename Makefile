@@ -1,5 +1,5 @@
 # make demo     build everything, then show the library at work
-# make test     build everything, then lint and test what a contributor waits for: 5 minutes on 2 cores
+# make test     build everything, then lint and test what a contributor waits for: 4 minutes on 2 cores
 # make test-slow     the rest: sanitizers, emulated CUDA kernels, gates on their machine code, tutorials, other processes
 # make test-native   the native code alone: plain, and under AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer
 # make test-gpu-emulated   the CUDA kernels on the processor: results, memory errors, races, barriers; make test-gpu-quick:
