@@ -26,6 +26,11 @@ _LEVELS = range(1, 65)  # by which the older vmap numbers batches of batches
 # ---- derivatives
 
 
+def is_transformed() -> bool:
+    """Whether a transform of torch.func (grad, jvp, vmap, …) is looking on."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def is_differentiated() -> bool:
     """Whether torch.func differentiates (grad, vjp, jvp, jacrev, jacfwd, hessian)."""
     return any(t.key() in (TransformType.Grad, TransformType.Jvp) for t in get_interpreter_stack() or ())
@@ -48,7 +53,7 @@ def refuse_derivatives(*tensors: Tensor) -> None:
 def refuse_transforms(backend: str) -> None:
     """Raise where torch.func would differentiate past the operators, or give 0."""
     if torch.compiler.is_compiling():
-        wrong = torch._C._are_functorch_transforms_active()
+        wrong = is_transformed()
         expected = "one that torch.func can transform inside torch.compile"
         remedy = "Use torch.func outside of compiled functions, or backend='reference'."
     else:

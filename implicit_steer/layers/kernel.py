@@ -5,19 +5,20 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from .._check import fail, require
+from .._transforms import is_transformed
 from ..ops import conv as op
 from ..ops import select
 from ..ops.autocast import without_autocast
 from ..plan import Norm, Plan
 from ..plan.moments import MEASURED, RUNNING, NormStatistics, Pool, StatisticsSource, move_towards
-from ..plan.packing import CallCache, NormParameters, Parameters, is_traced, is_transformed
+from ..plan.packing import CallCache, NormParameters, Parameters, is_traced
 from . import hooks
 from ._modules import Fixed, NoTorchScript
 from .exact import ExactBuffers
@@ -103,7 +104,7 @@ class KernelBase(NoTorchScript, torch.nn.Module):
         if not traced and cache.hooks != hooks.registered():
             self._look_for_hooks()
         if not traced and cache.tensors is not None and all(map(operator.is_, tensors, cache.tensors)):
-            return cast(Parameters, cache.parameters)
+            return cache.parameters
         n, m = 2 * len(self._linears), 4 * len(self._norms)
         linears = tuple(zip(tensors[0:n:2], tensors[1:n:2], strict=True))
         norms = tuple(NormParameters(*tensors[k : k + 4]) for k in range(n, n + m, 4))

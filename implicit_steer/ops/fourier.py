@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .._transforms import one_by_one, recorder, refuse_derivatives
+from .._transforms import is_transformed, one_by_one, recorder, refuse_derivatives
 from ..plan import FUNCTIONS
 from ..plan.activations import phi, phi_prime, phi_second
-from ..plan.packing import is_traced, is_transformed
+from ..plan.packing import is_traced
 from .autocast import without_autocast
 from .native.instruction_set import instruction_set
 

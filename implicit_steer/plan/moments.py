@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .packing import is_transformed
+from .._transforms import is_transformed
 
 Moments = tuple[int, Tensor, Tensor]  # number of rows, mean, sum of squared deviations from it
 Pool = Callable[[int, Tensor, Tensor], Moments]  # those of some rows → those with the rows of other processes

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, wraps
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._transforms import is_transformed
 from .layers import Linear, Norm
 from .plan import Coupling, Plan
 
@@ -20,11 +21,6 @@ def is_traced() -> bool:
     """Whether torch.compile, torch.export or a transform of torch.func is looking on: tensors are then stand-ins, of
     which nothing is to be kept."""
     return torch.compiler.is_compiling() or is_transformed()
-
-
-def is_transformed() -> bool:
-    """Whether a transform of torch.func (grad, jvp, vmap, …) is looking on."""
-    return torch._C._are_functorch_transforms_active()
 
 
 class NormParameters(NamedTuple):
@@ -51,7 +47,7 @@ class CallCache:
     def __init__(self, native: Any = None) -> None:
         self.native = native
         self.tensors: list[Any] | None = None
-        self.parameters: Parameters | None = None
+        self.parameters: Any = None
         self.bound: Any = None
         self.hooks: int | None = None
 
@@ -173,7 +169,7 @@ def _theta_index(coupling: Coupling, device: torch.device) -> Tensor:
 
 def mixing_weights(coupling: Coupling, weights: Tensor, bias: Tensor | None) -> Tensor:
     """θ (U, V, W, n_b)."""
-    parameter = bias if coupling.parameter == "bias" and bias is not None else weights
+    parameter = weights if coupling.parameter == "weights" else cast(Tensor, bias)
     shape = (*coupling.row.shape, len(coupling.hidden_start), coupling.basis.shape[0])
     return parameter.index_select(0, _theta_index(coupling, parameter.device)).view(shape)
 

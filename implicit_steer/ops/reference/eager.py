@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..._transforms import is_transformed
 from ...graph import Graph
 from ...plan import Plan
 from ...plan.moments import NormStatistics, StatisticsSource
-from ...plan.packing import Parameters, dense_kernel, is_transformed
+from ...plan.packing import Parameters, dense_kernel
 from ..backend import Backend
 from ..kernel_mlp import hidden_features, radial_factor
 from ..mean_and_bias import mean_and_bias
