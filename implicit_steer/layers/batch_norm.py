@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -249,6 +249,8 @@ class IIDBatchNorm1d(NormBase, torch.nn.Module):
         eps, momentum, affine, track_running_stats: as in escnn's ``IIDBatchNorm1d``.
     """
 
+    kinds: Any  # a ModuleList of _KindState
+
     def __init__(
         self,
         in_type: Fields,
@@ -282,7 +284,7 @@ class IIDBatchNorm1d(NormBase, torch.nn.Module):
         return {name: getattr(self, name) for name in names} | {"sizes": self._sizes, "channels": channels}
 
     def _kinds(self) -> list[FieldKind]:
-        return [cast(_KindState, state).kind() for state in self.kinds]
+        return [state.kind() for state in self.kinds]
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise with the batch's statistics in training mode, which also move the running ones, else with those."""

@@ -30,16 +30,13 @@ class ExactBuffers(torch.nn.Module):
         """Have those of ``other``."""
         for name in other._exact:
             persistent = name not in other._non_persistent_buffers_set
-            self.set_exact(name, other.exact(name), other._held(name).dtype, persistent)
+            self.set_exact(name, other.exact(name), other.get_buffer(name).dtype, persistent)
 
     def exact(self, name: str) -> Tensor:
         """One of these buffers in float64, on the CPU; what it holds, where somebody wrote other numbers to it."""
-        exact, buffer = self._exact[name], self._held(name)
+        exact, buffer = self._exact[name], self.get_buffer(name)
         unchanged = buffer.is_meta or torch.equal(exact.to(buffer.dtype), buffer.cpu())
         return exact if unchanged else buffer.detach().to("cpu", torch.float64)
-
-    def _held(self, name: str) -> Tensor:
-        return self.get_buffer(name)
 
     def learned_dtype(self) -> torch.dtype:
         """That of what the module itself learns or measures."""
@@ -47,10 +44,10 @@ class ExactBuffers(torch.nn.Module):
         return next(t.dtype for t in tensors if t is not None and t.is_floating_point())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = {name: (self._held(name), self.exact(name)) for name in self._exact}
+        before = {name: (self.get_buffer(name), self.exact(name)) for name in self._exact}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, (buffer, exact) in before.items():
-            now = self._held(name)
+            now = self.get_buffer(name)
             if now.dtype != buffer.dtype or (buffer.is_meta and not now.is_meta):
                 self._buffers[name] = exact.to(now, copy=True)
         return self
@@ -58,7 +55,7 @@ class ExactBuffers(torch.nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name, exact in self._exact.items():
-            given, buffer = state_dict.get(prefix + name), self._held(name)
+            given, buffer = state_dict.get(prefix + name), self.get_buffer(name)
             if given is None or given.shape != exact.shape or given.is_meta or buffer.is_meta:
                 continue
             rounding = 2 * max(torch.finfo(t.dtype).eps for t in (given, buffer))

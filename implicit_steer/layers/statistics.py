@@ -41,7 +41,7 @@ def update_bn(
         >>> clouds = [(x, graph, delta)]
         >>> update_bn(clouds, averaged, forward=lambda model, cloud: model(*cloud))
     """
-    norms = [module for module in model.modules() if _is_batch_norm(module)]
+    norms: list[Any] = [module for module in model.modules() if _is_batch_norm(module)]
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
@@ -52,7 +52,7 @@ def update_bn(
                 if count == 1:
                     for norm in norms:
                         _reset(norm)
-                        setattr(norm, "momentum", None)  # noqa: B010 - the average over all batches
+                        norm.momentum = None  # the average over all batches
                 batch = _moved(batch, device)
                 if forward is not None:
                     forward(model, batch)

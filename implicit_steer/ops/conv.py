@@ -26,7 +26,9 @@ def prepared(plan: Plan, parameters: Parameters, *, values: bool) -> bound.Nativ
     if bound.refusal(plan, torch.float32):
         return None
     native = bound.native_plan(plan, parameters)
-    return native.with_kernel() if values else native
+    if values:
+        native.kernel_entries()
+    return native
 
 
 def _cast(parameters: Parameters, dtype: torch.dtype) -> Parameters:

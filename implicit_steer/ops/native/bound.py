@@ -100,11 +100,6 @@ class NativePlan:
     def __reduce__(self) -> tuple[Any, ...]:
         return _native_plan, self._recipe
 
-    def with_kernel(self) -> NativePlan:
-        """Self, after making ``kernel``."""
-        self.kernel_entries()
-        return self
-
     def kernel_entries(self) -> KernelEntries:
         """``kernel``, made at the first call."""
         if self.kernel is None:
