@@ -166,7 +166,30 @@ class DownsamplingBase(PointConvBase):
         return self._output(source, graph, edge_delta, edge_attr, chosen)
 
 
-class ImplicitPointConv(PointConvBase):
+class PlainPointConv(PointConvBase):
+    """A point convolution between plain tensors."""
+
+    def _nodes(self, x: Any, edge_index: Any) -> tuple[Tensor, None, int]:
+        target = x
+        if isinstance(x, tuple):
+            require(len(x) == 2, "x", "a tensor or a pair (source, target)", f"{len(x)} entries")
+            x, target = x
+        kernel = self.implicit_kernel
+        width = kernel.shell_width
+        check_tensor("x", x, (None, kernel.plan.in_size), width.dtype, width.device)
+        if isinstance(target, Tensor) and target.dim() > 0:
+            return x, None, target.shape[0]
+        return x, None, number_of_targets(target, edge_index, "a tensor")
+
+    def _output(self, source: Tensor, graph: Graph, edge_delta: Any, edge_attr: Any, coords: Tensor | None) -> Tensor:
+        return self._evaluate(source, graph, edge_delta, edge_attr)
+
+    def extra_repr(self) -> str:
+        """What distinguishes this layer."""
+        return f"{self.in_type} -> {self.out_type}, backend={self.backend!r}"
+
+
+class ImplicitPointConv(PlainPointConv):
     """out_i = bias + Σ_{e: j→i} γ s(|x_e|) K(x_e, a_e) f_j, without escnn: plain tensors in, a plain tensor out.
 
     Args:
@@ -198,25 +221,6 @@ class ImplicitPointConv(PointConvBase):
         """What it is built from."""
         names = ("in_type", "out_type", "implicit_kernel", "backend", "n_bias")
         return {name: getattr(self, name) for name in names}
-
-    def _nodes(self, x: Any, edge_index: Any) -> tuple[Tensor, None, int]:
-        target = x
-        if isinstance(x, tuple):
-            require(len(x) == 2, "x", "a tensor or a pair (source, target)", f"{len(x)} entries")
-            x, target = x
-        kernel = self.implicit_kernel
-        width = kernel.shell_width
-        check_tensor("x", x, (None, kernel.plan.in_size), width.dtype, width.device)
-        if isinstance(target, Tensor) and target.dim() > 0:
-            return x, None, target.shape[0]
-        return x, None, number_of_targets(target, edge_index, "a tensor")
-
-    def _output(self, source: Tensor, graph: Graph, edge_delta: Any, edge_attr: Any, coords: Tensor | None) -> Tensor:
-        return self._evaluate(source, graph, edge_delta, edge_attr)
-
-    def extra_repr(self) -> str:
-        """What distinguishes this layer."""
-        return f"{self.in_type} -> {self.out_type}, backend={self.backend!r}"
 
 
 class ImplicitPointConvWithDownsampling(DownsamplingBase, ImplicitPointConv):

@@ -45,6 +45,7 @@ class Coupling(FrozenArrays):
     # where a shift of the hidden trivial coefficients goes: B[b, :, :, trivial t] = Σ_b' fold[b, t, b'] B_bias[b']
     fold: NDArray[Any]  # (n_b, n_trivial, n_b') for "weights" blocks, else empty
     fold_into: int  # position of that bias coupling in Plan.couplings, or -1
+    depthwise: bool = False
 
     def validate(self) -> None:
         require(self.basis.ndim == 4, "basis", "shape (n_b, o, i, m)", self.basis.shape)

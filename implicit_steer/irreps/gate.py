@@ -1,0 +1,59 @@
+"""The gated nonlinearity on irreps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .._check import require
+from ..layers.fields import Fields, check_features
+from ..layers.gate import GateBase
+from ..plan.irreps import Irrep, Irreps, Term
+
+
+class Gate(GateBase):
+    """y = φ(s) for the scalars s of ``irreps_out``, y_n = σ(g_n) · x_n for every other field x_n, g_n a scalar.
+
+    Args:
+        irreps_out: what comes out, as ``"16x0e + 8x1o"``.
+        function: φ, one of ``"silu" | "elu" | "relu" | "gelu" | "tanh" | "sigmoid"``.
+        gate: σ, one of the same.
+
+    Attributes:
+        irreps_in: what goes in: ``irreps_out``, then one scalar g_n for every field that is none, in their order.
+            Layers before it map to ``gate.irreps_in``.
+
+    Shape: x (N, irreps_in.size), y (N, irreps_out.size).
+
+    Raises:
+        ValueError: a term that is no irrep; an unknown function.
+
+    Example:
+        >>> gate = Gate("16x0e + 8x1o")
+        >>> str(gate.irreps_in), gate(torch.randn(10, gate.irreps_in.size)).shape
+        ('16x0e+8x1o+8x0e', torch.Size([10, 40]))
+
+    Source: Weiler et al., *3D Steerable CNNs*, NeurIPS 2018.
+    """
+
+    def __init__(self, irreps_out: Any, function: str = "silu", gate: str = "sigmoid") -> None:
+        super().__init__()
+        self.irreps_out = Irreps.of(irreps_out, "irreps_out")
+        require(len(self.irreps_out) > 0, "irreps_out", "at least one irrep", "none")
+        fields = [(term.irrep.size, not term.irrep.is_trivial) for term in self.irreps_out for _ in range(term[0])]
+        n_gates = sum(is_gated for _, is_gated in fields)
+        gates = (Term(n_gates, Irrep(0, int(bool(self.irreps_out.has_parity)))),) if n_gates else ()
+        self.irreps_in = Irreps(self.irreps_out.terms + gates)
+        self.in_type = Fields(self.irreps_in.size, str(self.irreps_in))
+        self.out_type = Fields(self.irreps_out.size, str(self.irreps_out))
+        self._set_fields(function, gate, tuple(fields))
+
+    def arguments(self) -> dict[str, Any]:
+        """What it is built from."""
+        return {"irreps_out": str(self.irreps_out), "function": self.function, "gate": self.gate}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, irreps_in.size) → (N, irreps_out.size)."""
+        check_features(x, self.irreps_in.size)
+        return self._evaluate(x)

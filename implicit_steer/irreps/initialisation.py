@@ -1,0 +1,86 @@
+"""How the weights of a kernel are drawn at first: so that every component, hidden or of the output, has unit variance.
+
+In the limit of many channels the values u of a hidden field at the samples are Gaussian, with a covariance that the
+layer's weights set; so the second moments of the components after the activation, ``A⁻ E[φ(u) φ(u)ᵀ] A⁻ᵀ``, are
+integrals over two variables. Weights that read a component are divided by the root of its second moment.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..layers import ImplicitKernel
+from ..plan import Activation, Plan
+from ..plan.activations import phi
+
+_NODES = 64  # of Gauss-Hermite quadrature, per variable
+_NOTHING = 1e-6  # second moments below this are those of a coefficient that is always 0
+
+
+def draw_weights(kernel: ImplicitKernel, width: float) -> None:
+    """Draw the weights of a kernel on irreps: on an edge of length ``width``, leaving out the shell and the cutoff, one
+    edge's message has components of unit variance, if those of its features and attributes have.
+
+    Biases are 0, but without attributes those of the first layer, which are then all that the scalars there come from.
+    """
+    deviations = weight_deviations(kernel.plan, width)
+    with torch.no_grad():
+        for layer, deviation in zip(kernel.linears, deviations, strict=True):
+            layer.weights.copy_(torch.randn_like(layer.weights) * torch.from_numpy(deviation).to(layer.weights))
+        if kernel.plan.linears and not kernel.n_attributes:
+            torch.nn.init.normal_(kernel.linears[0].bias)
+
+
+def weight_deviations(plan: Plan, width: float) -> list[NDArray[np.float64]]:
+    """The standard deviation of every weight, layer by layer."""
+    if not plan.linears:  # K is linear in x, of mean square width² / 3 per component, and in the attributes
+        return [_last_deviations(plan, np.array([1.0, width**2 / 3]))]
+    channels, n = plan.activations[0].channels, plan.frame.n_attributes
+    components = 2.0 * plan.frame.order + 1
+    deviations = [np.concatenate([np.full(channels, np.sqrt(3) / width), np.full(channels * n, 1 / np.sqrt(max(n, 1)))])]
+    variances = (plan.frame.order < 2).astype(float)  # of a component of each degree, before the activation
+    for act in plan.activations:
+        moments = _second_moments(act, variances * components)
+        if plan.norms:  # which leaves a mean square of 1 over all components
+            moments *= components.sum() / moments.sum()
+        moments /= components
+        moments[moments < _NOTHING] = 1
+        deviations.append(np.tile(1 / np.sqrt(channels * moments), channels * channels))
+        variances = np.ones(len(components))
+    return [*deviations[:-1], _last_deviations(plan, moments)]
+
+
+def _second_moments(act: Activation, variances: NDArray[np.float64]) -> NDArray[np.float64]:
+    """E[y_l²] of ``y = A⁻ φ(A z)`` for independent Gaussian z_l of these variances."""
+    covariance = (act.samples * variances) @ act.samples.T
+    deviation = np.sqrt(np.diag(covariance))
+    correlation = np.clip(covariance / np.outer(deviation, deviation), -1, 1)[..., None, None]
+    nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
+    weights /= weights.sum()
+    # u and u' = ρ u + √(1 − ρ²) v, u and v independent: (S, 1, nodes, 1), (S, S, nodes, nodes)
+    first = deviation[:, None, None, None] * nodes[:, None]
+    second = deviation[:, None, None] * (correlation * nodes[:, None] + np.sqrt(1 - correlation**2) * nodes)
+    values = [phi(act.function, torch.from_numpy(u)).numpy() for u in (first, second)]
+    products = np.einsum("qaij,qpij,i,j->qp", values[0], values[1], weights, weights, optimize=True)
+    return np.einsum("lq,qp,lp->l", act.inverse, products, act.inverse)
+
+
+def _last_deviations(plan: Plan, moments: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of the last layer: each of the n weights that reach a component adds 1 / n to its variance; ``moments``: of a
+    component of a hidden field, by degree."""
+    deviations, elements = np.zeros(plan.n_last[0]), np.zeros(plan.out_size)
+    read = [c for c in plan.couplings if c.parameter == "weights"]
+    for c in read:
+        elements[c.out_start] += c.row.shape[1] * len(c.hidden_start) * len(c.basis)
+    for c in read:
+        if plan.linears:
+            degree = plan.frame.order[plan.frame.coefficient]
+        else:
+            degree = np.full(c.basis.shape[3], int(c.basis.shape[3] == 3))
+        per_path = np.array([1 / np.sqrt(moments[degree[(b != 0).any((0, 1))][0]]) for b in c.basis])
+        block = np.tile(per_path, len(c.hidden_start))  # [w, b]
+        index = c.row[..., None] + np.arange(len(block))
+        deviations[index] = (block / np.sqrt(elements[c.out_start])[:, None])[:, None]
+    return deviations

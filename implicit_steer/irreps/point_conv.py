@@ -1,0 +1,150 @@
+"""Steerable convolution on point clouds and graphs with an implicit kernel, between irreps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._check import require, require_integer
+from ..graph import Graph
+from ..layers import Fields, ImplicitKernel
+from ..layers.point_conv import PlainPointConv
+from ..lowering.irreps import KernelOptions, depthwise_irreps, lower_kernel
+from ..ops import select
+from ..plan import FUNCTIONS
+from ..plan.frozen import require_number
+from ..plan.irreps import Irreps
+from .initialisation import draw_weights
+from .linear import Linear
+
+
+class ImplicitPointConv(PlainPointConv):
+    """out_i = bias + Σ_{e: j→i} s(|x_e|) K(x_e, a_e) f_j, equivariant for rotations, and for inversion where irreps
+    have parities; plain tensors in e3nn's layout and basis, no escnn.
+
+    ``vec K = MLP(x ⊕ a)`` for an equivariant MLP, s(r) = exp(−½ (r / σ)²) times, with a ``cutoff``, a smooth envelope.
+
+    Args:
+        irreps_in, irreps_out: of features and result: ``"16x0e + 8x1o"`` is 16 scalars and 8 vectors, in that order,
+            40 components; a string, an :class:`Irreps` or ``e3nn.o3.Irreps``.
+        edge_attr: how many invariant attributes an edge has.
+        n_layers, n_channels: the kernel's MLP: linear layers (1: a kernel linear in x and a) and hidden fields.
+        activation: ``"silu" | "gelu" | "tanh" | "elu" | "relu"``, of the MLP; for forces one of the first three.
+        norm: None, or ``"batch"``: batch norms in the MLP, over the edges.
+        cutoff: radius beyond which the kernel is 0, with two continuous derivatives, in the unit of the positions.
+        width: σ at first, in the unit of the positions: about the length of an edge.
+        aggr: ``"sum"`` (``"add"``) or ``"mean"`` over the edges of a node.
+        depthwise: K acts channel by channel (e3nn's "uvu"), one output per channel and path, which one
+            :class:`Linear` mixes: far fewer weights, at widths of 64 and more faster in training.
+        bias: whether a learned constant is added to the scalars of the result.
+        backend: ``"auto"`` or one of ``implicit_steer.info().backends``; one asked for by name runs or raises.
+
+    Weights are drawn so that one edge of length ``width`` carries a message of unit variance, shell and cutoff left
+    out; a node adds up its edges, so divide by the root of their mean number.
+
+    Attributes:
+        implicit_kernel: K, callable on positions (P, 3) and attributes; ``implicit_kernel.shell_width`` is σ.
+        linear: with ``depthwise`` the mixing :class:`Linear`, else None.
+
+    Raises:
+        ValueError, TypeError: wrong argument, naming it, what was expected and what came; irreps that no kernel of
+            positions and scalars can connect.
+
+    Example:
+        >>> conv = ImplicitPointConv("16x0e + 8x1o", "16x0e + 8x1o")
+        >>> pos, x = torch.randn(100, 3), torch.randn(100, 40)
+        >>> edges = implicit_steer.knn_graph(pos, k=8)
+        >>> conv(x, edges, pos[edges[1]] - pos[edges[0]]).shape
+        torch.Size([100, 40])
+
+    Source: Zhdanov, Hoffmann, Cesa, *Implicit Convolutional Kernels for Steerable CNNs*, NeurIPS 2023.
+    """
+
+    def __init__(
+        self,
+        irreps_in: Any,
+        irreps_out: Any,
+        edge_attr: int = 0,
+        *,
+        n_layers: int = 3,
+        n_channels: int = 8,
+        activation: str = "silu",
+        norm: str | None = None,
+        cutoff: float | None = None,
+        width: float = 0.5,
+        aggr: str = "sum",
+        depthwise: bool = False,
+        bias: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.irreps_in, self.irreps_out = Irreps.of(irreps_in, "irreps_in"), Irreps.of(irreps_out, "irreps_out")
+        options = _checked_options(edge_attr, n_layers, n_channels, activation, norm, cutoff, aggr)
+        for name, flag in (("depthwise", depthwise), ("bias", bias)):
+            require(isinstance(flag, bool), name, "True or False", repr(flag), kind=TypeError)
+        require_number("width", width)
+        require(width > 0, "width", "a positive length", width)
+        require(backend in select.NAMES, "backend", f"one of {select.NAMES}", repr(backend))
+        self.depthwise, self.backend = depthwise, backend
+        self.in_type = Fields(self.irreps_in.size, str(self.irreps_in))
+        self.out_type = Fields(self.irreps_out.size, str(self.irreps_out))
+        self._arguments = {"edge_attr": edge_attr, "n_layers": n_layers, "n_channels": n_channels, "width": width}
+        self.implicit_kernel = ImplicitKernel(lower_kernel(self.irreps_in, self.irreps_out, options, depthwise))
+        self.linear = None
+        if depthwise:
+            self.linear = Linear(depthwise_irreps(self.irreps_in, self.irreps_out), self.irreps_out, bias)
+        self._set_bias(_on_scalars(self.irreps_out, bias and not depthwise))
+        self.implicit_kernel.adopt_bias(self)
+        torch.nn.init.constant_(self.implicit_kernel.shell_width, width)
+        draw_weights(self.implicit_kernel, width)
+        shell = self.implicit_kernel.shell_width
+        select.check(backend, self.implicit_kernel.plan, shell.device, shell.dtype)
+
+    def arguments(self) -> dict[str, Any]:
+        """What it is built from."""
+        kernel = self.implicit_kernel
+        has_bias = (self.bias if self.linear is None else self.linear.bias) is not None
+        return {
+            "irreps_in": str(self.irreps_in),
+            "irreps_out": str(self.irreps_out),
+            **self._arguments,
+            **{name: getattr(kernel, name) for name in ("norm", "cutoff", "aggr")},
+            "activation": kernel.activation or FUNCTIONS[0],
+            "depthwise": self.depthwise,
+            "bias": has_bias,
+            "backend": self.backend,
+        }
+
+    def _output(self, source: Tensor, graph: Graph, edge_delta: Any, edge_attr: Any, coords: Tensor | None) -> Tensor:
+        y = self._evaluate(source, graph, edge_delta, edge_attr)
+        return y if self.linear is None else self.linear(y)
+
+    def explain(self) -> str:
+        """Group, sampling, frame, costs, and which backend runs and why."""
+        mixed = "" if self.linear is None else f"\n  then       Linear, {self.linear.extra_repr()}"
+        return super().explain() + mixed
+
+
+def _checked_options(
+    edge_attr: int, n_layers: int, n_channels: int, activation: str, norm: str | None, cutoff: Any, aggr: str
+) -> KernelOptions:
+    require_integer("edge_attr", edge_attr, 0)
+    require_integer("n_layers", n_layers, 1)
+    require_integer("n_channels", n_channels, 1)
+    require(activation in FUNCTIONS, "activation", f"one of {FUNCTIONS}", repr(activation))
+    require(norm in ("batch", None), "norm", "'batch' or None", repr(norm))
+    if cutoff is not None:
+        require_number("cutoff", cutoff)
+        cutoff = float(cutoff)
+    aggr = "sum" if aggr == "add" else aggr
+    require(aggr in ("sum", "mean"), "aggr", "'sum', 'add' or 'mean'", repr(aggr))
+    return KernelOptions(edge_attr, n_layers, n_channels, activation, norm, cutoff, aggr)
+
+
+def _on_scalars(irreps: Irreps, bias: bool) -> Tensor:
+    """(C, n), float64: a column for each scalar; none without ``bias``."""
+    identity = torch.eye(irreps.size, dtype=torch.float64)
+    scalars = [start for irrep, starts in irreps.fields.items() if irrep.is_trivial for start in starts]
+    return identity[:, scalars if bias else []]
