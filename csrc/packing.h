@@ -52,12 +52,17 @@ struct Transposed {
 };
 
 // Calls f(from, to) for every weight of θ: its positions in the packed weights in the layouts [b][u][v, w] and
-// [b][v][w][u], whose rows of channels are padded.
+// [b][v][w][u], whose rows of channels are padded; of a depthwise coupling [b][v, w] and [b][w][v].
 template <typename R, typename F>
 void for_theta(const PlanView<R>& plan, F f) {
   for (const CouplingView* next = plan.couplings; next < plan.couplings + plan.n_couplings; ++next) {
     const CouplingView& q = *next;
-    for (int64_t b = 0; b < q.n_basis; ++b)
+    for (int64_t b = 0; b < q.n_basis && q.depthwise; ++b)
+      for (int64_t v = 0; v < q.n_in; ++v)
+        for (int64_t w = 0; w < q.n_hidden; ++w)
+          f(q.theta + b * q.theta_size + v * q.hidden_stride + w,
+            q.theta_forward + (b * q.n_hidden + w) * q.out_stride + v);
+    for (int64_t b = 0; b < q.n_basis && !q.depthwise; ++b)
       for (int64_t u = 0; u < q.n_out; ++u)
         for (int64_t v = 0; v < q.n_in; ++v)
           for (int64_t w = 0; w < q.n_hidden; ++w)

@@ -79,11 +79,12 @@ enum Function : int32_t { kElu = 0, kRelu = 1, kSilu = 2, kGelu = 3, kTanh = 4 }
   FIELD(n_hidden) /* W */                                                      \
   FIELD(n_basis)  /* n_b */                                                    \
   FIELD(constant) /* reads the constant one: W = 1 */                          \
+  FIELD(depthwise) /* output u reads input u alone: V = U */                   \
   FIELD(n_slots)                                                               \
   FIELD(n_groups)                                                              \
   FIELD(n_blocks)                                                              \
   FIELD(theta)         /* positions in the packed weights of θ [b][u][v, w] */ \
-  FIELD(theta_forward) /* and of θ [b][v][w][u] */                             \
+  FIELD(theta_forward) /* and of θ [b][v][w][u]; depthwise: [b][v, w], [b][w][u] */ \
   FIELD(out_at)        /* place of component 0 of the U outputs */
 
 #define IST_MEMBER(name) int32_t name;
@@ -113,6 +114,7 @@ struct CouplingView {
   const int32_t* blocks;                         // [n_blocks, 2] row (n_rows: the constant one), place of the products
   int32_t hidden_stride, in_stride, out_stride;  // from one row of channels to the next: padded, but 1 of the constant
   int64_t theta_size;                            // of θ[b, u], as [v, w]
+  int32_t theta_rows;                            // of them for each b: U, or 1 where depthwise
   int64_t at_sums, at_slots;                     // positions in a worker's buffers; set by place_couplings()
 };
 
@@ -253,6 +255,7 @@ inline CouplingView read_coupling(Reader<int32_t>& ints) {
   q.hidden_stride = q.constant ? 1 : static_cast<int32_t>(padded(q.n_hidden));
   q.in_stride = static_cast<int32_t>(padded(q.n_in)), q.out_stride = static_cast<int32_t>(padded(q.n_out));
   q.theta_size = padded(int64_t{q.n_in} * q.hidden_stride);
+  q.theta_rows = q.depthwise ? 1 : q.n_out;
   return q;
 }
 

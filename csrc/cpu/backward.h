@@ -16,7 +16,7 @@ struct Backward : Worker<R> {
   R* sums;                // T of one node, as [w][slot, v]
   R *slot_sums, *d_sums;  // T and ∂L/∂T of kNodes nodes, as [slot, v][w]
   R* d_sums_t;            // ∂L/∂T of one node, as [w][slot, v]
-  R* d_theta;             // [b][u][v, w] of all couplings, one after the other as in the packed weights
+  R* d_theta;             // θ's gradient, of all couplings one after the other as in the packed weights
   R* grads;               // [kNodes, n_mixed] the output's gradients of the nodes in the ring
   R* d_rows;              // per row of hidden features [L, padded W]
   R* d_one;               // [L, QL] sums over QL are the gradients of the constant one in h
@@ -67,7 +67,7 @@ struct Backward : Worker<R> {
 
   // Position of θ [b][u] of a coupling in d_theta.
   R* theta_gradient(const CouplingView& q, int b) const {
-    return d_theta + (q.theta - p.couplings[0].theta) + int64_t{b} * q.n_out * q.theta_size;
+    return d_theta + (q.theta - p.couplings[0].theta) + int64_t{b} * q.theta_rows * q.theta_size;
   }
   // Position of T[slot] of a coupling in slot_sums and d_sums.
   static int64_t at_slot(const CouplingView& q, int slot) {
@@ -90,7 +90,8 @@ struct Backward : Worker<R> {
     memcpy(static_cast<void*>(grads + n_ring * p.n_mixed), mixed + current * p.n_mixed, sizeof(R) * p.n_mixed);
   }
 
-  // d_sums [slot][v, w] = Σ_u θ[b, u, v, w] g[o, u] for this node and the next ones that have edges
+  // d_sums [slot][v, w] = Σ_u θ[b, u, v, w] g[o, u], of a depthwise coupling only u = v, for this node and the next ones
+  // that have edges
   void prepare(int64_t node) {
     n_prepared = current = 0;
     prepared[n_prepared++] = node;
@@ -101,7 +102,21 @@ struct Backward : Worker<R> {
         if (p.place[k] >= 0)
           mixed[n * p.n_mixed + p.place[k]] = constant_number<R>(a.grad_out[prepared[n] * p.out_size + k]);
     for (int k = 0; k < p.n_couplings; ++k)
-      for (int slot = 0; slot < p.couplings[k].n_slots; ++slot) sum_outputs(p.couplings[k], slot);
+      for (int slot = 0; slot < p.couplings[k].n_slots; ++slot)
+        p.couplings[k].depthwise ? scale_channels(p.couplings[k], slot) : sum_outputs(p.couplings[k], slot);
+  }
+
+  // d_sums [slot][v, w] = θ[b, v, w] g[o, v]
+  void scale_channels(const CouplingView& q, int slot) {
+    const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
+    const R* weight = weights + q.theta + b * q.theta_size;
+    for (int n = 0; n < n_prepared; ++n) {
+      const R* g = mixed + n * p.n_mixed + q.out_at + o * q.out_stride;
+      R* d = d_sums + n * size.slots + at_slot(q, slot);
+      for (int64_t x = 0; x < q.theta_size && q.constant; x += QL) store_row(d + x, load_row(weight + x) * load_row(g + x));
+      for (int64_t x = 0; x < q.theta_size && !q.constant; x += QL)
+        store_row(d + x, load_row(weight + x) * g[x / q.hidden_stride]);
+    }
   }
 
   void sum_outputs(const CouplingView& q, int slot) {
@@ -180,12 +195,28 @@ struct Backward : Worker<R> {
       const CouplingView& q = p.couplings[k];
       for (int slot = 0; slot < q.n_slots; ++slot) {
         const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
-        rank_updates(q.n_out, theta_gradient(q, b), q.theta_size,
-                     numbers_at(grads + q.out_at + o * q.out_stride, 1, p.n_mixed), slot_sums + at_slot(q, slot),
-                     size.slots, 0, n_ring, q.theta_size);
+        const R *g = grads + q.out_at + o * q.out_stride, *sums_of = slot_sums + at_slot(q, slot);
+        if (q.depthwise)
+          flush_channels(q, theta_gradient(q, b), g, sums_of);
+        else
+          rank_updates(q.n_out, theta_gradient(q, b), q.theta_size, numbers_at(g, 1, p.n_mixed), sums_of, size.slots, 0,
+                       n_ring, q.theta_size);
       }
     }
     n_ring = 0;
+  }
+
+  // dθ [b][v, w] += Σ_n g_n[v, o] T_n[slot][v, w]; g, sums_of: of the first node, of this o and slot
+  void flush_channels(const CouplingView& q, R* out, const R* g, const R* sums_of) {
+    for (int64_t x = 0; x < q.theta_size; x += QL) {
+      typename Lane<R>::Q total = load_row(out + x);
+      for (int n = 0; n < n_ring; ++n) {
+        const R* at = g + n * p.n_mixed;
+        const auto sum = load_row(sums_of + n * size.slots + x);
+        total += q.constant ? sum * load_row(at + x) : sum * at[x / q.hidden_stride];
+      }
+      store_row(out + x, total);
+    }
   }
 
   // ---- the reverse sweep of one tile

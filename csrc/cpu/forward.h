@@ -22,18 +22,20 @@ struct Forward : Worker<R> {
     this->products.set_constant_factors();
   }
 
-  // mixed[n, o, u] += Σ_{v, w} θ[b, v, w, u] T_n[w, slot, v] for the nodes in the ring
+  // mixed[n, o, u] += Σ_{v, w} θ[b, v, w, u] T_n[w, slot, v] for the nodes in the ring, of a depthwise coupling only v = u
   void mix(const Group& group, int slot) {
     const CouplingView& q = group.q;
     const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
     const R* node[kNodes];
     for (int n = 0; n < kNodes; ++n)
       node[n] = opaque_pointer(sums + n * size.sums + group.sums + (slot - group.first) * q.in_stride);
-    const R* weight = weights + q.theta_forward + int64_t{b} * q.n_in * q.n_hidden * q.out_stride;
+    const R* weight = weights + q.theta_forward + int64_t{b} * (q.depthwise ? 1 : q.n_in) * q.n_hidden * q.out_stride;
     R* out = mixed + q.out_at + o * q.out_stride;
     int u = 0;
-    for (; u + L <= q.out_stride; u += L) mix_block<V>(group, weight + u, node, out + u);
-    for (; u < q.n_out; u += QL) mix_block<Q>(group, weight + u, node, out + u);
+    for (; u + L <= q.out_stride; u += L)
+      q.depthwise ? mix_channels<V>(group, weight, node, out, u) : mix_block<V>(group, weight + u, node, out + u);
+    for (; u < q.n_out; u += QL)
+      q.depthwise ? mix_channels<Q>(group, weight, node, out, u) : mix_block<Q>(group, weight + u, node, out + u);
   }
   // T outputs
   template <typename T>
@@ -43,6 +45,17 @@ struct Forward : Worker<R> {
       for (int64_t x = v; x < group.q.n_hidden * group.width; x += group.width, weight += group.q.out_stride)
         add_term<kNodes, 1>(acc, [&](int n, int) { return node[n][x]; }, weight, 0);
     for (int n = 0; n < kNodes; ++n, out += p.n_mixed) store_numbers(out, load_numbers<T>(out) + acc[n]);
+  }
+
+  // T channels from u on, each by itself
+  template <typename T>
+  IST_INLINE void mix_channels(const Group& group, const R* weight, const R* const* node, R* out, int u) {
+    T acc[kNodes] = {};
+    for (int w = 0; w < group.q.n_hidden; ++w, weight += group.q.out_stride) {
+      const T factor = load_numbers<T>(weight + u);
+      for (int n = 0; n < kNodes; ++n) acc[n] += load_numbers<T>(node[n] + w * group.width + u) * factor;
+    }
+    for (int n = 0; n < kNodes; ++n, out += p.n_mixed) store_numbers(out + u, load_numbers<T>(out + u) + acc[n]);
   }
 
   void flush() {

@@ -24,6 +24,8 @@ from .kinds import DATA, KINDS, REGISTERED, kind_of
 from .limits import Placeholders, check_size
 
 ARRAY = "array."  # names of arrays in the file begin with this
+# Fields that were added later: written only where they differ, so that versions without them can read the file.
+_LATER_DEFAULTS: tuple[tuple[str, Any], ...] = (("depthwise", False),)
 
 
 class _Encoder:
@@ -69,7 +71,9 @@ class _Encoder:
 
     def data(self, data: FrozenArrays) -> int:
         if data not in self._known:
-            content = {f.name: self.value(getattr(data, f.name)) for f in fields(data)}
+            given = {f.name: getattr(data, f.name) for f in fields(data)}
+            given = {name: value for name, value in given.items() if (name, value) not in _LATER_DEFAULTS}
+            content = {name: self.value(value) for name, value in given.items()}
             self._known[data] = self._add({"data": type(data).__name__, "fields": content})
         return self._known[data]
 

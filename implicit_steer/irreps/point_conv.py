@@ -94,7 +94,7 @@ class ImplicitPointConv(PlainPointConv):
         self.implicit_kernel = ImplicitKernel(lower_kernel(self.irreps_in, self.irreps_out, options, depthwise))
         self.linear = None
         if depthwise:
-            self.linear = Linear(depthwise_irreps(self.irreps_in, self.irreps_out), self.irreps_out, bias)
+            self.linear = Linear(depthwise_irreps(self.irreps_in, self.irreps_out, n_layers), self.irreps_out, bias)
         self._set_bias(_on_scalars(self.irreps_out, bias and not depthwise))
         self.implicit_kernel.adopt_bias(self)
         torch.nn.init.constant_(self.implicit_kernel.shell_width, width)

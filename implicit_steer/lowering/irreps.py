@@ -75,15 +75,15 @@ def paths(irreps_in: Irreps, irreps_out: Irreps, highest: int) -> list[Path]:
     return found
 
 
-def highest_degree(irreps_in: Irreps, irreps_out: Irreps) -> int:
-    """L of the hidden fields."""
-    return irreps_in.highest_degree + irreps_out.highest_degree + 1
+def highest_degree(irreps_in: Irreps, irreps_out: Irreps, n_layers: int) -> int:
+    """L of the fields that the last layer reads; of a single layer these are the position and the attributes."""
+    return irreps_in.highest_degree + irreps_out.highest_degree + 1 if n_layers > 1 else 1
 
 
-def depthwise_irreps(irreps_in: Irreps, irreps_out: Irreps) -> Irreps:
+def depthwise_irreps(irreps_in: Irreps, irreps_out: Irreps, n_layers: int) -> Irreps:
     """What a kernel that acts channel by channel gives: for every path to an irrep of ``irreps_out`` as many copies as
     the input has."""
-    found = paths(irreps_in, irreps_out, highest_degree(irreps_in, irreps_out))
+    found = paths(irreps_in, irreps_out, highest_degree(irreps_in, irreps_out, n_layers))
     return Irreps(tuple(Term(irreps_in.count(path.irrep_in), path.irrep_out) for path in found))
 
 
@@ -95,7 +95,7 @@ def lower_kernel(irreps_in: Irreps, irreps_out: Irreps, options: KernelOptions, 
         ValueError: irreps of different groups; irreps between which there is no path.
     """
     check_same_group(irreps_in=irreps_in, irreps_out=irreps_out)
-    highest, n = highest_degree(irreps_in, irreps_out), options.n_attributes
+    highest, n = highest_degree(irreps_in, irreps_out, options.n_layers), options.n_attributes
     if options.n_layers > 1:
         frame, linears, activations, norms = _hidden_layers(highest, options)
         size = (highest + 1) ** 2
@@ -107,9 +107,9 @@ def lower_kernel(irreps_in: Irreps, irreps_out: Irreps, options: KernelOptions, 
         hidden = [_HiddenFields(np.array([0]), np.ones(3, int)), _HiddenFields(3 + np.arange(n), np.zeros(1, int))]
         hidden_size, sampling = 3 + n + 1, "exact"
     builder = _Couplings(irreps_in, hidden, hidden_size, has_norms=bool(norms))
-    found = paths(irreps_in, irreps_out, highest if options.n_layers > 1 else 1)
+    found = paths(irreps_in, irreps_out, highest)
     if depthwise:
-        irreps_out = depthwise_irreps(irreps_in, irreps_out)
+        irreps_out = depthwise_irreps(irreps_in, irreps_out, options.n_layers)
         for path, start in zip(found, irreps_out.starts, strict=True):
             starts = start + path.irrep_out.size * np.arange(irreps_in.count(path.irrep_in))
             builder.add([path], starts, depthwise=True)

@@ -18,6 +18,9 @@ from ..plan.moments import NormStatistics, StatisticsSource
 from ..plan.packing import Parameters
 from .kernel_mlp import plain_kernel
 
+# Why the GPU's own backends refuse a plan.
+DEPTHWISE_ON_GPU = "depthwise kernels run on a GPU as plain PyTorch, in 'eager'"
+
 
 @runtime_checkable
 class Backend(Protocol):

@@ -181,7 +181,8 @@ def _kernel_index(plan: Plan, device: torch.device) -> Tensor:
     for c in plan.couplings:
         _, o, i, m = c.basis.shape
         out = (torch.tensor(c.out_start)[:, None] + torch.arange(o)).reshape(-1, 1, 1)
-        into = (torch.tensor(c.in_start)[:, None] + torch.arange(i)).reshape(1, -1, 1)
+        into = torch.tensor(c.in_start)[:, None] + torch.arange(i)
+        into = into.repeat_interleave(o, 0)[:, :, None] if c.depthwise else into.reshape(1, -1, 1)
         hidden = (torch.tensor(c.hidden_start)[:, None] + torch.arange(m)).reshape(1, 1, -1)
         parts.append(((out * plan.in_size + into) * plan.hidden_size + hidden).reshape(-1))
     return torch.cat(parts).to(device)

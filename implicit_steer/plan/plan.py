@@ -34,10 +34,12 @@ class Coupling(FrozenArrays):
 
     ``K[out_start[u] + o, in_start[v] + i] += Σ_{b,w,m} θ[u, v, w, b] B[b, o, i, m] h[hidden_start[w] + m]`` with
     ``θ[u, v, w, b] = parameter[row[u, v] + w n_b + b]``; the parameter is the last layer's ``weights`` or its ``bias``.
+
+    A ``depthwise`` coupling acts channel by channel (e3nn's "uvu"): output u reads input u alone, through θ[u, 0, w, b].
     """
 
     parameter: str
-    row: NDArray[Any]  # (U, V)
+    row: NDArray[Any]  # (U, V); (U, 1) where depthwise
     out_start: NDArray[Any]  # (U,)
     in_start: NDArray[Any]  # (V,)
     hidden_start: NDArray[Any]  # (W,)
@@ -49,7 +51,10 @@ class Coupling(FrozenArrays):
 
     def validate(self) -> None:
         require(self.basis.ndim == 4, "basis", "shape (n_b, o, i, m)", self.basis.shape)
-        require_indices("row", self.row, self.end, (len(self.out_start), len(self.in_start)))
+        require(isinstance(self.depthwise, bool), "depthwise", "True or False", repr(self.depthwise))
+        n_out, n_in = len(self.out_start), len(self.in_start)
+        require(not self.depthwise or n_out == n_in, "in_start", f"{n_out} fields, as many as go out", n_in)
+        require_indices("row", self.row, self.end, (n_out, 1 if self.depthwise else n_in))
         read = self.row.size * len(self.hidden_start) * len(self.basis)
         require(read <= self.end, "row", f"{read} numbers of the parameter, each read once", f"{self.end} numbers")
 
@@ -123,6 +128,7 @@ class Plan(FrozenArrays):
             require(ok, "fold_into", "the position of a bias coupling or -1", (n, c.fold_into))
             if into is not None:
                 require_shape("row", into.row, c.row.shape)
+                require(into.depthwise == c.depthwise, "depthwise", f"{c.depthwise}, as of coupling {n}", into.depthwise)
                 n_trivial = len(self.norms[-1].trivial) if self.norms else c.fold.shape[1]
                 require_shape("fold", c.fold, (n_b, n_trivial, len(into.basis)))
 
@@ -145,6 +151,11 @@ class Plan(FrozenArrays):
             )
             require_indices("trivial", norm.trivial, coefficients)
             require_indices("measured", norm.measured, full // norm.channels)
+
+    @cached_property
+    def is_depthwise(self) -> bool:
+        """Whether it acts channel by channel, at least in part."""
+        return any(c.depthwise for c in self.couplings)
 
     @property
     def n_last(self) -> tuple[int, int]:
@@ -171,7 +182,7 @@ class Plan(FrozenArrays):
             n_nonzeros, n_products, n_slots = c.counts
             nonzeros += (n_nonzeros if c.parameter == "weights" else 0) * n_in * n_hidden
             coupling += n_nonzeros * n_in + n_products * n_in * n_hidden
-            mixing += n_slots * n_in * n_hidden * len(c.out_start)
+            mixing += n_slots * n_hidden * c.row.size
         return {
             "mlp per edge": mlp,
             "φ per edge": phi,
@@ -187,6 +198,8 @@ class Plan(FrozenArrays):
     def dense_coupling(self) -> bool:
         """Whether the outer product f ⊗ h of whole features, mixed by one dense matrix per node, takes fewer
         multiply-adds than the sparse coupling, at 16 edges per node. In zonal frames h is never written out."""
+        if self.is_depthwise:
+            return False
         cost, edges = self.cost(), 16
         sparse = edges * cost["sparse coupling per edge"] + cost["mixing per node"]
         dense = edges * cost["outer product per edge"] + cost["dense mixing per node"]
@@ -209,6 +222,7 @@ class Plan(FrozenArrays):
             lines.append(
                 f"  coupling   {len(c.out_start)} x {len(c.in_start)} x {len(c.hidden_start)} fields ({c.parameter}), "
                 f"{c.basis.shape[0]} intertwiners, {c.counts[0]} nonzeros, {c.counts[2]} slots"
+                + (", channel by channel" if c.depthwise else "")
             )
         lines.append(
             f"  kernel     {self.out_size} x {self.in_size}, γ = {self.gamma:.4g}, cutoff {self.cutoff}, {self.aggr}"

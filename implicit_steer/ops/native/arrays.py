@@ -331,6 +331,7 @@ class _Builder:
             n_hidden=len(coupling.hidden_start),
             n_basis=coupling.basis.shape[0],
             constant=reads_one(self.plan, coupling),
+            depthwise=coupling.depthwise,
             n_slots=len(terms.slots),
             n_groups=len(terms.groups),
             n_blocks=len(terms.blocks),

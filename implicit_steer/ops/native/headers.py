@@ -66,6 +66,7 @@ class CouplingHeader(NamedTuple):
     n_hidden: int
     n_basis: int
     constant: bool
+    depthwise: bool
     n_slots: int
     n_groups: int
     n_blocks: int

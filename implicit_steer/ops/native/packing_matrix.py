@@ -84,17 +84,17 @@ def bias_rows(layer: Linear, order: NDArray[Any], start: int, n_parameters: int)
 class ThetaLayouts(NamedTuple):
     """The parameter of every number of a coupling's θ in both layouts; −1 in the padding of rows of channels."""
 
-    theta: NDArray[Any]  # [b][u][v, w], for the reverse sweep
-    theta_forward: NDArray[Any]  # [b][v][w][u], for the forward pass
+    theta: NDArray[Any]  # [b][u][v, w], for the reverse sweep; [b][v, w] where depthwise
+    theta_forward: NDArray[Any]  # [b][v][w][u], for the forward pass; [b][w][u]
 
 
 def theta_layouts(coupling: Coupling, start: int, constant: bool) -> ThetaLayouts:
     """``start``: of the coupling's parameter; ``constant``: it reads the constant hidden feature."""
     n_hidden, n_basis = len(coupling.hidden_start), coupling.basis.shape[0]
     per_row = np.arange(n_hidden * n_basis).reshape(n_hidden, n_basis)
-    parameters = start + coupling.row[:, :, None, None] + per_row  # (U, V, W, b)
-    theta = parameters.transpose(3, 0, 1, 2)
-    theta = theta[..., 0] if constant else _padded_rows(theta).reshape(n_basis, len(coupling.out_start), -1)
+    parameters = start + coupling.row[:, :, None, None] + per_row  # (U, V, W, b); V = 1 where depthwise
+    theta = parameters.transpose((3, 1, 0, 2) if coupling.depthwise else (3, 0, 1, 2))
+    theta = theta[..., 0] if constant else _padded_rows(theta).reshape(*theta.shape[:2], -1)
     theta_forward = _padded_rows(parameters.transpose(3, 1, 2, 0))
     return ThetaLayouts(_padded_rows(theta).reshape(-1), theta_forward.reshape(-1))
 
@@ -129,7 +129,7 @@ def dense_couplings(plan: Plan) -> tuple[Coupling, ...]:
 def kernel_entries(plan: Plan, n_weights: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Of every product θ·B: its position in the flat (C_out, C_in, H) kernel tensor, that of θ among the last layer's
     parameters, ``n_weights`` weights and then its bias, and B."""
-    fields = [(len(c.out_start), len(c.in_start), len(c.hidden_start)) for c in plan.couplings]
+    fields = [(*c.row.shape, len(c.hidden_start)) for c in plan.couplings]
     counts = [math.prod(n) * c.counts[0] for n, c in zip(fields, plan.couplings, strict=True)]
     position, column, value = (np.empty(sum(counts), dtype) for dtype in (np.int64, np.int64, float))
     ends = np.cumsum(counts)
@@ -137,7 +137,7 @@ def kernel_entries(plan: Plan, n_weights: int) -> tuple[NDArray[Any], NDArray[An
         b, o, i, m = np.nonzero(c.basis)
         u, v, w, _ = np.ogrid[: n[0], : n[1], : n[2], :1]
         here = position[end - count : end].reshape(*n, len(b))
-        here[...] = (c.out_start[u] + o) * plan.in_size + c.in_start[v] + i
+        here[...] = (c.out_start[u] + o) * plan.in_size + c.in_start[u if c.depthwise else v] + i
         here *= plan.hidden_size
         here += c.hidden_start[w] + m
         here = column[end - count : end].reshape(*n, len(b))
