@@ -73,17 +73,17 @@ enum Function : int32_t { kElu = 0, kRelu = 1, kSilu = 2, kGelu = 3, kTanh = 4 }
   FIELD(out_odd)                                                                         \
   FIELD(n_groups) /* rows of W that share their columns */
 
-#define IST_COUPLING_HEADER(FIELD)                                             \
-  FIELD(n_out)    /* U */                                                      \
-  FIELD(n_in)     /* V */                                                      \
-  FIELD(n_hidden) /* W */                                                      \
-  FIELD(n_basis)  /* n_b */                                                    \
-  FIELD(constant) /* reads the constant one: W = 1 */                          \
-  FIELD(depthwise) /* output u reads input u alone: V = U */                   \
-  FIELD(n_slots)                                                               \
-  FIELD(n_groups)                                                              \
-  FIELD(n_blocks)                                                              \
-  FIELD(theta)         /* positions in the packed weights of θ [b][u][v, w] */ \
+#define IST_COUPLING_HEADER(FIELD)                                                  \
+  FIELD(n_out)     /* U */                                                          \
+  FIELD(n_in)      /* V */                                                          \
+  FIELD(n_hidden)  /* W */                                                          \
+  FIELD(n_basis)   /* n_b */                                                        \
+  FIELD(constant)  /* reads the constant one: W = 1 */                              \
+  FIELD(depthwise) /* output u reads input u alone: V = U */                        \
+  FIELD(n_slots)                                                                    \
+  FIELD(n_groups)                                                                   \
+  FIELD(n_blocks)                                                                   \
+  FIELD(theta)         /* positions in the packed weights of θ [b][u][v, w] */      \
   FIELD(theta_forward) /* and of θ [b][v][w][u]; depthwise: [b][v, w], [b][w][u] */ \
   FIELD(out_at)        /* place of component 0 of the U outputs */
 

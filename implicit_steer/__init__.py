@@ -10,6 +10,7 @@ from .info import info
 if TYPE_CHECKING:  # found at the first use, see below
     from . import deploy as deploy
     from . import experiments as experiments
+    from . import irreps as irreps
     from . import layers as layers
     from . import nn as nn
     from . import potentials as potentials
@@ -32,7 +33,7 @@ __all__ = [
 
 
 # Found at the first use: they bring every layer and backend along; nn also escnn.
-_FOUND = {name: f".{name}" for name in ("deploy", "experiments", "layers", "nn", "potentials")}
+_FOUND = {name: f".{name}" for name in ("deploy", "experiments", "irreps", "layers", "nn", "potentials")}
 _FOUND["viz"] = ".training.viz"
 
 

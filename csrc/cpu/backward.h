@@ -90,8 +90,8 @@ struct Backward : Worker<R> {
     memcpy(static_cast<void*>(grads + n_ring * p.n_mixed), mixed + current * p.n_mixed, sizeof(R) * p.n_mixed);
   }
 
-  // d_sums [slot][v, w] = Σ_u θ[b, u, v, w] g[o, u], of a depthwise coupling only u = v, for this node and the next ones
-  // that have edges
+  // d_sums [slot][v, w] = Σ_u θ[b, u, v, w] g[o, u], of a depthwise coupling only u = v, for this node and the next
+  // ones that have edges
   void prepare(int64_t node) {
     n_prepared = current = 0;
     prepared[n_prepared++] = node;
@@ -113,7 +113,8 @@ struct Backward : Worker<R> {
     for (int n = 0; n < n_prepared; ++n) {
       const R* g = mixed + n * p.n_mixed + q.out_at + o * q.out_stride;
       R* d = d_sums + n * size.slots + at_slot(q, slot);
-      for (int64_t x = 0; x < q.theta_size && q.constant; x += QL) store_row(d + x, load_row(weight + x) * load_row(g + x));
+      for (int64_t x = 0; x < q.theta_size && q.constant; x += QL)
+        store_row(d + x, load_row(weight + x) * load_row(g + x));
       for (int64_t x = 0; x < q.theta_size && !q.constant; x += QL)
         store_row(d + x, load_row(weight + x) * g[x / q.hidden_stride]);
     }

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .. import layers, plan
+from .. import irreps, layers, plan
 from .._check import require
 
 
@@ -46,6 +46,7 @@ _PLAIN = (
     layers.TensorProduct,
     layers.TensorReadout,
 )
+_IRREPS = (irreps.Gate, irreps.ImplicitPointConv, irreps.InteractionBlock, irreps.Linear, irreps.Norm)
 
 # torch's: their constructors' arguments, which are attributes too.
 _WINDOWS = ("kernel_size", "stride", "padding", "ceil_mode")
@@ -103,6 +104,7 @@ _CONTAINERS = {
 
 _BY_CLASS: dict[type, Kind] = {
     **{cls: Kind(cls.__name__, cls, cls.arguments) for cls in _PLAIN},
+    **{cls: Kind(f"irreps.{cls.__name__}", cls, cls.arguments) for cls in _IRREPS},
     **{cls: _torch_kind(cls, names) for cls, names in _TORCH.items()},
     **{cls: Kind(f"torch.{cls.__name__}", build, _children) for cls, build in _CONTAINERS.items()},
 }

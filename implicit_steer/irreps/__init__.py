@@ -5,6 +5,7 @@
 
 from ..plan.irreps import Irrep, Irreps
 from .gate import Gate
+from .interaction import InteractionBlock
 from .linear import Linear
 from .norm import Norm
 from .point_conv import ImplicitPointConv
@@ -12,6 +13,7 @@ from .point_conv import ImplicitPointConv
 __all__ = [
     "Gate",
     "ImplicitPointConv",
+    "InteractionBlock",
     "Irrep",
     "Irreps",
     "Linear",

@@ -7,11 +7,14 @@ integrals over two variables. Weights that read a component are divided by the r
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from ..layers import ImplicitKernel
+from ..layers.kernel import ImplicitKernel, LinearParameters
 from ..plan import Activation, Plan
 from ..plan.activations import phi
 
@@ -25,12 +28,12 @@ def draw_weights(kernel: ImplicitKernel, width: float) -> None:
 
     Biases are 0, but without attributes those of the first layer, which are then all that the scalars there come from.
     """
-    deviations = weight_deviations(kernel.plan, width)
+    linears = [cast(LinearParameters, layer) for layer in kernel.linears]
     with torch.no_grad():
-        for layer, deviation in zip(kernel.linears, deviations, strict=True):
+        for layer, deviation in zip(linears, weight_deviations(kernel.plan, width), strict=True):
             layer.weights.copy_(torch.randn_like(layer.weights) * torch.from_numpy(deviation).to(layer.weights))
         if kernel.plan.linears and not kernel.n_attributes:
-            torch.nn.init.normal_(kernel.linears[0].bias)
+            torch.nn.init.normal_(cast(Tensor, linears[0].bias))
 
 
 def weight_deviations(plan: Plan, width: float) -> list[NDArray[np.float64]]:
@@ -39,7 +42,9 @@ def weight_deviations(plan: Plan, width: float) -> list[NDArray[np.float64]]:
         return [_last_deviations(plan, np.array([1.0, width**2 / 3]))]
     channels, n = plan.activations[0].channels, plan.frame.n_attributes
     components = 2.0 * plan.frame.order + 1
-    deviations = [np.concatenate([np.full(channels, np.sqrt(3) / width), np.full(channels * n, 1 / np.sqrt(max(n, 1)))])]
+    deviations = [
+        np.concatenate([np.full(channels, np.sqrt(3) / width), np.full(channels * n, 1 / np.sqrt(max(n, 1)))])
+    ]
     variances = (plan.frame.order < 2).astype(float)  # of a component of each degree, before the activation
     for act in plan.activations:
         moments = _second_moments(act, variances * components)

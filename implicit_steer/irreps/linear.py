@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .._check import fail, require
@@ -83,6 +84,6 @@ class Linear(NoTorchScript, torch.nn.Module):
         return f"{self.irreps_in} -> {self.irreps_out}, bias={self.bias is not None}"
 
 
-def _components(starts: list[int], size: int) -> np.ndarray:
+def _components(starts: list[int], size: int) -> NDArray[np.int64]:
     """The components of fields of ``size`` components that begin at ``starts``."""
     return (np.array(starts)[:, None] + np.arange(size)).reshape(-1)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .._check import fail, require
+from .._check import fail
 from ..plan import Activation, Block, Coupling, Frame, Linear, Norm, Plan
 from ..plan.irreps import Irrep, Irreps, Term, check_same_group
 from . import so3

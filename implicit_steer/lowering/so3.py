@@ -30,9 +30,7 @@ def solid_harmonics(highest: int) -> tuple[NDArray[Any], NDArray[Any]]:
     Returns:
         powers (n_monomials, 3) of x, y, z, and coefficients ((L + 1)², n_monomials); both read-only.
     """
-    powers = [
-        (i, j, n - i - j) for n in range(highest + 1) for i in range(n, -1, -1) for j in range(n - i, -1, -1)
-    ]
+    powers = [(i, j, n - i - j) for n in range(highest + 1) for i in range(n, -1, -1) for j in range(n - i, -1, -1)]
     column = {power: k for k, power in enumerate(powers)}
     rows = [_solid_harmonic(degree, m) for degree in range(highest + 1) for m in range(-degree, degree + 1)]
     coefficients = np.zeros((len(rows), len(powers)))

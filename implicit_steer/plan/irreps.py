@@ -159,7 +159,11 @@ def _term(text: str, given: Any, name: str) -> Term:
 
 def check_same_group(**given: Irreps) -> None:
     """Raise unless all of these irreps have a parity, or none of them; the names are those of the arguments."""
-    (first, irreps), *others = ((name, i) for name, i in given.items() if i.terms) or [("", Irreps(()))]
-    for name, other in others:
-        which = "irreps of O(3), with parities" if irreps.has_parity else "irreps of SO(3), without parities"
-        require(other.has_parity == irreps.has_parity, name, f"{which}, as {first} = {str(irreps)!r}", repr(str(other)))
+    first = ""
+    for name, irreps in given.items():
+        if not first and irreps.terms:
+            first = name
+        elif irreps.terms:
+            which = "of O(3), with parities" if given[first].has_parity else "of SO(3), without parities"
+            expected = f"irreps {which}, as {first} = {str(given[first])!r}"
+            require(irreps.has_parity == given[first].has_parity, name, expected, repr(str(irreps)))

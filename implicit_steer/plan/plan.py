@@ -35,7 +35,7 @@ class Coupling(FrozenArrays):
     ``K[out_start[u] + o, in_start[v] + i] += Σ_{b,w,m} θ[u, v, w, b] B[b, o, i, m] h[hidden_start[w] + m]`` with
     ``θ[u, v, w, b] = parameter[row[u, v] + w n_b + b]``; the parameter is the last layer's ``weights`` or its ``bias``.
 
-    A ``depthwise`` coupling acts channel by channel (e3nn's "uvu"): output u reads input u alone, through θ[u, 0, w, b].
+    A ``depthwise`` coupling acts channel by channel (e3nn's "uvu"): output u reads input u alone, by θ[u, 0, w, b].
     """
 
     parameter: str
@@ -128,7 +128,9 @@ class Plan(FrozenArrays):
             require(ok, "fold_into", "the position of a bias coupling or -1", (n, c.fold_into))
             if into is not None:
                 require_shape("row", into.row, c.row.shape)
-                require(into.depthwise == c.depthwise, "depthwise", f"{c.depthwise}, as of coupling {n}", into.depthwise)
+                require(
+                    into.depthwise == c.depthwise, "depthwise", f"{c.depthwise}, as of coupling {n}", into.depthwise
+                )
                 n_trivial = len(self.norms[-1].trivial) if self.norms else c.fold.shape[1]
                 require_shape("fold", c.fold, (n_b, n_trivial, len(into.basis)))
 

@@ -84,7 +84,11 @@ def _read_components(coupling: Coupling) -> list[int]:
 def _coupled(coupling: Coupling, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """The channels of the outputs, of the inputs, and the hidden features of a coupling."""
     _, o, i, _ = coupling.basis.shape
-    parts = (coupling.out_start, range(o)), (coupling.in_start, range(i)), (coupling.hidden_start, _read_components(coupling))
+    parts = (
+        (coupling.out_start, range(o)),
+        (coupling.in_start, range(i)),
+        (coupling.hidden_start, _read_components(coupling)),
+    )
     out, into, hidden = (
         torch.tensor(np.add.outer(starts, components).reshape(-1), dtype=torch.int64, device=device)
         for starts, components in parts

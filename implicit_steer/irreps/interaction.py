@@ -1,0 +1,144 @@
+"""One layer of a network in NequIP's form."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._check import fail, require, require_integer
+from ..graph import Graph
+from ..layers.fields import Fields, check_tensor
+from ..plan.frozen import require_number
+from ..plan.irreps import Irreps, Term
+from .gate import Gate
+from .linear import Linear
+from .point_conv import ImplicitPointConv
+
+
+class InteractionBlock(torch.nn.Module):
+    """y = Gate((conv(Linear x) / √degree) + Linear(x ⊗ node_attr)): the layer of NequIP with an implicit kernel.
+
+    The first Linear mixes the copies of each irrep, the convolution reads the neighbours, the second Linear is the
+    self-connection; with ``node_attr`` it has one matrix for each node attribute, so that of one-hot species each
+    species has its own. Without any sampling grid, so equivariant to rounding.
+
+    Args:
+        irreps_in, irreps_out: of x and y, as ``"16x0e + 8x1o"``.
+        edge_attr: how many invariant attributes an edge has.
+        node_attr: how many invariant attributes a node has; 0: a plain self-connection.
+        degree: mean number of neighbours of a node, > 0: what the convolution sums is divided by its root.
+        function, gate: of the :class:`Gate`.
+        n_layers, n_channels, activation, norm, cutoff, width, depthwise, backend: of the
+            :class:`ImplicitPointConv`, whose bias and the self-connection's are one: the latter's.
+
+    Shape: x (N, irreps_in.size), edge_vec (E, 3), edge_attr (E, A), node_attr (N, B); y (N, irreps_out.size).
+
+    Raises:
+        ValueError, TypeError: as the layers that it consists of.
+
+    Example:
+        >>> block = InteractionBlock("16x0e", "16x0e + 8x1o", cutoff=2.0, width=1.0, degree=8)
+        >>> pos, x = torch.randn(100, 3), torch.randn(100, 16)
+        >>> edges = implicit_steer.knn_graph(pos, k=8)
+        >>> block(x, edges, pos[edges[1]] - pos[edges[0]]).shape
+        torch.Size([100, 40])
+
+    Source: Batzner et al., *E(3)-equivariant graph neural networks ...*, Nature Communications 2022, figure 1.
+    """
+
+    def __init__(
+        self,
+        irreps_in: Any,
+        irreps_out: Any,
+        edge_attr: int = 0,
+        *,
+        node_attr: int = 0,
+        degree: float = 1.0,
+        function: str = "silu",
+        gate: str = "sigmoid",
+        n_layers: int = 3,
+        n_channels: int = 8,
+        activation: str = "silu",
+        norm: str | None = None,
+        cutoff: float | None = None,
+        width: float = 0.5,
+        depthwise: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.irreps_in, self.irreps_out = Irreps.of(irreps_in, "irreps_in"), Irreps.of(irreps_out, "irreps_out")
+        require_integer("node_attr", node_attr, 0)
+        require_number("degree", degree)
+        require(degree > 0, "degree", "a number > 0", degree)
+        self.node_attr, self.degree = node_attr, float(degree)
+        self.in_type = Fields(self.irreps_in.size, str(self.irreps_in))
+        self.out_type = Fields(self.irreps_out.size, str(self.irreps_out))
+        self.gate = Gate(self.irreps_out, function, gate)
+        self.linear = Linear(self.irreps_in, self.irreps_in, bias=False)
+        self.conv = ImplicitPointConv(
+            self.irreps_in,
+            self.gate.irreps_in,
+            edge_attr,
+            n_layers=n_layers,
+            n_channels=n_channels,
+            activation=activation,
+            norm=norm,
+            cutoff=cutoff,
+            width=width,
+            depthwise=depthwise,
+            bias=False,
+            backend=backend,
+        )
+        repeated = Irreps(
+            tuple(Term(multiplicity * max(node_attr, 1), irrep) for multiplicity, irrep in self.irreps_in)
+        )
+        self.self_connection = Linear(repeated, self.gate.irreps_in)
+
+    def arguments(self) -> dict[str, Any]:
+        """What it is built from."""
+        given = {
+            **self.conv.arguments(),
+            "irreps_out": str(self.irreps_out),
+            "node_attr": self.node_attr,
+            "degree": self.degree,
+            "function": self.gate.function,
+            "gate": self.gate.gate,
+        }
+        return {name: value for name, value in given.items() if name not in ("aggr", "bias")}
+
+    def forward(
+        self,
+        x: Tensor,
+        edge_index: Tensor | Graph,
+        edge_vec: Tensor,
+        edge_attr: Tensor | None = None,
+        node_attr: Tensor | None = None,
+    ) -> Tensor:
+        """(N, irreps_in.size) → (N, irreps_out.size); arguments as of :meth:`ImplicitPointConv.forward`."""
+        message = self.conv(self.linear(x), edge_index, edge_vec, edge_attr) / math.sqrt(self.degree)
+        return self.gate(message + self.self_connection(self._with_attributes(x, node_attr)))
+
+    def _with_attributes(self, x: Tensor, node_attr: Tensor | None) -> Tensor:
+        """x ⊗ node_attr: of every copy of an irrep as many as there are attributes, each times one of them."""
+        if not self.node_attr:
+            if node_attr is not None:
+                remedy = "The block was built without node_attr: leave them out, or build it with their number."
+                fail("node_attr", "None", tuple(node_attr.shape), remedy)
+            return x
+        if node_attr is None:
+            fail("node_attr", f"a tensor (N, {self.node_attr})", None)
+        check_tensor("node_attr", node_attr, (len(x), self.node_attr), x.dtype, x.device)
+        parts = []
+        for (multiplicity, irrep), part in zip(
+            self.irreps_in, x.split([t.size for t in self.irreps_in], 1), strict=True
+        ):
+            fields = part.view(-1, multiplicity, 1, irrep.size) * node_attr[:, None, :, None]
+            parts.append(fields.flatten(1))
+        return torch.cat(parts, 1)
+
+    def extra_repr(self) -> str:
+        """What distinguishes this block."""
+        return f"{self.irreps_in} -> {self.irreps_out}, node_attr={self.node_attr}, degree={self.degree:g}"
