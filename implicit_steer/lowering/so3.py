@@ -84,7 +84,9 @@ def clebsch_gordan(first: int, second: int, third: int) -> NDArray[Any]:
     if not abs(first - second) <= third <= first + second:
         raise ValueError(f"There is no invariant tensor of degrees {first}, {second} and {third}.")
     q1, q2, q3 = (_complex_harmonics(degree) for degree in (first, second, third))
-    tensor = np.einsum("ij,kl,mn,ikn->jlm", q1, q2, q3.conj().T, _complex_coefficients(first, second, third)).real
+    tensor = np.einsum(
+        "ij,kl,mn,ikn->jlm", q1, q2, q3.conj().T, _complex_coefficients(first, second, third), optimize=True
+    ).real
     tensor[np.abs(tensor) < 1e-14] = 0  # structural zeros
     tensor /= np.linalg.norm(tensor)
     tensor.flags.writeable = False
