@@ -26,20 +26,28 @@ def draw_weights(kernel: ImplicitKernel, width: float) -> None:
     """Draw the weights of a kernel on irreps: on an edge of length ``width``, leaving out the shell and the cutoff, one
     edge's message has components of unit variance, if those of its features and attributes have.
 
-    Biases are 0, but without attributes those of the first layer, which are then all that the scalars there come from.
+    Biases are 0, but without attributes those of the first layer, which are then all that scalars there come from.
     """
+    plan = kernel.plan
     linears = [cast(LinearParameters, layer) for layer in kernel.linears]
     with torch.no_grad():
-        for layer, deviation in zip(linears, weight_deviations(kernel.plan, width), strict=True):
-            layer.weights.copy_(torch.randn_like(layer.weights) * torch.from_numpy(deviation).to(layer.weights))
-        if kernel.plan.linears and not kernel.n_attributes:
-            torch.nn.init.normal_(cast(Tensor, linears[0].bias))
+        for layer, deviation in zip(linears, weight_deviations(plan, width), strict=True):
+            _draw(layer.weights, deviation)
+        if not kernel.n_attributes and linears[0].bias is not None:
+            deviation = (
+                np.ones(plan.activations[0].channels) if plan.linears else _last_deviations(plan, "bias", np.ones(1))
+            )
+            _draw(linears[0].bias, deviation)
+
+
+def _draw(parameter: Tensor, deviation: NDArray[np.float64]) -> None:
+    parameter.copy_(torch.randn_like(parameter) * torch.from_numpy(deviation).to(parameter))
 
 
 def weight_deviations(plan: Plan, width: float) -> list[NDArray[np.float64]]:
     """The standard deviation of every weight, layer by layer."""
     if not plan.linears:  # K is linear in x, of mean square width² / 3 per component, and in the attributes
-        return [_last_deviations(plan, np.array([1.0, width**2 / 3]))]
+        return [_last_deviations(plan, "weights", np.array([1.0, width**2 / 3]))]
     channels, n = plan.activations[0].channels, plan.frame.n_attributes
     components = 2.0 * plan.frame.order + 1
     deviations = [
@@ -54,7 +62,7 @@ def weight_deviations(plan: Plan, width: float) -> list[NDArray[np.float64]]:
         moments[moments < _NOTHING] = 1
         deviations.append(np.tile(1 / np.sqrt(channels * moments), channels * channels))
         variances = np.ones(len(components))
-    return [*deviations[:-1], _last_deviations(plan, moments)]
+    return [*deviations[:-1], _last_deviations(plan, "weights", moments)]
 
 
 def _second_moments(act: Activation, variances: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -72,20 +80,26 @@ def _second_moments(act: Activation, variances: NDArray[np.float64]) -> NDArray[
     return np.einsum("lq,qp,lp->l", act.inverse, products, act.inverse)
 
 
-def _last_deviations(plan: Plan, moments: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of the last layer: each of the n weights that reach a component adds 1 / n to its variance; ``moments``: of a
-    component of a hidden field, by degree."""
-    deviations, elements = np.zeros(plan.n_last[0]), np.zeros(plan.out_size)
-    read = [c for c in plan.couplings if c.parameter == "weights"]
-    for c in read:
-        elements[c.out_start] += c.row.shape[1] * len(c.hidden_start) * len(c.basis)
-    for c in read:
-        if plan.linears:
-            degree = plan.frame.order[plan.frame.coefficient]
-        else:
-            degree = np.full(c.basis.shape[3], int(c.basis.shape[3] == 3))
-        per_path = np.array([1 / np.sqrt(moments[degree[(b != 0).any((0, 1))][0]]) for b in c.basis])
-        block = np.tile(per_path, len(c.hidden_start))  # [w, b]
-        index = c.row[..., None] + np.arange(len(block))
-        deviations[index] = (block / np.sqrt(elements[c.out_start])[:, None])[:, None]
+def _last_deviations(plan: Plan, parameter: str, moments: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of the last layer's weights or biases: each of the n parameters that reach a component adds 1 / n to its
+    variance; ``moments``: of a component of a hidden field, by degree. Biases count where they are drawn."""
+    drawn = ("weights",) if plan.linears or plan.frame.n_attributes else ("weights", "bias")
+    deviations, elements = np.zeros(plan.n_last[parameter == "bias"]), np.zeros(plan.out_size)
+    for c in plan.couplings:
+        if c.parameter in drawn:
+            elements[c.out_start] += c.row.shape[1] * len(c.hidden_start) * len(c.basis)
+    for c in plan.couplings:
+        if c.parameter == parameter:
+            per_path = np.array([1 / np.sqrt(moments[_degree(plan, b)]) for b in c.basis])
+            block = np.tile(per_path, len(c.hidden_start))  # [w, b]
+            index = c.row[..., None] + np.arange(len(block))
+            deviations[index] = (block / np.sqrt(elements[c.out_start])[:, None])[:, None]
     return deviations
+
+
+def _degree(plan: Plan, intertwiner: NDArray[np.float64]) -> int:
+    """The degree of the hidden components that B (o, i, m) reads."""
+    read = int(np.flatnonzero(intertwiner.any((0, 1)))[0])
+    if plan.linears:
+        return 0 if intertwiner.shape[2] == 1 else int(plan.frame.order[plan.frame.coefficient[read]])
+    return int(intertwiner.shape[2] == 3)  # the position; else an attribute or the constant

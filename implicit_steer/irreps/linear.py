@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._check import fail, require
 from ..layers._modules import NoTorchScript
-from ..layers.fields import Fields, check_features
+from ..layers.fields import Fields, check_dtype, check_features
 from ..plan.irreps import Irreps, check_same_group
 from ..plan.packing import Constants
 
@@ -28,7 +28,7 @@ class Linear(NoTorchScript, torch.nn.Module):
             ``irreps_out``; drawn with standard deviation 1/√V, which keeps unit variance.
         bias: (n,) of all scalars of ``irreps_out``, or None.
 
-    Shape: x (N, irreps_in.size), y (N, irreps_out.size).
+    Shape: x (N, irreps_in.size), y (N, irreps_out.size); 16-bit features are computed in the dtype of the weights.
 
     Raises:
         ValueError: a term that is no irrep; irreps of different groups; no irrep in common.
@@ -69,6 +69,8 @@ class Linear(NoTorchScript, torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, irreps_in.size) → (N, irreps_out.size)."""
         check_features(x, self.irreps_in.size)
+        check_dtype("x", x, self.weights.dtype)
+        given, x = x.dtype, x.to(self.weights.dtype)
         read, written, scalars = self._places.like(x)
         of_irreps = x.index_select(1, read).split([v * size for _, v, size in self._shapes], 1)
         matrices = self.weights.split([u * v for u, v, _ in self._shapes])
@@ -77,7 +79,9 @@ class Linear(NoTorchScript, torch.nn.Module):
             for matrix, part, (u, v, size) in zip(matrices, of_irreps, self._shapes, strict=True)
         ]
         y = x.new_zeros(len(x), self.irreps_out.size).index_copy(1, written, torch.cat(mixed, 1))
-        return y if self.bias is None else y.index_add(1, scalars, self.bias.expand(len(x), -1))
+        if self.bias is not None:
+            y = y.index_add(1, scalars, self.bias.expand(len(x), -1))
+        return y.to(given)
 
     def extra_repr(self) -> str:
         """What distinguishes this map."""

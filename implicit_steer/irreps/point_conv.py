@@ -100,7 +100,8 @@ class ImplicitPointConv(PlainPointConv):
         torch.nn.init.constant_(self.implicit_kernel.shell_width, width)
         draw_weights(self.implicit_kernel, width)
         shell = self.implicit_kernel.shell_width
-        select.check(backend, self.implicit_kernel.plan, shell.device, shell.dtype)
+        if not shell.is_meta:
+            select.check(backend, self.implicit_kernel.plan, shell.device, shell.dtype)
 
     def arguments(self) -> dict[str, Any]:
         """What it is built from."""
