@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from .._check import require
 from ..layers.fields import Fields, check_features
-from ..layers.gate import GateBase
+from ..layers.gate import GateBase, apply
 from ..plan.irreps import Irrep, Irreps, Term
+from ..plan.packing import Constants
 
 
 class Gate(GateBase):
-    """y = φ(s) for the scalars s of ``irreps_out``, y_n = σ(g_n) · x_n for every other field x_n, g_n a scalar.
+    """y = c φ(s) for the scalars s of ``irreps_out``, y_n = c' σ(g_n) · x_n for every other field x_n, g_n a scalar.
+
+    c and c' keep unit variance, as e3nn's do: E[(c φ(u))²] = E[(c' σ(u))²] = 1 for a standard normal u.
 
     Args:
         irreps_out: what comes out, as ``"16x0e + 8x1o"``.
@@ -48,6 +53,8 @@ class Gate(GateBase):
         self.in_type = Fields(self.irreps_in.size, str(self.irreps_in))
         self.out_type = Fields(self.irreps_out.size, str(self.irreps_out))
         self._set_fields(function, gate, tuple(fields))
+        scales = _unit_variance(function), _unit_variance(gate)
+        self._scale = Constants(np.repeat([scales[is_gated] for _, is_gated in fields], [size for size, _ in fields]))
 
     def arguments(self) -> dict[str, Any]:
         """What it is built from."""
@@ -56,4 +63,11 @@ class Gate(GateBase):
     def forward(self, x: Tensor) -> Tensor:
         """(N, irreps_in.size) → (N, irreps_out.size)."""
         check_features(x, self.irreps_in.size)
-        return self._evaluate(x)
+        (scale,) = self._scale.like(x)
+        return self._evaluate(x) * scale
+
+
+def _unit_variance(function: str) -> float:
+    """1 / √E[φ(u)²] for a standard normal u."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(200)
+    return float((weights @ apply(function, torch.from_numpy(nodes)).numpy() ** 2 / weights.sum()) ** -0.5)

@@ -93,7 +93,7 @@ def _last_deviations(plan: Plan, parameter: str, moments: NDArray[np.float64]) -
             per_path = np.array([1 / np.sqrt(moments[_degree(plan, b)]) for b in c.basis])
             block = np.tile(per_path, len(c.hidden_start))  # [w, b]
             index = c.row[..., None] + np.arange(len(block))
-            deviations[index] = (block / np.sqrt(elements[c.out_start])[:, None])[:, None]
+            deviations[index] = (block * np.sqrt(1 / elements[c.out_start])[:, None])[:, None]
     return deviations
 
 

@@ -19,7 +19,7 @@ from .point_conv import ImplicitPointConv
 
 
 class InteractionBlock(torch.nn.Module):
-    """y = Gate((conv(Linear x) / √degree) + Linear(x ⊗ node_attr)): the layer of NequIP with an implicit kernel.
+    """y = Gate((conv(Linear x) / √degree + Linear(x ⊗ node_attr)) / √2): NequIP's layer with an implicit kernel.
 
     The first Linear mixes the copies of each irrep, the convolution reads the neighbours, the second Linear is the
     self-connection; with ``node_attr`` it has one matrix for each node attribute, so that of one-hot species each
@@ -119,7 +119,7 @@ class InteractionBlock(torch.nn.Module):
     ) -> Tensor:
         """(N, irreps_in.size) → (N, irreps_out.size); arguments as of :meth:`ImplicitPointConv.forward`."""
         message = self.conv(self.linear(x), edge_index, edge_vec, edge_attr) / math.sqrt(self.degree)
-        return self.gate(message + self.self_connection(self._with_attributes(x, node_attr)))
+        return self.gate((message + self.self_connection(self._with_attributes(x, node_attr))) / math.sqrt(2))
 
     def _with_attributes(self, x: Tensor, node_attr: Tensor | None) -> Tensor:
         """x ⊗ node_attr: of every copy of an irrep as many as there are attributes, each times one of them."""

@@ -42,7 +42,7 @@ class ImplicitPointConv(PlainPointConv):
         backend: ``"auto"`` or one of ``implicit_steer.info().backends``; one asked for by name runs or raises.
 
     Weights are drawn so that one edge of length ``width`` carries a message of unit variance, shell and cutoff left
-    out; a node adds up its edges, so divide by the root of their mean number.
+    out; a node adds up its edges: divide by the root of their mean number, as :class:`InteractionBlock` does.
 
     Attributes:
         implicit_kernel: K, callable on positions (P, 3) and attributes; ``implicit_kernel.shell_width`` is σ.

@@ -18,7 +18,8 @@ from .fields import Fields, check_features
 GATES = ("sigmoid", *FUNCTIONS)
 
 
-def _apply(name: str, u: Tensor) -> Tensor:
+def apply(name: str, u: Tensor) -> Tensor:
+    """One of ``GATES`` of u."""
     return torch.sigmoid(u) if name == "sigmoid" else phi(name, u)
 
 
@@ -43,10 +44,10 @@ class GateBase(NoTorchScript, torch.nn.Module):
 
     def _evaluate(self, x: Tensor) -> Tensor:
         scalars, fields, gates, order = self._places.like(x)
-        invariant = _apply(self.function, x.index_select(1, scalars))
+        invariant = apply(self.function, x.index_select(1, scalars))
         if not len(fields):
             return invariant
-        gated = x.index_select(1, fields) * _apply(self.gate, x.index_select(1, gates))
+        gated = x.index_select(1, fields) * apply(self.gate, x.index_select(1, gates))
         return torch.cat([invariant, gated], 1).index_select(1, order)
 
     def extra_repr(self) -> str:
