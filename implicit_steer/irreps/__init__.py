@@ -3,12 +3,18 @@
 ``"16x0e + 8x1o"`` is 16 scalars and 8 vectors, in that order: 40 components.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ..plan.irreps import Irrep, Irreps
 from .gate import Gate
 from .interaction import InteractionBlock
 from .linear import Linear
 from .norm import Norm
 from .point_conv import ImplicitPointConv
+
+if TYPE_CHECKING:  # found at the first use: they need escnn
+    from .escnn import from_escnn, to_escnn
 
 __all__ = [
     "Gate",
@@ -18,4 +24,12 @@ __all__ = [
     "Irreps",
     "Linear",
     "Norm",
+    "from_escnn",
+    "to_escnn",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("from_escnn", "to_escnn"):
+        return getattr(import_module(".escnn", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

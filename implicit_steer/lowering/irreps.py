@@ -178,14 +178,14 @@ def _hidden_layers(
 
 
 def sphere_samples(highest: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """A (S, L + 1) and A⁻ (L + 1, S): a function Σ_l c_l a_l P_l(t) of the polar angle's cosine t at the S = 2 L + 4
-    Gauss-Legendre nodes, and its coefficients from its values there.
+    """A (S, L + 1) and A⁻ (L + 1, S): a function Σ_l c_l P_l(t) / √(L + 1) of the polar angle's cosine t at the
+    S = 2 L + 4 Gauss-Legendre nodes, and its coefficients c from its values there.
 
-    a_l = √(2 l + 1) / (L + 1): components of unit variance give values of unit variance.
+    So components of unit variance give values of unit variance; and the function is the one that layers with escnn's
+    types have.
     """
-    degrees = np.arange(highest + 1)
     t, weights = np.polynomial.legendre.leggauss(2 * highest + 4)
-    values = np.polynomial.legendre.legvander(t, highest) * (np.sqrt(2 * degrees + 1) / (highest + 1))
+    values = np.polynomial.legendre.legvander(t, highest) / np.sqrt(highest + 1)
     weighted = values.T * (weights / 2)
     return values, np.linalg.solve(weighted @ values, weighted)
 

@@ -260,7 +260,7 @@ def test_messages_have_unit_variance_at_first(activation, n_layers, n_channels, 
 @pytest.mark.parametrize("depthwise", FORMS)
 @pytest.mark.parametrize("width", [8, 32])
 def test_features_keep_their_size_from_block_to_block(width, depthwise):
-    """Four blocks on a graph whose edges are about as long as the shell is wide: features neither vanish nor explode."""
+    """Four blocks, edges about as long as the shell is wide: features neither vanish nor explode."""
     torch.manual_seed(0)
     hidden, sizes = f"{width}x0e+{width}x1o+{width}x2e", []
     pos = 2 * torch.rand(200, 3)
