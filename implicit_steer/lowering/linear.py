@@ -21,7 +21,7 @@ from scipy.linalg import block_diag
 from .._check import require
 from ..plan import Block, Linear
 from .intertwiners import intertwiners
-from .sampling import invariants
+from .sampling import distinct, invariants
 
 _MOST_POLISHED = 256
 _POLISHED: dict[tuple, np.ndarray] = {}
@@ -84,16 +84,9 @@ def polished_blocks(expansion: torch.nn.Module, stored=lambda key: None) -> dict
 
 
 def fields_by_name(reprs) -> dict[str, np.ndarray]:
-    """Positions of the fields of each representation, by its name.
-
-    Raises:
-        ValueError: two different representations of one name, by which escnn tells them apart.
-    """
-    positions, first = defaultdict(list), {}
+    """Positions of the fields of each representation, by its name, by which escnn tells representations apart."""
+    positions = defaultdict(list)
     for n, r in enumerate(reprs):
-        known = first.setdefault(r.name, r)
-        if known is not r:
-            require(known == r, "fields", "representations of different names", f"two of the name {r.name}")
         positions[r.name].append(n)
     return {name: np.array(fields) for name, fields in positions.items()}
 
@@ -132,7 +125,7 @@ def lower_map(linear: escnn.nn.Linear | escnn.nn.TensorProductModule) -> Linear:
     """An equivariant map in its own coordinates, with exact bases."""
     columns = None
     if getattr(linear, "bias", None) is not None:
-        of_name = {rep.name: bias_basis(linear, rep) for rep in set(linear.out_type.representations)}
+        of_name = {rep.name: bias_basis(linear, rep) for rep in distinct(linear.out_type.representations)}
         columns = block_diag(*(of_name[rep.name] for rep in linear.out_type.representations))
     return lower_expansion(linear.basisexpansion, polished_blocks(linear.basisexpansion), columns)
 

@@ -20,7 +20,6 @@ from .._check import fail, require
 from ..lowering.linear import fields_by_name, starts_of
 from ..lowering.sampling import invariants
 
-MOST_DERIVED = 2**22  # values of a tensor that a state_dict holds although it follows from the fields
 ANOTHER_LAYER = "The checkpoint is of a layer with other types, n_layers or n_channels."
 
 
@@ -42,11 +41,7 @@ def _coordinates(starts: np.ndarray, size: int) -> Tensor:
 
 class MatrixExpansion(BlocksBasisExpansion):
     """W = Σ_b weights[b] B_b (C_out, C_in, 1), B the intertwiners from the fields of ``in_type`` to those of
-    ``out_type``, with weights in the order of escnn's.
-
-    Its ``state_dict`` is escnn's, but leaves out escnn's indices ``in_indices_…`` and ``out_indices_…`` of more than
-    MOST_DERIVED values; a checkpoint may have them or not.
-    """
+    ``out_type``, with weights in the order of escnn's. A checkpoint may have escnn's :meth:`indices`."""
 
     def __init__(self, in_type: FieldType, out_type: FieldType):
         torch.nn.Module.__init__(self)  # escnn's own makes the indices
@@ -77,9 +72,9 @@ class MatrixExpansion(BlocksBasisExpansion):
 
     def _places(self, pair: tuple[str, str]) -> tuple[Tensor, Tensor]:
         """Rows (R,) and columns (C,) of the matrix that belong to the pair's fields."""
-        _, *sizes, _ = getattr(self, f"block_expansion_{self._escape_pair(pair)}").sampled_basis.shape
-        rows, columns = (_coordinates(*there).reshape(-1) for there in zip(self._starts[pair], sizes, strict=True))
-        return rows, columns
+        (rows, columns), basis = self._starts[pair], getattr(self, f"block_expansion_{self._escape_pair(pair)}")
+        _, o, i, _ = basis.sampled_basis.shape
+        return _coordinates(rows, o).reshape(-1), _coordinates(columns, i).reshape(-1)
 
     def forward(self, weights: Tensor) -> Tensor:
         """W of the weights (n_weights,)."""
@@ -90,16 +85,17 @@ class MatrixExpansion(BlocksBasisExpansion):
             matrix[rows[:, None], columns] = values.to(matrix.dtype)
         return matrix
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+    def indices(self) -> dict[str, Tensor]:
+        """escnn's buffers: of each pair whose fields do not all lie side by side, row and column of every value of the
+        matrix."""
+        found, device = {}, next((b.device for b in self.buffers()), None)
         for pair in self._representations_pairs:
-            rows, columns = self._places(pair)
-            beside = all(int(index[-1] - index[0]) == len(index) - 1 for index in (rows, columns))
-            if beside or len(rows) * len(columns) > MOST_DERIVED:  # escnn has no index of fields side by side
+            places = self._places(pair)
+            if all(int(index[-1] - index[0]) == len(index) - 1 for index in places):
                 continue
-            device = next(self.buffers()).device
-            for name, index in zip(("out", "in"), torch.meshgrid(rows, columns, indexing="ij"), strict=True):
-                destination[f"{prefix}{name}_indices_{self._escape_pair(pair)}"] = index.reshape(-1).to(device)
+            for name, index in zip(("out", "in"), torch.meshgrid(*places, indexing="ij"), strict=True):
+                found[f"{name}_indices_{self._escape_pair(pair)}"] = index.reshape(-1).to(device)
+        return found
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         derived = f"{prefix}in_indices_", f"{prefix}out_indices_"
@@ -107,8 +103,8 @@ class MatrixExpansion(BlocksBasisExpansion):
 
 
 class BiasExpansion:
-    """b = bias_expansion · bias, bias_expansion (C_out, n_bias) block diagonal: a block (size, n) for every field, whose
-    columns are the field's invariant vectors.
+    """b = bias_expansion · bias with a block diagonal matrix (C_out, n_bias): for every field a block (size, n), whose
+    columns are its invariant vectors.
 
     Attributes:
         blocks: by name of a representation with invariants its block, in float32 as escnn has it.
@@ -128,8 +124,8 @@ class BiasExpansion:
 
     def _places(self, name: str) -> tuple[Tensor, Tensor]:
         """Rows (F, size) and columns (F, n) of the blocks of all fields of a representation."""
-        rows, columns = (_coordinates(*there) for there in zip(self._starts[name], self.blocks[name].shape, strict=True))
-        return rows, columns
+        (rows, columns), (size, n) = self._starts[name], self.blocks[name].shape
+        return _coordinates(rows, size), _coordinates(columns, n)
 
     def __call__(self, bias: Tensor) -> Tensor:
         """b (C_out,) of the bias (n_bias,)."""

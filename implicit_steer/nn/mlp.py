@@ -21,10 +21,11 @@ from ..plan.packing import Expansion
 from .activation import FourierActivation, paper_function
 from .building import built_by_escnn
 from .equivariant import Steerable, check_input, check_type
-from .expansion import ANOTHER_LAYER, MOST_DERIVED, BiasExpansion, MatrixExpansion
-from .size import check_linear
+from .expansion import ANOTHER_LAYER, BiasExpansion, MatrixExpansion
+from .size import check_linear, check_orthonormal
 
 _INIT = ("he", "deltaorthonormal")
+_MOST_DERIVED = 2**22  # values that a state_dict holds although they follow from the fields
 # Suffixes of the buffers that fix what weights mean; escnn derives them from the group's Clebsch-Gordan coefficients.
 _BASIS = (".sampled_basis", ".A", ".Ainv", "_avg", "_change_of_basis")
 
@@ -50,9 +51,9 @@ class KernelLinear(Steerable, escnn.nn.Linear):
     """escnn's Linear as a layer of a kernel's MLP, from which plans are lowered, for any number of fields. Its weights
     are 0 at first.
 
-    Its ``state_dict`` is the same in training and evaluation mode: it keeps no expanded matrix. It has the same names as
-    escnn's, but for derived tensors of more than ``MOST_DERIVED`` values (``bias_expansion``, the indices of
-    :class:`MatrixExpansion`), which it leaves out; a checkpoint may have them or not.
+    Its ``state_dict`` is the same in training and evaluation mode: it keeps no expanded matrix. It is escnn's where
+    C_out (C_in + n_bias) ≤ 2²²; that of a larger layer lacks what follows from the fields, ``bias_expansion`` and the
+    indices of :class:`MatrixExpansion`. A checkpoint may have them or not.
 
     Attributes:
         expand_bias: bias → b, as :class:`BiasExpansion`.
@@ -92,8 +93,12 @@ class KernelLinear(Steerable, escnn.nn.Linear):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.bias is not None and math.prod(self.expand_bias.shape) <= MOST_DERIVED:
-            destination[prefix + "bias_expansion"] = self.bias_expansion
+        n_out, n_bias = self.expand_bias.shape
+        if n_out * (self.in_type.size + n_bias) <= _MOST_DERIVED:
+            for name, index in self.basisexpansion.indices().items():
+                destination[f"{prefix}_basisexpansion.{name}"] = index
+            if self.bias is not None:
+                destination[f"{prefix}bias_expansion"] = self.bias_expansion
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for derived in ("matrix", "expanded_bias"):  # in checkpoints that escnn wrote in evaluation mode
@@ -308,4 +313,5 @@ def initialise(layer: KernelLinear, scheme: str) -> None:
         with torch.no_grad():
             layer.weights.copy_(he_deviation(layer.basisexpansion) * torch.randn_like(layer.weights))
     else:
+        check_orthonormal(layer.in_type.representations, layer.out_type.representations)
         escnn.nn.init.deltaorthonormal_init(layer.weights.data, layer.basisexpansion)
