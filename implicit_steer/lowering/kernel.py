@@ -179,23 +179,15 @@ def _fold(columns: np.ndarray, constant: np.ndarray) -> np.ndarray:
     return found.T.reshape(n_b, n_trivial, -1)
 
 
-def _bias_starts(reprs) -> np.ndarray:
-    """The first number of each field's bias."""
-    counts = np.zeros(len(reprs), dtype=int)
-    for fields in fields_by_name(reprs).values():
-        counts[fields] = len(trivial_coordinates(reprs[fields[0]]))
-    return np.cumsum(counts) - counts
-
-
 def _lower_last(
-    linear: escnn.nn.Linear, shape: KernelShape, hidden: list[np.ndarray], hidden_start: np.ndarray, trivial: np.ndarray
+    linear, shape: KernelShape, hidden: list[np.ndarray], hidden_start: np.ndarray, trivial: np.ndarray
 ) -> tuple[Coupling, ...]:
     """The last layer as couplings. ``hidden``: Z (m_full, m) of every field it reads; ``hidden_start``: where they
     begin, the constant one last."""
     out_start, in_start = starts_of(shape.out_reprs), starts_of(shape.in_reprs)
     out_fields, in_fields = fields_by_name(shape.out_reprs).values(), fields_by_name(shape.in_reprs).values()
     tensor_reprs, n_in = linear.out_type.representations, len(shape.in_reprs)
-    bias_start, pairs, couplings = _bias_starts(tensor_reprs), pairs_of(linear), []
+    pairs, couplings = pairs_of(linear), []
     for us, vs in product(out_fields, in_fields):
         field = us[:, None] * n_in + vs
         rep = tensor_reprs[field[0, 0]]
@@ -205,11 +197,9 @@ def _lower_last(
         bias_at = -1
         if len(constant):
             bias_at = len(couplings)
-            one = hidden_start[-1:]
+            row, one = linear.expand_bias.starts[field], hidden_start[-1:]
             empty = np.zeros((len(constant), 0, 0))
-            couplings.append(
-                Coupling("bias", bias_start[field], **where, hidden_start=one, basis=constant, fold=empty, fold_into=-1)
-            )
+            couplings.append(Coupling("bias", row, **where, hidden_start=one, basis=constant, fold=empty, fold_into=-1))
         for pair in pairs:
             if pair.rep_out.name != rep.name:
                 continue

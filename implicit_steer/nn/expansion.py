@@ -109,23 +109,23 @@ class BiasExpansion:
     Attributes:
         blocks: by name of a representation with invariants its block, in float32 as escnn has it.
         shape: of the whole matrix.
+        starts: (n_fields,) first number of each field's bias.
     """
 
     def __init__(self, out_type: FieldType):
         reprs, fields = out_type.representations, fields_by_name(out_type.representations)
         exact = {name: invariants(reprs[at[0]]) for name, at in fields.items()}
         self.blocks = {name: torch.from_numpy(block).float() for name, block in exact.items() if block.shape[1]}
-        counts, rows = np.zeros(len(reprs), dtype=int), starts_of(reprs)
+        counts = np.zeros(len(reprs), dtype=int)
         for name, at in fields.items():
             counts[at] = exact[name].shape[1]
-        columns = np.cumsum(counts) - counts
-        self.shape = out_type.size, int(counts.sum())
-        self._starts = {name: (rows[fields[name]], columns[fields[name]]) for name in self.blocks}
+        self.shape, self.starts = (out_type.size, int(counts.sum())), np.cumsum(counts) - counts
+        self._fields, self._rows = fields, starts_of(reprs)
 
     def _places(self, name: str) -> tuple[Tensor, Tensor]:
         """Rows (F, size) and columns (F, n) of the blocks of all fields of a representation."""
-        (rows, columns), (size, n) = self._starts[name], self.blocks[name].shape
-        return _coordinates(rows, size), _coordinates(columns, n)
+        fields, (size, n) = self._fields[name], self.blocks[name].shape
+        return _coordinates(self._rows[fields], size), _coordinates(self.starts[fields], n)
 
     def __call__(self, bias: Tensor) -> Tensor:
         """b (C_out,) of the bias (n_bias,)."""
@@ -156,10 +156,11 @@ class BiasExpansion:
             rows, columns = self._places(rep)
             theirs = dense[rows[:, :, None], columns[:, None, :]]
             inside += int(theirs.count_nonzero())
-            block = theirs[0].detach().cpu().float()
-            same = torch.allclose(theirs, theirs[:1].expand_as(theirs), rtol=0, atol=1e-4)
+            block = theirs[:1]
+            same = torch.allclose(theirs, block.expand_as(theirs), rtol=0, atol=1e-4)
             require(same, name, f"one block for all fields {rep}", "several", kind=RuntimeError)
-            found[rep] = own if torch.allclose(block, own, atol=1e-4, rtol=0) else block
+            known = torch.allclose(block[0], own.to(block), rtol=0, atol=1e-4)
+            found[rep] = own if known else block[0].detach().cpu().float()
         outside = int(dense.count_nonzero()) - inside
         require(outside == 0, name, "a block diagonal matrix", f"{outside} values elsewhere", kind=RuntimeError)
         return found
