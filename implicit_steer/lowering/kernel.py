@@ -16,7 +16,7 @@ from . import _require_escnn  # noqa: F401
 # isort: split
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 
 import escnn.nn
 import numpy as np
@@ -24,7 +24,7 @@ from escnn.group import O3, SO3, Representation
 
 from .._check import fail, parse_sampling, require
 from ..plan import Activation, Block, Coupling, Frame, Linear, Norm, Plan
-from .linear import bias_basis, pairs_of, starts_of, without_rounding
+from .linear import bias_basis, fields_by_name, pairs_of, starts_of, without_rounding
 from .sampling import (
     HiddenSpace,
     escnn_matrices,
@@ -125,7 +125,7 @@ def _lower_linear(linear: escnn.nn.Linear, sampled: _Sampled, first: bool) -> Li
                     offset=pair.offset,
                     n_in=len(pair.in_fields),
                     columns=np.array([c for c, _ in members]),
-                    out_start=coefficients * np.array(pair.out_fields),
+                    out_start=coefficients * pair.out_fields,
                     in_start=np.array([in_start[n] for _, n in members]),
                     basis=basis,
                 )
@@ -133,7 +133,7 @@ def _lower_linear(linear: escnn.nn.Linear, sampled: _Sampled, first: bool) -> Li
     out_size = coefficients * len(out_reprs)
     bias = np.zeros((out_size, 0))
     if linear.bias is not None:
-        bias = np.kron(np.eye(len(out_reprs)), sampled.hidden.T @ bias_basis(linear, 0))
+        bias = np.kron(np.eye(len(out_reprs)), sampled.hidden.T @ bias_basis(linear, out_reprs[0]))
     return Linear(in_size, out_size, tuple(blocks), bias)
 
 
@@ -168,14 +168,6 @@ def _read_through(basis: np.ndarray, z: np.ndarray) -> np.ndarray:
     return basis if np.array_equal(z, np.eye(len(z))) else without_rounding(basis @ z)
 
 
-def _classes(reprs: list[Representation]) -> list[list[int]]:
-    """Fields grouped by representation."""
-    groups = defaultdict(list)
-    for n, r in enumerate(reprs):
-        groups[r.name].append(n)
-    return list(groups.values())
-
-
 def _fold(columns: np.ndarray, constant: np.ndarray) -> np.ndarray:
     """(n_b, n_trivial, n_constant): what a shift of trivial hidden coordinates adds to the kernel, ``columns`` (n_b, o,
     i, n_trivial), as combinations of the invariant matrices ``constant`` (n_constant, o, i, 1), which the bias adds."""
@@ -188,49 +180,43 @@ def _fold(columns: np.ndarray, constant: np.ndarray) -> np.ndarray:
 
 
 def _lower_last(
-    linear: escnn.nn.Linear, shape: KernelShape, hidden: list[np.ndarray], hidden_start: np.ndarray, trivial: np.ndarray
+    linear, shape: KernelShape, hidden: list[np.ndarray], hidden_start: np.ndarray, trivial: np.ndarray
 ) -> tuple[Coupling, ...]:
     """The last layer as couplings. ``hidden``: Z (m_full, m) of every field it reads; ``hidden_start``: where they
     begin, the constant one last."""
     out_start, in_start = starts_of(shape.out_reprs), starts_of(shape.in_reprs)
+    out_fields, in_fields = fields_by_name(shape.out_reprs).values(), fields_by_name(shape.in_reprs).values()
     tensor_reprs, n_in = linear.out_type.representations, len(shape.in_reprs)
-    bias_start = np.cumsum([0] + [len(trivial_coordinates(r)) for r in tensor_reprs])
     pairs, couplings = pairs_of(linear), []
-    for us in _classes(shape.out_reprs):
-        for vs in _classes(shape.in_reprs):
-            field = np.array([[u * n_in + v for v in vs] for u in us])
-            rep = tensor_reprs[field[0, 0]]
-            sizes = shape.out_reprs[us[0]].size, shape.in_reprs[vs[0]].size
-            where = {"out_start": out_start[us], "in_start": in_start[vs]}
-            constant = bias_basis(linear, field[0, 0]).T.reshape(-1, *sizes, 1)
-            bias_at = -1
-            if len(constant):
-                bias_at = len(couplings)
-                one = hidden_start[-1:]
-                empty = np.zeros((len(constant), 0, 0))
-                couplings.append(
-                    Coupling(
-                        "bias", bias_start[field], **where, hidden_start=one, basis=constant, fold=empty, fold_into=-1
-                    )
+    for us, vs in product(out_fields, in_fields):
+        field = us[:, None] * n_in + vs
+        rep = tensor_reprs[field[0, 0]]
+        sizes = shape.out_reprs[us[0]].size, shape.in_reprs[vs[0]].size
+        where = {"out_start": out_start[us], "in_start": in_start[vs]}
+        constant = bias_basis(linear, rep).T.reshape(-1, *sizes, 1)
+        bias_at = -1
+        if len(constant):
+            bias_at = len(couplings)
+            row, one = linear.expand_bias.starts[field], hidden_start[-1:]
+            empty = np.zeros((len(constant), 0, 0))
+            couplings.append(Coupling("bias", row, **where, hidden_start=one, basis=constant, fold=empty, fold_into=-1))
+        for pair in pairs:
+            if pair.rep_out.name != rep.name:
+                continue
+            n_w, n_b = len(pair.in_fields), len(pair.basis)
+            row = pair.offset + np.searchsorted(pair.out_fields, field) * n_w * n_b
+            basis = _read_through(pair.basis, hidden[pair.in_fields[0]]).reshape(n_b, *sizes, -1)
+            couplings.append(
+                Coupling(
+                    "weights",
+                    row,
+                    **where,
+                    hidden_start=hidden_start[pair.in_fields],
+                    basis=basis,
+                    fold=_fold(basis[..., trivial], constant),
+                    fold_into=bias_at if len(trivial) else -1,
                 )
-            for pair in pairs:
-                if pair.rep_out.name != rep.name:
-                    continue
-                index = {f: n for n, f in enumerate(pair.out_fields)}
-                n_w, n_b = len(pair.in_fields), len(pair.basis)
-                row = pair.offset + np.vectorize(index.__getitem__)(field) * n_w * n_b
-                basis = _read_through(pair.basis, hidden[pair.in_fields[0]]).reshape(n_b, *sizes, -1)
-                couplings.append(
-                    Coupling(
-                        "weights",
-                        row,
-                        **where,
-                        hidden_start=hidden_start[pair.in_fields],
-                        basis=basis,
-                        fold=_fold(basis[..., trivial], constant),
-                        fold_into=bias_at if len(trivial) else -1,
-                    )
-                )
+            )
     return tuple(couplings)
 
 

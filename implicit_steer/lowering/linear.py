@@ -21,7 +21,7 @@ from scipy.linalg import block_diag
 from .._check import require
 from ..plan import Block, Linear
 from .intertwiners import intertwiners
-from .sampling import invariants, trivial_coordinates
+from .sampling import distinct, invariants
 
 _MOST_POLISHED = 256
 _POLISHED: dict[tuple, np.ndarray] = {}
@@ -58,8 +58,8 @@ class Pair:
 
     rep_in: Representation
     rep_out: Representation
-    in_fields: list[int]  # positions in the list of input fields
-    out_fields: list[int]
+    in_fields: np.ndarray  # positions in the list of input fields
+    out_fields: np.ndarray
     offset: int
     basis: np.ndarray  # (n_b, o, i)
 
@@ -83,30 +83,33 @@ def polished_blocks(expansion: torch.nn.Module, stored=lambda key: None) -> dict
     return blocks
 
 
+def fields_by_name(reprs) -> dict[str, np.ndarray]:
+    """Positions of the fields of each representation, by its name, by which escnn tells representations apart."""
+    positions = defaultdict(list)
+    for n, r in enumerate(reprs):
+        positions[r.name].append(n)
+    return {name: np.array(fields) for name, fields in positions.items()}
+
+
 def pairs_of(linear: escnn.nn.Linear) -> list[Pair]:
-    expansion = linear.basisexpansion
-    by_name = [defaultdict(list), defaultdict(list)]
-    for fields, reprs in zip(by_name, (linear.in_type.representations, linear.out_type.representations), strict=True):
-        for n, r in enumerate(reprs):
-            fields[r.name].append(n)
+    """Those whose basis is not empty, in the order of their weights."""
+    in_reprs, out_reprs = linear.in_type.representations, linear.out_type.representations
+    in_fields, out_fields = fields_by_name(in_reprs), fields_by_name(out_reprs)
     pairs = []
-    for pair, basis in polished_blocks(expansion).items():
-        ins, outs = by_name[0][pair[0]], by_name[1][pair[1]]
-        rep_in, rep_out = linear.in_type.representations[ins[0]], linear.out_type.representations[outs[0]]
-        pairs.append(Pair(rep_in, rep_out, ins, outs, expansion._weights_ranges[pair][0], basis))
+    for pair, basis in polished_blocks(linear.basisexpansion).items():
+        ins, outs = in_fields[pair[0]], out_fields[pair[1]]
+        offset = linear.basisexpansion._weights_ranges[pair][0]
+        pairs.append(Pair(in_reprs[ins[0]], out_reprs[outs[0]], ins, outs, offset, basis))
     return pairs
 
 
-def bias_basis(linear: escnn.nn.Linear, field: int) -> np.ndarray:
-    """(size, n) columns that the bias adds to one output field: invariant vectors, polished like the basis."""
-    reprs = linear.out_type.representations
-    counts = np.cumsum([0] + [len(trivial_coordinates(r)) for r in reprs])
-    invariant = invariants(reprs[field])
+def bias_basis(linear, rep: Representation) -> np.ndarray:
+    """(size, n) columns that the bias of a :class:`~implicit_steer.nn.Linear` or of a kernel's layer adds to every
+    output field of this representation: invariant vectors, polished like the basis."""
+    invariant = invariants(rep)
     if invariant.shape[1] == 0:
         return invariant
-    start = starts_of(reprs)[field]
-    here = np.s_[start : start + reprs[field].size, counts[field] : counts[field + 1]]
-    columns = linear.bias_expansion.detach()[here].cpu().double().numpy()
+    columns = linear.expand_bias.blocks[rep.name].double().numpy()
     exact = invariant @ np.linalg.lstsq(invariant, columns, rcond=None)[0]
     error = np.abs(exact - columns).max() / np.abs(columns).max(initial=1)
     require(error < 1e-4, "bias_expansion", "invariant vectors", f"a deviation of {error:.1e}", kind=RuntimeError)
@@ -122,7 +125,8 @@ def lower_map(linear: escnn.nn.Linear | escnn.nn.TensorProductModule) -> Linear:
     """An equivariant map in its own coordinates, with exact bases."""
     columns = None
     if getattr(linear, "bias", None) is not None:
-        columns = block_diag(*(bias_basis(linear, n) for n in range(len(linear.out_type))))
+        of_name = {rep.name: bias_basis(linear, rep) for rep in distinct(linear.out_type.representations)}
+        columns = block_diag(*(of_name[rep.name] for rep in linear.out_type.representations))
     return lower_expansion(linear.basisexpansion, polished_blocks(linear.basisexpansion), columns)
 
 
@@ -140,9 +144,9 @@ def lower_expansion(
     pair; ``bias`` (out_size, n_bias): its ``bias_expansion``."""
     in_reprs, out_reprs = expansion._in_reprs, expansion._out_reprs
     in_start, out_start, blocks = starts_of(in_reprs), starts_of(out_reprs), []
+    in_fields, out_fields = fields_by_name(in_reprs), fields_by_name(out_reprs)
     for pair in expansion._representations_pairs:
-        ins = [n for n, r in enumerate(in_reprs) if r.name == pair[0]]
-        outs = [n for n, r in enumerate(out_reprs) if r.name == pair[1]]
+        ins, outs = in_fields[pair[0]], out_fields[pair[1]]
         blocks.append(
             Block(
                 offset=expansion._weights_ranges[pair][0],

@@ -10,6 +10,7 @@ from __future__ import annotations
 from . import _require_escnn  # noqa: F401
 
 # isort: split
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache, wraps
 
@@ -78,9 +79,15 @@ def frequency(group: Group, irrep: tuple) -> int:
     return -1
 
 
-def max_frequency(reprs: list[Representation]) -> int:
+def distinct(reprs: Iterable[Representation]) -> list[Representation]:
+    """Each representation once, in the order in which they first occur; fast for many fields of a few, since escnn
+    compares and hashes representations slowly."""
+    return list(dict.fromkeys({id(r): r for r in reprs}.values()))
+
+
+def max_frequency(reprs: Iterable[Representation]) -> int:
     """Highest rotation frequency among the irreps; -1 for finite groups, whose irreps are all used anyway."""
-    return max((frequency(r.group, i) for r in reprs for i in r.irreps), default=-1)
+    return max((frequency(r.group, i) for r in distinct(reprs) for i in r.irreps), default=-1)
 
 
 def rotations(group: Group, angle: float) -> GroupElement | None:

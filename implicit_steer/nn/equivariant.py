@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -22,6 +23,10 @@ Errors = list[tuple[GroupElement, float]]
 def check_type(name: str, value, gspace: GSpace | None = None) -> None:
     """Raise unless ``value`` is a FieldType (of ``gspace``'s group, if given) in coordinates that can be inverted."""
     require(isinstance(value, FieldType), name, "an escnn FieldType", type(value).__name__, kind=TypeError)
+    names = Counter(rep.name for rep in set(value.representations))
+    remedy = "escnn tells representations apart by their names: give each its own."
+    for rep_name, n in names.items():
+        require(n == 1, name, "representations of different names", f"{n} of the name {rep_name}", remedy)
     for rep in set(value.representations):
         condition = np.linalg.cond(rep.change_of_basis)
         remedy = "Give the coordinates of its fields comparable units."

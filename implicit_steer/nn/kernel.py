@@ -17,7 +17,7 @@ from .._check import require
 from ..layers._modules import in_mode
 from ..layers.kernel import Biased, KernelBase
 from ..lowering.kernel import KernelShape, lower
-from ..lowering.sampling import invariants, is_orthogonal
+from ..lowering.sampling import distinct, invariants, is_orthogonal
 from .building import built_by_escnn
 from .equivariant import Errors, check_type, compare, like, transform
 from .mlp import ANOTHER_BASIS, CLOSED_FORM, KernelMLP, check_basis, check_sizes, fiber_space, norm_names
@@ -44,6 +44,12 @@ def _matrices(out: Representation, into: Representation) -> Representation:
     """How vec K transforms, K → ρ_out K ρ_in⁻¹: out ⊗ in*, the dual in*(g) = in(g⁻¹)ᵀ being ``in`` itself where that is
     orthogonal. escnn computes it afresh at every call."""
     return out.tensor(_dual(into))
+
+
+def _products(out_reprs: list[Representation], in_reprs: list[Representation]) -> list[Representation]:
+    """:func:`_matrices` of every pair of fields, the output's slowest."""
+    rows = {out: [_matrices(out, into) for into in in_reprs] for out in distinct(out_reprs)}
+    return [rep for out in out_reprs for rep in rows[out]]
 
 
 def _dual(rep: Representation) -> Representation:
@@ -142,10 +148,9 @@ class ImplicitKernel(KernelBase):
         check_sizes(n_layers, n_channels)
         inputs = [position_representation(gspace), *attributes]
         check_kernel(shape.out_reprs, shape.in_reprs, inputs, n_layers, n_channels)
-        tensor_reprs = [_matrices(out, into) for out in shape.out_reprs for into in shape.in_reprs]
         self.mlp = KernelMLP(
             fiber.type(*inputs),
-            fiber.type(*tensor_reprs),
+            fiber.type(*_products(shape.out_reprs, shape.in_reprs)),
             n_layers,
             n_channels,
             init_scheme,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter, defaultdict
 
@@ -22,11 +21,13 @@ from ..plan.packing import Expansion
 from .activation import FourierActivation, paper_function
 from .building import built_by_escnn
 from .equivariant import Steerable, check_input, check_type
-from .size import check_linear
+from .expansion import ANOTHER_LAYER, BiasExpansion, MatrixExpansion
+from .size import check_linear, check_orthonormal
 
 _INIT = ("he", "deltaorthonormal")
+_MOST_DERIVED = 2**22  # values that a state_dict holds although they follow from the fields
 # Suffixes of the buffers that fix what weights mean; escnn derives them from the group's Clebsch-Gordan coefficients.
-_BASIS = (".sampled_basis", ".A", ".Ainv", ".bias_expansion", "_avg", "_change_of_basis")
+_BASIS = (".sampled_basis", ".A", ".Ainv", "_avg", "_change_of_basis")
 
 
 @identity_cache
@@ -40,17 +41,6 @@ def fiber_space(group: Group, name: str) -> GSpace0D:
     return no_base_space(group)
 
 
-def own_basis(expansion: torch.nn.Module) -> None:
-    """Give a new layer's basis expansion buffers of its own, as escnn makes them: it shares them between layers, so
-    that moving or casting one layer moves or casts those of all, later ones included."""
-    for name, block in list(expansion.named_children()):
-        own = copy.copy(block)
-        own._buffers = {"sampled_basis": block.sampled_basis.to("cpu", torch.float32, copy=True)}
-        setattr(expansion, name, own)
-    for name, index in list(expansion.named_buffers(recurse=False)):  # no checkpoint loads into a view
-        setattr(expansion, name, index.clone(memory_format=torch.contiguous_format))
-
-
 def _at_a_point(kind: FieldType) -> FieldType:
     if isinstance(kind.gspace, GSpace0D):
         return kind
@@ -58,18 +48,37 @@ def _at_a_point(kind: FieldType) -> FieldType:
 
 
 class KernelLinear(Steerable, escnn.nn.Linear):
-    """escnn's Linear as a layer of a kernel's MLP, from which plans are lowered: with one ``state_dict`` in training
-    and evaluation mode, since it keeps no expanded matrix. Its weights are 0 at first."""
+    """escnn's Linear as a layer of a kernel's MLP, from which plans are lowered, for any number of fields. Its weights
+    are 0 at first.
+
+    Its ``state_dict`` is the same in training and evaluation mode: it keeps no expanded matrix. It is escnn's where
+    C_out (C_in + n_bias) ≤ 2²²; that of a larger layer lacks what follows from the fields, ``bias_expansion`` and the
+    indices of :class:`MatrixExpansion`. A checkpoint may have them or not.
+
+    Attributes:
+        expand_bias: bias → b, as :class:`BiasExpansion`.
+    """
 
     @built_by_escnn
     def __init__(self, in_type: FieldType, out_type: FieldType):
         check_linear(in_type.representations, out_type.representations)
-        super().__init__(_at_a_point(in_type), _at_a_point(out_type), bias=True, initialize=False)
+        super(escnn.nn.Linear, self).__init__()  # escnn's own makes dense tensors
         self.in_type, self.out_type = in_type, out_type
-        del self.matrix
-        if self.bias is not None:
-            del self.expanded_bias
-        own_basis(self.basisexpansion)
+        points = _at_a_point(in_type), _at_a_point(out_type)
+        self.space, self._basisexpansion = points[0].gspace, MatrixExpansion(*points)
+        self.expand_bias = BiasExpansion(out_type)
+        n_bias = self.expand_bias.shape[1]
+        self.bias = torch.nn.Parameter(torch.zeros(n_bias)) if n_bias else None
+        self.weights = torch.nn.Parameter(torch.zeros(self.basisexpansion.dimension()))
+
+    @property
+    def bias_expansion(self) -> torch.Tensor:
+        """(C_out, n_bias), which escnn keeps: made anew at each access."""
+        return self.expand_bias.dense(self.bias.detach())
+
+    def expand_parameters(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """W (C_out, C_in) and b (C_out,), or None without a bias."""
+        return self.basisexpansion(self.weights)[..., 0], None if self.bias is None else self.expand_bias(self.bias)
 
     def forward(self, x: escnn.nn.GeometricTensor) -> escnn.nn.GeometricTensor:
         """W x + b."""
@@ -82,9 +91,21 @@ class KernelLinear(Steerable, escnn.nn.Linear):
         """Set the mode; nothing is expanded or dropped."""
         return torch.nn.Module.train(self, mode)
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        n_out, n_bias = self.expand_bias.shape
+        if n_out * (self.in_type.size + n_bias) <= _MOST_DERIVED:
+            for name, index in self.basisexpansion.indices().items():
+                destination[f"{prefix}_basisexpansion.{name}"] = index
+            if self.bias is not None:
+                destination[f"{prefix}bias_expansion"] = self.bias_expansion
+
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for derived in ("matrix", "expanded_bias"):  # in checkpoints that escnn wrote in evaluation mode
             state_dict.pop(prefix + derived, None)
+        name = prefix + "bias_expansion"
+        if self.bias is not None and name in state_dict:
+            self.expand_bias.blocks = self.expand_bias.read(name, state_dict.pop(name))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -232,28 +253,37 @@ def check_basis(mlp: KernelMLP, state_dict: dict, prefix: str) -> None:
     this installation's. Elsewhere escnn alone, and so older checkpoints, has arbitrary signs: there the checkpoint's
     own basis is taken over, if it consists of intertwiners.
     """
-    closed_form = isinstance(mlp.in_type.fibergroup, CLOSED_FORM)
+    closed_form, another = isinstance(mlp.in_type.fibergroup, CLOSED_FORM), False
     for name, own in mlp.named_buffers():
         theirs = state_dict.get(prefix + name)
         if theirs is None or not name.endswith(_BASIS):
             continue
         if theirs.shape != own.shape:
-            fail(
-                prefix + name,
-                f"shape {tuple(own.shape)}",
-                tuple(theirs.shape),
-                "The checkpoint is of a layer with other types, n_layers or n_channels.",
-                RuntimeError,
-            )
+            fail(prefix + name, f"shape {tuple(own.shape)}", tuple(theirs.shape), ANOTHER_LAYER, RuntimeError)
         if own.is_meta:  # no numbers to compare with; the plan that is lowered from theirs is compared
-            continue
-        if torch.allclose(theirs.to(own), own, atol=1e-4, rtol=0):
+            another = not closed_form
+        elif torch.allclose(theirs.to(own), own, atol=1e-4, rtol=0):
             state_dict[prefix + name] = own.detach().clone()
-        elif closed_form or not name.endswith((".sampled_basis", ".bias_expansion")):
+        elif closed_form or not name.endswith(".sampled_basis"):
             fail(prefix + name, *ANOTHER_BASIS, RuntimeError)
+        else:
+            another = True
     for n, layer in enumerate(mlp.mlp):
         if isinstance(layer, KernelLinear):
-            polished_blocks(layer.basisexpansion, lambda key, n=n: state_dict.get(f"{prefix}mlp.{n}.{key}"))
+            layer_prefix = f"{prefix}mlp.{n}."
+            _check_bias(layer, state_dict, layer_prefix + "bias_expansion", closed_form, another)
+            polished_blocks(layer.basisexpansion, lambda key, start=layer_prefix: state_dict.get(start + key))
+
+
+def _check_bias(layer: KernelLinear, state_dict: dict, name: str, closed_form: bool, another: bool) -> None:
+    """The same of a layer's ``bias_expansion``. ``another``: whether the rest of the basis may be another one, of which
+    a checkpoint without it does not say what the bias means."""
+    if layer.bias is None:
+        return
+    if name in state_dict:
+        own, theirs = layer.expand_bias.blocks, layer.expand_bias.read(name, state_dict[name])
+        another = closed_form and any(theirs[rep] is not block for rep, block in own.items())
+    require(not another, name, *ANOTHER_BASIS, RuntimeError)
 
 
 def he_deviation(expansion: escnn.nn.modules.basismanager.BlocksBasisExpansion) -> torch.Tensor:
@@ -283,4 +313,5 @@ def initialise(layer: KernelLinear, scheme: str) -> None:
         with torch.no_grad():
             layer.weights.copy_(he_deviation(layer.basisexpansion) * torch.randn_like(layer.weights))
     else:
+        check_orthonormal(layer.in_type.representations, layer.out_type.representations)
         escnn.nn.init.deltaorthonormal_init(layer.weights.data, layer.basisexpansion)

@@ -14,11 +14,12 @@ import numpy as np
 from escnn.group import O3, SO3, Representation
 
 from .._check import fail, require
-from ..lowering.sampling import hidden_space, max_frequency
+from ..lowering.sampling import distinct, hidden_space, max_frequency
 
 _BASIS = 16  # bytes per number of a sampled basis (n_b, o, i): two copies in float32, one in float64
 _TENSOR = 56  # per number of the change of basis of a tensor product, while escnn makes it
-_BIAS = 4  # per number of the matrix (coordinates, invariants) that expands the bias
+_WEIGHT = 100  # per weight: itself, its initial deviation, and twice a row of the matrix that packs the parameters
+_ORTHONORMAL = 40  # per number of a random orthonormal matrix
 _PACKED = 48  # per product θ B of the sparse matrix that makes a dense kernel tensor of the parameters
 _LONG = 4e9  # from about so many bytes on, building takes more than half a minute
 _VARIABLE = "IMPLICIT_STEER_BUILD_GB"
@@ -29,9 +30,25 @@ def check_linear(in_reprs: list[Representation], out_reprs: list[Representation]
     """Raise ``ValueError`` if an equivariant linear layer between these fields takes more memory than there is."""
     needed = {
         _name(into, out): _BASIS * _n_intertwiners(into, out) * out.size * into.size
-        for into, out in product(set(in_reprs), set(out_reprs))
+        for into, out in product(distinct(in_reprs), distinct(out_reprs))
     }
     _check("in_type, out_type", needed)
+
+
+def check_orthonormal(in_reprs: list[Representation], out_reprs: list[Representation]) -> None:
+    """Raise ``ValueError`` if it takes more memory than there is to draw the matrices of ``"deltaorthonormal"`` between
+    these fields: for each irrep in both, one after the other, a square one with as many rows as there are copies."""
+    there, here = (_irrep_counts(reprs) for reprs in (in_reprs, out_reprs))
+    rows, irrep = max(((max(there[i], here[i]), i) for i in there.keys() & here.keys()), default=(0, None))
+    _check("init_scheme", {f"an orthonormal matrix between the copies of the irrep {irrep}": _ORTHONORMAL * rows**2})
+
+
+def _irrep_counts(reprs: list[Representation]) -> Counter:
+    found = Counter()
+    for rep, n in Counter(reprs).items():
+        for ident in rep.irreps:
+            found[ident] += n
+    return found
 
 
 def check_kernel(
@@ -51,10 +68,9 @@ def check_kernel(
     for (out, n_out), (into, n_in) in product(Counter(out_reprs).items(), Counter(in_reprs).items()):
         pair = _name(into, out)
         needed[pair] += _TENSOR * (out.size * into.size) ** 2
-        needed["the biases"] += _BIAS * n_out * n_in * _n_intertwiners(into, out) * sizes[0] * sizes[1]
         for h, n_hidden in read.items():
             n_b, nonzeros, products, slots = _count(out, into, h, tensor)
-            needed[pair] += _BASIS * n_b * out.size * into.size * h.size
+            needed[pair] += _BASIS * n_b * out.size * into.size * h.size + _WEIGHT * n_b * n_out * n_in * n_hidden
             packed[pair] += _PACKED * nonzeros * n_out * n_in * n_hidden
             sparse += 16 * (nonzeros + products * n_hidden) * n_in + slots * n_in * n_hidden * n_out
     if dense < sparse and not isinstance(group, SO3 | O3):  # as Plan.dense_coupling chooses

@@ -17,7 +17,8 @@ from ...layers.linear import project_squares
 from ...layers.molecules import MoleculeNet, ResidualBlock, TensorReadout
 from ...nn import FourierActivation, IIDBatchNorm1d, ImplicitPointConv
 from ...nn.building import built_by_escnn
-from ...nn.mlp import own_basis, read_basis
+from ...nn.expansion import own_basis
+from ...nn.mlp import read_basis
 from ..data.qm9 import EDGE_ATTRIBUTES
 
 ATOM_FEATURES = 5  # one-hot of H, C, N, O, F

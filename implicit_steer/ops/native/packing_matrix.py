@@ -42,9 +42,9 @@ class PackingMatrix:
 
 def selection(columns: NDArray[Any], n_columns: int) -> sparse.csr_matrix:
     """Rows with a single 1 each, in these columns; column −1: an empty row."""
-    inside = np.flatnonzero(columns >= 0)
-    entries = (np.ones(len(inside)), (inside, columns[inside]))
-    return sparse.coo_matrix(entries, shape=(len(columns), n_columns)).tocsr()
+    inside = columns >= 0
+    chosen, ends = columns[inside], np.concatenate([[0], np.cumsum(inside)])
+    return sparse.csr_matrix((np.ones(len(chosen)), chosen, ends), shape=(len(columns), n_columns))
 
 
 # ---- hidden layers
