@@ -10,8 +10,7 @@ from ..lowering import _require_escnn  # noqa: F401
 
 # isort: split
 import copy
-from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,12 +28,11 @@ from ..lowering.sampling import hidden_space, identity_cache, solid_harmonics
 from ..plan import Coupling, Plan
 from ..plan import Linear as LinearMap
 from ..plan.irreps import Irrep, Irreps, Term
-from ..plan.packing import Weights, dense_kernel, pack
+from ..plan.packing import Parameters, Weights, dense_kernel, pack
 from .point_conv import ImplicitPointConv
 
 _WAYS = "an escnn FieldType or GeometricTensor of O(3) or SO(3) on R³, or an implicit_steer.nn.ImplicitPointConv"
 _ACCURACY = 1e-5  # of a converted kernel, relative: parameters are in float32
-_Map = Callable[[Tensor], Tensor]
 
 
 def from_escnn(x: Any) -> Any:
@@ -212,33 +210,36 @@ def _transfer_kernel(
     source: KernelBase, target: KernelBase, into: NDArray[np.float64], out: NDArray[np.float64]
 ) -> None:
     """Give ``target`` the function of ``source``: what its linear maps are, projected onto its own bases."""
-    given, plan = source.parameters_for_op(), target.plan
+    given, own, plan = source.parameters_for_op(), target.parameters_for_op(), target.plan
     weights = pack(source.plan, given, fold=False)
-    for layer, module, (matrix, shift) in zip(plan.linears, target._linears, weights.linears, strict=False):
-        module.weights.copy_(_linear_weights(layer, matrix))
-        if module.bias is not None:
-            module.bias.copy_(torch.linalg.lstsq(torch.tensor(layer.bias), shift).solution)
+    for layer, (weight, bias), (matrix, shift) in zip(plan.linears, own.linears, weights.linears, strict=False):
+        weight.copy_(_linear_weights(layer, matrix))
+        if bias is not None:
+            bias.copy_(torch.linalg.lstsq(torch.tensor(layer.bias), shift).solution)
     wanted = _last_layer(source.plan, weights, plan, torch.from_numpy(into), torch.from_numpy(out)) / plan.gamma
-    last = target._linears[-1]
+    last = dict(zip(("weights", "bias"), own.linears[-1], strict=True))
     for coupling in plan.couplings:
-        getattr(last, coupling.parameter).index_copy_(0, *_coupling_weights(coupling, wanted, last.weights.dtype))
-    for (norm, names), (own, own_names), theirs, ours in zip(
-        source._norms, target._norms, source.plan.norms, plan.norms, strict=True
-    ):
-        for name, own_name in zip(names, own_names, strict=True):
-            value, place = getattr(norm, name), getattr(own, own_name)
-            if name.endswith("running_mean"):  # which has a column for every coordinate
-                place[:, ours.full_trivial.tolist()] = value[:, theirs.full_trivial.tolist()].to(place)
-            else:
-                place.copy_(value)
-        own.num_batches_tracked.copy_(norm.num_batches_tracked)
-    target.shell_width.copy_(source.shell_width)
+        parameter = cast(Tensor, last[coupling.parameter])
+        parameter.index_copy_(0, *_coupling_weights(coupling, wanted, parameter.dtype))
+    _transfer_norms(source, target)
+    own.shell_width.copy_(given.shell_width)
     found = dense_kernel(plan, pack(plan, _double(target), fold=False))
     error = float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
     require(error < _ACCURACY, "x", "a layer whose kernel has a counterpart", f"a deviation of {error:.0e}")
 
 
-def _double(kernel: KernelBase) -> Any:
+def _transfer_norms(source: KernelBase, target: KernelBase) -> None:
+    pairs = zip(source.parameters_for_op().norms, target.parameters_for_op().norms, strict=True)
+    for n, (given, own) in enumerate(pairs):
+        for name in ("weight", "bias", "var"):
+            getattr(own, name).copy_(getattr(given, name))
+        theirs, ours = (kernel.plan.norms[n].full_trivial.tolist() for kernel in (source, target))
+        own.mean[:, ours] = given.mean[:, theirs].to(own.mean)
+        counts = [cast(Tensor, kernel._norms[n][0].num_batches_tracked) for kernel in (source, target)]
+        counts[1].copy_(counts[0])
+
+
+def _double(kernel: KernelBase) -> Parameters:
     return copy.deepcopy(kernel).double().parameters_for_op()
 
 

@@ -79,10 +79,10 @@ class Trajectory(NamedTuple):
 
 
 def read_potential(path: str | Path) -> PotentialNet:
-    """The potential of a file that :func:`implicit_steer.save` wrote, or ``Potential.save``, which takes escnn to read.
+    """The potential of a file that :func:`implicit_steer.save` or ``Potential.save`` wrote.
 
-    Raises ``ValueError`` for a file without a potential, ``RuntimeError`` for a damaged one, and where escnn is needed
-    and missing.
+    Raises ``ValueError`` for a file without a potential, ``RuntimeError`` for a damaged one, and where a file of an
+    earlier version takes escnn, which is missing.
     """
     expected = "a potential that implicit_steer.save or Potential.save wrote"
     require(Path(path).is_file(), str(path), expected, "no file")

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from ..lowering import _require_escnn  # noqa: F401
-
-# isort: split
 import math
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from escnn import gspaces
-from escnn.group import directsum
 
-from .._check import fail, require
+from .._check import fail, load_extra, require
 from ..deploy.convert import saved_as
+from ..irreps import ImplicitPointConv
 from ..layers.potential import MAX_NUMBER, Gate, PotentialNet
-from ..nn import ImplicitPointConv
 
 
 @saved_as(PotentialNet)
@@ -26,9 +22,9 @@ class Potential(PotentialNet):
     """E = Σ_i e_i,  e_i = shift[z_i] + scale[z_i] · MLP(scalars of x_i),  F = −∂E/∂pos,  σ = (1/V) ∂E/∂ε.
 
     x starts as an embedding of the species; each of ``blocks`` layers adds Gate(conv(x) / √degree), conv an
-    :class:`~implicit_steer.nn.ImplicitPointConv` for O(3) whose kernel sees the edge vector, ``radial`` cosines of its
+    :class:`~implicit_steer.irreps.ImplicitPointConv` whose kernel sees the edge vector, ``radial`` cosines of its
     length and the species of both ends, and which vanishes with two derivatives at ``cutoff``. So energies are
-    invariant and forces equivariant to rounding, and smooth where an atom crosses the cutoff.
+    invariant and forces equivariant to rounding, and smooth where an atom crosses the cutoff. It needs no escnn.
 
     Args:
         species: atomic numbers that occur, for example ``[1, 6, 8]``.
@@ -37,7 +33,7 @@ class Potential(PotentialNet):
         radial: cosines of the distance that the kernels see.
         kernel_layers, kernel_channels: size of the kernels' MLPs.
         activation: of the kernels' MLPs; a smooth one ("silu", "gelu", "tanh").
-        backend, sampling: of the convolutions.
+        backend: of the convolutions.
 
     Energies are float64 also in a float32 potential: interactions are computed in its dtype, edge vectors before, and
     sums with the large energies of free atoms after, in float64.
@@ -68,7 +64,6 @@ class Potential(PotentialNet):
         kernel_layers: int = 3,
         kernel_channels: int = 8,
         activation: str = "silu",
-        sampling: str = "auto",
         backend: str = "auto",
     ):
         species = _checked_species(species)
@@ -79,20 +74,18 @@ class Potential(PotentialNet):
         sizes = {"channels": (channels, 1), "max_frequency": (max_frequency, 0), "blocks": (blocks, 1)}
         for name, (value, least) in {**sizes, "radial": (radial, 0)}.items():
             require(isinstance(value, int) and value >= least, name, f"an integer >= {least}", repr(value))
-        gspace = gspaces.flipRot3dOnR3()
-        field = directsum([gspace.irrep(l % 2, l) for l in range(max_frequency + 1)])  # noqa: E741
-        scalar_type, hidden_type = gspace.type(*[gspace.trivial_repr] * channels), gspace.type(*[field] * channels)
-        no_space = gspaces.no_base_space(gspace.fibergroup)
-        attributes = no_space.type(*[no_space.trivial_repr] * (radial + 2 * len(species)))
-        settings = {"activation": activation, "sampling": sampling, "backend": backend, "norm": None, "cutoff": 1.0}
+        field = [(1, (degree, (-1) ** degree)) for degree in range(max_frequency + 1)]  # 0e, 1o, 2e, …
+        scalars, hidden = f"{channels}x0e", field * channels
+        kernel = {"n_layers": kernel_layers, "n_channels": kernel_channels, "activation": activation, "cutoff": 1.0}
+        n_attributes = radial + 2 * len(species)
         super().__init__(
             species=tuple(species),
             cutoff=cutoff,
             radial=radial,
             embedding=torch.nn.Embedding(len(species), channels),
             convolutions=torch.nn.ModuleList(
-                ImplicitPointConv(into, hidden_type, attributes, kernel_layers, kernel_channels, **settings)
-                for into in [scalar_type, *[hidden_type] * (blocks - 1)]
+                ImplicitPointConv(into, hidden, n_attributes, backend=backend, **kernel)
+                for into in [scalars, *[hidden] * (blocks - 1)]
             ),
             gates=torch.nn.ModuleList(Gate(channels, max_frequency) for _ in range(blocks)),
             head=torch.nn.Sequential(
@@ -109,7 +102,6 @@ class Potential(PotentialNet):
             "kernel_layers": kernel_layers,
             "kernel_channels": kernel_channels,
             "activation": activation,
-            "sampling": sampling,
             "backend": backend,
         }
 
@@ -121,7 +113,9 @@ class Potential(PotentialNet):
 def load_potential(path: str | Path) -> Potential:
     """The potential that :meth:`Potential.save` wrote, in its dtype, in evaluation mode.
 
-    Raises ``ValueError`` where the file is no such file, or was written under another basis of the group.
+    A file written before convolutions had irreps takes escnn to be converted; save the result to be rid of it.
+
+    Raises ``ValueError`` where the file is no such file, ``RuntimeError`` where escnn is needed and missing.
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -130,6 +124,9 @@ def load_potential(path: str | Path) -> Potential:
         fail(str(path), "a file written by Potential.save", "another one", "implicit_steer.load reads those of save.")
     except (RuntimeError, EOFError, OSError, TypeError, UnpicklingError, ValueError) as error:
         fail(str(path), "a file written by Potential.save", error)
+    if "sampling" in options:
+        load_extra("escnn", "escnn")
+        options, state = import_module("._escnn_files", __package__).converted(options, state)
     potential = Potential(**options).to(state["embedding.weight"].dtype)
     potential.load_state_dict(state)
     return potential.eval()

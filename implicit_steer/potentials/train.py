@@ -81,7 +81,7 @@ def train_forces(options: ForcesOptions) -> dict[str, Any]:
     Raises ``RuntimeError`` where a package is missing, ``ValueError`` for a wrong option, a damaged file, or a folder
     that holds another run.
     """
-    run = Run(options, f"runs/{options.system}-seed{options.seed}")
+    run = Run(options, f"runs/{options.system}-seed{options.seed}", with_escnn=False)
     # Only now: these import the packages that the run has checked.
     from lightning.pytorch import seed_everything
 

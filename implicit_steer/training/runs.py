@@ -173,13 +173,15 @@ class Run:
     """A run that has begun: its folder ``out``, and the ``checkpoint`` to continue from, None for a fresh run.
     Where ``torchrun`` has started several processes, they train together.
 
-    ``default_out`` is the folder where ``options.out`` is None. Sets the number of threads; raises ``RuntimeError``
-    where lightning or escnn is missing, ``ValueError`` where the folder holds another run.
+    ``default_out`` is the folder where ``options.out`` is None; ``with_escnn``: the network has escnn's types. Sets the
+    number of threads; raises ``RuntimeError`` where lightning or a needed escnn is missing, ``ValueError`` where the
+    folder holds another run.
     """
 
-    def __init__(self, options: RunOptions, default_out: str):
+    def __init__(self, options: RunOptions, default_out: str, *, with_escnn: bool = True):
         load_extra("lightning.pytorch")
-        load_extra("escnn", "escnn")
+        if with_escnn:
+            load_extra("escnn", "escnn")
         self.options, self.started = options, time.time()
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)

@@ -232,7 +232,7 @@ def test_energy_and_forces_are_continuous_at_the_cutoff(potential):
         assert structures.edge_index.shape[1] == (4 if gap > 0 else 2)
         return potential.predict(structures)
 
-    outside, gaps = third_atom(-1e-9), (0.04, 0.02, 0.01)
+    outside, gaps = third_atom(-1e-9), (0.008, 0.004, 0.002)
     assert not outside.forces[2].any()
     inside = [third_atom(gap) for gap in gaps]
     energy = [(p.energy - outside.energy).abs().item() for p in inside]
