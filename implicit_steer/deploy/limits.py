@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from .._check import require
 from ..plan import FrozenArrays, Linear, Plan
 
-# Numbers that a matrix of a plan may have per number of the file. Networks of the experiments have up to 4, wide layers
+# Values that a matrix of a plan may have per value of the file. Networks of the experiments have up to 4, wide layers
 # of regular fields of large finite groups some hundreds.
 _PER_NUMBER = 1000
 _CREATE = (torch.empty, torch.full, torch.ones, torch.zeros)

@@ -144,6 +144,7 @@ def check_attributes(name: str, module: torch.nn.Module, has_counterpart: Callab
     """
 
     def check(where: str, value: Any) -> None:
+        """Raise unless ``value``, which the error calls ``where``, can be written; containers are searched."""
         cls = type(value)
         if cls in (list, tuple, torch.Size):
             for item in value:

@@ -49,12 +49,12 @@ class Graph:
             sets (a bipartite graph).
 
     Attributes (not to be written to; all tensors on ``device`` and of ``edge_index``'s dtype):
-        num_edges, num_src, num_dst: E and the two numbers of nodes.
+        num_edges, num_src, num_dst: E, the number of sources, the number of targets.
         edge_index (2, E), src (E,), dst (E,): the edges in the given order.
-        order (E,), rowptr (num_dst + 1,): edges by target; those into node i are ``order[rowptr[i]:rowptr[i + 1]]``,
+        order (E,), rowptr (num_dst + 1,): edges by target; the edges into i are ``order[rowptr[i]:rowptr[i + 1]]``,
             in their given order.
         order_by_source (E,), colptr (num_src + 1,): the same by source; sorted at the first use, on the CUDA stream
-            that is current then (a graph for several streams: ask for them once, before the streams part).
+            that is current then (if several streams share the graph, read them once before the streams part).
         degree (num_dst,): edges into each node.
 
     Raises:
@@ -87,7 +87,7 @@ class Graph:
         """Several graphs (at least one) side by side as one: nodes and edges are numbered part after part. The sorted
         orders of the parts are put one behind the other; nothing is sorted again.
 
-        The numbers are int64, or int32 where those of all parts are and all numbers of the whole fit.
+        The indices are int64, or int32 where the indices of all parts are int32 and the joined ones fit.
 
         Raises:
             TypeError: ``graphs`` is not a collection of Graphs.
@@ -189,7 +189,7 @@ def _shifted(parts: Sequence[Tensor], starts: Sequence[int], dtype: torch.dtype)
 def _side_by_side(
     parts: Sequence[tuple[Tensor, Tensor]], edges: Sequence[int], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Of several results of :func:`sort_by_key` that of the whole, where part p has the edges from ``edges[p]`` on."""
+    """Join the results of :func:`sort_by_key` for several parts; the edges of part p start at ``edges[p]``."""
     offsets = _shifted([offsets[1:] for _, offsets in parts], edges, dtype)
     return _shifted([order for order, _ in parts], edges, dtype), torch.cat([offsets.new_zeros(1), offsets])
 
@@ -197,7 +197,7 @@ def _side_by_side(
 def _node_counts(num_nodes: Any) -> tuple[int, int]:
     pair = num_nodes if isinstance(num_nodes, (tuple, list)) else (num_nodes, num_nodes)
     expected = "an integer >= 0 or a pair (num_source, num_target)"
-    if torch.compiler.is_compiling():  # whole numbers as they are: some may stand for any size
+    if torch.compiler.is_compiling():  # keep the sizes as they are: some may stand for any size
         return pair[0], pair[1]
     whole = all(hasattr(n, "__index__") and not isinstance(n, (bool, Tensor)) for n in pair)
     require(len(pair) == 2, "num_nodes", expected, f"{len(pair)} numbers")

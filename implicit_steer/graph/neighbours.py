@@ -24,8 +24,8 @@ _FLOWS = ("source_to_target", "target_to_source")
 
 
 def _untraced(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The function, which torch.compile runs as it is: it looks for neighbours in NumPy's arrays. Compiled code around
-    it is in two parts; ``fullgraph=True`` is an error with this reason."""
+    """Make torch.compile run ``function`` uncompiled, since it looks for neighbours in NumPy arrays. The compiled code
+    around it is split in two; ``fullgraph=True`` is an error with this reason."""
 
     @wraps(function)
     def call(*args: _P.args, **options: _P.kwargs) -> _R:
@@ -57,8 +57,8 @@ def radius_graph(
         r: the radius, > 0, in the units of ``pos``; ``inf`` connects all points.
         batch: (N,) integers; only points with equal entries are connected. In any order.
         loop: whether each point is connected to itself. Other points at distance 0 always count.
-        max_num_neighbors: of more neighbours than that, a point keeps the nearest, at equal distances those of lower
-            number; with ``loop`` it counts itself, first. None: no limit. PyG's default is 32, and it keeps arbitrary
+        max_num_neighbors: a point with more neighbours keeps the nearest, and of equally distant ones those of lower
+            index; with ``loop`` it counts itself, first. None: no limit. PyG's default is 32, and it keeps arbitrary
             ones. With a limit, j → i no longer means that there is i → j.
         flow: PyG's. ``"target_to_source"`` exchanges the rows, for code that sums into row 0; layers here sum into
             row 1.
@@ -194,6 +194,8 @@ def knn_graph(
     _check_flow(flow)
 
     def nearest_others(chosen: NDArray[Any], _: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Neighbours and centres (E,), as indices into ``chosen``: the nearest other points of each, by distance; with
+        ``loop`` each point comes first among its own."""
         import numpy as np
         from scipy.spatial import cKDTree
 
@@ -224,7 +226,7 @@ def radius(
     """For every point of ``y`` all points of ``x`` at most ``r`` away, as in PyG.
 
     As in PyG, **row 0 counts points of y (the centres), row 1 points of x (their neighbours)**: the reverse of an
-    ``edge_index``. ``radius(x, y, r).flip(0)`` is that of a convolution from x to y.
+    ``edge_index``. ``radius(x, y, r).flip(0)`` is the ``edge_index`` of a convolution from x to y.
 
     Args:
         x, y: (N, D) and (M, D) positions, floating point, finite, on one device. Detached: no gradient flows through
@@ -232,11 +234,11 @@ def radius(
         r: the radius, > 0, in the units of the positions; ``inf`` connects all points.
         batch_x, batch_y: (N,) and (M,) integers, both or neither; only points with equal entries are paired. In any
             order.
-        max_num_neighbors: of more neighbours than that, a point of ``y`` keeps the nearest, at equal distances those of
-            lower number. None: no limit. PyG's default is 32, and it keeps arbitrary ones.
+        max_num_neighbors: a point of ``y`` with more neighbours keeps the nearest, and of equally distant ones those of
+            lower index. None: no limit. PyG's default is 32, and it keeps arbitrary ones.
 
     Returns:
-        (2, E), int64, on the device of ``x``; sorted by the point of ``y``, then by that of ``x``.
+        (2, E), int64, on the device of ``x``; sorted by the point of ``y``, then by the point of ``x``.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -270,7 +272,7 @@ def knn(x: Tensor, y: Tensor, k: int, batch_x: Tensor | None = None, batch_y: Te
     """For every point of ``y`` the ``k`` nearest points of ``x``, as in PyG.
 
     As in PyG, **row 0 counts points of y (the centres), row 1 points of x (their neighbours)**: the reverse of an
-    ``edge_index``. ``knn(x, y, k).flip(0)`` is that of a convolution from x to y.
+    ``edge_index``. ``knn(x, y, k).flip(0)`` is the ``edge_index`` of a convolution from x to y.
 
     Args:
         x, y, batch_x, batch_y: as :func:`radius` takes them.
@@ -306,7 +308,7 @@ def knn(x: Tensor, y: Tensor, k: int, batch_x: Tensor | None = None, batch_y: Te
     return _sorted_by_centre(_edges(segments, nearest), len(points_y)).flip(0).to(x.device)
 
 
-_Segments = dict[int | None, "NDArray[Any]"]  # label → the numbers of its points, at least one
+_Segments = dict[int | None, "NDArray[Any]"]  # label → the indices of its points, at least one
 
 
 def _points(name: str, pos: Any, batch_name: str, batch: Any) -> tuple[NDArray[Any], _Segments]:
@@ -335,7 +337,7 @@ def _points(name: str, pos: Any, batch_name: str, batch: Any) -> tuple[NDArray[A
 def _two_clouds(
     x: Any, y: Any, batch_x: Any, batch_y: Any
 ) -> tuple[NDArray[Any], NDArray[Any], list[tuple[NDArray[Any], NDArray[Any]]]]:
-    """Positions of two clouds, and of each label that both have, the numbers of its points in either."""
+    """Positions of two clouds, and for each label that both have, the indices of its points in either."""
     points_x, of_x = _points("x", x, "batch_x", batch_x)
     points_y, of_y = _points("y", y, "batch_y", batch_y)
     require(x.shape[1] == y.shape[1], "y", f"shape (M, {x.shape[1]}), as x has it", tuple(y.shape))
@@ -376,7 +378,7 @@ _Search = Callable[["NDArray[Any]", "NDArray[Any]"], tuple["NDArray[Any]", "NDAr
 
 
 def _edges(segments: Iterable[tuple[NDArray[Any], NDArray[Any]]], search: _Search) -> Tensor:
-    """(2, E), row 0 = neighbour, row 1 = centre: what ``search(numbers of possible neighbours, numbers of centres)``
+    """(2, E), row 0 = neighbour, row 1 = centre: what ``search(indices of possible neighbours, indices of centres)``
     finds, each in its segment, for all segments together."""
     import numpy as np
 
@@ -390,7 +392,7 @@ def _edges(segments: Iterable[tuple[NDArray[Any], NDArray[Any]]], search: _Searc
 def _nearest(
     neighbour: NDArray[Any], centre: NDArray[Any], distance: NDArray[Any], most: int
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Of the pairs (E,) of every centre the ``most`` of the smallest distances, at equal ones of the lowest numbers."""
+    """Keep the ``most`` nearest of the pairs (E,) of every centre, of equally distant ones those of lowest index."""
     import numpy as np
 
     order = np.lexsort((neighbour, distance, centre))

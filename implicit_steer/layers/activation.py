@@ -28,7 +28,7 @@ class FourierBase(NoTorchScript, torch.nn.Module):
         self, function: str, samples: NDArray[Any], inverse: NDArray[Any], vector: int | None = None
     ) -> None:
         """φ, A (S, d) and A⁻ (d, S). With ``vector``, fields are a scalar and a vector, which begins at that coordinate
-        of the four, and A and A⁻ are those of the pair (scalar, length of the vector)."""
+        of the four, and A and A⁻ belong to the pair (scalar, length of the vector)."""
         require(function in FUNCTIONS, "function", f"one of {FUNCTIONS}", repr(function))
         self.function, self._vector = function, vector
         self._merged = Constants(samples, np.ascontiguousarray(inverse.T))

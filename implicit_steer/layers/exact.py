@@ -21,19 +21,19 @@ class ExactBuffers(torch.nn.Module):
 
     def set_exact(self, name: str, value: Tensor, dtype: torch.dtype | None = None, persistent: bool = True) -> None:
         """Make ``value`` such a buffer, in ``dtype`` (PyTorch's default), or put it in the place of a buffer."""
-        where = value.device if value.is_meta else "cpu"  # a placeholder has no numbers
+        where = value.device if value.is_meta else "cpu"  # a placeholder has no values
         exact = value.detach().to(where, torch.float64, copy=True)
         self._exact = self._exact | {name: exact}
         self.register_buffer(name, exact.to(dtype or torch.get_default_dtype(), copy=True), persistent=persistent)
 
     def share_exact(self, other: ExactBuffers) -> None:
-        """Have those of ``other``."""
+        """Copy the exact buffers of ``other``."""
         for name in other._exact:
             persistent = name not in other._non_persistent_buffers_set
             self.set_exact(name, other.exact(name), other.get_buffer(name).dtype, persistent)
 
     def exact(self, name: str) -> Tensor:
-        """One of these buffers in float64, on the CPU; what it holds, where somebody wrote other numbers to it."""
+        """One of these buffers in float64, on the CPU; what it holds, where somebody wrote other values to it."""
         exact, buffer = self._exact[name], self.get_buffer(name)
         unchanged = buffer.is_meta or torch.equal(exact.to(buffer.dtype), buffer.cpu())
         return exact if unchanged else buffer.detach().to("cpu", torch.float64)

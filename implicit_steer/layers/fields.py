@@ -16,7 +16,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, eq=False)
 class Fields(FrozenArrays):
-    """What is left of a field type without escnn: how many numbers, and its name for people to read.
+    """What is left of a field type without escnn: its size, and its name for people to read.
 
     Called like a field type, on a tensor (N, size, ...) and, if need be, coordinates, it returns the tensor: code that
     wraps its features as ``module.in_type(features, positions)`` runs with a loaded module too.
@@ -42,12 +42,12 @@ class Fields(FrozenArrays):
 
 
 def values(x: Any) -> Tensor:
-    """The numbers of features: a tensor itself, or what a GeometricTensor holds."""
+    """The values of features: a tensor itself, or what a GeometricTensor holds."""
     return x if isinstance(x, Tensor) else x.tensor
 
 
 def with_values(x: Any, tensor: Tensor) -> Any:
-    """Features like ``x`` (a GeometricTensor of its type and coordinates, or a plain tensor) with other numbers."""
+    """Features like ``x`` (a GeometricTensor of its type and coordinates, or a plain tensor) with other values."""
     return tensor if isinstance(x, Tensor) else type(x)(tensor, x.type, x.coords)
 
 

@@ -24,7 +24,7 @@ def apply(name: str, u: Tensor) -> Tensor:
 
 
 class GateBase(NoTorchScript, torch.nn.Module):
-    """y = φ(s) for invariant numbers s, y_n = σ(g_n) · x_n for every other field x_n, on tensors. A subclass calls
+    """y = φ(s) for invariant scalars s, y_n = σ(g_n) · x_n for every other field x_n, on tensors. A subclass calls
     :meth:`_set_fields`."""
 
     function: str
@@ -37,7 +37,7 @@ class GateBase(NoTorchScript, torch.nn.Module):
         self.function, self.gate, self._fields = function, gate, fields
         sizes, gated = (np.array([field[k] for field in fields], dtype=np.int64) for k in (0, 1))
         channels = np.repeat(gated, sizes)  # 1 where a channel is gated
-        order = np.argsort(channels, kind="stable")  # invariant numbers first
+        order = np.argsort(channels, kind="stable")  # invariant scalars first
         gates = sizes.sum() + np.repeat(np.arange(gated.sum()), sizes[gated == 1])
         n = len(channels) - channels.sum()
         self._places = Constants(order[:n], order[n:], gates, np.argsort(order, kind="stable"))

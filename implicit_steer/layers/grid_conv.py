@@ -132,7 +132,7 @@ class ImplicitConv(GridConvBase):
         implicit_kernel: K.
         grid: (kernel_size^dim, dim) the points x_t, the kernel's last axis running fastest.
         padding, stride, dilation, padding_mode: as in :class:`implicit_steer.nn.ImplicitConv`.
-        n_bias: learned numbers of the bias.
+        n_bias: how many learned values the bias has.
         moved_axes: along which axes of the tensor the group moves points; None: all.
     """
 

@@ -336,5 +336,5 @@ class Biased(ExactBuffers, NoTorchScript, torch.nn.Module):
 
     @property
     def n_bias(self) -> int:
-        """Learned numbers of the bias."""
+        """How many learned values the bias has."""
         return 0 if self.bias is None else len(self.bias)

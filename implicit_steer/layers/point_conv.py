@@ -196,7 +196,7 @@ class ImplicitPointConv(PlainPointConv):
         in_type, out_type: sizes and names of the features.
         implicit_kernel: K.
         backend: as in :class:`implicit_steer.nn.ImplicitPointConv`; it has to exist when the module is called.
-        n_bias: learned numbers of the bias.
+        n_bias: how many learned values the bias has.
 
     Example:
         >>> conv = implicit_steer.load("conv.safetensors")  # as saved in the example of implicit_steer.save

@@ -27,7 +27,7 @@ _MOST_PRODUCTS = 2**26
 def normalize_basis(basis: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """Divide basis elements B (n_b, o, i, ...), in place, by √(‖B‖² / size), unless they vanish.
 
-    escnn takes ‖B‖² as the trace of B Bᵀ, with all n_b o² products in memory: 4 GB for fields of 32 numbers. Where they
+    escnn takes ‖B‖² as the trace of B Bᵀ, with all n_b o² products in memory: 4 GB for fields of size 32. Where they
     are few, it does so here, too, so that files and layers keep every bit.
     """
     if basis[:, :, 0].numel() * basis.shape[1] <= _MOST_PRODUCTS:

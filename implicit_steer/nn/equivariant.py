@@ -130,7 +130,7 @@ class Steerable(NoTorchScript, EquivariantModule):
 
 
 def like(module: torch.nn.Module) -> dict[str, Any]:
-    """dtype and device of a module's numbers, for tensors to call it with; float64 where it has none."""
+    """dtype (float32 or float64) and device of tensors to call a module with; float64 where it has no float tensor."""
     for tensor in [*module.parameters(), *module.buffers()]:
         if tensor.is_floating_point():
             wide = tensor.dtype if tensor.dtype == torch.float64 else torch.float32

@@ -12,7 +12,7 @@ from .equivariant import Steerable, check_input, check_type
 class Gate(GateBase, Steerable):
     """y = φ(s) for the invariant fields s of ``out_type``, y_n = σ(g_n) · x_n for every other field x_n, g_n a scalar.
 
-    Equivariant to rounding for every group and every field, since whole fields are multiplied by invariant numbers; a
+    Equivariant to rounding for every group and every field, since whole fields are multiplied by invariant scalars; a
     field counts as invariant if all its irreps are trivial.
 
     Args:

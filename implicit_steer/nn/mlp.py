@@ -173,7 +173,8 @@ class KernelMLP(Steerable):
     Attributes:
         mlp: the escnn modules.
 
-    Source: Zhdanov, Hoffmann, Cesa, NeurIPS 2023, section 3, with max_frequency that of ``out_type`` + 1.
+    Source: Zhdanov, Hoffmann, Cesa, NeurIPS 2023, section 3. The max_frequency of hidden fields is one above the
+    highest frequency of ``out_type``.
     """
 
     @built_by_escnn

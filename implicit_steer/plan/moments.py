@@ -56,7 +56,7 @@ def move_towards(kept: Sequence[Tensor], found: Sequence[Tensor], factor: float)
 
 
 def combined(parts: Sequence[Moments]) -> Moments:
-    """Of all rows together, from those of parts of them.
+    """Combine the moments of parts of the rows into the moments of all rows.
 
     Source: Chan, Golub, LeVeque, *Algorithms for computing the sample variance*, The American Statistician 37 (1983).
     """

@@ -1,7 +1,7 @@
 """The plan of an implicit kernel: immutable, hashable, printable data. It is all that a backend gets to know.
 
 A plan describes ``K(x, a) = γ s(|x|) · mat(MLP(x ⊕ a))`` in *frame coordinates*: the MLP's hidden fields are expressed
-by the few numbers that survive in the edge's own frame ("exact" sampling) or, without a frame, by all of them.
+by the few coefficients that survive in the edge's own frame ("exact" sampling) or, without a frame, by all of them.
 
 Names used throughout (one edge e):
 
@@ -161,7 +161,7 @@ class Plan(FrozenArrays):
 
     @property
     def n_last(self) -> tuple[int, int]:
-        """How many numbers the last layer's weights and bias have."""
+        """How many values the last layer's weights and bias have."""
         ends = {"weights": 0, "bias": 0}
         for c in self.couplings:
             ends[c.parameter] = max(ends[c.parameter], c.end)
