@@ -11,8 +11,10 @@ from . import _require_escnn  # noqa: F401
 
 # isort: split
 from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 import numpy as np
 from escnn.group import O2, O3, SO2, SO3, DirectProductGroup, Group, GroupElement, Representation, directsum
@@ -20,14 +22,16 @@ from escnn.group import O2, O3, SO2, SO3, DirectProductGroup, Group, GroupElemen
 from .._check import fail, require
 from ..plan import Frame
 
+_R = TypeVar("_R")
 
-def identity_cache(function):
+
+def identity_cache(function: Callable[..., _R]) -> Callable[..., _R]:
     """Cache by the identity of the arguments (escnn's groups cannot be hashed; each exists once) or, for plain values,
     by equality. The arguments are kept alive with the result."""
-    cache = {}
+    cache: dict[tuple[Any, ...], tuple[_R, tuple[Any, ...]]] = {}
 
     @wraps(function)
-    def cached(*args):
+    def cached(*args: Any) -> _R:
         key = tuple(a if isinstance(a, int | str | bytes | tuple) else id(a) for a in args)
         if key not in cache:
             cache[key] = (function(*args), args)
