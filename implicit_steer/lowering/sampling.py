@@ -10,8 +10,7 @@ from __future__ import annotations
 from . import _require_escnn  # noqa: F401
 
 # isort: split
-from collections.abc import Iterable
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, wraps
 from typing import Any, TypeVar
