@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from implicit_steer.ops import select
 from implicit_steer.testing.cases import GROUPS, LARGE, SMALL, SPACES
 
-from . import accuracy, bound, device, forces, process, report, scaling, small, speed
+from . import accuracy, bound, device, forces, process, related, report, scaling, small, speed, widths
 from .steps import DEVICES, candidates, use_device
 
 _NAMED = SMALL | LARGE | GROUPS
@@ -32,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     compiled = f"cases on which eager is compiled as well ({' '.join(_COMPILED)})"
     top.add_argument("--compile", nargs="*", choices=list(_NAMED), metavar="CASE", help=compiled)
     top.add_argument("--edges", nargs="+", type=int, metavar="E", help=f"of scaling {scaling.EDGES}")
+    top.add_argument("--widths", nargs="+", type=int, metavar="C", help=f"of related {list(widths.WIDTHS)}")
     top.add_argument("--backends", nargs="+", metavar="NAME", help="(all that run here)")
     top.add_argument("--spaces", nargs="+", choices=list(SPACES), default=list(SPACES), metavar="SPACE", help="(all)")
     top.add_argument(
@@ -126,6 +128,17 @@ def run_small(args: argparse.Namespace, names: list[str]) -> int:
     return 0
 
 
+def run_related(args: argparse.Namespace, _: list[str]) -> int:
+    """Measure, print and write. 1 without e3nn."""
+    if importlib.util.find_spec(related.NAME) is None:
+        print(f"related: expected the package {related.NAME}, got none. Run: pip install e3nn", file=sys.stderr)
+        return 1
+    sizes = args.widths or ([16] if args.quick else list(widths.WIDTHS))
+    results = {"environment": report.environment()} | widths.measure(sizes, *_effort(args))
+    _finish("related", results, widths.text(results), args.out)
+    return 0
+
+
 def run_forces(args: argparse.Namespace, names: list[str]) -> int:
     """Measure, print and write. 1 on a red gate."""
     results = {"environment": report.environment()} | forces.measure(names, *_effort(args), args.threads)
@@ -155,6 +168,7 @@ _SECTIONS = {
     "accuracy": run_accuracy,
     "scaling": run_scaling,
     "small": run_small,
+    "related": run_related,
 }
 
 

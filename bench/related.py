@@ -9,6 +9,7 @@ out, then a sum per node.
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 from escnn.nn import FieldType
@@ -49,14 +50,14 @@ class Layer(torch.nn.Module):
     ``"NequIP form"``: out_i = Linear(Σ_e TP_uvu(f_j, Y(x_e); w_e)), a weight for every channel on every path; the
     channels are mixed per node.
 
-    Features (N, C_in) and outputs (N, C_out) are in e3nn's order of irreps.
+    Features (N, C_in) and outputs (N, C_out) have the irreps ``into`` and ``out``, strings or e3nn's.
     """
 
-    def __init__(self, into: FieldType, out: FieldType, n_attributes: int, form: str):
+    def __init__(self, into: Any, out: Any, n_attributes: int, form: str):
         from e3nn import nn, o3
 
         super().__init__()
-        self.into, self.out = irreps(into), irreps(out)
+        self.into, self.out = o3.Irreps(into), o3.Irreps(out)
         self.harmonics = o3.Irreps.spherical_harmonics(self.into.lmax + self.out.lmax)
         if form == FORMS[0]:
             self.product = o3.FullyConnectedTensorProduct(self.into, self.harmonics, self.out, shared_weights=False)

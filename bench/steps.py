@@ -130,7 +130,9 @@ def _step(case: Case, candidate: Candidate, measure: str) -> Callable[[], dict[s
     module, call = conv, partial(problem.run, conv)
     if candidate.backend == related.NAME:
         size = 0 if conv.edge_attr_type is None else conv.edge_attr_type.size
-        module = related.Layer(conv.in_type, conv.out_type, size, candidate.sampling).to(_device[0])
+        module = related.Layer(*map(related.irreps, (conv.in_type, conv.out_type)), size, candidate.sampling).to(
+            _device[0]
+        )
         call = partial(module, problem)
 
     def forward() -> dict[str, Tensor]:

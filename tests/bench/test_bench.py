@@ -264,7 +264,7 @@ def test_related_operators_are_equivariant_layers_of_equal_widths(name, form):
     conv = case.layer()
     problem = case.inputs(conv)
     size = 0 if conv.edge_attr_type is None else conv.edge_attr_type.size
-    layer = related.Layer(conv.in_type, conv.out_type, size, form)
+    layer = related.Layer(related.irreps(conv.in_type), related.irreps(conv.out_type), size, form)
     assert (layer.into.dim, layer.out.dim) == (conv.in_type.size, conv.out_type.size)
     matrix = -o3.rand_matrix()  # a rotation and the inversion
     into, out = (irreps.D_from_matrix(matrix) for irreps in (layer.into, layer.out))
