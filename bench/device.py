@@ -19,7 +19,6 @@ from .steps import MEASURES, Candidate, candidates, layer, step
 
 _COPIED, _MULTIPLIED = 1 << 28, 4096  # bytes of a copy; rows of square matrices
 _PROFILED = 5  # calls
-_OF_GPUS = ("cuda", "triton")  # backends
 
 
 def ceilings(device: torch.device, copied: int = _COPIED, rows: int = _MULTIPLIED) -> dict[str, float]:
@@ -91,7 +90,7 @@ def kernel_times(case: Case, chosen: Sequence[Candidate], most: int = 4) -> list
     """Records of the ``most`` kernels that our backends spend most time in, µs per call, by torch's profiler."""
     found = []
     for measure, candidate in itertools.product(("forward", "train"), chosen):
-        if candidate.backend not in _OF_GPUS:
+        if candidate.backend not in gpu_cost.BACKENDS:
             continue
         run = step(case, candidate, measure)
         run()
@@ -128,7 +127,7 @@ def keep_times(times: Sequence[dict[str, Any]], cases: Sequence[Case], device: s
     """Let "auto" choose between the GPU backends by these times: backend → seconds per predicted instruction."""
     by_name, found = {case.name: case for case in cases}, []
     for r in times:
-        if r["backend"] in _OF_GPUS and r["measure"] == "forward":
+        if r["backend"] in gpu_cost.BACKENDS and r["measure"] == "forward":
             case = by_name[r["case"]]
             plan = case.layer(sampling=r["sampling"], backend="reference").implicit_kernel.plan
             found.append((plan, case.edges, r["backend"], r["median_ms"] / 1e3))

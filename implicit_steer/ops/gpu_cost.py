@@ -19,6 +19,7 @@ from statistics import median
 from .._files import add_to_tuning_cache, tuning_cache
 from ..plan import Plan
 
+BACKENDS = ("cuda", "triton")  # those that run on a GPU and that "auto" compares
 _MEASURED = "gpu"  # name of the tuning cache
 
 _LANES, _NODE_DEGREE = 32, 16
@@ -41,17 +42,25 @@ def instructions_per_edge(plan: Plan) -> dict[str, float]:
 
 
 def keep_times(device: str, times: Iterable[tuple[Plan, int, str, float]]) -> dict[str, float]:
-    """Measured forward passes: plan, edges, backend, seconds. For each backend the median time of what the model counts
-    as one instruction is kept for the device of this name, and returned; nothing where one of the two is missing."""
-    found: dict[str, list[float]] = {}
+    """Keep measured forward passes for the device of this name, so that "auto" chooses by them.
+
+    Args:
+        device: the device's name.
+        times: (plan, edges, backend, seconds) of each measurement; other backends than :data:`BACKENDS` are left out.
+
+    Returns:
+        Backend → median seconds per predicted instruction, as it is kept; empty, and nothing is kept, where a backend
+        has no measurement, since times of the others compare with none of it.
+    """
+    found: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
     for plan, edges, backend, seconds in times:
-        if backend in (predicted := instructions_per_edge(plan)):
-            found.setdefault(backend, []).append(seconds / (edges * predicted[backend]))
+        if backend in found:
+            found[backend].append(seconds / (edges * instructions_per_edge(plan)[backend]))
+    if not all(found.values()):
+        return {}
     factors = {backend: median(of_backend) for backend, of_backend in found.items()}
-    if len(factors) == 2:
-        add_to_tuning_cache(_MEASURED, {device: factors})
-        return factors
-    return {}
+    add_to_tuning_cache(_MEASURED, {device: factors})
+    return factors
 
 
 def nanoseconds_per_edge(plan: Plan, device: str) -> dict[str, float]:

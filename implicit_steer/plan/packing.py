@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, wraps
 from typing import Any, NamedTuple, TypeVar, cast
@@ -174,17 +174,30 @@ def mixing_weights(coupling: Coupling, weights: Tensor, bias: Tensor | None) -> 
     return parameter.index_select(0, _theta_index(coupling, parameter.device)).view(shape)
 
 
+def kernel_positions(
+    plan: Plan, c: Coupling, fields: Sequence[NDArray[Any]], entries: Sequence[NDArray[Any]], out: Any = None
+) -> NDArray[Any]:
+    """The position in the flat (C_out, C_in, H) kernel of every product θ[u, v, w, b] · B[b, o, i, m] of the coupling.
+
+    Args:
+        fields: u, v, w, the numbers of the output field, the input field (depthwise: u) and the hidden channel.
+        entries: o, i, m, the coordinates within them. All six broadcast with one another.
+        out: where the result is written, as in NumPy.
+    """
+    (u, v, w), (o, i, m) = fields, entries
+    into = c.in_start[u if c.depthwise else v] + i
+    rows = ((c.out_start[u] + o) * plan.in_size + into) * plan.hidden_size
+    return np.add(rows, c.hidden_start[w] + m, out=out)
+
+
 @cached
 def _kernel_index(plan: Plan, device: torch.device) -> Tensor:
-    """Position in the flat (C_out, C_in, H) kernel matrix of every θ·B value, in (U, o, V, i, W, m) order."""
+    """:func:`kernel_positions` of all values of θ·B, zeros included, in (U, o, V, i, W, m) order."""
     parts = []
     for c in plan.couplings:
-        _, o, i, m = c.basis.shape
-        out = (torch.tensor(c.out_start)[:, None] + torch.arange(o)).reshape(-1, 1, 1)
-        into = torch.tensor(c.in_start)[:, None] + torch.arange(i)
-        into = into.repeat_interleave(o, 0)[:, :, None] if c.depthwise else into.reshape(1, -1, 1)
-        hidden = (torch.tensor(c.hidden_start)[:, None] + torch.arange(m)).reshape(1, 1, -1)
-        parts.append(((out * plan.in_size + into) * plan.hidden_size + hidden).reshape(-1))
+        (n_u, n_v), (_, n_o, n_i, n_m) = c.row.shape, c.basis.shape
+        u, o, v, i, w, m = np.ix_(*map(np.arange, (n_u, n_o, n_v, n_i, len(c.hidden_start), n_m)))
+        parts.append(torch.tensor(kernel_positions(plan, c, (u, v, w), (o, i, m)).reshape(-1)))
     return torch.cat(parts).to(device)
 
 

@@ -29,11 +29,9 @@ def code_of(page):
 
 
 def run(*command, cwd=ROOT):
-    """What a fresh process of Python prints."""
+    """A fresh process of Python that has ended, with what it printed."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def test_readme_is_short():
@@ -44,12 +42,14 @@ def test_readme_is_short():
 def test_code_runs(page, tmp_path):
     script = tmp_path / f"{page.stem.replace('-', '_')}.py"
     script.write_text(code_of(page))
-    run(script.name, cwd=tmp_path)
+    done = run(script.name, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_is_supported_is_what_the_code_answers():
-    printed = run("docs/support.py")
-    tables = printed[printed.index("| group |") :]
+    done = run("docs/support.py")
+    assert done.returncode == 0, done.stderr
+    tables = done.stdout[done.stdout.index("| group |") :]
     for page in (ROOT / "README.md", ROOT / "docs" / "support.md"):
         assert tables in page.read_text(), "run: python docs/support.py --write"
 

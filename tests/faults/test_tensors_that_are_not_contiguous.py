@@ -10,7 +10,7 @@ from implicit_steer.testing.cases import SMALL, SPACES, fields
 
 
 def strided(tensor):
-    """Equal numbers, every second one of a larger tensor."""
+    """Equal values, every second one of a larger tensor."""
     wide = tensor.new_empty(*tensor.shape[:-1], 2 * tensor.shape[-1])
     wide[..., ::2] = tensor.detach()
     return wide[..., ::2]
@@ -26,8 +26,9 @@ def scatter(module):
     return module
 
 
-def same(make, run):
-    """In evaluation, and in training with gradients and the running statistics after it."""
+def assert_same(make, run):
+    """A module that is not contiguous gives what a contiguous one gives: outputs in training and evaluation, gradients,
+    and the running statistics after training."""
     torch.manual_seed(0)
     plain = make()
     with torch.no_grad():
@@ -54,7 +55,7 @@ def same(make, run):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bias(backend):
-    """The very case."""
+    """The bias alone is not contiguous."""
     conv = SMALL["o3"].layer(backend=backend).eval()
     problem = SMALL["o3"].inputs(conv)
     torch.nn.init.normal_(conv.bias)
@@ -73,9 +74,9 @@ def test_point_convolution(backend, plain, tmp_path):
         ist.save(SMALL["o3"].layer(backend=backend), tmp_path / "conv.safetensors")
         make = lambda: ist.load(tmp_path / "conv.safetensors")  # noqa: E731
         run = lambda conv: conv(problem.x, problem.graph, problem.delta, problem.attributes)  # noqa: E731
-        same(make, run)
+        assert_same(make, run)
     else:
-        same(lambda: SMALL["o3"].layer(backend=backend), problem.run)
+        assert_same(lambda: SMALL["o3"].layer(backend=backend), problem.run)
 
 
 def modules():
@@ -96,7 +97,7 @@ def test_other_modules(name, plain, tmp_path):
     x = torch.linspace(-1, 1, torch.Size(shape).numel()).sin().view(shape)
     if plain:
         ist.save(make(), tmp_path / "module.safetensors")
-        same(lambda: ist.load(tmp_path / "module.safetensors"), lambda module: module(strided(x)))
+        assert_same(lambda: ist.load(tmp_path / "module.safetensors"), lambda module: module(strided(x)))
         return
     coords = [torch.zeros(6, 3)] if len(shape) == 2 else []
-    same(make, lambda module: module(module.in_type(strided(x), *coords)).tensor)
+    assert_same(make, lambda module: module(module.in_type(strided(x), *coords)).tensor)

@@ -143,13 +143,13 @@ class BoundKernel:
         """As :meth:`NativePlan.kernel_entries`."""
         return self.native.kernel_entries()
 
-    def kernel_matrix(self) -> Tensor:
-        """(C_out · C_in, H) of the last layer."""
+    def dense_kernel(self) -> Tensor:
+        """(C_out, C_in, H), as :func:`~implicit_steer.plan.packing.dense_kernel`, from the learned parameters."""
         position, column, value = self.kernel_entries()
         last = torch.cat([t.reshape(-1) for t in self.parameters.linears[-1] if t is not None])
         plan, value = self.plan, value.to(last.dtype) * self.repeated(last, column)
         flat = value.new_zeros(plan.out_size * plan.in_size * plan.hidden_size).index_add(0, position, value)
-        return flat.view(-1, plan.hidden_size)
+        return flat.view(plan.out_size, plan.in_size, plan.hidden_size)
 
     @staticmethod
     def repeated(numbers: Tensor, index: Tensor) -> Tensor:

@@ -59,7 +59,8 @@ class NativeBackend(Backend):
         """K(x, a) (P, C_out, C_in): hidden features from the native code, the last layer one matrix product."""
         bound = bind(plan, parameters, self.bound)
         h, statistics = run(HiddenFeatures(bound), statistics_from, (delta.contiguous(), attributes.contiguous()))
-        return (h @ bound.kernel_matrix().T).view(h.shape[0], plan.out_size, plan.in_size), statistics
+        k = h @ bound.dense_kernel().flatten(0, 1).T
+        return k.view(h.shape[0], plan.out_size, plan.in_size), statistics
 
 
 # ---- level 1: what is called

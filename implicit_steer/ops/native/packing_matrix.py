@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from ...plan import Coupling, Linear, Plan
+from ...plan.packing import kernel_positions
 from .terms import padded
 
 
@@ -136,10 +137,7 @@ def kernel_entries(plan: Plan, n_weights: int) -> tuple[NDArray[Any], NDArray[An
     for c, n, count, end in zip(plan.couplings, fields, counts, ends, strict=True):
         b, o, i, m = np.nonzero(c.basis)
         u, v, w, _ = np.ogrid[: n[0], : n[1], : n[2], :1]
-        here = position[end - count : end].reshape(*n, len(b))
-        here[...] = (c.out_start[u] + o) * plan.in_size + c.in_start[u if c.depthwise else v] + i
-        here *= plan.hidden_size
-        here += c.hidden_start[w] + m
+        kernel_positions(plan, c, (u, v, w), (o, i, m), out=position[end - count : end].reshape(*n, len(b)))
         here = column[end - count : end].reshape(*n, len(b))
         here[...] = c.row[u, v] + w * len(c.basis) + (0 if c.parameter == "weights" else n_weights)
         here += b
