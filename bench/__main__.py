@@ -19,12 +19,12 @@ _NAMED = SMALL | LARGE | GROUPS
 _QUICK = {"rounds": 3, "budget": 0.0}
 _QUICK_CASES, _QUICK_EDGES = ["molecules"], [1_000, 10_000]
 _COMPILED = ["cloud", "molecules"]  # each takes minutes to compile
-_MEMORY = ["cloud", "molecules", "materials", "cloud-l2"]  # where nothing else is asked for: a process per candidate
+_MEMORY = ["cloud", "molecules", "materials", "cloud-l2"]  # unless --cases names others; a process per case
 _SORT_BUDGET = 3.0  # seconds per number of edges
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The parser of the command line."""
     top = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     top.add_argument("section", nargs="?", choices=list(_SECTIONS), default="speed", help="(%(default)s)")
     cases = f"of implicit_steer.testing.cases ({' '.join(LARGE)} and one per space)"
@@ -98,7 +98,7 @@ def run_speed(args: argparse.Namespace, names: list[str]) -> int:
 
 
 def run_on_gpu(args: argparse.Namespace, names: list[str]) -> int:
-    """As :func:`run_speed`, on a CUDA device: 1 without one or on a red gate."""
+    """Do what :func:`run_speed` does, on a CUDA device. 1 without one or on a red gate."""
     if not torch.cuda.is_available():
         print("--device: expected a CUDA device for 'cuda', got none that torch finds.", file=sys.stderr)
         return 1

@@ -48,7 +48,7 @@ def equivariance(spaces: list[str]) -> list[dict[str, Any]]:
 def convergence(counts: tuple[int, ...] = COUNTS) -> list[dict[str, Any]]:
     """A record per network: relative deviation of the kernel with N polar nodes from that with 96, O(3), float64.
 
-    Weights are off their initial values by 0.2 N(0, 1); 500 points, normally distributed.
+    The weights differ from their initial values by 0.2 N(0, 1); the 500 points are normally distributed.
     """
     pos = torch.randn(500, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     attributes = torch.randn(500, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

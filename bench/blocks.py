@@ -57,12 +57,12 @@ def cloud(points: int, seed: int = 0) -> tuple[Tensor, float]:
 
 
 def lengths(region: Region) -> Tensor:
-    """The layer's one attribute."""
+    """The layer's one attribute, (E, 1)."""
     return region.edge_delta.norm(dim=1, keepdim=True)
 
 
 def difference(conv: torch.nn.Module) -> float:
-    """Of the results in blocks from the whole cloud's, relative, on GATE_POINTS points."""
+    """Relative difference between results in blocks and on the whole cloud, of GATE_POINTS points."""
     pos, radius = cloud(GATE_POINTS)
     x = torch.randn(len(pos), conv.in_type.size, generator=torch.Generator().manual_seed(1))
     edges = radius_graph(pos, radius)

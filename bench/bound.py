@@ -43,8 +43,8 @@ def _coefficients_read(plan: Plan, coupling: Coupling) -> list[int]:
 
 
 def _sample_nonzeros(plan: Plan, n: int) -> int:
-    """Of the sample matrices of layer n: of A in coefficients that its linear layer reaches, of A⁻ in those that are
-    read afterwards."""
+    """Nonzeros of layer n's sample matrices: of A in the coefficients that its linear layer reaches, of A⁻ in those
+    that are read afterwards."""
     act, layer = plan.activations[n], plan.linears[n]
     reached = np.abs(layer.bias).sum(1) > 0
     for block in layer.blocks:
@@ -60,8 +60,9 @@ def _sample_nonzeros(plan: Plan, n: int) -> int:
 
 
 def _coupling(plan: Plan, c: Coupling) -> int:
-    """Per edge: t[v] = Σ B f[v] over the nonzeros, then T[slot, v, w] += t[v] h[w] for every coefficient it meets."""
-    if c.parameter != "weights":  # against the constant one
+    """Lane operations per edge: t[v] = Σ B f[v] over the nonzeros, then T[slot, v, w] += t[v] h[w] for every
+    coefficient it meets."""
+    if c.parameter != "weights":  # it multiplies the constant one
         return len(c.nonzeros) * len(c.in_start)
     behind = _coefficients_read(plan, c)
     products = {(b, o, behind[m]) if plan.frame.kind == "zonal" else (b, o, m) for b, o, _, m, _ in c.nonzeros}

@@ -1,4 +1,4 @@
-"""`eager` under torch.compile, as strong as it gets: one call is recorded as a graph of tensor operators, and inductor
+"""`eager` under torch.compile at its best: one call is recorded as a graph of tensor operators, and inductor
 compiles that without a break.
 
 The recording holds for one graph, one set of positions and their shapes (blocks of nodes, edges near the origin).

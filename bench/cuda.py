@@ -34,26 +34,27 @@ EXCUSED = {
     ("norm_statistics<float>", "double"): (999, "variances from those sums"),
     ("norm_moments<float>", "double"): (999, "means and squared deviations from those sums"),
 }
-# The same of kernels of double, by architecture: the compiler needs more than 255 registers, the most that a thread can
-# have, for second derivatives, and on sm_120 for first ones.
+# The same for kernels of double, by architecture: for second derivatives, and on sm_120 for first ones, the compiler
+# needs more than 255 registers, the most that a thread can have.
 EXCUSED_DOUBLE = {"sm_100": {"stack": 40, "local": 40}, "sm_120": {"stack": 160, "local": 112}}
 _INTRODUCTION = """# What the CUDA kernels need
 
-Read from the machine code, by `make cuda-kernels`. Registers per thread, on each architecture; all instructions in the
-code and those that load, and of these such of 128 bits, on the newest one; bytes of stack, local and generic accesses,
-the most of any architecture: the last ones are held to 0, in double to at most 40 bytes of stack on sm_100 and 160 on
-sm_120, where 255 registers are not enough. `Specialised<φ, c, W>`: kernels for W channels of c coefficients in
-every hidden layer, `Generic`: for all others. What was measured on a GPU is in [gpu-h100.md](gpu-h100.md)."""
+`make cuda-kernels` reads this table from the machine code. It shows the registers per thread on each architecture; on
+the newest one, all instructions in the code, the loads from shared (LDS) and global memory (LDG), and how many of these
+load 128 bits; and bytes of stack, local accesses and generic accesses, each the largest on any architecture. Gates hold
+these three to 0, except in double, where 255 registers are not enough: there the stack may take 40 bytes on sm_100 and
+160 on sm_120, with local accesses to it. `Specialised<φ, c, W>` are kernels for W channels of c coefficients in every
+hidden layer, `Generic` those for all others. What was measured on a GPU is in [gpu-h100.md](gpu-h100.md)."""
 _PREDICTION = """## Predicted times
 
-PREDICTIONS, never measurements, for 1,000,000 edges of degree 32 in float32: the benchmark's case `cloud` (8 fields of
-l <= 1, three hidden layers of 8 channels). The emulator counts the memory instructions of every warp. Nsight Compute
-found on an H100, of these kernels with 12 and 16 resident warps, 7.4 and 8.4 instructions for each of these, and 7.8
-and 8.4 cycles from one instruction of a warp to its next: what resident warps leave of that, and four instructions a
-cycle, is the prediction, at the highest clock. Of it the two passes took 0.98 and 1.33 times as long: its two numbers.
-Occupancy: the share of a multiprocessor's warps that registers and shared memory leave resident. The shape of the
-launch, and what was counted, is that for the shared memory of sm_90; where there is less, a warp takes fewer edges at a
-time."""
+These are PREDICTIONS, never measurements, for 1,000,000 edges, 32 per node, in float32: the benchmark's case `cloud` (8
+fields of l <= 1, three hidden layers of 8 channels). The emulator counts the memory instructions of every warp. On an
+H100, with 12 and 16 resident warps, Nsight Compute found that these kernels execute 7.4 and 8.4 instructions for each
+memory instruction, and that 7.8 and 8.4 cycles pass between two instructions of a warp. The prediction takes the means
+of these figures: resident warps share the cycles, at most four instructions start per cycle, and the clock is the
+highest one. The two passes took 0.98 and 1.33 times what is predicted, which gives the two ends of a range. Occupancy
+is the share of a multiprocessor's warps that registers and shared memory let be resident. Launches and counts are those
+for the shared memory of sm_90; where there is less, a warp takes fewer edges at a time."""
 _PER_ACCESS, _CYCLES = 7.9, 8.1  # instructions, and cycles between those of a warp; measured, see above
 _TAKEN = 0.98, 1.33  # times the prediction
 
@@ -103,7 +104,7 @@ def tool(name: str) -> str:
 
 
 def readable(symbols: list[str]) -> dict[str, str]:
-    """Mangled name → ``kernel<kinds of numbers>``."""
+    """Mangled name → ``kernel<template arguments>``."""
     run = subprocess.run(["c++filt"], input="\n".join(symbols), check=True, capture_output=True, text=True)
     names = {}
     for symbol, name in zip(symbols, run.stdout.splitlines(), strict=True):

@@ -38,8 +38,8 @@ def ceilings(device: torch.device, copied: int = _COPIED, rows: int = _MULTIPLIE
 
 
 def work(case: Case, sampling: str) -> dict[str, float]:
-    """Of a forward pass, from the plan: multiply-adds counted twice, and bytes of the tensors that Triton's kernels are
-    given, each once."""
+    """What a forward pass does, counted from the plan: ``flop``, two per multiply-add; ``bytes`` of the tensors that
+    Triton's kernels are given, each counted once."""
     from implicit_steer.ops.triton import aot  # which imports triton
 
     from .predict import bytes_of

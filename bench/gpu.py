@@ -1,7 +1,8 @@
-"""What can be said about the Triton kernels without a GPU: ``python -m bench.gpu resources`` compiles what the cases
-launch
-for A100, H100 and B200 and writes docs/gpu-resources.md; ``python -m bench.gpu predict`` writes
-docs/gpu-predictions.md."""
+"""What can be said about the Triton kernels without a GPU.
+
+``python -m bench.gpu resources`` compiles the kernels that the cases launch, for A100, H100 and B200, and writes
+docs/gpu-resources.md; ``python -m bench.gpu predict`` writes docs/gpu-predictions.md.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +27,14 @@ _FOLDER = Path("docs")
 _HEAD = ["kernel", "for", "warps", "registers", "stack", "shared memory", "occupancy", "tensor", "instructions"]
 _RESOURCES = """# What the Triton kernels need
 
-Read from code compiled ahead of time (float32, exact products), by `python -m bench.gpu resources`. Registers per
-thread, bytes of stack and of shared memory, the share of a multiprocessor's warps that can be resident, tensor-core
-instructions and all instructions in the code. Hidden layers with more than 32 coefficients of order ≥ 1 multiply on the
-ordinary units. What was measured on a GPU is in [gpu-h100.md](gpu-h100.md)."""
+`python -m bench.gpu resources` reads this from code compiled ahead of time (float32, exact products). The tables show
+registers per thread, bytes of stack and of shared memory, the share of a multiprocessor's warps that can be resident,
+tensor-core instructions, and all instructions in the code. Hidden layers with more than 32 coefficients
+of order ≥ 1 multiply on the ordinary units. What was measured on a GPU is in [gpu-h100.md](gpu-h100.md)."""
 
 
 def meant_for_tensor_cores(plan: Plan) -> bool:
-    """Whether the hidden layers' products are."""
+    """Whether the hidden layers' products run on tensor cores."""
     return exact_product(tables(plan).sizes) == "tf32x3"
 
 

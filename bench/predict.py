@@ -1,11 +1,11 @@
-"""PREDICTIONS, never measurements, of the Triton kernels' times. On an H100 the kernels of a forward pass took what is
-predicted, those of a backward pass 1.5 times the larger number (docs/gpu-h100.md).
+"""These are PREDICTIONS, never measurements, of the Triton kernels' times. On an H100 the kernels of a forward pass
+took what is predicted, and those of a backward pass 1.5 times the upper end of the range (docs/gpu-h100.md).
 
-Of every launch the least time that three throughputs allow: DRAM (each tensor that the kernel is given crosses it
-once), instructions issued, and tensor cores. Instructions and tensor-core operations are counted in the compiled code;
-what stands in a loop counts once per trip. The peaks are those of data sheets. The two numbers of a prediction assume
-the good and the ordinary share of a peak that kernels reach. What is left out: latencies that few resident warps do not
-hide, bank conflicts, L2 misses of gathered features, products of cuBLAS."""
+The prediction for a launch is the least time that three throughputs allow: DRAM (each tensor that the kernel is given
+crosses it once), instructions issued, and tensor cores. Instructions and tensor-core operations are counted in the
+compiled code; what stands in a loop counts once per trip. The peaks are taken from data sheets. The two ends of a range
+assume a good and an ordinary share of the peaks. The prediction leaves out latencies that few resident warps do not
+hide, bank conflicts, L2 misses of gathered features, and products of cuBLAS."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _trips(entry: Launch, degree: int) -> float:
 
 
 def bytes_of(entry: Launch, nodes: int, edges: int) -> int:
-    """Of the tensors that grow with the graph."""
+    """Bytes of the tensors that grow with the graph."""
     grows = {nodes, nodes + 1, edges}
     tensors = {id(t): t for t in entry.arguments.values() if isinstance(t, Tensor)}
     return sum(t.numel() * t.element_size() for t in tensors.values() if grows & set(t.shape))
@@ -99,7 +99,7 @@ def of_launch(entry: Launch, device: Device, found: aot.Resources) -> Prediction
 
 
 def predict(plan: Plan, device: Device) -> list[Prediction]:
-    """Of every launch of a forward and a backward pass in float32."""
+    """The prediction for every launch of a forward and a backward pass in float32."""
     launches = aot.launches_of(plan, nodes=_SAMPLE, degree=DEGREE)
     return [of_launch(entry, device, aot.resources(entry, device.architecture)) for entry in launches]
 

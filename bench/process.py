@@ -1,4 +1,4 @@
-"""Measuring in a fresh process, as peak memory and the first construction of a model have to be.
+"""Measurements in a fresh process, which peak memory and the first construction of a model need.
 
 ``python -m bench.process MODULE:FUNCTION ARGUMENT ... THREADS`` calls the function with these strings and prints its
 result as JSON.

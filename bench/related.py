@@ -1,7 +1,7 @@
 """Related operators: the two usual equivariant layers of e3nn, at the widths and on the graph of a case of O(3).
 
 They are other functions than ours (their kernel is linear in spherical harmonics, with a radial MLP), so they take part
-in no check of correctness. What an edge does in both: weights = MLP(radial basis ⊕ scalar attributes), then a tensor
+in no check of correctness. Both compute for every edge: weights = MLP(radial basis ⊕ scalar attributes), then a tensor
 product of the neighbour's features with the spherical harmonics of the edge, of degrees up to those that couple in and
 out, then a sum per node.
 """

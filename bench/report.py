@@ -79,7 +79,7 @@ def gate_text(checks: list[dict[str, Any]]) -> str:
 
 
 def speed_text(results: dict[str, Any]) -> str:
-    """Times, memory, sorting, construction, and what lost."""
+    """Times, memory, sorting, construction, and where ours is worse."""
     parts = [
         "Medians in ms and peak memory in MB; factors are `materialise` (backend reference at sampling escnn, the "
         "authors' algorithm) divided by the row: above 1 is better. e3nn's layers are related operators, other "

@@ -77,7 +77,7 @@ def construction() -> dict[str, float]:
 def memory(chosen: Chosen, threads: int) -> list[dict[str, Any]]:
     """A record per case, measure and candidate: peak memory in MB, each case in a process of its own.
 
-    Not of what torch.compile makes, which it would have to make again there.
+    A compiled candidate is left out: the fresh process would have to compile it again.
     """
     records = []
     for case, candidates in tqdm(chosen.items(), desc="memory", unit="process"):

@@ -32,7 +32,7 @@ MEASURES = {
 
 
 def use_device(name: str) -> torch.device:
-    """From now on, steps run there."""
+    """Let all further steps run on this device."""
     _device[0] = torch.device(name)
     return _device[0]
 
@@ -46,7 +46,7 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """For tables and plots."""
+        """The name in tables and plots."""
         return "materialise" if self == MATERIALISE else f"{self.backend}, {self.sampling}"
 
     @property
@@ -153,7 +153,7 @@ _kept_step = cache(_step)  # compiled once, for the gate and the clock
 
 
 def operator_step(case: Case, candidate: Candidate, measure: str) -> Callable[[], Tensor | tuple[Tensor, ...]]:
-    """As :func:`step`, for the operator alone, without the module around it: its output; in training the gradients of
+    """What :func:`step` does, for the operator without the module around it: its output; in training the gradients of
     ½ |output|² in x, the edges' geometry and every parameter of the kernel."""
     with_gradients = measure != "forward"
     conv = layer(case, candidate, NORMS[measure]).to(_device[0]).train(with_gradients)

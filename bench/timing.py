@@ -1,7 +1,7 @@
 """Interleaved medians: every candidate has its turn in each round, so that a slow phase of the machine hits all alike.
 
-A turn is one call, or as many as last 20 ms: of a call of 2 ms, the first after a comparator of 400 ms shows what that
-left in the caches.
+A turn is one call, or as many as last 20 ms: a single call of 2 ms after a comparator of 400 ms would show
+what that left in the caches.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from ._version import __version__
 from .graph import Graph, knn, knn_graph, periodic_radius_graph, radius, radius_graph
 from .info import info
 
-if TYPE_CHECKING:  # found at the first use, see below
+if TYPE_CHECKING:  # imported at their first use, see below
     from . import deploy as deploy
     from . import experiments as experiments
     from . import irreps as irreps
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-# Found at the first use: they bring every layer and backend along; nn also escnn.
+# Imported at their first use, because they import every layer and backend; nn also imports escnn.
 _FOUND = {name: f".{name}" for name in ("deploy", "experiments", "irreps", "layers", "nn", "potentials")}
 _FOUND["viz"] = ".training.viz"
 

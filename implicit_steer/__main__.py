@@ -1,4 +1,4 @@
-"""``python -m implicit_steer``: train, figure, md, demo, info."""
+"""The commands of ``python -m implicit_steer``: train, figure, md, demo, info."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TASKS = {"qm9": qm9, "forces": forces, "nbody": nbody, "modelnet": modelnet}
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The parser of the command line."""
     top = argparse.ArgumentParser(prog="python -m implicit_steer", description="Steerable implicit convolutions.")
     commands = top.add_subparsers(dest="command", required=True, metavar="{train,figure,md,demo,info}")
     training = commands.add_parser("train", help="train a network")

@@ -1,4 +1,4 @@
-"""Error messages of one form: the argument, what was expected, what came, what to do; optional packages included."""
+"""Error messages in one form: the argument, what was expected, what came, what to do. Imports of optional packages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def fail(name: str, expected: str, got: Any, remedy: str = "", kind: type[Except
 
 
 def is_explained(error: BaseException) -> bool:
-    """Whether :func:`fail` raised it: its message says it all."""
+    """Whether :func:`fail` raised ``error``: its message needs no traceback."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -25,22 +25,22 @@ def is_explained(error: BaseException) -> bool:
 
 
 def require(ok: bool, name: str, expected: str, got: Any, remedy: str = "", kind: type[Exception] = ValueError) -> None:
-    """:func:`fail` unless ``ok``."""
+    """Call :func:`fail` unless ``ok``."""
     if not ok:
         fail(name, expected, got, remedy, kind)
 
 
 def require_integer(name: str, value: Any, least: int) -> None:
-    """:func:`fail` unless ``value`` is an ``int``, no ``bool``, of at least ``least``."""
+    """Call :func:`fail` unless ``value`` is an ``int``, no ``bool``, of at least ``least``."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     require(whole and value >= least, name, f"an integer >= {least}", repr(value))
 
 
 def parse_sampling(name: str) -> tuple[str, int | None]:
-    """("auto" | "escnn" | "exact" | "lebedev", N or None).
+    """Split the name of a sampling into ("auto" | "escnn" | "exact" | "lebedev", N or None).
 
     Raises:
-        ValueError: not one of ``"auto" | "exact" | "exact-N" | "escnn" | "lebedev-N"``.
+        ValueError: ``name`` is not one of ``"auto" | "exact" | "exact-N" | "escnn" | "lebedev-N"``.
     """
     match = _SAMPLING.match(name) if isinstance(name, str) else None
     if match is None:
@@ -51,7 +51,11 @@ def parse_sampling(name: str) -> tuple[str, int | None]:
 
 
 def load_extra(module: str, extra: str = "train") -> ModuleType:
-    """Import ``module``; a ``RuntimeError`` that names the extra to install if its package is not there."""
+    """Import ``module``.
+
+    Raises:
+        RuntimeError: its package is not installed; the message names the extra to install.
+    """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -1,5 +1,5 @@
-"""Files that appear complete or not at all; the cache folder, and what was measured on a device once, kept in it and
-read from then on."""
+"""Writing files that appear complete or not at all; the cache folder; and in it the tuning cache, which keeps what was
+measured on a device."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# What to do about a file that another user wrote; the second is for those in the cache folder.
+# Remedies for a file that this user may not read; the second one is for files in the cache folder.
 CHMOD = "Let its owner allow it (chmod a+r)"
 READABLE = f"{CHMOD}, or set IMPLICIT_STEER_CACHE to a folder of your own."
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of ``path`` when the block ends, and disappears where it raises.
+    """Open a new file that takes the place of ``path`` when the block ends, and is deleted where the block raises.
 
-    It lies beside ``path`` under a name of its own, since other processes may be writing the same file; its mode is
-    what the umask leaves, as of every other new file.
+    The new file lies beside ``path`` under a random name, because other processes may write the same file. The umask
+    decides its mode, as for any new file.
     """
     partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
@@ -37,7 +37,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def cache_folder(cache: str | Path | None) -> Path:
-    """``cache``; else ``$IMPLICIT_STEER_CACHE``; else ``implicit_steer`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """The cache folder: ``cache`` if it is given; else ``$IMPLICIT_STEER_CACHE``; else ``implicit_steer`` in
+    ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     if cache is not None:
         return Path(cache)
     if os.environ.get("IMPLICIT_STEER_CACHE"):
@@ -46,12 +47,14 @@ def cache_folder(cache: str | Path | None) -> Path:
 
 
 def tuning_cache(name: str) -> dict[str, Any]:
-    """What :func:`add_to_tuning_cache` has under this name. The file is read once: every launch of a kernel asks."""
+    """What :func:`add_to_tuning_cache` has stored under ``name``. A process reads the file once, because every
+    launch of a kernel asks for it."""
     return _read(name, os.environ.get("IMPLICIT_STEER_CACHE"))
 
 
 def add_to_tuning_cache(name: str, found: dict[str, Any]) -> None:
-    """Add to what is kept, here and in ``NAME.json`` of the cache folder, where others may have added, too."""
+    """Add ``found`` to the tuning cache ``name``, in this process and in ``NAME.json`` of the cache folder, where
+    the entries of other processes stay."""
     path, all_found = cache_folder(None) / f"{name}.json", tuning_cache(name)
     all_found |= _content(path) | found
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +63,7 @@ def add_to_tuning_cache(name: str, found: dict[str, Any]) -> None:
 
 
 def forget_tuning_cache() -> None:
-    """Read the files again, as another process would."""
+    """Forget what this process has read: the files are read again."""
     _read.cache_clear()
 
 

@@ -1,8 +1,8 @@
 """The native extension: where it is, whether it loaded, and the fake kernels of its operators on graphs.
 
 ``_ops.so`` registers its operators under ``torch.ops.implicit_steer`` and tells how it was built. It may be absent (a
-pure Python install): :func:`available` then says why, and callers take their torch path; layers ask :func:`found`,
-which says it aloud.
+pure Python install): :func:`available` then says why, and callers run plain PyTorch; layers call :func:`found`, which
+also warns.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ._transforms import one_by_one
 
 LIBRARY = Path(__file__).with_name("_ops.so")
 CUDA_LIBRARY = Path(__file__).with_name("libimplicit_steer_cuda.so")  # opened by _ops.so at the first CUDA call
-RECORD = Path(__file__).with_name("_not_built.txt")  # by setup.py: "off", or what was missing
+RECORD = Path(__file__).with_name("_not_built.txt")  # written by setup.py: "off", or what was missing
 
 
 def _load() -> tuple[bool, str]:
@@ -89,14 +89,14 @@ def available() -> tuple[bool, str]:
 
 
 def found() -> bool:
-    """:func:`available` for what goes on in plain PyTorch without it: the first one that does warns, with the reason,
-    unless the package was installed with ``IMPLICIT_STEER_NATIVE=off``."""
+    """Whether the extension is :func:`available`, for callers that continue in plain PyTorch without it. The first call
+    without it warns, with the reason, unless the package was installed with ``IMPLICIT_STEER_NATIVE=off``."""
     if not _STATE[0]:
         _warn()
     return _STATE[0]
 
 
-# A constant to torch.compile, as cuda_usable below.
+# torch.compile takes the result as a constant; so it does with cuda_usable, below.
 found._dynamo_marked_constant = True
 
 
@@ -121,7 +121,7 @@ def cuda_usable(device: torch.device) -> tuple[bool, str]:
     return _probed(torch.cuda.current_device() if device.index is None else device.index)
 
 
-# As torch.compiler.assume_constant_result would do, which imports the compiler first.
+# torch.compiler.assume_constant_result sets the same attribute, but imports the compiler.
 cuda_usable._dynamo_marked_constant = True
 
 
@@ -149,7 +149,7 @@ class BuildInfo:
         return call().decode()
 
     def build_facts(self) -> dict[str, str]:
-        """Compiler, flags, OpenMP version date, torch headers, compiled targets."""
+        """Name → the compiler, its flags, OpenMP's version date, torch's headers, the compiled targets."""
         return dict(line.split("=", 1) for line in self._text("build_facts").splitlines())
 
     def cpu_instruction_set(self) -> str:

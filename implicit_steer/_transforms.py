@@ -1,8 +1,9 @@
-"""What looks on besides plain autograd. Batches work: those of ``torch.func.vmap``, and those of batched gradients,
-``torch.autograd.grad(..., is_grads_batched=True)``, an older vmap by which ``torch.autograd.functional.jacobian`` and
-``hessian`` vectorise. Derivatives of ``torch.func`` and of forward mode are errors.
+"""The native operators under transforms other than plain autograd.
 
-Under both vmaps an operator is called once for each entry of the batch, and what it gives is stacked.
+Two vmaps work: ``torch.func.vmap``, and the older one of batched gradients,
+``torch.autograd.grad(..., is_grads_batched=True)``, with which ``torch.autograd.functional.jacobian`` and ``hessian``
+vectorise. Under both, an operator is called once for each entry of the batch, and the results are stacked. Derivatives
+by ``torch.func`` and by forward mode are errors.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from ._check import fail, require
 
 _NAMESPACE = "implicit_steer"
 _LIBRARY = torch.library.Library(_NAMESPACE, "IMPL")  # what it registers lives as long as it does
-_LEVELS = range(1, 65)  # by which the older vmap numbers batches of batches
+_LEVELS = range(1, 65)  # the numbers that the older vmap gives to batches of batches
 
 # ---- derivatives
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func (grad, jvp, vmap, …) is looking on."""
+    """Whether a transform of torch.func (grad, jvp, vmap, …) is active."""
     return torch._C._are_functorch_transforms_active()
 
 
@@ -37,12 +38,12 @@ def is_differentiated() -> bool:
 
 
 def have_tangents(tensors: Sequence[Tensor]) -> bool:
-    """Whether forward mode differentiates one of them."""
+    """Whether forward mode differentiates one of ``tensors``."""
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def refuse_derivatives(*tensors: Tensor) -> None:
-    """Raise where something else than autograd would differentiate a backward pass that reads these tensors, and would
+    """Raise where torch.func or forward mode would differentiate a backward pass that reads ``tensors``: they would
     get 0."""
     if is_differentiated() or have_tangents(tensors):
         expected = "a backward pass that torch.autograd alone differentiates"
@@ -51,7 +52,8 @@ def refuse_derivatives(*tensors: Tensor) -> None:
 
 
 def refuse_transforms(backend: str) -> None:
-    """Raise where torch.func would differentiate past the operators, or give 0."""
+    """Raise where torch.func would differentiate the operators, whose derivatives it cannot see; inside torch.compile,
+    raise under any transform."""
     if torch.compiler.is_compiling():
         wrong = is_transformed()
         expected = "one that torch.func can transform inside torch.compile"
@@ -65,14 +67,14 @@ def refuse_transforms(backend: str) -> None:
 
 
 def refuse_tangents(backend: str, tensors: Sequence[Tensor]) -> None:
-    """Raise where forward mode would differentiate past the operators, and get 0."""
+    """Raise where forward mode would differentiate the operators: it would get 0."""
     if have_tangents(tensors):
         remedy = "Use torch.autograd.grad, or backend='reference'."
         fail("backend", "one with forward-mode derivatives", repr(backend), remedy, RuntimeError)
 
 
 def recorder(function: type[torch.autograd.Function]) -> Callable:
-    """``function.apply`` without its detour for torch.func, for callers that know that no transform is looking on.
+    """``function.apply`` without its detour for torch.func, for callers that know that no transform is active.
 
     ``torch.autograd.Function.apply`` is Python that first asks for transforms and binds its arguments to the signature
     of ``forward``; the method of the same name of its base class, in C++, is what records the call for autograd.
@@ -84,20 +86,20 @@ def recorder(function: type[torch.autograd.Function]) -> Callable:
 
 
 def one_by_one(name: str) -> None:
-    """Let an operator of tensors, lists of tensors and numbers run under both vmaps."""
+    """Let the operator ``name`` run under both vmaps; it takes tensors, lists of tensors and scalars."""
     operator = getattr(torch.ops.implicit_steer, name).default
 
     def rule(info, dims, *arguments):
         return _stacked(operator, info.batch_size, arguments, dims), 0
 
     torch.library.register_vmap(f"{_NAMESPACE}::{name}", rule)
-    # PyTorch's own loop for the older vmap knows no lists of tensors.
+    # PyTorch's own loop for the older vmap cannot take lists of tensors.
     _LIBRARY.impl(name, partial(_of_older_vmap, operator), "Batched")
 
 
 def _stacked(operator: Callable, size: int, arguments: Any, dims: Any) -> Any:
-    """What the operator gives for each of ``size`` entries, stacked. ``dims``: of every argument the dimension along
-    which they lie, None where all share it."""
+    """What the operator gives for each of ``size`` entries, stacked. ``dims``: for every argument the dimension that
+    holds the entries, or None where all entries share the argument."""
     require(size > 0, "vmap", "a batch of at least one entry", "none", kind=RuntimeError)
 
     def entry(n: int) -> Any:
@@ -107,7 +109,8 @@ def _stacked(operator: Callable, size: int, arguments: Any, dims: Any) -> Any:
 
 
 def _of_older_vmap(operator: Callable, *arguments: Any) -> Any:
-    """The rule of the older vmap, which tensors tell by themselves: a backward pass may run in another thread."""
+    """The rule for the older vmap. The tensors themselves tell its level, because a backward pass may run in another
+    thread."""
     # PyTorch gives a tensor its levels in ascending order, so the last one goes first.
     level = max(map(_last_level, tree_leaves(arguments)))
     batches = tree_map(lambda a: _batch(a, level), arguments)
@@ -130,7 +133,7 @@ def _batch(argument: Any, level: int) -> Tensor | None:
 
 
 def _last_level(argument: Any) -> int:
-    """Of a tensor's batches; 0 where it has none."""
+    """The last level of a tensor's batches; 0 where it has none."""
     last = 0
     for level in _LEVELS:
         if not _is_batched(argument):

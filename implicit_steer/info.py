@@ -64,7 +64,7 @@ def info() -> Info:
         >>> ist.info().versions["torch"]  # doctest: +SKIP
         '2.13.0+cpu'
     """
-    # Imported here: it brings every backend along.
+    # Imported here because it imports every backend.
     from .ops import select
 
     versions = {"implicit_steer": __version__, "python": platform.python_version(), "torch": torch.__version__}

@@ -32,7 +32,7 @@ _BONDS = {
 
 
 def main(args: argparse.Namespace) -> None:
-    """The whole tour; pictures and the training run go to the folder ``args.out``."""
+    """Run the whole tour; pictures and the training run go to the folder ``args.out``."""
     for module, extra in (("escnn", "escnn"), ("lightning.pytorch", "train"), ("matplotlib.figure", "train")):
         load_extra(module, extra)
     started, out = time.perf_counter(), Path(args.out)
@@ -78,7 +78,7 @@ def _networks() -> dict[tuple[str, str], torch.nn.Module]:
 
 
 def _compare(networks: Mapping[tuple[str, str], torch.nn.Module], batch: Batch, out: Path) -> None:
-    """Predictions and gradients against `reference`, and times."""
+    """Print how predictions and gradients deviate from `reference`, and times; draw the times."""
 
     def predict(network) -> torch.Tensor:
         network.eval()
@@ -108,7 +108,7 @@ def _compare(networks: Mapping[tuple[str, str], torch.nn.Module], batch: Batch, 
 
 
 def _medians(runs: Mapping[tuple[str, str], Callable[[], object]]) -> dict[tuple[str, str], float]:
-    """Milliseconds, the runs interleaved."""
+    """Median milliseconds of every run; the runs are interleaved."""
     times = {key: [] for key in runs}
     for _ in range(ROUNDS):
         for key, run in runs.items():
@@ -119,7 +119,7 @@ def _medians(runs: Mapping[tuple[str, str], Callable[[], object]]) -> dict[tuple
 
 
 def _equivariance(networks: Mapping[tuple[str, str], torch.nn.Module], batch: Batch) -> None:
-    """What random rotations and reflections of the molecules change that they must not."""
+    """Print how much random rotations and reflections of the molecules change the results."""
     group = next(iter(networks.values())).scalar_type.fibergroup
     np.random.seed(0)  # escnn samples from numpy's global generator
     elements = [group.sample() for _ in range(ROTATIONS)]
@@ -135,7 +135,7 @@ def _equivariance(networks: Mapping[tuple[str, str], torch.nn.Module], batch: Ba
             one = _convolution_error(network.blocks[0].conv1, batch, elements)
         name = network.blocks[0].conv1.implicit_kernel.plan.sampling
         rows.append([name, f"{one:.0e}", f"{change:.0e}"])
-        network.train()  # escnn shares basis modules between networks: the next one shall not find them in eval mode
+        network.train()  # escnn shares basis modules between networks: the next one must not find them in eval mode
     print(
         f"\nLargest error under {ROTATIONS} random rotations and reflections (float32), relative to the largest output"
     )
@@ -170,7 +170,7 @@ def _relative(value: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _train(out: Path) -> dict:
-    """Train; the learning curve and slices of a trained kernel as pictures."""
+    """Train; draw the learning curve and slices of a trained kernel."""
     run = out / "run"
     result = train_qm9(QM9Options(limit=MOLECULES, epochs=EPOCHS, out=str(run), overwrite=True))
     with (run / "log.csv").open(newline="") as file:
@@ -186,7 +186,7 @@ def _train(out: Path) -> dict:
 
 
 def _draw_kernels(checkpoint: Path, out: Path) -> None:
-    """What the first convolution's kernel does with the scalar part of its first input field."""
+    """Draw what the first convolution's kernel does with the scalar part of its first input field."""
     from .models import QM9Net
 
     network = QM9Net()

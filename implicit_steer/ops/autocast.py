@@ -1,4 +1,4 @@
-"""What keeps its own precision under torch.autocast."""
+"""Operations that keep their dtypes under torch.autocast."""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ class Backend(Protocol):
     contiguous. The object has no state but caches: the same inputs give the same bits.
 
     Both :meth:`forward` and :meth:`kernel` return what the batch norms measured beside their result, because the
-    statistics of a norm fall out of the same pass over the edges. The list is empty where the norms use what they keep.
+    statistics of a norm fall out of the same pass over the edges. The list is empty where the norms use their
+    running statistics.
 
     Attributes:
         name: how users ask for it, ``backend="..."``, and how errors name it.
@@ -88,8 +89,8 @@ class Backend(Protocol):
         delta: Tensor,
         attributes: Tensor,
     ) -> tuple[Tensor, Sequence[NormStatistics]]:
-        """K(x, a) = γ s(|x|) · mat(MLP(x ⊕ a)) at P points; here in plain PyTorch, as a backend without kernels of its
-        own for it inherits it.
+        """K(x, a) = γ s(|x|) · mat(MLP(x ⊕ a)) at P points; this default, in plain PyTorch, serves backends that have
+        no native code for the kernel alone.
 
         Args:
             plan, parameters, statistics_from: as in :meth:`forward`.

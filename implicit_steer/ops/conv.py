@@ -21,8 +21,8 @@ def compute_dtype(parameters: Parameters) -> torch.dtype:
 
 
 def prepared(plan: Plan, parameters: Parameters, *, values: bool) -> bound.NativePlan | None:
-    """The plan for the native code, which torch.compile finds ready in ``parameters.cache``; None where that cannot run
-    it. ``values``: also for the kernel's values."""
+    """The plan for the native code, or None where that cannot run it. It is made before torch.compile, which finds
+    it in ``parameters.cache``. ``values``: also prepare it for the kernel's values."""
     if bound.refusal(plan, torch.float32):
         return None
     native = bound.native_plan(plan, parameters)
@@ -61,7 +61,7 @@ def implicit_conv(
     statistics_from: StatisticsSource,
     backend: str = "auto",
 ) -> tuple[Tensor, Sequence[NormStatistics]]:
-    """Convolve node features with the implicit kernel; arguments are taken as valid (``nn`` checks them).
+    """out_i = bias + Σ_{e: j→i} γ s(|x_e|) K(x_e, a_e) f_j. The arguments are taken as valid: ``nn`` checks them.
 
     Args:
         plan: what to compute.
@@ -89,7 +89,8 @@ def implicit_conv(
 def implicit_kernel(
     plan: Plan, parameters: Parameters, delta: Tensor, attributes: Tensor, *, statistics_from: StatisticsSource
 ) -> tuple[Tensor, Sequence[NormStatistics]]:
-    """K (P, C_out, C_in) at P points: delta (P, dim), attributes (P, A); and the statistics as of a convolution."""
+    """K (P, C_out, C_in) at P points, from delta (P, dim) and attributes (P, A); and the statistics of every batch
+    norm if they were measured."""
     dtype = compute_dtype(parameters)
     chosen = (
         select.choose_in_compiled("cpu", parameters, delta.device)

@@ -42,14 +42,14 @@ def fourier(activation: str, x: Tensor, samples: Tensor, inverse_t: Tensor) -> T
 
 
 def has_kernel(x: Tensor) -> bool:
-    """Whether the native operators take it."""
+    """Whether the native operators take ``x``."""
     return x.is_cpu and x.dtype in (torch.float32, torch.float64) and _native.found()
 
 
 def _fields(x: Tensor, d: int) -> Tensor:
     """(N, C · d, ...) → (N, C, ..., d)."""
     n, width, *rest = x.shape
-    return x.view(n, width // d, d, *rest).movedim(2, -1)  # batched gradients know no unflatten
+    return x.view(n, width // d, d, *rest).movedim(2, -1)  # unflatten fails in batched gradients
 
 
 def _through(x: Tensor, into: Tensor, change: Callable[[Tensor], Tensor], out: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def _by_operator(ctx: Any, *tensors: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _backward_gradient(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-    """Of grad_x = Aᵀ (φ′(A x) · A⁻ᵀ grad) by grad and x, along v."""
+    """The gradients in grad and x of ⟨v, grad_x⟩, grad_x = Aᵀ (φ′(A x) · A⁻ᵀ grad)."""
     grad, x, samples, inverse_t = ctx.saved_tensors
     d = samples.shape[1]
     with without_autocast(x):
@@ -113,7 +113,7 @@ class _Fourier(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = grad.contiguous(), *ctx.saved_tensors  # asked for once: torch.utils.checkpoint insists
+        tensors = grad.contiguous(), *ctx.saved_tensors  # read once: torch.utils.checkpoint requires it
         refuse_derivatives(*tensors)
         if torch.is_grad_enabled():  # create_graph=True
             return _by_operator(ctx, *tensors)

@@ -1,13 +1,12 @@
-"""Which of the GPU backends "auto" takes: by warp instructions per edge, counted in place of times, and by what times
-were measured on the device.
+"""How "auto" chooses between the GPU backends: by times that were measured on the device, else by a count of warp
+instructions per edge.
 
-`cuda` multiplies only where a matrix is not 0, on the ordinary units: 4 instructions per multiply-add and 16 per φ,
-of 32 lanes each, within a third of what docs/cuda_kernels.md has for the benchmark's case ``cloud``. `triton`
-multiplies whole matrices on tensor cores, in three TF32 products of 1,024 multiply-adds per instruction that reach a
-quarter of their rate; everything else in it is what the compiled kernels of the benchmark's case ``cloud`` take
-(docs/gpu-predictions.md): 8 instructions per φ and 0.4 per multiply-add of the coupling. On an H100 (docs/gpu-h100.md)
-`cuda` was 2.2 times as fast as `triton` on eight such clouds, where 3.8 are counted, and 2.3 times on the authors'
-grid, where 2.0 are.
+`cuda` multiplies only where a matrix is not 0, on the ordinary units. The count is 4 instructions per multiply-add and
+16 per φ, of 32 lanes each; for the benchmark's case ``cloud`` it is within a third of the one in docs/cuda_kernels.md.
+`triton` multiplies whole matrices on tensor cores: three TF32 products, of 1,024 multiply-adds per instruction, at a
+quarter of the peak rate. Its 8 instructions per φ and 0.4 per multiply-add of the coupling were found in the kernels
+compiled for ``cloud`` (docs/gpu-predictions.md). On an H100 (docs/gpu-h100.md) `cuda` was 2.2 times as fast as `triton`
+on eight such clouds, where the counts say 3.8, and 2.3 times on the authors' grid, where they say 2.0.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def keep_times(device: str, times: Iterable[tuple[Plan, int, str, float]]) -> di
 
     Returns:
         Backend → median seconds per predicted instruction, as it is kept; empty, and nothing is kept, where a backend
-        has no measurement, since times of the others compare with none of it.
+        has no measurement, because "auto" compares all of them.
     """
     found: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
     for plan, edges, backend, seconds in times:
@@ -64,7 +63,7 @@ def keep_times(device: str, times: Iterable[tuple[Plan, int, str, float]]) -> di
 
 
 def nanoseconds_per_edge(plan: Plan, device: str) -> dict[str, float]:
-    """Backend → time per edge of a forward pass, from what was measured on the device of this name; else empty."""
+    """Backend → nanoseconds per edge of a forward pass, from the times kept for this device; empty without."""
     predicted = instructions_per_edge(plan)
     return {
         backend: 1e9 * factor * predicted[backend]

@@ -220,8 +220,8 @@ def _activate(plan: Plan, act: Activation, edge: EdgeFrame, z: Tensor, merged: b
 
 
 def _statistics(norm: Norm, h: Tensor, pool: Pool | None) -> NormStatistics:
-    """Batch statistics over the edges, detached as escnn's are: means of the trivial ones among the hidden features h
-    (E, W, d), variances of all."""
+    """Batch statistics of the hidden features h (E, W, d) over the edges, detached as in escnn: means of the trivial
+    coefficients, variances of all."""
     n, mean, squares = moments(h.detach(), pool)
     return NormStatistics(mean.index_select(1, constant(norm, "measured", h)), squares.mean(1) / (n - 1))
 

@@ -11,7 +11,7 @@ from ..plan.packing import Parameters
 
 
 def mean_and_bias(plan: Plan, parameters: Parameters, graph: Graph, total: Tensor) -> Tensor:
-    """bias + total_i, of aggr "mean" over the number of node i's edges; total (N, C_out)."""
+    """bias + total_i; with aggr "mean", total_i is divided by the number of node i's edges. total: (N, C_out)."""
     if plan.aggr == "mean":
         total = total / graph.degree.clamp(min=1).to(total.dtype)[:, None]
     if parameters.bias is None:

@@ -67,7 +67,7 @@ def choose(name: str, plan: Plan, device: torch.device, dtype: torch.dtype) -> t
 
 
 def _by_preference(plan: Plan, device: torch.device) -> tuple[tuple[str, ...], str]:
-    """The backends, the one to be preferred first, and on a GPU why."""
+    """The backends in order of preference, and on a GPU the reason for the order."""
     if device.type != "cuda":
         return _PREFERENCE, ""
     name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else ""
@@ -95,7 +95,7 @@ def choose_for_kernel(plan: Plan, device: torch.device, dtype: torch.dtype) -> t
 
 
 def choose_in_compiled(name: str, parameters: Parameters, device: torch.device) -> Backend | None:
-    """Inside torch.compile the backend for ``name`` if that is `cpu` or `cuda`, whose plans are ready before; else, and
+    """Inside torch.compile the backend for ``name`` if that is `cpu` or `cuda`, whose plans are made before. Else, and
     outside of torch.compile, None: :func:`choose` decides.
 
     Raises:

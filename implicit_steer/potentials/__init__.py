@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ..graph.structures import Structures
 from ..layers.potential import PotentialNet, Prediction
 
-if TYPE_CHECKING:  # found at the first use: it needs escnn
+if TYPE_CHECKING:  # imported at its first use, because it needs escnn
     from .potential import Potential, load_potential
 
 __all__ = ["Potential", "PotentialNet", "Prediction", "Structures", "load_potential"]

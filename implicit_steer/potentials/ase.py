@@ -30,11 +30,11 @@ def from_atoms(atoms: Atoms, r: float, dtype: torch.dtype = torch.float64) -> St
 
 
 class Calculator(_base.Calculator):
-    """energy, free_energy (eV), energies (eV per atom), forces (eV/Å), stress (eV/Å³, Voigt) of a potential.
+    """A potential for ASE: energy, free_energy (eV), energies (eV per atom), forces (eV/Å), stress (eV/Å³, Voigt).
 
     Neighbours are found up to the cutoff plus ``skin`` and found anew when an atom has moved by more than half of it,
     or when species, cell or periodicity changed; pairs beyond the cutoff do not count. Charges and magnetic moments of
-    the atoms are not looked at: they are those of the potential's training data.
+    the atoms are ignored: they are those of the potential's training data.
 
     Args:
         potential: a :class:`~implicit_steer.potentials.Potential`, or another module with its ``cutoff`` and
@@ -44,7 +44,7 @@ class Calculator(_base.Calculator):
         kwargs: of ASE's ``Calculator``: atoms, label, directory, restart.
 
     Raises:
-        TypeError: no potential, no number as skin, or other keywords, which would have no effect.
+        TypeError: ``potential`` or ``skin`` has another type, or a keyword is none of ASE's and would have no effect.
         ValueError: an unknown species; "stress" asked for without three lattice vectors; NaN or infinite positions or
             lattice vectors.
 

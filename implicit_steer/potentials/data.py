@@ -87,7 +87,7 @@ def _molecule(rng: np.random.Generator) -> Atoms:
 
 @cache
 def _equilibrium(name: str) -> tuple[Atoms, np.ndarray]:
-    """The relaxed molecule, and D (3N, 3N) in Å/√K: √T D ξ of normal ξ are thermal displacements.
+    """The relaxed molecule, and D (3N, 3N) in Å/√K: √T D ξ, ξ normal, are thermal displacements at T.
 
     D = M^-1/2 V √k_B / ω Vᵀ over the modes V; as a function of the Hessian it is the same for all choices of V.
     """
@@ -135,8 +135,9 @@ SYSTEMS = {
 
 
 class StructureSet(torch.utils.data.Dataset):
-    """Labelled structures; a list of numbers gives them side by side as one :class:`Structures`. ``ValueError`` names
-    the first whose energy or forces are not finite.
+    """Labelled structures; a list of indices gives them as one :class:`Structures`.
+
+    Raises ``ValueError`` that names the first structure whose energy or forces are not finite.
 
     Use with ``DataLoader(dataset, batch_size, collate_fn=lambda batch: batch)``.
     """
@@ -162,7 +163,7 @@ class ForceData:
 
     - ``system``: one of :data:`SYSTEMS`.
     - ``cutoff``: Å, the length of the longest edges.
-    - ``train``, ``val``, ``test``: numbers of configurations.
+    - ``train``, ``val``, ``test``: how many configurations.
     - ``seed``: of the configurations.
     - ``cache``: folder for labelled configurations; None: ``$IMPLICIT_STEER_CACHE``, else ``implicit_steer`` in
       ``$XDG_CACHE_HOME`` or ``~/.cache``. Written chunk by chunk: an interrupted run continues where it stopped.
@@ -219,7 +220,7 @@ def draw(system: str, seed: int, split: str, number: int) -> Atoms:
 
 
 def _cache_name(system: str, seed: int) -> str:
-    """Version, and a digest of the packages' versions: other labels never meet an old cache."""
+    """The cache's name holds a digest of the packages' versions, because labels differ between them."""
     for package in SYSTEMS[system].packages:
         load_extra(package)
     versions = [importlib.metadata.version(package) for package in SYSTEMS[system].packages]

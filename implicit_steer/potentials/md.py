@@ -35,8 +35,8 @@ RELAX_STEPS = 200  # at most
 class MDOptions:
     """A run. ``potential``: a file of :func:`implicit_steer.save` or ``Potential.save``. ``structure``: a name of
     :data:`~implicit_steer.potentials.data.SYSTEMS`, a file that ASE reads, or None for the first system whose
-    species the potential knows. ``dt`` in fs, ``temperature`` in K of the first velocities, after which about half of
-    it remains; the seed is of the velocities."""
+    species the potential knows. ``dt`` in fs; ``temperature`` in K, at which ``seed`` draws the initial velocities
+    and of which about half remains in the run."""
 
     potential: str
     structure: str | None = None
@@ -57,7 +57,7 @@ class MDOptions:
 
 
 class Trajectory(NamedTuple):
-    """Per step, the start included: energies (steps + 1, 4) of :data:`COLUMNS`; the number of atoms; seconds taken."""
+    """The :data:`COLUMNS` of every step, the start included, (steps + 1, 4); the number of atoms; seconds taken."""
 
     energies: np.ndarray
     atoms: int
@@ -79,7 +79,7 @@ class Trajectory(NamedTuple):
 
 
 def read_potential(path: str | Path) -> PotentialNet:
-    """The potential of a file that :func:`implicit_steer.save` wrote, or ``Potential.save``, which takes escnn to read.
+    """The potential of a file that :func:`implicit_steer.save` wrote, or ``Potential.save``, whose files need escnn.
 
     Raises ``ValueError`` for a file without a potential, ``RuntimeError`` for a damaged one, and where escnn is needed
     and missing.

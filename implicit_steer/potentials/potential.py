@@ -121,7 +121,7 @@ class Potential(PotentialNet):
 def load_potential(path: str | Path) -> Potential:
     """The potential that :meth:`Potential.save` wrote, in its dtype, in evaluation mode.
 
-    Raises ``ValueError`` where the file is no such file, or was written under another basis of the group.
+    Raises ``ValueError`` where ``path`` is no such file, or was written under another basis of the group.
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)

@@ -22,7 +22,7 @@ class ForceRegressor(Task):
     ``scale`` is a typical force (eV/Å); the learning rate falls to 0 over ``epochs`` along a cosine.
     """
 
-    monitor = "val_mae"  # the loss of both in eV/Å
+    monitor = "val_mae"  # the weighted sum of both errors, in eV/Å
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class ForceRegressor(Task):
         return energy, l1_loss(predicted.forces, batch.forces)
 
     def on_train_epoch_start(self) -> None:
-        """A fresh average."""
+        """Start a fresh average."""
         self.train_loss.reset()
 
     def training_step(self, batch: Structures, step: int) -> Tensor:
@@ -61,7 +61,7 @@ class ForceRegressor(Task):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Fresh averages."""
+        """Start fresh averages."""
         self.energy_error.reset()
         self.forces_error.reset()
 
@@ -72,7 +72,7 @@ class ForceRegressor(Task):
         self.forces_error.add(forces, len(batch.pos))
 
     def on_validation_epoch_end(self) -> None:
-        """``val_energy_mae``, ``val_forces_mae``, and ``val_mae``, the loss of both in eV/Å, which chooses an epoch."""
+        """Log ``val_energy_mae``, ``val_forces_mae`` and their weighted sum ``val_mae``, which chooses an epoch."""
         self._log_errors("val")
         value = self.energy_weight * self.energy_error.value() + self.forces_error.value()
         self.log("val_mae", value)
@@ -81,7 +81,7 @@ class ForceRegressor(Task):
     test_step = validation_step
 
     def on_test_epoch_end(self) -> None:
-        """``test_energy_mae``, ``test_forces_mae``."""
+        """Log ``test_energy_mae`` and ``test_forces_mae``."""
         self._log_errors("test")
 
     def _log_errors(self, split: str) -> None:
@@ -95,10 +95,10 @@ class ForceRegressor(Task):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """To :data:`MAX_NORM`."""
+        """Clip the gradient's norm to :data:`MAX_NORM`."""
         torch.nn.utils.clip_grad_norm_(self.parameters(), MAX_NORM)
 
     def epoch_errors(self, logged: dict[str, Tensor]) -> dict[str, float]:
-        """What an epoch's row of the log holds beside step, learning rate and time."""
+        """What a row of the log holds beside epoch, step, learning rate and time."""
         names = ("val_energy_mae", "val_forces_mae", "val_mae")
         return {"train_loss": self.train_loss.value(), **{name: float(logged[name]) for name in names}}

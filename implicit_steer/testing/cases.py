@@ -87,19 +87,20 @@ class Case:
     n_layers: int = 3
     n_channels: int = 4
     nodes: int = 12
-    degree: int = 5  # mean; random graphs, unless knn
+    degree: int = 5  # mean number of edges per node; the graph is random unless knn
     knn: bool = False
     copies: int = 1  # disjoint clouds in one batch
-    uniform: bool = False  # positions uniform in a cube, its `degree` nearest at a mean distance of 1; else normal
+    uniform: bool = False  # positions uniform in a cube, where `degree` neighbours have mean distance 1; else normal
 
     @property
     def edges(self) -> int:
-        """How many there are (where every node has enough neighbours)."""
+        """The number of edges, where every node has enough neighbours."""
         return self.nodes * self.copies * self.degree
 
     @property
     def _side(self) -> float:
-        """Of the cube, in R³: a ball with `degree` points has the radius 4/3, which makes their mean distance 1."""
+        """The side of the cube, in R³: a ball with `degree` points has the radius 4/3, which makes their mean distance
+        1."""
         return (self.nodes * 4 / 3 * math.pi * (4 / 3) ** 3 / self.degree) ** (1 / 3)
 
     @property
@@ -161,7 +162,7 @@ class Problem:
         return conv(*self.arguments(conv)).tensor
 
     def requires_grad(self) -> list[Tensor]:
-        """Make the inputs leaves that require gradients; returns them."""
+        """Make the inputs leaves that require gradients, and return them."""
         self.x, self.delta = (t.detach().clone().requires_grad_() for t in (self.x, self.delta))
         leaves = [self.x, self.delta]
         if self.attributes is not None:

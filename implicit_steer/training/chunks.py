@@ -18,8 +18,10 @@ def save_chunk(path: Path, chunk: dict[str, np.ndarray]) -> None:
 
 
 def load_chunk(path: Path, rows: np.ndarray, what: str) -> dict[str, np.ndarray]:
-    """Read a chunk of ``what``, numbers ``rows``; ``ValueError`` where the file is not the one that was written,
-    ``PermissionError`` where it may not be read."""
+    """Read the chunk that holds the entries ``rows`` of ``what``.
+
+    Raises ``ValueError`` where the file is not the one that was written, ``PermissionError`` where it may not be read.
+    """
     expected, remedy = f"the processed {what} {rows[0]}, ... ({len(rows)})", "Delete the file: it is made anew."
     try:
         with np.load(path) as file:  # a zip archive: every array has its checksum

@@ -72,7 +72,7 @@ ERRORS = {"mae": torch.nn.functional.l1_loss, "mse": torch.nn.functional.mse_los
 class Regressor(Task):
     """Regression of ``(y - mean) / std``; errors are reported in the unit of y, or its square.
 
-    ``model(batch)`` has the shape of ``batch.y``, (rows, ...); ``mean`` and ``std`` are numbers, or tensors that
+    ``model(batch)`` has the shape of ``batch.y``, (rows, ...); ``mean`` and ``std`` are scalars, or tensors that
     broadcast to it. ``error`` is the loss: "mae", the mean of absolute values, or "mse", that of squares.
 
     ``schedule``: from ``lr`` the learning rate is halved at each of :data:`MILESTONES` ("steps"), or falls to 0 along a
@@ -119,7 +119,7 @@ class Regressor(Task):
         return y
 
     def on_train_epoch_start(self) -> None:
-        """A fresh average; frozen norms, from their epoch on."""
+        """Start a fresh average; freeze the norms from epoch ``freeze_norms`` on."""
         self.train_error.reset()
         if self.freeze_norms is not None and self.current_epoch >= self.freeze_norms:
             self.model.eval()
@@ -133,7 +133,7 @@ class Regressor(Task):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """A fresh average."""
+        """Start a fresh average."""
         self.eval_error.reset()
 
     def validation_step(self, batch: Any, step: int) -> None:
@@ -141,14 +141,14 @@ class Regressor(Task):
         self._measured(self.model(batch), batch, self.eval_error)
 
     def on_validation_epoch_end(self) -> None:
-        """``val_mae`` or ``val_mse``."""
+        """Log ``val_mae`` or ``val_mse``."""
         self.log(self.monitor, self.eval_error.value(), prog_bar=True)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
 
     def on_test_epoch_end(self) -> None:
-        """``test_mae`` or ``test_mse``."""
+        """Log ``test_mae`` or ``test_mse``."""
         self.log(f"test_{self.error}", self.eval_error.value())
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -165,11 +165,11 @@ class Regressor(Task):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        """To ``clip``."""
+        """Clip the gradient's norm to ``clip``."""
         self.clip_gradients(optimizer, gradient_clip_val=self.clip, gradient_clip_algorithm="norm")
 
     def epoch_errors(self, logged: dict[str, torch.Tensor]) -> dict[str, float]:
-        """What an epoch's row of the log holds beside step, learning rate and time."""
+        """What a row of the log holds beside epoch, step, learning rate and time."""
         return {f"train_{self.error}": self.train_error.value(), self.monitor: float(logged[self.monitor])}
 
 
@@ -197,7 +197,7 @@ class AxesRegressor(Regressor):
         self.log("test_equivariance_error", error, reduce_fx="max", on_epoch=True, sync_dist=True, batch_size=count)
 
     def target(self, y: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
-        """(rows, 3, 3)."""
+        """The one of R y Rᵀ that is nearest to ``predicted``, (rows, 3, 3)."""
         turns = self.rotations.to(y.dtype)
         candidates = turns @ y[:, None] @ turns.mT  # (rows, 24, 3, 3)
         nearest = (candidates - predicted[:, None]).square().sum((2, 3)).argmin(1)
@@ -214,7 +214,7 @@ def cube_rotations() -> torch.Tensor:
 class EpochShuffle(torch.utils.data.Sampler):
     """A permutation of 0 .. count-1 that depends on seed and epoch alone, so a resumed run sees the same order.
 
-    ``fresh``: entry n is n + epoch · count, a further one of a data set without end.
+    With ``fresh`` an epoch gives the next ``count`` entries of a data set without end: epoch · count is added.
     """
 
     def __init__(self, count: int, seed: int, fresh: bool = False):
@@ -251,7 +251,7 @@ class Shares(torch.utils.data.Sampler):
 def loader(
     data: torch.utils.data.Dataset, batch_size: int, shuffle_seed: int | None = None
 ) -> torch.utils.data.DataLoader:
-    """Batches of ``data``, in its order, or shuffled anew in each epoch; of several processes each has its share.
+    """Batches of ``data``, in its order, or shuffled anew in each epoch; each of several processes has its share.
 
     Data that are ``endless`` give fresh entries in each epoch. A last batch of one entry is dropped where it is
     shuffled: batch norm over one molecule is undefined.
@@ -326,9 +326,9 @@ def trainer_for(run: Run, monitor: str) -> pl.Trainer:
     """A trainer that validates, logs and saves once per epoch; the best epoch has the lowest ``monitor``."""
     out, options = run.out, run.options
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it announces hardware that is not there
-    # Batches are gathered faster than a worker process could send them; what is logged is of all processes; the folder
-    # is meant to be used again; Lightning 2.6 calls what torch 2.13 has deprecated, and what replaces broadcast_buffers
-    # still sends buffers once, in the order of their registration.
+    # These warnings do not apply: batches are gathered faster than a worker process could send them; what is logged is
+    # already a mean over all processes; the folder is meant to be used again; Lightning 2.6 calls functions that torch
+    # 2.13 deprecates, and the replacement of broadcast_buffers still sends buffers once, in the order of registration.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated.*")
@@ -360,7 +360,7 @@ def trainer_for(run: Run, monitor: str) -> pl.Trainer:
 def fit_and_test(module: Task, data: Any, run: Run) -> dict[str, float]:
     """Train ``module`` on ``data.train``, choose an epoch by ``data.val``, and test that epoch on ``data.test``.
 
-    Gives what the module logs in the test, and ``val_…``, what has chosen the epoch.
+    Returns what the module logs in the test, and ``val_…``, the error that chose the epoch.
     """
     options = run.options
     processes.take_over(module)

@@ -35,7 +35,7 @@ def begin(device: str) -> None:
 
 
 def say(text: str) -> None:
-    """Print it once, not in every process."""
+    """Print ``text`` in process 0 alone."""
     if rank() == 0:
         print(text)
 
@@ -52,7 +52,7 @@ def rank() -> int:
 
 @contextmanager
 def first_process_first() -> Iterator[None]:
-    """The block runs in process 0, then in all others: they find the files that it has made."""
+    """Run the block in process 0, then in all others, which find the files that process 0 has made."""
     if rank() > 0:
         dist.barrier()
     yield
@@ -87,7 +87,7 @@ def take_over(module: torch.nn.Module) -> None:
 
 
 def pooled(n: int, mean: Tensor, squares: Tensor) -> Moments:
-    """Number, mean and sum of squared deviations of all processes' rows, from this one's; not differentiable."""
+    """Count, mean and sum of squared deviations of all processes' rows, from this one's; not differentiable."""
     own = torch.cat([mean.new_tensor([n]), mean.reshape(-1), squares.reshape(-1)]).double()
     every = [torch.empty_like(own) for _ in range(count())]
     dist.all_gather(every, own)

@@ -18,7 +18,7 @@ from .._files import CHMOD, replacing
 from ..ops.select import NAMES as BACKEND_NAMES
 from . import processes
 
-# Of a run, in its folder.
+# The files of a run, in its folder.
 RESULTS = ("last.ckpt", "best.ckpt", "log.csv", "result.json", "potential.pt", "model.safetensors")
 SAMPLINGS = "auto, exact, exact-N, escnn or lebedev-N"
 
@@ -106,7 +106,7 @@ class RegressionOptions(RunOptions):
 
 
 def add_numbers(group: Any, default: RunOptions, texts: dict[str, str]) -> None:
-    """``--NAME N`` for every option of ``texts``, of its default's type."""
+    """Add ``--NAME N`` for every option of ``texts``, with the type of its default."""
     for name, text in texts.items():
         value = getattr(default, name)
         flag = "--" + name.replace("_", "-")
@@ -114,7 +114,7 @@ def add_numbers(group: Any, default: RunOptions, texts: dict[str, str]) -> None:
 
 
 def add_training_arguments(parser: argparse.ArgumentParser, default: RunOptions, entries: str, **more: str) -> Any:
-    """Epochs, batch size (of ``entries``), learning rate, seed, and the numbers whose help is in ``more``; returns
+    """Add epochs, batch size (of ``entries``), learning rate, seed, and the options whose help is in ``more``; return
     their group."""
     texts = {
         "epochs": "passes over the training set",
@@ -128,14 +128,14 @@ def add_training_arguments(parser: argparse.ArgumentParser, default: RunOptions,
 
 
 def add_gradient_arguments(training: Any) -> None:
-    """``--clip`` and ``--freeze-norms``."""
+    """Add ``--clip`` and ``--freeze-norms``."""
     training.add_argument("--clip", type=float, metavar="NORM", help="largest norm of the gradient (none)")
     frozen = "epoch from which batch norms keep their statistics (none)"
     training.add_argument("--freeze-norms", type=int, metavar="N", help=frozen)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, default: RegressionOptions) -> Any:
-    """The options that :meth:`RegressionOptions.network` reads; returns their group."""
+    """Add the options that :meth:`RegressionOptions.network` reads; return their group."""
     model = parser.add_argument_group("model")
     model.add_argument("--sampling", default=default.sampling, help=f"{SAMPLINGS} (%(default)s)")
     model.add_argument("--norm", choices=("batch", "none"), default=default.norm, help="of kernel MLPs (%(default)s)")
@@ -149,7 +149,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, default: RegressionOpti
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, default: RunOptions, out: str) -> None:
-    """The options that every run has: backend, device, threads, and the folder, ``out`` unless it is given."""
+    """Add the options that every run has: backend, device, threads, and the folder, ``out`` unless it is given."""
     machine = parser.add_argument_group("machine and output")
     machine.add_argument(
         "--backend", choices=BACKEND_NAMES, default=default.backend, help="of the convolutions (%(default)s)"
@@ -192,8 +192,8 @@ class Run:
         self.checkpoint = str(self.out / "last.ckpt") if options.resume else None
 
     def prepare_folder(self) -> None:
-        """Make the folder; for a fresh run discard an earlier one in it: last before training, when nothing of the
-        options can be wrong any more."""
+        """Make the folder, and for a fresh run discard an earlier run in it. This comes last before training, when no
+        option can be wrong any more."""
         if processes.rank() > 0:
             return
         self.out.mkdir(parents=True, exist_ok=True)

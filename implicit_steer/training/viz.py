@@ -39,7 +39,7 @@ def _plain_axes(axes: Axes, grid: str) -> None:
 
 
 def _axes_of(plane: str, dim: int) -> list[int]:
-    """Numbers of the two axes."""
+    """The indices of the two axes."""
     names = "xyz"[:dim]
     ok = len(plane) == 2 and plane[0] != plane[1] and set(plane) <= set(names)
     require(ok, "plane", f"two different axes among {', '.join(names)}", repr(plane))
@@ -141,7 +141,7 @@ def _arrows(panel: Axes, ticks: np.ndarray, values: np.ndarray, entry: Entry) ->
 
 
 def time_bars(times: Mapping[str, Mapping[str, float]], *, unit: str = "ms", title: str = "") -> Figure:
-    """Horizontal bars: ``times[group][label]``, one group of bars per measure, one colour per label, values written."""
+    """Horizontal bars of ``times[group][label]``: a group per measure, a colour per label, values at the ends."""
     labels = list(dict.fromkeys(label for group in times.values() for label in group))
     height = 0.8 / max(1, len(labels))
     figure = _figure(7.5, 1.3 + max(1, len(times)) * (0.3 + 0.24 * len(labels)))
@@ -216,8 +216,8 @@ def log_lines(
 def error_bars(
     curves: Mapping[str, Mapping[float, Sequence[float]]], *, xlabel: str, ylabel: str, title: str = ""
 ) -> Figure:
-    """``curves[name]``: x → the values found there. Their mean and standard deviation, one place for every x; the y
-    axis is logarithmic."""
+    """``curves[name]``: x → the values found there. Drawn are their mean and standard deviation, at equal
+    distances for all x; the y axis is logarithmic."""
     figure = _figure(6.5, 4.2)
     axes = figure.subplots()
     places = sorted({x for curve in curves.values() for x in curve})
@@ -321,7 +321,7 @@ def parity(true: np.ndarray, predicted: Mapping[str, np.ndarray], *, label: str,
 
 
 def images(rows: Mapping[str, np.ndarray], *, title: str = "") -> Figure:
-    """``rows[name]`` (n, H, W): a row of grey images each."""
+    """A row of grey images for every ``rows[name]`` (n, H, W)."""
     require(len(rows) > 0, "rows", "at least one row of images", "none")
     columns = max(len(pictures) for pictures in rows.values())
     figure = _figure(1.1 * columns + 1.2, 1.15 * len(rows) + 0.4)

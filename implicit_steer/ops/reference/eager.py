@@ -21,13 +21,13 @@ from ..backend import Backend
 from ..kernel_mlp import hidden_features, radial_factor
 from ..mean_and_bias import mean_and_bias
 
-_WORKSPACE = 1 << 21  # numbers per chunk
+_WORKSPACE = 1 << 21  # values per chunk
 
 
 def node_chunks(graph: Graph, per_edge: int, per_node: int) -> list[tuple[Tensor, int]]:
     """Chunks of nodes of similar degree: (nodes (n,), largest degree), each within the workspace. No isolated nodes.
 
-    ``per_edge``, ``per_node``: numbers that a chunk holds for each (padded) edge and each node.
+    ``per_edge``, ``per_node``: values that a chunk holds for each (padded) edge and each node.
     """
     degree, nodes = torch.sort(graph.degree, stable=True)
     first = int(torch.searchsorted(degree, 1))
@@ -102,11 +102,11 @@ class Eager(Backend):
     name = "eager"
 
     def available(self) -> tuple[bool, str]:
-        """Everywhere."""
+        """It runs everywhere."""
         return True, "plain PyTorch; factored"
 
     def supports(self, plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-        """Every plan, device and dtype."""
+        """It supports every plan, device and dtype."""
         return True, "factored plain PyTorch"
 
     def forward(

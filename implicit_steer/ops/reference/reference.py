@@ -21,11 +21,11 @@ class Reference(Backend):
     name = "reference"
 
     def available(self) -> tuple[bool, str]:
-        """Everywhere."""
+        """It runs everywhere."""
         return True, "plain PyTorch; materialises the kernel of every edge (the oracle)"
 
     def supports(self, plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-        """Every plan, device and dtype."""
+        """It supports every plan, device and dtype."""
         return True, "plain PyTorch, materialises the kernel of every edge"
 
     def forward(
