@@ -49,10 +49,10 @@ class CloudSet(torch.utils.data.Dataset):
 
     Every sample is ``points`` points uniform on the surface, then augmented: turned (``rotate``: "z", by a random angle
     about the vertical; "so3"; "none"), scaled by a factor log-uniform in :data:`SCALES`, every point moved by normal
-    noise. The length is M · ``copies``. A list of numbers gives one :class:`Clouds`: use with
+    noise. The length is M · ``copies``. A list of indices gives one :class:`Clouds`: use with
     ``DataLoader(dataset, batch_size, collate_fn=lambda batch: batch)``.
 
-    - ``folder``, ``rows``: of the processed meshes, and their numbers (M,) there.
+    - ``folder``, ``rows``: of the processed meshes, and their indices (M,) there.
     - ``labels``: (M,) int64.
     - ``stream``: whole numbers that seed the samples.
     """
@@ -116,7 +116,7 @@ class ModelNet:
       ``$XDG_CACHE_HOME`` or ``~/.cache``. A file per mesh: an interrupted preparation continues where it stopped.
     - ``progress``: show a bar while meshes are processed.
 
-    ``classes`` are the names in alphabetical order; ``split`` holds the numbers of the meshes of each part: those
+    ``classes`` are the names in alphabetical order; ``split`` holds the indices of the meshes of each part: those
     published for testing, and of the others a tenth, chosen with seed 42, for validation.
 
     Raises ``ValueError`` for a wrong argument or a damaged file, which it names.

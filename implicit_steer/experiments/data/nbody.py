@@ -111,7 +111,7 @@ class ParticleBatch:
 
 
 class ParticleSet(torch.utils.data.Dataset):
-    """M systems; a list of numbers gives them as one :class:`ParticleBatch`. Arrays as in the batch, (M, 5, ...) and
+    """M systems; a list of indices gives them as one :class:`ParticleBatch`. Arrays as in the batch, (M, 5, ...) and
     (M, 20, 1).
 
     Use with ``DataLoader(dataset, batch_size, collate_fn=lambda batch: batch)``.

@@ -227,13 +227,13 @@ def find_source(root: str | Path | None) -> files.PackedCsv | files.RawSdf:
 
 
 def _cache_name(source: files.PackedCsv | files.RawSdf) -> str:
-    """Version, and a digest of the files' names and sizes: another or a truncated file never meets an old cache."""
+    """The cache's name holds a digest of the files' names and sizes: another or a truncated file has another cache."""
     sizes = [(path.name, path.stat().st_size) for path in source.files()]
     return f"qm9-v{CACHE_VERSION}-{hashlib.sha256(repr(sizes).encode()).hexdigest()[:12]}"
 
 
 def _load_chunks(source, folder: Path, parts: dict[str, np.ndarray], progress: bool) -> dict[str, list[dict]]:
-    """The chunks that cover each split, from the cache, or processed and put there."""
+    """The chunks that cover each split, read from the cache, or processed and put there."""
     whole = split(source.count())
     wanted = {}  # path → rows
     for name in SPLITS:

@@ -52,7 +52,7 @@ Results = Mapping[str, Sequence[dict[str, Any]]]  # group → results of every s
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of ``figure groups``."""
+    """Add the options of ``figure groups``."""
     add = parser.add_argument
     add("--data", metavar="PATH", default=DEFAULT.data, help="as in train modelnet (%(default)s)")
     add("--groups", nargs="+", choices=GROUPS, default=GROUPS, metavar="GROUP", help="(all eight)")
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def results(options: ModelNetOptions, runs: Path, groups: Sequence[str], seeds: int, circle: int) -> Results:
-    """Of all runs in ``runs``, seed by seed; trains those that are not there.
+    """The results of all runs in ``runs``, seed by seed; trains those that are not there.
 
     Raises ``ValueError`` where a run there has other options.
     """

@@ -1,6 +1,6 @@
 """``python -m implicit_steer figure nbody``: an experiment of the paper as a grid of runs, drawn with its spread.
 
-Runs are kept: what is there is read, what was interrupted goes on, what is missing is trained.
+Runs are kept: a finished run is read, an interrupted one goes on, a missing one is trained.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..train.nbody import NBodyOptions, train_nbody
 from .results import kept_result, markdown, mean_and_spread
 
 NAMES = {"o3": "O(3)", "so2": "SO(2) about z"}
-# Networks of one width: a particle has 8 · 4 and 11 · 3 hidden numbers, a kernel MLP 8 · 16 and 18 · 7.
+# Networks of one width: a particle has 8 · 4 and 11 · 3 hidden coefficients, a kernel MLP 8 · 16 and 18 · 7.
 WIDTHS = {"o3": {"channels": 8, "kernel_channels": 8}, "so2": {"channels": 11, "kernel_channels": 18}}
 STRENGTHS = (0.0, 1.0, 10.0)
 DEFAULT = NBodyOptions(limit=10_000, epochs=12, blocks=1, num_threads=1)
@@ -34,7 +34,7 @@ Errors = Mapping[str, Mapping[float, Sequence[float]]]  # group → strength →
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of ``figure nbody``."""
+    """Add the options of ``figure nbody``."""
     add = parser.add_argument
     strengths = "stiffnesses of the springs to the planes (0 1 10)"
     add("--strengths", type=float, nargs="+", metavar="K", default=STRENGTHS, help=strengths)

@@ -28,7 +28,7 @@ HEAD = ("edge attributes", "parameters", "test MAE", "validation MAE", "s per ep
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of ``figure qm9``."""
+    """Add the options of ``figure qm9``."""
     add = parser.add_argument
     variants = "(all three)"
     add("--edge-attr", nargs="+", choices=EDGE_ATTRIBUTES, default=tuple(EDGE_ATTRIBUTES), help=variants)
@@ -44,13 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def log_column(out: Path, name: str) -> dict[int, float]:
-    """Epochs passed → that number, from the log of a run."""
+    """Epochs passed → the value in a column of a run's log."""
     with (out / "log.csv").open(newline="") as file:
         return {int(row["epoch"]) + 1: float(row[name]) for row in csv.DictReader(file)}
 
 
 def table(results: Mapping[str, dict[str, Any]], runs: Path) -> str:
-    """Markdown: one row for each variant."""
+    """A Markdown table with one row for each variant."""
     rows = []
     for name, result in results.items():
         errors = [f"{result[error]:.2f} {result['unit']}" for error in ("test_mae", "val_mae")]

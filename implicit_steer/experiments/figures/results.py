@@ -30,7 +30,7 @@ def kept_result(options: RunOptions, train: Callable[[Any], dict[str, Any]]) -> 
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], first: str = "---") -> str:
-    """A table: columns to the right, the first one as ``first`` says."""
+    """A Markdown table: columns to the right, the first one as ``first`` says."""
     rule = [first, *["---:"] * (len(heads) - 1)]
     return "\n".join([f"| {' | '.join(heads)} |", f"|{'|'.join(rule)}|", *(f"| {' | '.join(row)} |" for row in rows)])
 

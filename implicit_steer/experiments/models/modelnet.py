@@ -35,9 +35,9 @@ class ModelNetNet(CloudNet):
     - ``gspace``: an escnn ``GSpace`` of R³, such as those of :data:`SPACES`.
     - ``points``, ``neighbours``: P, and edges into every point.
     - ``levels``: convolutions, each onto half of the points.
-    - ``width``: numbers per point of a hidden layer, about: as many fields as come closest, at least one.
+    - ``width``: about how many coefficients a point has in a hidden layer: as many fields as come closest, or one.
     - ``max_frequency``: of the hidden fields, functions on the sphere (SO(3), O(3)) or on the group (the others).
-    - ``invariants``: pooled numbers. ``dropout``: of the MLP behind them.
+    - ``invariants``: pooled scalars. ``dropout``: of the MLP behind them.
     - ``node_sampling``: of the hidden layers' activations, see :class:`~implicit_steer.nn.FourierActivation`.
     - ``kernel_layers``, ``kernel_channels``: size of the kernel MLPs; further keywords (``sampling``, ``norm``,
       ``backend``, ...) go to every convolution.

@@ -24,7 +24,7 @@ class NBodyNet(ParticleNet):
 
     Kernels are functions of the relative position, of whether a spring connects the two or of the product of their
     charges, of their distance, of both velocities (vectors) and of both scalars (heights above the particles' planes,
-    or charges). To O(3) a scalar is a number; rotations about z relate it to the z components of vectors too.
+    or charges). O(3) leaves scalars apart; with rotations about z they also mix with the z components of vectors.
 
     - ``gspace``: an escnn ``GSpace`` of R³; None: O(3), ``gspaces.flipRot3dOnR3()``.
     - ``blocks``, ``channels``, ``max_frequency``: depth, hidden fields (functions on the sphere, or on the circle),

@@ -1,4 +1,4 @@
-"""The paper's network for molecules: scalars in, one invariant number per molecule out."""
+"""The paper's network for molecules: scalars in, one invariant per molecule out."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class Classifier(Task):
 
     Dropout draws from ``seed`` and the step, so that a resumed run draws the same.
 
-    ``model(positions)`` gives one number per cloud and class. The test set has ``copies`` samples of ``meshes`` meshes;
+    ``model(positions)`` gives one logit per cloud and class. The test set has ``copies`` samples of ``meshes`` meshes;
     the prediction for a mesh is the class of the largest probability, averaged over its samples.
     """
 
@@ -34,7 +34,7 @@ class Classifier(Task):
         self.train_loss, self.train_hits, self.loss, self.hits = (RunningMean() for _ in range(4))
 
     def on_train_epoch_start(self) -> None:
-        """Fresh averages."""
+        """Start fresh averages."""
         self.train_loss.reset()
         self.train_hits.reset()
 
@@ -51,24 +51,24 @@ class Classifier(Task):
         return loss * processes.share(len(batch.y), self.device)
 
     def on_validation_epoch_start(self) -> None:
-        """Fresh averages."""
+        """Start fresh averages."""
         self.loss.reset()
         self.hits.reset()
 
     def validation_step(self, batch: Clouds, step: int) -> Tensor:
-        """Collect loss and accuracy of a batch; its logits."""
+        """Collect the loss and accuracy of a batch; return its logits."""
         logits = self.model(batch.pos)
         self.loss.add(cross_entropy(logits, batch.y), len(batch.y))
         self.hits.add((logits.argmax(1) == batch.y).float().mean(), len(batch.y))
         return logits
 
     def on_validation_epoch_end(self) -> None:
-        """``val_loss``, ``val_accuracy``."""
+        """Log ``val_loss`` and ``val_accuracy``."""
         self.log("val_loss", self.loss.value(), prog_bar=True)
         self.log("val_accuracy", self.hits.value(), prog_bar=True)
 
     def on_test_epoch_start(self) -> None:
-        """No sample seen."""
+        """Forget all samples."""
         self.on_validation_epoch_start()
         self.probability, self.truth = None, torch.zeros(self.meshes, dtype=torch.long, device=self.device)
 
@@ -81,7 +81,7 @@ class Classifier(Task):
         self.truth.index_add_(0, batch.mesh, batch.y)
 
     def on_test_epoch_end(self) -> None:
-        """``test_accuracy`` of the averages, ``sample_accuracy`` of single samples."""
+        """Log ``test_accuracy`` of the averages and ``sample_accuracy`` of single samples."""
         probability, truth = processes.total(self.probability), processes.total(self.truth)
         self.log("test_accuracy", (probability.argmax(1) == truth // self.copies).float().mean())
         self.log("sample_accuracy", self.hits.value())
