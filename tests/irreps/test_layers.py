@@ -332,9 +332,10 @@ def test_errors_at_the_call():
             module(torch.randn(6, 3))
 
 
+@pytest.mark.parametrize("backend", ["reference", "eager", "cpu"])
 @pytest.mark.parametrize("depthwise", FORMS)
-def test_empty_graphs_pairs_and_half_precision(depthwise):
-    conv = ImplicitPointConv("2x0e+1x1o", "3x0e+1x1o", depthwise=depthwise)
+def test_empty_graphs_pairs_and_half_precision(depthwise, backend):
+    conv = ImplicitPointConv("2x0e+1x1o", "3x0e+1x1o", depthwise=depthwise, backend=backend)
     none = torch.zeros(2, 0, dtype=torch.int64)
     assert conv(torch.randn(4, 5), none, torch.zeros(0, 3)).shape == (4, 6)
     assert conv(torch.randn(0, 5), none, torch.zeros(0, 3)).shape == (0, 6)

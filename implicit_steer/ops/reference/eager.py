@@ -50,11 +50,11 @@ def _chunk(
     h = h.index_select(0, edges.reshape(-1)).view(n, k, h.shape[1]) * inside[..., None]
     products = torch.bmm(f.transpose(1, 2), h)
     if not plan.is_depthwise:
-        return products.view(n, -1) @ last[0]
+        return products.flatten(1) @ last[0]
     total = x.new_zeros(n, plan.out_size)
     for coupling, theta in zip(plan.couplings, last, strict=True):
         out, into, hidden = _coupled(coupling, x.device)
-        read = products.index_select(1, into).index_select(2, hidden).view(n, len(coupling.in_start), -1)
+        read = products.index_select(1, into).index_select(2, hidden).view(n, len(coupling.in_start), theta.shape[-1])
         if coupling.depthwise:
             part = torch.einsum("nuk,uok->nuo", read, theta.squeeze(1))
         else:
