@@ -29,6 +29,7 @@ SLOW = (
     "tests/faults/test_md_of_a_saved_potential.py",
     "tests/faults/test_memory_of_large_fields.py",
     "tests/faults/test_strides_off_centre.py",
+    "tests/irreps/test_construction.py",
     "tests/nn/test_first_steps.py",
     "tests/ops/test_hypothesis.py",
     "tests/ops/test_torch.py",

@@ -90,7 +90,13 @@ class ImplicitPointConv(PlainPointConv):
         self.depthwise, self.backend = depthwise, backend
         self.in_type = Fields(self.irreps_in.size, str(self.irreps_in))
         self.out_type = Fields(self.irreps_out.size, str(self.irreps_out))
-        self._arguments = {"edge_attr": edge_attr, "n_layers": n_layers, "n_channels": n_channels, "width": width}
+        self._arguments = {
+            "edge_attr": edge_attr,
+            "n_layers": n_layers,
+            "n_channels": n_channels,
+            "activation": activation,
+            "width": width,
+        }
         self.implicit_kernel = ImplicitKernel(lower_kernel(self.irreps_in, self.irreps_out, options, depthwise))
         self.linear = None
         if depthwise:
@@ -112,7 +118,6 @@ class ImplicitPointConv(PlainPointConv):
             "irreps_out": str(self.irreps_out),
             **self._arguments,
             **{name: getattr(kernel, name) for name in ("norm", "cutoff", "aggr")},
-            "activation": kernel.activation or FUNCTIONS[0],
             "depthwise": self.depthwise,
             "bias": has_bias,
             "backend": self.backend,

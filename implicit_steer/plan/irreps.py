@@ -57,9 +57,8 @@ class Term(NamedTuple):
 class Irreps:
     """What a feature consists of: ``16x0e + 8x1o`` is 16 scalars and 8 vectors, 40 components.
 
-    The components are those of the first term, copy by copy, then those of the second, and so on. The components of a
-    copy are e3nn's: of a scalar its value, of a vector (x, y, z), of degree l the 2 l + 1 of
-    :func:`implicit_steer.irreps.spherical_harmonics`.
+    The components are those of the first term, copy by copy, then those of the second, and so on. Within a copy they
+    are e3nn's: of a vector (x, y, z), of degree l those of its 2 l + 1 spherical harmonics, with polar axis y.
 
     Example:
         >>> Irreps.of("16x0e + 8x1o").size
