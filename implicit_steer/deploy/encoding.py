@@ -20,8 +20,8 @@ from torch import Tensor
 
 from .._check import fail, require
 from ..plan import FrozenArrays
-from .kinds import DATA, KINDS, REGISTERED, kind_of
-from .limits import Placeholders, check_size
+from .kinds import DATA, IRREPS, KINDS, REGISTERED, kind_of
+from .limits import Placeholders, check_irreps, check_size
 
 ARRAY = "array."  # names of arrays in the file begin with this
 # Fields that were added later: written only where they differ, so that versions without them can read the file.
@@ -105,8 +105,9 @@ _SCALARS: dict[str, Callable[[Any], Any]] = {
 
 
 class _Decoder:
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, tensors: dict[str, Tensor], state: Iterable[Tensor]) -> None:
         self.tensors = tensors
+        self._learned = sum(tensor.numel() for tensor in state)
         self.built: list[Any] = []
         self._numbers = sum(tensor.numel() for tensor in tensors.values())
 
@@ -135,7 +136,10 @@ class _Decoder:
         name = entry[sort]
         require(name in table, sort, f"one of {sorted(table)}", repr(name))
         build = table[name] if sort == "data" else table[name].build
-        made = build(**{key: self.value(value) for key, value in content.items()})
+        arguments = {key: self.value(value) for key, value in content.items()}
+        if name in IRREPS:
+            check_irreps(arguments, self._learned)
+        made = build(**arguments)
         if sort == "data":
             check_size(made, self._numbers)
         self.built.append(made)
@@ -151,7 +155,8 @@ def decode(objects: list[dict[str, Any]], tensors: dict[str, Tensor], state: Ite
         ValueError: a kind that is not known here, content that contradicts itself, or sizes that the tensors do not
             account for. :data:`~implicit_steer.deploy.file.FORGED` too come from objects that ``encode`` did not make.
     """
-    decoder = _Decoder(tensors)
+    state = list(state)
+    decoder = _Decoder(tensors, state)
     with Placeholders(state):
         for entry in objects:
             decoder.add(entry)

@@ -108,6 +108,7 @@ _BY_CLASS: dict[type, Kind] = {
     **{cls: _torch_kind(cls, names) for cls, names in _TORCH.items()},
     **{cls: Kind(f"torch.{cls.__name__}", build, _children) for cls, build in _CONTAINERS.items()},
 }
+IRREPS = {_BY_CLASS[cls].name for cls in _IRREPS}  # built from irreps and sizes alone
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _BY_CLASS.values()}
 REGISTERED: dict[str, Kind] = {}  # by the names under which users registered their classes
 

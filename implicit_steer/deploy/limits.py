@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._check import require
 from ..plan import FrozenArrays, Linear, Plan
+from ..plan.irreps import Irreps
 
 # Values that a matrix of a plan may have per value of the file. Networks of the experiments have up to 4, wide layers
 # of regular fields of large finite groups some hundreds.
@@ -35,6 +37,15 @@ class Placeholders(TorchFunctionMode):
         self._left -= made.numel()
         require(self._left >= 0, "sizes", f"parameters and buffers of {self._all} numbers, as in the file", "more")
         return made
+
+
+def check_irreps(arguments: dict[str, Any], numbers: int) -> None:
+    """Raise unless a file of so many ``numbers`` accounts for a module that is built from irreps and sizes."""
+    sizes = [Irreps.of(value, name).size for name, value in arguments.items() if name.startswith("irreps")]
+    counts = [value for value in arguments.values() if isinstance(value, int)]
+    most = _PER_NUMBER * (_PER_NUMBER + numbers)
+    largest = max([math.prod(sizes), *(count**2 for count in counts)])
+    require(largest <= most, "sizes", f"irreps and sizes of at most {most} numbers", largest)
 
 
 def check_size(piece: FrozenArrays, numbers: int) -> None:

@@ -30,18 +30,18 @@ def draw_weights(kernel: ImplicitKernel, width: float) -> None:
     """
     plan = kernel.plan
     linears = [cast(LinearParameters, layer) for layer in kernel.linears]
-    with torch.no_grad():
-        for layer, deviation in zip(linears, weight_deviations(plan, width), strict=True):
-            _draw(layer.weights, deviation)
-        if not kernel.n_attributes and linears[0].bias is not None:
-            deviation = (
-                np.ones(plan.activations[0].channels) if plan.linears else _last_deviations(plan, "bias", np.ones(1))
-            )
-            _draw(linears[0].bias, deviation)
+    for layer, deviation in zip(linears, weight_deviations(plan, width), strict=True):
+        draw(layer.weights, deviation)
+    if not kernel.n_attributes and linears[0].bias is not None:
+        ones = np.ones(len(linears[0].bias))
+        draw(linears[0].bias, ones if plan.linears else _last_deviations(plan, "bias", ones))
 
 
-def _draw(parameter: Tensor, deviation: NDArray[np.float64]) -> None:
-    parameter.copy_(torch.randn_like(parameter) * torch.from_numpy(deviation).to(parameter))
+def draw(parameter: Tensor, deviation: NDArray[np.float64]) -> None:
+    """Fill a parameter (n,) with normal values of these standard deviations; on "meta" there is nothing to fill."""
+    if not parameter.is_meta:
+        with torch.no_grad():
+            parameter.copy_(torch.randn_like(parameter) * torch.from_numpy(deviation).to(parameter))
 
 
 def weight_deviations(plan: Plan, width: float) -> list[NDArray[np.float64]]:

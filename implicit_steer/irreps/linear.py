@@ -14,6 +14,7 @@ from ..layers._modules import NoTorchScript
 from ..layers.fields import Fields, check_dtype, check_features
 from ..plan.irreps import Irreps, check_same_group
 from ..plan.packing import Constants
+from .initialisation import draw
 
 
 class Linear(NoTorchScript, torch.nn.Module):
@@ -52,9 +53,8 @@ class Linear(NoTorchScript, torch.nn.Module):
         if not self._common:
             fail("irreps_out", f"an irrep of irreps_in = {str(self.irreps_in)!r}", repr(str(self.irreps_out)))
         self._shapes = [(len(out[irrep]), len(into[irrep]), irrep.size) for irrep in self._common]
-        deviations = [np.full(u * v, 1 / np.sqrt(v)) for u, v, _ in self._shapes]
-        deviation = torch.from_numpy(np.concatenate(deviations)).to(torch.get_default_dtype())
-        self.weights = torch.nn.Parameter(torch.randn(len(deviation)) * deviation)
+        self.weights = torch.nn.Parameter(torch.empty(sum(u * v for u, v, _ in self._shapes)))
+        draw(self.weights, np.concatenate([np.full(u * v, 1 / np.sqrt(v)) for u, v, _ in self._shapes]))
         scalars = [start for irrep, starts in out.items() if irrep.is_trivial for start in starts]
         self.register_parameter("bias", torch.nn.Parameter(torch.zeros(len(scalars))) if bias and scalars else None)
         read = np.concatenate([_components(into[irrep], irrep.size) for irrep in self._common])

@@ -240,11 +240,12 @@ class BasisFingerprint(torch.nn.Module):
     fingerprint: Tensor
 
     def _stamp(self, fingerprint: NDArray[Any]) -> None:
+        self._own_fingerprint = fingerprint  # the buffer may be on "meta"
         self.register_buffer("fingerprint", torch.tensor(fingerprint))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        own, theirs = self.fingerprint, state_dict.get(f"{prefix}fingerprint")
-        if theirs is not None:
+        own, theirs = torch.tensor(self._own_fingerprint), state_dict.get(f"{prefix}fingerprint")
+        if theirs is not None and not theirs.is_meta:
             same = theirs.shape == own.shape and not bool(((theirs.to(own) - own).abs() > 1).any())
             remedy = "These weights mean another function here: load the module itself, from its own file."
             require(same, f"{prefix}fingerprint", "that of this module's basis", "another one", remedy, RuntimeError)

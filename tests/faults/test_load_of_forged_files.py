@@ -95,6 +95,8 @@ MODULES = {
     "planar conv": planar_conv,
     "grid conv": grid_conv,
     "potential": potential,
+    "block": lambda: ist.irreps.InteractionBlock("2x0e+1x1o", "2x0e+1x1o", 1, node_attr=2),
+    "depthwise": lambda: ist.irreps.ImplicitPointConv("2x0e+1x1o", "2x0e+1x1o", depthwise=True),
 }
 SIZES = [
     ("embedding", "module", "torch.Embedding", "num_embeddings"),
@@ -119,6 +121,11 @@ SIZES = [
     ("grid conv", "data", "Plan", "out_size"),
     ("potential", "module", "Gate", "channels"),
     ("potential", "module", "Gate", "max_frequency"),
+    *(
+        ("block", "module", "irreps.InteractionBlock", name)
+        for name in ("edge_attr", "node_attr", "n_layers", "n_channels")
+    ),
+    *(("depthwise", "module", "irreps.ImplicitPointConv", name) for name in ("edge_attr", "n_layers", "n_channels")),
 ]
 
 
@@ -171,6 +178,16 @@ def test_forged_numbers_in_arrays(name, kind, field, value, saved):
     tensors[array].view(-1)[-1] = value
     write(path, manifest, tensors)
     assert ", got " in refusal(path)
+
+
+@pytest.mark.parametrize("key", ["irreps_in", "irreps_out"])
+@pytest.mark.parametrize("text", [f"{HUGE}x0e", "100000x1o", "2x12e", "x", "1x0", 3, None])
+def test_forged_irreps(text, key, saved):
+    for module, kind in (("block", "InteractionBlock"), ("depthwise", "ImplicitPointConv")):
+        path, manifest, tensors = saved(module)
+        entry(manifest, f"irreps.{kind}")[key] = text
+        write(path, manifest, tensors)
+        assert ", got " in refusal(path)
 
 
 def test_sizes_of_a_batch_norm(saved):
