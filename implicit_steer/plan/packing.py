@@ -107,7 +107,7 @@ class Constants:
     No buffers: ``.double()`` would find what float32 has left of them."""
 
     def __init__(self, *arrays: NDArray[Any]) -> None:
-        self.exact = tuple(torch.tensor(a) for a in arrays)
+        self.exact = tuple(torch.tensor(a, device="cpu") for a in arrays)  # also of modules on "meta"
         self._cache: dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]] = {}
 
     def like(self, x: Tensor) -> tuple[Tensor, ...]:
