@@ -38,7 +38,7 @@ class Region:
 def node_regions(pos: Tensor, radius: float, size: int) -> Iterator[Region]:
     """Regions of at most ``size`` nodes, every node in one of them, with the edges of ``radius_graph(pos, radius)``.
 
-    The cloud is halved along its longest side until the parts are small enough; a part's halo are the nodes within
+    The cloud is halved along its longest side until the parts are small enough; a part's halo is all nodes within
     ``radius`` of its bounding box. For ``own`` a layer computes what it computes on the whole cloud, up to the order of
     its sums.
 

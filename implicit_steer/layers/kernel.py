@@ -98,7 +98,7 @@ class KernelBase(NoTorchScript, torch.nn.Module):
         cache, traced = self._call_cache, is_traced()
         try:
             tensors = [getattr(module, kind)[name] for module, kind, name in self._tensors]
-        except KeyError:  # a tensor that a parametrisation or a hook makes is in no dictionary
+        except KeyError:  # a tensor that a parametrisation or a hook makes is in neither dictionary
             hooks.make_tensors(dict.fromkeys(module for module, _, _ in self._tensors))
             tensors = [getattr(module, name) for module, _, name in self._tensors]
         if not traced and cache.hooks != hooks.registered():

@@ -232,7 +232,7 @@ class _Couplings:
 
 
 def _intertwiner(path: Path, degrees: NDArray[Any]) -> NDArray[Any]:
-    """B (o, i, m) of a path. The hidden components m have these ``degrees``; B is 0 where it is not the path's."""
+    """B (o, i, m) of a path, for hidden components of ``degrees`` (m,): 0 but for those of the path's degree."""
     tensor = so3.clebsch_gordan(path.irrep_in.degree, path.degree, path.irrep_out.degree)
     basis = np.zeros((path.irrep_out.size, path.irrep_in.size, len(degrees)))
     basis[:, :, degrees == path.degree] = np.sqrt(path.irrep_out.size) * tensor.transpose(2, 0, 1)

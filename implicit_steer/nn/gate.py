@@ -1,4 +1,4 @@
-"""The gated nonlinearity: exactly equivariant for every group, for which every field needs one more scalar."""
+"""The gated nonlinearity, exactly equivariant for every group; it takes one more scalar for each field."""
 
 from __future__ import annotations
 

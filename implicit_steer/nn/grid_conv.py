@@ -66,7 +66,7 @@ class ImplicitConv(CheckedBias, GridConvBase, Steerable):
         in_type, out_type: field types on one gspace; its dimension is the grid's.
         kernel_attr_type: fields of global attributes (one row per sample), or None.
         kernel_size: points along each axis. With the authors' axes take an odd one: an even grid is half a point off
-            its centre there, so that the layer is not equivariant, of which it warns.
+            its centre there, so that the layer warns that it is not equivariant.
         n_layers, n_channels, init_scheme, sampling, norm, activation: the kernel's MLP, see :class:`ImplicitKernel`.
         padding, stride, dilation: as in ``torch.nn.Conv2d``; one integer for every axis.
         padding_mode: ``"zeros" | "reflect" | "replicate" | "circular"``.

@@ -58,8 +58,8 @@ class Irreps:
     """What a feature consists of: ``16x0e + 8x1o`` is 16 scalars and 8 vectors, 40 components.
 
     The components of the first term come first, copy by copy, then those of the second, and so on. The components of a
-    copy are e3nn's: (x, y, z) for a vector, and for degree l the order of its 2 l + 1 spherical harmonics with polar
-    axis y.
+    copy are e3nn's: (x, y, z) for a vector, and for degree l one for each of the 2 l + 1 spherical harmonics, with
+    polar axis y.
 
     Example:
         >>> Irreps.of("16x0e + 8x1o").size

@@ -77,7 +77,8 @@ class Linear(FrozenArrays):
 
 @dataclass(frozen=True, eq=False)
 class Activation(FrozenArrays):
-    """``y = inverse · φ(samples · z)`` per channel. Equal samples are merged; ``index`` names each original's."""
+    """``y = inverse · φ(samples · z)`` per channel. Equal samples are merged: ``index`` holds the merged sample of each
+    original one."""
 
     channels: int
     function: str
