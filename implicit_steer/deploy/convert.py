@@ -1,4 +1,5 @@
-"""Modules with escnn → plain modules. Who needs escnn registers here what makes its plain counterpart."""
+"""Modules that need escnn → plain modules. For each class that needs escnn, a function registered here makes the plain
+counterpart."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ _SUBCLASS = "A subclass of a known module counts as unknown, since it may comput
 
 def converts(*classes: type) -> Callable[[_Make], _Make]:
     """Decorator: ``function(module, convert)`` makes the plain counterpart of modules of exactly these classes, with
-    the same Parameter objects; ``convert`` does so for parts of it, and for field types."""
+    the same Parameter objects; ``convert`` does so for the module's parts and field types."""
 
     def register(function: _Make) -> _Make:
         _CONVERTERS.update(dict.fromkeys(classes, function))
@@ -48,14 +49,14 @@ def saved_as(plain: type[torch.nn.Module]) -> Callable[[type], type]:
 
 
 class Converter:
-    """Makes plain counterparts of the parts of one module; a part that occurs twice gets one."""
+    """Makes plain counterparts of the parts of one module; a part that occurs twice has one counterpart."""
 
     def __init__(self, root: torch.nn.Module) -> None:
         self._names = {id(module): name or type(root).__name__ for name, module in root.named_modules()}
         self._made: dict[int, tuple[Any, Any]] = {}
 
     def __call__(self, value: Any) -> Any:
-        """The plain counterpart of a module or a field type; of other values themselves."""
+        """The plain counterpart of a module or a field type, also inside of containers; other values are kept."""
         if isinstance(value, tuple | list):
             items = [self(item) for item in value]
             return items if isinstance(value, list) else tuple(items)
@@ -85,16 +86,16 @@ class Converter:
         return value if same else self.rebuilt(value, cls)
 
     def name(self, module: torch.nn.Module) -> str:
-        """Where ``module`` is in what is converted."""
+        """The path of ``module`` in the module that is converted."""
         return self._names.get(id(module), type(module).__name__)
 
     def _converted(self, arguments: dict[str, Any]) -> list[tuple[Any, Any]]:
-        """(part, its counterpart) of those that may have one."""
+        """(part, its counterpart) of the arguments that may have one."""
         parts = [part for part in arguments.values() if isinstance(part, torch.nn.Module | tuple)]
         return [(part, self(part)) for part in parts]
 
     def rebuilt(self, module: torch.nn.Module, plain: type[torch.nn.Module]) -> torch.nn.Module:
-        """A ``plain`` module of the converted parts of ``module``, with the parameters and buffers of its rest."""
+        """A ``plain`` module built from the converted parts of ``module``, with its other parameters and buffers."""
         kind = kind_of(plain)
         made = kind.build(**{name: self(value) for name, value in kind.arguments(module).items()})
         self._share_rest(made, module)
@@ -111,7 +112,7 @@ class Converter:
                 self._share_rest(made.get_submodule(name), child)
 
     def set_modes(self) -> None:
-        """Put every counterpart, and what it holds besides other counterparts, in its module's mode."""
+        """Put every counterpart in the mode of its module, with those of its parts that are no counterparts."""
         counterparts = {id(made) for _, made in self._made.values()}
 
         def put(made: torch.nn.Module, mode: bool) -> None:
@@ -126,7 +127,7 @@ class Converter:
 
 
 def share_tensors(module: torch.nn.Module, tensors: dict[str, torch.Tensor | None]) -> None:
-    """Replace parameters and buffers by these; a parameter stays one."""
+    """Replace the parameters and buffers of ``module`` by these; where a parameter was, a tensor becomes one."""
     for name, tensor in tensors.items():
         if name in module._buffers:
             module._buffers[name] = tensor
@@ -154,12 +155,12 @@ def convert(module: torch.nn.Module) -> torch.nn.Module:
     """The plain counterpart of ``module``, with the same Parameter objects; ``module`` itself where it needs no escnn.
 
     Raises:
-        TypeError: a part that has none; it is named.
+        TypeError: a part has no plain counterpart; the message names it.
     """
-    if sys.modules.get("escnn"):  # else there is no module of its kind
+    if sys.modules.get("escnn"):  # else no module needs it
         importlib.import_module("implicit_steer.deploy.plain")
     converter = Converter(module)
-    with torch.random.fork_rng(devices=[]):  # what modules draw as they are built is replaced
+    with torch.random.fork_rng(devices=[]):  # the values that modules draw as they are built are replaced
         plain = converter(module)
     converter.set_modes()
     return plain

@@ -1,10 +1,10 @@
 """Plain modules and pieces of plans as a list of JSON objects and named arrays, and back.
 
 Every module and every piece of a plan is one object, ``{"module": kind, "arguments": {...}}``, ``{"registered": name,
-"origin": where, "arguments": {...}}`` for a class of a user, or ``{"data": kind, "fields": {...}}``, after those it
-refers to: what occurs twice is written once and shared again after decoding. The last object is the module itself.
-Values are JSON's own; lists for tuples, ``{"object": n}`` for another object, ``{"array": name}`` for an array; and
-``{"list": [...]}``, ``{"dict": [[key, value], ...]}``, ``{"dtype": name}``, ``{"float": "inf"}``.
+"origin": where, "arguments": {...}}`` for a class of a user, or ``{"data": kind, "fields": {...}}``. It comes after the
+objects it refers to; what occurs twice is written once and shared again after decoding. The last object is the module
+itself. Values are JSON's own, with a list for a tuple, ``{"object": n}`` for another object, ``{"array": name}`` for an
+array; and ``{"list": [...]}``, ``{"dict": [[key, value], ...]}``, ``{"dtype": name}``, ``{"float": "inf"}``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .kinds import DATA, IRREPS, KINDS, REGISTERED, kind_of
 from .limits import Placeholders, check_irreps, check_size
 
 ARRAY = "array."  # names of arrays in the file begin with this
-# Fields that were added later: written only where they differ, so that versions without them can read the file.
+# Fields that were added later are written only where they differ, so that versions without them can read the file.
 _LATER_DEFAULTS: tuple[tuple[str, Any], ...] = (("depthwise", False),)
 
 
@@ -90,7 +90,7 @@ def encode(module: torch.nn.Module) -> tuple[list[dict[str, Any]], dict[str, Ten
 
 
 def unregistered(objects: Any) -> list[str]:
-    """Names, and where they were, of the classes of users that are not registered here."""
+    """Name and origin of each class of a user in ``objects`` that is not registered here."""
     entries = [entry for entry in objects if isinstance(entry, dict)] if isinstance(objects, list) else []
     found = {
         entry.get("registered"): entry.get("origin") for entry in entries if isinstance(entry.get("registered"), str)
@@ -112,7 +112,7 @@ class _Decoder:
         self._numbers = sum(tensor.numel() for tensor in tensors.values())
 
     def value(self, encoded: Any) -> Any:
-        """What stands behind the JSON of an argument or a field."""
+        """The argument or field that this JSON stands for."""
         if isinstance(encoded, list):
             return tuple(map(self.value, encoded))
         if not isinstance(encoded, dict):
@@ -153,7 +153,8 @@ def decode(objects: list[dict[str, Any]], tensors: dict[str, Tensor], state: Ite
 
     Raises:
         ValueError: a kind that is not known here, content that contradicts itself, or sizes that the tensors do not
-            account for. :data:`~implicit_steer.deploy.file.FORGED` too come from objects that ``encode`` did not make.
+            account for. Objects that ``encode`` did not make may raise any of
+            :data:`~implicit_steer.deploy.file.FORGED`.
     """
     state = list(state)
     decoder = _Decoder(tensors, state)

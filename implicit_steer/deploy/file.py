@@ -1,4 +1,4 @@
-"""The container: one safetensors file, its metadata one JSON text with the format's version and a SHA-256."""
+"""The container: one safetensors file, whose metadata is one JSON text with the format's version and a SHA-256."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .._check import fail
 from .._files import replacing
 
 FORMAT = 2  # raise it when files written before would be read differently, or new ones by older versions
-KEY = "implicit_steer"  # of the metadata
-# What Python, NumPy and torch raise where a file holds something else than ``write`` was given.
+KEY = "implicit_steer"  # of the JSON text in the metadata
+# What Python, NumPy and torch raise for files that ``write`` did not make.
 FORGED = (
     ArithmeticError,
     AssertionError,
@@ -62,8 +62,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     """What :func:`write` wrote: the manifest and the tensors.
 
     Raises:
-        OSError: no such file, or one that cannot be read.
-        RuntimeError: damaged, foreign or of a newer format; the message names the path.
+        OSError: there is no such file, or it cannot be read.
+        RuntimeError: the file is damaged, foreign or of a newer format; the message names the path.
     """
     import safetensors.torch
 

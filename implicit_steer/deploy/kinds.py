@@ -48,7 +48,7 @@ _PLAIN = (
 )
 _IRREPS = (irreps.Gate, irreps.ImplicitPointConv, irreps.InteractionBlock, irreps.Linear, irreps.Norm)
 
-# torch's: their constructors' arguments, which are attributes too.
+# torch's modules, with the arguments of their constructors, which are attributes of the same names.
 _WINDOWS = ("kernel_size", "stride", "padding", "ceil_mode")
 _AVERAGES = (*_WINDOWS, "count_include_pad", "divisor_override")
 _MAXIMA = (*_WINDOWS, "dilation", "return_indices")
@@ -85,7 +85,7 @@ def _torch_kind(cls: type[nn.Module], names: tuple[str, ...]) -> Kind:
         return {name: getattr(module, name) for name in names} | ({"bias": False} if bias_left_out else {})
 
     def build(**given: Any) -> nn.Module:
-        allowed = {*names, "bias"}  # others, such as a device, mean something to torch too
+        allowed = {*names, "bias"}  # torch takes others, too, such as a device
         require(given.keys() <= allowed, cls.__name__, f"arguments among {sorted(allowed)}", sorted(given))
         return cls(**given)
 
@@ -136,7 +136,7 @@ def kind_of(cls: type) -> Kind:
 
 
 def add_registered(cls: type, kind: Kind) -> None:
-    """From now on modules of this class of a user can be in a file."""
+    """Let files hold modules of this class of a user."""
     REGISTERED[kind.name] = _BY_CLASS[cls] = kind
 
 

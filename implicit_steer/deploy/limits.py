@@ -1,4 +1,4 @@
-"""What a file may ask for: no more than its tensors account for. Its sizes are numbers that anyone can write."""
+"""What a file may ask for: no more than its tensors account for. Anyone can write a large size into a file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CREATE = (torch.empty, torch.full, torch.ones, torch.zeros)
 
 class Placeholders(TorchFunctionMode):
     """Within it parameters and buffers are made on device meta, where they take no memory: the file's tensors replace
-    them. Together they may have as many numbers as these, ``state``; the first one beyond is a ``ValueError``."""
+    them. More values than the tensors of ``state`` have together are a ``ValueError``."""
 
     def __init__(self, state: Iterable[Tensor]) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Placeholders(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
         made = function(*args, **(kwargs or {}) | {"device": "meta"})
         self._left -= made.numel()
-        require(self._left >= 0, "sizes", f"parameters and buffers of {self._all} numbers, as in the file", "more")
+        require(self._left >= 0, "sizes", f"parameters and buffers of {self._all} values, as in the file", "more")
         return made
 
 
@@ -49,7 +49,7 @@ def check_irreps(arguments: dict[str, Any], numbers: int) -> None:
 
 
 def check_size(piece: FrozenArrays, numbers: int) -> None:
-    """Raise unless a file of so many ``numbers`` accounts for the matrices of a piece of a plan."""
+    """Raise unless a file of ``numbers`` values accounts for the matrices of a piece of a plan."""
     if isinstance(piece, Linear):
         size = piece.in_size * piece.out_size
         size += sum(len(block.out_start) * len(block.in_start) * block.basis.size for block in piece.blocks)
@@ -58,4 +58,4 @@ def check_size(piece: FrozenArrays, numbers: int) -> None:
     else:
         return
     most = _PER_NUMBER * (_PER_NUMBER + numbers)
-    require(size <= most, "sizes", f"a {type(piece).__name__} of at most {most} numbers", size)
+    require(size <= most, "sizes", f"a {type(piece).__name__} of at most {most} values", size)

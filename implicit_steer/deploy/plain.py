@@ -69,7 +69,7 @@ def _point_conv(conv: ImplicitPointConv, convert: Converter) -> layers.ImplicitP
     own = conv.bias is None or any(owner is conv for owner, *_ in conv.implicit_kernel._tensors)
     remedy = "Give each convolution a kernel of its own, since the operator adds the bias of only one."
     name = f"{remedy} {convert.name(conv)}.implicit_kernel"
-    require(own, name, "a kernel of this convolution", "that of another one", kind=TypeError)
+    require(own, name, "a kernel of this convolution", "the kernel of another one", kind=TypeError)
     plain = _POINT_CONVS[type(conv)](
         in_type=convert(conv.in_type),
         out_type=convert(conv.out_type),
@@ -159,7 +159,7 @@ def _linear(linear: enn.Linear, convert: Converter) -> layers.Linear:
 
 @converts(enn.TensorProductModule)
 def tensor_product(product: enn.TensorProductModule, convert: Converter) -> layers.TensorProduct:
-    """Of escnn's module, and of those that differ from it only in how they keep the matrix."""
+    """The counterpart of escnn's module, and of modules that differ from it only in how they keep the matrix."""
     _check_expanded(product, product.expand_parameters())
     types, layer = (convert(product.in_type), convert(product.out_type)), getattr(product, "lowered", None)
     if layer is None:
@@ -233,7 +233,7 @@ def _antialiased_maximum(pool: enn.EquivariantModule, convert: Converter) -> nn.
 
 
 def _field_numbers(kind: enn.FieldType) -> NDArray[Any]:
-    """(C,) the field of every channel."""
+    """(C,) the index of every channel's field."""
     sizes = [r.size for r in kind.representations]
     return np.repeat(np.arange(len(sizes)), sizes)
 

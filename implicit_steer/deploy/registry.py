@@ -47,7 +47,7 @@ def register(cls: Any = None, *, name: str | None = None) -> Any:
         ``cls``.
 
     Raises:
-        TypeError: no such class, or one of this library's, escnn's or torch's.
+        TypeError: ``cls`` is no such class, or one of this library's, escnn's or torch's.
         ValueError: another class is registered under that name. The same class defined anew, as in a notebook,
             replaces the one before.
 
@@ -117,7 +117,7 @@ def _build(
     buffers: tuple[tuple[str, Any], ...],
     not_persistent: tuple[str, ...],
 ) -> torch.nn.Module:
-    """A module of ``cls`` without running anything of it: the names come from a file."""
+    """A module of ``cls``, made without running any code of the class: the names come from a file."""
     names = [name for name, _ in (*children, *attributes, *parameters, *buffers)]
     right = all(isinstance(name, str) and name and name not in _OF_EVERY_MODULE for name in names)
     require(right and len(set(names)) == len(names), "names", "different ones, none of torch.nn.Module's own", names)

@@ -1,4 +1,4 @@
-"""``save`` and ``load``: modules to files and back; ``copy_state``: what was learned, from one to another."""
+"""``save`` writes a module to a file, ``load`` reads it; ``copy_state`` gives one module what another has learned."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ STATE = "state."  # names of parameters and buffers in the file begin with this
 def save(module: torch.nn.Module, path: str | os.PathLike[str]) -> None:
     """Write ``module`` to a file that :func:`load` reads without escnn.
 
-    Saved are the parameters, buffers and constants in their dtypes, which parameters are frozen, and which modules are
-    in training mode; not gradients, hooks (a module with forward hooks is refused) or optimizers. The file is written
-    beside ``path`` and then moved there, so that an interrupted call leaves an existing file as it was. Equal modules
-    give equal bytes.
+    The file holds the parameters, buffers and constants in their dtypes, which parameters are frozen, and which modules
+    are in training mode. It holds no gradients, hooks (a module with forward hooks is refused) or optimizers. It is
+    written beside ``path`` and then moved there, so that an interrupted call leaves an existing file as it was. Equal
+    modules give equal bytes.
 
     Args:
-        module: a module of :mod:`implicit_steer.nn` or :mod:`implicit_steer.experiments.models`; one of escnn's
+        module: a module of :mod:`implicit_steer.nn`, :mod:`implicit_steer.irreps` or
+            :mod:`implicit_steer.experiments.models`, or a :class:`~implicit_steer.potentials.Potential`; one of escnn's
             ``Linear``, ``IIDBatchNorm1d``, ``TensorProductModule``, ``SequentialModule``, ``ReLU``, ``ELU``,
             ``LeakyReLU``, ``IdentityModule``, or a pooling; common layers of ``torch.nn``; ``Sequential``,
             ``ModuleList``, ``ModuleDict`` of these; one of a class of your own that
@@ -36,7 +37,7 @@ def save(module: torch.nn.Module, path: str | os.PathLike[str]) -> None:
         path: the file; an existing one is replaced.
 
     Raises:
-        TypeError: a part that cannot be saved; the message says what to do, then names it and what can be.
+        TypeError: a part cannot be saved; the message says what to do, then names the part and what can be saved.
         OSError: the file cannot be written.
 
     Example:
@@ -54,7 +55,7 @@ def save(module: torch.nn.Module, path: str | os.PathLike[str]) -> None:
         tensor = getattr(owner, key)
         if id(tensor) in owners:
             remedy = "Give each module tensors of its own; modules that are shared as a whole can be saved."
-            fail(f"{remedy} {name}", "a tensor of one module", f"that of {owners[id(tensor)]!r}", kind=TypeError)
+            fail(f"{remedy} {name}", "a tensor of one module", f"the tensor of {owners[id(tensor)]!r}", kind=TypeError)
         owners[id(tensor)] = name
         tensors[STATE + name] = owner.exact(key) if is_exact(owner, key) else tensor.detach().cpu()
         if isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad:
@@ -66,14 +67,14 @@ def save(module: torch.nn.Module, path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str]) -> torch.nn.Module:
     """The module that :func:`save` wrote, without escnn: plain tensors in, plain tensors out, on the CPU.
 
-    A file is looked through before it is believed: nothing that it names is imported or run, and no size in it asks for
-    more memory than its tensors account for.
+    The file is checked before it is used: nothing that it names is imported or run, and no size in it asks for more
+    memory than its tensors account for.
 
-    It gives the numbers of the original to rounding, is trainable and equivariant while it is trained, and can be saved
-    again. Its arguments are the original's with tensors for GeometricTensors: ``conv(x, edge_index, edge_delta,
-    edge_attr)``; ``conv.in_type(x, positions)`` returns x, so code that wraps its features runs unchanged. Its
-    ``state_dict`` is its own, not the original's, and carries a fingerprint of the basis of its weights: loaded into a
-    module on another basis it raises.
+    The module computes what the original does, to rounding. It can be trained, stays equivariant as it is trained, and
+    can be saved again. It takes the original's arguments, with tensors for GeometricTensors: ``conv(x, edge_index,
+    edge_delta, edge_attr)``; ``conv.in_type(x, positions)`` returns x, so code that wraps its features runs unchanged.
+    Its ``state_dict`` has other names than the original's and holds a fingerprint of the basis of its weights: loading
+    it into a module on another basis raises.
 
     Args:
         path: the file.
@@ -83,9 +84,9 @@ def load(path: str | os.PathLike[str]) -> torch.nn.Module:
         evaluation mode it was saved in.
 
     Raises:
-        OSError: a file that is not there (``FileNotFoundError``) or cannot be read, as Python's ``open`` raises it.
-        RuntimeError: a file that ``save`` did not write, a damaged one, one of a newer version, or one of a class that
-            is not registered. The message begins with the path.
+        OSError: the file is not there (``FileNotFoundError``) or cannot be read, as Python's ``open`` raises it.
+        RuntimeError: ``save`` did not write the file, it is damaged, of a newer version, or holds a class that is not
+            registered. The message begins with the path.
 
     Example:
         >>> conv = implicit_steer.load("conv.safetensors").eval()  # as saved in the example of save
@@ -110,15 +111,16 @@ def load(path: str | os.PathLike[str]) -> torch.nn.Module:
 
 
 def copy_state(saved: torch.nn.Module, module: torch.nn.Module) -> None:
-    """Give ``module`` the parameters and buffers of ``saved``, which :func:`load` has read of a module like it.
+    """Give ``module`` the parameters and buffers of ``saved``, which :func:`load` returned for a module like it.
 
-    Its types, modes and backends stay its own: a network with escnn's types goes on where the saved one ended.
+    ``module`` keeps its types, modes and backends, so that a network with escnn's types continues the training of the
+    saved one.
 
     Raises:
-        ValueError: they have other parts, parts of other sizes, or activations of another function or sampling; one is
-            named.
-        RuntimeError: the weights of ``saved`` are those of another basis. After either ``module`` is as it was.
-        TypeError: ``module`` is none that :func:`save` takes.
+        ValueError: the two have other parts, parts of other sizes, or activations of another function or sampling; the
+            message names one.
+        RuntimeError: ``saved`` has weights on another basis. After either error ``module`` is as it was.
+        TypeError: :func:`save` does not take ``module``.
 
     Example:
         >>> network = implicit_steer.experiments.models.QM9Net(channels=16)
@@ -140,7 +142,7 @@ def copy_state(saved: torch.nn.Module, module: torch.nn.Module) -> None:
 
 
 def _check_activations(saved: dict[str, torch.nn.Module], own: dict[str, torch.nn.Module]) -> None:
-    """Raise unless Fourier activations are the same functions: those are no part of the state."""
+    """Raise unless Fourier activations are the same functions, which the state does not say."""
     for name, module in own.items():
         if isinstance(module, FourierActivation):
             other = saved.get(name)
@@ -162,7 +164,7 @@ def _state(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module, str]]:
 
 
 def _restore(module: torch.nn.Module, state: dict[str, Tensor], manifest: dict[str, Any]) -> None:
-    """Put the file's tensors in place, with their dtypes; then which are frozen, and the modes."""
+    """Put the file's tensors in place, with their dtypes; freeze parameters and set modes as in the file."""
     places = _state(module)
     names, given = {name for name, _, _ in places}, set(state)
     require(names == given, "state", "one tensor per parameter and buffer", sorted(names ^ given))

@@ -55,7 +55,7 @@ class Graph:
             in their given order.
         order_by_source (E,), colptr (num_src + 1,): the same by source; sorted at the first use, on the CUDA stream
             that is current then (if several streams share the graph, read them once before the streams part).
-        degree (num_dst,): edges into each node.
+        degree (num_dst,): how many edges go into each node.
 
     Raises:
         TypeError: ``edge_index`` is no tensor of integers, or ``num_nodes`` is no integer or pair of integers.
@@ -118,7 +118,7 @@ class Graph:
 
     @property
     def num_edges(self) -> int:
-        """E."""
+        """E, the number of edges."""
         return self.edge_index.shape[1]
 
     @property
@@ -128,7 +128,7 @@ class Graph:
 
     @property
     def degree(self) -> Tensor:
-        """(num_dst,): edges into each node."""
+        """(num_dst,): how many edges go into each node."""
         return self.rowptr.diff()
 
     @cached_property
@@ -137,7 +137,7 @@ class Graph:
 
     @property
     def order_by_source(self) -> Tensor:
-        """(E,): edge numbers sorted by source, stable."""
+        """(E,): the indices of the edges, sorted by source (stable)."""
         return self._by_source[0]
 
     @property
@@ -200,7 +200,7 @@ def _node_counts(num_nodes: Any) -> tuple[int, int]:
     if torch.compiler.is_compiling():  # keep the sizes as they are: some may stand for any size
         return pair[0], pair[1]
     whole = all(hasattr(n, "__index__") and not isinstance(n, (bool, Tensor)) for n in pair)
-    require(len(pair) == 2, "num_nodes", expected, f"{len(pair)} numbers")
+    require(len(pair) == 2, "num_nodes", expected, f"{len(pair)} values")
     require(whole, "num_nodes", expected, repr(num_nodes), kind=TypeError)
     num_src, num_dst = map(operator.index, pair)
     require(num_src >= 0 and num_dst >= 0, "num_nodes", expected, num_nodes)
@@ -208,8 +208,8 @@ def _node_counts(num_nodes: Any) -> tuple[int, int]:
 
 
 def _checked_edges(given: Any, num_src: int, num_dst: int) -> Tensor:
-    """A copy, contiguous, int32 or int64, after every check that later code relies on: whoever writes to ``given``
-    afterwards does not change the graph."""
+    """A contiguous copy in int32 or int64, after every check that later code relies on. It is a copy so that writing
+    to ``given`` does not change the graph."""
     require_integers(given, "edge_index")
     edge_index = given
     expected = "a tensor of shape (2, E)"
@@ -221,7 +221,7 @@ def _checked_edges(given: Any, num_src: int, num_dst: int) -> Tensor:
     edge_index = edge_index.contiguous()
     if edge_index is given:
         edge_index = given.clone()
-    # Neither a compiled program nor a stream of a GPU's work can wait for the answer: they stop where it is wrong.
+    # A compiled program cannot wait for the answer, nor can the stream of a GPU: they stop at a wrong index.
     if torch.compiler.is_compiling() or edge_index.is_cuda:
         right = (edge_index >= 0).all() & (edge_index[0] < num_src).all() & (edge_index[1] < num_dst).all()
         torch._assert_async(right, "edge_index: expected indices of nodes, in 0 .. num_nodes - 1, got others.")

@@ -108,8 +108,8 @@ def radius_graph(
 def periodic_radius_graph(
     pos: Tensor, r: float, cell: Tensor, pbc: Any = None, batch: Tensor | None = None, loop: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """All pairs of points at most ``r`` apart in a periodic box, each image of a point counting for itself: edges j → i
-    with |pos_i − pos_j + shift · cell| ≤ r.
+    """All pairs of points at most ``r`` apart in a periodic box, one edge for each image of a point: edges j → i with
+    |pos_i − pos_j + shift · cell| ≤ r.
 
     Args:
         pos, r, batch, loop: as :func:`radius_graph` takes them. Points may lie outside the box; a point's own images in
@@ -225,7 +225,7 @@ def radius(
 ) -> Tensor:
     """For every point of ``y`` all points of ``x`` at most ``r`` away, as in PyG.
 
-    As in PyG, **row 0 counts points of y (the centres), row 1 points of x (their neighbours)**: the reverse of an
+    As in PyG, **row 0 holds points of y (the centres), row 1 points of x (their neighbours)**: the reverse of an
     ``edge_index``. ``radius(x, y, r).flip(0)`` is the ``edge_index`` of a convolution from x to y.
 
     Args:
@@ -271,7 +271,7 @@ def radius(
 def knn(x: Tensor, y: Tensor, k: int, batch_x: Tensor | None = None, batch_y: Tensor | None = None) -> Tensor:
     """For every point of ``y`` the ``k`` nearest points of ``x``, as in PyG.
 
-    As in PyG, **row 0 counts points of y (the centres), row 1 points of x (their neighbours)**: the reverse of an
+    As in PyG, **row 0 holds points of y (the centres), row 1 points of x (their neighbours)**: the reverse of an
     ``edge_index``. ``knn(x, y, k).flip(0)`` is the ``edge_index`` of a convolution from x to y.
 
     Args:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._check import fail, require
 
-_MAX_IMAGES = 10**8  # points in one tree: beyond that the radius and the cell are in different units
+_MAX_IMAGES = 10**8  # points in one tree; where there are more, the radius and the cell are in different units
 
 
 def checked_cell(cell: Any, pbc: Any, dim: int) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -40,7 +40,7 @@ def checked_cell(cell: Any, pbc: Any, dim: int) -> tuple[NDArray[Any], NDArray[A
 
 
 def checked_pbc(pbc: Any, dim: int) -> NDArray[Any]:
-    """``pbc`` as (dim,) bool; None: all."""
+    """``pbc`` as (dim,) bool; None means all directions."""
     expected = f"True, False, or one of them for each of {dim} directions"
     if isinstance(pbc, Tensor):
         pbc = pbc.tolist()
@@ -59,8 +59,8 @@ def periodic_pairs(
     """All pairs with |points[i] − points[j] + shift · cell| ≤ r.
 
     points (N, D); cell (D, D), rows = lattice vectors; pbc (D,), which of them repeat. Returns neighbour j (E,),
-    centre i (E,), shift (E, D) in whole numbers, sorted by i, then j, then shift. ``loop``: with the pairs i = j of
-    shift 0. A point is its own neighbour under any other shift.
+    centre i (E,), shift (E, D) in whole numbers, sorted by i, then j, then shift. ``loop`` keeps the pairs i = j of
+    shift 0; a point's images under other shifts are neighbours in either case.
     """
     from scipy.linalg import null_space
     from scipy.spatial import cKDTree
@@ -68,7 +68,7 @@ def periodic_pairs(
     dim = points.shape[1]
     if not len(points):
         return np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, dim))
-    # Directions without periodicity count only through the space they leave: take them orthogonal to the lattice.
+    # Rows of directions without periodicity are not used: vectors orthogonal to the lattice take their places.
     basis = cell.copy()
     basis[~pbc] = null_space(cell[pbc]).T if pbc.any() else np.eye(dim)
     inverse = np.linalg.inv(basis)

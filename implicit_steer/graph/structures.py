@@ -16,7 +16,7 @@ from .periodic import checked_pbc
 
 @dataclass(frozen=True)
 class Structures:
-    """B structures with N atoms and E directed edges j → i in all. Å, eV.
+    """B structures with N atoms and E directed edges j → i in all. Lengths are in Å, energies in eV.
 
     numbers (N,) int64, atomic numbers; pos (N, 3); cell (B, 3, 3), rows = lattice vectors, 0 where there are none;
     edge_index (2, E) source j, target i; shift (E, 3) whole numbers, in the dtype of the edges' vectors
@@ -44,18 +44,18 @@ class Structures:
             tensor = getattr(self, name)
             if tensor is not None:
                 require(tensor.shape == shape, name, f"shape {shape}", tuple(tensor.shape))
-        remedy = "Its dtype is that of the edges' vectors."
+        remedy = "Its dtype is the dtype of the edges' vectors."
         require(self.shift.is_floating_point(), "shift", "floating point", self.shift.dtype, remedy, TypeError)
 
     @classmethod
     def single(cls, numbers: Tensor, pos: Tensor, r: float, cell: Tensor | None = None, pbc: Any = None) -> Structures:
         """One structure, with edges between all atoms at most ``r`` apart, across periodic boundaries too.
 
-        numbers (N,) integers, pos (N, 3), cell (3, 3) or None, pbc: as :func:`~implicit_steer.periodic_radius_graph`
-        takes them. They are copied.
+        numbers (N,) integers; pos (N, 3); cell (3, 3) or None, and pbc, as
+        :func:`~implicit_steer.periodic_radius_graph` takes them. The tensors are copied.
 
-        Raises TypeError, ValueError as :func:`~implicit_steer.periodic_radius_graph`, and where ``numbers`` do not fit
-        ``pos``.
+        Raises what :func:`~implicit_steer.periodic_radius_graph` raises, TypeError where ``numbers`` are not integers,
+        and ValueError where they do not fit ``pos``.
 
         Example:
             >>> pos = torch.tensor([[0, 0, 0], [0.96, 0, 0], [0, 0.96, 0]])
@@ -81,7 +81,10 @@ class Structures:
 
     @classmethod
     def join(cls, parts: Sequence[Structures]) -> Structures:
-        """The structures of ``parts`` (at least one) side by side."""
+        """The structures of ``parts`` (at least one) side by side.
+
+        Raises ValueError where there is no part, or where only some have an energy or forces.
+        """
         require(len(parts) > 0, "parts", "at least one structure", "none")
         atoms, graphs, edges, batch = 0, 0, [], []
         for part in parts:
@@ -102,8 +105,8 @@ class Structures:
     def to(self, where: torch.device | str | torch.dtype) -> Structures:
         """The same structures on a device, or with the edges' vectors (that is, shift) and forces in a dtype.
 
-        pos and cell take a wider dtype but keep their digits under a narrower one: far from the origin, or from the
-        home cell, it has too few. What is rounded is the difference.
+        pos and cell take a wider dtype, but not a narrower one, which has too few digits far from the origin, or from
+        the home cell. The edges' vectors, which are differences, are rounded to it.
         """
         if not isinstance(where, torch.dtype):
             return self._changed([f.name for f in fields(self)], lambda tensor: tensor.to(where))
@@ -112,7 +115,7 @@ class Structures:
 
     def edge_delta(self, dtype: torch.dtype | None = None) -> Tensor:
         """(E, 3): ``pos[i] - pos[j] + shift @ cell``, target minus source; computed in float64, then rounded to
-        ``dtype``, by default that of ``shift``."""
+        ``dtype``, by default the dtype of ``shift``."""
         source, target = self.edge_index
         pos, cells = self.pos.double(), self.cell.double()[self.batch[target]]  # [E, 3, 3]
         delta = pos.index_select(0, target) - pos.index_select(0, source)
@@ -120,7 +123,7 @@ class Structures:
         return delta.to(self.shift.dtype if dtype is None else dtype)
 
     def copied(self) -> Structures:
-        """The same structures in tensors of their own."""
+        """The same structures in copies of their tensors."""
         return self._changed([f.name for f in fields(self)], Tensor.clone)
 
     def _changed(self, names: Sequence[str], change: Callable[[Tensor], Tensor]) -> Structures:
@@ -133,8 +136,9 @@ class Structures:
         return replace(self, pos=pos)
 
     def require_finite_labels(self, name: str = "structures") -> None:
-        """``ValueError`` that names the structures of ``name`` in which the energy or a force is NaN or infinite."""
-        finite = {}  # whether an energy is, per structure; whether a force is, per atom
+        """Raise a ``ValueError`` that names the structures in which the energy or a force is NaN or infinite; ``name``
+        is what it calls these structures."""
+        finite = {}  # of each structure's energy, and of each atom's force: whether it is finite
         if self.energy is not None:
             finite["energy"] = self.energy.isfinite()
         if self.forces is not None:
@@ -142,10 +146,10 @@ class Structures:
         for label, right in finite.items():
             rows = (~right).nonzero().squeeze(1)
             wrong = (rows if label == "energy" else self.batch[rows].unique()).tolist()
-            got = f"NaN or Inf in {len(wrong)} of {self.num_graphs}: numbers {wrong[:10]}"
+            got = f"NaN or Inf in {len(wrong)} of {self.num_graphs}: indices {wrong[:10]}"
             require(not wrong, name, f"finite {label}", got, "Leave these out, or label them anew.")
 
     def within(self, r: float) -> Structures:
-        """Without the edges longer than ``r``. Those of a NaN position stay: what it has to do with is NaN."""
+        """The same structures without the edges longer than ``r``. Edges of a NaN position stay, so that it is seen."""
         keep = (~(self.edge_delta().square().sum(1) > r * r)).nonzero().squeeze(1)
         return replace(self, edge_index=self.edge_index[:, keep], shift=self.shift[keep])

@@ -1,4 +1,4 @@
-"""Modules between irreps of O(3) and SO(3), on plain tensors in e3nn's layout and basis; without escnn.
+"""Modules between irreps of O(3) and SO(3), on plain tensors in e3nn's layout and basis. They need no escnn.
 
 ``"16x0e + 8x1o"`` is 16 scalars and 8 vectors, in that order: 40 components.
 """
@@ -13,7 +13,7 @@ from .linear import Linear
 from .norm import Norm
 from .point_conv import ImplicitPointConv
 
-if TYPE_CHECKING:  # found at the first use: they need escnn
+if TYPE_CHECKING:  # imported at the first use, since they need escnn
     from .escnn import from_escnn, to_escnn
 
 __all__ = [

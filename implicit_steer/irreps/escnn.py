@@ -1,7 +1,7 @@
-"""Between escnn's field types and irreps: features, and layers with all that they have learned.
+"""Conversion between escnn's field types and irreps: of features, and of layers with all that they have learned.
 
-In both libraries positions are (x, y, z), but within an irrep of degree l bases differ: ``Y_l = R_l Y_l^escnn`` for the
-spherical harmonics, R_l orthogonal, and so for features of that degree.
+In both libraries positions are (x, y, z), but the bases of an irrep of degree l differ: ``Y_l = R_l Y_l^escnn`` for the
+spherical harmonics, with an orthogonal R_l, and likewise for features of that degree.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..plan.packing import Parameters, Weights, dense_kernel, pack
 from .point_conv import ImplicitPointConv
 
 _WAYS = "an escnn FieldType or GeometricTensor of O(3) or SO(3) on R³, or an implicit_steer.nn.ImplicitPointConv"
-_ACCURACY = 1e-5  # of a converted kernel, relative: parameters are in float32
+_ACCURACY = 1e-5  # relative, of a converted kernel, whose parameters are in float32
 
 
 def from_escnn(x: Any) -> Any:
@@ -44,7 +44,8 @@ def from_escnn(x: Any) -> Any:
             :class:`ImplicitPointConv` that computes the same of converted features, in the same dtype and mode.
 
     Raises:
-        TypeError, ValueError: nothing of this kind; another group; steerable edge attributes; another sampling.
+        TypeError: ``x`` is none of these.
+        ValueError: ``x`` has another group, steerable edge attributes, or another sampling.
 
     Example:
         >>> gs = escnn.gspaces.flipRot3dOnR3()
@@ -69,15 +70,21 @@ def from_escnn(x: Any) -> Any:
 
 
 def to_escnn(x: Any, kind: FieldType | None = None) -> Any:
-    """The counterpart of ``x`` with escnn's types: the way back of :func:`from_escnn`.
+    """The counterpart of ``x`` with escnn's types: the inverse of :func:`from_escnn`.
 
     Args:
         x: irreps, or a string → a FieldType on R³ with a field for every copy; a tensor (N, C) → a GeometricTensor of
-            the type ``kind``, its coordinates NaN; an :class:`ImplicitPointConv`, not depthwise → an
+            the type ``kind``, with coordinates NaN; an :class:`ImplicitPointConv` that is not depthwise → an
             :class:`implicit_steer.nn.ImplicitPointConv`.
+        kind: the type of a tensor's features.
 
     Raises:
-        TypeError, ValueError: nothing of this kind; a depthwise layer, which escnn's types do not have.
+        TypeError: ``x`` is none of these, or a tensor comes without ``kind``.
+        ValueError: ``x`` is a depthwise layer, which has no counterpart with escnn's types, or has no irreps.
+
+    Example:
+        >>> to_escnn("4x0e + 4x1o").size
+        16
     """
     if isinstance(x, Irreps | str):
         return _type_of(Irreps.of(x))
@@ -131,7 +138,7 @@ def _check_group(kind: FieldType) -> None:
 
 
 def _basis(kind: FieldType) -> NDArray[np.float64]:
-    """M (C, C): features in our basis are M times those in escnn's."""
+    """M (C, C): features on irreps are M times the features in escnn's basis."""
     blocks = []
     for field in kind.representations:
         turn = [_harmonic_basis(kind.fibergroup, _irrep(kind.fibergroup, ident).degree) for ident in field.irreps]
@@ -145,7 +152,7 @@ def _block_diagonal(blocks: list[NDArray[np.float64]]) -> NDArray[np.float64]:
 
 @identity_cache
 def _harmonic_basis(group: Group, degree: int) -> NDArray[np.float64]:
-    """R_l."""
+    """R_l (2 l + 1, 2 l + 1)."""
     space, start = hidden_space(group, degree), 0
     for ident in space.rho.irreps:
         size = group.irrep(*ident).size
@@ -157,7 +164,7 @@ def _harmonic_basis(group: Group, degree: int) -> NDArray[np.float64]:
 
 
 def _change(powers: NDArray[Any], theirs: NDArray[np.float64], degree: int) -> NDArray[np.float64]:
-    """R with ``Y_l = R theirs``, both as polynomials."""
+    """R with ``Y_l = R theirs``: ``theirs`` (2 l + 1, n) are polynomials, with the powers (n, 3) of their monomials."""
     own_powers, ours = so3.solid_harmonics(degree)
     column = {tuple(power): k for k, power in enumerate(powers.tolist())}
     ours = ours[so3.degrees(degree) == degree]
@@ -170,7 +177,7 @@ def _change(powers: NDArray[Any], theirs: NDArray[np.float64], degree: int) -> N
 
 
 def _options(conv: Any) -> dict[str, Any]:
-    """What both layers are built from beside their types."""
+    """The arguments that both layers take beside their types."""
     kernel = conv.implicit_kernel
     names = ("norm", "cutoff", "aggr")
     channels = kernel.plan.activations[0].channels if kernel.plan.activations else 1
@@ -195,7 +202,8 @@ def _require_same_frame(theirs: Plan, ours: Plan) -> None:
 
 
 def _transferred(source: Any, made: Any, into: NDArray[np.float64], out: NDArray[np.float64]) -> Any:
-    """``made`` with what ``source`` has learned; ``into``, ``out``: its features are these times the source's."""
+    """``made`` with what ``source`` has learned; its features are ``into`` and ``out`` times the features of
+    ``source``."""
     made.to(source.implicit_kernel.shell_width.dtype)
     with torch.no_grad():
         _transfer_kernel(copy.deepcopy(source.implicit_kernel).double(), made.implicit_kernel, into, out)
@@ -209,7 +217,8 @@ def _transferred(source: Any, made: Any, into: NDArray[np.float64], out: NDArray
 def _transfer_kernel(
     source: KernelBase, target: KernelBase, into: NDArray[np.float64], out: NDArray[np.float64]
 ) -> None:
-    """Give ``target`` the function of ``source``: what its linear maps are, projected onto its own bases."""
+    """Give ``target`` the function of ``source``: each linear map of ``source`` is projected onto the basis of its
+    counterpart."""
     given, own, plan = source.parameters_for_op(), target.parameters_for_op(), target.plan
     weights = pack(source.plan, given, fold=False)
     for layer, (weight, bias), (matrix, shift) in zip(plan.linears, own.linears, weights.linears, strict=False):
@@ -267,7 +276,7 @@ def _hidden_basis(source: Plan, target: Plan) -> NDArray[np.float64]:
 
 
 def _linear_weights(layer: LinearMap, matrix: Tensor) -> Tensor:
-    """The weights of which ``layer`` makes the matrix (out, in)."""
+    """The weights from which ``layer`` makes the matrix (out, in)."""
     weights = matrix.new_zeros(layer.n_weights)
     for block in layer.blocks:
         n_b, o, i = block.basis.shape
@@ -285,7 +294,7 @@ def _linear_weights(layer: LinearMap, matrix: Tensor) -> Tensor:
 
 
 def _coupling_weights(coupling: Coupling, kernel: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Positions and values of the parameters of which ``coupling`` makes its part of the kernel (C_out, C_in, H)."""
+    """Positions and values of the parameters from which ``coupling`` makes its part of the kernel (C_out, C_in, H)."""
     n_b, o, i, m = coupling.basis.shape
     starts = coupling.out_start, coupling.in_start, coupling.hidden_start
     rows, columns, hidden = (

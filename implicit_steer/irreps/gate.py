@@ -21,13 +21,13 @@ class Gate(GateBase):
     c and c' keep unit variance, as e3nn's do: E[(c φ(u))²] = E[(c' σ(u))²] = 1 for a standard normal u.
 
     Args:
-        irreps_out: what comes out, as ``"16x0e + 8x1o"``.
+        irreps_out: the irreps of y, as ``"16x0e + 8x1o"``.
         function: φ, one of ``"silu" | "elu" | "relu" | "gelu" | "tanh" | "sigmoid"``.
-        gate: σ, one of the same.
+        gate: σ, one of the same functions.
 
     Attributes:
-        irreps_in: what goes in: ``irreps_out``, then one scalar g_n for every field that is none, in their order.
-            Layers before it map to ``gate.irreps_in``.
+        irreps_in: the irreps of x: ``irreps_out``, then one scalar g_n for every field that is no scalar, in their
+            order. Layers before it map to ``gate.irreps_in``.
 
     Shape: x (N, irreps_in.size), y (N, irreps_out.size).
 
@@ -57,7 +57,7 @@ class Gate(GateBase):
         self._scale = Constants(np.repeat([scales[is_gated] for _, is_gated in fields], [size for size, _ in fields]))
 
     def arguments(self) -> dict[str, Any]:
-        """What it is built from."""
+        """The arguments of the constructor, by name."""
         return {"irreps_out": str(self.irreps_out), "function": self.function, "gate": self.gate}
 
     def forward(self, x: Tensor) -> Tensor:

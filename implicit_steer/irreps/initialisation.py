@@ -1,4 +1,4 @@
-"""How the weights of a kernel are drawn at first: so that every component, hidden or of the output, has unit variance.
+"""The initial weights of a kernel, drawn so that every component, hidden or of the output, has unit variance.
 
 In the limit of many channels the values u of a hidden field at the samples are Gaussian, with a covariance that the
 layer's weights set; so the second moments of the components after the activation, ``A⁻ E[φ(u) φ(u)ᵀ] A⁻ᵀ``, are
@@ -18,15 +18,15 @@ from ..layers.kernel import ImplicitKernel, LinearParameters
 from ..plan import Activation, Plan
 from ..plan.activations import phi
 
-_NODES = 64  # of Gauss-Hermite quadrature, per variable
-_NOTHING = 1e-6  # second moments below this are those of a coefficient that is always 0
+_NODES = 64  # of the Gauss-Hermite quadrature in each variable
+_NOTHING = 1e-6  # a coefficient with a smaller second moment is always 0
 
 
 def draw_weights(kernel: ImplicitKernel, width: float) -> None:
-    """Draw the weights of a kernel on irreps: on an edge of length ``width``, leaving out the shell and the cutoff, one
-    edge's message has components of unit variance, if those of its features and attributes have.
+    """Draw the weights of a kernel on irreps so that the message of an edge of length ``width``, without the shell and
+    the cutoff, has components of unit variance, if its features and attributes have.
 
-    Biases are 0, but without attributes those of the first layer, which are then all that scalars there come from.
+    Biases are 0, except in the first layer of a kernel without attributes, whose scalars come from biases alone.
     """
     plan = kernel.plan
     linears = [cast(LinearParameters, layer) for layer in kernel.linears]
@@ -56,7 +56,7 @@ def weight_deviations(plan: Plan, width: float) -> list[NDArray[np.float64]]:
     variances = (plan.frame.order < 2).astype(float)  # of a component of each degree, before the activation
     for act in plan.activations:
         moments = _second_moments(act, variances * components)
-        if plan.norms:  # which leaves a mean square of 1 over all components
+        if plan.norms:  # a norm leaves a mean square of 1 over all components
             moments *= components.sum() / moments.sum()
         moments /= components
         moments[moments < _NOTHING] = 1
@@ -81,8 +81,9 @@ def _second_moments(act: Activation, variances: NDArray[np.float64]) -> NDArray[
 
 
 def _last_deviations(plan: Plan, parameter: str, moments: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of the last layer's weights or biases: each of the n parameters that reach a component adds 1 / n to its
-    variance; ``moments``: of a component of a hidden field, by degree. Biases count where they are drawn."""
+    """The standard deviations of the last layer's weights or biases: each of the n parameters that reach a component
+    adds 1 / n to its variance. ``moments``: the second moment of a hidden component, by degree. Biases count where they
+    are drawn."""
     drawn = ("weights",) if plan.linears or plan.frame.n_attributes else ("weights", "bias")
     deviations, elements = np.zeros(plan.n_last[parameter == "bias"]), np.zeros(plan.out_size)
     for c in plan.couplings:

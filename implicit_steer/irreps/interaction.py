@@ -22,22 +22,22 @@ class InteractionBlock(torch.nn.Module):
     """y = Gate((conv(Linear x) / √degree + Linear(x ⊗ node_attr)) / √2): NequIP's layer with an implicit kernel.
 
     The first Linear mixes the copies of each irrep, the convolution reads the neighbours, the second Linear is the
-    self-connection; with ``node_attr`` it has one matrix for each node attribute, so that of one-hot species each
-    species has its own. Without any sampling grid, so equivariant to rounding.
+    self-connection. With ``node_attr`` the latter has one matrix for each node attribute, so one for each species if
+    these are one-hot species. The block is equivariant to rounding.
 
     Args:
-        irreps_in, irreps_out: of x and y, as ``"16x0e + 8x1o"``.
+        irreps_in, irreps_out: the irreps of x and y, as ``"16x0e + 8x1o"``.
         edge_attr: how many invariant attributes an edge has.
-        node_attr: how many invariant attributes a node has; 0: a plain self-connection.
-        degree: mean number of neighbours of a node, > 0: what the convolution sums is divided by its root.
-        function, gate: of the :class:`Gate`.
-        n_layers, n_channels, activation, norm, cutoff, width, depthwise, backend: of the
-            :class:`ImplicitPointConv`, whose bias and the self-connection's are one: the latter's.
+        node_attr: how many invariant attributes a node has; 0 gives a plain self-connection.
+        degree: mean number of neighbours of a node, > 0; the convolution is divided by its root.
+        function, gate: as in :class:`Gate`.
+        n_layers, n_channels, activation, norm, cutoff, width, depthwise, backend: as in :class:`ImplicitPointConv`. The
+            convolution has no bias, since the self-connection has one.
 
     Shape: x (N, irreps_in.size), edge_vec (E, 3), edge_attr (E, A), node_attr (N, B); y (N, irreps_out.size).
 
     Raises:
-        ValueError, TypeError: as the layers that it consists of.
+        ValueError, TypeError: a wrong argument; the message names it, what was expected and what came.
 
     Example:
         >>> block = InteractionBlock("16x0e", "16x0e + 8x1o", cutoff=2.0, width=1.0, degree=8)
@@ -46,7 +46,8 @@ class InteractionBlock(torch.nn.Module):
         >>> block(x, edges, pos[edges[1]] - pos[edges[0]]).shape
         torch.Size([100, 40])
 
-    Source: Batzner et al., *E(3)-equivariant graph neural networks ...*, Nature Communications 2022, figure 1.
+    Source: Batzner et al., *E(3)-equivariant graph neural networks for data-efficient and accurate interatomic
+    potentials*, Nature Communications 2022, figure 1.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class InteractionBlock(torch.nn.Module):
         self.self_connection = Linear(repeated, self.gate.irreps_in)
 
     def arguments(self) -> dict[str, Any]:
-        """What it is built from."""
+        """The arguments of the constructor, by name."""
         given = {
             **self.conv.arguments(),
             "irreps_out": str(self.irreps_out),
@@ -117,12 +118,12 @@ class InteractionBlock(torch.nn.Module):
         edge_attr: Tensor | None = None,
         node_attr: Tensor | None = None,
     ) -> Tensor:
-        """(N, irreps_in.size) → (N, irreps_out.size); arguments as of :meth:`ImplicitPointConv.forward`."""
+        """(N, irreps_in.size) → (N, irreps_out.size); the edges are given as to :meth:`ImplicitPointConv.forward`."""
         message = self.conv(self.linear(x), edge_index, edge_vec, edge_attr) / math.sqrt(self.degree)
         return self.gate((message + self.self_connection(self._with_attributes(x, node_attr))) / math.sqrt(2))
 
     def _with_attributes(self, x: Tensor, node_attr: Tensor | None) -> Tensor:
-        """x ⊗ node_attr: of every copy of an irrep as many as there are attributes, each times one of them."""
+        """x ⊗ node_attr: every copy of an irrep times each of the attributes, side by side."""
         if not self.node_attr:
             if node_attr is not None:
                 remedy = "The block was built without node_attr: leave them out, or build it with their number."

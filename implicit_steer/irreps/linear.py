@@ -21,13 +21,14 @@ class Linear(NoTorchScript, torch.nn.Module):
     """y_l[u] = Σ_v W_l[u, v] x_l[v] + b[u]: the copies of each irrep are mixed by a matrix W_l; b is added to scalars.
 
     Args:
-        irreps_in, irreps_out: of x and y, as ``"16x0e + 8x1o"``, in any order; an irrep of y that x lacks stays 0.
-        bias: whether there is a b; at first it is 0.
+        irreps_in, irreps_out: the irreps of x and y, as ``"16x0e + 8x1o"``, in any order. An irrep of y that x lacks
+            gets b alone, or 0.
+        bias: whether there is a b, which starts as 0.
 
     Attributes:
         weights: (n,) the matrices W_l (U, V) one after the other, in the order in which the irreps occur in
             ``irreps_out``; drawn with standard deviation 1/√V, which keeps unit variance.
-        bias: (n,) of all scalars of ``irreps_out``, or None.
+        bias: (n,) b of all scalars of ``irreps_out``, or None.
 
     Shape: x (N, irreps_in.size), y (N, irreps_out.size); 16-bit features are computed in the dtype of the weights.
 
@@ -62,7 +63,7 @@ class Linear(NoTorchScript, torch.nn.Module):
         self._places = Constants(read, written, np.array(scalars, dtype=int))
 
     def arguments(self) -> dict[str, Any]:
-        """What it is built from."""
+        """The arguments of the constructor, by name."""
         given = {"irreps_in": str(self.irreps_in), "irreps_out": str(self.irreps_out)}
         return given | {"bias": self.bias is not None}
 

@@ -20,16 +20,16 @@ class Norm(NoTorchScript, torch.nn.Module):
     """Layer normalisation, irrep by irrep: y_l[u] = w[u] x_l[u] / √(⟨x_l²⟩ + ε), and for scalars
     y_0[u] = w[u] (x_0[u] − ⟨x_0⟩) / √(⟨(x_0 − ⟨x_0⟩)²⟩ + ε) + b[u].
 
-    ⟨⟩ is the mean over all components of all copies of one irrep at one node. So it is exactly equivariant, and the
-    same in training and in evaluation mode.
+    ⟨⟩ is the mean over all components of all copies of one irrep at one node. So the norm is equivariant to rounding,
+    and the same in training and in evaluation mode.
 
     Args:
-        irreps: of x and y, as ``"16x0e + 8x1o"``.
+        irreps: the irreps of x and y, as ``"16x0e + 8x1o"``.
         eps: ε, > 0.
 
     Attributes:
-        weight: (n,) w of every field, 1 at first.
-        bias: (n,) b of every scalar, 0 at first.
+        weight: (n,) w of every field, which starts as 1.
+        bias: (n,) b of every scalar, which starts as 0.
 
     Shape: x, y (N, irreps.size).
 
@@ -63,7 +63,7 @@ class Norm(NoTorchScript, torch.nn.Module):
         self.bias = torch.nn.Parameter(torch.zeros(len(scalars)))
 
     def arguments(self) -> dict[str, Any]:
-        """What it is built from."""
+        """The arguments of the constructor, by name."""
         return {"irreps": str(self.irreps), "eps": self.eps}
 
     def forward(self, x: Tensor) -> Tensor:

@@ -22,35 +22,37 @@ from .linear import Linear
 
 class ImplicitPointConv(PlainPointConv):
     """out_i = bias + Σ_{e: j→i} s(|x_e|) K(x_e, a_e) f_j, equivariant for rotations, and for inversion where irreps
-    have parities; plain tensors in e3nn's layout and basis, no escnn.
+    have parities. It takes plain tensors in e3nn's layout and basis and needs no escnn.
 
     ``vec K = MLP(x ⊕ a)`` for an equivariant MLP, s(r) = exp(−½ (r / σ)²) times, with a ``cutoff``, a smooth envelope.
 
     Args:
-        irreps_in, irreps_out: of features and result: ``"16x0e + 8x1o"`` is 16 scalars and 8 vectors, in that order,
-            40 components; a string, an :class:`Irreps` or ``e3nn.o3.Irreps``.
+        irreps_in, irreps_out: the irreps of features and result: a string, an :class:`Irreps` or ``e3nn.o3.Irreps``.
+            ``"16x0e + 8x1o"`` is 16 scalars and 8 vectors, in that order, 40 components.
         edge_attr: how many invariant attributes an edge has.
         n_layers, n_channels: the kernel's MLP: linear layers (1: a kernel linear in x and a) and hidden fields.
-        activation: ``"silu" | "gelu" | "tanh" | "elu" | "relu"``, of the MLP; for forces one of the first three.
+        activation: the MLP's φ, ``"silu" | "gelu" | "tanh" | "elu" | "relu"``; for forces one of the first three, which
+            are smooth.
         norm: None, or ``"batch"``: batch norms in the MLP, over the edges.
         cutoff: radius beyond which the kernel is 0, with two continuous derivatives, in the unit of the positions.
-        width: σ at first, in the unit of the positions: about the length of an edge.
+        width: initial σ, in the unit of the positions: about the length of an edge.
         aggr: ``"sum"`` (``"add"``) or ``"mean"`` over the edges of a node.
-        depthwise: K acts channel by channel (e3nn's "uvu"), one output per channel and path, which one
-            :class:`Linear` mixes: far fewer weights, at widths of 64 and more faster in training.
+        depthwise: whether K acts channel by channel (e3nn's "uvu"), with one output per channel and path, all of which
+            one :class:`Linear` mixes. It has far fewer weights, and trains faster at widths of 64 and more.
         bias: whether a learned constant is added to the scalars of the result.
-        backend: ``"auto"`` or one of ``implicit_steer.info().backends``; one asked for by name runs or raises.
+        backend: ``"auto"`` or one of ``implicit_steer.info().backends``; a backend asked for by name runs or raises.
 
-    Weights are drawn so that one edge of length ``width`` carries a message of unit variance, shell and cutoff left
-    out; a node adds up its edges: divide by the root of their mean number, as :class:`InteractionBlock` does.
+    Weights are drawn so that an edge of length ``width`` carries a message of unit variance, without shell and cutoff.
+    With ``aggr="sum"`` a node adds up its edges: divide by the root of their mean number, as :class:`InteractionBlock`
+    does.
 
     Attributes:
         implicit_kernel: K, callable on positions (P, 3) and attributes; ``implicit_kernel.shell_width`` is σ.
-        linear: with ``depthwise`` the mixing :class:`Linear`, else None.
+        linear: the mixing :class:`Linear` of a ``depthwise`` layer, else None.
 
     Raises:
-        ValueError, TypeError: wrong argument, naming it, what was expected and what came; irreps that no kernel of
-            positions and scalars can connect.
+        ValueError, TypeError: a wrong argument, or irreps that no kernel of positions and scalars can connect; the
+            message names the argument, what was expected and what came.
 
     Example:
         >>> conv = ImplicitPointConv("16x0e + 8x1o", "16x0e + 8x1o")
@@ -110,7 +112,7 @@ class ImplicitPointConv(PlainPointConv):
             select.check(backend, self.implicit_kernel.plan, shell.device, shell.dtype)
 
     def arguments(self) -> dict[str, Any]:
-        """What it is built from."""
+        """The arguments of the constructor, by name."""
         kernel = self.implicit_kernel
         has_bias = (self.bias if self.linear is None else self.linear.bias) is not None
         return {

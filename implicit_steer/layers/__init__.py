@@ -1,7 +1,7 @@
-"""The modules on plain tensors, without escnn: what :func:`implicit_steer.load` returns.
+"""The modules on plain tensors, without escnn, which :func:`implicit_steer.load` returns.
 
-Each holds its plan or its matrices and its parameters, and has the names that its counterpart in ``nn`` has, whose
-arithmetic it shares: the base classes of this package. ``in_type`` and ``out_type`` are :class:`Fields`.
+Each holds its plan or its matrices, and its parameters. It shares attributes and arithmetic with its counterpart in
+``nn``, by a base class of this package. ``in_type`` and ``out_type`` are :class:`Fields`.
 """
 
 from .activation import FourierActivation

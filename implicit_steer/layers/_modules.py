@@ -1,4 +1,4 @@
-"""What modules share: what they refuse, TorchScript and settings that come too late; and their modes."""
+"""What modules share: they refuse TorchScript and settings that come too late, and change their mode for a while."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .._check import fail
 
 
 class NoTorchScript:
-    """Of a Module: ``torch.jit.script`` and ``torch.jit.trace`` raise, of networks that contain it, too."""
+    """Base class of modules for which, as for networks that contain one, ``torch.jit.script`` and ``trace`` raise."""
 
     def __prepare_scriptable__(self) -> NoReturn:  # torch.jit.script asks every module for a stand-in
         self._refuse("torch.jit.script")
@@ -31,7 +31,7 @@ class NoTorchScript:
 
 
 class Fixed:
-    """An attribute of a Module that is chosen when it is built: ``read(module)``; setting it raises."""
+    """An attribute that is fixed when its Module is built: getting it calls ``read(module)``, setting it raises."""
 
     def __init__(self, read: Callable[[Any], Any]) -> None:
         self._read = read

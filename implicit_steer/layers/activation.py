@@ -27,8 +27,8 @@ class FourierBase(NoTorchScript, torch.nn.Module):
     def _set_samples(
         self, function: str, samples: NDArray[Any], inverse: NDArray[Any], vector: int | None = None
     ) -> None:
-        """φ, A (S, d) and A⁻ (d, S). With ``vector``, fields are a scalar and a vector, which begins at that coordinate
-        of the four, and A and A⁻ belong to the pair (scalar, length of the vector)."""
+        """Set φ, A (S, d) and A⁻ (d, S). With ``vector``, fields are a scalar and a vector, which begins at that one of
+        their four coordinates, and A and A⁻ belong to the pair (scalar, length of the vector)."""
         require(function in FUNCTIONS, "function", f"one of {FUNCTIONS}", repr(function))
         self.function, self._vector = function, vector
         self._merged = Constants(samples, np.ascontiguousarray(inverse.T))
@@ -67,7 +67,7 @@ class FourierActivation(FourierBase):
         function: φ, one of ``FUNCTIONS``.
         samples, inverse: A (S, d) and A⁻ (d, S).
         vector: None; or 0 or 1 for fields of a scalar and a vector, which begins at that one of their 4 coordinates:
-            ``samples`` (S, 2) and ``inverse`` (2, S) are then of the scalar and the vector's length.
+            ``samples`` (S, 2) and ``inverse`` (2, S) then belong to the pair (scalar, length of the vector).
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class FourierActivation(FourierBase):
         self._set_samples(function, samples, inverse, vector)
 
     def arguments(self) -> dict[str, Any]:
-        """What it is built from."""
+        """The arguments of the constructor, by name."""
         samples, inverse_t = (m.numpy() for m in self._merged.exact)
         given = {"in_type": self.in_type, "function": self.function, "vector": self._vector}
         return given | {"samples": samples, "inverse": inverse_t.T}

@@ -22,22 +22,23 @@ from .fields import Fields, check_dtype, check_features
 
 
 class FieldKind(NamedTuple):
-    """The fields of one representation, of size d: what is learned and kept for them."""
+    """What a batch norm learns and keeps for the fields of one representation, of size d. Without trivial irreps bias,
+    mean, average and basis are None."""
 
     size: int
     weight: Tensor | None  # (fields, 1)
     bias: Tensor | None  # (fields, n_trivial)
-    mean: Tensor | None  # (fields, d) running; None, like the rest, without trivial irreps
+    mean: Tensor | None  # (fields, d) running
     var: Tensor  # (fields, 1) running
     average: Tensor | None  # (d, d) projection on the trivial irreps
-    basis: Tensor | None  # (d, n_trivial) of what they span
+    basis: Tensor | None  # (d, n_trivial) of the space that the trivial irreps span
 
 
-_Statistics = tuple[Tensor | None, Tensor]  # of a kind: mean (fields, d), None without trivial irreps; var (fields, 1)
+_Statistics = tuple[Tensor | None, Tensor]  # a kind's mean (fields, d), None without trivial irreps; var (fields, 1)
 
 
 class NormBase(NoTorchScript, torch.nn.Module):
-    """y = w · (x − mean) / sqrt(var + eps) + b of every field, on tensors: escnn's ``IIDBatchNorm1d``, to rounding.
+    """y = w · (x − mean) / sqrt(var + eps) + b for every field, on tensors: escnn's ``IIDBatchNorm1d``, to rounding.
 
     Per field, mean (d,) is the part of the mean over all points that lies in trivial irreps, b (d,) lies there too, var
     is the unbiased variance averaged over the d coordinates, w a scalar. As in escnn, no gradient flows through the
@@ -58,12 +59,12 @@ class NormBase(NoTorchScript, torch.nn.Module):
     _kinds: Callable[[], list[FieldKind]]
 
     def _set_channels(self, channels: Tensor | None) -> None:
-        """(C,) the channels sorted by kind of field; None where they are."""
+        """``channels`` (C,): the channels, sorted by kind of field; None where they already are in this order."""
         self.register_buffer("_by_kind", channels, persistent=False)
         self.register_buffer("_in_place", None if channels is None else channels.argsort(), persistent=False)
 
     def _evaluate(self, x: Tensor) -> Tensor:
-        """With the batch's statistics in training mode, which also move the running ones, else with those."""
+        """Normalise: in training mode with the batch's statistics, which update the running ones, else with these."""
         with without_autocast(x):
             return self._normalise(x)
 
@@ -99,7 +100,7 @@ class NormBase(NoTorchScript, torch.nn.Module):
 
     @torch.no_grad()
     def _batch_statistics(self, x: Tensor, kinds: list[FieldKind]) -> list[_Statistics]:
-        """Per kind of field: mean (fields, d), or None without trivial irreps, and variance (fields, 1)."""
+        """For each kind of field: mean (fields, d), or None without trivial irreps, and variance (fields, 1)."""
         count, alone = x.numel() // self.in_type.size, self.pool is None
         remedy = "Call .eval(), or use larger batches."
         require(count > 1 or not alone, "x", "at least 2 points in training mode", count, remedy)
@@ -118,7 +119,7 @@ class NormBase(NoTorchScript, torch.nn.Module):
         return statistics
 
     def _fields(self, kinds: list[FieldKind]) -> tuple[Tensor, list[int], list[int]]:
-        """As the native operators take it: the channels sorted by kind, of every kind number and size of fields."""
+        """What the native operators take: the channels sorted by kind; how many fields of each kind; their sizes."""
         return _some(self._by_kind, torch.int64), [kind.var.shape[0] for kind in kinds], [kind.size for kind in kinds]
 
     @torch.no_grad()
@@ -143,7 +144,7 @@ class NormBase(NoTorchScript, torch.nn.Module):
         return zero if mean is None else mean, scale.expand(-1, kind.size), shift
 
     def _joined(self, parts: tuple[Tensor, ...]) -> Tensor:
-        """(C,) from the kinds' (fields, d), in the order of the channels."""
+        """(C,), in the order of the channels, from (fields, d) of each kind."""
         if self._in_place is None:
             return parts[0].reshape(-1)
         return torch.cat([part.reshape(-1) for part in parts])[self._in_place]
@@ -165,7 +166,7 @@ def _on_channels(values: Tensor, x: Tensor) -> Tensor:
 
 
 class _Norm(torch.autograd.Function):
-    """x, and of all kinds means, variances, weights and biases → the normalised x, by the native operators."""
+    """x, then the means, variances, weights and biases of all kinds → the normalised x, by the native operators."""
 
     @staticmethod
     def forward(ctx: Any, norm: NormBase, kinds: list[FieldKind], x: Tensor, *tensors: Tensor) -> Tensor:
@@ -184,7 +185,7 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (norm, kinds), (x, *tensors) = ctx.of, ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
-            refuse_derivatives()  # forward mode works, this being plain PyTorch
+            refuse_derivatives()  # forward mode is allowed: what follows is plain PyTorch
             return None, None, *_differentiable(norm, kinds, grad, x, tensors)
         refuse_derivatives(grad, x, *tensors)
         arguments = _Norm.arguments(norm, kinds, tensors)
@@ -240,11 +241,11 @@ class _KindState(ExactBuffers, torch.nn.Module):
 
 
 class IIDBatchNorm1d(NormBase, torch.nn.Module):
-    """y = w · (x − mean) / sqrt(var + eps) + b of every field, without escnn: (N, C, ...) → the same shape.
+    """y = w · (x − mean) / sqrt(var + eps) + b for every field, without escnn: (N, C, ...) → the same shape.
 
     Args:
         in_type: size and name of the features.
-        sizes: per representation: number of fields, their size, their trivial irreps.
+        sizes: for each representation: how many fields there are, their size, and how many trivial irreps each has.
         channels: (C,) the channels sorted by representation, or None where there is only one.
         eps, momentum, affine, track_running_stats: as in escnn's ``IIDBatchNorm1d``.
     """
@@ -278,7 +279,7 @@ class IIDBatchNorm1d(NormBase, torch.nn.Module):
         self._set_channels(None if channels is None else torch.tensor(channels))
 
     def arguments(self) -> dict[str, Any]:
-        """What it is built from."""
+        """The arguments of the constructor, by name."""
         names = ("in_type", "eps", "momentum", "affine", "track_running_stats")
         channels = None if self._by_kind is None else self._by_kind.cpu().numpy()
         return {name: getattr(self, name) for name in names} | {"sizes": self._sizes, "channels": channels}
@@ -287,7 +288,7 @@ class IIDBatchNorm1d(NormBase, torch.nn.Module):
         return [state.kind() for state in self.kinds]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise with the batch's statistics in training mode, which also move the running ones, else with those."""
+        """Normalise: in training mode with the batch's statistics, which update the running ones, else with these."""
         check_features(x, self.in_type.size)
         return self._evaluate(x)
 

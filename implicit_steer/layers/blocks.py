@@ -1,5 +1,5 @@
-"""Clouds larger than memory: a layer on one region of nodes after the other, each with a halo of what its edges come
-from."""
+"""Clouds larger than memory: a layer runs on one region of nodes after the other, each with a halo of the nodes that
+its edges come from."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 class Region:
     """Nodes whose results are computed together, and all that they depend on.
 
-    own (M,): their numbers, ascending; nodes (M + H,): ``own``, then the numbers of the halo; pos (M + H, D): where
-    these are; graph: all edges that end at ``own``, from M + H to M nodes; edge_delta (E, D).
+    own (M,): their indices, ascending; nodes (M + H,): ``own``, then the indices of the halo; pos (M + H, D): the
+    positions of ``nodes``; graph: all edges that end at ``own``, from M + H to M nodes; edge_delta (E, D).
     """
 
     own: Tensor
@@ -38,15 +38,15 @@ class Region:
 def node_regions(pos: Tensor, radius: float, size: int) -> Iterator[Region]:
     """Regions of at most ``size`` nodes, every node in one of them, with the edges of ``radius_graph(pos, radius)``.
 
-    The cloud is halved along its longer side until the parts are small enough; a part's halo is what lies within
-    ``radius`` of its bounding box. What a layer computes for ``own`` is what it gives there on the whole cloud, up to
-    the order of its sums.
+    The cloud is halved along its longest side until the parts are small enough; a part's halo is all nodes within
+    ``radius`` of its bounding box. For ``own`` a layer computes what it computes on the whole cloud, up to the order of
+    its sums.
 
     Args:
         pos: (N, D) positions, floating point, finite, in memory: the edges and the features need not be.
-        radius: of the neighbourhoods, > 0.
-        size: nodes of a region, ≥ 1. A region of M nodes with d neighbours each takes about 50 M d bytes beside its
-            features.
+        radius: radius of the neighbourhoods, > 0.
+        size: the most nodes of a region, ≥ 1. A region of M nodes with d neighbours each takes about 50 M d bytes
+            beside its features.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -98,18 +98,19 @@ def convolve_in_blocks(
     edge_attr: Callable[[Region], Tensor] | None = None,
     out: Tensor | NDArray[Any] | None = None,
 ) -> Any:
-    """``conv`` on the edges of ``radius_graph(pos, radius)``, region by region; without gradients.
+    """Apply ``conv`` to the edges of ``radius_graph(pos, radius)``, region by region and without gradients.
 
     Args:
         conv: an :class:`~implicit_steer.nn.ImplicitPointConv`, or a loaded one, in evaluation mode if it has batch
-            norms: their statistics would be a region's.
+            norms, since their statistics would be a region's.
         x: (N, C_in) features in memory or on disk (``np.memmap``), in the dtype of the layer.
         pos, radius, size: see :func:`node_regions`.
-        edge_attr: a region → its edges' attributes (E, A); None for a layer without.
-        out: (N, C_out), where the results go, in memory or on disk; None: a new tensor.
+        edge_attr: a region → its edges' attributes (E, A); None for a layer without attributes.
+        out: (N, C_out), where the results are written, in memory or on disk; None makes a new tensor. It must not be
+            ``x``, where later regions read their halos.
 
     Returns:
-        ``out``. It must not be ``x``: later regions read their halos there.
+        ``out``.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.

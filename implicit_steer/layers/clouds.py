@@ -18,7 +18,7 @@ from .fields import values
 
 class CloudNet(Module):
     """Positions as a vector field → (convolution onto fewer points, norm, φ) per level → convolution to invariants →
-    mean over each cloud → MLP → one number per class.
+    mean over each cloud → MLP → one logit per class.
 
     The points of a cloud come in random order, so the first n of them are a random choice: level l keeps the first
     ``sizes[l]``. An edge leads from each of the ``neighbours`` nearest points of the level above to each point kept;
@@ -30,9 +30,9 @@ class CloudNet(Module):
         activation: φ.
         to_invariants: the last convolution, on the points of the last level.
         head: the MLP, (B, C) → (B, classes).
-        points: P, of every cloud.
-        sizes: points that each level keeps.
-        neighbours: edges into every point (fewer where there are not so many others).
+        points: P, how many points every cloud has.
+        sizes: how many points each level keeps.
+        neighbours: how many edges lead into every point (fewer where there are not so many others).
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class CloudNet(Module):
         self.points, self.sizes, self.neighbours = points, sizes, neighbours
 
     def arguments(self) -> dict[str, Any]:
-        """What it is built from."""
+        """The arguments of the constructor, by name."""
         names = ("vector_type", "convolutions", "norms", "activation", "to_invariants", "head")
         return {name: getattr(self, name) for name in (*names, "points", "sizes", "neighbours")}
 
     def forward(self, pos: Tensor) -> Tensor:
-        """One number per cloud and class, (B, classes), of positions (B, P, 3)."""
+        """Positions (B, P, 3) → one logit per cloud and class, (B, classes)."""
         shape = f"(B, {self.points}, 3)"
         require(pos.dim() == 3 and pos.shape[1:] == (self.points, 3), "pos", f"shape {shape}", tuple(pos.shape))
         x = self.vector_type(pos.flatten(0, 1), pos.flatten(0, 1))
@@ -70,7 +70,7 @@ class CloudNet(Module):
         return self.head(nodes.unflatten(0, pos.shape[:2]).mean(1))
 
     def _convolve(self, conv: Module, x: Any, pos: Tensor, size: int) -> Any:
-        """From all points of ``pos`` (B, P', 3) onto the first ``size`` of each cloud."""
+        """Convolve from all points of ``pos`` (B, P', 3) onto the first ``size`` of each cloud."""
         clouds, points = pos.shape[:2]
         flat = pos.flatten(0, 1)
         number = torch.arange(clouds * points, device=pos.device).view(clouds, points)

@@ -1,4 +1,4 @@
-"""Buffers that hold constants: known in float64, rounded to the dtype that a module has at the time."""
+"""Buffers that hold constants, which are known in float64 and rounded to the dtype that their module has."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 class ExactBuffers(torch.nn.Module):
-    """A Module with buffers that are rounded from float64 whenever their dtype changes, so that ``.double()`` does not
-    find what float32 has left of them. They are in the ``state_dict``; a value loaded from one takes their place if it
-    differs by more than rounding."""
+    """A Module with buffers that are rounded from float64 whenever their dtype changes, so that ``.double()`` makes
+    them exact. They are in the ``state_dict``; a value loaded from one takes their place if it differs by more than
+    rounding."""
 
     _exact: dict[str, Tensor] = {}  # noqa: RUF012 - by name, float64, on the CPU; replaced, never changed
 
     def set_exact(self, name: str, value: Tensor, dtype: torch.dtype | None = None, persistent: bool = True) -> None:
-        """Make ``value`` such a buffer, in ``dtype`` (PyTorch's default), or put it in the place of a buffer."""
+        """Make ``value`` such a buffer, in ``dtype`` (by default PyTorch's), in place of any buffer of this name."""
         where = value.device if value.is_meta else "cpu"  # a placeholder has no values
         exact = value.detach().to(where, torch.float64, copy=True)
         self._exact = self._exact | {name: exact}
@@ -33,13 +33,13 @@ class ExactBuffers(torch.nn.Module):
             self.set_exact(name, other.exact(name), other.get_buffer(name).dtype, persistent)
 
     def exact(self, name: str) -> Tensor:
-        """One of these buffers in float64, on the CPU; what it holds, where somebody wrote other values to it."""
+        """One of these buffers in float64, on the CPU: its exact values, unless other values were written to it."""
         exact, buffer = self._exact[name], self.get_buffer(name)
         unchanged = buffer.is_meta or torch.equal(exact.to(buffer.dtype), buffer.cpu())
         return exact if unchanged else buffer.detach().to("cpu", torch.float64)
 
     def learned_dtype(self) -> torch.dtype:
-        """That of what the module itself learns or measures."""
+        """The dtype of what the module itself learns or measures."""
         tensors = [t for name, t in (self._parameters | self._buffers).items() if name not in self._exact]
         return next(t.dtype for t in tensors if t is not None and t.is_floating_point())
 
@@ -64,5 +64,5 @@ class ExactBuffers(torch.nn.Module):
 
 
 def is_exact(module: torch.nn.Module, name: str) -> TypeGuard[ExactBuffers]:
-    """Whether this is one of a module's exact buffers."""
+    """Whether ``name`` is one of a module's exact buffers."""
     return isinstance(module, ExactBuffers) and name in module._exact

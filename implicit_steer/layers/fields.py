@@ -38,7 +38,7 @@ class Fields(FrozenArrays):
         return tensor
 
     def __str__(self) -> str:
-        return self.name or f"{self.size} numbers"
+        return self.name or f"{self.size} channels"
 
 
 def values(x: Any) -> Tensor:
@@ -68,8 +68,8 @@ def check_tensor(
 
 
 def check_dtype(name: str, value: Tensor, dtype: torch.dtype) -> None:
-    """Raise unless a layer with parameters of ``dtype`` takes ``value``: one of that dtype or a 16-bit float, and where
-    the parameters have 16 bits, whose arithmetic is in float32, of that too."""
+    """Raise unless a layer with parameters of ``dtype`` takes ``value``, whose dtype has to be a 16-bit float or
+    ``dtype``; for parameters of 16 bits, whose arithmetic is in float32, also float32."""
     wide = torch.float32 if dtype in _HALVES else dtype
     if value.dtype != wide and value.dtype not in _HALVES:
         remedy = "Convert the input, or the layer with .float() / .double()."

@@ -19,7 +19,7 @@ GATES = ("sigmoid", *FUNCTIONS)
 
 
 def apply(name: str, u: Tensor) -> Tensor:
-    """One of ``GATES`` of u."""
+    """The function ``name``, one of ``GATES``, of u."""
     return torch.sigmoid(u) if name == "sigmoid" else phi(name, u)
 
 
@@ -31,7 +31,7 @@ class GateBase(NoTorchScript, torch.nn.Module):
     gate: str
 
     def _set_fields(self, function: str, gate: str, fields: tuple[tuple[int, bool], ...]) -> None:
-        """φ, σ, and of every field of the output its size and whether it is multiplied by a gate."""
+        """Set φ, σ, and for every field of the output its size and whether a gate multiplies it."""
         require(function in GATES, "function", f"one of {GATES}", repr(function))
         require(gate in GATES, "gate", f"one of {GATES}", repr(gate))
         self.function, self.gate, self._fields = function, gate, fields
@@ -62,7 +62,7 @@ class GatedFields(GateBase):
     Args:
         in_type, out_type: sizes and names of the features; the gates are the last ones of ``in_type``.
         function, gate: φ and σ, two of ``GATES``.
-        fields: of every field of ``out_type`` its size and whether it is multiplied by a gate.
+        fields: for every field of ``out_type``, its size and whether a gate multiplies it.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class GatedFields(GateBase):
         self._set_fields(function, gate, tuple((size, bool(gated)) for size, gated in fields))
 
     def arguments(self) -> dict[str, Any]:
-        """What it is built from."""
+        """The arguments of the constructor, by name."""
         given = {name: getattr(self, name) for name in ("in_type", "out_type", "function", "gate")}
         return given | {"fields": self._fields}
 

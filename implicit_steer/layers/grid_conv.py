@@ -42,8 +42,8 @@ class GridConvBase(Biased):
     def filters(self, attr: Tensor | None = None) -> Tensor:
         """(R, C_out, C_in, kernel_size, …): one filter per row of ``attr`` (R, A); R = 1 without attributes.
 
-        Without attributes the points are always the same, so batch norms use their statistics in both modes, as the
-        authors' module does.
+        Without attributes the points are always the same, so batch norms use the statistics of these points in both
+        modes, as in the authors' module.
         """
         rows = 1
         batch_statistics: bool | None = True
@@ -62,7 +62,7 @@ class GridConvBase(Biased):
         return k.reshape(*k.shape[:3], *[self.kernel_size] * self.dim)
 
     def _span(self) -> int:
-        """Points of an axis without padding that one sample of the output covers, less the padding on both sides."""
+        """How many points of an axis one sample of the output covers, less the padding on both sides."""
         return self.dilation * (self.kernel_size - 1) + 1 - 2 * self.padding
 
     def output_sizes(self, sizes: Sequence[int]) -> list[int]:
@@ -70,8 +70,8 @@ class GridConvBase(Biased):
         return [(n - self._span()) // self.stride + 1 for n in sizes]
 
     def _warn_off_centre(self, sizes: torch.Size) -> None:
-        """Once for every size: the output's samples are centred in the input, as rotations and reflections of it ask,
-        if the last one covers the last point of the padded axis."""
+        """Warn, once for every size, where the output's samples are not centred in the input, as equivariance needs
+        them. They are if the last one covers the last point of the padded axis."""
         moved = self.moved_axes or (True,) * self.dim
         for n, is_moved in zip(sizes, moved, strict=True):
             rest = (n - self._span()) % self.stride
@@ -172,7 +172,7 @@ class ImplicitConv(GridConvBase):
         self.set_exact("grid", torch.tensor(grid), torch.float64, persistent=False)
 
     def arguments(self) -> dict[str, Any]:
-        """What it is built from."""
+        """The arguments of the constructor, by name."""
         names = ("in_type", "out_type", "implicit_kernel", "padding", "stride", "dilation", "padding_mode", "n_bias")
         given = {name: getattr(self, name) for name in (*names, "moved_axes")}
         return given | {"grid": self.exact("grid").numpy()}

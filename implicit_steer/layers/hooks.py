@@ -1,4 +1,4 @@
-"""Hooks inside a kernel: its operator reads the modules' tensors and calls none of the modules."""
+"""Hooks inside a kernel, whose operator reads the modules' tensors and calls none of the modules."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils.hooks import RemovableHandle
 
-# Of torch.nn.utils: they put a tensor in its place before a forward pass, from parameters under other names.
+# Hooks of torch.nn.utils that make a tensor before a forward pass, from parameters under other names.
 _MAKERS = (BasePruningMethod, SpectralNorm, WeightNorm)
 _TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def registered() -> int:
-    """A number that grows with every hook that is registered anywhere."""
+    """A count that grows with every hook that is registered anywhere in the process."""
     return RemovableHandle.next_id
 
 
@@ -30,7 +30,7 @@ def make_tensors(modules: Iterable[torch.nn.Module]) -> None:
 
 
 def warn_of_others(modules: Iterable[tuple[str, torch.nn.Module]]) -> None:
-    """Say which other hooks of ``modules``, by name, never fire."""
+    """Warn of other hooks of ``modules`` (name, module), which never fire."""
     idle = [
         name
         for name, module in modules

@@ -1,4 +1,4 @@
-"""The implicit kernel once it has a plan: its parameters, its checks, its values at points."""
+"""The implicit kernel with a plan: its parameters, its checks, and its values at points."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NamedNorm = tuple[torch.nn.Module, tuple[str, ...]]
 
 
 class KernelBase(NoTorchScript, torch.nn.Module):
-    """K(x, a) = γ exp(−½ (|x| / σ)²) · mat(MLP(x ⊕ a)), of a plan and parameters.
+    """K(x, a) = γ exp(−½ (|x| / σ)²) · mat(MLP(x ⊕ a)), computed from a plan and parameters.
 
     A subclass sets the parameter ``shell_width`` σ and calls :meth:`_find_tensors`, then :meth:`_set_plan`.
     """
@@ -54,19 +54,19 @@ class KernelBase(NoTorchScript, torch.nn.Module):
 
         Args:
             linears: modules with ``weights`` and ``bias`` (or None), one per linear layer of the MLP.
-            norms: per batch norm a module with ``num_batches_tracked`` and ``momentum``, and the names of its tensors
-                in the order of NORM_TENSORS.
+            norms: for each batch norm a module with ``num_batches_tracked`` and ``momentum``, and the names of its
+                tensors in the order of NORM_TENSORS.
         """
         self._linears, self._norms = linears, norms
         tensors = [(layer, name) for layer in linears for name in ("weights", "bias")]
         tensors += [(norm, name) for norm, names in norms for name in names]
         tensors.append((self, "shell_width"))
-        # With the dictionary in which torch keeps each, which spares the detour over Module.__getattr__.
+        # Each with the dictionary in which torch keeps it, which spares the detour over Module.__getattr__.
         self._tensors = [(m, "_buffers" if name in m._buffers else "_parameters", name) for m, name in tensors]
 
     def adopt_bias(self, conv: Biased) -> None:
-        """From now on the operator gets the bias of the convolution as well, which reads the tensors of this kernel;
-        ``ValueError`` where it has another's."""
+        """Pass the bias of ``conv``, which reads the tensors of this kernel, to the operator as well. Raise
+        ``ValueError`` where the kernel has another convolution's."""
         self._in_convolution = True
         if conv.bias is not None:
             remedy = "Give each convolution a kernel of its own."
@@ -77,7 +77,7 @@ class KernelBase(NoTorchScript, torch.nn.Module):
 
     def _set_plan(self, plan: Plan) -> None:
         self.plan = plan
-        # Numbers that torch.compile would look for in the plan's arrays.
+        # torch.compile would look for these in the plan's arrays.
         self._dim, self.n_attributes = plan.frame.dim, plan.frame.n_attributes
         self._trivial = [norm.full_trivial.tolist() for norm in plan.norms]
         self._columns = torch.tensor(self._trivial, dtype=torch.int64)
@@ -89,16 +89,16 @@ class KernelBase(NoTorchScript, torch.nn.Module):
         return f"{self.plan}\n  backend    {select.choose_for_kernel(self.plan, self.shell_width.device, dtype)[1]}"
 
     def prepare_values(self) -> None:
-        """Make ready what the kernel's values take beyond a convolution; torch.compile cannot at the first call."""
+        """Prepare what evaluating the kernel needs beyond a convolution: torch.compile cannot do so at a first call."""
         self._values = True
         self._set_plan(self.plan)
 
     def parameters_for_op(self) -> Parameters:
-        """The learned tensors as the operator takes them; the same object while they are the same."""
+        """The learned tensors as the operator takes them; the same object while the tensors are the same."""
         cache, traced = self._call_cache, is_traced()
         try:
             tensors = [getattr(module, kind)[name] for module, kind, name in self._tensors]
-        except KeyError:  # a parametrised one is not stored plainly, nor one that hooks make
+        except KeyError:  # a tensor that a parametrisation or a hook makes is in neither dictionary
             hooks.make_tensors(dict.fromkeys(module for module, _, _ in self._tensors))
             tensors = [getattr(module, name) for module, _, name in self._tensors]
         if not traced and cache.hooks != hooks.registered():
@@ -109,24 +109,24 @@ class KernelBase(NoTorchScript, torch.nn.Module):
         linears = tuple(zip(tensors[0:n:2], tensors[1:n:2], strict=True))
         norms = tuple(NormParameters(*tensors[k : k + 4]) for k in range(n, n + m, 4))
         shell_width, *conv = tensors[n + m :]
-        bias = (conv[0], conv[1]) if conv and conv[0] is not None else None  # conv.bias = None takes it away
+        bias = (conv[0], conv[1]) if conv and conv[0] is not None else None  # conv.bias = None removes it
         parameters = Parameters(linears, norms, shell_width, cache, bias)
-        if not traced and all(t is None or t.is_leaf for t in tensors):  # others hold a graph: not to be kept alive
+        if not traced and all(t is None or t.is_leaf for t in tensors):  # the graph of others must not be kept alive
             cache.tensors, cache.parameters = tensors, parameters
         return parameters
 
     def _look_for_hooks(self) -> None:
-        """Since hooks were registered somewhere: warn of those on modules that are never called."""
+        """Warn of hooks on modules that are never called, after hooks were registered somewhere."""
         self._call_cache.hooks = hooks.registered()
         inside = [("the kernel", self)] if self._in_convolution else []
         hooks.warn_of_others(inside + [part for part in self.named_modules() if part[1] is not self])
 
     def statistics_source(self, n_points: int, argument: str = "edge_delta") -> StatisticsSource:
-        """Where batch norms take their statistics from: in training mode these points, and those of other processes
-        where :attr:`pool` adds them.
+        """Where batch norms take their statistics from: in training mode these points, and the points of other
+        processes where :attr:`pool` adds them; else the running statistics.
 
         Raises:
-            ValueError: one single point, which has no variance.
+            ValueError: there is a single point, which has no variance.
         """
         if not (self.training and self.plan.norms):
             return RUNNING
@@ -138,7 +138,7 @@ class KernelBase(NoTorchScript, torch.nn.Module):
         return MEASURED
 
     def update_running(self, statistics: Sequence[NormStatistics]) -> None:
-        """Move the batch norms' running statistics towards those of a batch, as escnn does in its forward pass."""
+        """Move the batch norms' running statistics towards a batch's, as escnn does in its forward pass."""
         buffers: list[dict[str, Any]] = [norm._buffers for norm, _ in self._norms]
         means, variances = ([b[names[k]] for b, (_, names) in zip(buffers, self._norms, strict=True)] for k in (2, 3))
         counts = [b["num_batches_tracked"] for b in buffers]
@@ -157,7 +157,7 @@ class KernelBase(NoTorchScript, torch.nn.Module):
             counts[n].add_(1)
 
     def check_points(self, prefix: str, delta: Tensor, attributes: Tensor | None, n: int | None) -> Tensor:
-        """Validate positions and attributes; returns the attributes, (n, 0) where there are none."""
+        """Check positions and attributes; return the attributes, of shape (n, 0) where there are none."""
         width = self.shell_width
         position, attribute = {"edge": ("edge_delta", "edge_attr"), "kernel": ("pos", "attrs")}[prefix]
         size = self.n_attributes
@@ -175,11 +175,11 @@ class KernelBase(NoTorchScript, torch.nn.Module):
         return attributes
 
     def check_reach(self, delta: Tensor) -> None:
-        """Warn, at the first call with edges (E, dim), where the shell s(r) = exp(−½ (r / σ)²) leaves nothing of any of
-        them, or cannot tell them apart."""
+        """Warn, at the first call with edges (E, dim), if the shell s(r) = exp(−½ (r / σ)²) is almost 0 on all of them,
+        or almost 1."""
         if torch.compiler.is_compiling() or self._reach_checked:
             return
-        if is_transformed() or torch._C._len_torch_dispatch_stack() or delta.is_meta:  # numbers may be stand-ins
+        if is_transformed() or torch._C._len_torch_dispatch_stack() or delta.is_meta:  # tensors may be stand-ins
             return
         if delta.is_cuda and torch.cuda.is_current_stream_capturing():
             return
@@ -205,7 +205,7 @@ class KernelBase(NoTorchScript, torch.nn.Module):
         Args:
             pos: (P, dim).
             attrs: (P, A), or None without attributes.
-            batch_statistics: take batch statistics from these points; None: in training mode.
+            batch_statistics: whether batch norms take their statistics from these points; None: in training mode only.
 
         Returns:
             (P, C_out, C_in).
@@ -235,7 +235,7 @@ def _factor(norm: torch.nn.Module) -> float:
 
 
 class BasisFingerprint(torch.nn.Module):
-    """A Module whose weights mean something on a basis only: it refuses a ``state_dict`` of weights on another."""
+    """A Module whose weights have a meaning on one basis only: it refuses a ``state_dict`` of weights on another."""
 
     fingerprint: Tensor
 
@@ -248,12 +248,12 @@ class BasisFingerprint(torch.nn.Module):
         if theirs is not None and not theirs.is_meta:
             same = theirs.shape == own.shape and not bool(((theirs.to(own) - own).abs() > 1).any())
             remedy = "These weights mean another function here: load the module itself, from its own file."
-            require(same, f"{prefix}fingerprint", "that of this module's basis", "another one", remedy, RuntimeError)
+            require(same, f"{prefix}fingerprint", "this module's basis", "another basis", remedy, RuntimeError)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class LinearParameters(NoTorchScript, torch.nn.Module):
-    """What an equivariant linear map learns: ``weights`` (n_weights,) and ``bias`` (n_bias,), None without."""
+    """What an equivariant linear map learns: ``weights`` (n_weights,) and ``bias`` (n_bias,) or None."""
 
     bias: torch.nn.Parameter | None
 
@@ -264,9 +264,9 @@ class LinearParameters(NoTorchScript, torch.nn.Module):
 
 
 class NormState(torch.nn.Module):
-    """What one batch norm of a kernel learns and keeps; shapes as in
-    :class:`~implicit_steer.plan.packing.NormParameters`, of the running means only the columns up to the last trivial
-    one."""
+    """What one batch norm of a kernel learns and keeps, in the shapes of
+    :class:`~implicit_steer.plan.packing.NormParameters`, but the running means have only the columns up to the last
+    trivial one."""
 
     def __init__(self, norm: Norm) -> None:
         super().__init__()
@@ -279,10 +279,10 @@ class NormState(torch.nn.Module):
 
 
 class ImplicitKernel(BasisFingerprint, KernelBase):
-    """K(x, a) = γ exp(−½ (|x| / σ)²) · mat(MLP(x ⊕ a)) of a plan, without escnn.
+    """K(x, a) = γ exp(−½ (|x| / σ)²) · mat(MLP(x ⊕ a)), computed from a plan, without escnn.
 
     Args:
-        plan: what to compute. The parameters are zero, the norms untouched and σ = 0.5 until they are loaded.
+        plan: what to compute. Until values are loaded, the parameters are 0, the norms new, and σ = 0.5.
 
     Called on positions (P, dim) and attributes (P, A) or None it returns (P, C_out, C_in).
     """
@@ -298,13 +298,13 @@ class ImplicitKernel(BasisFingerprint, KernelBase):
         self._set_plan(plan)
 
     def arguments(self) -> dict[str, Any]:
-        """What it is built from."""
+        """The arguments of the constructor, by name."""
         return {"plan": self.plan}
 
 
 class Biased(ExactBuffers, NoTorchScript, torch.nn.Module):
-    """A convolution's bias on the invariants of its output: ``bias`` (n,) and ``bias_expansion`` (C_out, n), both
-    absent where there are none."""
+    """A convolution's bias on the invariants of its output: ``bias`` (n,), or None where there are no invariants, and
+    ``bias_expansion`` (C_out, n)."""
 
     implicit_kernel: KernelBase
     in_type: Any
@@ -331,7 +331,7 @@ class Biased(ExactBuffers, NoTorchScript, torch.nn.Module):
             self.bias = torch.nn.Parameter(torch.zeros(expansion.shape[1]))
 
     def expand_bias(self) -> Tensor | None:
-        """(C_out,) or None."""
+        """The bias of every channel, (C_out,), or None."""
         bias = self.bias
         return None if bias is None else torch.mv(self.bias_expansion, bias)
 

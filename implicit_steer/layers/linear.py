@@ -20,7 +20,7 @@ class Linear(BasisFingerprint, LinearParameters):
 
     Args:
         in_type, out_type: sizes and names of the features.
-        layer: how W and b consist of the learned ``weights`` and ``bias``: training keeps W equivariant.
+        layer: how W and b are made of the learned ``weights`` and ``bias``, so that training keeps W equivariant.
         has_bias: whether there is a b.
     """
 
@@ -33,7 +33,7 @@ class Linear(BasisFingerprint, LinearParameters):
         self._stamp(layer.fingerprint)
 
     def arguments(self) -> dict[str, Any]:
-        """What it is built from."""
+        """The arguments of the constructor, by name."""
         names = ("in_type", "out_type", "layer")
         return {name: getattr(self, name) for name in names} | {"has_bias": self.bias is not None}
 
@@ -49,19 +49,19 @@ class Linear(BasisFingerprint, LinearParameters):
 
 
 def project_squares(x: Tensor, matrix: Tensor, fields: int) -> Tensor:
-    """x (N, fields · i) → (N, fields · o): per field W vec(x xᵀ), W the rows of ``matrix`` (fields · o, i²)."""
+    """x (N, fields · i) → (N, fields · o): W vec(x xᵀ) of each field, W its o rows of ``matrix`` (fields · o, i²)."""
     x_field = x.view(x.shape[0], fields, -1)
     product = torch.einsum("nfi,nfj->nfij", x_field, x_field).flatten(2)
     return torch.einsum("foh,nfh->nfo", matrix.view(fields, -1, product.shape[2]), product).flatten(1)
 
 
 class TensorProduct(BasisFingerprint, LinearParameters):
-    """W vec(x xᵀ) of every field, without escnn: (N, fields · i) → (N, fields · o), plain tensors.
+    """y = W vec(x xᵀ) for every field, without escnn: (N, fields · i) → (N, fields · o), plain tensors.
 
     Args:
         in_type, out_type: sizes and names of the features.
-        layer: how the rows of W, (fields · o, i²), consist of the learned ``weights``.
-        fields: how many.
+        layer: how the matrices W of all fields, (fields · o, i²), are made of the learned ``weights``.
+        fields: how many fields x has.
     """
 
     def __init__(self, in_type: Fields, out_type: Fields, layer: plan.Linear, fields: int) -> None:
@@ -73,11 +73,11 @@ class TensorProduct(BasisFingerprint, LinearParameters):
         self._stamp(layer.fingerprint)
 
     def arguments(self) -> dict[str, Any]:
-        """What it is built from."""
+        """The arguments of the constructor, by name."""
         return {name: getattr(self, name) for name in ("in_type", "out_type", "layer", "fields")}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Per field ``W vec(x xᵀ)``."""
+        """W vec(x xᵀ) of every field."""
         check_features(x, self.in_type.size)
         return project_squares(x, self._expansion(self.weights, None)[0], self.fields)
 

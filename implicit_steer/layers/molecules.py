@@ -15,7 +15,7 @@ from ..graph import Graph
 from ..plan.packing import Constants
 from .fields import values, with_values
 
-TYPICAL_SIZE = 18.0  # atoms of a molecule: keeps sums over them of order 1
+TYPICAL_SIZE = 18.0  # atoms of a molecule: sums over atoms are divided by it, so that they are of order 1
 
 
 class MoleculeBatch(Protocol):
@@ -40,7 +40,7 @@ class ResidualBlock(Module):
         self.norm1, self.norm2 = norm1, norm2
 
     def arguments(self) -> dict[str, Any]:
-        """What it is built from."""
+        """The arguments of the constructor, by name."""
         return {name: getattr(self, name) for name in ("activation", "conv1", "conv2", "norm1", "norm2")}
 
     def forward(self, x: Any, graph: Graph, edge_delta: Tensor, edge_attr: Tensor | None) -> Any:
@@ -55,10 +55,10 @@ class TensorReadout(Module):
 
     Args:
         fields: wraps s and T as features: a field type, or :class:`Fields` without escnn.
-        norm: a batch norm of them.
-        basis: (9, 5): the entries of a matrix, row by row, from the coordinates of an l = 2 field.
-        mlp: m, from the invariants (G, I) to (G, 1 + number of T).
-        invariants: I.
+        norm: a batch norm of these features.
+        basis: (9, 5): maps the coordinates of an l = 2 field to the entries of its matrix, row by row.
+        mlp: m, from the invariants (G, I) to (G, 1 + T).
+        invariants: I, how many invariants there are.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class TensorReadout(Module):
         self._basis = Constants(self.basis)
 
     def arguments(self) -> dict[str, Any]:
-        """What it is built from."""
+        """The arguments of the constructor, by name."""
         return {name: getattr(self, name) for name in ("fields", "norm", "basis", "mlp", "invariants")}
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """(G, I + 5 T) → (G, 3, 3)."""
+        """(G, I + 5 T) → (G, 3, 3), for G molecules, I invariants and T fields T_t each."""
         pooled = values(self.norm(self.fields(pooled)))
         scalars, tensors = pooled[:, : self.invariants], pooled[:, self.invariants :].unflatten(1, (-1, 5))
         weights = self.mlp(scalars)
@@ -85,14 +85,14 @@ class TensorReadout(Module):
 
 
 class MoleculeNet(Module):
-    """embedding → residual blocks → convolution to invariants → mean over each molecule → MLP → one number.
+    """embedding → residual blocks → convolution to invariants → mean over each molecule → MLP → one value.
 
     Args:
         scalar_type: wraps the embedded elements as features: a field type, or :class:`Fields` without escnn.
         linear, product, activation: the embedding: one-hot elements → scalars → their products → φ.
         blocks: :class:`ResidualBlock` modules.
         to_invariants: the last convolution.
-        head: the MLP, (num_graphs, C) → (num_graphs, 1); or a :class:`TensorReadout`, whose input are sums over atoms.
+        head: the MLP, (num_graphs, C) → (num_graphs, 1); or a :class:`TensorReadout`, which reads sums over atoms.
     """
 
     def __init__(
@@ -111,12 +111,12 @@ class MoleculeNet(Module):
         self.blocks, self.to_invariants, self.head = blocks, to_invariants, head
 
     def arguments(self) -> dict[str, Any]:
-        """What it is built from."""
+        """The arguments of the constructor, by name."""
         names = ("scalar_type", "linear", "product", "activation", "blocks", "to_invariants", "head")
         return {name: getattr(self, name) for name in names}
 
     def forward(self, batch: MoleculeBatch) -> Tensor:
-        """One number per molecule, (num_graphs,), or one matrix, (num_graphs, 3, 3)."""
+        """One value per molecule, (num_graphs,), or one matrix, (num_graphs, 3, 3)."""
         graph = Graph(batch.edge_index, batch.pos.shape[0])
         source, target = batch.edge_index
         edge_delta = batch.pos[target] - batch.pos[source]

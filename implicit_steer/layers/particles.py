@@ -15,8 +15,8 @@ from .fields import values
 
 
 class ParticleBatch(Protocol):
-    """Simulations side by side: pos, vel (N, 3), scalar (N, 1) of every particle; edge_index (2, E) and pair (E, 1) of
-    every pair."""
+    """Simulations side by side: pos, vel (N, 3) and scalar (N, 1) of every particle; edge_index (2, E) and pair (E, 1)
+    of every pair."""
 
     pos: Tensor
     vel: Tensor
@@ -26,7 +26,7 @@ class ParticleBatch(Protocol):
 
 
 class ParticleNet(Module):
-    """Displacements: direct(u) + readout(blocks(φ(embedding(u)))), u = position, velocity and scalar of a particle.
+    """Displacements direct(u) + readout(blocks(φ(embedding(u)))), u = position, velocity and scalar of a particle.
 
     Args:
         in_type: wraps u (N, 7) as features: a field type, or :class:`Fields` without escnn.
@@ -50,12 +50,12 @@ class ParticleNet(Module):
         self.blocks, self.readout = blocks, readout
 
     def arguments(self) -> dict[str, Any]:
-        """What it is built from."""
+        """The arguments of the constructor, by name."""
         names = ("in_type", "embedding", "direct", "activation", "blocks", "readout")
         return {name: getattr(self, name) for name in names}
 
     def forward(self, batch: ParticleBatch) -> Tensor:
-        """A displacement per particle, (N, 3)."""
+        """The displacement of every particle, (N, 3)."""
         graph = Graph(batch.edge_index, batch.pos.shape[0])
         delta, attributes = edge_features(batch)
         u = self.in_type(torch.cat([batch.pos, batch.vel, batch.scalar], 1), batch.pos)
@@ -66,8 +66,8 @@ class ParticleNet(Module):
 
 
 def edge_features(batch: ParticleBatch) -> tuple[Tensor, Tensor]:
-    """x_i − x_j (E, 3), and of every pair j → i: its spring or charges, distance, v_j, v_i, scalars of j and i
-    (E, 10)."""
+    """x_i − x_j (E, 3), and (E, 10) for every pair j → i: its spring or charges, its distance, v_j, v_i, and the
+    scalars of j and i."""
     source, target = batch.edge_index
     delta = batch.pos[target] - batch.pos[source]
     ends = [values[end] for values in (batch.vel, batch.scalar) for end in (source, target)]

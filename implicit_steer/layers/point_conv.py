@@ -26,8 +26,8 @@ class PointConvBase(Biased):
     """
 
     backend: str
-    # (x, edge_index) → the sources' features (N, C_in); the targets' coordinates, None where features have none; their
-    # number. Then (source, graph, edge_delta, edge_attr, coords) → the targets' features.
+    # _nodes: (x, edge_index) → the sources' features (N, C_in); the targets' coordinates, or None where features have
+    # none; how many targets there are. _output: (source, graph, edge_delta, edge_attr, coords) → the targets' features.
     _nodes: Callable[[Any, Any], tuple[Tensor, Tensor | None, int]]
     _output: Callable[[Tensor, Graph, Any, Any, Tensor | None], Any]
 
@@ -38,16 +38,16 @@ class PointConvBase(Biased):
         edge_delta: Tensor | None = None,
         edge_attr: Any = None,
     ) -> Any:
-        """Convolve; ``edge_index`` and ``edge_delta`` are needed.
+        """Convolve; ``edge_index`` and ``edge_delta`` are required.
 
         Args:
-            x: features of ``in_type``, (N, C_in), a GeometricTensor where fields have escnn's types, else a tensor; or
-                a pair (source features, targets) for a graph between two sets: the targets' features, of which only
-                number and coordinates count, or their number, or None where ``edge_index`` is a Graph, which knows it.
-                escnn insists on coordinates of points; the layer reads ``edge_delta`` alone, so NaN will do.
+            x: features of ``in_type``, (N, C_in): a GeometricTensor where fields have escnn's types, else a tensor. For
+                a graph between two sets it is a pair (source features, targets), where the targets are features, of
+                which only number and coordinates count, or their number, or None if ``edge_index`` is a Graph, which
+                knows it. escnn insists on coordinates of points; the layer reads ``edge_delta`` alone, so NaN will do.
             edge_index: (2, E) integers, row 0 = source j, row 1 = target i, in any order; or a :class:`Graph`, sorted
                 once and shared by every layer.
-            edge_delta: (E, dim), position of the target minus that of the source.
+            edge_delta: (E, dim), the position of the target minus the position of the source.
             edge_attr: (E, A), plain or a GeometricTensor; None if the layer has no attributes.
 
         Returns:
@@ -109,7 +109,11 @@ class PointConvBase(Biased):
 
 
 def number_of_targets(target: Any, edge_index: Any, features: str) -> int:
-    """Of the second of a pair (source, target) that is no ``features``: a number itself, or None: the graph's."""
+    """How many nodes ``target``, the second of a pair (source, target), stands for: itself, or None for the graph's.
+
+    Raises:
+        TypeError: ``target`` is neither; the message adds ``features``, which the caller takes as well.
+    """
     if target is None and isinstance(edge_index, Graph):
         return edge_index.num_dst
     expected, remedy = f"{features} or a number of nodes as target", ""
@@ -123,7 +127,7 @@ def number_of_targets(target: Any, edge_index: Any, features: str) -> int:
 
 
 def check_chosen(x: Any, idx_downsampled: Any, n: int) -> None:
-    """Raise unless ``x`` is one set of nodes and these are (M,) integers in 0 .. n-1."""
+    """Raise unless ``x`` is one set of nodes and ``idx_downsampled`` holds (M,) integers in 0 .. n-1."""
     remedy = "idx_downsampled says which of the nodes are the targets; leave it out with a pair (source, target)."
     require(not isinstance(x, tuple), "x", "the features of all nodes", "a pair", remedy)
     ok = isinstance(idx_downsampled, Tensor) and idx_downsampled.dim() == 1
@@ -195,7 +199,7 @@ class ImplicitPointConv(PlainPointConv):
     Args:
         in_type, out_type: sizes and names of the features.
         implicit_kernel: K.
-        backend: as in :class:`implicit_steer.nn.ImplicitPointConv`; it has to exist when the module is called.
+        backend: as in :class:`implicit_steer.nn.ImplicitPointConv`; it has to be available when the module is called.
         n_bias: how many learned values the bias has.
 
     Example:
@@ -218,7 +222,7 @@ class ImplicitPointConv(PlainPointConv):
         self._check_sizes()
 
     def arguments(self) -> dict[str, Any]:
-        """What it is built from."""
+        """The arguments of the constructor, by name."""
         names = ("in_type", "out_type", "implicit_kernel", "backend", "n_bias")
         return {name: getattr(self, name) for name in names}
 

@@ -1,4 +1,4 @@
-"""escnn's poolings on plain tensors, those that torch does not have."""
+"""The poolings of escnn's that torch does not have, on plain tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Blur(torch.nn.Module):
     Args:
         in_type: size and name of the features.
         kernel_size: points of w along each of 2 or 3 axes.
-        stride, padding: of each axis; beyond the border x is 0.
+        stride, padding: one for each axis; beyond the border x is 0.
 
     Buffer: filter (C, 1, *kernel_size), w of every channel.
     """
@@ -33,14 +33,14 @@ class Blur(torch.nn.Module):
         self, in_type: Fields, kernel_size: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]
     ) -> None:
         super().__init__()
-        require(len(kernel_size) in _CONVOLUTIONS, "kernel_size", "2 or 3 numbers", kernel_size)
+        require(len(kernel_size) in _CONVOLUTIONS, "kernel_size", "2 or 3 sizes", kernel_size)
         self.in_type = self.out_type = in_type
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
         self.filter: Tensor
         self.register_buffer("filter", torch.zeros(in_type.size, 1, *kernel_size))
 
     def arguments(self) -> dict[str, Any]:
-        """What it is built from."""
+        """The arguments of the constructor, by name."""
         return {name: getattr(self, name) for name in ("in_type", "kernel_size", "stride", "padding")}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class Blur(torch.nn.Module):
 class _ByField(torch.nn.Module):
     """A pooling that treats all fields of one kind together.
 
-    ``field`` (C,): of every channel, the number of its field; ``parts`` (fields,): sizes of their subfields.
+    ``field`` (C,): the index of every channel's field; ``parts`` (fields,): the size of every field's subfields.
     """
 
     def __init__(self, in_type: Fields, field: NDArray[Any], parts: NDArray[Any]) -> None:
@@ -75,7 +75,7 @@ class _ByField(torch.nn.Module):
             self._groups.append((*kind, len(members)))
             channels.append((starts[members][:, None] + np.arange(kind[0])).reshape(-1))
             fields += members
-        # Channels by kind; and where each field, and each channel, then is.
+        # Channels sorted by kind, and where each field, and each channel, is in this order.
         by_kind = np.concatenate([*channels, np.zeros(0, dtype=np.int64)])
         self._index = Constants(by_kind, np.argsort(fields), np.argsort(by_kind))
 
@@ -92,14 +92,13 @@ class _ByField(torch.nn.Module):
 
 
 class FieldPool(_ByField):
-    """One number per field, without escnn: (B, C, …) → (B, fields, …).
-
-    The largest of its components, or, with ``norm``, the largest norm of its subfields.
+    """The largest component of every field or, with ``norm``, the largest norm of its subfields, without escnn:
+    (B, C, …) → (B, fields, …).
 
     Args:
         in_type, out_type: sizes and names of the features.
-        field: (C,) of every channel, the number of its field.
-        parts: (fields,) sizes of their subfields.
+        field: (C,) the index of every channel's field.
+        parts: (fields,) the size of every field's subfields.
         norm: whether norms are taken.
     """
 
@@ -109,7 +108,7 @@ class FieldPool(_ByField):
         self.out_type, self.parts, self.norm = out_type, parts, norm
 
     def arguments(self) -> dict[str, Any]:
-        """What it is built from."""
+        """The arguments of the constructor, by name."""
         return {name: getattr(self, name) for name in ("in_type", "out_type", "field", "parts", "norm")}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,12 +125,12 @@ class FieldPool(_ByField):
 
 
 class NormMaxPool(_ByField):
-    """Of every field, its value where its norm is largest in a window, without escnn: (B, C, X, Y) → (B, C, X', Y').
+    """Every field where its norm is largest in a window, without escnn: (B, C, X, Y) → (B, C, X', Y').
 
     Args:
         in_type: size and name of the features.
-        field: (C,) of every channel, the number of its field.
-        kernel_size, stride, padding, dilation, ceil_mode: of the windows, as in ``torch.nn.MaxPool2d``.
+        field: (C,) the index of every channel's field.
+        kernel_size, stride, padding, dilation, ceil_mode: the windows, as in ``torch.nn.MaxPool2d``.
     """
 
     def __init__(
@@ -150,7 +149,7 @@ class NormMaxPool(_ByField):
         self.dilation, self.ceil_mode = dilation, ceil_mode
 
     def arguments(self) -> dict[str, Any]:
-        """What it is built from."""
+        """The arguments of the constructor, by name."""
         names = ("in_type", "field", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
         return {name: getattr(self, name) for name in names}
 

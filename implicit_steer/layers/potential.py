@@ -1,4 +1,4 @@
-"""An interatomic potential as a composition of its parts, which may come with or without escnn."""
+"""An interatomic potential as a composition of its parts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_NUMBER = 118
 class Prediction(NamedTuple):
     """energy (B,) eV; energies (N,) eV, per atom; forces (N, 3) eV/Å; stress (B, 3, 3) eV/Å³, symmetric, or None.
 
-    Energies are float64 in every potential, since what matters are their differences; the rest is in its dtype."""
+    Energies are float64 in every potential, since their differences matter; the rest has the potential's dtype."""
 
     energy: Tensor
     energies: Tensor
@@ -30,7 +30,7 @@ class Prediction(NamedTuple):
     stress: Tensor | None
 
     def detached(self) -> Prediction:
-        """The same numbers without their graph."""
+        """The same values without autograd's graph."""
         stress = None if self.stress is None else self.stress.detach()
         return Prediction(self.energy.detach(), self.energies.detach(), self.forces.detach(), stress)
 
@@ -50,7 +50,7 @@ class Gate(torch.nn.Module):
         self.first, self.second = torch.nn.Linear(width, width), torch.nn.Linear(width, width)
 
     def arguments(self) -> dict[str, Any]:
-        """What it is built from."""
+        """The arguments of the constructor, by name."""
         return {"channels": self.channels, "max_frequency": self.max_frequency}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,13 +64,13 @@ class Gate(torch.nn.Module):
 
 
 class PotentialNet(torch.nn.Module):
-    """E = Σ_i e_i,  e_i = shift[z_i] + scale[z_i] · MLP(scalars of x_i),  F = −∂E/∂pos,  σ = (1/V) ∂E/∂ε, of its parts,
-    which may come with or without escnn; see :class:`implicit_steer.potentials.Potential`.
+    """E = Σ_i e_i,  e_i = shift[z_i] + scale[z_i] · MLP(scalars of x_i),  F = −∂E/∂pos,  σ = (1/V) ∂E/∂ε, composed of
+    its parts; :class:`implicit_steer.potentials.Potential` builds them.
 
     Args:
         species: atomic numbers that occur.
-        cutoff: Å.
-        radial: cosines of the distance that the kernels see.
+        cutoff: the largest distance between interacting atoms, in Å.
+        radial: how many cosines of the distance the kernels see.
         embedding: species → scalars.
         convolutions, gates: one of each per layer.
         head: the MLP, (N, C) → (N, 1).
@@ -107,7 +107,7 @@ class PotentialNet(torch.nn.Module):
         self.register_buffer("degree", torch.tensor(10.0))
 
     def arguments(self) -> dict[str, Any]:
-        """What it is built from."""
+        """The arguments of the constructor, by name."""
         names = ("species", "cutoff", "radial", "embedding", "convolutions", "gates", "head")
         return {name: getattr(self, name) for name in names}
 
@@ -143,7 +143,7 @@ class PotentialNet(torch.nn.Module):
             x = _with_scalars(y, x, cast(Gate, gate).channels) if x.shape != y.shape else x + y
         scalars = x.unflatten(1, (self.embedding.embedding_dim, -1))[..., 0]
         interaction = self.scale[species] * self.head(scalars).squeeze(1)
-        # Free atoms have energies of 10⁴ eV, of which float32 keeps 10⁻³. A file of old has a float32 shift.
+        # float32 rounds the energies of free atoms, 10⁴ eV, to 10⁻³ eV. Files of earlier versions have a float32 shift.
         return self.shift.double()[species] + interaction.double()
 
     def forward(self, structures: Structures) -> Tensor:
@@ -153,16 +153,16 @@ class PotentialNet(torch.nn.Module):
         return _per_structure(energies + _lost(structures), structures)
 
     def predict(self, structures: Structures, *, stress: bool = False, create_graph: bool = False) -> Prediction:
-        """Energies and their derivatives. Of structures with a NaN or infinite position they are NaN.
+        """Energies and their derivatives; they are NaN for structures with a NaN or infinite position.
 
         Args:
-            structures: with edges up to at least ``cutoff``, whose vectors are rounded to the potential's dtype.
-            stress: also the stress; the cells must have a volume.
+            structures: they have edges up to at least ``cutoff``, whose vectors are rounded to the potential's dtype.
+            stress: whether to compute the stress, too; the cells must have a volume.
             create_graph: keep the graph, so that the results can be differentiated (training, Hessians with
                 ``structures.pos.requires_grad_()``).
 
         Raises:
-            ValueError: an unknown species; ``stress`` without a cell.
+            ValueError: an unknown species, or ``stress`` without a cell.
         """
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():  # which knows no derivatives
             with torch.inference_mode(False):
@@ -199,7 +199,7 @@ class PotentialNet(torch.nn.Module):
         """Set ``shift`` (least squares of the energies on the composition), ``scale`` (r.m.s. force of each species
         times 1 Å) and ``degree`` from ``structures``, which hold energies and forces.
 
-        Raises ``ValueError`` where they hold none, and naming those in which one is NaN or infinite."""
+        Raises ``ValueError`` where they hold none, or where one is NaN or infinite; it names the structures."""
         energy, forces = structures.energy, structures.forces
         if energy is None or forces is None:
             missing = "energy" if energy is None else "forces"
@@ -226,7 +226,7 @@ def _graph(structures: Structures) -> Graph:
 
 
 def _cosines(delta: Tensor, count: int) -> Tensor:
-    """(E, count): √2 cos(π n |delta|), n = 1 … count; smooth at 0 too, being even.
+    """(E, count): √2 cos(π n |delta|), n = 1 … count; even, and so smooth at 0, too.
 
     |delta| is √(|delta|² + ε²): the cosines change by ε², far below rounding, and no derivative divides by 0."""
     softening = torch.finfo(delta.dtype).eps ** 2
@@ -236,13 +236,13 @@ def _cosines(delta: Tensor, count: int) -> Tensor:
 
 
 def _lost(structures: Structures) -> Tensor:
-    """(N,) float64: NaN where a position is NaN or infinite, else 0: of an atom without neighbours no edge tells."""
+    """(N,) float64: NaN where a position is NaN or infinite, else 0. An atom without neighbours has no NaN edge."""
     pos = structures.pos.detach().double()
     return (pos - pos).sum(1)
 
 
 def _convolve(conv: Any, x: Tensor, graph: Graph, delta: Tensor, attributes: Tensor) -> Tensor:
-    """``conv`` between plain tensors."""
+    """Apply ``conv`` to plain tensors."""
     coordinates = x.new_zeros(x.shape[0], 3)  # a GeometricTensor has some; the layer only passes them on
     return values(conv(conv.in_type(x, coordinates), graph, delta, attributes))
 
@@ -254,5 +254,5 @@ def _with_scalars(y: Tensor, scalars: Tensor, channels: int) -> Tensor:
 
 
 def _per_structure(energies: Tensor, structures: Structures) -> Tensor:
-    # No index_add: torch 2.13 cannot compile one into a tensor of a single number (torch._inductor, C++).
+    # No index_add: torch 2.13 cannot compile one into a tensor of a single element (torch._inductor, C++).
     return energies.new_zeros(structures.num_graphs).scatter_add(0, structures.batch, energies)

@@ -1,4 +1,4 @@
-"""Running statistics of batch norms anew, for weights that were averaged."""
+"""Computes the running statistics of batch norms anew, for averaged weights."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ def update_bn(
     """Set the running statistics of all batch norms in ``model`` to their averages over the batches of ``loader``:
     ``torch.optim.swa_utils.update_bn`` for this package's norms, in kernels and on features, for escnn's and torch's.
 
-    torch's own function knows subclasses of its batch norms only. The norms here are none, since they compute something
-    else, which ``SyncBatchNorm.convert_sync_batchnorm`` for example would undo: it passes over them.
+    torch's own function updates subclasses of its batch norms only, and so ignores the norms here. These are not
+    subclasses, since they compute something else: ``SyncBatchNorm.convert_sync_batchnorm``, for example, would replace
+    a subclass by torch's norm.
 
     Args:
         loader: batches.
         model: the network, such as ``torch.optim.swa_utils.AveragedModel``; called in training mode, without gradients.
-            Afterwards every part is in its own mode again. One without batch norms is left as it is.
+            Afterwards every part is in its own mode again. A model without batch norms is left as it is.
         device: batches, or their tensors, are moved there first, by their method ``to``.
-        forward: ``forward(model, batch)`` calls the network; None: ``model(batch)``, of a tuple or list
-            ``model(batch[0])``, as torch's does.
+        forward: ``forward(model, batch)`` calls the network; None calls ``model(batch)``, or ``model(batch[0])`` for a
+            tuple or list, as torch's function does.
 
     Raises:
-        ValueError: a loader without batches. Then ``model`` is as it was.
+        ValueError: ``loader`` has no batches. Then ``model`` is as it was.
 
     Example:
         >>> averaged = torch.optim.swa_utils.AveragedModel(conv)
@@ -65,7 +66,7 @@ def update_bn(
 
 
 def _is_batch_norm(module: torch.nn.Module) -> bool:
-    """escnn's and this package's keep a momentum and count batches, as torch's do."""
+    """Whether ``module`` is a batch norm: escnn's and this package's have a momentum and count batches, as torch's."""
     return isinstance(module, _BatchNorm) or (
         hasattr(module, "momentum") and module._buffers.get("num_batches_tracked") is not None
     )

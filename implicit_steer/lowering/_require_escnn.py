@@ -1,4 +1,4 @@
-"""Imported first by modules that import escnn: where it is missing, this one says what to install."""
+"""Modules that import escnn import this one first: where escnn is missing, it says what to install."""
 
 from .._check import load_extra
 

@@ -1,5 +1,5 @@
-"""Products of irreps, in place of escnn's numerical search: of finite groups, and of planar rotation groups with
-reflections or inversions.
+"""Products of irreps, decomposed without escnn's numerical search: for finite groups, and for planar rotation groups
+with reflections or inversions.
 
 escnn knows closed forms for SO(2), SO(3), O(3) and C_N. For other groups it solves a linear system per triple of
 irreps, with signs that differ between installations, and only among irreps that happen to have been made before: it
@@ -19,7 +19,7 @@ from escnn.group import O2, SO2, CyclicGroup, DihedralGroup, DirectProductGroup,
 
 from .sampling import equispaced, frequency, identity_cache, rotations
 
-_BLOCK = 32  # rotations in a grid are a multiple of this: few different grids, each with its own stacks of matrices
+_BLOCK = 32  # a grid has a multiple of so many rotations: few different grids, each with its stacks of matrices
 
 
 def install(group: Group) -> None:
@@ -33,11 +33,11 @@ def install(group: Group) -> None:
 
 
 def coefficients(group: Group, m: tuple, n: tuple, j: tuple) -> np.ndarray:
-    """(d_m, d_n, s, d_j): per copy of ψ_j in ψ_m ⊗ ψ_n the coordinates of an orthonormal basis; s is their number.
+    """(d_m, d_n, s, d_j): the coordinates of an orthonormal basis of each of the s copies of ψ_j in ψ_m ⊗ ψ_n.
 
-    The orthogonal projection onto invariant tensors of ψ_j ⊗ ψ_m ⊗ ψ_n is an average over the group, exact on all
-    elements of a finite one and on a grid of more rotations than the sum of the frequencies; its columns, in order, are
-    orthogonalised, up to endomorphisms of ψ_j. So signs are the same everywhere.
+    The orthogonal projection onto the invariant tensors of ψ_j ⊗ ψ_m ⊗ ψ_n is an average over the group. It is exact
+    over all elements of a finite group, and over a grid of more rotations than the sum of the frequencies. Its columns
+    are orthogonalised in their order, up to endomorphisms of ψ_j. So signs are the same on every machine.
     """
     j, m, n = (group.get_irrep_id(i) for i in (j, m, n))
     size = _grid_size(group, (j, m, n))
@@ -102,7 +102,7 @@ def _independent(columns: np.ndarray, endomorphisms: np.ndarray) -> list[np.ndar
 
 
 def _grid_size(group: Group, idents: tuple) -> int:
-    """How many rotations average products of these irreps exactly; 0 for a finite group, which is taken whole."""
+    """How many rotations average products of these irreps exactly; 0 for a finite group: all its elements are used."""
     return -(-(1 + sum(frequency(group, i) for i in idents)) // _BLOCK) * _BLOCK if group.continuous else 0
 
 
@@ -121,7 +121,7 @@ def _character(group: Group, ident: tuple, size: int) -> np.ndarray:
 
 @identity_cache
 def _irreps(group: Group, highest: int) -> list[tuple]:
-    """All irreps of a finite group, else those of frequency 0 … ``highest``, made if they did not exist."""
+    """All irreps of a finite group; of a continuous one those of frequency 0 … ``highest``, made where missing."""
     if not group.continuous:
         return [i.id for i in group.irreps()]
     if isinstance(group, DirectProductGroup):

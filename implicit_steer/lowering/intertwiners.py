@@ -1,4 +1,4 @@
-"""Projection of matrices onto intertwiners, sparse where they are."""
+"""Projection of matrices onto intertwiners, in little memory where these are sparse."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from escnn.group import Representation
 
 
 def intertwiners(rep_in: Representation, rep_out: Representation, nearly: np.ndarray) -> np.ndarray:
-    """``nearly`` (n_b, o, i), intertwiners but for rounding, as exact ones, in float64.
+    """Exact intertwiners (n_b, o, i), in float64, from ``nearly``, which differs from them by rounding.
 
     In irrep coordinates, Q_out⁻¹ B Q_in, an intertwiner is a combination of endomorphisms between equal irreps; the
-    rest is rounding. One irrep of the input at a time, and of it only elements and coordinates that are not 0: memory
-    for little more than the result.
+    rest is rounding. One irrep of the input is projected at a time, and only its elements and coordinates that are not
+    0, so that this takes little more memory than the result.
     """
     exact, all_rows = np.zeros(nearly.shape), _coordinates(rep_out)
     q, q_inverse = rep_in.change_of_basis, rep_in.change_of_basis_inv
@@ -35,7 +35,7 @@ def intertwiners(rep_in: Representation, rep_out: Representation, nearly: np.nda
 
 
 def _coordinates(rep: Representation) -> dict[tuple, np.ndarray]:
-    """Per irrep the coordinates of all its copies, (copies, size)."""
+    """(copies, size) for each irrep: the coordinates of its copies."""
     found: dict[tuple, list[np.ndarray]] = {}
     start = 0
     for ident in rep.irreps:

@@ -1,7 +1,7 @@
-"""Irreps of O(3) or SO(3) → :class:`~implicit_steer.plan.Plan`, directly: no group object, no basis to be solved for.
+"""Irreps of O(3) or SO(3) → :class:`~implicit_steer.plan.Plan`, without a group object and without solving for a basis.
 
 The kernel's MLP is evaluated in the edge's own frame (``Frame`` of kind "zonal"). A hidden field is a function on the
-sphere: one coefficient per degree l = 0 … L there, and (L + 1)² components outside, of parity (−1)^l. So
+sphere: in this frame it has one coefficient per degree l = 0 … L, elsewhere (L + 1)² components, of parity (−1)^l. So
 
 - a hidden linear layer is one W × W matrix per degree,
 - the last layer is made of Clebsch-Gordan coefficients: for every *path*, a degree l of the hidden field that couples
@@ -23,11 +23,11 @@ from ..plan import Activation, Block, Coupling, Frame, Linear, Norm, Plan
 from ..plan.irreps import Irrep, Irreps, Term, check_same_group
 from . import so3
 
-_NORM_EPS, _NORM_MOMENTUM = 1e-5, 0.1  # torch's
+_NORM_EPS, _NORM_MOMENTUM = 1e-5, 0.1  # torch's defaults
 
 
 class Path(NamedTuple):
-    """How an irrep of the input reaches one of the output: by way of the hidden fields of this degree."""
+    """How an irrep of the input reaches one of the output: through the hidden fields' components of this degree."""
 
     irrep_in: Irrep
     degree: int
@@ -35,7 +35,7 @@ class Path(NamedTuple):
 
 
 class KernelOptions(NamedTuple):
-    """What a kernel is beside its irreps: see :class:`implicit_steer.irreps.ImplicitPointConv`."""
+    """What defines a kernel beside its irreps: see :class:`implicit_steer.irreps.ImplicitPointConv`."""
 
     n_attributes: int
     n_layers: int
@@ -47,10 +47,10 @@ class KernelOptions(NamedTuple):
 
 
 class _HiddenFields(NamedTuple):
-    """Fields that the last layer reads: where they start in h, and of which degrees they consist."""
+    """Fields that the last layer reads: where they start in h, and the degrees of their components."""
 
     starts: NDArray[Any]  # (W,)
-    degrees: NDArray[Any]  # (m,) of each of their components
+    degrees: NDArray[Any]  # (m,)
 
 
 def paths(irreps_in: Irreps, irreps_out: Irreps, highest: int) -> list[Path]:
@@ -81,8 +81,8 @@ def highest_degree(irreps_in: Irreps, irreps_out: Irreps, n_layers: int) -> int:
 
 
 def depthwise_irreps(irreps_in: Irreps, irreps_out: Irreps, n_layers: int) -> Irreps:
-    """What a kernel that acts channel by channel gives: for every path to an irrep of ``irreps_out`` as many copies as
-    the input has."""
+    """What a kernel that acts channel by channel gives: for every path to an irrep of ``irreps_out``, as many copies of
+    it as the input has of the irrep where the path starts."""
     found = paths(irreps_in, irreps_out, highest_degree(irreps_in, irreps_out, n_layers))
     return Irreps(tuple(Term(irreps_in.count(path.irrep_in), path.irrep_out) for path in found))
 
@@ -178,11 +178,10 @@ def _hidden_layers(
 
 
 def sphere_samples(highest: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """A (S, L + 1) and A⁻ (L + 1, S): a function Σ_l c_l P_l(t) / √(L + 1) of the polar angle's cosine t at the
-    S = 2 L + 4 Gauss-Legendre nodes, and its coefficients c from its values there.
+    """A (S, L + 1) and A⁻ (L + 1, S) for the S = 2 L + 4 Gauss-Legendre nodes: A c are the values there of the function
+    Σ_l c_l P_l(t) / √(L + 1) of the polar angle's cosine t, and A⁻ returns c from them.
 
-    So components of unit variance give values of unit variance; and the function is the one that layers with escnn's
-    types have.
+    Components of unit variance give values of unit variance, as in layers with escnn's types.
     """
     t, weights = np.polynomial.legendre.leggauss(2 * highest + 4)
     values = np.polynomial.legendre.legvander(t, highest) / np.sqrt(highest + 1)
@@ -194,7 +193,7 @@ def sphere_samples(highest: int) -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 class _Couplings:
-    """Couplings one after the other; their weights and biases follow each other in the last layer's parameters."""
+    """Collects couplings, whose weights and biases follow each other in the last layer's parameters."""
 
     def __init__(self, irreps_in: Irreps, hidden: list[_HiddenFields], hidden_size: int, has_norms: bool) -> None:
         self.irreps_in, self.hidden, self.hidden_size, self.has_norms = irreps_in, hidden, hidden_size, has_norms
@@ -202,7 +201,7 @@ class _Couplings:
         self.n_weights = self.n_bias = 0
 
     def add(self, same_irreps: list[Path], out_start: NDArray[Any], depthwise: bool) -> None:
-        """Paths between one irrep of the input and the fields of one irrep at ``out_start``."""
+        """Add the paths between one irrep of the input and the fields of one irrep at ``out_start``."""
         irrep_in, _, irrep_out = same_irreps[0]
         in_start = np.array(self.irreps_in.fields[irrep_in])
         fields = len(out_start), 1 if depthwise else len(in_start)
@@ -233,7 +232,7 @@ class _Couplings:
 
 
 def _intertwiner(path: Path, degrees: NDArray[Any]) -> NDArray[Any]:
-    """B (o, i, m): from components m of these degrees, of which those of the path's degree count."""
+    """B (o, i, m) of a path, for hidden components of ``degrees`` (m,): 0 but for those of the path's degree."""
     tensor = so3.clebsch_gordan(path.irrep_in.degree, path.degree, path.irrep_out.degree)
     basis = np.zeros((path.irrep_out.size, path.irrep_in.size, len(degrees)))
     basis[:, :, degrees == path.degree] = np.sqrt(path.irrep_out.size) * tensor.transpose(2, 0, 1)

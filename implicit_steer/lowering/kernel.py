@@ -40,7 +40,7 @@ from .sampling import (
 
 @dataclass(frozen=True)
 class _Sampled:
-    """A frame with what the layers need of it: Z maps frame coordinates to escnn's."""
+    """A frame and the matrices that layers in it need. Z maps frame coordinates to escnn's."""
 
     name: str
     frame: Frame
@@ -182,8 +182,8 @@ def _fold(columns: np.ndarray, constant: np.ndarray) -> np.ndarray:
 def _lower_last(
     linear, shape: KernelShape, hidden: list[np.ndarray], hidden_start: np.ndarray, trivial: np.ndarray
 ) -> tuple[Coupling, ...]:
-    """The last layer as couplings. ``hidden``: Z (m_full, m) of every field it reads; ``hidden_start``: where they
-    begin, the constant one last."""
+    """The last layer as couplings. ``hidden``: Z (m_full, m) of every field it reads; ``hidden_start``: where these
+    fields begin, and last where the constant one is."""
     out_start, in_start = starts_of(shape.out_reprs), starts_of(shape.in_reprs)
     out_fields, in_fields = fields_by_name(shape.out_reprs).values(), fields_by_name(shape.in_reprs).values()
     tensor_reprs, n_in = linear.out_type.representations, len(shape.in_reprs)

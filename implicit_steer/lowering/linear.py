@@ -45,7 +45,7 @@ def _polished(rep_in: Representation, rep_out: Representation, sampled: np.ndarr
 
 
 def without_rounding(basis: np.ndarray) -> np.ndarray:
-    """The basis after setting to 0, in place, what is only rounding, so that zeros are seen to be structural."""
+    """The basis after setting to 0, in place, what is only rounding, so that its structural zeros are exact."""
     bound = 1e-12 * max(basis.max(initial=0), -basis.min(initial=0))
     for element in basis:
         element[np.abs(element) < bound] = 0
@@ -54,13 +54,13 @@ def without_rounding(basis: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Pair:
-    """One (input representation, output representation) of an escnn Linear: where fields start, weights and basis."""
+    """One (input representation, output representation) of an escnn Linear: its fields, weights and basis."""
 
     rep_in: Representation
     rep_out: Representation
     in_fields: np.ndarray  # positions in the list of input fields
     out_fields: np.ndarray
-    offset: int
+    offset: int  # of the pair's first weight
     basis: np.ndarray  # (n_b, o, i)
 
 
@@ -84,7 +84,7 @@ def polished_blocks(expansion: torch.nn.Module, stored=lambda key: None) -> dict
 
 
 def fields_by_name(reprs) -> dict[str, np.ndarray]:
-    """Positions of the fields of each representation, by its name, by which escnn tells representations apart."""
+    """Name of each representation → positions of its fields. escnn tells representations apart by their names."""
     positions = defaultdict(list)
     for n, r in enumerate(reprs):
         positions[r.name].append(n)
@@ -92,7 +92,7 @@ def fields_by_name(reprs) -> dict[str, np.ndarray]:
 
 
 def pairs_of(linear: escnn.nn.Linear) -> list[Pair]:
-    """Those whose basis is not empty, in the order of their weights."""
+    """The pairs of representations whose basis is not empty, in the order of their weights."""
     in_reprs, out_reprs = linear.in_type.representations, linear.out_type.representations
     in_fields, out_fields = fields_by_name(in_reprs), fields_by_name(out_reprs)
     pairs = []
@@ -122,7 +122,7 @@ def starts_of(reprs) -> np.ndarray:
 
 
 def lower_map(linear: escnn.nn.Linear | escnn.nn.TensorProductModule) -> Linear:
-    """An equivariant map in its own coordinates, with exact bases."""
+    """An equivariant map of escnn's, in escnn's coordinates, with exact bases."""
     columns = None
     if getattr(linear, "bias", None) is not None:
         of_name = {rep.name: bias_basis(linear, rep) for rep in distinct(linear.out_type.representations)}
@@ -131,7 +131,7 @@ def lower_map(linear: escnn.nn.Linear | escnn.nn.TensorProductModule) -> Linear:
 
 
 def sampled_blocks(expansion: torch.nn.Module) -> dict[tuple[str, str], np.ndarray]:
-    """escnn's own basis of each pair, which it has in float32."""
+    """escnn's own basis (n_b, o, i) of each pair, rounded to float32 by escnn, in float64."""
     names = {pair: f"block_expansion_{expansion._escape_pair(pair)}" for pair in expansion._representations_pairs}
     basis = {pair: getattr(expansion, name).sampled_basis[..., 0] for pair, name in names.items()}
     return {pair: sampled.detach().cpu().double().numpy() for pair, sampled in basis.items()}
@@ -140,8 +140,8 @@ def sampled_blocks(expansion: torch.nn.Module) -> dict[tuple[str, str], np.ndarr
 def lower_expansion(
     expansion: torch.nn.Module, basis: dict[tuple[str, str], np.ndarray], bias: np.ndarray | None = None
 ) -> Linear:
-    """The matrix that escnn's ``BlocksBasisExpansion`` makes of weights, in its own coordinates. ``basis``: of each
-    pair; ``bias`` (out_size, n_bias): its ``bias_expansion``."""
+    """The map whose matrix escnn's ``BlocksBasisExpansion`` makes of weights, in escnn's coordinates. ``basis``: (n_b,
+    o, i) of each pair; ``bias`` (out_size, n_bias): the columns that the biases multiply."""
     in_reprs, out_reprs = expansion._in_reprs, expansion._out_reprs
     in_start, out_start, blocks = starts_of(in_reprs), starts_of(out_reprs), []
     in_fields, out_fields = fields_by_name(in_reprs), fields_by_name(out_reprs)

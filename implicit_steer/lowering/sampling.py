@@ -1,8 +1,8 @@
-"""escnn group → hidden representation, its sample grids, and the exact frames: the numbers behind ``Plan.frame``.
+"""escnn group → hidden representation, its grids of samples, and the exact frames: the arrays of ``Plan.frame``.
 
-Which hidden representation and grid the authors use for which group: Zhdanov, Hoffmann, Cesa, NeurIPS 2023, code.
-Groups that their helper does not know get the whole (finite) group or an equispaced grid along its one continuous
-rotation.
+Groups have the hidden representations and grids of the authors' code (Zhdanov, Hoffmann, Cesa, NeurIPS 2023). A group
+that it does not know is sampled on all its elements if it is finite, else on an equispaced grid along its one
+continuous rotation.
 """
 
 from __future__ import annotations
@@ -185,8 +185,8 @@ def _samples(space: HiddenSpace, grid: list[GroupElement]) -> np.ndarray:
 
 @identity_cache
 def escnn_matrices(space: HiddenSpace) -> tuple[np.ndarray, np.ndarray]:
-    """A and A⁻ of the authors' grid: "ico" for SO(3) and O(3), equispaced for planar rotations, all of a finite group;
-    regularised by 1e-8 as escnn's ``FourierPointwise``."""
+    """A and A⁻ of the authors' grid: "ico" for SO(3) and O(3), equispaced for planar rotations, all elements of a
+    finite group; regularised by 1e-8, as in escnn's ``FourierPointwise``."""
     if isinstance(space.group, SO3 | O3):
         grid = space.group.grid(type="ico")
     elif space.group.continuous:
@@ -212,8 +212,8 @@ def group_matrices(space: HiddenSpace) -> tuple[np.ndarray, np.ndarray]:
 
 @identity_cache
 def rotation_matrices(space: HiddenSpace, n: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A and A⁻ of n equispaced rotations x the discrete part of a group with one continuous rotation; ``name``: of this
-    sampling, for messages."""
+    """A and A⁻ of n equispaced rotations x the discrete part of a group with one continuous rotation; ``name`` is what
+    messages call this sampling."""
     known = rotations(space.group, 0.0) is not None
     require(known, "sampling", "a group with rotations in one plane for equispaced samples", space.group)
     a = _samples(space, equispaced(space.group, n))
@@ -221,7 +221,10 @@ def rotation_matrices(space: HiddenSpace, n: int, name: str) -> tuple[np.ndarray
 
 
 def merge_samples(a: np.ndarray, inverse: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Merge equal rows of A and add up the columns of A⁻ that belong to them: the same function. Also (S,) index."""
+    """Merge equal rows of A and add up the columns of A⁻ that belong to them, which leaves A⁻ φ(A c) as it is.
+
+    Returns A, A⁻, and index (S,): the merged row of each sample.
+    """
     _, first, index = np.unique(np.round(a, 9), axis=0, return_index=True, return_inverse=True)
     rank = np.argsort(np.argsort(first))  # keep the order in which samples first occur
     first, index = np.sort(first), rank[index.reshape(-1)]
@@ -330,8 +333,8 @@ def rotation_basis(rep: Representation) -> tuple[np.ndarray, np.ndarray, np.ndar
     """Coordinates in which the group's continuous rotation is a rotation of 2-planes.
 
     Returns V (n, n), order (n,), partner (n,), sign (n,): with v = V c, a rotation by φ maps
-    ``c[m] → cos(kφ) c[m] + sign[m] sin(kφ) c[partner[m]]``, k = order[m]. Irrep by irrep (their size is 1 or 2), so
-    that trivial ones stay apart. V is orthogonal where the representation is.
+    ``c[m] → cos(kφ) c[m] + sign[m] sin(kφ) c[partner[m]]``, k = order[m]. No coordinate belongs to two irreps (whose
+    size is 1 or 2), so that trivial ones stay apart. V is orthogonal where the representation is.
     """
     n, start = rep.size, 0
     v, order, partner, sign = np.eye(n), np.zeros(n, int), np.arange(n), np.zeros(n)
@@ -363,7 +366,7 @@ def gauss_matrices(space: HiddenSpace, n: int) -> tuple[np.ndarray, np.ndarray]:
     function on the sphere of maximal frequency 1, a scalar s and a vector v, is along the vector's axis.
 
     Raises:
-        ValueError: another space; n < 2.
+        ValueError: ``space`` is another one; n < 2.
     """
     sphere = isinstance(space.group, SO3 | O3) and space.max_frequency == 1
     require(sphere, "sampling", "a function on the sphere of band limit 1 for 'gauss-N'", space.rho)

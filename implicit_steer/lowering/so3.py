@@ -25,7 +25,7 @@ def degrees(highest: int) -> NDArray[Any]:
 
 @lru_cache(maxsize=16)
 def solid_harmonics(highest: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The solid harmonics r^l Y_lm of degrees 0 … L, Σ_m Y_lm² = 1 on the unit sphere.
+    """The solid harmonics r^l Y_lm of degrees 0 … L, scaled to Σ_m Y_lm² = 1 on the unit sphere.
 
     Returns:
         powers (n_monomials, 3) of x, y, z, and coefficients ((L + 1)², n_monomials); both read-only.
@@ -115,7 +115,7 @@ def _complex_coefficients(first: int, second: int, third: int) -> NDArray[Any]:
 
 
 def _coefficient(j1: int, m1: int, j2: int, m2: int, j3: int) -> float:
-    """Racah's formula: an exact fraction under the root, times one."""
+    """⟨j₁ m₁ j₂ m₂ | j₃ m₁ + m₂⟩ by Racah's formula: the root of an exact fraction, times an exact fraction."""
     f, m3 = factorial, m1 + m2
     triangle = Fraction(f(j3 + j1 - j2) * f(j3 - j1 + j2) * f(j1 + j2 - j3), f(j1 + j2 + j3 + 1))
     squared = (2 * j3 + 1) * triangle * f(j3 + m3) * f(j3 - m3) * f(j1 - m1) * f(j1 + m1) * f(j2 - m2) * f(j2 + m2)

@@ -1,4 +1,4 @@
-"""Modules that users build with: escnn field types in, escnn field types out. Needs the extra ``escnn``."""
+"""Modules between escnn's field types, which users build networks of. They need the extra ``escnn``."""
 
 from ..lowering import _require_escnn  # noqa: F401
 

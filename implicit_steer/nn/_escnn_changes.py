@@ -1,4 +1,4 @@
-"""Functions of escnn in whose place others stand, with the same results, that take less time or memory."""
+"""Replacements for functions of escnn, which have the same results and take less time or memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from escnn.nn.modules.basismanager import basisexpansion_singleblock
 
 
 def apply() -> None:
-    """Replace them, for this process."""
+    """Replace the functions, for this process."""
     _numerical.randomized_svd = None  # scikit-learn's, where installed, refuses escnn's matrices; scipy's takes them
     basisexpansion_singleblock.normalize_basis = normalize_basis
     for module in (ico, octa):
@@ -27,8 +27,8 @@ _MOST_PRODUCTS = 2**26
 def normalize_basis(basis: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """Divide basis elements B (n_b, o, i, ...), in place, by √(‖B‖² / size), unless they vanish.
 
-    escnn takes ‖B‖² as the trace of B Bᵀ, with all n_b o² products in memory: 4 GB for fields of size 32. Where they
-    are few, it does so here, too, so that files and layers keep every bit.
+    escnn takes ‖B‖² as the trace of B Bᵀ, with all n_b o² products in memory: 4 GB for fields of size 32. Where these
+    are few, escnn's function is called, so that files and layers keep every bit.
     """
     if basis[:, :, 0].numel() * basis.shape[1] <= _MOST_PRODUCTS:
         return _theirs(basis, sizes)
@@ -40,7 +40,7 @@ def normalize_basis(basis: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
 def matrices_from_generators(
     group: Group, generators: list[tuple[GroupElement, np.ndarray]]
 ) -> dict[GroupElement, np.ndarray]:
-    """ρ(g) of every element from those of generators.
+    """ρ(g) of every element g, from the matrices of generators.
 
     escnn also multiplies all pairs of elements to see that ρ is a homomorphism: half a minute for the icosahedron.
     """

@@ -1,4 +1,4 @@
-"""Fourier activation on node features and inside the kernel MLP, every distinct sample evaluated once."""
+"""Fourier activation on node features and inside the kernel MLP, which evaluates every distinct sample once."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def sample_matrices(space: HiddenSpace, sampling: str) -> tuple[np.ndarray, np.n
 class FourierActivation(FourierBase, Steerable):
     """y = A⁻ φ(A x) per field: sample a band-limited function on the group or the sphere, apply φ, transform back.
 
-    The same function as escnn's ``QuotientFourierELU`` / ``FourierELU`` on the authors' grids, but samples that
-    coincide are evaluated once (30 of the 120 icosahedral ones for O(3)).
+    On the authors' grids it is the function of escnn's ``QuotientFourierELU`` / ``FourierELU``, but samples that
+    coincide are evaluated once (for O(3) only 30 of the 120 icosahedral ones differ).
 
     Args:
         gspace: its fibre group chooses the representation: functions on the sphere for SO(3) and O(3), else on the
@@ -86,18 +86,19 @@ class FourierActivation(FourierBase, Steerable):
             - ``"lebedev-N"`` (SO(3), O(3)): a quadrature of N points on the sphere;
             - ``"circle-N"``: N equispaced rotations (SO(2), O(2) and their extensions; the authors take 125).
 
-            ``"auto"`` is as equivariant as 5e-6 (relative, random elements, features of unit variance), ReLU of
-            L ≥ 2 on the sphere excepted (1e-4): ``"escnn"`` for finite groups and L = 0; ``"gauss-24"`` for SO(3) and
-            O(3) with L = 1, which takes the time of the authors' grid; for L ≥ 2 the Lebedev rule of degree
-            24 (L + 1) (ELU) or 12 (L + 1) (SiLU, GELU, tanh), at most 131; else circle-N with N = 64 (L + 1),
-            24 (L + 1), and 512 (L + 1) for ReLU. ELU on thousands of points takes a hundred times the time of the
-            authors' grid: for L ≥ 2 SiLU, or :class:`Gate`, which is exact, may be the better choice.
+            ``"auto"`` is equivariant to 5e-6 (relative, random elements, features of unit variance), but ReLU with
+            L ≥ 2 on the sphere only to 1e-4. It is ``"escnn"`` for finite groups and L = 0; ``"gauss-24"`` for SO(3)
+            and O(3) with L = 1, which takes the time of the authors' grid; for L ≥ 2 the Lebedev rule of degree
+            24 (L + 1) for ELU, 12 (L + 1) for SiLU, GELU and tanh, at most 131, and 131 for ReLU; on the circle
+            ``"circle-N"`` with N = 64 (L + 1), 24 (L + 1) and 512 (L + 1) for these. ELU on thousands of points takes
+            a hundred times the time of the authors' grid: for L ≥ 2 SiLU, or :class:`Gate`, which is exact, may be
+            the better choice.
 
     Attributes:
         sampling: what ``"auto"`` stands for here; ``"state"`` after loading samples of another origin.
 
-    Loading a ``state_dict`` takes over its samples, the buffers ``A`` and ``Ainv``: what was saved on the authors' grid
-    gives the same numbers again.
+    Loading a ``state_dict`` takes over its samples, the buffers ``A`` and ``Ainv``: an activation that was saved on the
+    authors' grid gives the same values again.
 
     Shape: x and y (N, channels · d, ...) as GeometricTensor of ``in_type == out_type``.
 
@@ -130,7 +131,7 @@ class FourierActivation(FourierBase, Steerable):
         space = hidden_space(gspace.fibergroup, max_frequency)
         self.in_type = self.out_type = FieldType(gspace, [space.rho] * channels)
         a, inverse = sample_matrices(space, sampling)
-        # the authors' buffers, kept for checkpoints; the merged matrices are what is evaluated
+        # the authors' buffers, kept for checkpoints; forward uses the merged matrices
         self.register_buffer("A", torch.tensor(a, dtype=torch.get_default_dtype()))
         self.register_buffer("Ainv", torch.tensor(inverse, dtype=torch.get_default_dtype()))
         self._take_samples(sampling, a, inverse)
@@ -143,7 +144,7 @@ class FourierActivation(FourierBase, Steerable):
         self._sampling, field = sampling, self._space.rho
         if a.shape[1] == field.size:
             self._set_samples(self.function, *merge_samples(a, inverse)[:2])
-        else:  # of the scalar and the vector's length
+        else:  # functions of the field's scalar and its vector's length
             scalar_first = field.group.irrep(*field.irreps[0]).size == 1
             self._set_samples(self.function, a, inverse, vector=int(scalar_first))
 
@@ -155,9 +156,9 @@ class FourierActivation(FourierBase, Steerable):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _adopt_samples(self, a: Tensor, inverse: Tensor) -> None:
-        """Evaluate on the samples of a checkpoint: on those of a known sampling exactly, on others as they are."""
+        """Evaluate on the samples of a checkpoint: where a known sampling has them, on its exact matrices."""
         names = self._samplings_like(a)
-        if names is None:  # of another field: torch says so
+        if names is None:  # the samples of another field, for which torch raises
             return
         matrices = [m.detach().cpu().double().numpy() for m in (a, inverse)]
         for name in names:
@@ -171,7 +172,7 @@ class FourierActivation(FourierBase, Steerable):
             self._take_samples(name, *known)
 
     def _samplings_like(self, a: Tensor) -> list[str] | None:
-        """The samplings that may have A; None where A is not of this field."""
+        """The samplings whose A may be ``a``; None where ``a`` belongs to another field."""
         (n, size), space, degree = a.shape, self._space, 2 * self.max_frequency
         sphere, circle = isinstance(space.group, SO3 | O3), space.group.continuous
         if size != space.rho.size:

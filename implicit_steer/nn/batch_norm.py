@@ -1,4 +1,4 @@
-"""Batch norm of node features: escnn's module in few tensor operations on all channels together."""
+"""Batch norm of node features: escnn's module, computed in few tensor operations on all channels together."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .equivariant import Steerable, check_input
 
 
 class IIDBatchNorm1d(ExactBuffers, NormBase, Steerable, escnn.nn.IIDBatchNorm1d):
-    """y = w · (x − mean) / sqrt(var + eps) + b of every field: escnn's ``IIDBatchNorm1d``, to rounding.
+    """y = w · (x − mean) / sqrt(var + eps) + b for every field: escnn's ``IIDBatchNorm1d``, to rounding.
 
     Per field, mean (d,) is the part of the mean over all points that lies in trivial irreps, b (d,) lies there too, var
     is the unbiased variance averaged over the d coordinates, w a scalar. As in escnn, no gradient flows through the
     statistics. Arguments, parameters, buffers and running statistics are escnn's. ``torch.optim.swa_utils.update_bn``
-    passes over it: use :func:`implicit_steer.nn.update_bn`.
+    ignores it: use :func:`implicit_steer.nn.update_bn`.
 
     Shape: x and y (N, C, ...) as GeometricTensor of ``in_type == out_type``.
 
@@ -47,12 +47,12 @@ class IIDBatchNorm1d(ExactBuffers, NormBase, Steerable, escnn.nn.IIDBatchNorm1d)
         return field_kinds(self)
 
     def forward(self, x: GeometricTensor) -> GeometricTensor:
-        """Normalise with the batch's statistics in training mode, which also move the running ones, else with those."""
+        """Normalise: in training mode with the batch's statistics, which update the running ones, else with these."""
         check_input(x, self.in_type)
         return GeometricTensor(self._evaluate(x.tensor), self.out_type, x.coords)
 
     def export(self) -> torch.nn.BatchNorm1d:
-        """What it does in evaluation mode, on plain tensors (N, C) and in that mode: not equivariant once trained on.
+        """The same function of plain tensors (N, C), in evaluation mode. Training it further breaks its equivariance.
 
         Raises ``RuntimeError`` without running statistics.
         """
@@ -94,7 +94,7 @@ def constants_by_kind(norm: escnn.nn.IIDBatchNorm1d) -> list[tuple[Tensor | None
 
 
 def channels_by_kind(norm: escnn.nn.IIDBatchNorm1d) -> Tensor | None:
-    """(C,) its channels sorted by representation; None where there is only one."""
+    """(C,) the channels of ``norm``, sorted by representation; None where there is only one representation."""
     if len(norm._sizes) == 1:
         return None
     channels = [getattr(norm, f"{norm._escape_name(name)}_indices") for name, _ in norm._sizes]

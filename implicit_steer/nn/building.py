@@ -12,11 +12,11 @@ from .._check import require
 
 
 def built_by_escnn(init: Callable) -> Callable:
-    """Of a module's ``__init__`` that builds parts of escnn's: the module has PyTorch's default dtype and device, as
-    torch's own modules have.
+    """Decorator for the ``__init__`` of a module that builds parts of escnn's: the module gets PyTorch's default dtype
+    and device, as torch's own modules do.
 
     escnn's bases, which it keeps for the whole process, are made in float32 on the CPU. A module on device "meta" gets
-    its numbers, the bases included, by ``load_state_dict(..., assign=True)``. Under ``FakeTensorMode`` building is
+    its values, the bases included, by ``load_state_dict(..., assign=True)``. Under ``FakeTensorMode`` building is
     refused.
     """
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from .._check import fail, require
 from ..layers._modules import NoTorchScript, in_mode
 
-ELEMENTS = 10  # random ones of a check
+ELEMENTS = 10  # how many random elements a check draws
 Errors = list[tuple[GroupElement, float]]
 
 
@@ -42,7 +42,7 @@ def check_input(x: Any, kind: FieldType) -> None:
 
 
 def check_shape(shape: Any, kind: FieldType) -> tuple[int, ...]:
-    """``shape`` as a tuple; raise unless it is one of features of ``kind``."""
+    """``shape`` as a tuple; raise unless features of ``kind`` can have it."""
     right = len(shape) > 1 and shape[1] == kind.size
     require(right, "input_shape", f"(*, {kind.size}, ...)", tuple(shape))
     return tuple(shape)
@@ -64,11 +64,13 @@ def compare(
     """[(g, ‖f(g x) − g f(x)‖ / ‖f(x)‖)] over random elements g of the group.
 
     Args:
-        gspace: of the fields.
+        gspace: the space of the fields.
         pair: g → (f(g x), g f(x)).
-        atol, rtol: AssertionError unless ``|f(g x) − g f(x)| ≤ atol + rtol |g f(x)|`` everywhere, as
-            ``numpy.allclose`` has it.
-        elements: None for 10 of ``gspace.fibergroup.sample()``.
+        atol, rtol: the tolerances, as ``numpy.allclose`` has them.
+        elements: the elements g, or None for 10 that ``gspace.fibergroup.sample()`` draws.
+
+    Raises:
+        AssertionError: unless ``|f(g x) − g f(x)| ≤ atol + rtol |g f(x)|`` everywhere.
     """
     errors: Errors = []
     group = gspace.fibergroup
@@ -104,7 +106,7 @@ class Steerable(NoTorchScript, EquivariantModule):
             [(g, relative error)], in the norm over all features.
 
         Raises:
-            AssertionError: a number that differs by more than ``atol + rtol · |value|``.
+            AssertionError: a value differs by more than ``atol + rtol · |value|``.
         """
         with in_mode(self, False), torch.no_grad():
             return self._check(atol, rtol)
@@ -125,7 +127,7 @@ class Steerable(NoTorchScript, EquivariantModule):
         return compare(self.in_type.gspace, pair, atol, rtol)
 
     def export(self) -> NoReturn:
-        """Raise: there are :func:`implicit_steer.save`, whose files need no escnn, and ``torch.export``."""
+        """Raise ``RuntimeError``; use :func:`implicit_steer.save`, whose files need no escnn, or ``torch.export``."""
         refuse_export(self)
 
 
@@ -139,7 +141,7 @@ def like(module: torch.nn.Module) -> dict[str, Any]:
 
 
 def refuse_export(module: torch.nn.Module) -> NoReturn:
-    """The error of escnn's ``export()``."""
+    """Raise the error of ``export()``, which names what takes its place."""
     remedy = (
         "Plain PyTorch without escnn: implicit_steer.save(module, path), then implicit_steer.load(path). A program: "
         "torch.export.export."

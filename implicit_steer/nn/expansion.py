@@ -1,7 +1,8 @@
-"""How the numbers that a linear layer learns become its matrix and its bias, as escnn has it, for any number of fields.
+"""How the parameters of a linear layer become its matrix and its bias, as in escnn, for any number of fields.
 
-escnn lists where every value of the matrix and of the bias lies: gigabytes for the 16,384 fields of a kernel between
-128 and 128 fields. Here each representation, or pair of representations, has its basis, and its fields their places.
+escnn lists where every value of the matrix and of the bias lies, which takes gigabytes for the 16,384 fields of a
+kernel between 128 and 128 fields. Here each representation, or pair of representations, has one basis, and a list says
+where its fields begin.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ ANOTHER_LAYER = "The checkpoint is of a layer with other types, n_layers or n_ch
 
 
 def own_basis(expansion: torch.nn.Module) -> None:
-    """Give a new layer's basis expansion buffers of its own, as escnn makes them: it shares them between layers, so
-    that moving or casting one layer moves or casts those of all, later ones included."""
+    """Give a new layer's basis expansion copies of its buffers, which escnn shares between layers, so that moving or
+    casting one layer moves or casts the buffers of all, later layers included."""
     for name, block in list(expansion.named_children()):
         own = copy.copy(block)
         own._buffers = {"sampled_basis": block.sampled_basis.to("cpu", torch.float32, copy=True)}
         setattr(expansion, name, own)
-    for name, index in list(expansion.named_buffers(recurse=False)):  # no checkpoint loads into a view
+    for name, index in list(expansion.named_buffers(recurse=False)):  # a checkpoint cannot be loaded into a view
         setattr(expansion, name, index.clone(memory_format=torch.contiguous_format))
 
 
@@ -40,11 +41,11 @@ def _coordinates(starts: np.ndarray, size: int) -> Tensor:
 
 
 class MatrixExpansion(BlocksBasisExpansion):
-    """W = Σ_b weights[b] B_b (C_out, C_in, 1), B the intertwiners from the fields of ``in_type`` to those of
-    ``out_type``, with weights in the order of escnn's. A checkpoint may have escnn's :meth:`indices`."""
+    """W = Σ_b weights[b] B_b (C_out, C_in, 1), with the intertwiners B from the fields of ``in_type`` to the fields of
+    ``out_type`` and weights in escnn's order. A checkpoint may hold escnn's :meth:`indices`."""
 
     def __init__(self, in_type: FieldType, out_type: FieldType):
-        torch.nn.Module.__init__(self)  # escnn's own makes the indices
+        torch.nn.Module.__init__(self)  # escnn's __init__ makes the indices
         self.S = 1
         self._in_reprs, self._out_reprs = in_type.representations, out_type.representations
         self._input_size, self._output_size = in_type.size, out_type.size
@@ -68,7 +69,7 @@ class MatrixExpansion(BlocksBasisExpansion):
         self._representations_pairs = list(self._weights_ranges)
         own_basis(self)
 
-    __eq__, __hash__ = torch.nn.Module.__eq__, torch.nn.Module.__hash__  # escnn's compare the indices
+    __eq__, __hash__ = torch.nn.Module.__eq__, torch.nn.Module.__hash__  # escnn's read the indices
 
     def _places(self, pair: tuple[str, str]) -> tuple[Tensor, Tensor]:
         """Rows (R,) and columns (C,) of the matrix that belong to the pair's fields."""
@@ -86,8 +87,8 @@ class MatrixExpansion(BlocksBasisExpansion):
         return matrix
 
     def indices(self) -> dict[str, Tensor]:
-        """escnn's buffers: of each pair whose fields do not all lie side by side, row and column of every value of the
-        matrix."""
+        """escnn's buffers: for each pair whose fields do not all lie side by side, the row and the column of every
+        value that the pair has in the matrix."""
         found, device = {}, next((b.device for b in self.buffers()), None)
         for pair in self._representations_pairs:
             places = self._places(pair)
@@ -103,13 +104,13 @@ class MatrixExpansion(BlocksBasisExpansion):
 
 
 class BiasExpansion:
-    """b = bias_expansion · bias with a block diagonal matrix (C_out, n_bias): for every field a block (size, n), whose
-    columns are its invariant vectors.
+    """b = bias_expansion · bias with a block diagonal matrix (C_out, n_bias), which has for every field a block
+    (size, n), whose columns are the field's invariant vectors.
 
     Attributes:
-        blocks: by name of a representation with invariants its block, in float32 as escnn has it.
-        shape: of the whole matrix.
-        starts: (n_fields,) first number of each field's bias.
+        blocks: name of each representation with invariants → its block, in float32 as escnn has it.
+        shape: (C_out, n_bias).
+        starts: (n_fields,) where each field's part of the bias begins.
     """
 
     def __init__(self, out_type: FieldType):
@@ -136,7 +137,7 @@ class BiasExpansion:
         return shift
 
     def dense(self, like: Tensor) -> Tensor:
-        """The matrix, with dtype and device of ``like``."""
+        """The matrix, with the dtype and device of ``like``."""
         matrix = like.new_zeros(self.shape)
         for name, block in self.blocks.items():
             rows, columns = self._places(name)
@@ -144,10 +145,11 @@ class BiasExpansion:
         return matrix
 
     def read(self, name: str, dense: Tensor) -> dict[str, Tensor]:
-        """The blocks of such a matrix, which a checkpoint holds as ``name``; this object's own where they are the same.
+        """The blocks of the matrix ``dense``, which a checkpoint holds as ``name``. A block that agrees with this
+        object's is this object's tensor itself.
 
         Raises:
-            RuntimeError: another shape, or a matrix that is not made of one block for each representation.
+            RuntimeError: the matrix has another shape, or is not made of one block for each representation.
         """
         if dense.shape != self.shape:
             fail(name, f"shape {self.shape}", tuple(dense.shape), ANOTHER_LAYER, RuntimeError)

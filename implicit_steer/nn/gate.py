@@ -1,4 +1,4 @@
-"""The gated nonlinearity: exact for every group, at the price of one scalar per field."""
+"""The gated nonlinearity, exactly equivariant for every group; it takes one more scalar for each field."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Gate(GateBase, Steerable):
     Args:
         out_type: the fields that come out.
         function: φ, one of ``"silu" | "elu" | "relu" | "gelu" | "tanh" | "sigmoid"``.
-        gate: σ, one of the same.
+        gate: σ, one of the same functions.
 
     Attributes:
         in_type: what goes in: the fields of ``out_type``, then one trivial field g_n for every field that is not
@@ -27,7 +27,7 @@ class Gate(GateBase, Steerable):
     Shape: x (N, C_out + gates, ...), y (N, C_out, ...), GeometricTensors.
 
     Raises:
-        TypeError: ``out_type`` that is no FieldType; input that is no GeometricTensor of ``in_type``.
+        TypeError: ``out_type`` is no FieldType, or the input is no GeometricTensor of ``in_type``.
         ValueError: unknown function.
 
     Example:

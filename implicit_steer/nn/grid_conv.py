@@ -65,8 +65,8 @@ class ImplicitConv(CheckedBias, GridConvBase, Steerable):
     Args:
         in_type, out_type: field types on one gspace; its dimension is the grid's.
         kernel_attr_type: fields of global attributes (one row per sample), or None.
-        kernel_size: points along each axis; with the authors' axes odd: their even grid is half a point off its centre,
-            so that the layer is not equivariant, and warns.
+        kernel_size: points along each axis. With the authors' axes take an odd one: an even grid is half a point off
+            its centre there, so that the layer warns that it is not equivariant.
         n_layers, n_channels, init_scheme, sampling, norm, activation: the kernel's MLP, see :class:`ImplicitKernel`.
         padding, stride, dilation: as in ``torch.nn.Conv2d``; one integer for every axis.
         padding_mode: ``"zeros" | "reflect" | "replicate" | "circular"``.
@@ -74,8 +74,18 @@ class ImplicitConv(CheckedBias, GridConvBase, Steerable):
             along spatial axis n. "escnn": x along the last axis, y and z against the ones before, as in escnn's
             ``R2Conv``, ``R3Conv`` and ``GeometricTensor.transform``. Layers of one network must agree: each is
             equivariant, together they are not where reflections or rotations change the fields between them.
-        width: σ of the shell exp(−½ (r / σ)²) at first; the kernel's points reach from −1 to 1.
+        width: initial σ of the shell exp(−½ (r / σ)²); the kernel's points reach from −1 to 1.
         bias: whether a learned constant is added to the invariants of the output.
+
+    Raises:
+        ValueError, TypeError: a wrong argument; the message names it, what was expected and what came.
+
+    Example:
+        >>> gs = escnn.gspaces.flipRot2dOnR2()
+        >>> scalars, vectors = gs.type(*[gs.trivial_repr] * 3), gs.type(*[gs.irrep(1, 1)] * 4)
+        >>> conv = ImplicitConv(scalars, vectors, kernel_size=5, padding=2)
+        >>> conv(scalars(torch.randn(2, 3, 32, 32))).shape
+        torch.Size([2, 8, 32, 32])
 
     Source: Zhdanov, Hoffmann, Cesa, NeurIPS 2023, section 3.4.
     """
@@ -160,14 +170,14 @@ class ImplicitConv(CheckedBias, GridConvBase, Steerable):
 
     def check_equivariance(self, atol: float = 1e-4, rtol: float = 1e-4) -> Errors:
         """Compare f(g x) with g f(x) for random features x on a cubic grid, in evaluation mode, where g is one of at
-        most 10 random elements of the group that map the grid to itself: rotations by 90°, reflections of axes. For
-        others the pixels would have to be interpolated, which is not the layer's doing.
+        most 10 random elements of the group that map the grid to itself: rotations by 90°, reflections of axes. Other
+        elements would interpolate pixels, and the error would not be the layer's.
 
         Returns:
             [(g, relative error)], in the norm over all features.
 
         Raises:
-            AssertionError: a number that differs by more than ``atol + rtol · |value|``.
+            AssertionError: a value differs by more than ``atol + rtol · |value|``.
         """
         return super().check_equivariance(atol, rtol)
 

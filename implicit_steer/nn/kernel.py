@@ -1,4 +1,4 @@
-"""The implicit kernel K(x, a): an equivariant MLP of position and attributes, its value read as a matrix."""
+"""The implicit kernel K(x, a): an equivariant MLP of position and attributes, whose value is read as a matrix."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def _named_action(action: Representation) -> Representation:
 
 @lru_cache(maxsize=1024)
 def _matrices(out: Representation, into: Representation) -> Representation:
-    """How vec K transforms, K → ρ_out K ρ_in⁻¹: out ⊗ in*, the dual in*(g) = in(g⁻¹)ᵀ being ``in`` itself where that is
-    orthogonal. escnn computes it afresh at every call."""
+    """How vec K transforms, K → ρ_out K ρ_in⁻¹: by out ⊗ in*, where the dual in*(g) = in(g⁻¹)ᵀ is ``in`` itself if
+    ``in`` is orthogonal. It is kept, since escnn computes it afresh at every call."""
     return out.tensor(_dual(into))
 
 
 def _products(out_reprs: list[Representation], in_reprs: list[Representation]) -> list[Representation]:
-    """:func:`_matrices` of every pair of fields, the output's slowest."""
+    """:func:`_matrices` of every pair of fields, with the output's field slowest."""
     rows = {out: [_matrices(out, into) for into in in_reprs] for out in distinct(out_reprs)}
     return [rep for out in out_reprs for rep in rows[out]]
 
@@ -65,7 +65,7 @@ def _is_real(value) -> bool:
 
 
 def _lower_again(kernel: ImplicitKernel, _) -> None:
-    """After a checkpoint: its basis may have replaced a numerically found one, or filled a module on "meta"."""
+    """Lower the MLP after a checkpoint, whose basis may have replaced a numerical one, or filled a module on "meta"."""
     if any(tensor.is_meta for tensor in kernel.mlp.buffers()):
         return
     plan = lower(kernel.mlp, kernel._shape, kernel._sampling)
@@ -87,22 +87,22 @@ class ImplicitKernel(KernelBase):
         sampling: ``"auto" | "exact" | "exact-N" | "escnn" | "lebedev-N"``: how the MLP's activations are sampled.
             "exact" evaluates in the edge's own frame and is equivariant for every N; "escnn" is the authors' grid;
             "auto" is exact where it exists.
-        norm: ``"batch"`` or None. ``torch.optim.swa_utils.update_bn`` passes over these norms, as over
+        norm: ``"batch"`` or None. ``torch.optim.swa_utils.update_bn`` ignores these norms, as it ignores
             :class:`IIDBatchNorm1d`: use :func:`implicit_steer.nn.update_bn`.
         activation: ``"elu" | "relu" | "silu" | "gelu" | "tanh"``.
         cutoff: radius beyond which the kernel is zero (smooth to second order), in the unit of the positions; or None.
-        aggr: ``"sum"`` (or PyG's word for it, ``"add"``) or ``"mean"``: how the convolution that it is for adds over a
-            node's edges.
-        width: σ at first, in the unit of the positions: about the length of an edge. Far longer edges get almost no
-            kernel.
+        aggr: ``"sum"`` (or PyG's word for it, ``"add"``) or ``"mean"``: how a convolution with this kernel combines the
+            edges of a node.
+        width: initial σ, in the unit of the positions: about the length of an edge, since the kernel of far longer
+            edges is almost 0.
 
     Attributes:
         shell_width: σ, learnable, (1, 1, 1).
         plan: the lowered :class:`~implicit_steer.plan.Plan`.
 
     Raises:
-        ValueError, TypeError: wrong argument, naming it; fields whose kernel takes more than half of the memory, or
-            more than ``$IMPLICIT_STEER_BUILD_GB``, to build, naming them.
+        ValueError, TypeError: a wrong argument, or fields whose kernel takes more than half of the memory, or more than
+            ``$IMPLICIT_STEER_BUILD_GB``, to build; the message names them.
 
     Example:
         >>> gs = escnn.gspaces.flipRot3dOnR3()
@@ -172,7 +172,7 @@ class ImplicitKernel(KernelBase):
             [(g, relative error)], in the norm over all points.
 
         Raises:
-            AssertionError: a number that differs by more than ``atol + rtol · |value|``.
+            AssertionError: a value differs by more than ``atol + rtol · |value|``.
         """
         with in_mode(self, False), torch.no_grad():
             points = self.random_points(20)
@@ -212,7 +212,7 @@ def trivial_bias(out_type: FieldType, bias: bool) -> Tensor:
 class CheckedBias(Biased):
     """Holds the equivariant bias of a convolution under the authors' names (``bias``, ``bias_expansion``)."""
 
-    _derived = ("expanded_bias", "filter")  # in checkpoints written in evaluation mode
+    _derived = ("expanded_bias", "filter")  # names in checkpoints written in evaluation mode
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         check_basis(self.implicit_kernel.mlp, state_dict, prefix + "implicit_kernel.mlp.")  # before anything is copied

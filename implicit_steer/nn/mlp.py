@@ -25,7 +25,7 @@ from .expansion import ANOTHER_LAYER, BiasExpansion, MatrixExpansion
 from .size import check_linear, check_orthonormal
 
 _INIT = ("he", "deltaorthonormal")
-_MOST_DERIVED = 2**22  # values that a state_dict holds although they follow from the fields
+_MOST_DERIVED = 2**22  # a state_dict holds at most so many values that follow from the fields
 # Suffixes of the buffers that fix what weights mean; escnn derives them from the group's Clebsch-Gordan coefficients.
 _BASIS = (".sampled_basis", ".A", ".Ainv", "_avg", "_change_of_basis")
 
@@ -34,8 +34,8 @@ _BASIS = (".sampled_basis", ".A", ".Ainv", "_avg", "_change_of_basis")
 def fiber_space(group: Group, name: str) -> GSpace0D:
     """The gspace of the kernel MLPs on the space ``name``: one object, so that all layers share escnn's cache of bases.
 
-    One per space, not per group: that cache goes by names of representations, and the actions of one group on two
-    spaces may share theirs.
+    There is one per space, not per group: escnn's cache tells representations apart by their names, and the actions of
+    one group on two spaces may have the same name.
     """
     install(group)
     return no_base_space(group)
@@ -49,20 +49,20 @@ def _at_a_point(kind: FieldType) -> FieldType:
 
 class KernelLinear(Steerable, escnn.nn.Linear):
     """escnn's Linear as a layer of a kernel's MLP, from which plans are lowered, for any number of fields. Its weights
-    are 0 at first.
+    start as 0.
 
     Its ``state_dict`` is the same in training and evaluation mode: it keeps no expanded matrix. It is escnn's where
-    C_out (C_in + n_bias) ≤ 2²²; that of a larger layer lacks what follows from the fields, ``bias_expansion`` and the
+    C_out (C_in + n_bias) ≤ 2²²; for a larger layer it lacks what follows from the fields, ``bias_expansion`` and the
     indices of :class:`MatrixExpansion`. A checkpoint may have them or not.
 
     Attributes:
-        expand_bias: bias → b, as :class:`BiasExpansion`.
+        expand_bias: the :class:`BiasExpansion` bias → b.
     """
 
     @built_by_escnn
     def __init__(self, in_type: FieldType, out_type: FieldType):
         check_linear(in_type.representations, out_type.representations)
-        super(escnn.nn.Linear, self).__init__()  # escnn's own makes dense tensors
+        super(escnn.nn.Linear, self).__init__()  # escnn's __init__ makes dense tensors
         self.in_type, self.out_type = in_type, out_type
         points = _at_a_point(in_type), _at_a_point(out_type)
         self.space, self._basisexpansion = points[0].gspace, MatrixExpansion(*points)
@@ -73,7 +73,7 @@ class KernelLinear(Steerable, escnn.nn.Linear):
 
     @property
     def bias_expansion(self) -> torch.Tensor:
-        """(C_out, n_bias), which escnn keeps: made anew at each access."""
+        """(C_out, n_bias), which escnn keeps; here each access makes it anew."""
         return self.expand_bias.dense(self.bias.detach())
 
     def expand_parameters(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -110,13 +110,18 @@ class KernelLinear(Steerable, escnn.nn.Linear):
 
 
 class Linear(KernelLinear):
-    """y = W x + b, W an intertwiner, b invariant, both exact in float64: escnn's Linear, whose basis is in float32.
+    """y = W x + b with an intertwiner W and an invariant b: escnn's Linear, but its basis is exact in float64, where
+    escnn's is rounded to float32.
 
     Args:
-        in_type, out_type: fields on any space: it maps the features of each point.
-        init_scheme: ``"he"`` or ``"deltaorthonormal"`` (escnn.nn.init); None leaves the weights 0. b is 0 at first.
+        in_type, out_type: fields on any space; the features of each point are mapped separately.
+        init_scheme: ``"he"`` or ``"deltaorthonormal"`` (escnn.nn.init); None leaves the weights 0. b starts as 0.
 
     Shape: x (N, C_in), y (N, C_out), GeometricTensors.
+
+    Raises:
+        TypeError: a type is no FieldType, or the input is no GeometricTensor of ``in_type``.
+        ValueError: a wrong argument, or fields whose layer takes too much memory to build.
     """
 
     @built_by_escnn
@@ -250,9 +255,9 @@ ANOTHER_BASIS = (
 def check_basis(mlp: KernelMLP, state_dict: dict, prefix: str) -> None:
     """Refuse a checkpoint whose basis would make its weights mean another function.
 
-    The basis buffers are the fingerprint. Where escnn has closed forms of Clebsch-Gordan coefficients, they must be
-    this installation's. Elsewhere escnn alone, and so older checkpoints, has arbitrary signs: there the checkpoint's
-    own basis is taken over, if it consists of intertwiners.
+    The basis buffers are the fingerprint. Where escnn has closed forms of Clebsch-Gordan coefficients, they must agree
+    with this installation's. For other groups escnn's own bases, and so those of older checkpoints, have arbitrary
+    signs: there the checkpoint's basis is taken over, if it consists of intertwiners.
     """
     closed_form, another = isinstance(mlp.in_type.fibergroup, CLOSED_FORM), False
     for name, own in mlp.named_buffers():
@@ -261,7 +266,7 @@ def check_basis(mlp: KernelMLP, state_dict: dict, prefix: str) -> None:
             continue
         if theirs.shape != own.shape:
             fail(prefix + name, f"shape {tuple(own.shape)}", tuple(theirs.shape), ANOTHER_LAYER, RuntimeError)
-        if own.is_meta:  # no numbers to compare with; the plan that is lowered from theirs is compared
+        if own.is_meta:  # there are no values to compare; the plan that is lowered from theirs is compared
             another = not closed_form
         elif torch.allclose(theirs.to(own), own, atol=1e-4, rtol=0):
             state_dict[prefix + name] = own.detach().clone()
@@ -277,8 +282,8 @@ def check_basis(mlp: KernelMLP, state_dict: dict, prefix: str) -> None:
 
 
 def _check_bias(layer: KernelLinear, state_dict: dict, name: str, closed_form: bool, another: bool) -> None:
-    """The same of a layer's ``bias_expansion``. ``another``: whether the rest of the basis may be another one, of which
-    a checkpoint without it does not say what the bias means."""
+    """Refuse a checkpoint whose ``bias_expansion`` gives the bias of ``layer`` another meaning; or, if ``another``
+    (the rest of the basis may differ), one without it, which does not say what the bias means."""
     if layer.bias is None:
         return
     if name in state_dict:
@@ -288,10 +293,10 @@ def _check_bias(layer: KernelLinear, state_dict: dict, name: str, closed_form: b
 
 
 def he_deviation(expansion: escnn.nn.modules.basismanager.BlocksBasisExpansion) -> torch.Tensor:
-    """(n_weights,) of escnn's generalised He scheme: 1/√(n_ψ n_w) for a weight from an irrep ψ of the input to one
-    irrep of the output, which n_ψ different irreps reach, ψ through n_w weights.
+    """(n_weights,) standard deviations of escnn's generalised He scheme: 1/√(n_ψ n_w) for a weight from an irrep ψ of
+    the input to one irrep of the output, which n_ψ different irreps reach, ψ through n_w weights.
 
-    escnn describes every weight to find it; here the weights of all fields of one representation are counted at once.
+    escnn describes every weight for this; here the weights of all fields of one representation are counted at once.
     """
     blocks, counts = {}, defaultdict(Counter)
     for pair in expansion._representations_pairs:

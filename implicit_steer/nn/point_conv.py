@@ -40,13 +40,13 @@ class ImplicitPointConv(CheckedBias, PointConvBase, Steerable):
         n_layers, n_channels, init_scheme: the kernel's MLP.
         sampling, norm, activation, cutoff: as in :class:`ImplicitKernel`.
         aggr: ``"sum"`` (``"add"``) or ``"mean"`` over the edges of a node (0 at isolated nodes).
-        width: of the shell s(r) = exp(−½ (r / σ)²): σ at first, in the unit of the positions, about the length of an
+        width: initial σ of the shell s(r) = exp(−½ (r / σ)²), in the unit of the positions: about the length of an
             edge. The first call warns where no edge, or every one, is within its reach.
         bias: whether a learned constant is added to the invariants of the output.
         backend: ``"auto"`` or one of ``implicit_steer.info().backends``; a backend asked for by name runs or raises.
 
     Raises:
-        ValueError, TypeError: wrong argument, naming it, what was expected and what came.
+        ValueError, TypeError: a wrong argument; the message names it, what was expected and what came.
 
     Example:
         >>> gs = escnn.gspaces.flipRot3dOnR3()
@@ -130,12 +130,12 @@ class ImplicitPointConv(CheckedBias, PointConvBase, Steerable):
         return x.tensor, coords, n_target
 
     def evaluate_output_shape(self, input_shape: tuple, n_target: int | None = None) -> tuple:
-        """(N, C_in) → (n_target, C_out), as many targets as sources where None."""
+        """(N, C_in) → (n_target, C_out), or (N, C_out) where ``n_target`` is None."""
         n, _ = check_shape(input_shape, self.in_type)
         return n if n_target is None else n_target, self.out_type.size
 
     def _check(self, atol: float, rtol: float) -> Errors:
-        """On a random cloud, its graph, random features and attributes."""
+        """Compare on the graph of a random cloud, with random features and attributes."""
         kernel, n = self.implicit_kernel, 20
         x = torch.randn(n, self.in_type.size, **like(self))
         graph = knn_graph(torch.randn(n, kernel.plan.frame.dim), k=6).to(x.device)

@@ -1,4 +1,4 @@
-"""How much memory linear layers and kernels take to build, by their fields alone: known before anything is built."""
+"""How much memory it takes to build linear layers and kernels, found from their fields before anything is built."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from escnn.group import O3, SO3, Representation
 from .._check import fail, require
 from ..lowering.sampling import distinct, hidden_space, max_frequency
 
-_BASIS = 16  # bytes per number of a sampled basis (n_b, o, i): two copies in float32, one in float64
-_TENSOR = 56  # per number of the change of basis of a tensor product, while escnn makes it
+_BASIS = 16  # bytes per value of a sampled basis (n_b, o, i): two copies in float32, one in float64
+_TENSOR = 56  # per value of the change of basis of a tensor product, while escnn makes it
 _WEIGHT = 100  # per weight: itself, its initial deviation, and twice a row of the matrix that packs the parameters
-_ORTHONORMAL = 40  # per number of a random orthonormal matrix
+_ORTHONORMAL = 40  # per value of a random orthonormal matrix
 _PACKED = 48  # per product θ B of the sparse matrix that makes a dense kernel tensor of the parameters
-_LONG = 4e9  # from about so many bytes on, building takes more than half a minute
+_LONG = 4e9  # bytes from which on building takes more than about half a minute
 _VARIABLE = "IMPLICIT_STEER_BUILD_GB"
 _CONTAINER = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -37,7 +37,7 @@ def check_linear(in_reprs: list[Representation], out_reprs: list[Representation]
 
 def check_orthonormal(in_reprs: list[Representation], out_reprs: list[Representation]) -> None:
     """Raise ``ValueError`` if it takes more memory than there is to draw the matrices of ``"deltaorthonormal"`` between
-    these fields: for each irrep in both, one after the other, a square one with as many rows as there are copies."""
+    these fields: for each irrep in both, one after the other, a square matrix with a row for each of its copies."""
     there, here = (_irrep_counts(reprs) for reprs in (in_reprs, out_reprs))
     rows, irrep = max(((max(there[i], here[i]), i) for i in there.keys() & here.keys()), default=(0, None))
     _check("init_scheme", {f"an orthonormal matrix between the copies of the irrep {irrep}": _ORTHONORMAL * rows**2})
@@ -93,8 +93,8 @@ def _n_intertwiners(into: Representation, out: Representation) -> int:
 
 
 def _count(out: Representation, into: Representation, h: Representation, tensor) -> tuple[int, int, int, int]:
-    """Of the intertwiners B[b, (o, i), m] from h to out ⊗ into their number, and bounds on how many nonzeros, (b, o, m)
-    and (b, o) there are."""
+    """How many intertwiners B[b, (o, i), m] from h to out ⊗ into there are, and bounds on how many nonzeros, (b, o, m)
+    and (b, o) they have."""
     read, total = Counter(h.irreps), np.zeros(4, dtype=int)
     for ((a, a_rows), n_a), ((b, b_rows), n_b) in product(_copies(out).items(), _copies(into).items()):
         for ident, copies in tensor(a, b):

@@ -15,7 +15,7 @@ from torch import Tensor
 class _Activation(NamedTuple):
     value: Callable[[Tensor], Tensor]  # φ
     prime: Callable[[Tensor], Tensor]  # φ′
-    second: Callable[[Tensor], Tensor]  # φ″, in a kink that from below
+    second: Callable[[Tensor], Tensor]  # φ″; at a kink its limit from below
     kinked: bool  # φ or φ′ has a kink at 0
 
 
@@ -72,7 +72,7 @@ def phi_prime(name: str, u: Tensor) -> Tensor:
 
 
 def phi_second(name: str, u: Tensor) -> Tensor:
-    """φ″(u), in a kink that from below."""
+    """φ″(u); at a kink its limit from below."""
     return _TABLE[name].second(u)
 
 

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from .._check import require, require_integer
 from .frozen import FrozenArrays, require_indices, require_shape
 
-MAX_ORDER = 1000  # of a frame's coefficients and attributes: powers up to it are written out
+MAX_ORDER = 1000  # orders of coefficients and attributes are below this: powers up to the order are written out
 _ABSENT: Any = None  # in place of arrays that belong to other kinds of frames
 
 
 @dataclass(frozen=True, eq=False)
 class Frame(FrozenArrays):
-    """Where the MLP is evaluated, and how its hidden features return from there.
+    """Where the MLP is evaluated, and how its hidden features are rotated back from there.
 
     ``kind``:
 
@@ -89,6 +89,6 @@ class Frame(FrozenArrays):
 
     @property
     def n_position(self) -> int:
-        """Numbers that the position contributes to the MLP's input: all of x; (r,); (ρ, axis); or, in a planar frame
-        that is not regular, (ρ, 0, axis), where the 0 has a derivative at ρ = 0."""
+        """How many values the position contributes to the MLP's input: all of x; (r,); (ρ, axis); or, in a planar
+        frame that is not regular, (ρ, 0, axis), where the 0 has a derivative at ρ = 0."""
         return {"none": self.dim, "zonal": 1, "planar": self.dim - self.regular}[self.kind]

@@ -16,8 +16,8 @@ from .._check import require
 
 
 def _freeze(value: Any) -> Any:
-    """Float arrays become read-only float64, integer arrays read-only int64, NumPy's numbers Python's; others pass."""
-    if isinstance(value, np.generic):  # which print, and so are hashed, differently in NumPy 1 and 2
+    """Make float arrays read-only float64, integer arrays read-only int64, NumPy's scalars Python's; leave the rest."""
+    if isinstance(value, np.generic):  # its repr, which is hashed, differs between NumPy 1 and 2
         return value.item()
     if not isinstance(value, np.ndarray):
         return value
@@ -77,7 +77,7 @@ class FrozenArrays:
 
 
 def require_indices(name: str, index: NDArray[Any], count: int, shape: tuple[int, ...] | None = None) -> None:
-    """Raise unless these are integers in 0 .. count-1, of that shape (any 1-D one by default)."""
+    """Raise unless ``index`` holds integers in 0 .. count-1 and has this shape (by default any of one dimension)."""
     ok = index.dtype.kind == "i" and (index.ndim == 1 if shape is None else index.shape == shape)
     require(ok, name, f"integers of shape {shape or '(*,)'}", f"{index.dtype} of shape {index.shape}")
     inside = bool(((index >= 0) & (index < count)).all())
@@ -96,7 +96,7 @@ def require_shape(name: str, array: NDArray[Any] | None, shape: tuple[int, ...])
 
 
 def fingerprint_of(arrays: Iterable[NDArray[Any]]) -> NDArray[Any]:
-    """(n,) integers, one per array: others for other signs, orders or values, but the same (± 1) after rounding."""
+    """(n,) integers, one per array. They differ where signs, orders or values do, but rounding changes them by ≤ 1."""
     return np.array([round(1e4 * _scrambled_sum(a.reshape(-1))) for a in arrays], dtype=np.int64)
 
 

@@ -49,7 +49,7 @@ class Term(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Components of all copies."""
+        """How many components all copies have together."""
         return self.multiplicity * self.irrep.size
 
 
@@ -57,8 +57,9 @@ class Term(NamedTuple):
 class Irreps:
     """What a feature consists of: ``16x0e + 8x1o`` is 16 scalars and 8 vectors, 40 components.
 
-    The components are those of the first term, copy by copy, then those of the second, and so on. Within a copy they
-    are e3nn's: of a vector (x, y, z), of degree l those of its 2 l + 1 spherical harmonics, with polar axis y.
+    The components of the first term come first, copy by copy, then those of the second, and so on. The components of a
+    copy are e3nn's: (x, y, z) for a vector, and for degree l one for each of the 2 l + 1 spherical harmonics, with
+    polar axis y.
 
     Example:
         >>> Irreps.of("16x0e + 8x1o").size
@@ -72,8 +73,8 @@ class Irreps:
         """Irreps of a string, of another object (e3nn's, too) whose ``str`` is one, or of (multiplicity, irrep) pairs.
 
         Raises:
-            ValueError: naming ``name`` and the term that is none.
-            TypeError: neither a string nor irreps.
+            ValueError: a term cannot be read; the message names ``name`` and the term.
+            TypeError: ``given`` is neither a string nor irreps.
         """
         if isinstance(given, Irreps):
             return given
@@ -92,7 +93,7 @@ class Irreps:
 
     @cached_property
     def size(self) -> int:
-        """Components of the feature."""
+        """How many components the feature has."""
         return sum(term.size for term in self.terms)
 
     @cached_property

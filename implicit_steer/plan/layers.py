@@ -43,7 +43,7 @@ class Block(FrozenArrays):
 
 @dataclass(frozen=True, eq=False)
 class Linear(FrozenArrays):
-    """A hidden equivariant linear layer in frame coordinates, ``z = W y + bias @ b``: blocks, a static pattern."""
+    """A hidden equivariant linear layer in frame coordinates, ``z = W y + bias @ b``; W is 0 outside of its blocks."""
 
     in_size: int
     out_size: int
@@ -66,7 +66,7 @@ class Linear(FrozenArrays):
 
     @property
     def fingerprint(self) -> NDArray[Any]:
-        """Integers by which weights that mean another map, on another basis, are told."""
+        """Integers that differ where the same weights, on another basis, mean another map."""
         return fingerprint_of(block.basis for block in self.blocks)
 
     @cached_property
@@ -77,7 +77,8 @@ class Linear(FrozenArrays):
 
 @dataclass(frozen=True, eq=False)
 class Activation(FrozenArrays):
-    """``y = inverse · φ(samples · z)`` per channel, equal samples merged; ``index``: which one each original was."""
+    """``y = inverse · φ(samples · z)`` per channel. Equal samples are merged: ``index`` holds the merged sample of each
+    original one."""
 
     channels: int
     function: str
@@ -94,7 +95,7 @@ class Activation(FrozenArrays):
 
     @cached_property
     def unmerged(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """(S_original, c) and (c, S_original): the same function with every sample written out."""
+        """samples (S_original, c) and inverse (c, S_original) of the same function before equal samples were merged."""
         count = np.bincount(self.index, minlength=len(self.samples))
         return self.samples[self.index], (self.inverse / count)[:, self.index]
 
@@ -120,5 +121,5 @@ class Norm(FrozenArrays):
 
     @property
     def n_mean(self) -> int:
-        """Coordinates of escnn's hidden field up to the last trivial one."""
+        """How many coordinates of escnn's hidden field there are up to the last trivial one."""
         return int(self.full_trivial.max(initial=0)) + 1

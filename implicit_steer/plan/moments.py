@@ -12,7 +12,7 @@ from torch import Tensor
 from .._transforms import is_transformed
 
 Moments = tuple[int, Tensor, Tensor]  # number of rows, mean, sum of squared deviations from it
-Pool = Callable[[int, Tensor, Tensor], Moments]  # those of some rows → those with the rows of other processes
+Pool = Callable[[int, Tensor, Tensor], Moments]  # some rows' moments → the moments of these and other processes' rows
 
 
 class NormStatistics(NamedTuple):
@@ -39,7 +39,7 @@ RUNNING, MEASURED = StatisticsSource(measured=False), StatisticsSource(measured=
 
 
 def moments(rows: Tensor, pool: Pool | None = None) -> Moments:
-    """Of rows (N, ...), all 0 without rows; ``pool`` adds the rows of other processes."""
+    """Moments of rows (N, ...), all 0 where there are none; ``pool`` adds the rows of other processes."""
     n = len(rows)
     mean = rows.mean(0) if n else rows.new_zeros(rows.shape[1:])
     found = n, mean, (rows - mean).square().sum(0)
@@ -48,7 +48,7 @@ def moments(rows: Tensor, pool: Pool | None = None) -> Moments:
 
 def move_towards(kept: Sequence[Tensor], found: Sequence[Tensor], factor: float) -> None:
     """kept ← kept + factor · (found − kept), in place: running statistics."""
-    if is_transformed():  # of which torch.func.vmap knows only the single step
+    if is_transformed():  # torch.func.vmap has no rule for _foreach_lerp_
         for old, new in zip(kept, found, strict=True):
             old.lerp_(new, factor)
     else:

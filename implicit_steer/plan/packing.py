@@ -18,8 +18,8 @@ from .plan import Coupling, Plan
 
 
 def is_traced() -> bool:
-    """Whether torch.compile, torch.export or a transform of torch.func is looking on: tensors are then stand-ins, of
-    which nothing is to be kept."""
+    """Whether torch.compile, torch.export or a transform of torch.func traces this call. Tensors are then stand-ins,
+    and what is made of them must not be kept."""
     return torch.compiler.is_compiling() or is_transformed()
 
 
@@ -33,15 +33,16 @@ class NormParameters(NamedTuple):
 
 
 class CallCache:
-    """What was made of a layer's tensors in its last call. What a backend packed is used again while they hold the same
-    bytes: changes of every kind are noticed, also those that leave no trace in a tensor's version (``.data``, another
-    process's writes). Copies and pickles keep only ``native``.
+    """What was made of a layer's tensors in its last call. What a backend packed is used again while the tensors hold
+    the same bytes: every change is noticed, also one that leaves no trace in a tensor's version (by ``.data``, or by
+    another process). Copies and pickles keep only ``native``.
 
     Attributes:
-        native: the plan as the native code takes it, or None; under torch.compile it has to be there already.
-        tensors, parameters: those of the last call, and what holds them.
+        native: the plan as the native code takes it, or None; torch.compile needs it to be there already.
+        tensors: the tensors of the last call.
+        parameters: the :class:`Parameters` that hold them.
         bound: what a backend made of ``parameters``.
-        hooks: how many had been registered when the layer's modules were last searched for some.
+        hooks: how many hooks the process had registered when the layer's modules were last searched for hooks.
     """
 
     def __init__(self, native: Any = None) -> None:
@@ -78,8 +79,8 @@ _R = TypeVar("_R")
 
 
 def cached(make: Callable[..., _R]) -> Callable[..., _R]:
-    """``lru_cache`` for a function that makes tensors. These are none of torch.inference_mode, wherever it is called
-    first: autograd would refuse them later; and none of torch.compile or torch.export, which look on with stand-ins."""
+    """``lru_cache`` for a function that makes tensors. It makes them outside of torch.inference_mode, since autograd
+    would refuse them in later calls, and keeps none under torch.compile or torch.export, where they are stand-ins."""
     make = torch.inference_mode(False)(make)
     from_cache = lru_cache(maxsize=256)(make)
 
@@ -103,15 +104,15 @@ def constant(owner: Any, name: str, like: Tensor) -> Tensor:
 
 
 class Constants:
-    """Numbers that a module multiplies with: exact in float64 (or int64), and cast to each dtype and device that asks.
-    No buffers: ``.double()`` would find what float32 has left of them."""
+    """Arrays that a module multiplies with, exact in float64 (or int64) and cast to the dtype and device of each call.
+    They are no buffers: ``.float().double()`` would round them."""
 
     def __init__(self, *arrays: NDArray[Any]) -> None:
         self.exact = tuple(torch.tensor(a, device="cpu") for a in arrays)  # also of modules on "meta"
         self._cache: dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]] = {}
 
     def like(self, x: Tensor) -> tuple[Tensor, ...]:
-        """With the dtype and device of ``x``; integers keep theirs."""
+        """The arrays with the dtype and device of ``x``; integers keep their dtype."""
         key = x.dtype, x.device
         if key in self._cache:
             return self._cache[key]
@@ -123,8 +124,8 @@ class Constants:
 
 
 class Expansion:
-    """What a linear layer learns → its matrix W (out, in) and b (out,): the plan's formula on tensors that
-    torch.compile, too, can read."""
+    """What a linear layer learns → its matrix W (out, in) and b (out,): the plan's formula, on tensors that
+    torch.compile can read."""
 
     def __init__(self, layer: Linear) -> None:
         self.shape = layer.out_size, layer.in_size
@@ -162,13 +163,13 @@ def _expansion(layer: Linear) -> Expansion:
 
 @cached
 def _theta_index(coupling: Coupling, device: torch.device) -> Tensor:
-    """(U·V·W·n_b,) position in the parameter vector."""
+    """(U·V·W·n_b,) the position of every θ[u, v, w, b] in the parameter."""
     per_row = len(coupling.hidden_start) * coupling.basis.shape[0]
     return (torch.tensor(coupling.row)[..., None] + torch.arange(per_row)).reshape(-1).to(device)
 
 
 def mixing_weights(coupling: Coupling, weights: Tensor, bias: Tensor | None) -> Tensor:
-    """θ (U, V, W, n_b)."""
+    """θ (U, V, W, n_b) of a coupling, from the last layer's weights and bias."""
     parameter = weights if coupling.parameter == "weights" else cast(Tensor, bias)
     shape = (*coupling.row.shape, len(coupling.hidden_start), coupling.basis.shape[0])
     return parameter.index_select(0, _theta_index(coupling, parameter.device)).view(shape)
@@ -180,7 +181,7 @@ def kernel_positions(
     """The position in the flat (C_out, C_in, H) kernel of every product θ[u, v, w, b] · B[b, o, i, m] of the coupling.
 
     Args:
-        fields: u, v, w, the numbers of the output field, the input field and the hidden channel.
+        fields: u, v, w, the indices of the output field, the input field and the hidden channel.
         entries: o, i, m, the coordinates within them. All six broadcast with one another.
         out: where the result is written, as in NumPy.
     """
@@ -201,7 +202,7 @@ def _kernel_index(plan: Plan, device: torch.device) -> Tensor:
 
 
 def dense_kernel(plan: Plan, weights: Weights) -> Tensor:
-    """(C_out, C_in, H): K[o, i] = Σ_m dense[o, i, m] h[m], γ and shell left out."""
+    """dense (C_out, C_in, H) with K[o, i] = Σ_m dense[o, i, m] h[m], but for γ and the shell."""
     values = [
         torch.einsum("uvwb,boim->uoviwm", t, constant(c, "basis", t)).reshape(-1)
         for c, t in zip(plan.couplings, weights.theta, strict=True)
@@ -213,16 +214,16 @@ def dense_kernel(plan: Plan, weights: Weights) -> Tensor:
 
 
 def running(p: NormParameters, trivial: Tensor) -> tuple[Tensor, Tensor]:
-    """The statistics that a batch norm keeps: mean (channels, n_trivial), var (channels,). ``trivial``: its trivial
-    coordinates."""
+    """The statistics that a batch norm keeps: mean (channels, n_trivial), var (channels,). ``trivial`` (n_trivial,):
+    the trivial coordinates of its field."""
     return p.mean.index_select(1, trivial), p.var.view(-1)
 
 
 def fold_norm(plan: Plan, weights: Weights, n: int, p: NormParameters, mean: Tensor, var: Tensor) -> None:
     """Fold batch norm ``n``, with these statistics, into what follows it in ``weights``: the next linear map, or θ.
 
-    The norm is ``y → scale · y + shift`` with scale = weight / sqrt(var + eps) (channels,) and shift = bias − mean ·
-    scale (channels, n_trivial), which the trivial coefficients alone have.
+    The norm is ``y → scale · y + shift`` with scale = weight / sqrt(var + eps) (channels,) and, for the trivial
+    coefficients alone, shift = bias − mean · scale (channels, n_trivial).
     """
     norm = plan.norms[n]
     scale = p.weight.view(-1) / (var + norm.eps).sqrt()
@@ -241,7 +242,7 @@ def _fold_into_linear(norm: Norm, w: Tensor, b: Tensor, scale: Tensor, shift: Te
 
 
 def _fold_into_theta(plan: Plan, theta: list[Tensor], scale: Tensor, shift: Tensor) -> list[Tensor]:
-    """θ · scale, and the shift moved into the biases' couplings."""
+    """θ · scale, with the shift moved into the couplings of the bias."""
     folded = [t * scale[:, None] if c.parameter == "weights" else t for c, t in zip(plan.couplings, theta, strict=True)]
     for c, t in zip(plan.couplings, theta, strict=True):
         if c.fold_into >= 0:

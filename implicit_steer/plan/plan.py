@@ -30,7 +30,7 @@ from .layers import Activation, Linear, Norm
 
 @dataclass(frozen=True, eq=False)
 class Coupling(FrozenArrays):
-    """One type of output field, one of input field, one of hidden field: U × V × W fields share the intertwiners B.
+    """Couples one type of output, of input and of hidden field: U × V × W fields share the intertwiners B.
 
     ``K[out_start[u] + o, in_start[v] + i] += Σ_{b,w,m} θ[u, v, w, b] B[b, o, i, m] h[hidden_start[w] + m]`` with
     ``θ[u, v, w, b] = parameter[row[u, v] + w n_b + b]``; the parameter is the last layer's ``weights`` or its ``bias``.
@@ -45,7 +45,7 @@ class Coupling(FrozenArrays):
     hidden_start: NDArray[Any]  # (W,)
     basis: NDArray[Any]  # (n_b, o, i, m)
     # where a shift of the hidden trivial coefficients goes: B[b, :, :, trivial t] = Σ_b' fold[b, t, b'] B_bias[b']
-    fold: NDArray[Any]  # (n_b, n_trivial, n_b') for "weights" blocks, else empty
+    fold: NDArray[Any]  # (n_b, n_trivial, n_b') for "weights", else empty
     fold_into: int  # position of that bias coupling in Plan.couplings, or -1
     depthwise: bool = False
 
@@ -56,11 +56,11 @@ class Coupling(FrozenArrays):
         require(not self.depthwise or n_out == n_in, "in_start", f"{n_out} fields, as many as go out", n_in)
         require_indices("row", self.row, self.end, (n_out, 1 if self.depthwise else n_in))
         read = self.row.size * len(self.hidden_start) * len(self.basis)
-        require(read <= self.end, "row", f"{read} numbers of the parameter, each read once", f"{self.end} numbers")
+        require(read <= self.end, "row", f"{read} values of the parameter, each read once", f"{self.end} values")
 
     @property
     def end(self) -> int:
-        """One past the last number of its parameter that it reads."""
+        """One past the last value of its parameter that it reads."""
         return int(self.row.max(initial=0)) + len(self.hidden_start) * len(self.basis)
 
     @cached_property
@@ -71,7 +71,7 @@ class Coupling(FrozenArrays):
 
     @cached_property
     def counts(self) -> tuple[int, int, int]:
-        """How many nonzeros, products of features ((b, o, m) that occur) and slots there are."""
+        """How many nonzeros, products of features ((b, o, m) that occur) and slots ((b, o) that occur) there are."""
         nonzero = self.basis != 0
         nonzeros, products, slots = map(np.count_nonzero, (nonzero, nonzero.any(2), nonzero.any((2, 3))))
         return int(nonzeros), int(products), int(slots)
@@ -135,7 +135,7 @@ class Plan(FrozenArrays):
                 require_shape("fold", c.fold, (n_b, n_trivial, len(into.basis)))
 
     def _validate_layers(self) -> None:
-        """Each hidden layer takes what the one before it gives."""
+        """Raise ``ValueError`` unless each hidden layer takes what the one before it gives."""
         frame, coefficients = self.frame, len(self.frame.order)
         size = frame.n_position + frame.n_attributes
         for n, (layer, act) in enumerate(zip(self.linears, self.activations, strict=True)):
@@ -148,9 +148,7 @@ class Plan(FrozenArrays):
             size = self.activations[-1].channels * len(frame.coefficient if frame.kind == "zonal" else frame.order)
         require(full == size, "hidden_size", f"{size} hidden features and the constant one", self.hidden_size)
         for norm, act in zip(self.norms, self.activations, strict=False):
-            require(
-                norm.channels == act.channels, "channels", f"{act.channels}, those of its activation", norm.channels
-            )
+            require(norm.channels == act.channels, "channels", f"{act.channels}, as its activation has", norm.channels)
             require_indices("trivial", norm.trivial, coefficients)
             require_indices("measured", norm.measured, full // norm.channels)
 
@@ -169,7 +167,7 @@ class Plan(FrozenArrays):
 
     @property
     def fingerprint(self) -> NDArray[Any]:
-        """Integers by which parameters that mean another kernel, on another basis, are told."""
+        """Integers that differ where the same parameters, on another basis, mean another kernel."""
         hidden = [layer.fingerprint for layer in self.linears]
         return np.concatenate([*hidden, fingerprint_of(c.basis for c in self.couplings)])
 

@@ -363,7 +363,7 @@ def test_state_dict_on_another_basis_is_refused(reloaded):
     other.load_state_dict(loaded.double().state_dict())
     state = loaded.state_dict()
     state["implicit_kernel.fingerprint"] = -state["implicit_kernel.fingerprint"]
-    with pytest.raises(RuntimeError, match=r"implicit_kernel\.fingerprint: expected that of this module's basis"):
+    with pytest.raises(RuntimeError, match=r"implicit_kernel\.fingerprint: expected this module's basis"):
         other.load_state_dict(state)
 
 
@@ -424,7 +424,7 @@ def test_what_was_learned_goes_into_a_network_with_escnns_types(reloaded):
     sizes = r"blocks.1.conv1.bias: expected shape \(8,\), got none. Build the module with the arguments"
     others = [
         (QM9Net(edge_attr="bonds", blocks=2), ValueError, sizes),
-        (QM9Net(edge_attr="bonds", blocks=1), RuntimeError, "fingerprint: expected that of this module's basis"),
+        (QM9Net(edge_attr="bonds", blocks=1), RuntimeError, "fingerprint: expected this module's basis"),
     ]
     for other, error, message in others:
         before = copy.deepcopy(other.state_dict())

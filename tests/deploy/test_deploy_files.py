@@ -273,7 +273,7 @@ def parametrised():
         ),
         (nn.Sequential(conv(Changed)), ["0: expected", "Changed", "A subclass of a known module counts as unknown"]),
         (nn.Sequential(hooked()), ["0.implicit_kernel: expected no forward hooks, got 1", "remove them"]),
-        (tied(), ["1.weight: expected a tensor of one module, got that of '0.weight'"]),
+        (tied(), ["1.weight: expected a tensor of one module, got the tensor of '0.weight'"]),
         (parametrised(), ["0: expected", "ParametrizedLinear", "remove_parametrizations"]),
     ],
     ids=lambda v: type(v).__name__,

@@ -63,7 +63,7 @@ def test_a_fit_names_the_structures(name, value):
     """Their NaN went into every shift, and a scale of 1 was kept; nothing is changed now."""
     potential = Potential([29, 79], CUTOFF, channels=1, blocks=1)
     before = {key: tensor.clone() for key, tensor in potential.state_dict().items()}
-    message = rf"structures: expected finite {name}, got NaN or Inf in 2 of 6: numbers \[2, 4\]\."
+    message = rf"structures: expected finite {name}, got NaN or Inf in 2 of 6: indices \[2, 4\]\."
     with pytest.raises(ValueError, match=message):
         potential.fit(Structures.join(spoilt(name, value)))
     assert all(torch.equal(tensor, before[key]) for key, tensor in potential.state_dict().items())

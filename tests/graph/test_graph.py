@@ -213,7 +213,7 @@ BAD_GRAPHS = {
     "no targets": (EDGES, (2, 0), ValueError, "expected no edges, as there are no targets, got index 2"),
     "negative count": (EDGES, -1, ValueError, r"num_nodes: expected an integer >= 0 or a pair .* got -1"),
     "negative pair": (EDGES, (3, -1), ValueError, r"got \(3, -1\)"),
-    "three counts": (EDGES, (3, 3, 3), ValueError, "got 3 numbers"),
+    "three counts": (EDGES, (3, 3, 3), ValueError, "got 3 values"),
     "float count": (EDGES, 3.0, TypeError, "num_nodes: .* got 3.0"),
     "bool count": (EDGES, True, TypeError, "got True"),
     "no count": (EDGES, None, TypeError, "got None"),
