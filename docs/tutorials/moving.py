@@ -1,13 +1,18 @@
 # %% [markdown]
 # # Moving from other code
 #
-# From the authors' implementation, from escnn's `R3PointConv`, from PyG, and from codes with other rows and signs.
+# From the authors' implementation, from escnn's `R3PointConv`, from e3nn, NequIP and MACE, from PyG, and from codes
+# with other rows and signs.
 
 # %%
 import escnn
 import torch
+from e3nn import nn as enn
+from e3nn import o3
+from e3nn.math import soft_one_hot_linspace
 
 import implicit_steer as ist
+from implicit_steer import irreps
 from implicit_steer.nn import ImplicitKernel, ImplicitPointConv
 from implicit_steer.training import viz
 
@@ -72,12 +77,183 @@ entries = {"from x to x": (2, 2), "from x to y": (0, 2), "from y to y": (0, 0), 
 viz.kernel_slice(kernel, entries=entries, title="O(3): vector to vector, components")
 
 # %% [markdown]
+# ## From e3nn
+#
+# `implicit_steer.irreps` takes features as they are in e3nn: the same strings (or `o3.Irreps`), the same order of
+# components, the same basis.
+#
+# | e3nn | here |
+# |---|---|
+# | `FullyConnectedTensorProduct`, `FullyConnectedNet`, `scatter` | `ImplicitPointConv(irreps_in, irreps_out)` |
+# | a `TensorProduct` with paths `"uvu"`, `o3.Linear` after `scatter` | `ImplicitPointConv(..., depthwise=True)` |
+# | `o3.spherical_harmonics(...)`, `lmax` | nothing: the kernel has all degrees that the irreps can connect |
+# | `soft_one_hot_linspace(r, 0, cutoff, n)` | `cutoff=`; `width=`, about the length of an edge |
+# | `o3.Linear(a, b)`, `biases=True` | `Linear(a, b, bias=False)`, `Linear(a, b)` |
+# | `Gate(scalars, [silu], gates, [sigmoid], gated)` | `Gate(irreps_out)`; layers before it map to `gate.irreps_in` |
+# | `BatchNorm(irreps)` | `Norm(irreps)`, a layer norm |
+#
+# The usual program, a product with the edge's harmonics whose weights are a network of its length:
+
+# %%
+harmonics, scalar_basis, cutoff = o3.Irreps.spherical_harmonics(2), 10, 2.0
+
+
+def of_the_edge(edge_vec):
+    """Spherical harmonics of the edges' directions (E, 9), and functions of their lengths (E, 10) that end at 2."""
+    y = o3.spherical_harmonics(harmonics, edge_vec, normalize=True, normalization="component")
+    length = edge_vec.norm(dim=1)
+    return y, soft_one_hot_linspace(length, 0.0, cutoff, scalar_basis, basis="bessel", cutoff=True)
+
+
+class InE3nn(torch.nn.Module):
+    """out_i = Σ_j f_j ⊗ Y(x_ij), with the weights MLP(|x_ij|)."""
+
+    def __init__(self, irreps_in, irreps_out):
+        super().__init__()
+        self.product = o3.FullyConnectedTensorProduct(irreps_in, harmonics, irreps_out, shared_weights=False)
+        self.weights = enn.FullyConnectedNet([scalar_basis, 16, self.product.weight_numel], torch.nn.functional.silu)
+
+    def forward(self, x, edge_index, edge_vec):
+        source, target = edge_index
+        y, basis = of_the_edge(edge_vec)
+        messages = self.product(x[source], y, self.weights(basis))
+        return messages.new_zeros(len(x), messages.shape[1]).index_add(0, target, messages)
+
+
+in_e3nn = InE3nn("8x0e + 8x1o", "8x0e + 8x1o")
+
+# %% [markdown]
+# And here, where a network gives the whole kernel, angles included, and no matrix or weight is formed for any edge:
+
+# %%
+here = irreps.ImplicitPointConv("8x0e + 8x1o", "8x0e + 8x1o", cutoff=cutoff, width=1.0)
+
+x = torch.randn(50, 32)
+rotation = o3.rand_matrix()
+on_features = o3.Irreps("8x0e + 8x1o").D_from_matrix(rotation)
+for name, layer in (("e3nn", in_e3nn), ("here", here)):
+    with torch.no_grad():
+        before, after = layer(x, edge_index, delta), layer(x @ on_features.T, edge_index, delta @ rotation.T)
+    error = float((after - before @ on_features.T).norm() / before.norm())
+    print(f"{name}: {sum(p.numel() for p in layer.parameters()):6} parameters, equivariant to {error:.0e}")
+
+# %% [markdown]
+# ## From NequIP
+#
+# Its layer multiplies channel by channel, mixes channels once per node, adds a self-connection that depends on the
+# species, and ends in a gate. In e3nn's terms:
+
+
+# %%
+def depthwise_product(into, out):
+    """The product with the harmonics, channel by channel, on all paths that lead to an irrep of ``out``."""
+    middle, paths = [], []
+    for i, (copies, irrep_in) in enumerate(into):
+        for j, (_, irrep_edge) in enumerate(harmonics):
+            for irrep in irrep_in * irrep_edge:
+                if irrep in out:
+                    paths.append((i, j, len(middle), "uvu", True))
+                    middle.append((copies, irrep))
+    return o3.TensorProduct(into, harmonics, middle, paths, shared_weights=False)
+
+
+class AsInNequIP(torch.nn.Module):
+    """Gate(Linear(Σ_j Linear(f_j) ⊗ Y) / √degree + f_i ⊗ species_i)."""
+
+    def __init__(self, irreps_in, irreps_out, species, degree):
+        super().__init__()
+        into, out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
+        scalars = o3.Irreps([(copies, irrep) for copies, irrep in out if irrep.l == 0])
+        gated = o3.Irreps([(copies, irrep) for copies, irrep in out if irrep.l > 0])
+        gates = o3.Irreps([(gated.num_irreps, "0e")])
+        self.gate = enn.Gate(scalars, [torch.nn.functional.silu], gates, [torch.sigmoid], gated)
+        self.first = o3.Linear(into, into)
+        self.product = depthwise_product(into, self.gate.irreps_in)
+        self.weights = enn.FullyConnectedNet([scalar_basis, 16, self.product.weight_numel], torch.nn.functional.silu)
+        self.last = o3.Linear(self.product.irreps_out, self.gate.irreps_in)
+        self.self_connection = o3.FullyConnectedTensorProduct(into, f"{species}x0e", self.gate.irreps_in)
+        self.degree = degree
+
+    def forward(self, x, edge_index, edge_vec, node_attr):
+        source, target = edge_index
+        y, basis = of_the_edge(edge_vec)
+        messages = self.product(self.first(x)[source], y, self.weights(basis))
+        sums = messages.new_zeros(len(x), messages.shape[1]).index_add(0, target, messages)
+        return self.gate(self.last(sums) / self.degree**0.5 + self.self_connection(x, node_attr))
+
+
+as_in_nequip = AsInNequIP("16x0e", "16x0e + 16x1o + 16x2e", species=3, degree=8)
+
+# %% [markdown]
+# Here that is one module. Where a network of NequIP has `num_layers` of them with `num_features=16`, `l_max=2` and
+# `parity=True`, write them one after the other.
+
+# %%
+block = irreps.InteractionBlock(
+    "16x0e", "16x0e + 16x1o + 16x2e", node_attr=3, degree=8, cutoff=cutoff, width=1.0, depthwise=True
+)
+
+species = torch.nn.functional.one_hot(torch.arange(50) % 3, 3).float()
+for name, layer in (("NequIP", as_in_nequip), ("here", block)):
+    result = layer(torch.randn(50, 16), edge_index, delta, node_attr=species)
+    print(f"{name:6} {tuple(result.shape)}, {sum(p.numel() for p in layer.parameters())} parameters")
+
+# %% [markdown]
+# ## From MACE
+#
+# Its layer has two steps. The interaction sums messages of the neighbours, as in NequIP: here it is a depthwise
+# convolution. The second step, the symmetric contractions, has no counterpart here: they multiply the sums of one atom
+# with each other, channel by channel, so that one layer sees several neighbours at once. Keep MACE's own for this step;
+# or stack `InteractionBlock`s, whose gates and layers bring in more and more neighbours, as in NequIP.
+
+
+# %%
+class InteractionAsInMACE(torch.nn.Module):
+    """A_i = Linear(Σ_j Linear(f_j) ⊗ Y) / degree."""
+
+    def __init__(self, irreps_in, irreps_out, degree):
+        super().__init__()
+        into, out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
+        self.up, self.product = o3.Linear(into, into), depthwise_product(into, out)
+        self.weights = enn.FullyConnectedNet([scalar_basis, 64, self.product.weight_numel], torch.nn.functional.silu)
+        self.down, self.degree = o3.Linear(self.product.irreps_out, out), degree
+
+    def forward(self, x, edge_index, edge_vec):
+        source, target = edge_index
+        y, basis = of_the_edge(edge_vec)
+        messages = self.product(self.up(x)[source], y, self.weights(basis))
+        return self.down(messages.new_zeros(len(x), messages.shape[1]).index_add(0, target, messages)) / self.degree
+
+
+class Interaction(torch.nn.Module):
+    """The same with an implicit kernel."""
+
+    def __init__(self, irreps_in, irreps_out, degree):
+        super().__init__()
+        self.up = irreps.Linear(irreps_in, irreps_in, bias=False)
+        options = {"cutoff": cutoff, "width": 1.0, "depthwise": True, "bias": False}
+        self.conv, self.degree = irreps.ImplicitPointConv(irreps_in, irreps_out, **options), degree
+
+    def forward(self, x, edge_index, edge_vec):
+        return self.conv(self.up(x), edge_index, edge_vec) / self.degree
+
+
+hidden, message = "16x0e + 16x1o", "16x0e + 16x1o + 16x2e"
+x = torch.randn(50, 64)
+for interaction in (InteractionAsInMACE(hidden, message, degree=8), Interaction(hidden, message, degree=8)):
+    sums = interaction(x, edge_index, delta)  # (N, 16 + 48 + 80), one irrep after the other
+    parts = [part.unflatten(1, (16, -1)) for part in sums.split([16, 48, 80], 1)]
+    by_channel = torch.cat(parts, 2)  # (N, 16, 9), as MACE's contractions take them
+    print(type(interaction).__name__, tuple(by_channel.shape))
+
+# %% [markdown]
 # ## From PyG
 #
 # `edge_index` (row 0 the sources), `batch` and the pairs of bipartite graphs are PyG's; `knn_graph`, `radius_graph`,
 # `knn` and `radius` have its names, arguments and rows. What PyG calls `NNConv`, a network that gives every edge a
 # matrix, is this layer for the trivial group, with `(pos_i − pos_j, edge_attr)` as the network's input; every other
-# group makes it equivariant.
+# group makes it equivariant. With `implicit_steer.irreps` features are plain tensors as in PyG: see
+# [Irreps and PyG](irreps.md). With escnn's types:
 #
 # | PyG | here |
 # |---|---|
@@ -129,6 +305,7 @@ print(tuple(y.shape))
 # | PyG: `knn(x, y, k)`, `radius(x, y, r)` | target, in y | source, in x | none | `edge_index.flip(0)` |
 # | e3nn: the guide to convolutions | source | target | `pos[1] − pos[0]` | as it is |
 # | e3nn: `nn.models.v2103` | source | target | `pos[0] − pos[1]` | `−vector` |
+# | MACE | source | target | `pos[1] − pos[0]` | as it is |
 # | NequIP; ASE's `neighbor_list("ijD")` | target | source | `pos[1] − pos[0]` | `edge_index.flip(0)`, `−vector` |
 # | the authors: `4_model.ipynb`, QM9 | source | target | `pos[1] − pos[0]` | as it is |
 # | the authors: `3_point_conv.ipynb` | source | target | `pos[0] − pos[1]` | `−vector` |

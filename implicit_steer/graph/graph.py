@@ -209,18 +209,14 @@ def _node_counts(num_nodes: Any) -> tuple[int, int]:
 
 def _checked_edges(given: Any, num_src: int, num_dst: int) -> Tensor:
     """A contiguous copy in int32 or int64, after every check that later code relies on. It is a copy so that writing
-    to ``given`` does not change the graph."""
+    to ``given`` does not change the graph; of PyG's ``EdgeIndex`` it is a plain tensor."""
     require_integers(given, "edge_index")
-    edge_index = given
     expected = "a tensor of shape (2, E)"
     remedy = "Row 0 holds the sources, row 1 the targets; pass edge_index.t() if yours is (E, 2)."
-    require(edge_index.dim() == 2 and edge_index.shape[0] == 2, "edge_index", expected, tuple(edge_index.shape), remedy)
-    num_edges = edge_index.shape[1]
-    if edge_index.dtype != torch.int32 or num_edges > _INT32_MAX:
-        edge_index = edge_index.to(torch.int64)
-    edge_index = edge_index.contiguous()
-    if edge_index is given:
-        edge_index = given.clone()
+    require(given.dim() == 2 and given.shape[0] == 2, "edge_index", expected, tuple(given.shape), remedy)
+    num_edges = given.shape[1]
+    dtype = torch.int32 if given.dtype == torch.int32 and num_edges <= _INT32_MAX else torch.int64
+    edge_index = torch.empty_like(given, dtype=dtype, memory_format=torch.contiguous_format).copy_(given)
     # A compiled program cannot wait for the answer, nor can the stream of a GPU: they stop at a wrong index.
     if torch.compiler.is_compiling() or edge_index.is_cuda:
         right = (edge_index >= 0).all() & (edge_index[0] < num_src).all() & (edge_index[1] < num_dst).all()

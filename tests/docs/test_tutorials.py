@@ -25,7 +25,7 @@ def one_thread():
 
 def test_the_tutorials_are_there():
     names = {path.stem for path in TUTORIALS}
-    assert names == {"forces", "grid_convolution", "kernels", "model", "moving", "point_convolution"}
+    assert names == {"forces", "grid_convolution", "irreps", "kernels", "model", "moving", "point_convolution"}
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
