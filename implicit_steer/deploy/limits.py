@@ -40,12 +40,12 @@ class Placeholders(TorchFunctionMode):
 
 
 def check_irreps(arguments: dict[str, Any], numbers: int) -> None:
-    """Raise unless a file of so many ``numbers`` accounts for a module that is built from irreps and sizes."""
+    """Raise unless a file of ``numbers`` values accounts for a module that is built from irreps and sizes."""
     sizes = [Irreps.of(value, name).size for name, value in arguments.items() if name.startswith("irreps")]
     counts = [value for value in arguments.values() if isinstance(value, int)]
     most = _PER_NUMBER * (_PER_NUMBER + numbers)
     largest = max([math.prod(sizes), *(count**2 for count in counts)])
-    require(largest <= most, "sizes", f"irreps and sizes of at most {most} numbers", largest)
+    require(largest <= most, "sizes", f"irreps and sizes of at most {most} values", largest)
 
 
 def check_size(piece: FrozenArrays, numbers: int) -> None:

@@ -209,7 +209,7 @@ def _node_counts(num_nodes: Any) -> tuple[int, int]:
 
 def _checked_edges(given: Any, num_src: int, num_dst: int) -> Tensor:
     """A contiguous copy in int32 or int64, after every check that later code relies on. It is a copy so that writing
-    to ``given`` does not change the graph; of PyG's ``EdgeIndex`` it is a plain tensor."""
+    to ``given`` does not change the graph; a copy of PyG's ``EdgeIndex`` is a plain tensor."""
     require_integers(given, "edge_index")
     expected = "a tensor of shape (2, E)"
     remedy = "Row 0 holds the sources, row 1 the targets; pass edge_index.t() if yours is (E, 2)."

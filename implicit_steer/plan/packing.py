@@ -108,7 +108,7 @@ class Constants:
     They are no buffers: ``.float().double()`` would round them."""
 
     def __init__(self, *arrays: NDArray[Any]) -> None:
-        self.exact = tuple(torch.tensor(a, device="cpu") for a in arrays)  # also of modules on "meta"
+        self.exact = tuple(torch.tensor(a, device="cpu") for a in arrays)  # also for modules on "meta"
         self._cache: dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]] = {}
 
     def like(self, x: Tensor) -> tuple[Tensor, ...]:
