@@ -10,14 +10,14 @@ struct Backward : Worker<R> {
   using Base = Worker<R>;
   using V = typename Lane<R>::V;
   using Base::a, Base::p, Base::weights, Base::size, Base::tile, Base::products, Base::h, Base::mixed, Base::ring,
-      Base::n_ring;
+      Base::ring_size, Base::n_ring;
   static constexpr int L = Lane<R>::L, QL = Lane<R>::QL;
   const bool need_geometry, need_weights, need_hidden;
   R* sums;                // T of one node, as [w][slot, v]
-  R *slot_sums, *d_sums;  // T and ∂L/∂T of kNodes nodes, as [slot, v][w]
+  R *slot_sums, *d_sums;  // T and ∂L/∂T of ring_size nodes, as [slot, v][w]
   R* d_sums_t;            // ∂L/∂T of one node, as [w][slot, v]
   R* d_theta;             // θ's gradient, of all couplings one after the other as in the packed weights
-  R* grads;               // [kNodes, n_mixed] the output's gradients of the nodes in the ring
+  R* grads;               // [ring_size, n_mixed] the output's gradients of the nodes in the ring
   R* d_rows;              // per row of hidden features [L, padded W]
   R* d_one;               // [L, QL] sums over QL are the gradients of the constant one in h
   int64_t* row_at;        // [n_rows] positions in d_rows
@@ -25,7 +25,7 @@ struct Backward : Worker<R> {
   Unit<R>* row_units;     // all rows' channels
   int n_row_units = 0;
   int64_t last_node = 0;
-  int64_t prepared[kNodes];  // nodes whose ∂L/∂T stand in d_sums
+  int64_t prepared[kMostNodes];  // nodes whose ∂L/∂T stand in d_sums
   int n_prepared = 0, current = 0;
 
   Backward(const ConvArgs<Real<R>>& args, const CouplingSizes& sizes, int64_t own_edges)
@@ -42,8 +42,9 @@ struct Backward : Worker<R> {
 
   void place(Arena& arena) {
     Base::place(arena, true);
-    arena.take(sums, size.sums), arena.take(slot_sums, kNodes * size.slots), arena.take(d_sums, kNodes * size.slots);
-    arena.take(d_sums_t, size.sums), arena.take(d_theta, theta_size()), arena.take(grads, kNodes * p.n_mixed);
+    arena.take(sums, size.sums), arena.take(slot_sums, ring_size * size.slots),
+        arena.take(d_sums, ring_size * size.slots);
+    arena.take(d_sums_t, size.sums), arena.take(d_theta, theta_size()), arena.take(grads, ring_size * p.n_mixed);
     arena.take(d_rows, row_size), arena.take(d_one, L * QL), arena.take(row_at, p.n_rows);
     arena.take(row_units, row_size / (L * QL));
   }
@@ -95,7 +96,7 @@ struct Backward : Worker<R> {
   void prepare(int64_t node) {
     n_prepared = current = 0;
     prepared[n_prepared++] = node;
-    for (int64_t i = node + 1; i < last_node && n_prepared < kNodes && !tile.e.near_origin; ++i)
+    for (int64_t i = node + 1; i < last_node && n_prepared < ring_size && !tile.e.near_origin; ++i)
       if (a.index(a.rowptr, i) < a.index(a.rowptr, i + 1)) prepared[n_prepared++] = i;
     for (int n = 0; n < n_prepared; ++n)
       for (int k = 0; k < p.out_size; ++k)
@@ -124,22 +125,30 @@ struct Backward : Worker<R> {
     using Q = typename Lane<R>::Q;
     const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
     const R* weight = weights + q.theta + int64_t{b} * q.n_out * q.theta_size;
-    const R* node[kNodes];
-    for (int n = 0; n < kNodes; ++n) node[n] = opaque_pointer(mixed + n * p.n_mixed + q.out_at + o * q.out_stride);
+    const R* g = mixed + q.out_at + o * q.out_stride;
     R* d = d_sums + at_slot(q, slot);
     constexpr int M = IST_LANE_BYTES == 64 && !is_dual<R> ? 2 : 1;  // as many as the registers hold
     int64_t x = 0;
-    for (; x + M * L <= q.theta_size; x += M * L) sum_block<V, M>(q, weight + x, node, d + x);
-    for (; M > 1 && x + L <= q.theta_size; x += L) sum_block<V, 1>(q, weight + x, node, d + x);
-    for (; x < q.theta_size; x += QL) sum_block<Q, 1>(q, weight + x, node, d + x);
+    for (; x + M * L <= q.theta_size; x += M * L) sum_nodes<V, M>(q, weight + x, g, d + x);
+    for (; M > 1 && x + L <= q.theta_size; x += L) sum_nodes<V, 1>(q, weight + x, g, d + x);
+    for (; x < q.theta_size; x += QL) sum_nodes<Q, 1>(q, weight + x, g, d + x);
   }
-  // M T numbers wide
+  // M T numbers wide, of all nodes
   template <typename T, int M>
-  IST_INLINE void sum_block(const CouplingView& q, const R* weight, const R* const* node, R* d) {
+  IST_INLINE void sum_nodes(const CouplingView& q, const R* weight, const R* g, R* d) {
+    for (int first = 0; first < n_prepared; first += kNodes, g += kNodes * p.n_mixed, d += kNodes * size.slots) {
+      const R* node[kNodes];
+      for (int n = 0; n < kNodes; ++n) node[n] = opaque_pointer(g + n * p.n_mixed);
+      sum_block<T, M>(q, weight, node, d, n_prepared - first < kNodes ? n_prepared - first : kNodes);
+    }
+  }
+  // of n_nodes nodes
+  template <typename T, int M>
+  IST_INLINE void sum_block(const CouplingView& q, const R* weight, const R* const* node, R* d, int n_nodes) {
     T acc[kNodes * M] = {};
     for (int u = 0; u < q.n_out; ++u, weight += q.theta_size)
       add_term<kNodes, M>(acc, [&](int n, int) { return node[n][u]; }, weight, u);
-    for (int n = 0; n < n_prepared; ++n)
+    for (int n = 0; n < n_nodes; ++n)
       for (int m = 0; m < M; ++m) store_numbers(d + n * size.slots + m * kWidth<T>, acc[n * M + m]);
   }
 
@@ -187,7 +196,7 @@ struct Backward : Worker<R> {
         transpose_rows(q.n_hidden, static_cast<int>(group.width), sums + group.sums, group.width, out, q.hidden_stride);
     });
     ring[n_ring++] = node;
-    if (n_ring == kNodes) flush();
+    if (n_ring == ring_size) flush();
   }
 
   // dθ [b][u][v, w] += Σ_n g_n[u, o] T_n[slot][v, w] over the nodes in the ring

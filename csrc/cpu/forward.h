@@ -11,13 +11,13 @@ struct Forward : Worker<R> {
   using V = typename Lane<R>::V;
   using Q = typename Lane<R>::Q;
   static constexpr int L = Lane<R>::L, QL = Lane<R>::QL;
-  using Base::a, Base::p, Base::weights, Base::tile, Base::mixed, Base::ring, Base::n_ring, Base::size;
-  R* sums;  // T of kNodes nodes, as [w][slot, v]
+  using Base::a, Base::p, Base::weights, Base::tile, Base::mixed, Base::ring, Base::ring_size, Base::n_ring, Base::size;
+  R* sums;  // T of ring_size nodes, as [w][slot, v]
 
   Forward(const ConvArgs<Real<R>>& args, const CouplingSizes& sizes, int64_t own_edges) : Base(args, sizes, own_edges) {
     allocate(a, this->near, [&](Arena& arena) {
       this->place(arena, false);
-      arena.take(sums, kNodes * size.sums);
+      arena.take(sums, ring_size * size.sums);
     });
     this->products.set_constant_factors();
   }
@@ -27,16 +27,21 @@ struct Forward : Worker<R> {
   void mix(const Group& group, int slot) {
     const CouplingView& q = group.q;
     const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
-    const R* node[kNodes];
-    for (int n = 0; n < kNodes; ++n)
-      node[n] = opaque_pointer(sums + n * size.sums + group.sums + (slot - group.first) * q.in_stride);
     const R* weight = weights + q.theta_forward + int64_t{b} * (q.depthwise ? 1 : q.n_in) * q.n_hidden * q.out_stride;
+    const R* sums_of = sums + group.sums + (slot - group.first) * q.in_stride;
     R* out = mixed + q.out_at + o * q.out_stride;
     int u = 0;
-    for (; u + L <= q.out_stride; u += L)
-      q.depthwise ? mix_channels<V>(group, weight, node, out, u) : mix_block<V>(group, weight + u, node, out + u);
-    for (; u < q.n_out; u += QL)
-      q.depthwise ? mix_channels<Q>(group, weight, node, out, u) : mix_block<Q>(group, weight + u, node, out + u);
+    for (; u + L <= q.out_stride; u += L) mix_nodes<V>(group, weight, sums_of, out, u);
+    for (; u < q.n_out; u += QL) mix_nodes<Q>(group, weight, sums_of, out, u);
+  }
+  // T outputs from u on, of all nodes
+  template <typename T>
+  IST_INLINE void mix_nodes(const Group& group, const R* weight, const R* sums_of, R* out, int u) {
+    for (int first = 0; first < n_ring; first += kNodes, sums_of += kNodes * size.sums, out += kNodes * p.n_mixed) {
+      const R* node[kNodes];
+      for (int n = 0; n < kNodes; ++n) node[n] = opaque_pointer(sums_of + n * size.sums);
+      group.q.depthwise ? mix_channels<T>(group, weight, node, out, u) : mix_block<T>(group, weight + u, node, out + u);
+    }
   }
   // T outputs
   template <typename T>
@@ -60,7 +65,7 @@ struct Forward : Worker<R> {
   }
 
   void flush() {
-    memset(static_cast<void*>(mixed), 0, sizeof(R) * kNodes * p.n_mixed);
+    memset(static_cast<void*>(mixed), 0, sizeof(R) * ring_size * p.n_mixed);
     for_groups(p.couplings, p.n_couplings, [&](const Group& group, const int32_t*, int) {
       for (int slot = group.first; slot < group.first + group.n_slots; ++slot) mix(group, slot);
     });
@@ -82,7 +87,7 @@ struct Forward : Worker<R> {
     const auto finish = [&](int64_t i) {
       this->complete(node());
       ring[n_ring++] = i;
-      if (n_ring == kNodes) flush();
+      if (n_ring == ring_size) flush();
     };
     const auto empty = [&](int64_t i) { memset(a.out + i * p.out_size, 0, sizeof(Real<R>) * p.out_size); };
     this->walk(first, last, start, run, finish, empty, [] {});

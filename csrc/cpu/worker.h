@@ -5,7 +5,8 @@
 
 namespace implicit_steer::IST_ISA {
 
-constexpr int kNodes = 8;  // nodes whose sums T are mixed together
+constexpr int kNodes = 8;       // nodes that share a load of θ: as many sums as stay in registers
+constexpr int kMostNodes = 32;  // whose sums T wait until they are mixed, a multiple of kNodes
 
 // Sets the couplings' positions in a worker's buffers. The sizes are in numbers, dual or not.
 template <typename R>
@@ -53,9 +54,10 @@ struct Worker {
   EdgeTile<R> tile;
   Products<R> products;
   NearList near;
-  V* h;                  // all rows' channels, and last the constant one, times the radial factor
-  R* mixed;              // [kNodes, n_mixed] outputs or their gradients, by field type
-  int64_t ring[kNodes];  // nodes whose T are complete
+  V* h;                      // all rows' channels, and last the constant one, times the radial factor
+  const int ring_size;       // nodes whose T are mixed together
+  R* mixed;                  // [ring_size, n_mixed] outputs or their gradients, by field type
+  int64_t ring[kMostNodes];  // nodes whose T are complete
   int n_ring = 0;
   bool untouched = true;  // the T of the current node
 
@@ -66,11 +68,24 @@ struct Worker {
         size(sizes),
         tile(args),
         products(*args.plan),
-        near(p.regular ? own_edges : 0) {}
+        near(p.regular ? own_edges : 0),
+        ring_size(nodes_at_once()) {}
+
+  // Where θ is larger than a part of the cache that stays, all nodes in the ring take each row of it from there at
+  // once.
+  int nodes_at_once() const {
+    constexpr int64_t kSmall = 256 << 10, kSums = 1536 << 10;  // bytes
+    int64_t theta = 0;
+    for (int k = 0; k < p.n_couplings; ++k)
+      theta += int64_t{p.couplings[k].n_basis} * p.couplings[k].theta_rows * p.couplings[k].theta_size;
+    if (theta * static_cast<int64_t>(sizeof(R)) <= kSmall) return kNodes;
+    const int64_t fit = kSums / static_cast<int64_t>(sizeof(R)) / (size.sums + 1) / kNodes * kNodes;
+    return static_cast<int>(fit < kNodes ? kNodes : fit > kMostNodes ? kMostNodes : fit);
+  }
 
   void place(Arena& arena, bool backward) {
     tile.place(arena, backward), products.place(arena, backward);
-    arena.take(h, p.row_start[p.n_rows] + 1), arena.take(mixed, kNodes * p.n_mixed);
+    arena.take(h, p.row_start[p.n_rows] + 1), arena.take(mixed, ring_size * p.n_mixed);
   }
 
   // Hidden features times the radial factor, and products.
