@@ -5,19 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .._check import require
 from ..graph import Graph
 from ..graph.neighbours import radius_graph
 from .fields import values
-
-if TYPE_CHECKING:
-    pass
-from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
