@@ -35,15 +35,22 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: build
 	$(BIN)/python -m implicit_steer demo
 
+# PyTorch Geometric, in a folder of its own: escnn imports it where it is installed, which takes every process 2 seconds.
+PYG := build/pyg
+WITH_PYG := PYTHONPATH=$(PYG)
+$(PYG): $(VENV)/.native
+	$(PIP) --no-deps --target $(PYG) torch_geometric psutil xxhash
+
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder
 test: lint
 	$(PYTEST) -m "not slow and not gpu"
 
 # What is compiled and run without Python goes two at a time: much of it keeps one core. The plain native tests are left
 # out: the Python tests run the same optimised code.
-test-slow: build
+test-slow: build $(PYG)
 	$(MAKE) --no-print-directory -j 2 --output-sync=target native-address native-thread test-gpu-quick cuda-gates
 	$(PYTEST) -m slow
+	$(WITH_PYG) $(PYTEST) tests/irreps/test_pyg.py tests/docs/test_tutorials.py -k "pyg or irreps"
 
 # On this machine's GPU what tests/ops/test_triton.py runs with Triton's interpreter, and what takes a GPU.
 test-gpu: build
@@ -142,8 +149,8 @@ test-install:
 bench: build
 	$(BIN)/python -m bench
 
-docs: build
-	$(BIN)/python docs/render.py
+docs: build $(PYG)
+	$(WITH_PYG) $(BIN)/python docs/render.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 build: $(VENV)/.native

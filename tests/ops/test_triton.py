@@ -63,7 +63,7 @@ def test_a_missing_package_is_named(monkeypatch):
 
 def test_a_cpu_machine_never_imports_triton():
     script = (
-        "import sys, torch; before = 'triton' in sys.modules; import implicit_steer as ist;"
+        "import sys, torch, escnn; before = 'triton' in sys.modules; import implicit_steer as ist;"
         "from implicit_steer.testing.cases import SMALL;"
         "conv = SMALL['c4'].layer(); SMALL['c4'].inputs(conv).run(conv).sum().backward(); ist.info(); conv.explain();"
         "sys.exit('triton' in sys.modules and not before)"
