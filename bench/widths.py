@@ -109,7 +109,8 @@ def losers(times: Sequence[dict[str, Any]]) -> list[str]:
     found = _medians(times)
     missed = []
     for (threads, width, candidate, what), median in found.items():
-        if candidate in OURS and (ratio := found[threads, width, BASELINE, what] / median) < TARGETS[what]:
+        baseline = found.get((threads, width, BASELINE, what))
+        if candidate in OURS and baseline is not None and (ratio := baseline / median) < TARGETS[what]:
             cell = f"{candidate}, width {width}, {what}, {threads} threads"
             missed.append(f"- {cell}: {ratio:.1f} times {BASELINE}, target {TARGETS[what]:.0f}")
     return missed
@@ -130,7 +131,8 @@ def text(results: dict[str, Any]) -> str:
             for what in TARGETS:
                 for threads in THREADS:
                     median = medians.get((threads, width, candidate, what))
-                    ratio = "" if median is None else f" ({medians[threads, width, BASELINE, what] / median:.1f}x)"
+                    baseline = medians.get((threads, width, BASELINE, what))
+                    ratio = "" if median is None or baseline is None else f" ({baseline / median:.1f}x)"
                     cells.append("" if median is None else f"{median:.1f}{ratio}")
                 peak = peaks.get((width, candidate, what))
                 cells.append("" if peak is None else f"{peak:.0f}")
