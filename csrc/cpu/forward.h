@@ -22,8 +22,7 @@ struct Forward : Worker<R> {
     this->products.set_constant_factors();
   }
 
-  // mixed[n, o, u] += Σ_{v, w} θ[b, v, w, u] T_n[w, slot, v] for the nodes in the ring, of a depthwise coupling only v
-  // = u
+  // mixed[n, o, u] += Σ_{v, w} θ[b, v, w, u] T_n[w, slot, v] for the nodes in the ring; in a depthwise coupling v is u
   void mix(const Group& group, int slot) {
     const CouplingView& q = group.q;
     const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];

@@ -27,6 +27,7 @@ from ..lowering import so3
 from ..lowering.sampling import hidden_space, identity_cache, solid_harmonics
 from ..plan import Coupling, Plan
 from ..plan import Linear as LinearMap
+from ..plan.frozen import components
 from ..plan.irreps import Irrep, Irreps, Term
 from ..plan.packing import Parameters, Weights, dense_kernel, pack
 from .point_conv import ImplicitPointConv
@@ -280,8 +281,7 @@ def _linear_weights(layer: LinearMap, matrix: Tensor) -> Tensor:
     weights = matrix.new_zeros(layer.n_weights)
     for block in layer.blocks:
         n_b, o, i = block.basis.shape
-        rows = (block.out_start[:, None] + np.arange(o)).reshape(-1).tolist()
-        columns = (block.in_start[:, None] + np.arange(i)).reshape(-1).tolist()
+        rows, columns = components(block.out_start, o).tolist(), components(block.in_start, i).tolist()
         part = matrix[rows][:, columns].view(len(block.out_start), o, len(block.in_start), i)
         theta = torch.einsum("uovi,boi->uvb", part, torch.from_numpy(_dual(block.basis)))
         places = (
@@ -297,9 +297,7 @@ def _coupling_weights(coupling: Coupling, kernel: Tensor, dtype: torch.dtype) ->
     """Positions and values of the parameters from which ``coupling`` makes its part of the kernel (C_out, C_in, H)."""
     n_b, o, i, m = coupling.basis.shape
     starts = coupling.out_start, coupling.in_start, coupling.hidden_start
-    rows, columns, hidden = (
-        (start[:, None] + np.arange(size)).reshape(-1).tolist() for start, size in zip(starts, (o, i, m), strict=True)
-    )
+    rows, columns, hidden = (components(start, size).tolist() for start, size in zip(starts, (o, i, m), strict=True))
     part = kernel[rows][:, columns][..., hidden]
     part = part.view(len(starts[0]), o, len(starts[1]), i, len(starts[2]), m)
     theta = torch.einsum("uoviwm,boim->uvwb", part, torch.from_numpy(_dual(coupling.basis)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._check import require
-from ..layers.fields import Fields, check_features
+from ..layers.fields import check_features, fields_of
 from ..layers.gate import GateBase, apply
 from ..plan.irreps import Irrep, Irreps, Term
 from ..plan.packing import Constants
@@ -50,8 +50,8 @@ class Gate(GateBase):
         n_gates = sum(is_gated for _, is_gated in fields)
         gates = (Term(n_gates, Irrep(0, int(bool(self.irreps_out.has_parity)))),) if n_gates else ()
         self.irreps_in = Irreps(self.irreps_out.terms + gates)
-        self.in_type = Fields(self.irreps_in.size, str(self.irreps_in))
-        self.out_type = Fields(self.irreps_out.size, str(self.irreps_out))
+        self.in_type = fields_of(self.irreps_in)
+        self.out_type = fields_of(self.irreps_out)
         self._set_fields(function, gate, tuple(fields))
         scales = _unit_variance(function), _unit_variance(gate)
         self._scale = Constants(np.repeat([scales[is_gated] for _, is_gated in fields], [size for size, _ in fields]))

@@ -13,9 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch._guards import detect_fake_mode
 
-from .._check import require
 from ..layers.kernel import ImplicitKernel, LinearParameters
 from ..plan import Activation, Plan
 from ..plan.activations import phi
@@ -30,8 +28,6 @@ def draw_weights(kernel: ImplicitKernel, width: float) -> None:
 
     Biases are 0, except in the first layer of a kernel without attributes, whose scalars come from biases alone.
     """
-    remedy = "Build it outside of FakeTensorMode, or under torch.device('meta')."
-    require(detect_fake_mode() is None, "ImplicitPointConv", "real tensors", "fake ones", remedy, RuntimeError)
     plan = kernel.plan
     linears = [cast(LinearParameters, layer) for layer in kernel.linears]
     for layer, deviation in zip(linears, weight_deviations(plan, width), strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._check import fail, require, require_integer
 from ..graph import Graph
-from ..layers.fields import Fields, check_tensor
+from ..layers.fields import check_tensor, fields_of
 from ..plan.frozen import require_number
 from ..plan.irreps import Irreps, Term
 from .gate import Gate
@@ -75,8 +75,8 @@ class InteractionBlock(torch.nn.Module):
         require_number("degree", degree)
         require(degree > 0, "degree", "a number > 0", degree)
         self.node_attr, self.degree = node_attr, float(degree)
-        self.in_type = Fields(self.irreps_in.size, str(self.irreps_in))
-        self.out_type = Fields(self.irreps_out.size, str(self.irreps_out))
+        self.in_type = fields_of(self.irreps_in)
+        self.out_type = fields_of(self.irreps_out)
         self.gate = Gate(self.irreps_out, function, gate)
         self.linear = Linear(self.irreps_in, self.irreps_in, bias=False)
         self.conv = ImplicitPointConv(

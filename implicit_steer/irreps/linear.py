@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .._check import fail, require
 from ..layers._modules import NoTorchScript
-from ..layers.fields import Fields, check_dtype, check_features
+from ..layers.fields import check_dtype, check_features, fields_of
+from ..plan.frozen import components
 from ..plan.irreps import Irreps, check_same_group
 from ..plan.packing import Constants
 from .initialisation import draw
@@ -47,8 +47,8 @@ class Linear(NoTorchScript, torch.nn.Module):
         self.irreps_in, self.irreps_out = Irreps.of(irreps_in, "irreps_in"), Irreps.of(irreps_out, "irreps_out")
         check_same_group(irreps_in=self.irreps_in, irreps_out=self.irreps_out)
         require(isinstance(bias, bool), "bias", "True or False", repr(bias), kind=TypeError)
-        self.in_type = Fields(self.irreps_in.size, str(self.irreps_in))
-        self.out_type = Fields(self.irreps_out.size, str(self.irreps_out))
+        self.in_type = fields_of(self.irreps_in)
+        self.out_type = fields_of(self.irreps_out)
         into, out = self.irreps_in.fields, self.irreps_out.fields
         self._common = [irrep for irrep in out if irrep in into]
         if not self._common:
@@ -56,10 +56,10 @@ class Linear(NoTorchScript, torch.nn.Module):
         self._shapes = [(len(out[irrep]), len(into[irrep]), irrep.size) for irrep in self._common]
         self.weights = torch.nn.Parameter(torch.empty(sum(u * v for u, v, _ in self._shapes)))
         draw(self.weights, np.concatenate([np.full(u * v, 1 / np.sqrt(v)) for u, v, _ in self._shapes]))
-        scalars = [start for irrep, starts in out.items() if irrep.is_trivial for start in starts]
+        scalars = self.irreps_out.scalars
         self.register_parameter("bias", torch.nn.Parameter(torch.zeros(len(scalars))) if bias and scalars else None)
-        read = np.concatenate([_components(into[irrep], irrep.size) for irrep in self._common])
-        written = np.concatenate([_components(out[irrep], irrep.size) for irrep in self._common])
+        read = np.concatenate([components(np.array(into[irrep]), irrep.size) for irrep in self._common])
+        written = np.concatenate([components(np.array(out[irrep]), irrep.size) for irrep in self._common])
         self._places = Constants(read, written, np.array(scalars, dtype=int))
 
     def arguments(self) -> dict[str, Any]:
@@ -87,8 +87,3 @@ class Linear(NoTorchScript, torch.nn.Module):
     def extra_repr(self) -> str:
         """What distinguishes this map."""
         return f"{self.irreps_in} -> {self.irreps_out}, bias={self.bias is not None}"
-
-
-def _components(starts: list[int], size: int) -> NDArray[np.int64]:
-    """The components of fields of ``size`` components that begin at ``starts``."""
-    return (np.array(starts)[:, None] + np.arange(size)).reshape(-1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._check import require
 from ..layers._modules import NoTorchScript
-from ..layers.fields import Fields, check_features
+from ..layers.fields import check_features, fields_of
 from ..plan.frozen import require_number
 from ..plan.irreps import Irreps
 from ..plan.packing import Constants
@@ -47,7 +47,7 @@ class Norm(NoTorchScript, torch.nn.Module):
         require(len(self.irreps) > 0, "irreps", "at least one irrep", "none")
         require_number("eps", eps)
         require(eps > 0, "eps", "a number > 0", eps)
-        self.in_type = self.out_type = Fields(self.irreps.size, str(self.irreps))
+        self.in_type = self.out_type = fields_of(self.irreps)
         fields = self.irreps.fields
         irrep_of, field_of, n_fields = np.zeros(self.irreps.size, int), np.zeros(self.irreps.size, int), 0
         for n, (irrep, starts) in enumerate(fields.items()):

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from .._check import require, require_integer
 from ..graph import Graph
-from ..layers import Fields, ImplicitKernel
+from ..layers import ImplicitKernel
+from ..layers._modules import refuse_fake_tensors
+from ..layers.fields import fields_of
 from ..layers.point_conv import PlainPointConv
 from ..lowering.irreps import KernelOptions, depthwise_irreps, lower_kernel
 from ..ops import select
@@ -82,6 +84,7 @@ class ImplicitPointConv(PlainPointConv):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        refuse_fake_tensors(self)
         self.irreps_in, self.irreps_out = Irreps.of(irreps_in, "irreps_in"), Irreps.of(irreps_out, "irreps_out")
         options = _checked_options(edge_attr, n_layers, n_channels, activation, norm, cutoff, aggr)
         for name, flag in (("depthwise", depthwise), ("bias", bias)):
@@ -90,8 +93,8 @@ class ImplicitPointConv(PlainPointConv):
         require(width > 0, "width", "a positive length", width)
         require(backend in select.NAMES, "backend", f"one of {select.NAMES}", repr(backend))
         self.depthwise, self.backend = depthwise, backend
-        self.in_type = Fields(self.irreps_in.size, str(self.irreps_in))
-        self.out_type = Fields(self.irreps_out.size, str(self.irreps_out))
+        self.in_type = fields_of(self.irreps_in)
+        self.out_type = fields_of(self.irreps_out)
         self._arguments = {
             "edge_attr": edge_attr,
             "n_layers": n_layers,
@@ -153,6 +156,4 @@ def _checked_options(
 
 def _on_scalars(irreps: Irreps, bias: bool) -> Tensor:
     """(C, n), float64: a column for each scalar; none without ``bias``."""
-    identity = torch.eye(irreps.size, dtype=torch.float64)
-    scalars = [start for irrep, starts in irreps.fields.items() if irrep.is_trivial for start in starts]
-    return identity[:, scalars if bias else []]
+    return torch.eye(irreps.size, dtype=torch.float64)[:, irreps.scalars if bias else []]

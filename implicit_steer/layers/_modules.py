@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
+from torch._guards import detect_fake_mode
 
-from .._check import fail
+from .._check import fail, require
 
 
 class NoTorchScript:
@@ -45,6 +46,12 @@ class Fixed:
     def __set__(self, module: Any, value: Any) -> NoReturn:
         remedy = f"It would have no effect on what is built: build another {type(module).__name__}."
         fail(self._name, f"{self._read(module)!r}, as the layer was built", repr(value), remedy, AttributeError)
+
+
+def refuse_fake_tensors(module: torch.nn.Module) -> None:
+    """Raise ``RuntimeError`` where ``module`` is built under ``FakeTensorMode``, which has no values to build from."""
+    remedy = "Build it outside of FakeTensorMode, or under torch.device('meta')."
+    require(detect_fake_mode() is None, type(module).__name__, "real tensors", "fake ones", remedy, RuntimeError)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._check import fail, require, require_integer
 from ..plan import FrozenArrays
+from ..plan.irreps import Irreps
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -39,6 +40,11 @@ class Fields(FrozenArrays):
 
     def __str__(self) -> str:
         return self.name or f"{self.size} channels"
+
+
+def fields_of(irreps: Irreps) -> Fields:
+    """The size and the name of features that consist of irreps."""
+    return Fields(irreps.size, str(irreps))
 
 
 def values(x: Any) -> Tensor:

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from functools import wraps
 
 import torch
-from torch._guards import detect_fake_mode
 
-from .._check import require
+from ..layers._modules import refuse_fake_tensors
 
 
 def built_by_escnn(init: Callable) -> Callable:
@@ -22,8 +21,7 @@ def built_by_escnn(init: Callable) -> Callable:
 
     @wraps(init)
     def build(self, *args, **options) -> None:
-        remedy = "Build it outside of FakeTensorMode, or under torch.device('meta')."
-        require(detect_fake_mode() is None, type(self).__name__, "real tensors", "fake ones", remedy, RuntimeError)
+        refuse_fake_tensors(self)
         dtype, device = torch.get_default_dtype(), torch.get_default_device()
         torch.set_default_dtype(torch.float32)
         try:

@@ -95,6 +95,11 @@ def require_shape(name: str, array: NDArray[Any] | None, shape: tuple[int, ...])
     require(array is not None and array.shape == shape, name, f"shape {shape}", getattr(array, "shape", None))
 
 
+def components(starts: NDArray[Any], size: int) -> NDArray[Any]:
+    """(F · size,) the components of F fields of one size that begin at ``starts`` (F,), field by field."""
+    return (starts[:, None] + np.arange(size)).reshape(-1)
+
+
 def fingerprint_of(arrays: Iterable[NDArray[Any]]) -> NDArray[Any]:
     """(n,) integers, one per array. They differ where signs, orders or values do, but rounding changes them by ≤ 1."""
     return np.array([round(1e4 * _scrambled_sum(a.reshape(-1))) for a in arrays], dtype=np.int64)

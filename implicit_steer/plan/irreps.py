@@ -118,6 +118,11 @@ class Irreps:
             found.setdefault(irrep, []).extend(range(start, start + multiplicity * irrep.size, irrep.size))
         return found
 
+    @property
+    def scalars(self) -> list[int]:
+        """Where each scalar is."""
+        return [start for irrep, starts in self.fields.items() if irrep.is_trivial for start in starts]
+
     def count(self, irrep: Irrep) -> int:
         """How many copies of this irrep there are."""
         return len(self.fields.get(irrep, ()))
