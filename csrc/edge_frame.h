@@ -37,6 +37,7 @@ struct Edges {
   V* inputs;                 // [n_inputs]
   V squared;                 // |x|²
   bool near_origin = false;  // regular frames: hidden coefficients of orders >= 1 are carried divided by the radius
+  V scale;                   // of tables: u / r
   V radius, inverse;         // softened, or safe_norm in planar frames that are not regular; 1 / radius (0 at 0)
   V* unit;                   // zonal: x / radius; planar: cos φ, sin φ
   V* plane;                  // planar: x in the plane
@@ -131,14 +132,41 @@ IST_LANES void attributes_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
   }
 }
 
+// ---- tables: v = x u(r) / r stands in place of the direction, which makes the harmonics solid ones; |v| = u in place
+// of the radius. u = r / length where the table is bounded, else t (1 + t²)^(-1/4) with t = r / length.
+
+template <typename R>
+IST_LANES void compress(const PlanView<Real<R>>& p, const typename Lane<R>::V* x, int dim, Edges<R>& e) {
+  using V = typename Lane<R>::V;
+  e.scale = V{} + 1 / p.length;
+  if (!p.bounded) e.scale = e.scale / lane_sqrt(lane_sqrt(1 + e.squared * (1 / (p.length * p.length))));
+  for (int k = 0; k < dim; ++k) e.unit[k] = x[k] * e.scale;
+  e.radius = lane_sqrt(e.squared * e.scale * e.scale + Limits<Real<R>>::softening), e.inverse = 1 / e.radius;
+}
+
+// d_x += the gradient by way of v (d_v, which it overwrites) and of u (e.d_radius).
+template <typename R>
+IST_LANES void compress_backward(const PlanView<Real<R>>& p, const Edges<R>& e, const typename Lane<R>::V* x, int dim,
+                                 typename Lane<R>::V* d_v, typename Lane<R>::V* d_x) {
+  using V = typename Lane<R>::V;
+  V along{};
+  for (int k = 0; k < dim; ++k) d_v[k] += e.d_radius * e.unit[k] * e.inverse, along += x[k] * d_v[k];
+  if (!p.bounded) along *= -Real<R>(0.5) / (e.squared + p.length * p.length);
+  for (int k = 0; k < dim; ++k) d_x[k] += e.scale * (p.bounded ? d_v[k] : d_v[k] + along * x[k]);
+}
+
 // ---- zonal: solid harmonics
 
 // Everything but the harmonics and the monomials that they are sums of.
 template <typename R>
 IST_LANES void zonal_inputs(const PlanView<Real<R>>& p, Edges<R>& e) {
   using V = typename Lane<R>::V;
-  e.radius = lane_sqrt(e.squared + Limits<Real<R>>::softening), e.inverse = 1 / e.radius;
-  for (int k = 0; k < 3; ++k) e.unit[k] = e.delta[k] * e.inverse;
+  if (kTables && p.n_knots) {
+    compress(p, e.delta, 3, e);
+  } else {
+    e.radius = lane_sqrt(e.squared + Limits<Real<R>>::softening), e.inverse = 1 / e.radius;
+    for (int k = 0; k < 3; ++k) e.unit[k] = e.delta[k] * e.inverse;
+  }
   e.monomial[0] = V{} + 1;
   e.inputs[0] = e.near_origin ? V{} + 1 : e.radius;
   for (int j = 0; j < p.n_attr; ++j) e.inputs[1 + j] = e.rotated[j];
@@ -209,6 +237,7 @@ IST_LANES void zonal_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
     d_unit[k] += e.d_monomial[j] * e.monomial[earlier];
     e.d_monomial[earlier] += e.d_monomial[j] * e.unit[k];
   }
+  if (kTables && p.n_knots) return compress_backward(p, e, e.delta, 3, d_unit, e.d_delta);
   IST_ROLLED for (int k = 0; k < 3; ++k) e.d_radius -= d_unit[k] * e.unit[k] * e.inverse;
   IST_ROLLED for (int k = 0; k < 3; ++k) e.d_delta[k] += d_unit[k] * e.inverse + e.d_radius * e.unit[k];
 }
@@ -244,14 +273,10 @@ IST_LANES void attribute_direction(const PlanView<Real<R>>& p, Edges<R>& e) {
   e.unit[1] = select(e.radius > 0, e.unit[1], direction[1]);
 }
 
+// The direction in the plane, (cos φ, sin φ).
 template <typename R>
-IST_LANES void planar_forward(const PlanView<Real<R>>& p, Edges<R>& e) {
-  using V = typename Lane<R>::V;
-  for (int k = 0; k < 2; ++k) {
-    e.plane[k] = V{};
-    for (int i = 0; i < p.dim; ++i) e.plane[k] += e.delta[i] * p.plane[2 * i + k];
-  }
-  const V squared = e.plane[0] * e.plane[0] + e.plane[1] * e.plane[1];
+IST_LANES void planar_direction(const PlanView<Real<R>>& p, Edges<R>& e) {
+  const typename Lane<R>::V squared = e.plane[0] * e.plane[0] + e.plane[1] * e.plane[1];
   if (p.regular) {
     e.radius = lane_sqrt(squared + Limits<Real<R>>::softening), e.inverse = 1 / e.radius;
   } else {
@@ -259,6 +284,19 @@ IST_LANES void planar_forward(const PlanView<Real<R>>& p, Edges<R>& e) {
   }
   for (int k = 0; k < 2; ++k) e.unit[k] = e.plane[k] * e.inverse;
   if (!p.regular) attribute_direction(p, e);
+}
+
+template <typename R>
+IST_LANES void planar_forward(const PlanView<Real<R>>& p, Edges<R>& e) {
+  using V = typename Lane<R>::V;
+  for (int k = 0; k < 2; ++k) {
+    e.plane[k] = V{};
+    for (int i = 0; i < p.dim; ++i) e.plane[k] += e.delta[i] * p.plane[2 * i + k];
+  }
+  if (kTables && p.n_knots)
+    compress(p, e.plane, 2, e);
+  else
+    planar_direction(p, e);
   multiples(p, e);
   const V *cosines = e.power, *sines = e.power + p.max_power + 1;
   V* next = e.inputs;
@@ -326,9 +364,12 @@ IST_LANES void planar_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
     d_plane[0] += e.unit[0] * e.d_inputs[0] - e.unit[1] * d_across;
     d_plane[1] += e.unit[1] * e.d_inputs[0] + e.unit[0] * d_across;
   }
-  // e.inverse is 0 where the direction is not that of x
-  e.d_radius -= (d_unit[0] * e.unit[0] + d_unit[1] * e.unit[1]) * e.inverse;
-  IST_UNROLLED for (int k = 0; k < 2; ++k) d_plane[k] += d_unit[k] * e.inverse + e.d_radius * e.plane[k] * e.inverse;
+  if (kTables && p.n_knots) {
+    compress_backward(p, e, e.plane, 2, d_unit, d_plane);
+  } else {  // e.inverse is 0 where the direction is not that of x
+    e.d_radius -= (d_unit[0] * e.unit[0] + d_unit[1] * e.unit[1]) * e.inverse;
+    IST_UNROLLED for (int k = 0; k < 2; ++k) d_plane[k] += d_unit[k] * e.inverse + e.d_radius * e.plane[k] * e.inverse;
+  }
   IST_ROLLED for (int i = 0; i < p.dim; ++i) e.d_delta[i] +=
       d_plane[0] * p.plane[2 * i] + d_plane[1] * p.plane[2 * i + 1];
 }

@@ -54,7 +54,11 @@ enum Function : int32_t { kElu = 0, kRelu = 1, kSilu = 2, kGelu = 3, kTanh = 4 }
   FIELD(n_parameters)                                                                \
   FIELD(n_even)     /* coefficients of a channel that come first, see LayerView */   \
   FIELD(n_gathered) /* places for inputs, */                                         \
-  FIELD(n_mixed)    /* and for outputs: by field type, component by component */
+  FIELD(n_mixed)    /* and for outputs: by field type, component by component */     \
+  FIELD(n_knots)    /* of a table in place of the hidden layers, or 0 */             \
+  FIELD(n_types)    /* rows of attributes that the table has splines for */          \
+  FIELD(table)      /* position of the splines in the packed weights */              \
+  FIELD(bounded)    /* u = r / length; else see edge_frame.h */
 
 #define IST_LAYER_HEADER(FIELD)                                                          \
   FIELD(in_size)                                                                         \
@@ -131,6 +135,7 @@ struct PlanView {
   const int32_t* place;  // [C_out] place of the output, or -1: always 0
 
   R gamma, cutoff, eps;               // eps: of the batch norms
+  R length, spacing;                  // of a table: the scale of radii; the distance of its knots in u
   const int32_t* coordinate;          // [d] coefficient that makes coordinate m of a hidden field
   const int32_t *trivial, *measured;  // [n_trivial] trivial coefficients; the same among the d coordinates of h
   // frame
@@ -174,6 +179,12 @@ struct Plan : PlanView<R> {
 template <typename R>
 IST_HOST_DEVICE int64_t hidden_size(const PlanView<R>& p) {
   return int64_t{p.hidden_flat} / p.c * p.d + 1;
+}
+
+// Splines of a type, each of one coefficient of all hidden fields: what plan/table.py calls b_j, j = -2 .. G.
+template <typename R>
+IST_HOST_DEVICE int64_t splines_per_type(const PlanView<R>& p) {
+  return int64_t{p.n_knots} + 3;
 }
 
 // Whether the features of a node lie in memory as they are gathered.
@@ -284,6 +295,7 @@ bool plan_view(Plan<R>& p, const int32_t* ints_begin, int64_t n_ints, const R* r
   Reader<R> reals{reals_begin, reals_begin + n_reals, reals_copy};
   read_header(p, ints);
   p.gamma = reals.one(), p.cutoff = reals.one(), p.eps = reals.one();
+  p.length = reals.one(), p.spacing = reals.one();
   p.coordinate = ints.take(p.d);
   p.trivial = ints.take(p.n_trivial), p.measured = ints.take(p.n_trivial);
   p.input = ints.take(p.n_gathered), p.place = ints.take(p.out_size);

@@ -264,7 +264,7 @@ struct Backward : Worker<R> {
     }
     memset(static_cast<void*>(d_rows), 0, sizeof(R) * row_size);
     memset(static_cast<void*>(d_one), 0, sizeof(R) * L * QL);
-    tile.sweep_mlp(need_weights, need_geometry);
+    tile.sweep_hidden(need_weights, need_geometry);
   }
 
   void end_tile() {

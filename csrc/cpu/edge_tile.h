@@ -5,6 +5,7 @@
 #include "conv.h"
 #include "near_list.h"
 #include "rows.h"
+#include "splines.h"
 
 namespace implicit_steer::IST_ISA {
 
@@ -25,6 +26,7 @@ struct EdgeTile {
   uint32_t near_lanes = 0;  // of edges that are left to the tiles of a NearList
   Edges<R> e;
   Mlp<R> mlp;
+  Splines<R> splines;  // in its place, of plans with a table
   const V* features;     // [flat hidden size] in the couplings' coordinates
   V *hidden, *d_hidden;  // memory for them in frames with a way back; their gradient
 
@@ -32,7 +34,11 @@ struct EdgeTile {
       : a(args), p(*args.plan), weights(reinterpret_cast<const R*>(args.weights)), shell(weights[p.shell]) {}
 
   void place(Arena& arena, bool backward) {
-    e.place(arena, p, backward), mlp.place(arena, p, weights, backward);
+    e.place(arena, p, backward);
+    if (p.n_knots)
+      splines.place(arena, p, weights, backward);
+    else
+      mlp.place(arena, p, weights, backward);
     arena.take(hidden, p.hidden_flat);
     if (backward) arena.take(d_hidden, p.hidden_flat);
   }
@@ -133,7 +139,7 @@ struct EdgeTile {
 
   void evaluate() {
     enter_frame(false);
-    features = mlp.hidden(e);
+    features = p.n_knots ? splines.hidden(e) : mlp.hidden(e);
     if (p.kind != kPlanar) return;
     expand_forward(p, e, features, hidden);
     features = hidden;
@@ -142,16 +148,20 @@ struct EdgeTile {
   // ---- the reverse sweep
 
   // From d_hidden: gradients of the weights and, with `need_inputs`, of the frame.
-  void sweep_mlp(bool need_weights, bool need_inputs) {
+  void sweep_hidden(bool need_weights, bool need_inputs) {
     e.d_radius = V{};
     for (int m = 0; m < p.d; ++m) e.d_first[m] = e.d_second[m] = V{};
+    V* const d_y = p.n_knots ? splines.d_y : p.n_layers ? mlp.d_y : e.d_inputs;
     if (p.kind == kPlanar) {
-      expand_backward(p, e, mlp.normed + mlp.size_z - p.hidden_flat, d_hidden, mlp.d_y);
+      const V* y = p.n_knots ? splines.y : mlp.normed + mlp.size_z - p.hidden_flat;
+      expand_backward(p, e, y, d_hidden, d_y);
     } else {
-      V* d_y = p.n_layers ? mlp.d_y : e.d_inputs;
       for (int k = 0; k < p.hidden_flat; ++k) d_y[k] = d_hidden[k];
     }
-    if (p.n_layers) mlp.backward(e, need_weights, need_inputs);
+    if (p.n_knots)
+      splines.backward(e, n_edges, need_weights, need_inputs);
+    else if (p.n_layers)
+      mlp.backward(e, need_weights, need_inputs);
   }
 
   void sweep_frame() {
@@ -162,6 +172,8 @@ struct EdgeTile {
 
   // The gradients of all weights but the mixing ones, summed over all tiles since e.d_shell was set to 0.
   void write_mlp_weights(Real<R>* out) {
+    out[p.shell] = result(lane_sum(e.d_shell) / (shell * shell * shell));
+    if (p.n_knots) return splines.write_gradient(out);
     const V *d_w = mlp.d_w, *d_b = mlp.d_b, *d_affine = mlp.d_affine;
     for (int n = 0; n < p.n_layers; ++n) {
       const LayerView<Real<R>>& layer = p.layers[n];
@@ -172,7 +184,6 @@ struct EdgeTile {
       for (int k = 0; k < mlp.affine_size(); ++k) out[layer.affine + k] = result(lane_sum(d_affine[k]));
       d_affine += mlp.affine_size();
     }
-    out[p.shell] = result(lane_sum(e.d_shell) / (shell * shell * shell));
   }
 };
 

@@ -63,7 +63,7 @@ struct Hidden : Points<R> {
         V& d = tile.d_hidden[w * p.c + p.coordinate[m]];
         d += p.kind == kZonal ? d_h[w * p.d + m] * e.first[m] : d_h[w * p.d + m];
       }
-    tile.sweep_mlp(need_weights, true);
+    tile.sweep_hidden(need_weights, true);
     for (int w = 0; w < channels && p.kind == kZonal; ++w)
       for (int m = 0; m < p.d; ++m) e.d_first[m] += d_h[w * p.d + m] * tile.features[w * p.c + p.coordinate[m]];
     tile.sweep_frame();

@@ -25,7 +25,7 @@ from .limits import Placeholders, check_irreps, check_size
 
 ARRAY = "array."  # names of arrays in the file begin with this
 # Fields that were added later are written only where they differ, so that versions without them can read the file.
-_LATER_DEFAULTS: tuple[tuple[str, Any], ...] = (("depthwise", False),)
+_LATER_DEFAULTS: tuple[tuple[str, Any], ...] = (("depthwise", False), ("table", None))
 
 
 class _Encoder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from .._check import fail, require
 from .._transforms import is_transformed
+from ..graph.edge_types import EdgeTypes
 from ..ops import conv as op
 from ..ops import select
 from ..ops.autocast import without_autocast
-from ..plan import Norm, Plan
+from ..ops.table_error import choose_knots, table_error
+from ..plan import Norm, Plan, Table
 from ..plan.moments import MEASURED, RUNNING, NormStatistics, Pool, StatisticsSource, move_towards
 from ..plan.packing import CallCache, NormParameters, Parameters, is_traced
 from . import hooks
@@ -43,11 +46,14 @@ class KernelBase(NoTorchScript, torch.nn.Module):
     activation = Fixed(lambda kernel: kernel.plan.activations[0].function if kernel.plan.activations else None)
     cutoff = Fixed(lambda kernel: kernel.plan.cutoff)
     aggr = Fixed(lambda kernel: kernel.plan.aggr)
+    table = Fixed(lambda kernel: _asked_for(kernel.plan.table))
 
     def __init__(self) -> None:
         super().__init__()
         self._call_cache, self._values = CallCache(), False
         self._reach_checked = False
+        self._rows: Tensor | None = None  # of attributes, as the last call had them
+        self.register_load_state_dict_post_hook(_choose_knots_again)
 
     def _find_tensors(self, linears: Sequence[torch.nn.Module], norms: Sequence[_NamedNorm]) -> None:
         """Say where the parameters are.
@@ -83,10 +89,44 @@ class KernelBase(NoTorchScript, torch.nn.Module):
         self._columns = torch.tensor(self._trivial, dtype=torch.int64)
         self._call_cache.native = op.prepared(plan, self.parameters_for_op(), values=self._values)
 
+    def choose_knots(self, attributes: Tensor | EdgeTypes) -> None:
+        """Where ``table="auto"`` and this has not been done for the present ``state_dict``, choose how many knots the
+        table has, by its error for the present weights and the types of these edges."""
+        table = self.plan.table
+        if table is None or is_traced():
+            return
+        rows = attributes.rows if isinstance(attributes, EdgeTypes) else attributes[:1]
+        self._rows = rows.detach() if len(rows) else self._rows
+        per_edge = isinstance(attributes, Tensor) and attributes.shape[1] > 0
+        if table.automatic and table.error is None and len(rows) and not per_edge:
+            backend = select.choose("auto", self.plan, torch.device("cpu"), torch.float64)[0]
+            self._set_plan(choose_knots(backend, self.plan, self._on_cpu(), self._rows.cpu()))
+
+    def table_error(self) -> float | None:
+        """The largest error that the table makes in an entry of K, relative to the largest entry, with the present
+        weights, for the attributes of the last call, or zeros before it; None without a table."""
+        if self.plan.table is None or self.plan.is_frozen:
+            return None if self.plan.table is None else self.plan.table.error
+        rows = self.shell_width.new_zeros(1, self.n_attributes) if self._rows is None else self._rows
+        backend = select.choose("auto", self.plan, torch.device("cpu"), torch.float64)[0]
+        return table_error(backend, self.plan, self._on_cpu(), rows.cpu())
+
+    def _on_cpu(self) -> Parameters:
+        """The parameters there, without a cache."""
+        p = self.parameters_for_op()
+        linears = tuple((w.cpu(), None if b is None else b.cpu()) for w, b in p.linears)
+        return Parameters(linears, tuple(type(n)(*(t.cpu() for t in n)) for n in p.norms), p.shell_width.cpu())
+
+    def describe(self) -> str:
+        error = self.table_error()
+        return f"{self.plan}" if error is None else f"{self.plan}\n  table      error {error:.1e} at present"
+
     def explain(self) -> str:
-        """Group, sampling, frame, costs, and what evaluates K's values and why."""
+        """Group, sampling, frame, costs, the error of a table, and what evaluates K's values and why."""
         dtype = op.compute_dtype(self.parameters_for_op())
-        return f"{self.plan}\n  backend    {select.choose_for_kernel(self.plan, self.shell_width.device, dtype)[1]}"
+        return (
+            f"{self.describe()}\n  backend    {select.choose_for_kernel(self.plan, self.shell_width.device, dtype)[1]}"
+        )
 
     def prepare_values(self) -> None:
         """Prepare what evaluating the kernel needs beyond a convolution: torch.compile cannot do so at a first call."""
@@ -216,6 +256,7 @@ class KernelBase(NoTorchScript, torch.nn.Module):
         else:
             statistics_from = MEASURED if batch_statistics else RUNNING
         with without_autocast(pos):
+            self.choose_knots(attributes)
             parameters = self.parameters_for_op()
             k, statistics = op.implicit_kernel(self.plan, parameters, pos, attributes, statistics_from=statistics_from)
         if self.training:
@@ -226,6 +267,20 @@ class KernelBase(NoTorchScript, torch.nn.Module):
         """The kernel in one line."""
         p = self.plan
         return f"{p.group}, {p.out_size} x {p.in_size}, sampling={p.sampling!r}, frame={p.frame.kind!r}"
+
+
+def _asked_for(table: Table | None) -> int | str | None:
+    """The argument ``table`` that this is the answer to."""
+    if table is None:
+        return None
+    return "auto" if table.automatic else table.knots
+
+
+def _choose_knots_again(kernel: KernelBase, _: Any) -> None:
+    """After a checkpoint."""
+    table = kernel.plan.table
+    if table is not None and table.automatic and table.error is not None:
+        kernel._set_plan(replace(kernel.plan, table=replace(table, error=None)))
 
 
 def _factor(norm: torch.nn.Module) -> float:

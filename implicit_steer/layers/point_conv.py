@@ -64,7 +64,7 @@ class PointConvBase(Biased):
 
     def explain(self) -> str:
         """Group, sampling, frame, costs, and which backend runs and why."""
-        return f"{self.implicit_kernel.plan}\n  backend    {self._select()[1]}"
+        return f"{self.implicit_kernel.describe()}\n  backend    {self._select()[1]}"
 
     @staticmethod
     def _graph(edge_index: Any, n_source: int, n_target: int) -> Graph:
@@ -91,6 +91,7 @@ class PointConvBase(Biased):
             fail("edge_index", f"device {source.device}", graph.device)
         kernel.check_reach(edge_delta)
         with without_autocast(source):
+            kernel.choose_knots(attributes)
             out, statistics = op.implicit_conv(
                 kernel.plan,
                 kernel.parameters_for_op(),

@@ -18,6 +18,7 @@ from ..layers._modules import in_mode
 from ..layers.kernel import Biased, KernelBase
 from ..lowering.kernel import KernelShape, lower
 from ..lowering.sampling import distinct, invariants, is_orthogonal
+from ..plan.table import with_table
 from .building import built_by_escnn
 from .equivariant import Errors, check_type, compare, like, transform
 from .mlp import ANOTHER_BASIS, CLOSED_FORM, KernelMLP, check_basis, check_sizes, fiber_space, norm_names
@@ -68,7 +69,7 @@ def _lower_again(kernel: ImplicitKernel, _) -> None:
     """Lower the MLP after a checkpoint, whose basis may have replaced a numerical one, or filled a module on "meta"."""
     if any(tensor.is_meta for tensor in kernel.mlp.buffers()):
         return
-    plan = lower(kernel.mlp, kernel._shape, kernel._sampling)
+    plan = with_table(lower(kernel.mlp, kernel._shape, kernel._sampling), *kernel._table)
     if isinstance(kernel.mlp.in_type.fibergroup, CLOSED_FORM):
         same = np.abs(plan.fingerprint - kernel.plan.fingerprint).max(initial=0) <= 1
         require(same, "state_dict", *ANOTHER_BASIS, RuntimeError)
@@ -95,6 +96,8 @@ class ImplicitKernel(KernelBase):
             edges of a node.
         width: initial σ, in the unit of the positions: about the length of an edge, since the kernel of far longer
             edges is almost 0.
+        table: None, a number of knots or ``"auto"``: the MLP is evaluated at so many radii and interpolated; see
+            :class:`implicit_steer.irreps.ImplicitPointConv`. It takes an exact sampling and invariant attributes.
 
     Attributes:
         shell_width: σ, learnable, (1, 1, 1).
@@ -129,6 +132,7 @@ class ImplicitKernel(KernelBase):
         cutoff: float | None = None,
         aggr: str = "sum",
         width: float = 0.5,
+        table: int | str | None = None,
     ):
         super().__init__()
         check_type("conv_in_type", conv_in_type)
@@ -161,7 +165,8 @@ class ImplicitKernel(KernelBase):
         self._shape, self._sampling = shape, sampling
         self.conv_in_type, self.conv_out_type = conv_in_type, conv_out_type
         self._find_tensors(self.mlp.linears, [(norm, norm_names(norm)) for norm in self.mlp.norms])
-        self._set_plan(lower(self.mlp, shape, sampling))
+        self._table = table, float(width)
+        self._set_plan(with_table(lower(self.mlp, shape, sampling), *self._table))
         self.register_load_state_dict_post_hook(_lower_again)
 
     def check_equivariance(self, atol: float = 1e-4, rtol: float = 1e-4) -> Errors:

@@ -77,6 +77,7 @@ class ImplicitPointConv(CheckedBias, PointConvBase, Steerable):
         cutoff: float | None = None,
         aggr: str = "sum",
         width: float = 0.5,
+        table: int | str | None = None,
         bias: bool = True,
         backend: str = "auto",
     ):
@@ -101,6 +102,7 @@ class ImplicitPointConv(CheckedBias, PointConvBase, Steerable):
             cutoff=cutoff,
             aggr=aggr,
             width=width,
+            table=table,
         )
         self.implicit_kernel.adopt_bias(self)
         self.backend = backend

@@ -16,9 +16,10 @@ from ..graph import Graph
 from ..plan import Plan
 from ..plan.moments import NormStatistics, StatisticsSource
 from ..plan.packing import Parameters
-from .kernel_mlp import plain_kernel
+from .kernel_mlp import normed_features, plain_kernel
 
 # Why the GPU's own backends refuse a plan.
+TABLES_ON_GPU = "tables run on a GPU as plain PyTorch, in 'eager'"
 DEPTHWISE_ON_GPU = "depthwise kernels run on a GPU as plain PyTorch, in 'eager'"
 
 
@@ -36,9 +37,11 @@ class Backend(Protocol):
 
     Attributes:
         name: how users ask for it, ``backend="..."``, and how errors name it.
+        takes_tables: whether it evaluates splines where a plan has a table; `reference` evaluates the MLP.
     """
 
     name: str
+    takes_tables: bool = True
 
     @abstractmethod
     def available(self) -> tuple[bool, str]:
@@ -101,3 +104,15 @@ class Backend(Protocol):
             (P, C_out, C_in), and the statistics of every batch norm if they were measured.
         """
         return plain_kernel(plan, parameters, statistics_from, delta, attributes)
+
+    def hidden(
+        self,
+        plan: Plan,
+        parameters: Parameters,
+        statistics_from: StatisticsSource,
+        delta: Tensor,
+        attributes: Tensor,
+    ) -> tuple[Tensor, Sequence[NormStatistics]]:
+        """γ s(|x|) h(x, a) at P points, behind the last batch norm, (P, H), and the statistics of every batch norm if
+        they were measured; arguments as in :meth:`kernel`. This default is plain PyTorch."""
+        return normed_features(plan, parameters, statistics_from, delta, attributes)

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from ..graph import Graph
+from ..graph.edge_types import EdgeTypes
 from ..plan import Plan
 from ..plan.moments import RUNNING, NormStatistics, StatisticsSource
 from ..plan.packing import Parameters
-from . import select
+from . import select, table, table_error
+from .backend import Backend
 from .native import bound
 
 
@@ -23,6 +25,9 @@ def compute_dtype(parameters: Parameters) -> torch.dtype:
 def prepared(plan: Plan, parameters: Parameters, *, values: bool) -> bound.NativePlan | None:
     """The plan for the native code, or None where that cannot run it. It is made before torch.compile, which finds
     it in ``parameters.cache``. ``values``: also prepare it for the kernel's values."""
+    if plan.table is not None and not plan.is_frozen and parameters.cache is not None:
+        parameters.cache.table = table.prepare(plan, parameters)
+        plan = plan.per_edge
     if bound.refusal(plan, torch.float32):
         return None
     native = bound.native_plan(plan, parameters)
@@ -50,13 +55,42 @@ def _possible_source(plan: Plan, statistics_from: StatisticsSource, edges: int) 
     return statistics_from if measurable else RUNNING
 
 
+def _per_edge(chosen: Backend, plan: Plan, delta: Tensor, attributes: Tensor | EdgeTypes) -> bool:
+    """Whether the backend evaluates the MLP for every edge, and not the splines of a table."""
+    found = plan.table
+    if found is None or plan.is_frozen or not chosen.takes_tables:
+        return True
+    if not found.automatic:
+        return False
+    if found.error is None or found.error > table_error.TOLERANCE:
+        return True
+    types = attributes.shape[1] == 0 if isinstance(attributes, Tensor) else len(attributes.rows)  # 0: not known
+    return types == 0 or found.knots * types >= len(delta) or delta.device.type != "cpu"
+
+
+def _evaluation(
+    chosen: Backend,
+    plan: Plan,
+    parameters: Parameters,
+    delta: Tensor,
+    attributes: Tensor | EdgeTypes,
+    statistics_from: StatisticsSource,
+) -> table.Evaluation:
+    """What the backend gets: the plan itself and attributes (E, A), or one with splines instead of hidden layers."""
+    if not _per_edge(chosen, plan, delta, attributes):
+        return table.evaluation(chosen, plan, parameters, delta, attributes, statistics_from)
+    if not isinstance(attributes, Tensor):
+        attributes = attributes.attributes()
+    return table.Evaluation(plan if plan.is_frozen else plan.per_edge, parameters, attributes, ())
+
+
 def implicit_conv(
     plan: Plan,
     parameters: Parameters,
     graph: Graph,
     x: Tensor,
     delta: Tensor,
-    attributes: Tensor,
+    attributes: Tensor | EdgeTypes,
     *,
     statistics_from: StatisticsSource,
     backend: str = "auto",
@@ -82,12 +116,22 @@ def implicit_conv(
     )
     parameters = _cast(parameters, dtype)
     statistics_from = _possible_source(plan, statistics_from, graph.num_edges)
-    tensors = [t if t.dtype == dtype else t.to(dtype) for t in (x, delta, attributes)]
-    return chosen.forward(plan, parameters, statistics_from, graph, *tensors)
+    x, delta = (t if t.dtype == dtype else t.to(dtype) for t in (x, delta))
+    found = _evaluation(chosen, plan, parameters, delta, attributes, statistics_from)
+    if found.plan.is_frozen:
+        statistics_from = RUNNING
+    attributes = found.attributes if found.attributes.dtype == dtype else found.attributes.to(dtype)
+    out, statistics = chosen.forward(found.plan, found.parameters, statistics_from, graph, x, delta, attributes)
+    return out, found.statistics or statistics
 
 
 def implicit_kernel(
-    plan: Plan, parameters: Parameters, delta: Tensor, attributes: Tensor, *, statistics_from: StatisticsSource
+    plan: Plan,
+    parameters: Parameters,
+    delta: Tensor,
+    attributes: Tensor | EdgeTypes,
+    *,
+    statistics_from: StatisticsSource,
 ) -> tuple[Tensor, Sequence[NormStatistics]]:
     """K (P, C_out, C_in) at P points, from delta (P, dim) and attributes (P, A); and the statistics of every batch
     norm if they were measured."""
@@ -98,5 +142,10 @@ def implicit_kernel(
     )
     parameters = _cast(parameters, dtype)
     statistics_from = _possible_source(plan, statistics_from, delta.shape[0])
-    k, statistics = chosen.kernel(plan, parameters, statistics_from, delta.to(dtype), attributes.to(dtype))
-    return k.to(delta.dtype), statistics
+    found = _evaluation(chosen, plan, parameters, delta.to(dtype), attributes, statistics_from)
+    if found.plan.is_frozen:
+        statistics_from = RUNNING
+    k, statistics = chosen.kernel(
+        found.plan, found.parameters, statistics_from, delta.to(dtype), found.attributes.to(dtype)
+    )
+    return k.to(delta.dtype), found.statistics or statistics

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from ..plan import Activation, Frame, Norm, Plan
 from ..plan.activations import difference_quotient, phi
-from ..plan.moments import NormStatistics, Pool, StatisticsSource, moments
-from ..plan.packing import Parameters, Weights, cached, constant, dense_kernel, fold_norm, pack
+from ..plan.moments import NormStatistics, StatisticsSource
+from ..plan.packing import Parameters, Weights, cached, constant, dense_kernel, fold_norm, norm_affine, pack, running
+from .spline import interpolated, interpolation
 
 # Radii below this take the difference quotient; above it A⁻ φ(u₀ + r w) / r is right to eps / r.
 NEAR = {torch.float32: 0.1, torch.float64: 0.01}
@@ -168,6 +169,24 @@ def edge_frame(plan: Plan, delta: Tensor, attributes: Tensor) -> EdgeFrame:
     return EdgeFrame(torch.cat([delta, attributes], 1), None)
 
 
+def table_edge(plan: Plan, v: Tensor) -> EdgeFrame:
+    """The way back from the coefficients that splines give, divided by u^k: first and second, as functions of v, whose
+    length is u, are u^k times those of the direction."""
+    frame = plan.frame
+    if frame.kind == "zonal":
+        return EdgeFrame(v, None, _monomials(v, frame.powers) @ constant(frame, "harmonics", v).T)
+    p = v @ constant(frame, "plane", v)
+    cosine, sine = _multiples(p[:, 0], p[:, 1], frame.order)
+    return EdgeFrame(v, None, cosine, sine * constant(frame, "sign", v))
+
+
+def _from_table(plan: Plan, parameters: Parameters, delta: Tensor, attributes: Tensor) -> Tensor:
+    """(E, W · d): hidden features of a plan with splines instead of hidden layers."""
+    at = interpolation(plan, delta, attributes, SOFTENING[delta.dtype])
+    y = interpolated(plan, parameters.linears[0][0], at)
+    return _expand(plan.frame, table_edge(plan, at.v), y).flatten(1)
+
+
 def _expand(frame: Frame, edge: EdgeFrame, y: Tensor) -> Tensor:
     """Coefficients (E, W, c) → full hidden features (E, W, d)."""
     if frame.kind == "none":
@@ -219,10 +238,10 @@ def _activate(plan: Plan, act: Activation, edge: EdgeFrame, z: Tensor, merged: b
     return y
 
 
-def _statistics(norm: Norm, h: Tensor, pool: Pool | None) -> NormStatistics:
+def _statistics(norm: Norm, h: Tensor, statistics_from: StatisticsSource) -> NormStatistics:
     """Batch statistics of the hidden features h (E, W, d) over the edges, detached as in escnn: means of the trivial
     coefficients, variances of all."""
-    n, mean, squares = moments(h.detach(), pool)
+    n, mean, squares = statistics_from.moments(h.detach())
     return NormStatistics(mean.index_select(1, constant(norm, "measured", h)), squares.mean(1) / (n - 1))
 
 
@@ -238,6 +257,9 @@ def hidden_features(
     if they are measured. ``merged``: equal samples are evaluated once."""
     measured = statistics_from.measured
     weights, statistics = pack(plan, parameters, fold=not measured), []
+    if plan.is_frozen:
+        y = _from_table(plan, parameters, delta, attributes)
+        return torch.cat([y, y.new_ones(len(y), 1)], 1), weights, []
     edge = edge_frame(plan, delta, attributes)
     y = edge.inputs
     for n, act in enumerate(plan.activations):
@@ -245,7 +267,7 @@ def hidden_features(
         z = torch.nn.functional.linear(y, w, b).unflatten(1, (act.channels, -1))
         y = _activate(plan, act, edge, z, merged)
         if measured and plan.norms:
-            statistics.append(_statistics(plan.norms[n], _expand(plan.frame, edge, y), statistics_from.pool))
+            statistics.append(_statistics(plan.norms[n], _expand(plan.frame, edge, y), statistics_from))
             fold_norm(plan, weights, n, parameters.norms[n], *statistics[-1])
         if n + 1 < len(weights.linears):
             y = y.flatten(1)
@@ -253,6 +275,21 @@ def hidden_features(
         y = _expand(plan.frame, edge, y).flatten(1)
     h = torch.cat([y, y.new_ones(len(y), 1)], 1)
     return h, weights, statistics
+
+
+def normed_features(
+    plan: Plan, parameters: Parameters, statistics_from: StatisticsSource, delta: Tensor, attributes: Tensor
+) -> tuple[Tensor, list[NormStatistics]]:
+    """h (E, H), behind the last batch norm, which :func:`hidden_features` leaves to θ; times the radial factor."""
+    h, weights, statistics = hidden_features(plan, parameters, statistics_from, delta, attributes)
+    if plan.norms:
+        norm, p = plan.norms[-1], parameters.norms[-1]
+        mean, var = statistics[-1] if statistics else running(p, constant(norm, "full_trivial", p.mean))
+        scale, shift = norm_affine(norm, p, mean, var)
+        y = h[:, :-1].unflatten(1, (norm.channels, -1)) * scale[:, None]
+        y = y.index_add(2, constant(norm, "measured", h), shift.expand(len(y), -1, -1))
+        h = torch.cat([y.flatten(1), h[:, -1:]], 1)
+    return h * radial_factor(plan, weights.shell_width, delta)[:, None], statistics
 
 
 def radial_factor(plan: Plan, shell_width: Tensor, delta: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from .frame import MAX_ORDER, Frame
 from .frozen import FrozenArrays
 from .layers import FUNCTIONS, Activation, Block, Linear, Norm
 from .plan import Coupling, Plan
+from .table import Table
 
 __all__ = [
     "FUNCTIONS",
@@ -16,4 +17,5 @@ __all__ = [
     "Linear",
     "Norm",
     "Plan",
+    "Table",
 ]

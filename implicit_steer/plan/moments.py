@@ -29,10 +29,20 @@ class StatisticsSource:
     - ``RUNNING``: what the norms keep (evaluation mode);
     - ``MEASURED``: the edges of this call (training mode);
     - ``StatisticsSource(measured=True, pool=pool)``: these edges together with those of other processes.
+
+    ``weighted``: the points are the knots of a table; this gives the moments of the edges from values at the knots.
     """
 
     measured: bool
     pool: Pool | None = None  # adds the edges of other processes to what is measured
+    weighted: Callable[[Tensor], Moments] | None = None
+
+    def moments(self, rows: Tensor) -> Moments:
+        """Moments over the edges that rows (N, ...) belong to or, at knots, stand for."""
+        if self.weighted is None:
+            return moments(rows, self.pool)
+        found = self.weighted(rows)
+        return found if self.pool is None else self.pool(*found)
 
 
 RUNNING, MEASURED = StatisticsSource(measured=False), StatisticsSource(measured=True)

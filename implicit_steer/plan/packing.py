@@ -43,6 +43,7 @@ class CallCache:
         parameters: the :class:`Parameters` that hold them.
         bound: what a backend made of ``parameters``.
         hooks: how many hooks the process had registered when the layer's modules were last searched for hooks.
+        table: what evaluation through a table keeps (ops/table.py).
     """
 
     def __init__(self, native: Any = None) -> None:
@@ -51,6 +52,7 @@ class CallCache:
         self.parameters: Any = None
         self.bound: Any = None
         self.hooks: int | None = None
+        self.table: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CallCache, (self.native,)
@@ -219,15 +221,17 @@ def running(p: NormParameters, trivial: Tensor) -> tuple[Tensor, Tensor]:
     return p.mean.index_select(1, trivial), p.var.view(-1)
 
 
-def fold_norm(plan: Plan, weights: Weights, n: int, p: NormParameters, mean: Tensor, var: Tensor) -> None:
-    """Fold batch norm ``n``, with these statistics, into what follows it in ``weights``: the next linear map, or θ.
-
-    The norm is ``y → scale · y + shift`` with scale = weight / sqrt(var + eps) (channels,) and, for the trivial
-    coefficients alone, shift = bias − mean · scale (channels, n_trivial).
-    """
-    norm = plan.norms[n]
+def norm_affine(norm: Norm, p: NormParameters, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch norm with these statistics, ``y → scale · y + shift``: scale = weight / sqrt(var + eps) (channels,) and,
+    for the trivial coefficients alone, shift = bias − mean · scale (channels, n_trivial)."""
     scale = p.weight.view(-1) / (var + norm.eps).sqrt()
-    shift = p.bias - mean * scale[:, None]
+    return scale, p.bias - mean * scale[:, None]
+
+
+def fold_norm(plan: Plan, weights: Weights, n: int, p: NormParameters, mean: Tensor, var: Tensor) -> None:
+    """Fold batch norm ``n``, with these statistics, into what follows it in ``weights``: the next linear map, or θ."""
+    norm = plan.norms[n]
+    scale, shift = norm_affine(norm, p, mean, var)
     if n + 1 < len(weights.linears):
         weights.linears[n + 1] = _fold_into_linear(norm, *weights.linears[n + 1], scale, shift)
     else:
@@ -253,7 +257,8 @@ def _fold_into_theta(plan: Plan, theta: list[Tensor], scale: Tensor, shift: Tens
 
 def pack(plan: Plan, parameters: Parameters, fold: bool) -> Weights:
     """Dense weights from parameters; with ``fold`` the batch norms' running statistics are folded in (eval mode)."""
-    linears = [_expansion(layer)(w, b) for layer, (w, b) in zip(plan.linears, parameters.linears[:-1], strict=True)]
+    hidden = () if plan.is_frozen else parameters.linears[:-1]  # else the splines' coefficients
+    linears = [_expansion(layer)(w, b) for layer, (w, b) in zip(plan.linears, hidden, strict=True)]
     theta = [mixing_weights(c, *parameters.linears[-1]) for c in plan.couplings]
     weights = Weights(linears, theta, parameters.shell_width)
     if fold:

@@ -15,9 +15,9 @@ h     (W·d,) full hidden features in the coupling's basis, d the size of one hi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from .._check import require, require_integer
 from .frame import Frame
 from .frozen import FrozenArrays, fingerprint_of, require_indices, require_number, require_shape
 from .layers import Activation, Linear, Norm
+from .table import Table, refusal
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +100,7 @@ class Plan(FrozenArrays):
     gamma: float
     cutoff: float | None
     aggr: str
+    table: Table | None = None  # splines of the hidden layers; where a plan has none, in their place
 
     def validate(self) -> None:
         """Raise ``ValueError`` unless the layers fit together and the couplings stay inside the kernel and h."""
@@ -145,12 +147,48 @@ class Plan(FrozenArrays):
             require(act.samples.shape[1] == coefficients, "samples", f"{coefficients} columns", act.samples.shape)
         full = self.hidden_size - 1
         if self.activations:
-            size = self.activations[-1].channels * len(frame.coefficient if frame.kind == "zonal" else frame.order)
+            size = self.activations[-1].channels * self.field_size
+            reason = refusal(self) if self.table else None
+            require(reason is None, "table", "None", f"a table, but {reason}")
+        elif self.table:
+            ok = frame.kind != "none" and full % self.field_size == 0 and frame.n_attributes == (self.table.types > 1)
+            require(ok, "table", "a zonal or planar frame, and whole hidden fields of it", frame.kind)
+            size = full
         require(full == size, "hidden_size", f"{size} hidden features and the constant one", self.hidden_size)
         for norm, act in zip(self.norms, self.activations, strict=False):
             require(norm.channels == act.channels, "channels", f"{act.channels}, as its activation has", norm.channels)
             require_indices("trivial", norm.trivial, coefficients)
             require_indices("measured", norm.measured, full // norm.channels)
+
+    @property
+    def field_size(self) -> int:
+        """d: coordinates of one hidden field."""
+        if not self.activations and self.table is None:
+            return 1
+        return len(self.frame.coefficient if self.frame.kind == "zonal" else self.frame.order)
+
+    @cached_property
+    def per_edge(self) -> Plan:
+        """The plan without its table: the MLP is evaluated for every edge."""
+        return replace(self, table=None) if self.table else self
+
+    @property
+    def hidden_coefficients(self) -> int:
+        """W · c: what the last hidden layer, or a spline of each, gives for an edge; inputs where there is neither."""
+        if not self.activations and self.table is None:
+            return self.frame.n_position + self.frame.n_attributes
+        return (self.hidden_size - 1) // self.field_size * len(self.frame.order)
+
+    @property
+    def table_size(self) -> int:
+        """How many spline coefficients the table of a plan without hidden layers has, (T, G + 3, W, c)."""
+        table = cast(Table, self.table)
+        return table.types * table.n_coefficients * self.hidden_coefficients
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether splines stand in place of the hidden layers."""
+        return self.table is not None and not self.activations
 
     @cached_property
     def is_depthwise(self) -> bool:
@@ -218,6 +256,8 @@ class Plan(FrozenArrays):
                 f"{len(act.samples)} samples ({len(act.index)} before merging) x {act.channels} channels"
                 + ("; batch norm" if self.norms else "")
             )
+        if self.table is not None:
+            lines.append(f"  table      {self.table}")
         for c in self.couplings:
             lines.append(
                 f"  coupling   {len(c.out_start)} x {len(c.in_start)} x {len(c.hidden_start)} fields ({c.parameter}), "

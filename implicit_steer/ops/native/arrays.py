@@ -28,7 +28,7 @@ from .packing_matrix import (
     theta_layouts,
 )
 from .sample_pairs import sample_pairs
-from .terms import Monomials, Terms, hidden_field_size, reads_one
+from .terms import Monomials, Terms, padded, reads_one
 
 FRAME_KINDS = ("none", "zonal", "planar")  # FrameKind of csrc/plan.h
 
@@ -55,6 +55,7 @@ class Prepared(NamedTuple):
 def prepare(plan: Plan, sizes: tuple[int, ...]) -> Prepared:
     """``sizes``: of the parameters, in the order of ``bound.learned_tensors``."""
     builder = _Builder(plan, sizes)
+    builder.pack_table()
     builder.pack_hidden_layers()
     builder.pack_batch_norms()
     builder.pack_shell_width()
@@ -154,6 +155,17 @@ class _Builder:
 
     # ---- the packed weights
 
+    def pack_table(self) -> None:
+        """Spline by spline, each with one coefficient of all hidden fields, side by side and padded."""
+        self.table = 0
+        if self.plan.is_frozen:
+            n = self.plan.hidden_coefficients
+            first = next(self.parameter_starts)
+            parameters = np.arange(first, first + self.plan.table_size).reshape(-1, n)
+            self.table = self.packing.add_copies(
+                np.pad(parameters, ((0, 0), (0, padded(n) - n)), constant_values=-1).reshape(-1)
+            )
+
     def pack_hidden_layers(self) -> None:
         """W of every hidden layer as groups of rows, and b, row by row."""
         n_parameters = self.packing.n_parameters
@@ -220,7 +232,7 @@ class _Builder:
 
     def _header(self) -> PlanHeader:
         plan, frame, terms = self.plan, self.plan.frame, self.terms
-        hidden = plan.linears[-1].out_size if plan.linears else self.n_inputs
+        hidden, table = plan.hidden_coefficients, plan.table if plan.is_frozen else None
         return PlanHeader(
             kind=FRAME_KINDS.index(frame.kind),
             dim=frame.dim,
@@ -230,7 +242,7 @@ class _Builder:
             in_size=plan.in_size,
             out_size=plan.out_size,
             n_layers=len(plan.linears),
-            d=hidden_field_size(plan),
+            d=plan.field_size,
             c=self.n_coefficients,
             channels=hidden // self.n_coefficients,
             order_zero=int(np.searchsorted(frame.order, 1)),
@@ -249,6 +261,10 @@ class _Builder:
             n_even=int((~self.pairs.odd).sum()),
             n_gathered=len(terms.inputs.channel),
             n_mixed=len(terms.outputs.channel),
+            n_knots=table.knots if table else 0,
+            n_types=table.types if table else 0,
+            table=self.table,
+            bounded=table is not None and table.bounded,
         )
 
     def _add_scalars(self, numbers: _Numbers) -> None:
@@ -256,6 +272,7 @@ class _Builder:
         plan, position, zonal = self.plan, self.pairs.position, self.plan.frame.kind == "zonal"
         numbers.add_ints(self._header())
         numbers.add_reals(plan.gamma, plan.cutoff or 1.0, plan.norms[0].eps if plan.norms else 0.0)
+        numbers.add_reals(plan.table.length if plan.table else 1.0, plan.table.spacing if plan.table else 1.0)
         numbers.add_ints(position[plan.frame.coefficient] if zonal else position)
         if plan.norms:
             measured = plan.norms[

@@ -22,7 +22,7 @@ from .arrays import prepare
 from .instruction_set import instruction_set
 from .operators import unflatten
 from .packing_matrix import kernel_entries
-from .terms import hidden_field_size, reads_one
+from .terms import reads_one
 
 
 def refusal(plan: Plan, dtype: torch.dtype) -> str | None:
@@ -44,10 +44,10 @@ def _unsupported(plan: Plan) -> str | None:
         return "one activation function in all layers"
     if any(act.samples.shape[1] != coefficients for act in plan.activations):
         return "one hidden representation in all layers"
-    if not plan.activations:
+    if not plan.activations and plan.table is None:
         return None if plan.frame.kind == "none" else "without hidden layers, frame 'none'"
     if plan.frame.kind == "zonal":
-        d = hidden_field_size(plan)
+        d = plan.field_size
         if any((c.hidden_start % d).any() for c in plan.couplings if not reads_one(plan, c)):
             return "couplings that read whole hidden fields"
     return None
@@ -65,7 +65,7 @@ def learned_tensors(parameters: Parameters) -> list[Tensor]:
 
 def parameter_sizes(plan: Plan) -> tuple[int, ...]:
     """Numbers in each of :func:`learned_tensors`, as far as the plan reads them."""
-    sizes = []
+    sizes = [plan.table_size] if plan.is_frozen else []
     for layer in plan.linears:
         sizes += [layer.n_weights, *filter(None, [layer.bias.shape[1]])]
     for norm in plan.norms:
@@ -184,7 +184,7 @@ class BoundKernel:
         statistics = delta.new_ones(self.native.statistics_shape)
         packed = self.pack(self.learned, statistics)
         for n, norm in enumerate(plan.norms):
-            shape = 2, norm.channels, hidden_field_size(plan)
+            shape = 2, norm.channels, plan.field_size
             tensors, size = (*self.arrays, packed, delta, attributes), shape[1] * shape[2]
             found = torch.ops.implicit_steer.conv_moments(*tensors, n, size, instruction_set())
             count, mean, squares = pool(len(delta), *found.view(shape))

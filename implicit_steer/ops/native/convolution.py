@@ -58,9 +58,23 @@ class NativeBackend(Backend):
     ) -> tuple[Tensor, Sequence[NormStatistics]]:
         """K(x, a) (P, C_out, C_in): hidden features from the native code, the last layer one matrix product."""
         bound = bind(plan, parameters, self.bound)
-        h, statistics = run(HiddenFeatures(bound), statistics_from, (delta.contiguous(), attributes.contiguous()))
+        h, statistics = self.hidden(plan, parameters, statistics_from, delta, attributes)
         k = h @ bound.dense_kernel().flatten(0, 1).T
         return k.view(h.shape[0], plan.out_size, plan.in_size), statistics
+
+    def hidden(
+        self,
+        plan: Plan,
+        parameters: Parameters,
+        statistics_from: StatisticsSource,
+        delta: Tensor,
+        attributes: Tensor,
+    ) -> tuple[Tensor, Sequence[NormStatistics]]:
+        """γ s(|x|) h(x, a), (P, H). The statistics of a table's knots are taken in plain PyTorch."""
+        if statistics_from.weighted is not None:
+            return super().hidden(plan, parameters, statistics_from, delta, attributes)
+        bound = bind(plan, parameters, self.bound)
+        return run(HiddenFeatures(bound), statistics_from, (delta.contiguous(), attributes.contiguous()))
 
 
 # ---- level 1: what is called

@@ -18,7 +18,7 @@ from torch import Tensor
 from ... import _native
 from ...plan import Plan
 from ...plan.packing import Parameters, cached
-from ..backend import DEPTHWISE_ON_GPU
+from ..backend import DEPTHWISE_ON_GPU, TABLES_ON_GPU
 from .arrays import prepare
 from .bound import BoundKernel, KernelEntries, NativePlan, parameter_sizes, refusal
 from .convolution import NativeBackend
@@ -95,6 +95,8 @@ class Cuda(NativeBackend):
             there, reason = _native.cuda_usable(device)
         if there and (refused := refusal(plan, dtype)):
             there, reason = False, refused
+        if there and plan.table is not None:
+            there, reason = False, TABLES_ON_GPU
         if there and plan.is_depthwise:
             there, reason = False, DEPTHWISE_ON_GPU
         if not there:

@@ -36,6 +36,10 @@ class PlanHeader(NamedTuple):
     n_even: int
     n_gathered: int
     n_mixed: int
+    n_knots: int
+    n_types: int
+    table: int
+    bounded: bool
 
 
 class LayerHeader(NamedTuple):

@@ -89,7 +89,7 @@ def sample_pairs(plan: Plan) -> SamplePairs:
     """Of the samples of a plan, which are the same in every layer; none where they are not, or where an odd coefficient
     of order 0 would not come first."""
     if not plan.activations:
-        return SamplePairs([], [], np.zeros(1, dtype=bool))
+        return SamplePairs([], [], np.zeros(max(len(plan.frame.order), 1), dtype=bool))
     act = plan.activations[0]
     none = SamplePairs([], list(range(len(act.samples))), np.zeros(act.samples.shape[1], dtype=bool))
     equal = all(np.array_equal(act.samples, other.samples) for other in plan.activations)

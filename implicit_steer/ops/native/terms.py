@@ -20,13 +20,6 @@ def padded(n: int) -> int:
     return -(-n // ROW_OF_CHANNELS) * ROW_OF_CHANNELS
 
 
-def hidden_field_size(plan: Plan) -> int:
-    """d: coordinates of one hidden field."""
-    if not plan.activations:
-        return 1
-    return len(plan.frame.coefficient) if plan.frame.kind == "zonal" else len(plan.frame.order)
-
-
 def reads_one(plan: Plan, c: Coupling) -> bool:
     """Whether the coupling reads the constant hidden feature, the last column of h, and nothing else."""
     return len(c.hidden_start) == 1 and c.basis.shape[3] == 1 and c.hidden_start[0] == plan.hidden_size - 1
@@ -103,7 +96,7 @@ class Terms:
         """Row (−1: the constant one) and harmonic (−1: none) of coordinate m of the coupling's hidden fields."""
         if reads_one(self.plan, c):
             return -1, -1
-        field, coefficient = np.divmod(c.hidden_start + m, hidden_field_size(self.plan))
+        field, coefficient = np.divmod(c.hidden_start + m, self.plan.field_size)
         harmonic = -1
         if self.plan.frame.kind == "zonal":
             harmonic, coefficient = m, self.plan.frame.coefficient[coefficient]

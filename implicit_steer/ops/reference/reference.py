@@ -18,7 +18,7 @@ from ..mean_and_bias import mean_and_bias
 class Reference(Backend):
     """Plain PyTorch on the kernel of every edge; for every plan, device and dtype."""
 
-    name = "reference"
+    name, takes_tables = "reference", False
 
     def available(self) -> tuple[bool, str]:
         """It runs everywhere."""

@@ -19,7 +19,7 @@ from ...graph import Graph
 from ...plan import Plan
 from ...plan.moments import NormStatistics, StatisticsSource
 from ...plan.packing import Parameters, fold_norm, pack
-from ..backend import DEPTHWISE_ON_GPU, Backend
+from ..backend import DEPTHWISE_ON_GPU, TABLES_ON_GPU, Backend
 from ..mean_and_bias import mean_and_bias
 from .tables import unsupported
 
@@ -31,6 +31,8 @@ def interpreted() -> bool:
 
 @lru_cache(maxsize=256)
 def _unsupported(plan: Plan) -> str | None:
+    if plan.table is not None:
+        return TABLES_ON_GPU
     return DEPTHWISE_ON_GPU if plan.is_depthwise else unsupported(plan)
 
 

@@ -17,13 +17,6 @@ from numpy.typing import NDArray
 from ...plan import Coupling, Plan
 
 
-def field_size(plan: Plan) -> int:
-    """Coordinates of a hidden field."""
-    if not plan.activations:
-        return 1
-    return len(plan.frame.coefficient) if plan.frame.kind == "zonal" else len(plan.frame.order)
-
-
 def reads_constant(plan: Plan, coupling: Coupling) -> bool:
     """Whether the coupling reads the constant one behind the hidden features: it belongs to the bias."""
     start = coupling.hidden_start
@@ -43,7 +36,7 @@ class Columns:
 
     def __init__(self, plan: Plan) -> None:
         self.plan, frame = plan, plan.frame
-        self.d, self.channels = field_size(plan), plan.activations[0].channels if plan.activations else 1
+        self.d, self.channels = plan.field_size, plan.activations[0].channels if plan.activations else 1
         self.used = self._used()
         if not plan.activations:
             self.one = plan.hidden_size - 1

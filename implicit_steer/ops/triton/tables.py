@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...plan import FUNCTIONS, Plan
-from .columns import Columns, field_size, reads_constant
+from .columns import Columns, reads_constant
 from .contract_tables import ContractTables, accumulators_of, extents_of, positions_of, row_extents, slots_of
 from .mlp_tables import frame_tables, kind_of, layer_tables
 from .sizes import Sizes
@@ -38,7 +38,7 @@ def unsupported(plan: Plan) -> str | None:
     if plan.frame.regular and _mixes_orders(plan):
         return "hidden layers that keep coefficients of order 0 apart"
     if plan.frame.kind != "none":
-        d = field_size(plan)
+        d = plan.field_size
         if any(len(set(c.hidden_start % d)) > 1 for c in plan.couplings if not reads_constant(plan, c)):
             return "couplings that read the same coordinates of all hidden fields"
     return None

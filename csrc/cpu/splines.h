@@ -1,0 +1,135 @@
+// A table in place of the MLP: y = Σ_j w_j(u) b_j over four of the splines' coefficients of an edge's type, each a row
+// of all hidden coefficients, and the reverse sweep. Rows are interpolated edge by edge, then turned into lanes.
+#pragma once
+
+#include "../edge_frame.h"
+#include "rows.h"
+
+namespace implicit_steer::IST_ISA {
+
+template <typename R>
+struct Splines {
+  using V = typename Lane<R>::V;
+  using Q = typename Lane<R>::Q;
+  using Plain = Real<R>;
+  static constexpr int L = Lane<R>::L, QL = Lane<R>::QL, kPieces = 4;
+
+  const PlanView<Plain>* p;
+  const R* table;              // [types · splines per type, row]
+  int64_t row, n_numbers;      // padded hidden_flat; of the whole table
+  V *y, *d_y;                  // [hidden_flat]
+  Plain* rows;                 // [kPlanes, L, row] y or d_y edge by edge
+  V weights[kPieces];          // of the four pieces that count
+  V slopes[kPieces];           // their derivatives in u; backward alone
+  int64_t first[L];            // where these pieces begin in the table
+  R *d_table, *d_u;            // as table, summed over all tiles of a thread; [L, QL], sums over QL are ∂L/∂u
+
+  void place(Arena& arena, const PlanView<Plain>& plan, const R* packed, bool backward) {
+    p = &plan, table = packed + plan.table, row = padded(plan.hidden_flat);
+    n_numbers = int64_t{plan.n_types} * splines_per_type(plan) * row;
+    arena.take(y, plan.hidden_flat), arena.take(rows, kPlanes<R> * L * row);
+    if (!backward) return;
+    arena.take(d_y, plan.hidden_flat), arena.take(d_table, n_numbers), arena.take(d_u, int64_t{L} * QL);
+  }
+
+  // The pieces of B around u, and their derivatives. Beyond the last knot, and where u is NaN, the last ones.
+  void locate(const Edges<R>& e) {
+    const V position = e.radius * (1 / p->spacing) + Plain(0.5);
+    const auto* values = plane<R>(&position, 0);
+    const auto* type = p->n_attr ? plane<R>(e.attr, 0) : nullptr;
+    typename Lane<Plain>::V cells;
+    for (int l = 0; l < L; ++l) {
+      const Plain at = number(*values, l);
+      const int64_t cell = at < p->n_knots ? static_cast<int64_t>(at) : p->n_knots - 1;
+      const Plain wanted = type ? number(*type, l) : Plain{};
+      const int64_t own = wanted > 0 ? (wanted < p->n_types ? static_cast<int64_t>(wanted) : p->n_types - 1) : 0;
+      cells[l] = static_cast<Plain>(cell), first[l] = (own * splines_per_type(*p) + cell) * row;
+    }
+    const V inside = position - cells, t = lane_min(V{} + 1, inside), s = 1 - t;
+    const Plain sixth = Plain(1) / 6, steep = 1 / (2 * p->spacing);
+    weights[0] = s * s * s * sixth, weights[3] = t * t * t * sixth;
+    weights[1] = (4 - 3 * t * t * (2 - t)) * sixth, weights[2] = (4 - 3 * s * s * (2 - s)) * sixth;
+    const V slope = select(inside > 1, V{}, V{} + steep);
+    slopes[0] = -s * s * slope, slopes[3] = t * t * slope;
+    slopes[1] = (3 * t - 4) * t * slope, slopes[2] = (4 - 3 * s) * s * slope;
+  }
+
+  // What the couplings read.
+  const V* hidden(const Edges<R>& e) {
+    locate(e);
+    for (int l = 0; l < L; ++l) {
+      R w[kPieces];
+      for (int k = 0; k < kPieces; ++k) w[k] = number(weights[k], l);
+      for (int64_t x = 0; x < row; x += QL) {
+        const R* piece = table + first[l] + x;
+        Q sum = load_row(piece) * w[0];
+        for (int k = 1; k < kPieces; ++k) sum += load_row(piece + k * row) * w[k];
+        store(sum, l, x);
+      }
+    }
+    for (int k = 0; k < kPlanes<R>; ++k)
+      rows_to_lanes<Plain>(
+          p->hidden_flat, [&](int l) { return edge_row(k, l); }, [&](int, int at, int count) { return at + count <= row; }, plane<R>(y, k),
+          kPlanes<R>);
+    return y;
+  }
+
+  // From the gradient of hidden() (in this->d_y), of the first n_edges lanes: d_table and e.d_radius.
+  void backward(Edges<R>& e, int n_edges, bool need_weights, bool need_radius) {
+    for (int k = 0; k < p->n_inputs; ++k) e.d_inputs[k] = V{};
+    for (int k = 0; k < kPlanes<R>; ++k)
+      lanes_to_rows<Plain>(
+          p->hidden_flat, plane<R>(d_y, k), kPlanes<R>, [&](int l) { return edge_row(k, l); }, n_edges);
+    for (int l = 0; l < n_edges; ++l) {
+      if (need_weights) add_to_table(l);
+      if (need_radius) differentiate(l);
+    }
+    if (need_radius) e.d_radius += row_sums(d_u);
+  }
+
+  void add_to_table(int l) {
+    R w[kPieces];
+    for (int k = 0; k < kPieces; ++k) w[k] = number(weights[k], l);
+    for (int64_t x = 0; x < row; x += QL) {
+      const Q d = load(l, x);
+      R* piece = d_table + first[l] + x;
+      for (int k = 0; k < kPieces; ++k) store_row(piece + k * row, load_row(piece + k * row) + d * w[k]);
+    }
+  }
+
+  void differentiate(int l) {
+    R w[kPieces];
+    for (int k = 0; k < kPieces; ++k) w[k] = number(slopes[k], l);
+    Q total{};
+    for (int64_t x = 0; x < row; x += QL) {
+      const R* piece = table + first[l] + x;
+      Q sum = load_row(piece) * w[0];
+      for (int k = 1; k < kPieces; ++k) sum += load_row(piece + k * row) * w[k];
+      total += sum * load(l, x);
+    }
+    store_row(d_u + l * QL, total);
+  }
+
+  void write_gradient(Plain* out) const {
+    for (int64_t k = 0; k < n_numbers; ++k) out[p->table + k] = result(d_table[k]);
+  }
+
+ private:
+  // An edge's row of values or, of dual numbers, of tangents; what fills it up stays 0.
+  Plain* edge_row(int which, int l) const { return rows + (int64_t{which} * L + l) * row; }
+  void store(Q q, int l, int64_t x) {
+    if constexpr (is_dual<R>)
+      store_numbers(edge_row(0, l) + x, q.value), store_numbers(edge_row(1, l) + x, q.tangent);
+    else
+      store_numbers(edge_row(0, l) + x, q);
+  }
+  Q load(int l, int64_t x) const {
+    using P = typename Lane<Plain>::Q;
+    if constexpr (is_dual<R>)
+      return {load_numbers<P>(edge_row(0, l) + x), load_numbers<P>(edge_row(1, l) + x)};
+    else
+      return load_numbers<P>(edge_row(0, l) + x);
+  }
+};
+
+}  // namespace implicit_steer::IST_ISA
