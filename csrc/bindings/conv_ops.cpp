@@ -92,6 +92,24 @@ Tensor conv_hidden(const Tensor& ints, const Tensor& reals, const Tensor& weight
   return out;
 }
 
+// -> (T (G + 3), width): how much each spline of a table counts among P points, see cpu/table_sums.h
+Tensor table_sums(const Tensor& ints, const Tensor& reals, const Tensor& delta, const Tensor& attr, int64_t size,
+                  int64_t width, int64_t isa) {
+  Tensor out;
+  with_call<Cpu>(ints, reals, delta, attr, isa, [&](auto& call) {
+    using R = typename std::remove_reference_t<decltype(call)>::R;
+    const auto& plan = call.plan;
+    STD_TORCH_CHECK(plan.n_knots > 0, "plan_ints: expected a plan with a table.");
+    check_size(plan.n_types * splines_per_type(plan), size, "size");
+    check_size(1 + plan.d * (plan.kind == kPlanar ? 2 : 1), width, "width");
+    const std::vector<R> no_weights(plan.n_weights, R{1});
+    call.args.weights = no_weights.data();
+    out = call.output(delta, call.args.threads * size, width);
+    call.run(call.device.table().table_sums);
+  });
+  return torch::stable::narrow(out, 0, 0, size);
+}
+
 constexpr Needs kOfHidden{false, true, true, true};  // all but that of x, which the hidden features do not have
 
 // -> gradients of delta, attr and weights
@@ -185,12 +203,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(implicit_steer, m) {
   m.def("conv_hidden_double_backward(" IST_PLAN ", " IST_POINTS
         ", Tensor grad_out, Tensor tangent_weights, Tensor tangent_delta, Tensor tangent_attr, int isa) -> "
         "(Tensor, Tensor, Tensor, Tensor)");
+  m.def("table_sums(" IST_PLAN ", Tensor delta, Tensor attr, int size, int width, int isa) -> Tensor");
   m.def("lane_function(Tensor x, int which, int isa) -> Tensor");
   m.def("fma_peak(int isa) -> float");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(implicit_steer, CPU, m) {
   implement<Cpu>(m);
+  m.impl("table_sums", TORCH_BOX(&table_sums));
   m.impl("lane_function", TORCH_BOX(&lane_function));
 }
 

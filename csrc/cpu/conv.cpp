@@ -9,6 +9,7 @@
 #include "hidden.h"
 #include "peak.h"
 #include "statistics.h"
+#include "table_sums.h"
 #include "threads.h"
 
 namespace implicit_steer::IST_ISA {
@@ -149,6 +150,18 @@ void statistics(const ConvArgs<R>& a) {
     for (int64_t k = 0; k < 2 * n; ++k) a.sums[k] += a.sums[2 * n * t + k];
 }
 
+// out: [threads, types · splines per type, width]; the sum over threads lands in the first
+template <typename R>
+void table_sums(const ConvArgs<R>& a) {
+  const int64_t n = int64_t{a.plan->n_types} * splines_per_type(*a.plan) * table_sums_width(*a.plan);
+  in_threads(a.threads, [&](int t) {
+    const int64_t begin = a.n_edges * t / a.threads, end = a.n_edges * (t + 1) / a.threads;
+    TableSums<R>(a, end - begin).run(begin, end, a.out + t * n);
+  });
+  for (int t = 1; t < a.threads; ++t)
+    for (int64_t k = 0; k < n; ++k) a.out[k] += a.out[t * n + k];
+}
+
 // Calls f(worker, first point, one past the last, thread) with the hidden features' worker of every thread.
 template <typename N, typename R, typename F>
 void hidden(const ConvArgs<R>& a, bool backward, F f) {
@@ -205,6 +218,7 @@ constexpr ConvTable<R> kTable{forward<R, R>,
                               forward<Dual<R>, R>,
                               backward<Dual<R>, R>,
                               statistics<R>,
+                              table_sums<R>,
                               hidden_forward<R, R>,
                               hidden_backward<R, R>,
                               hidden_forward<Dual<R>, R>,

@@ -44,6 +44,7 @@ struct ConvTable {
   void (*forward_tangent)(const ConvArgs<R>&);   // of forward and backward: the derivatives, along the tangents, of
   void (*backward_tangent)(const ConvArgs<R>&);  // what these give, at constant grad_out
   void (*statistics)(const ConvArgs<R>&);
+  void (*table_sums)(const ConvArgs<R>&);       // out: see table_sums.h
   void (*hidden_forward)(const ConvArgs<R>&);   // out: h [E, H]
   void (*hidden_backward)(const ConvArgs<R>&);  // grad_out: of h
   void (*hidden_forward_tangent)(const ConvArgs<R>&);

@@ -26,7 +26,7 @@ struct EdgeTile {
   uint32_t near_lanes = 0;  // of edges that are left to the tiles of a NearList
   Edges<R> e;
   Mlp<R> mlp;
-  Splines<R> splines;  // in its place, of plans with a table
+  Splines<R> splines;    // in its place, of plans with a table
   const V* features;     // [flat hidden size] in the couplings' coordinates
   V *hidden, *d_hidden;  // memory for them in frames with a way back; their gradient
 

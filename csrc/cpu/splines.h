@@ -15,14 +15,14 @@ struct Splines {
   static constexpr int L = Lane<R>::L, QL = Lane<R>::QL, kPieces = 4;
 
   const PlanView<Plain>* p;
-  const R* table;              // [types · splines per type, row]
-  int64_t row, n_numbers;      // padded hidden_flat; of the whole table
-  V *y, *d_y;                  // [hidden_flat]
-  Plain* rows;                 // [kPlanes, L, row] y or d_y edge by edge
-  V weights[kPieces];          // of the four pieces that count
-  V slopes[kPieces];           // their derivatives in u; backward alone
-  int64_t first[L];            // where these pieces begin in the table
-  R *d_table, *d_u;            // as table, summed over all tiles of a thread; [L, QL], sums over QL are ∂L/∂u
+  const R* table;          // [types · splines per type, row]
+  int64_t row, n_numbers;  // padded hidden_flat; of the whole table
+  V *y, *d_y;              // [hidden_flat]
+  Plain* rows;             // [kPlanes, L, row] y or d_y edge by edge
+  V weights[kPieces];      // of the four pieces that count
+  V slopes[kPieces];       // their derivatives in u; backward alone
+  int64_t first[L];        // where these pieces begin in the table
+  R *d_table, *d_u;        // as table, summed over all tiles of a thread; [L, QL], sums over QL are ∂L/∂u
 
   void place(Arena& arena, const PlanView<Plain>& plan, const R* packed, bool backward) {
     p = &plan, table = packed + plan.table, row = padded(plan.hidden_flat);
@@ -69,8 +69,8 @@ struct Splines {
     }
     for (int k = 0; k < kPlanes<R>; ++k)
       rows_to_lanes<Plain>(
-          p->hidden_flat, [&](int l) { return edge_row(k, l); }, [&](int, int at, int count) { return at + count <= row; }, plane<R>(y, k),
-          kPlanes<R>);
+          p->hidden_flat, [&](int l) { return edge_row(k, l); },
+          [&](int, int at, int count) { return at + count <= row; }, plane<R>(y, k), kPlanes<R>);
     return y;
   }
 

@@ -31,8 +31,8 @@ class InteractionBlock(torch.nn.Module):
         node_attr: how many invariant attributes a node has; 0 gives a plain self-connection.
         degree: mean number of neighbours of a node, > 0; the convolution is divided by its root.
         function, gate: as in :class:`Gate`.
-        n_layers, n_channels, activation, norm, cutoff, width, depthwise, backend: as in :class:`ImplicitPointConv`. The
-            convolution has no bias, since the self-connection has one.
+        n_layers, n_channels, activation, norm, cutoff, width, depthwise, table, backend: as in
+            :class:`ImplicitPointConv`. The convolution has no bias, since the self-connection has one.
 
     Shape: x (N, irreps_in.size), edge_vec (E, 3), edge_attr (E, A), node_attr (N, B); y (N, irreps_out.size).
 
@@ -67,6 +67,7 @@ class InteractionBlock(torch.nn.Module):
         cutoff: float | None = None,
         width: float = 0.5,
         depthwise: bool = False,
+        table: int | str | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -90,6 +91,7 @@ class InteractionBlock(torch.nn.Module):
             cutoff=cutoff,
             width=width,
             depthwise=depthwise,
+            table=table,
             bias=False,
             backend=backend,
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ..graph import Graph
 from ..plan import Plan
 from ..plan.moments import NormStatistics, StatisticsSource
 from ..plan.packing import Parameters
-from .kernel_mlp import normed_features, plain_kernel
+from .kernel_mlp import normed_features, plain_kernel, table_sums
 
 # Why the GPU's own backends refuse a plan.
 TABLES_ON_GPU = "tables run on a GPU as plain PyTorch, in 'eager'"
@@ -116,3 +116,8 @@ class Backend(Protocol):
         """γ s(|x|) h(x, a) at P points, behind the last batch norm, (P, H), and the statistics of every batch norm if
         they were measured; arguments as in :meth:`kernel`. This default is plain PyTorch."""
         return normed_features(plan, parameters, statistics_from, delta, attributes)
+
+    def table_sums(self, plan: Plan, native: Any, delta: Tensor, attributes: Tensor) -> Tensor:
+        """How much each spline of a plan with splines counts among the edges, (T · (G + 3), 1 + d or 1 + 2 d), not
+        differentiable; ``native``: the plan as native code takes it, or None. This default is plain PyTorch."""
+        return table_sums(plan, delta, attributes)

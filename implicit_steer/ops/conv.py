@@ -26,8 +26,7 @@ def prepared(plan: Plan, parameters: Parameters, *, values: bool) -> bound.Nativ
     """The plan for the native code, or None where that cannot run it. It is made before torch.compile, which finds
     it in ``parameters.cache``. ``values``: also prepare it for the kernel's values."""
     if plan.table is not None and not plan.is_frozen and parameters.cache is not None:
-        parameters.cache.table = table.prepare(plan, parameters)
-        plan = plan.per_edge
+        plan = table.tabulation(plan, parameters).per_edge
     if bound.refusal(plan, torch.float32):
         return None
     native = bound.native_plan(plan, parameters)
@@ -81,7 +80,9 @@ def _evaluation(
         return table.evaluation(chosen, plan, parameters, delta, attributes, statistics_from)
     if not isinstance(attributes, Tensor):
         attributes = attributes.attributes()
-    return table.Evaluation(plan if plan.is_frozen else plan.per_edge, parameters, attributes, ())
+    if plan.table is not None and not plan.is_frozen:
+        plan = table.tabulation(plan, parameters).per_edge
+    return table.Evaluation(plan, parameters, attributes, ())
 
 
 def implicit_conv(

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..plan import Activation, Frame, Norm, Plan
+from ..plan import Activation, Frame, Norm, Plan, Table
 from ..plan.activations import difference_quotient, phi
 from ..plan.moments import NormStatistics, StatisticsSource
 from ..plan.packing import Parameters, Weights, cached, constant, dense_kernel, fold_norm, norm_affine, pack, running
@@ -309,3 +309,17 @@ def plain_kernel(
     h, weights, statistics = hidden_features(plan, parameters, statistics_from, delta, attributes, merged=False)
     k = (h @ dense_kernel(plan, weights).flatten(0, 1).T).view(len(h), plan.out_size, plan.in_size)
     return k * radial_factor(plan, weights.shell_width, delta)[:, None, None], statistics
+
+
+def table_sums(plan: Plan, delta: Tensor, attributes: Tensor) -> Tensor:
+    """How much each spline of the plan counts among the edges: Σ_e B (1, first, second), (T · (G + 3), 1 + d or, in a
+    planar frame, 1 + 2 d), with first and second of the way back (:class:`EdgeFrame`)."""
+    table = cast(Table, plan.table)
+    at = interpolation(plan, delta, attributes, SOFTENING[delta.dtype])
+    edge = table_edge(plan, at.v)
+    parts = [torch.ones_like(delta[:, :1]), edge.first, *([edge.second] if plan.frame.kind == "planar" else [])]
+    per_edge = torch.cat(parts, 1)  # (E, n)
+    rows = (at.first[:, None] + torch.arange(4, device=delta.device)).reshape(-1, 1)
+    values = (at.weights[:, :, None] * per_edge[:, None]).flatten(0, 1)
+    size = table.types * table.n_coefficients, per_edge.shape[1]
+    return values.new_zeros(size).scatter_add(0, rows.expand(-1, size[1]), values)

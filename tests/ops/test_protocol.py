@@ -16,7 +16,7 @@ DEVICES = [torch.device("cpu"), torch.device("meta"), torch.device("cuda")]
 
 
 def test_methods_of_the_protocol():
-    assert METHODS == ["available", "forward", "kernel", "supports"]
+    assert METHODS == ["available", "forward", "hidden", "kernel", "supports", "table_sums"]
 
 
 @pytest.mark.parametrize("name", select.BACKENDS)

@@ -6,12 +6,16 @@ backward pass. Derivatives to second order.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
+from torch import Tensor
 
 from ... import _native
-from ...plan import Plan
-from .bound import BoundKernel, refusal
+from ...plan import Plan, Table
+from .bound import BoundKernel, NativePlan, refusal
 from .convolution import NativeBackend
+from .instruction_set import instruction_set
 
 
 class Cpu(NativeBackend):
@@ -29,3 +33,11 @@ class Cpu(NativeBackend):
             return False, f"runs on CPU tensors, these are on {device}"
         reason = refusal(plan, dtype)
         return reason is None, reason or "native, fused, one SIMD lane per edge"
+
+    def table_sums(self, plan: Plan, native: NativePlan, delta: Tensor, attributes: Tensor) -> Tensor:
+        """As in the protocol, in one native pass over the edges."""
+        table, planar = cast(Table, plan.table), plan.frame.kind == "planar"
+        width = 1 + plan.field_size * (1 + planar)
+        tensors = *native.arrays[delta.dtype], delta.contiguous(), attributes.contiguous()
+        size = table.types * table.n_coefficients
+        return torch.ops.implicit_steer.table_sums(*tensors, size, width, instruction_set())

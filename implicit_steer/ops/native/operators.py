@@ -191,6 +191,10 @@ def _conv_moments_fake(a: Any) -> Any:
     return a.delta.new_empty(2, a.size)
 
 
+def _table_sums_fake(a: Any) -> Any:
+    return a.delta.new_empty(a.size, a.width)
+
+
 def _same_values_fake(a: Any) -> Any:
     return a.copy.new_empty((), dtype=torch.bool)
 
@@ -207,6 +211,7 @@ _FAKES: dict[str, Callable[[Any], Any]] = {
     "conv_statistics": _conv_statistics_fake,
     "conv_moments": _conv_moments_fake,
     "conv_gradients": _conv_gradients_fake,
+    "table_sums": _table_sums_fake,
     "same_values": _same_values_fake,
 }
 _GRADIENTS: dict[str, Callable[..., Any]] = {
