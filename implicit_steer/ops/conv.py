@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..graph import Graph
+from ..graph import EdgeTypes, Graph
 from ..plan import Plan
 from ..plan.moments import RUNNING, NormStatistics, StatisticsSource
 from ..plan.packing import Parameters
@@ -50,13 +50,19 @@ def _possible_source(plan: Plan, statistics_from: StatisticsSource, edges: int) 
     return statistics_from if measurable else RUNNING
 
 
+def _per_edge(attributes: Tensor | EdgeTypes, dtype: torch.dtype) -> Tensor:
+    """(E, A) in this dtype."""
+    tensor = attributes.to(dtype).attributes() if isinstance(attributes, EdgeTypes) else attributes
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def implicit_conv(
     plan: Plan,
     parameters: Parameters,
     graph: Graph,
     x: Tensor,
     delta: Tensor,
-    attributes: Tensor,
+    attributes: Tensor | EdgeTypes,
     *,
     statistics_from: StatisticsSource,
     backend: str = "auto",
@@ -69,7 +75,7 @@ def implicit_conv(
         graph: N_src, N_dst nodes and E edges.
         x: (N_src, C_in) features, any floating dtype; the arithmetic is the parameters' (at least float32).
         delta: (E, dim), position of the target minus that of the source.
-        attributes: (E, A), A = 0 without attributes.
+        attributes: (E, A), A = 0 without attributes; or the types of the edges.
         statistics_from: where the batch norms take their statistics from.
         backend: name, or "auto".
 
@@ -82,15 +88,20 @@ def implicit_conv(
     )
     parameters = _cast(parameters, dtype)
     statistics_from = _possible_source(plan, statistics_from, graph.num_edges)
-    tensors = [t if t.dtype == dtype else t.to(dtype) for t in (x, delta, attributes)]
-    return chosen.forward(plan, parameters, statistics_from, graph, *tensors)
+    x, delta = (t if t.dtype == dtype else t.to(dtype) for t in (x, delta))
+    return chosen.forward(plan, parameters, statistics_from, graph, x, delta, _per_edge(attributes, dtype))
 
 
 def implicit_kernel(
-    plan: Plan, parameters: Parameters, delta: Tensor, attributes: Tensor, *, statistics_from: StatisticsSource
+    plan: Plan,
+    parameters: Parameters,
+    delta: Tensor,
+    attributes: Tensor | EdgeTypes,
+    *,
+    statistics_from: StatisticsSource,
 ) -> tuple[Tensor, Sequence[NormStatistics]]:
-    """K (P, C_out, C_in) at P points, from delta (P, dim) and attributes (P, A); and the statistics of every batch
-    norm if they were measured."""
+    """K (P, C_out, C_in) at P points, from delta (P, dim) and attributes (P, A), or their types; and the statistics of
+    every batch norm if they were measured."""
     dtype = compute_dtype(parameters)
     chosen = (
         select.choose_in_compiled("cpu", parameters, delta.device)
@@ -98,5 +109,5 @@ def implicit_kernel(
     )
     parameters = _cast(parameters, dtype)
     statistics_from = _possible_source(plan, statistics_from, delta.shape[0])
-    k, statistics = chosen.kernel(plan, parameters, statistics_from, delta.to(dtype), attributes.to(dtype))
+    k, statistics = chosen.kernel(plan, parameters, statistics_from, delta.to(dtype), _per_edge(attributes, dtype))
     return k.to(delta.dtype), statistics
