@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .graph import Graph, knn, knn_graph, periodic_radius_graph, radius, radius_graph
+from .graph import EdgeTypes, Graph, knn, knn_graph, periodic_radius_graph, radius, radius_graph
 from .info import info
 
 if TYPE_CHECKING:  # imported at their first use, see below
@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # imported at their first use, see below
     from .training import viz as viz
 
 __all__ = [
+    "EdgeTypes",
     "Graph",
     "__version__",
     "info",

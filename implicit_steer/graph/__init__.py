@@ -1,6 +1,7 @@
-"""Edges: :class:`Graph`, neighbours of points, periodic cells, batches of atomic structures."""
+"""Edges: :class:`Graph`, :class:`EdgeTypes`, neighbours of points, periodic cells, batches of atomic structures."""
 
+from .edge_types import EdgeTypes
 from .graph import Graph
 from .neighbours import knn, knn_graph, periodic_radius_graph, radius, radius_graph
 
-__all__ = ["Graph", "knn", "knn_graph", "periodic_radius_graph", "radius", "radius_graph"]
+__all__ = ["EdgeTypes", "Graph", "knn", "knn_graph", "periodic_radius_graph", "radius", "radius_graph"]

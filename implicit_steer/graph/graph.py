@@ -225,15 +225,16 @@ def _checked_edges(given: Any, num_src: int, num_dst: int) -> Tensor:
     if _is_native(edge_index) and torch.ops.implicit_steer.edges_in_range(edge_index, num_src, num_dst):
         return edge_index
     if num_edges:
-        _require_range("edge_index[0]", edge_index[0], num_src, "sources")
-        _require_range("edge_index[1]", edge_index[1], num_dst, "targets")
+        remedy = "Check num_nodes and the order of the rows: sources, then targets."
+        require_range("edge_index[0]", edge_index[0], num_src, "sources", remedy)
+        require_range("edge_index[1]", edge_index[1], num_dst, "targets", remedy)
     return edge_index
 
 
-def _require_range(name: str, index: Tensor, count: int, nodes: str) -> None:
+def require_range(name: str, index: Tensor, count: int, things: str, remedy: str) -> None:
+    """Raise unless ``index`` (E,), which is not empty and holds one of ``count`` things for each edge, is in range."""
     low, high = torch.stack(torch.aminmax(index)).tolist()
-    expected = f"{nodes} in 0 .. {count - 1}" if count else f"no edges, as there are no {nodes}"
-    remedy = "Check num_nodes and the order of the rows: sources, then targets."
+    expected = f"{things} in 0 .. {count - 1}" if count else f"no edges, as there are no {things}"
     require(low >= 0 and high < count, name, expected, f"index {low if low < 0 else high}", remedy)
 
 

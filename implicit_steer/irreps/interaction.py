@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._check import fail, require, require_integer
-from ..graph import Graph
+from ..graph import EdgeTypes, Graph
 from ..layers.fields import check_tensor, fields_of
 from ..plan.frozen import require_number
 from ..plan.irreps import Irreps, Term
@@ -34,7 +34,8 @@ class InteractionBlock(torch.nn.Module):
         n_layers, n_channels, activation, norm, cutoff, width, depthwise, table, backend: as in
             :class:`ImplicitPointConv`. The convolution has no bias, since the self-connection has one.
 
-    Shape: x (N, irreps_in.size), edge_vec (E, 3), edge_attr (E, A), node_attr (N, B); y (N, irreps_out.size).
+    Shape: x (N, irreps_in.size), edge_vec (E, 3), edge_attr (E, A) or :class:`~implicit_steer.EdgeTypes`, node_attr
+    (N, B); y (N, irreps_out.size).
 
     Raises:
         ValueError, TypeError: a wrong argument; the message names it, what was expected and what came.
@@ -117,7 +118,7 @@ class InteractionBlock(torch.nn.Module):
         x: Tensor,
         edge_index: Tensor | Graph,
         edge_vec: Tensor,
-        edge_attr: Tensor | None = None,
+        edge_attr: Tensor | EdgeTypes | None = None,
         node_attr: Tensor | None = None,
     ) -> Tensor:
         """(N, irreps_in.size) → (N, irreps_out.size); the edges are given as to :meth:`ImplicitPointConv.forward`."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._check import require
-from ..graph import Graph
+from ..graph import EdgeTypes, Graph
 from ..graph.neighbours import radius_graph
 from .fields import values
 
@@ -92,7 +92,7 @@ def convolve_in_blocks(
     radius: float,
     size: int,
     *,
-    edge_attr: Callable[[Region], Tensor] | None = None,
+    edge_attr: Callable[[Region], Tensor | EdgeTypes] | None = None,
     out: Tensor | NDArray[Any] | None = None,
 ) -> Any:
     """Apply ``conv`` to the edges of ``radius_graph(pos, radius)``, region by region and without gradients.
@@ -102,7 +102,7 @@ def convolve_in_blocks(
             norms, since their statistics would be a region's.
         x: (N, C_in) features in memory or on disk (``np.memmap``), in the dtype of the layer.
         pos, radius, size: see :func:`node_regions`.
-        edge_attr: a region → its edges' attributes (E, A); None for a layer without attributes.
+        edge_attr: a region → its edges' attributes (E, A), or their types; None for a layer without attributes.
         out: (N, C_out), where the results are written, in memory or on disk; None makes a new tensor. It must not be
             ``x``, where later regions read their halos.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._check import fail, require
 from .._transforms import is_transformed
-from ..graph.edge_types import EdgeTypes
+from ..graph import EdgeTypes
 from ..ops import conv as op
 from ..ops import select
 from ..ops.autocast import without_autocast
@@ -196,7 +196,9 @@ class KernelBase(NoTorchScript, torch.nn.Module):
             move_towards(kept, measured, _factor(self._norms[n][0]))
             counts[n].add_(1)
 
-    def check_points(self, prefix: str, delta: Tensor, attributes: Tensor | None, n: int | None) -> Tensor:
+    def check_points(
+        self, prefix: str, delta: Tensor, attributes: Tensor | EdgeTypes | None, n: int | None
+    ) -> Tensor | EdgeTypes:
         """Check positions and attributes; return the attributes, of shape (n, 0) where there are none."""
         width = self.shell_width
         position, attribute = {"edge": ("edge_delta", "edge_attr"), "kernel": ("pos", "attrs")}[prefix]
@@ -207,11 +209,19 @@ class KernelBase(NoTorchScript, torch.nn.Module):
                 remedy = "The layer was built with an attribute type: pass the attributes."
                 fail(attribute, f"a tensor of {size} attributes each", None, remedy)
             return delta.new_zeros(delta.shape[0], 0)
-        if size == 0 and getattr(attributes, "shape", ())[-1:] != (0,):
-            got = f"{type(attributes).__name__} of shape {tuple(getattr(attributes, 'shape', ()))}"
+        points = delta.shape[0]
+        given: Any = attributes.rows if isinstance(attributes, EdgeTypes) else attributes
+        if size == 0 and getattr(given, "shape", ())[-1:] != (0,):
+            got = f"{type(attributes).__name__} of shape {tuple(getattr(given, 'shape', ()))}"
             remedy = "The layer was built without an attribute type: leave the attributes out, or build it with one."
             fail(attribute, "None", got, remedy)
-        check_tensor(attribute, attributes, (delta.shape[0], size), width.dtype, width.device)
+        if isinstance(attributes, EdgeTypes):
+            require(
+                len(attributes) == points, f"{attribute}.index", f"shape ({points},)", tuple(attributes.index.shape)
+            )
+            check_tensor(f"{attribute}.rows", given, (None, size), width.dtype, width.device)
+        else:
+            check_tensor(attribute, given, (points, size), width.dtype, width.device)
         return attributes
 
     def check_reach(self, delta: Tensor) -> None:
@@ -239,12 +249,14 @@ class KernelBase(NoTorchScript, torch.nn.Module):
                 stacklevel=7,  # the line that called the module
             )
 
-    def forward(self, pos: Tensor, attrs: Tensor | None = None, *, batch_statistics: bool | None = None) -> Tensor:
+    def forward(
+        self, pos: Tensor, attrs: Tensor | EdgeTypes | None = None, *, batch_statistics: bool | None = None
+    ) -> Tensor:
         """K at P points.
 
         Args:
             pos: (P, dim).
-            attrs: (P, A), or None without attributes.
+            attrs: (P, A), or :class:`~implicit_steer.EdgeTypes`; None without attributes.
             batch_statistics: whether batch norms take their statistics from these points; None: in training mode only.
 
         Returns:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Module
 
-from ..graph import Graph
+from ..graph import EdgeTypes, Graph
 from ..plan.packing import Constants
 from .fields import values, with_values
 
@@ -19,13 +19,13 @@ TYPICAL_SIZE = 18.0  # atoms of a molecule: sums over atoms are divided by it, s
 
 
 class MoleculeBatch(Protocol):
-    """Molecules side by side: x (N, S) one-hot elements, pos (N, 3), edge_index (2, E), edge_attr (E, A) or None;
-    batch (N,) the molecule of each atom."""
+    """Molecules side by side: x (N, S) one-hot elements, pos (N, 3), edge_index (2, E), edge_attr (E, A), EdgeTypes
+    or None; batch (N,) the molecule of each atom."""
 
     x: Tensor
     pos: Tensor
     edge_index: Tensor
-    edge_attr: Tensor | None
+    edge_attr: Tensor | EdgeTypes | None
     batch: Tensor
     num_graphs: int
 
@@ -43,7 +43,7 @@ class ResidualBlock(Module):
         """The arguments of the constructor, by name."""
         return {name: getattr(self, name) for name in ("activation", "conv1", "conv2", "norm1", "norm2")}
 
-    def forward(self, x: Any, graph: Graph, edge_delta: Tensor, edge_attr: Tensor | None) -> Any:
+    def forward(self, x: Any, graph: Graph, edge_delta: Tensor, edge_attr: Tensor | EdgeTypes | None) -> Any:
         """x (N, C) on ``graph`` → (N, C) of the same type."""
         y = self.activation(self.norm1(self.conv1(x, graph, edge_delta, edge_attr)))
         y = self.norm2(self.conv2(y, graph, edge_delta, edge_attr))

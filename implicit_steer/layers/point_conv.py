@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._check import fail, require
-from ..graph import Graph
+from ..graph import EdgeTypes, Graph
 from ..ops import conv as op
 from ..ops import select
 from ..ops.autocast import without_autocast
@@ -48,7 +48,8 @@ class PointConvBase(Biased):
             edge_index: (2, E) integers, row 0 = source j, row 1 = target i, in any order; or a :class:`Graph`, sorted
                 once and shared by every layer.
             edge_delta: (E, dim), the position of the target minus the position of the source.
-            edge_attr: (E, A), plain or a GeometricTensor; None if the layer has no attributes.
+            edge_attr: (E, A), plain or a GeometricTensor; or :class:`~implicit_steer.EdgeTypes`, where edges have few
+                different attributes; None if the layer has no attributes.
 
         Returns:
             (N_target, C_out) of ``out_type``; a GeometricTensor has the targets' coordinates (NaN where they are not
@@ -82,7 +83,9 @@ class PointConvBase(Biased):
             fail("edge_index", expected, f"one on {sizes[0]} and {sizes[1]}")
         return edge_index
 
-    def _evaluate(self, source: Tensor, graph: Graph, edge_delta: Tensor, edge_attr: Tensor | None) -> Tensor:
+    def _evaluate(
+        self, source: Tensor, graph: Graph, edge_delta: Tensor, edge_attr: Tensor | EdgeTypes | None
+    ) -> Tensor:
         """(N_target, C_out) from checked features and an unchecked geometry. The arithmetic has the parameters' dtype,
         also under torch.autocast."""
         kernel = self.implicit_kernel

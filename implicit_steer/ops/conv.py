@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..graph import Graph
-from ..graph.edge_types import EdgeTypes
+from ..graph import EdgeTypes, Graph
 from ..plan import Plan
 from ..plan.moments import RUNNING, NormStatistics, StatisticsSource
 from ..plan.packing import Parameters
@@ -78,11 +77,11 @@ def _evaluation(
     """What the backend gets: the plan itself and attributes (E, A), or one with splines instead of hidden layers."""
     if not _per_edge(chosen, plan, delta, attributes):
         return table.evaluation(chosen, plan, parameters, delta, attributes, statistics_from)
-    if not isinstance(attributes, Tensor):
-        attributes = attributes.attributes()
+    attributes = attributes.attributes() if isinstance(attributes, EdgeTypes) else attributes
+    attributes = attributes if attributes.dtype == delta.dtype else attributes.to(delta.dtype)
     if plan.table is not None and not plan.is_frozen:
         plan = table.tabulation(plan, parameters).per_edge
-    return table.Evaluation(plan, parameters, attributes, ())
+    return table.Evaluation(plan, parameters, statistics_from, attributes, ())
 
 
 def implicit_conv(
@@ -104,7 +103,7 @@ def implicit_conv(
         graph: N_src, N_dst nodes and E edges.
         x: (N_src, C_in) features, any floating dtype; the arithmetic is the parameters' (at least float32).
         delta: (E, dim), position of the target minus that of the source.
-        attributes: (E, A), A = 0 without attributes.
+        attributes: (E, A), A = 0 without attributes; or the types of the edges.
         statistics_from: where the batch norms take their statistics from.
         backend: name, or "auto".
 
@@ -119,11 +118,9 @@ def implicit_conv(
     statistics_from = _possible_source(plan, statistics_from, graph.num_edges)
     x, delta = (t if t.dtype == dtype else t.to(dtype) for t in (x, delta))
     found = _evaluation(chosen, plan, parameters, delta, attributes, statistics_from)
-    if found.plan.is_frozen:
-        statistics_from = RUNNING
-    attributes = found.attributes if found.attributes.dtype == dtype else found.attributes.to(dtype)
-    out, statistics = chosen.forward(found.plan, found.parameters, statistics_from, graph, x, delta, attributes)
-    return out, found.statistics or statistics
+    plan, parameters, statistics_from, attributes, of_table = found
+    out, statistics = chosen.forward(plan, parameters, statistics_from, graph, x, delta, attributes)
+    return out, of_table or statistics
 
 
 def implicit_kernel(
@@ -134,8 +131,8 @@ def implicit_kernel(
     *,
     statistics_from: StatisticsSource,
 ) -> tuple[Tensor, Sequence[NormStatistics]]:
-    """K (P, C_out, C_in) at P points, from delta (P, dim) and attributes (P, A); and the statistics of every batch
-    norm if they were measured."""
+    """K (P, C_out, C_in) at P points, from delta (P, dim) and attributes (P, A), or their types; and the statistics of
+    every batch norm if they were measured."""
     dtype = compute_dtype(parameters)
     chosen = (
         select.choose_in_compiled("cpu", parameters, delta.device)
@@ -143,10 +140,8 @@ def implicit_kernel(
     )
     parameters = _cast(parameters, dtype)
     statistics_from = _possible_source(plan, statistics_from, delta.shape[0])
-    found = _evaluation(chosen, plan, parameters, delta.to(dtype), attributes, statistics_from)
-    if found.plan.is_frozen:
-        statistics_from = RUNNING
-    k, statistics = chosen.kernel(
-        found.plan, found.parameters, statistics_from, delta.to(dtype), found.attributes.to(dtype)
-    )
-    return k.to(delta.dtype), found.statistics or statistics
+    points = delta.to(dtype)
+    found = _evaluation(chosen, plan, parameters, points, attributes, statistics_from)
+    plan, parameters, statistics_from, attributes, of_table = found
+    k, statistics = chosen.kernel(plan, parameters, statistics_from, points, attributes)
+    return k.to(delta.dtype), of_table or statistics

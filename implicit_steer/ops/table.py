@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import _native
-from .._check import fail
-from ..graph.edge_types import EdgeTypes
+from ..graph import EdgeTypes
 from ..plan import Frame, Plan, Table
 from ..plan.moments import RUNNING, Moments, NormStatistics, StatisticsSource
 from ..plan.packing import CallCache, Constants, Parameters, is_traced
@@ -183,10 +182,12 @@ class _WeightsOfSplines:
 
 
 class Evaluation(NamedTuple):
-    """A call through a table: the plan with splines, its parameters, attributes, and the norms' statistics."""
+    """What a backend is called with: plan, parameters, source of statistics and attributes (E, A); and, of a call through
+    a table, the statistics that the norms measured at the knots."""
 
     plan: Plan
     parameters: Parameters
+    statistics_from: StatisticsSource
     attributes: Tensor
     statistics: Sequence[NormStatistics]
 
@@ -202,7 +203,7 @@ def evaluation(
     """The splines of the MLP with these parameters, as the backend evaluates it, for the edges' rows of attributes.
 
     Raises:
-        ValueError: attributes whose gradient is wanted edge by edge.
+        ValueError: attributes (E, A) that require gradients, which rows that edges share do not give edge by edge.
     """
     rows, numbers = _types(delta, attributes)
     kept = tabulation(plan, parameters)
@@ -215,7 +216,8 @@ def evaluation(
         coefficients, statistics = kept.tabulate(backend, kept.knot_parameters(parameters), rows, statistics_from)
     else:
         coefficients = kept.coefficients(backend, parameters, rows)
-    return Evaluation(splines.plan, with_splines(parameters, coefficients, splines.cache), numbers, statistics)
+    parameters = with_splines(parameters, coefficients, splines.cache)
+    return Evaluation(splines.plan, parameters, RUNNING, numbers, statistics)
 
 
 def tabulation(plan: Plan, parameters: Parameters) -> Tabulation:
@@ -233,11 +235,6 @@ def _types(delta: Tensor, attributes: Tensor | EdgeTypes) -> tuple[Tensor, Tenso
     if isinstance(attributes, Tensor):
         if attributes.shape[1] == 0:
             return attributes.new_empty(1, 0), attributes
-        if attributes.requires_grad:
-            remedy = "Pass EdgeTypes, whose rows may require gradients, or build the layer with table=None."
-            fail(
-                "edge_attr", "attributes without gradients, as the layer has a table", "some that require them", remedy
-            )
         attributes = EdgeTypes.from_rows(attributes)
     rows = attributes.rows.to(delta.dtype)
     if len(rows) == 1:

@@ -8,8 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..graph import Graph
-from ..graph.edge_types import EdgeTypes
+from ..graph import EdgeTypes, Graph
 from ..plan import Plan, Table
 from ..plan.moments import RUNNING
 from ..plan.packing import Parameters

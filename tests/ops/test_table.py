@@ -274,7 +274,7 @@ def test_rows_of_attributes_are_found():
     attributes = cloud.rows[cloud.types]
     found = conv(cloud.x, cloud.graph, cloud.delta(), attributes)
     torch.testing.assert_close(found, cloud.run(conv), rtol=1e-12, atol=1e-14)
-    with pytest.raises(ValueError, match="edge_attr: expected attributes without gradients"):
+    with pytest.raises(ValueError, match="edge_attr: expected a tensor that requires no gradient"):
         conv(cloud.x, cloud.graph, cloud.delta(), attributes.requires_grad_())
 
 
@@ -295,7 +295,9 @@ def test_copies_casts_and_empty_graphs():
     expected = cloud.run(conv)
     assert torch.equal(cloud.run(copy.deepcopy(conv)), expected)
     double = Cloud(3, conv.irreps_in.size)
-    torch.testing.assert_close(double.run(conv.double()).float(), double.run(with_table(conv, None)).float(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        double.run(conv.double()).float(), double.run(with_table(conv, None)).float(), atol=1e-3, rtol=0
+    )
     empty = torch.zeros(2, 0, dtype=torch.long)
     out = conv(double.x, empty, double.pos[:0])
     assert torch.equal(out, conv.expand_bias().expand_as(out))
