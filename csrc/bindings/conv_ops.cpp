@@ -101,7 +101,7 @@ Tensor table_sums(const Tensor& ints, const Tensor& reals, const Tensor& delta, 
     const auto& plan = call.plan;
     STD_TORCH_CHECK(plan.n_knots > 0, "plan_ints: expected a plan with a table.");
     check_size(plan.n_types * splines_per_type(plan), size, "size");
-    check_size(1 + plan.d * (plan.kind == kPlanar ? 2 : 1), width, "width");
+    check_size(plan.d * (plan.kind == kPlanar ? 2 : 1) + 4 * plan.c, width, "width");
     const std::vector<R> no_weights(plan.n_weights, R{1});
     call.args.weights = no_weights.data();
     out = call.output(delta, call.args.threads * size, width);

@@ -1,5 +1,6 @@
-// How much each of a table's splines counts among edges: Σ_e w_j(u_e) [1, first_e, second_e], from which batch
-// statistics follow without the MLP's values on the edges.
+// How much a table's splines count among edges, from which batch statistics follow without the MLP's values there: in
+// row j Σ_e w_j first_e, in planar frames also Σ_e w_j second_e, and Σ_e w_j w_{j+q} u_e^(2k) for q = 0 .. 3 and every
+// coefficient, of order k.
 #pragma once
 
 #include "points.h"
@@ -9,7 +10,7 @@ namespace implicit_steer::IST_ISA {
 // Numbers of a row of sums.
 template <typename R>
 int64_t table_sums_width(const PlanView<R>& p) {
-  return 1 + p.d * (p.kind == kPlanar ? 2 : 1);
+  return p.d * (p.kind == kPlanar ? 2 : 1) + 4 * p.c;
 }
 
 template <typename R>
@@ -17,34 +18,57 @@ struct TableSums : Points<R> {
   using Base = Points<R>;
   using V = typename Lane<R>::V;
   using Base::p, Base::tile;
-  static constexpr int L = Lane<R>::L, QL = Lane<R>::QL;
+  static constexpr int L = Lane<R>::L;
   const int64_t width, row;
-  V* lanes;        // [width] what is summed
-  R *rows, *sums;  // [L, row] the same edge by edge; [types · splines per type, row]
+  const int64_t n_ways;  // numbers of a row that are linear in w
+  V* lanes;              // [n_ways + c] first, second, u^(2k)
+  R *rows, *sums;        // [L, the same] edge by edge; [types · splines per type, row]
 
   TableSums(const ConvArgs<R>& args, int64_t own_points)
-      : Base(args, own_points), width(table_sums_width(p)), row(padded(width)) {
+      : Base(args, own_points), width(table_sums_width(p)), row(padded(width)), n_ways(width - 4 * p.c) {
     allocate(args, this->near, [&](Arena& arena) {
       tile.place(arena, false);
-      arena.take(lanes, width), arena.take(rows, L * row);
+      arena.take(lanes, n_ways + p.c), arena.take(rows, L * padded(n_ways + p.c));
       arena.take(sums, int64_t{p.n_types} * splines_per_type(p) * row);
     });
+  }
+
+  // Of a coefficient.
+  int order_of(int k) const {
+    if (p.kind == kPlanar) return p.order[k];
+    for (int m = 0; m < p.d; ++m)
+      if (p.coordinate[m] == k) return p.degree[m];
+    return 0;
   }
 
   void add() {
     tile.enter_frame(true);
     Splines<R>& splines = tile.splines;
-    splines.locate(tile.e);
-    lanes[0] = V{} + 1;
-    for (int m = 0; m < p.d; ++m) lanes[1 + m] = tile.e.first[m];
-    for (int m = 0; m < p.d && p.kind == kPlanar; ++m) lanes[1 + p.d + m] = tile.e.second[m];
-    lanes_to_rows<R>(static_cast<int>(width), lanes, 1, [&](int l) { return rows + l * row; }, tile.n_edges);
-    for (int l = 0; l < tile.n_edges; ++l) {
-      R* piece = sums + splines.first[l] / splines.row * row;
-      for (int k = 0; k < splines.kPieces; ++k, piece += row) {
-        const R weight = number(splines.weights[k], l);
-        for (int64_t x = 0; x < row; x += QL)
-          store_row(piece + x, load_row(piece + x) + load_row(rows + l * row + x) * weight);
+    const Edges<R>& e = tile.e;
+    splines.locate(e);
+    for (int m = 0; m < p.d; ++m) lanes[m] = e.first[m];
+    for (int m = 0; m < p.d && p.kind == kPlanar; ++m) lanes[p.d + m] = e.second[m];
+    const V squared = e.squared * e.scale * e.scale;
+    for (int k = 0; k < p.c; ++k) {
+      V power = V{} + 1;
+      for (int n = 0; n < order_of(k); ++n) power *= squared;
+      lanes[n_ways + k] = power;
+    }
+    const int64_t stride = padded(n_ways + p.c);
+    lanes_to_rows<R>(static_cast<int>(n_ways + p.c), lanes, 1, [&](int l) { return rows + l * stride; }, tile.n_edges);
+    for (int l = 0; l < tile.n_edges; ++l) add_edge(l, rows + l * stride);
+  }
+
+  void add_edge(int l, const R* values) {
+    const Splines<R>& splines = tile.splines;
+    constexpr int n = Splines<R>::kPieces;
+    R* piece = sums + splines.first[l] / splines.row * row;
+    for (int k = 0; k < n; ++k, piece += row) {
+      const R weight = number(splines.weights[k], l);
+      for (int64_t x = 0; x < n_ways; ++x) piece[x] += values[x] * weight;
+      for (int q = 0; k + q < n; ++q) {
+        const R both = weight * number(splines.weights[k + q], l);
+        for (int c = 0; c < p.c; ++c) piece[n_ways + q * p.c + c] += values[n_ways + c] * both;
       }
     }
   }

@@ -118,6 +118,6 @@ class Backend(Protocol):
         return normed_features(plan, parameters, statistics_from, delta, attributes)
 
     def table_sums(self, plan: Plan, native: Any, delta: Tensor, attributes: Tensor) -> Tensor:
-        """How much each spline of a plan with splines counts among the edges, (T · (G + 3), 1 + d or 1 + 2 d), not
-        differentiable; ``native``: the plan as native code takes it, or None. This default is plain PyTorch."""
+        """How much the splines of a plan count among the edges, see :func:`~implicit_steer.ops.kernel_mlp.table_sums`;
+        not differentiable. ``native``: the plan as native code takes it, or None. This default is plain PyTorch."""
         return table_sums(plan, delta, attributes)

@@ -120,7 +120,7 @@ def implicit_conv(
     found = _evaluation(chosen, plan, parameters, delta, attributes, statistics_from)
     plan, parameters, statistics_from, attributes, of_table = found
     out, statistics = chosen.forward(plan, parameters, statistics_from, graph, x, delta, attributes)
-    return out, of_table or statistics
+    return out, of_table if len(of_table) else statistics
 
 
 def implicit_kernel(
@@ -144,4 +144,4 @@ def implicit_kernel(
     found = _evaluation(chosen, plan, parameters, points, attributes, statistics_from)
     plan, parameters, statistics_from, attributes, of_table = found
     k, statistics = chosen.kernel(plan, parameters, statistics_from, points, attributes)
-    return k.to(delta.dtype), of_table or statistics
+    return k.to(delta.dtype), of_table if len(of_table) else statistics

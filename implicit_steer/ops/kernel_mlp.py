@@ -312,14 +312,21 @@ def plain_kernel(
 
 
 def table_sums(plan: Plan, delta: Tensor, attributes: Tensor) -> Tensor:
-    """How much each spline of the plan counts among the edges: Σ_e B (1, first, second), (T · (G + 3), 1 + d or, in a
-    planar frame, 1 + 2 d), with first and second of the way back (:class:`EdgeFrame`)."""
-    table = cast(Table, plan.table)
+    """How much the splines of a plan count among the edges, in row j of (T · (G + 3), n) one after the other:
+
+    - Σ_e B_j first, in a planar frame also Σ_e B_j second, with the way back of :class:`EdgeFrame`: (d,) each;
+    - Σ_e B_j B_{j+q} u^(2k) for q = 0 … 3 and every coefficient, of order k: (4, c).
+    """
+    table, order = cast(Table, plan.table), constant(plan.frame, "order", delta)
     at = interpolation(plan, delta, attributes, SOFTENING[delta.dtype])
     edge = table_edge(plan, at.v)
-    parts = [torch.ones_like(delta[:, :1]), edge.first, *([edge.second] if plan.frame.kind == "planar" else [])]
-    per_edge = torch.cat(parts, 1)  # (E, n)
-    rows = (at.first[:, None] + torch.arange(4, device=delta.device)).reshape(-1, 1)
-    values = (at.weights[:, :, None] * per_edge[:, None]).flatten(0, 1)
-    size = table.types * table.n_coefficients, per_edge.shape[1]
-    return values.new_zeros(size).scatter_add(0, rows.expand(-1, size[1]), values)
+    ways = torch.cat([edge.first, *([edge.second] if plan.frame.kind == "planar" else [])], 1)
+    powers = at.v.square().sum(1, keepdim=True) ** order  # (E, c)
+    padded = torch.nn.functional.pad(at.weights, (0, 3))
+    values = []
+    for k in range(4):
+        own = at.weights[:, k, None]
+        values.append(torch.cat([own * ways, *(own * padded[:, k + q, None] * powers for q in range(4))], 1))
+    rows, stacked = at.first[:, None] + torch.arange(4, device=delta.device), torch.stack(values, 1).flatten(0, 1)
+    size = table.types * table.n_coefficients, stacked.shape[1]
+    return stacked.new_zeros(size).scatter_add(0, rows.reshape(-1, 1).expand(-1, size[1]), stacked)

@@ -149,41 +149,47 @@ def _ray(frame: Frame) -> tuple[NDArray[Any], NDArray[Any]]:
 
 @dataclass(frozen=True)
 class _WeightsOfSplines:
-    """Moments over the edges, from hidden features at the knots. ``weights`` (T, G + 3, 1 + d, or 1 + 2 d): the sums
-    over edges of B; and of B times first, and times second, of the way back."""
+    """Moments over the edges of what the splines give there, from hidden features at the knots.
+
+    Attributes:
+        sums: (T, G + 3, …) as :func:`~implicit_steer.ops.kernel_mlp.table_sums` gives them.
+    """
 
     plan: Plan
     n_edges: int
-    weights: Tensor
+    sums: Tensor
     knots: _Knots
 
     def __call__(self, h: Tensor) -> Moments:
         """h (T · K, W, d) → number of edges, mean (W, d), sums of squared deviations (W, d): of a coordinate's degree
-        the average, since splines know those of all its coordinates together."""
+        the average, since the rotation to the edge's frame keeps the sum of squares of each."""
         frame, d, knots = self.plan.frame, self.plan.field_size, self.knots
-        c = (h @ knots.coefficients).unflatten(0, (len(self.weights), -1))  # (T, K, W, c)
-        squares = torch.einsum("tj,tjwc->wc", self.weights[..., 0], knots.splines(c.square()))
-        b = knots.splines(c * knots.scale[:, None])
-        first = self.weights[..., 1 : 1 + d]
+        c = (h @ knots.coefficients).unflatten(0, (len(self.sums), -1))  # (T, K, W, c)
+        b = knots.splines(c * knots.scale[:, None]).double()
+        ways, pairs = self.sums.double().split([self.sums.shape[-1] - 4 * c.shape[-1], 4 * c.shape[-1]], -1)
+        pairs = pairs.unflatten(-1, (4, -1))  # (T, G + 3, 4, c): of b_j and b_{j + q}
+        squares = torch.einsum("tjc,tjwc->wc", pairs[:, :, 0], b.square())
+        for q in range(1, 4):
+            squares = squares + 2 * torch.einsum("tjc,tjwc->wc", pairs[:, :-q, q], b[:, :-q] * b[:, q:])
         if frame.kind == "planar":
             partner = torch.tensor(frame.partner, device=h.device)
-            sums = torch.einsum("tjd,tjwd->wd", first, b)
-            sums = sums + torch.einsum("tjd,tjwd->wd", self.weights[..., 1 + d :], b[..., partner])
+            sums = torch.einsum("tjd,tjwd->wd", ways[..., :d], b)
+            sums = sums + torch.einsum("tjd,tjwd->wd", ways[..., d:], b[..., partner])
         else:
             own = torch.tensor(frame.coefficient, device=h.device)
-            sums = torch.einsum("tjd,tjwd->wd", first, b[..., own])
+            sums = torch.einsum("tjd,tjwd->wd", ways, b[..., own])
             squares = squares[:, own] / (2 * torch.tensor(frame.order, device=h.device)[own] + 1)
         mean = sums / self.n_edges
         squares = squares - self.n_edges * mean.square()
-        return self.n_edges, mean, squares + (-squares.mean(1, keepdim=True)).clamp(min=0)  # a variance is >= 0
+        return self.n_edges, mean.to(h.dtype), squares.to(h.dtype)
 
 
 # ---- the operator
 
 
 class Evaluation(NamedTuple):
-    """What a backend is called with: plan, parameters, source of statistics and attributes (E, A); and, of a call through
-    a table, the statistics that the norms measured at the knots."""
+    """What a backend is called with: plan, parameters, source of statistics and attributes (E, A); and, of a call
+    through a table, the statistics that the norms measured at the knots."""
 
     plan: Plan
     parameters: Parameters

@@ -58,17 +58,19 @@ def _compare(
 
 def choose_knots(backend: Backend, plan: Plan, parameters: Parameters, rows: Tensor) -> Plan:
     """The plan with the fewest knots whose error is below TOLERANCE, to about an eighth, by bisection; with the error
-    that was found. Where _MOST_KNOTS do not suffice, with these."""
+    that was found, of which other directions, radii and columns may have somewhat more: half of TOLERANCE is left to
+    them. Where _MOST_KNOTS do not suffice, with these."""
 
     def error_of(knots: int) -> float:
         return table_error(backend, _with_knots(plan, knots), parameters, rows)
 
     too_few, enough = FEWEST_KNOTS, 4 * FEWEST_KNOTS
-    while (error := error_of(enough)) > TOLERANCE and enough < _MOST_KNOTS:
+    bound = TOLERANCE / 2
+    while (error := error_of(enough)) > bound and enough < _MOST_KNOTS:
         too_few, enough = enough, 2 * enough
-    while error <= TOLERANCE and enough - too_few > max(1, enough // 8):
+    while error <= bound and enough - too_few > max(1, enough // 8):
         middle = math.isqrt(too_few * enough)
-        if (found := error_of(middle)) <= TOLERANCE:
+        if (found := error_of(middle)) <= bound:
             enough, error = middle, found
         else:
             too_few = middle

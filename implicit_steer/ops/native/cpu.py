@@ -37,7 +37,7 @@ class Cpu(NativeBackend):
     def table_sums(self, plan: Plan, native: NativePlan, delta: Tensor, attributes: Tensor) -> Tensor:
         """As in the protocol, in one native pass over the edges."""
         table, planar = cast(Table, plan.table), plan.frame.kind == "planar"
-        width = 1 + plan.field_size * (1 + planar)
+        width = plan.field_size * (1 + planar) + 4 * len(plan.frame.order)
         tensors = *native.arrays[delta.dtype], delta.contiguous(), attributes.contiguous()
         size = table.types * table.n_coefficients
         return torch.ops.implicit_steer.table_sums(*tensors, size, width, instruction_set())
