@@ -10,6 +10,13 @@ IST_INLINE V sigmoid(V x) {
   return 1 / (1 + lane_exp(-x));
 }
 
+// Not by the rules of its parts, whose tangents are too large for a number where e^-x almost is.
+template <typename A>
+IST_INLINE Dual<A> sigmoid(Dual<A> x) {
+  const A s = sigmoid(x.value);
+  return {s, s * (1 - s) * x.tangent};
+}
+
 // ---- φ, φ′ and φ″, and φ with φ′ together; `kinked`: φ, φ′ or φ″ jumps at 0
 
 struct Elu {

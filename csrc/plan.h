@@ -58,7 +58,8 @@ enum Function : int32_t { kElu = 0, kRelu = 1, kSilu = 2, kGelu = 3, kTanh = 4 }
   FIELD(n_knots)    /* of a table in place of the hidden layers, or 0 */             \
   FIELD(n_types)    /* rows of attributes that the table has splines for */          \
   FIELD(table)      /* position of the splines in the packed weights */              \
-  FIELD(bounded)    /* u = r / length; else see edge_frame.h */
+  FIELD(bounded)    /* u = r / length; else see edge_frame.h */                      \
+  FIELD(even)       /* splines are even functions of u */
 
 #define IST_LAYER_HEADER(FIELD)                                                          \
   FIELD(in_size)                                                                         \

@@ -52,6 +52,18 @@ struct Splines {
     const V slope = select(inside > 1, V{}, V{} + steep);
     slopes[0] = -s * s * slope, slopes[3] = t * t * slope;
     slopes[1] = (3 * t - 4) * t * slope, slopes[2] = (4 - 3 * s) * s * slope;
+    if (p->even) near_zero(e.radius * (1 / p->spacing), position < 1);
+  }
+
+  // In the first cell of even splines the outer two of the coefficients b are equal, and so are the inner two. Written
+  // in x = u / spacing, whose derivative by a position is x / u, their weights keep all digits at u = 0.
+  void near_zero(V x, decltype(V{} < V{}) there) {
+    const V outer = (3 * x * x + Plain(0.25)) * (Plain(1) / 12), slope = x * (1 / (2 * p->spacing));
+    for (int k = 0; k < kPieces; ++k) {
+      const bool is_outer = k == 0 || k == 3;
+      weights[k] = select(there, is_outer ? outer : Plain(0.5) - outer, weights[k]);
+      slopes[k] = select(there, is_outer ? slope : -slope, slopes[k]);
+    }
   }
 
   // What the couplings read.

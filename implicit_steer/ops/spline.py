@@ -29,11 +29,17 @@ def interpolation(plan: Plan, delta: Tensor, attributes: Tensor, softening: floa
     """Where the edges are. attributes (E, 1): the number of each edge's row; (E, 0) where there is one row."""
     table = cast(Table, plan.table)
     v = compressed(table, delta)
-    position = (v.square().sum(-1) + softening).sqrt() / table.spacing + 0.5
+    x = (v.square().sum(-1) + softening).sqrt() / table.spacing
+    position = x + 0.5
     cell = torch.where(position < table.knots, position.detach(), table.knots - 1.0).long()  # NaN: the last
     t = (position - cell).clamp(max=1)
     s = 1 - t
     weights = torch.stack([s**3, 4 - 3 * t * t * (2 - t), 4 - 3 * s * s * (2 - s), t**3], -1) / 6
+    if table.even:
+        # In the first cell the outer two coefficients are equal, and so are the inner two. Written in x, whose
+        # derivative by a position is x / u, their weights keep all digits at u = 0.
+        outer = (3 * x * x + 0.25) / 12
+        weights = torch.where(position[:, None] < 1, torch.stack([outer, 0.5 - outer, 0.5 - outer, outer], -1), weights)
     if attributes.shape[1]:
         cell = cell + attributes[:, 0].detach().long() * table.n_coefficients
     return Interpolation(v, cell, weights)

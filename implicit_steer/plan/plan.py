@@ -188,7 +188,7 @@ class Plan(FrozenArrays):
     @property
     def is_frozen(self) -> bool:
         """Whether splines stand in place of the hidden layers."""
-        return self.table is not None and not self.activations
+        return self.table is not None and len(self.activations) == 0
 
     @cached_property
     def is_depthwise(self) -> bool:

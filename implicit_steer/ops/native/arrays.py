@@ -265,6 +265,7 @@ class _Builder:
             n_types=table.types if table else 0,
             table=self.table,
             bounded=table is not None and table.bounded,
+            even=table is not None and table.even,
         )
 
     def _add_scalars(self, numbers: _Numbers) -> None:

@@ -40,6 +40,7 @@ class PlanHeader(NamedTuple):
     n_types: int
     table: int
     bounded: bool
+    even: bool
 
 
 class LayerHeader(NamedTuple):
