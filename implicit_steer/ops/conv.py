@@ -13,6 +13,7 @@ from ..plan.moments import RUNNING, NormStatistics, StatisticsSource
 from ..plan.packing import Parameters
 from . import select
 from .native import bound
+from .radial import edge_attributes
 
 
 def compute_dtype(parameters: Parameters) -> torch.dtype:
@@ -50,12 +51,6 @@ def _possible_source(plan: Plan, statistics_from: StatisticsSource, edges: int) 
     return statistics_from if measurable else RUNNING
 
 
-def _per_edge(attributes: Tensor | EdgeTypes, dtype: torch.dtype) -> Tensor:
-    """(E, A) in this dtype."""
-    tensor = attributes.to(dtype).attributes() if isinstance(attributes, EdgeTypes) else attributes
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
 def implicit_conv(
     plan: Plan,
     parameters: Parameters,
@@ -75,7 +70,7 @@ def implicit_conv(
         graph: N_src, N_dst nodes and E edges.
         x: (N_src, C_in) features, any floating dtype; the arithmetic is the parameters' (at least float32).
         delta: (E, dim), position of the target minus that of the source.
-        attributes: (E, A), A = 0 without attributes; or the types of the edges.
+        attributes: (E, A) without the radial inputs, A = 0 without attributes; or the types of the edges.
         statistics_from: where the batch norms take their statistics from.
         backend: name, or "auto".
 
@@ -89,7 +84,7 @@ def implicit_conv(
     parameters = _cast(parameters, dtype)
     statistics_from = _possible_source(plan, statistics_from, graph.num_edges)
     x, delta = (t if t.dtype == dtype else t.to(dtype) for t in (x, delta))
-    return chosen.forward(plan, parameters, statistics_from, graph, x, delta, _per_edge(attributes, dtype))
+    return chosen.forward(plan, parameters, statistics_from, graph, x, delta, edge_attributes(plan, delta, attributes))
 
 
 def implicit_kernel(
@@ -109,5 +104,7 @@ def implicit_kernel(
     )
     parameters = _cast(parameters, dtype)
     statistics_from = _possible_source(plan, statistics_from, delta.shape[0])
-    k, statistics = chosen.kernel(plan, parameters, statistics_from, delta.to(dtype), _per_edge(attributes, dtype))
+    points = delta.to(dtype)
+    inputs = points, edge_attributes(plan, points, attributes)
+    k, statistics = chosen.kernel(plan, parameters, statistics_from, *inputs)
     return k.to(delta.dtype), statistics
