@@ -24,8 +24,13 @@ from .kinds import DATA, IRREPS, KINDS, REGISTERED, kind_of
 from .limits import Placeholders, check_irreps, check_size
 
 ARRAY = "array."  # names of arrays in the file begin with this
-# Fields that were added later are written only where they differ, so that versions without them can read the file.
-_LATER_DEFAULTS: tuple[tuple[str, Any], ...] = (("depthwise", False), ("table", None))
+# Fields, and arguments of the package's own modules, that were added later are written only where they differ, so that
+# versions without them can read the file.
+_LATER_DEFAULTS: tuple[tuple[str, Any], ...] = (("depthwise", False), ("radial", None), ("table", None))
+
+
+def _without_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if (name, value) not in _LATER_DEFAULTS}
 
 
 class _Encoder:
@@ -64,7 +69,8 @@ class _Encoder:
     def module(self, module: torch.nn.Module) -> int:
         if id(module) not in self._known:
             kind = kind_of(type(module))
-            arguments = {k: self.value(v) for k, v in kind.arguments(module).items()}
+            given = kind.arguments(module)
+            arguments = {k: self.value(v) for k, v in (given if kind.origin else _without_defaults(given)).items()}
             head = {"registered": kind.name, "origin": kind.origin} if kind.origin else {"module": kind.name}
             self._known[id(module)] = self._add({**head, "arguments": arguments})
         return self._known[id(module)]
@@ -72,8 +78,7 @@ class _Encoder:
     def data(self, data: FrozenArrays) -> int:
         if data not in self._known:
             given = {f.name: getattr(data, f.name) for f in fields(data)}
-            given = {name: value for name, value in given.items() if (name, value) not in _LATER_DEFAULTS}
-            content = {name: self.value(value) for name, value in given.items()}
+            content = {name: self.value(value) for name, value in _without_defaults(given).items()}
             self._known[data] = self._add({"data": type(data).__name__, "fields": content})
         return self._known[data]
 

@@ -115,8 +115,11 @@ REGISTERED: dict[str, Kind] = {}  # by the names under which users registered th
 _DATA = (
     layers.Fields,
     plan.Activation,
+    plan.Bessel,
     plan.Block,
+    plan.Cosines,
     plan.Coupling,
+    plan.Distance,
     plan.Frame,
     plan.Linear,
     plan.Norm,

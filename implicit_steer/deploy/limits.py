@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .._check import require
-from ..plan import FrozenArrays, Linear, Plan
+from ..plan import FrozenArrays, Linear, Plan, Radial
 from ..plan.irreps import Irreps
 
 # Values that a matrix of a plan may have per value of the file. Networks of the experiments have up to 4, wide layers
@@ -43,6 +43,7 @@ def check_irreps(arguments: dict[str, Any], numbers: int) -> None:
     """Raise unless a file of ``numbers`` values accounts for a module that is built from irreps and sizes."""
     sizes = [Irreps.of(value, name).size for name, value in arguments.items() if name.startswith("irreps")]
     counts = [value for value in arguments.values() if isinstance(value, int)]
+    counts += [value.size for value in arguments.values() if isinstance(value, Radial)]
     most = _PER_NUMBER * (_PER_NUMBER + numbers)
     largest = max([math.prod(sizes), *(count**2 for count in counts)])
     require(largest <= most, "sizes", f"irreps and sizes of at most {most} values", largest)

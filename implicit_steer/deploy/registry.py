@@ -11,13 +11,16 @@ import torch
 
 from .._check import fail, require
 from ..layers import Fields
+from ..plan import Radial
 from .kinds import REGISTERED, Kind, add_registered, is_plain, is_registered
 
 _M = TypeVar("_M", bound=torch.nn.Module)
 _OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))  # names that torch.nn.Module sets
 _NOT_OWN = ("escnn", "implicit_steer", "torch")
 _PLAIN = (bool, float, int, str, type(None), torch.dtype)
-_EXPECTED = "numbers, strings, None, lists, tuples and dicts of these, NumPy arrays, dtypes or field types"
+_EXPECTED = (
+    "numbers, strings, None, lists, tuples and dicts of these, NumPy arrays, dtypes, field types or radial inputs"
+)
 
 
 @overload
@@ -32,8 +35,8 @@ def register(cls: Any = None, *, name: str | None = None) -> Any:
     - its children, each as :func:`~implicit_steer.save` takes it: layers with escnn's types come back as layers on
       plain tensors;
     - the parameters and buffers that it holds itself, also those buffers that are not persistent;
-    - its other attributes: numbers, strings, None, lists, tuples and dicts of these, NumPy arrays, dtypes, and field
-      types, of which size and name remain (:class:`~implicit_steer.layers.Fields`).
+    - its other attributes: numbers, strings, None, lists, tuples and dicts of these, NumPy arrays, dtypes, radial
+      inputs, and field types, of which size and name remain (:class:`~implicit_steer.layers.Fields`).
 
     So ``forward`` should make features with a layer's ``in_type``, which without escnn returns the tensor itself, and
     read them with :func:`implicit_steer.layers.values` instead of ``.tensor``; then it runs on both. The module that
@@ -161,7 +164,7 @@ def check_attributes(name: str, module: torch.nn.Module, has_counterpart: Callab
         else:
             array = isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc" and value.dtype.isnative
             remedy = "Make it a local variable of __init__, or hold plain values, buffers or modules instead."
-            ok = cls in (*_PLAIN, Fields) or array or has_counterpart(cls)
+            ok = cls in (*_PLAIN, Fields) or isinstance(value, Radial) or array or has_counterpart(cls)
             require(ok, f"{remedy} {where}", _EXPECTED, cls.__name__, kind=TypeError)
 
     for key, value in _attributes(module).items():

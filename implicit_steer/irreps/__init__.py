@@ -6,6 +6,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ..plan import Bessel, Cosines, Distance
 from ..plan.irreps import Irrep, Irreps
 from .gate import Gate
 from .interaction import InteractionBlock
@@ -17,6 +18,9 @@ if TYPE_CHECKING:  # imported at the first use, since they need escnn
     from .escnn import from_escnn, to_escnn
 
 __all__ = [
+    "Bessel",
+    "Cosines",
+    "Distance",
     "Gate",
     "ImplicitPointConv",
     "InteractionBlock",

@@ -180,7 +180,7 @@ def _change(powers: NDArray[Any], theirs: NDArray[np.float64], degree: int) -> N
 def _options(conv: Any) -> dict[str, Any]:
     """The arguments that both layers take beside their types."""
     kernel = conv.implicit_kernel
-    names = ("norm", "cutoff", "aggr")
+    names = ("norm", "cutoff", "aggr", "radial")
     channels = kernel.plan.activations[0].channels if kernel.plan.activations else 1
     return {
         **{name: getattr(kernel, name) for name in names},

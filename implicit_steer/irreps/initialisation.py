@@ -32,7 +32,7 @@ def draw_weights(kernel: ImplicitKernel, width: float) -> None:
     linears = [cast(LinearParameters, layer) for layer in kernel.linears]
     for layer, deviation in zip(linears, weight_deviations(plan, width), strict=True):
         draw(layer.weights, deviation)
-    if not kernel.n_attributes and linears[0].bias is not None:
+    if not plan.frame.n_attributes and linears[0].bias is not None:
         ones = np.ones(len(linears[0].bias))
         draw(linears[0].bias, ones if plan.linears else _last_deviations(plan, "bias", ones))
 

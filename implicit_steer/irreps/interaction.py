@@ -11,6 +11,7 @@ from torch import Tensor
 from .._check import fail, require, require_integer
 from ..graph import EdgeTypes, Graph
 from ..layers.fields import check_tensor, fields_of
+from ..plan import Radial
 from ..plan.frozen import require_number
 from ..plan.irreps import Irreps, Term
 from .gate import Gate
@@ -27,11 +28,11 @@ class InteractionBlock(torch.nn.Module):
 
     Args:
         irreps_in, irreps_out: the irreps of x and y, as ``"16x0e + 8x1o"``.
-        edge_attr: how many invariant attributes an edge has.
+        edge_attr: how many invariant attributes an edge has, without the radial ones.
         node_attr: how many invariant attributes a node has; 0 gives a plain self-connection.
         degree: mean number of neighbours of a node, > 0; the convolution is divided by its root.
         function, gate: as in :class:`Gate`.
-        n_layers, n_channels, activation, norm, cutoff, width, depthwise, table, backend: as in
+        n_layers, n_channels, activation, norm, cutoff, width, depthwise, table, radial, backend: as in
             :class:`ImplicitPointConv`. The convolution has no bias, since the self-connection has one.
 
     Shape: x (N, irreps_in.size), edge_vec (E, 3), edge_attr (E, A) or :class:`~implicit_steer.EdgeTypes`, node_attr
@@ -69,6 +70,7 @@ class InteractionBlock(torch.nn.Module):
         width: float = 0.5,
         depthwise: bool = False,
         table: int | str | None = None,
+        radial: Radial | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -93,6 +95,7 @@ class InteractionBlock(torch.nn.Module):
             width=width,
             depthwise=depthwise,
             table=table,
+            radial=radial,
             bias=False,
             backend=backend,
         )

@@ -15,9 +15,10 @@ from ..layers.fields import fields_of
 from ..layers.point_conv import PlainPointConv
 from ..lowering.irreps import KernelOptions, depthwise_irreps, lower_kernel
 from ..ops import select
-from ..plan import FUNCTIONS
+from ..plan import FUNCTIONS, Radial
 from ..plan.frozen import require_number
 from ..plan.irreps import Irreps
+from ..plan.radial import size_of
 from ..plan.table import with_table
 from .initialisation import draw_weights
 from .linear import Linear
@@ -27,12 +28,13 @@ class ImplicitPointConv(PlainPointConv):
     """out_i = bias + Σ_{e: j→i} s(|x_e|) K(x_e, a_e) f_j, equivariant for rotations, and for inversion where irreps
     have parities. It takes plain tensors in e3nn's layout and basis and needs no escnn.
 
-    ``vec K = MLP(x ⊕ a)`` for an equivariant MLP, s(r) = exp(−½ (r / σ)²) times, with a ``cutoff``, a smooth envelope.
+    ``vec K = MLP(x ⊕ radial(|x|) ⊕ a)`` for an equivariant MLP, s(r) = exp(−½ (r / σ)²) times, with a ``cutoff``, a
+    smooth envelope.
 
     Args:
         irreps_in, irreps_out: the irreps of features and result: a string, an :class:`Irreps` or ``e3nn.o3.Irreps``.
             ``"16x0e + 8x1o"`` is 16 scalars and 8 vectors, in that order, 40 components.
-        edge_attr: how many invariant attributes an edge has.
+        edge_attr: how many invariant attributes an edge has, without the radial ones.
         n_layers, n_channels: the kernel's MLP: linear layers (1: a kernel linear in x and a) and hidden fields.
         activation: the MLP's φ, ``"silu" | "gelu" | "tanh" | "elu" | "relu"``; for forces one of the first three, which
             are smooth.
@@ -46,6 +48,8 @@ class ImplicitPointConv(PlainPointConv):
             so that its depth and width cost next to nothing on large graphs; parameters and equivariance stay. 256
             knots are exact to about 1e-7 for smooth activations. ``"auto"`` chooses the fewest for an error of 1e-6.
             Distinct rows of attributes have knots of their own: pass :class:`~implicit_steer.EdgeTypes`.
+        radial: further invariants that the layer computes from an edge's length: :class:`Distance`, :class:`Cosines`,
+            :class:`Bessel`, or None.
         bias: whether a learned constant is added to the scalars of the result.
         backend: ``"auto"`` or one of ``implicit_steer.info().backends``; a backend asked for by name runs or raises.
 
@@ -86,13 +90,14 @@ class ImplicitPointConv(PlainPointConv):
         aggr: str = "sum",
         depthwise: bool = False,
         table: int | str | None = None,
+        radial: Radial | None = None,
         bias: bool = True,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         refuse_fake_tensors(self)
         self.irreps_in, self.irreps_out = Irreps.of(irreps_in, "irreps_in"), Irreps.of(irreps_out, "irreps_out")
-        options = _checked_options(edge_attr, n_layers, n_channels, activation, norm, cutoff, aggr)
+        options = _checked_options(edge_attr, n_layers, n_channels, activation, norm, cutoff, aggr, radial)
         for name, flag in (("depthwise", depthwise), ("bias", bias)):
             require(isinstance(flag, bool), name, "True or False", repr(flag), kind=TypeError)
         require_number("width", width)
@@ -102,7 +107,6 @@ class ImplicitPointConv(PlainPointConv):
         self.in_type = fields_of(self.irreps_in)
         self.out_type = fields_of(self.irreps_out)
         self._arguments = {
-            "edge_attr": edge_attr,
             "n_layers": n_layers,
             "n_channels": n_channels,
             "activation": activation,
@@ -128,8 +132,9 @@ class ImplicitPointConv(PlainPointConv):
         return {
             "irreps_in": str(self.irreps_in),
             "irreps_out": str(self.irreps_out),
+            "edge_attr": kernel.n_attributes,
             **self._arguments,
-            **{name: getattr(kernel, name) for name in ("norm", "cutoff", "aggr", "table")},
+            **{name: getattr(kernel, name) for name in ("norm", "cutoff", "aggr", "table", "radial")},
             "depthwise": self.depthwise,
             "bias": has_bias,
             "backend": self.backend,
@@ -146,7 +151,14 @@ class ImplicitPointConv(PlainPointConv):
 
 
 def _checked_options(
-    edge_attr: int, n_layers: int, n_channels: int, activation: str, norm: str | None, cutoff: Any, aggr: str
+    edge_attr: int,
+    n_layers: int,
+    n_channels: int,
+    activation: str,
+    norm: str | None,
+    cutoff: Any,
+    aggr: str,
+    radial: Radial | None,
 ) -> KernelOptions:
     require_integer("edge_attr", edge_attr, 0)
     require_integer("n_layers", n_layers, 1)
@@ -158,7 +170,8 @@ def _checked_options(
         cutoff = float(cutoff)
     aggr = "sum" if aggr == "add" else aggr
     require(aggr in ("sum", "mean"), "aggr", "'sum', 'add' or 'mean'", repr(aggr))
-    return KernelOptions(edge_attr, n_layers, n_channels, activation, norm, cutoff, aggr)
+    n_attributes = size_of(radial) + edge_attr
+    return KernelOptions(n_attributes, n_layers, n_channels, activation, norm, cutoff, aggr, radial)
 
 
 def _on_scalars(irreps: Irreps, bias: bool) -> Tensor:

@@ -32,7 +32,7 @@ _NamedNorm = tuple[torch.nn.Module, tuple[str, ...]]
 
 
 class KernelBase(NoTorchScript, torch.nn.Module):
-    """K(x, a) = γ exp(−½ (|x| / σ)²) · mat(MLP(x ⊕ a)), computed from a plan and parameters.
+    """K(x, a) = γ exp(−½ (|x| / σ)²) · mat(MLP(x ⊕ radial(|x|) ⊕ a)), computed from a plan and parameters.
 
     A subclass sets the parameter ``shell_width`` σ and calls :meth:`_find_tensors`, then :meth:`_set_plan`.
     """
@@ -47,6 +47,7 @@ class KernelBase(NoTorchScript, torch.nn.Module):
     cutoff = Fixed(lambda kernel: kernel.plan.cutoff)
     aggr = Fixed(lambda kernel: kernel.plan.aggr)
     table = Fixed(lambda kernel: _asked_for(kernel.plan.table))
+    radial = Fixed(lambda kernel: kernel.plan.radial)
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +85,7 @@ class KernelBase(NoTorchScript, torch.nn.Module):
     def _set_plan(self, plan: Plan) -> None:
         self.plan = plan
         # torch.compile would look for these in the plan's arrays.
-        self._dim, self.n_attributes = plan.frame.dim, plan.frame.n_attributes
+        self._dim, self.n_attributes = plan.frame.dim, plan.n_attributes
         self._trivial = [norm.full_trivial.tolist() for norm in plan.norms]
         self._columns = torch.tensor(self._trivial, dtype=torch.int64)
         self._call_cache.native = op.prepared(plan, self.parameters_for_op(), values=self._values)
@@ -216,9 +217,8 @@ class KernelBase(NoTorchScript, torch.nn.Module):
             remedy = "The layer was built without an attribute type: leave the attributes out, or build it with one."
             fail(attribute, "None", got, remedy)
         if isinstance(attributes, EdgeTypes):
-            require(
-                len(attributes) == points, f"{attribute}.index", f"shape ({points},)", tuple(attributes.index.shape)
-            )
+            if attributes.index.shape[0] != points:  # not len(): torch.compile would take the number as a constant
+                fail(f"{attribute}.index", f"shape ({points},)", tuple(attributes.index.shape))
             check_tensor(f"{attribute}.rows", given, (None, size), width.dtype, width.device)
         else:
             check_tensor(attribute, given, (points, size), width.dtype, width.device)
@@ -346,7 +346,7 @@ class NormState(torch.nn.Module):
 
 
 class ImplicitKernel(BasisFingerprint, KernelBase):
-    """K(x, a) = γ exp(−½ (|x| / σ)²) · mat(MLP(x ⊕ a)), computed from a plan, without escnn.
+    """K(x, a) = γ exp(−½ (|x| / σ)²) · mat(MLP(x ⊕ radial(|x|) ⊕ a)), computed from a plan, without escnn.
 
     Args:
         plan: what to compute. Until values are loaded, the parameters are 0, the norms new, and σ = 0.5.
@@ -383,6 +383,7 @@ class Biased(ExactBuffers, NoTorchScript, torch.nn.Module):
     activation = Fixed(lambda conv: conv.implicit_kernel.activation)
     cutoff = Fixed(lambda conv: conv.implicit_kernel.cutoff)
     aggr = Fixed(lambda conv: conv.implicit_kernel.aggr)
+    radial = Fixed(lambda conv: conv.implicit_kernel.radial)
 
     def _check_sizes(self) -> None:
         """Raise unless the kernel maps between the features."""

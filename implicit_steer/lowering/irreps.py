@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._check import fail
-from ..plan import Activation, Block, Coupling, Frame, Linear, Norm, Plan
+from ..plan import Activation, Block, Coupling, Frame, Linear, Norm, Plan, Radial
 from ..plan.irreps import Irrep, Irreps, Term, check_same_group
 from . import so3
 
@@ -37,13 +37,14 @@ class Path(NamedTuple):
 class KernelOptions(NamedTuple):
     """What defines a kernel beside its irreps: see :class:`implicit_steer.irreps.ImplicitPointConv`."""
 
-    n_attributes: int
+    n_attributes: int  # radial inputs included
     n_layers: int
     n_channels: int
     activation: str
     norm: str | None
     cutoff: float | None
     aggr: str
+    radial: Radial | None
 
 
 class _HiddenFields(NamedTuple):
@@ -130,6 +131,7 @@ def lower_kernel(irreps_in: Irreps, irreps_out: Irreps, options: KernelOptions, 
         gamma=1.0,
         cutoff=options.cutoff,
         aggr=options.aggr,
+        radial=options.radial,
     )
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from escnn.group import O3, SO3, Representation
 
 from .._check import fail, parse_sampling, require
-from ..plan import Activation, Block, Coupling, Frame, Linear, Norm, Plan
+from ..plan import Activation, Block, Coupling, Frame, Linear, Norm, Plan, Radial
 from .linear import bias_basis, fields_by_name, pairs_of, starts_of, without_rounding
 from .sampling import (
     HiddenSpace,
@@ -161,6 +161,7 @@ class KernelShape:
     in_reprs: list[Representation]
     cutoff: float | None = None
     aggr: str = "sum"
+    radial: Radial | None = None
 
 
 def _read_through(basis: np.ndarray, z: np.ndarray) -> np.ndarray:
@@ -226,7 +227,7 @@ def lower(mlp, shape: KernelShape, sampling: str) -> Plan:
     Args:
         mlp: a :class:`~implicit_steer.nn.KernelMLP`: escnn Linear, Fourier activation (and batch norm) in turn, a last
             Linear to the fields ``out_u ⊗ in_v``, u slowest.
-        shape: fields, cutoff and aggregation of the convolution.
+        shape: fields, cutoff, aggregation and radial inputs of the convolution.
         sampling: ``"auto" | "exact" | "exact-N" | "escnn" | "lebedev-N"``.
 
     Raises:
@@ -264,4 +265,5 @@ def lower(mlp, shape: KernelShape, sampling: str) -> Plan:
         gamma=1 / np.sqrt(len(shape.out_reprs)),
         cutoff=None if shape.cutoff is None else float(shape.cutoff),
         aggr=shape.aggr,
+        radial=shape.radial,
     )

@@ -4,6 +4,7 @@ from ..lowering import _require_escnn  # noqa: F401
 
 # isort: split
 from ..layers.statistics import update_bn
+from ..plan import Bessel, Cosines, Distance
 from . import _escnn_changes, _escnn_pickle
 from .activation import FourierActivation
 from .batch_norm import IIDBatchNorm1d
@@ -17,6 +18,9 @@ _escnn_pickle.register()
 _escnn_changes.apply()
 
 __all__ = [
+    "Bessel",
+    "Cosines",
+    "Distance",
     "FourierActivation",
     "Gate",
     "IIDBatchNorm1d",

@@ -18,6 +18,8 @@ from ..layers._modules import in_mode
 from ..layers.kernel import Biased, KernelBase
 from ..lowering.kernel import KernelShape, lower
 from ..lowering.sampling import distinct, invariants, is_orthogonal
+from ..plan import Radial
+from ..plan.radial import size_of
 from ..plan.table import with_table
 from .building import built_by_escnn
 from .equivariant import Errors, check_type, compare, like, transform
@@ -77,11 +79,12 @@ def _lower_again(kernel: ImplicitKernel, _) -> None:
 
 
 class ImplicitKernel(KernelBase):
-    """K(x, a) = γ exp(−½ (|x| / σ)²) · mat(MLP(x ⊕ a)), with K(gx, ρ_a(g) a) = ρ_out(g) K(x, a) ρ_in(g)⁻¹ for g in G.
+    """K(x, a) = γ exp(−½ (|x| / σ)²) · mat(MLP(x ⊕ radial(|x|) ⊕ a)), with K(gx, ρ_a(g) a) = ρ_out(g) K(x, a) ρ_in(g)⁻¹
+    for g in G.
 
     Args:
         conv_in_type, conv_out_type: fields the kernel maps between, uniform or not; dimension 2 or 3.
-        kernel_attr_type: fields of the attributes, or None.
+        kernel_attr_type: fields of the attributes, without the radial ones, or None.
         n_layers: linear layers of the MLP; 1 gives a kernel linear in position and attributes.
         n_channels: hidden fields of the MLP.
         init_scheme: ``"he"`` or ``"deltaorthonormal"``.
@@ -98,6 +101,7 @@ class ImplicitKernel(KernelBase):
             edges is almost 0.
         table: None, a number of knots or ``"auto"``: the MLP is evaluated at so many radii and interpolated; see
             :class:`implicit_steer.irreps.ImplicitPointConv`. It takes an exact sampling and invariant attributes.
+        radial: further invariants, functions of |x|: :class:`Distance`, :class:`Cosines`, :class:`Bessel`, or None.
 
     Attributes:
         shell_width: σ, learnable, (1, 1, 1).
@@ -133,6 +137,7 @@ class ImplicitKernel(KernelBase):
         aggr: str = "sum",
         width: float = 0.5,
         table: int | str | None = None,
+        radial: Radial | None = None,
     ):
         super().__init__()
         check_type("conv_in_type", conv_in_type)
@@ -142,12 +147,14 @@ class ImplicitKernel(KernelBase):
         require(cutoff is None or _is_real(cutoff), "cutoff", "a positive radius or None", repr(cutoff), kind=TypeError)
         require(_is_real(width), "width", "a positive length", repr(width), kind=TypeError)
         require(0 < width < np.inf, "width", "a positive length", width)
-        attributes = []
+        attributes = [gspace.trivial_repr] * size_of(radial)
         if kernel_attr_type is not None:
             check_type("kernel_attr_type", kernel_attr_type, gspace)
-            attributes = list(kernel_attr_type.representations)
+            attributes += kernel_attr_type.representations
         aggr = "sum" if aggr == "add" else aggr
-        shape = KernelShape(list(conv_out_type.representations), list(conv_in_type.representations), cutoff, aggr)
+        shape = KernelShape(
+            list(conv_out_type.representations), list(conv_in_type.representations), cutoff, aggr, radial
+        )
         fiber = fiber_space(gspace.fibergroup, gspace.name)
         check_sizes(n_layers, n_channels)
         inputs = [position_representation(gspace), *attributes]
@@ -185,10 +192,16 @@ class ImplicitKernel(KernelBase):
             inverse = lambda g: torch.as_tensor(self.conv_in_type.representation(~g)).to(expected)  # noqa: E731
 
             def pair(g: GroupElement) -> tuple[Tensor, Tensor]:
-                actual = self._at(transform(points, self.mlp.in_type, g))
+                actual = self._at(transform(points, self.point_type, g))
                 return actual, transform(expected, self.conv_out_type, g) @ inverse(g)
 
             return compare(self.conv_in_type.gspace, pair, atol, rtol)
+
+    @property
+    def point_type(self) -> FieldType:
+        """The type of x ⊕ a: of the MLP's input without the radial inputs."""
+        position, *attributes = self.mlp.in_type.representations
+        return FieldType(self.mlp.in_type.gspace, [position, *attributes[size_of(self.radial) :]])
 
     def random_points(self, n: int) -> Tensor:
         """(n, dim + A): positions where the kernel is neither 0 nor constant, and attributes."""

@@ -15,6 +15,7 @@ from ..graph.neighbours import knn_graph
 from ..layers.fields import check_tensor
 from ..layers.point_conv import DownsamplingBase, PointConvBase, number_of_targets
 from ..ops import select
+from ..plan import Radial
 from .building import built_by_escnn
 from .equivariant import Errors, Steerable, check_shape, check_type, compare, like, transform
 from .kernel import CheckedBias, ImplicitKernel, trivial_bias
@@ -36,9 +37,9 @@ class ImplicitPointConv(CheckedBias, PointConvBase, Steerable):
 
     Args:
         in_type, out_type: field types on one gspace (R² or R³), uniform or not.
-        edge_attr_type: fields of the edge attributes, or None.
+        edge_attr_type: fields of the edge attributes, without the radial ones, or None.
         n_layers, n_channels, init_scheme: the kernel's MLP.
-        sampling, norm, activation, cutoff: as in :class:`ImplicitKernel`.
+        sampling, norm, activation, cutoff, radial: as in :class:`ImplicitKernel`.
         aggr: ``"sum"`` (``"add"``) or ``"mean"`` over the edges of a node (0 at isolated nodes).
         width: initial σ of the shell s(r) = exp(−½ (r / σ)²), in the unit of the positions: about the length of an
             edge. The first call warns where no edge, or every one, is within its reach.
@@ -78,6 +79,7 @@ class ImplicitPointConv(CheckedBias, PointConvBase, Steerable):
         aggr: str = "sum",
         width: float = 0.5,
         table: int | str | None = None,
+        radial: Radial | None = None,
         bias: bool = True,
         backend: str = "auto",
     ):
@@ -103,6 +105,7 @@ class ImplicitPointConv(CheckedBias, PointConvBase, Steerable):
             aggr=aggr,
             width=width,
             table=table,
+            radial=radial,
         )
         self.implicit_kernel.adopt_bias(self)
         self.backend = backend
@@ -152,7 +155,7 @@ class ImplicitPointConv(CheckedBias, PointConvBase, Steerable):
         expected = run(x, points)
 
         def pair(g: GroupElement) -> tuple[Tensor, Tensor]:
-            actual = run(transform(x, self.in_type, g), transform(points, kernel.mlp.in_type, g))
+            actual = run(transform(x, self.in_type, g), transform(points, kernel.point_type, g))
             return actual, transform(expected, self.out_type, g)
 
         return compare(self.in_type.gspace, pair, atol, rtol)

@@ -14,6 +14,7 @@ from ..plan.packing import Parameters
 from . import select, table, table_error
 from .backend import Backend
 from .native import bound
+from .radial import edge_attributes
 
 
 def compute_dtype(parameters: Parameters) -> torch.dtype:
@@ -77,8 +78,7 @@ def _evaluation(
     """What the backend gets: the plan itself and attributes (E, A), or one with splines instead of hidden layers."""
     if not _per_edge(chosen, plan, delta, attributes):
         return table.evaluation(chosen, plan, parameters, delta, attributes, statistics_from)
-    attributes = attributes.attributes() if isinstance(attributes, EdgeTypes) else attributes
-    attributes = attributes if attributes.dtype == delta.dtype else attributes.to(delta.dtype)
+    attributes = edge_attributes(plan, delta, attributes)
     if plan.table is not None and not plan.is_frozen:
         plan = table.tabulation(plan, parameters).per_edge
     return table.Evaluation(plan, parameters, statistics_from, attributes, ())
@@ -103,7 +103,7 @@ def implicit_conv(
         graph: N_src, N_dst nodes and E edges.
         x: (N_src, C_in) features, any floating dtype; the arithmetic is the parameters' (at least float32).
         delta: (E, dim), position of the target minus that of the source.
-        attributes: (E, A), A = 0 without attributes; or the types of the edges.
+        attributes: (E, A) without the radial inputs, A = 0 without attributes; or the types of the edges.
         statistics_from: where the batch norms take their statistics from.
         backend: name, or "auto".
 

@@ -24,6 +24,7 @@ from ..plan.packing import CallCache, Constants, Parameters, is_traced
 from ..plan.table import SERIES, at_knots, tabulated
 from .backend import Backend
 from .native import bound
+from .radial import edge_attributes
 
 _NO_SHELL = 1e12  # σ of a shell that is 1 at every knot; its cube is finite in float32
 
@@ -73,7 +74,7 @@ class Tabulation:
         if bound.refusal(self.at_knots, torch.float32) is None:  # torch.compile has to find native plans
             self._knots_cache.native = bound.native_plan(self.at_knots, self.knot_parameters(parameters))
             self._source = None
-        if frame.n_attributes == 0:
+        if plan.n_attributes == 0:
             self.splines(1, parameters)
 
     def knots(self, like: Tensor) -> _Knots:
@@ -122,7 +123,8 @@ class Tabulation:
     ) -> tuple[Tensor, Sequence[NormStatistics]]:
         """The splines' coefficients (T · (G + 3) · W · c,) of rows (T, A), and the norms' statistics if measured."""
         knots, types = self.knots(rows), len(rows)
-        delta, attributes = knots.positions.repeat(types, 1), rows.repeat_interleave(len(knots.positions), 0)
+        delta = knots.positions.repeat(types, 1)
+        attributes = edge_attributes(self.plan, delta, rows.repeat_interleave(len(knots.positions), 0))
         h, statistics = backend.hidden(self.at_knots, at, statistics_from, delta, attributes)
         c = h[:, :-1].unflatten(1, (-1, self.plan.field_size)) @ knots.coefficients  # (T · K, W, c)
         return knots.splines(c.unflatten(0, (types, -1)) * knots.scale[:, None]).reshape(-1), statistics

@@ -14,6 +14,7 @@ from ..plan.moments import RUNNING
 from ..plan.packing import Parameters
 from ..plan.table import FEWEST_KNOTS
 from .backend import Backend
+from .radial import edge_attributes
 from .table import evaluation
 
 TOLERANCE = 1e-6  # of tables that choose their knots
@@ -51,8 +52,9 @@ def _compare(
     """The largest error of a message, and the largest message, of edges with these attributes (1, A)."""
     types = EdgeTypes(torch.zeros(len(delta), dtype=torch.long), row)
     found = evaluation(backend, plan, parameters, delta, types, RUNNING)
+    attributes = edge_attributes(plan, delta, types)
     table = backend.forward(found.plan, found.parameters, RUNNING, graph, x, delta, found.attributes)[0]
-    exact = backend.forward(plan.per_edge, parameters, RUNNING, graph, x, delta, types.attributes())[0]
+    exact = backend.forward(plan.per_edge, parameters, RUNNING, graph, x, delta, attributes)[0]
     return float((table - exact).abs().max()), float(exact.abs().max())
 
 

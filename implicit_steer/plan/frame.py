@@ -84,7 +84,7 @@ class Frame(FrozenArrays):
 
     @property
     def n_attributes(self) -> int:
-        """Size of the edge attributes."""
+        """Size of the edge attributes, radial inputs included."""
         return self.attribute.shape[0]
 
     @property

@@ -1,7 +1,8 @@
 """The plan of an implicit kernel: immutable, hashable, printable data. It is all that a backend gets to know.
 
-A plan describes ``K(x, a) = γ s(|x|) · mat(MLP(x ⊕ a))`` in *frame coordinates*: the MLP's hidden fields are expressed
-by the few coefficients that survive in the edge's own frame ("exact" sampling) or, without a frame, by all of them.
+A plan describes ``K(x, a) = γ s(|x|) · mat(MLP(x ⊕ radial(|x|) ⊕ a))`` in *frame coordinates*: the MLP's hidden fields
+are expressed by the few coefficients that survive in the edge's own frame ("exact" sampling) or, without a frame, by
+all of them.
 
 Names used throughout (one edge e):
 
@@ -26,6 +27,7 @@ from .._check import require, require_integer
 from .frame import Frame
 from .frozen import FrozenArrays, fingerprint_of, require_indices, require_number, require_shape
 from .layers import Activation, Linear, Norm
+from .radial import Radial, size_of
 from .table import Table, refusal
 
 
@@ -101,12 +103,15 @@ class Plan(FrozenArrays):
     cutoff: float | None
     aggr: str
     table: Table | None = None  # splines of the hidden layers; where a plan has none, in their place
+    radial: Radial | None = None  # functions of |x|, the first of the frame's attributes
 
     def validate(self) -> None:
         """Raise ``ValueError`` unless the layers fit together and the couplings stay inside the kernel and h."""
         for name in ("out_size", "in_size", "hidden_size"):
             require_integer(name, getattr(self, name), 0)
         require_number("gamma", self.gamma)
+        most = self.frame.n_attributes
+        require(size_of(self.radial) <= most, "radial", f"at most {most} functions, as the frame has", self.radial)
         require(self.aggr in ("sum", "mean"), "aggr", "'sum' or 'mean'", repr(self.aggr))
         require(
             self.cutoff is None or 0 < self.cutoff < float("inf"), "cutoff", "a positive radius or None", self.cutoff
@@ -190,6 +195,11 @@ class Plan(FrozenArrays):
         """Whether splines stand in place of the hidden layers."""
         return self.table is not None and len(self.activations) == 0
 
+    @property
+    def n_attributes(self) -> int:
+        """How many attributes are given with an edge: the frame's without the radial ones."""
+        return self.frame.n_attributes - size_of(self.radial)
+
     @cached_property
     def is_depthwise(self) -> bool:
         """Whether it acts channel by channel, at least in part."""
@@ -248,7 +258,8 @@ class Plan(FrozenArrays):
         lines = [
             f"Plan {self.digest[:12]}: {self.group}, sampling {self.sampling!r}",
             f"  frame      {frame.kind}{' (regular at the origin)' if frame.regular else ''}, "
-            f"x in R^{frame.dim}, {frame.n_attributes} attributes",
+            f"x in R^{frame.dim}, {frame.n_attributes} attributes"
+            + (f", {self.radial.size} of them {self.radial}" if self.radial else ""),
         ]
         for n, (layer, act) in enumerate(zip(self.linears, self.activations, strict=True)):
             lines.append(

@@ -148,7 +148,8 @@ def with_table(plan: Plan, table: int | str | None, width: float) -> Plan:
         fail("table", "None", repr(table), f"Of this layer there can be no table: {reason}.")
     bounded = plan.cutoff is not None and not plan.norms
     length = plan.cutoff if bounded else 2 * width
-    return replace(plan, table=Table(knots, float(length), bounded, automatic=automatic))
+    even = plan.radial is None or plan.radial.even
+    return replace(plan, table=Table(knots, float(length), bounded, even, automatic=automatic))
 
 
 def at_knots(plan: Plan) -> Plan:
@@ -166,4 +167,4 @@ def tabulated(plan: Plan, types: int) -> Plan:
         given |= {"attribute_order": zeros, "attribute_partner": zeros, "attribute_sign": np.zeros(n)}
     frame = replace(frame, regular=False, **given)  # splines are regular at the origin as they are
     table = replace(plan.table, types=types, automatic=False)
-    return replace(plan, linears=(), activations=(), norms=(), frame=frame, table=table)
+    return replace(plan, linears=(), activations=(), norms=(), frame=frame, table=table, radial=None)

@@ -97,6 +97,8 @@ MODULES = {
     "potential": potential,
     "block": lambda: ist.irreps.InteractionBlock("2x0e+1x1o", "2x0e+1x1o", 1, node_attr=2),
     "depthwise": lambda: ist.irreps.ImplicitPointConv("2x0e+1x1o", "2x0e+1x1o", depthwise=True),
+    "radial": lambda: ist.irreps.ImplicitPointConv("2x0e", "2x0e", radial=ist.irreps.Cosines(3, 2.0)),
+    "radial of a plan": lambda: ist.nn.ImplicitPointConv(SCALARS, SCALARS, radial=ist.nn.Bessel(3, 2.0)),
 }
 SIZES = [
     ("embedding", "module", "torch.Embedding", "num_embeddings"),
@@ -117,6 +119,8 @@ SIZES = [
     ("point conv", "data", "Activation", "channels"),
     ("point conv", "data", "Norm", "channels"),
     ("planar conv", "data", "Frame", "dim"),
+    ("radial", "data", "Cosines", "n"),
+    ("radial of a plan", "data", "Bessel", "n"),
     ("grid conv", "module", "ImplicitConv", "n_bias"),
     ("grid conv", "data", "Plan", "out_size"),
     ("potential", "module", "Gate", "channels"),
