@@ -170,6 +170,12 @@ struct Plan : PlanView<R> {
   std::vector<CouplingView> coupling_storage;
 };
 
+// Coordinates [W, d] of the full hidden field that goes into batch norm n.
+template <typename R>
+IST_HOST_DEVICE int norm_input_size(const PlanView<R>& p, int n) {
+  return p.layers[n].out_size / p.c * p.d;
+}
+
 // H: numbers of one edge's hidden features, the constant one included.
 template <typename R>
 IST_HOST_DEVICE int64_t hidden_size(const PlanView<R>& p) {
