@@ -176,6 +176,12 @@ struct Plan : PlanView<R> {
   std::vector<CouplingView> coupling_storage;
 };
 
+// Coordinates [W, d] of the full hidden field that goes into batch norm n.
+template <typename R>
+IST_HOST_DEVICE int norm_input_size(const PlanView<R>& p, int n) {
+  return p.layers[n].out_size / p.c * p.d;
+}
+
 // H: numbers of one edge's hidden features, the constant one included.
 template <typename R>
 IST_HOST_DEVICE int64_t hidden_size(const PlanView<R>& p) {
@@ -186,6 +192,16 @@ IST_HOST_DEVICE int64_t hidden_size(const PlanView<R>& p) {
 template <typename R>
 IST_HOST_DEVICE int64_t splines_per_type(const PlanView<R>& p) {
   return int64_t{p.n_knots} + 3;
+}
+
+// Numbers of a row of the sums over edges that cpu/table_sums.h makes, and of all rows.
+template <typename R>
+int64_t table_sums_width(const PlanView<R>& p) {
+  return p.d * (p.kind == kPlanar ? 2 : 1) + 4 * p.c;
+}
+template <typename R>
+int64_t table_sums_size(const PlanView<R>& p) {
+  return p.n_types * splines_per_type(p) * table_sums_width(p);
 }
 
 // Whether the features of a node lie in memory as they are gathered.

@@ -101,10 +101,10 @@ Tensor table_sums(const Tensor& ints, const Tensor& reals, const Tensor& delta, 
     const auto& plan = call.plan;
     STD_TORCH_CHECK(plan.n_knots > 0, "plan_ints: expected a plan with a table.");
     check_size(plan.n_types * splines_per_type(plan), size, "size");
-    check_size(plan.d * (plan.kind == kPlanar ? 2 : 1) + 4 * plan.c, width, "width");
+    check_size(table_sums_width(plan), width, "width");
     const std::vector<R> no_weights(plan.n_weights, R{1});
     call.args.weights = no_weights.data();
-    out = call.output(delta, call.args.threads * size, width);
+    out = call.output(delta, table_blocks(call.args) * size, width);
     call.run(call.device.table().table_sums);
   });
   return torch::stable::narrow(out, 0, 0, size);

@@ -14,9 +14,6 @@
 
 namespace implicit_steer {
 
-// Below this many edges per thread, waking a second thread costs more than it saves.
-constexpr int64_t kTileEdgesPerThread = 192;
-
 // Memory of one thread that its calls share; only ever grows.
 inline void* scratch(int64_t bytes) {
   struct Buffer {
@@ -32,11 +29,6 @@ inline void* scratch(int64_t bytes) {
     if (!buffer.memory) std::abort();  // inside a parallel region: no exception can leave it
   }
   return buffer.memory;
-}
-
-inline int threads_for(int64_t edges) {
-  const int64_t most = static_cast<int64_t>(torch::stable::get_num_threads());
-  return static_cast<int>(std::clamp<int64_t>(edges / kTileEdgesPerThread, 1, most));
 }
 
 // The number of edges into node i, at least 1.
@@ -68,7 +60,9 @@ class Cpu {
   void check(const Tensor& t, const char* name, ScalarType type, int64_t numel) const {
     implicit_steer::check(t, name, type, numel);
   }
-  void prepare(ConvArgs<R>& a) { a.plan = &plan_, a.threads = threads_for(a.n_edges), a.scratch = scratch; }
+  void prepare(ConvArgs<R>& a) {
+    a.plan = &plan_, a.threads = static_cast<int>(torch::stable::get_num_threads()), a.scratch = scratch;
+  }
   Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape) const {
     Tensor made = new_empty(like, shape);
     std::fill_n(mutable_data<R>(made), made.numel(), R{});
@@ -97,18 +91,18 @@ class Cpu {
 
   // Columns of the features' gradient edge by edge.
   int64_t edge_width() const { return plan_.n_gathered; }
-  // Memory for the gradient of the packed weights, thread by thread.
+  // Memory for the gradient of the packed weights, block by block.
   Tensor weight_gradient(const ConvArgs<R>& a, const Tensor& like, bool wanted) const {
-    return new_empty(like, {wanted ? a.threads : 0, plan_.n_grad});
+    return new_empty(like, {wanted ? backward_blocks(a) : 0, plan_.n_grad});
   }
   // After the call: that of the packed weights, in which every weight of θ stands twice: the first holds the gradient,
   // the second 0.
-  Tensor summed_weight_gradient(const Tensor& of_threads) const {
-    const bool wanted = of_threads.numel() > 0;
-    Tensor weights = new_empty(of_threads, {wanted ? plan_.n_weights : 0});
+  Tensor summed_weight_gradient(const Tensor& of_blocks) const {
+    const bool wanted = of_blocks.numel() > 0;
+    Tensor weights = new_empty(of_blocks, {wanted ? plan_.n_weights : 0});
     if (!wanted) return weights;
     R* out = mutable_data<R>(weights);
-    std::copy_n(data<R>(of_threads), plan_.n_grad, out);
+    std::copy_n(data<R>(of_blocks), plan_.n_grad, out);
     std::fill(out + plan_.n_grad, out + plan_.n_weights, R{});
     return weights;
   }

@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../cpu/blocks.h"
 #include "arguments.h"
 
 namespace {
@@ -18,33 +19,32 @@ using namespace implicit_steer;
 using Tensors = std::vector<Tensor>;
 using Sizes = std::vector<int64_t>;
 
-constexpr int64_t kBlock = 64;  // rows that are added up in their own precision, blocks of them in double
-constexpr int64_t kNumbersPerThread = 1 << 15;  // below, waking a second thread costs more than it saves
+constexpr int64_t kRows = 64;             // rows that are added up in their own precision, these sums in double
+constexpr int64_t kNumbersPerEdge = 128;  // of x, that take about as long as an edge of a convolution
 
-int threads_for(const Tensor& x) {
-  const int64_t most = static_cast<int64_t>(torch::stable::get_num_threads());
-  return static_cast<int>(std::clamp<int64_t>(x.numel() / kNumbersPerThread, 1, most));
-}
+// Of the rows of x, each of which leaves `sums` numbers to be added up; and threads for them.
+int blocks_of(const Tensor& x, int64_t sums) { return block_count(x.numel() / kNumbersPerEdge, sums); }
+int threads_for(int blocks) { return std::min(blocks, static_cast<int>(torch::stable::get_num_threads())); }
 
 // Calls row(n, sums) for all rows of x; what they add to `sums` [width], which starts at 0.
 template <typename R, typename Row>
 std::vector<double> sum_rows(const Tensor& x, int64_t width, Row row) {
   const int64_t rows = x.size(0);
-  const int threads = threads_for(x);
-  std::vector<double> totals(threads * width);
-#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
-  for (int t = 0; t < threads; ++t) {
+  const int blocks = blocks_of(x, width), threads = threads_for(blocks);
+  std::vector<double> totals(blocks * width);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
+  for (int b = 0; b < blocks; ++b) {
     std::vector<R> sums(width);
-    double* total = totals.data() + t * width;
-    const int64_t last = rows * (t + 1) / threads;
-    for (int64_t n = rows * t / threads; n < last;) {
+    double* total = totals.data() + b * width;
+    const int64_t last = first_of_block(rows, b + 1, blocks);
+    for (int64_t n = first_of_block(rows, b, blocks); n < last;) {
       std::fill(sums.begin(), sums.end(), R{});
-      for (const int64_t end = std::min(n + kBlock, last); n < end; ++n) row(n, sums.data());
+      for (const int64_t end = std::min(n + kRows, last); n < end; ++n) row(n, sums.data());
       for (int64_t k = 0; k < width; ++k) total[k] += sums[k];
     }
   }
-  for (int t = 1; t < threads; ++t)
-    for (int64_t k = 0; k < width; ++k) totals[k] += totals[t * width + k];
+  for (int b = 1; b < blocks; ++b)
+    for (int64_t k = 0; k < width; ++k) totals[k] += totals[b * width + k];
   return totals;
 }
 
@@ -150,9 +150,11 @@ Tensor field_norm(const Tensor& x, const Tensor& channels, const Sizes& counts, 
     const Affine<R> map(x, channels, counts, sizes, means, variances, weights, biases, bases, eps);
     const R *in = data<R>(x), *mean = map.mean.data(), *scale = map.scale.data(), *shift = map.shift.data();
     R* y = mutable_data<R>(out);
-#pragma omp parallel for num_threads(threads_for(x)) schedule(static) if (threads_for(x) > 1)
-    for (int64_t n = 0; n < rows; ++n)
-      for (int64_t c = 0; c < width; ++c) y[n * width + c] = (in[n * width + c] - mean[c]) * scale[c] + shift[c];
+    const int blocks = blocks_of(x, 0), threads = threads_for(blocks);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
+    for (int b = 0; b < blocks; ++b)
+      for (int64_t n = first_of_block(rows, b, blocks), last = first_of_block(rows, b + 1, blocks); n < last; ++n)
+        for (int64_t c = 0; c < width; ++c) y[n * width + c] = (in[n * width + c] - mean[c]) * scale[c] + shift[c];
   });
   return out;
 }

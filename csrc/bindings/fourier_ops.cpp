@@ -1,7 +1,6 @@
 // The torch operators of cpu/fourier.h, through torch's stable ABI.
 
-#include <algorithm>
-
+#include "../cpu/blocks.h"
 #include "../cpu/fourier.h"
 #include "arguments.h"
 
@@ -9,8 +8,7 @@ namespace {
 
 using namespace implicit_steer;
 
-// Below this many evaluations of φ per thread, waking a second thread costs more than it saves.
-constexpr int64_t kSamplesPerThread = 1 << 14;
+constexpr int64_t kSamplesPerEdge = 64;  // evaluations of φ that take about as long as an edge of a convolution
 
 template <typename R>
 const FourierTable<R>& table(int64_t wanted) {
@@ -29,7 +27,7 @@ Tensor run(const Tensor* grad, const Tensor& x, const Tensor& samples, const Ten
     using R = std::remove_pointer_t<decltype(tag)>;
     FourierArgs<R> a{};
     STD_TORCH_CHECK(x.dim() >= 2 && samples.dim() == 2, "x, samples: expected (N, C d, ...) and (S, d).");
-    const int64_t n_samples = samples.size(0), threads = static_cast<int64_t>(torch::stable::get_num_threads());
+    const int64_t n_samples = samples.size(0);
     a.d = samples.size(1), a.inner = 1;
     STD_TORCH_CHECK(a.d > 0 && x.size(1) % a.d == 0, "x: expected fields of ", a.d, ", got ", x.size(1), " channels.");
     for (int64_t k = 2; k < x.dim(); ++k) a.inner *= x.size(k);
@@ -39,8 +37,9 @@ Tensor run(const Tensor* grad, const Tensor& x, const Tensor& samples, const Ten
     check(inverse_t, "inverse_t", x.scalar_type(), n_samples * a.d);
     if (grad) check(*grad, "grad", x.scalar_type(), x.numel());
     a.n_samples = static_cast<int>(n_samples), a.function = static_cast<int>(function);
-    a.threads = static_cast<int>(std::clamp<int64_t>(a.fields * n_samples / kSamplesPerThread, 1, threads));
-    Tensor scratch = new_empty(x, {a.threads, fourier_scratch<R>(a.d)});
+    a.threads = static_cast<int>(torch::stable::get_num_threads());
+    a.blocks = block_count(a.fields * n_samples / kSamplesPerEdge, 0);
+    Tensor scratch = new_empty(x, {a.blocks, fourier_scratch<R>(a.d)});
     a.x = data<R>(x), a.samples = data<R>(samples), a.inverse_t = data<R>(inverse_t);
     a.out = mutable_data<R>(out), a.scratch = mutable_data<R>(scratch);
     if (grad) a.grad = data<R>(*grad);

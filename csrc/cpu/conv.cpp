@@ -5,6 +5,7 @@
 #include <cstdlib>
 
 #include "backward.h"
+#include "blocks.h"
 #include "forward.h"
 #include "hidden.h"
 #include "peak.h"
@@ -38,8 +39,9 @@ struct Features {
     memory = aligned_alloc(64, whole_lines(bytes));
     if (bytes && !memory) abort();
     a.features = memory;
-    in_threads(a.threads, [&](int t) {
-      const int64_t first = a.n_src * t / a.threads, last = a.n_src * (t + 1) / a.threads;
+    const int blocks = forward_blocks(a);
+    for_blocks(a.threads, blocks, [&](int b) {
+      const int64_t first = first_of_block(a.n_src, b, blocks), last = first_of_block(a.n_src, b + 1, blocks);
       N* out = static_cast<N*>(memory) + first * p.n_gathered;
       for (int64_t j = first; j < last; ++j, out += p.n_gathered)
         for (int k = 0; k < p.n_gathered; ++k) {
@@ -61,8 +63,9 @@ void forward(const ConvArgs<R>& given) {
   ConvArgs<R> a = given;
   const CouplingSizes sizes = place_couplings(*a.plan);
   const Features<N, R> features(a);
-  in_threads(a.threads, [&](int t) {
-    const int64_t first = first_node(a, t), last = first_node(a, t + 1);
+  const int blocks = forward_blocks(a);
+  for_blocks(a.threads, blocks, [&](int b) {
+    const int64_t first = first_node(a, b, blocks), last = first_node(a, b + 1, blocks);
     if (first < last) Forward<N>(a, sizes, own_edges(a, first, last)).nodes(first, last);
   });
 }
@@ -95,13 +98,13 @@ void sum_into_node(const ConvArgs<R>& a, int64_t j, int64_t count, Row row, R* s
     if (p.input[k] >= 0) out[p.input[k]] += sum[k];
 }
 
-// grad_x of the nodes first .. last-1, from the edges out of each or from every thread's sums
+// grad_x of the nodes first .. last-1, from the edges out of each or, by node, from the sums of every block
 template <typename R>
-void sum_by_source(const ConvArgs<R>& a, int64_t first, int64_t last) {
+void sum_by_source(const ConvArgs<R>& a, int64_t first, int64_t last, int blocks) {
   R* sum = static_cast<R*>(a.scratch(whole_lines(sizeof(R) * a.plan->n_gathered)));
   for (int64_t j = first; j < last; ++j) {
     if (a.grad_by_node) {
-      sum_into_node(a, j, a.threads, [&](int64_t t) { return t * a.n_src + j; }, sum);
+      sum_into_node(a, j, blocks, [&](int64_t b) { return b * a.n_src + j; }, sum);
       continue;
     }
     const int64_t begin = a.index(a.colptr, j), count = a.index(a.colptr, j + 1) - begin;
@@ -109,12 +112,16 @@ void sum_by_source(const ConvArgs<R>& a, int64_t first, int64_t last) {
   }
 }
 
-// The threads' gradients of the weights into those of the first.
-template <typename R>
-void sum_weights(const ConvArgs<R>& a) {
-  const int64_t n = a.plan->n_grad;
-  for (int t = 1; t < a.threads && a.grad_weights; ++t)
-    for (int64_t k = 0; k < n; ++k) a.grad_weights[k] += a.grad_weights[t * n + k];
+// Adds the rows of n sums that all blocks but the first left to that of the first, in the blocks' order.
+template <typename T>
+void sum_blocks(int threads, int blocks, int64_t n, T* sums) {
+  if (blocks == 1) return;
+  constexpr int64_t kShare = 1 << 14;  // sums that one thread adds up at a time
+  for_blocks(threads, static_cast<int>((n + kShare - 1) / kShare), [&](int share) {
+    const int64_t first = share * kShare, last = n - first < kShare ? n : first + kShare;
+    for (int b = 1; b < blocks; ++b)
+      for (int64_t k = first; k < last; ++k) sums[k] += sums[b * n + k];
+  });
 }
 
 template <typename N, typename R>
@@ -123,66 +130,70 @@ void backward(const ConvArgs<R>& given) {
   const CouplingSizes sizes = place_couplings(*a.plan);
   const Features<N, R> features(a);
   const int64_t n_grad = a.plan->n_grad, all = a.n_src * a.plan->n_gathered;
-  a.grad_by_node = a.threads * a.n_src <= a.n_edges;
-  in_threads(a.threads, [&](int t) {
-    const int64_t first = first_node(a, t), last = first_node(a, t + 1);
+  const int blocks = backward_blocks(a);
+  a.grad_by_node = blocks * a.n_src <= a.n_edges;
+  for_blocks(a.threads, blocks, [&](int b) {
+    const int64_t first = first_node(a, b, blocks), last = first_node(a, b + 1, blocks);
     ConvArgs<R> own = a;
-    if (a.grad_edge && a.grad_by_node) memset(own.grad_edge += t * all, 0, sizeof(R) * all);
-    R* grad_weights = a.grad_weights ? a.grad_weights + t * n_grad : nullptr;
+    if (a.grad_edge && a.grad_by_node) memset(own.grad_edge += b * all, 0, sizeof(R) * all);
+    R* grad_weights = a.grad_weights ? a.grad_weights + b * n_grad : nullptr;
     if (first < last)
       Backward<N>(own, sizes, own_edges(a, first, last)).nodes(first, last, grad_weights);
     else if (grad_weights)
       memset(grad_weights, 0, sizeof(R) * n_grad);
   });
-  sum_weights(a);
-  if (a.grad_edge)
-    in_threads(a.threads, [&](int t) { sum_by_source(a, a.n_src * t / a.threads, a.n_src * (t + 1) / a.threads); });
+  if (a.grad_weights) sum_blocks(a.threads, blocks, n_grad, a.grad_weights);
+  if (!a.grad_edge) return;
+  for_blocks(a.threads, blocks, [&](int b) {
+    sum_by_source(a, first_of_block(a.n_src, b, blocks), first_of_block(a.n_src, b + 1, blocks), blocks);
+  });
 }
 
 template <typename R>
 void statistics(const ConvArgs<R>& a) {
-  const int n = a.plan->layers[a.layer].out_size / a.plan->c * a.plan->d;
-  in_threads(a.threads, [&](int t) {
-    const int64_t begin = a.n_edges * t / a.threads, end = a.n_edges * (t + 1) / a.threads;
-    Statistics<R>(a, n, end - begin).run(begin, end, a.sums + 2 * n * t);
+  const int n = norm_input_size(*a.plan, a.layer), blocks = statistics_blocks(a);
+  for_blocks(a.threads, blocks, [&](int b) {
+    const int64_t begin = first_of_block(a.n_edges, b, blocks), end = first_of_block(a.n_edges, b + 1, blocks);
+    Statistics<R>(a, n, end - begin).run(begin, end, a.sums + 2 * n * b);
   });
-  for (int t = 1; t < a.threads; ++t)
-    for (int64_t k = 0; k < 2 * n; ++k) a.sums[k] += a.sums[2 * n * t + k];
+  sum_blocks(a.threads, blocks, 2 * n, a.sums);
 }
 
-// out: [threads, types · splines per type, width]; the sum over threads lands in the first
+// out: [table_blocks, types · splines per type, width]; the sum over blocks lands in the first
 template <typename R>
 void table_sums(const ConvArgs<R>& a) {
-  const int64_t n = int64_t{a.plan->n_types} * splines_per_type(*a.plan) * table_sums_width(*a.plan);
-  in_threads(a.threads, [&](int t) {
-    const int64_t begin = a.n_edges * t / a.threads, end = a.n_edges * (t + 1) / a.threads;
-    TableSums<R>(a, end - begin).run(begin, end, a.out + t * n);
+  const int64_t n = table_sums_size(*a.plan);
+  const int blocks = table_blocks(a);
+  for_blocks(a.threads, blocks, [&](int b) {
+    const int64_t begin = first_of_block(a.n_edges, b, blocks), end = first_of_block(a.n_edges, b + 1, blocks);
+    TableSums<R>(a, end - begin).run(begin, end, a.out + b * n);
   });
-  for (int t = 1; t < a.threads; ++t)
-    for (int64_t k = 0; k < n; ++k) a.out[k] += a.out[t * n + k];
+  sum_blocks(a.threads, blocks, n, a.out);
 }
 
-// Calls f(worker, first point, one past the last, thread) with the hidden features' worker of every thread.
+// Calls f(worker, first point, one past the last, block) with the hidden features' worker of every block.
 template <typename N, typename R, typename F>
-void hidden(const ConvArgs<R>& a, bool backward, F f) {
-  in_threads(a.threads, [&](int t) {
-    const int64_t begin = a.n_edges * t / a.threads, end = a.n_edges * (t + 1) / a.threads;
+void hidden(const ConvArgs<R>& a, int blocks, bool backward, F f) {
+  for_blocks(a.threads, blocks, [&](int b) {
+    const int64_t begin = first_of_block(a.n_edges, b, blocks), end = first_of_block(a.n_edges, b + 1, blocks);
     Hidden<N> worker(a, backward, end - begin);
-    f(worker, begin, end, t);
+    f(worker, begin, end, b);
   });
 }
 
 template <typename N, typename R>
 void hidden_forward(const ConvArgs<R>& a) {
-  hidden<N>(a, false, [](Hidden<N>& worker, int64_t begin, int64_t end, int) { worker.forward(begin, end); });
+  hidden<N>(a, forward_blocks(a), false,
+            [](Hidden<N>& worker, int64_t begin, int64_t end, int) { worker.forward(begin, end); });
 }
 
 template <typename N, typename R>
 void hidden_backward(const ConvArgs<R>& a) {
-  hidden<N>(a, true, [&](Hidden<N>& worker, int64_t begin, int64_t end, int t) {
-    worker.backward(begin, end, a.grad_weights ? a.grad_weights + t * a.plan->n_grad : nullptr);
+  const int blocks = backward_blocks(a);
+  hidden<N>(a, blocks, true, [&](Hidden<N>& worker, int64_t begin, int64_t end, int b) {
+    worker.backward(begin, end, a.grad_weights ? a.grad_weights + b * a.plan->n_grad : nullptr);
   });
-  sum_weights(a);
+  if (a.grad_weights) sum_blocks(a.threads, blocks, a.plan->n_grad, a.grad_weights);
 }
 
 template <typename R>
@@ -206,7 +217,7 @@ void function(int which, const R* x, R* y, int64_t n) {
 // -> how many were made
 template <typename R>
 int64_t peak(int threads, int64_t rounds, R* sums) {
-  in_threads(threads, [&](int t) { sums[t] = multiply_adds<R>(rounds); });
+  for_blocks(threads, threads, [&](int t) { sums[t] = multiply_adds<R>(rounds); });
   return threads * rounds * kAccumulators * Lane<R>::L;
 }
 

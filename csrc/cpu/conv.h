@@ -15,21 +15,21 @@ struct ConvArgs {
   const void *order_by_source, *colptr;               // [E], [N_src + 1]
   bool index64;                                       // indices are int64, else int32
   int64_t n_src, n_dst, n_edges;
-  int threads;
+  int threads;                      // at most; see blocks.h
   void* (*scratch)(int64_t bytes);  // 64-byte aligned memory of the calling thread, valid until its next call
   const void* features = nullptr;   // [N_src, n_gathered] x by field type, with tangents in pairs; set by the loops
   R* out;                           // [N_dst, C_out]
   // backward
   const R* grad_out;          // [N_dst, C_out]
   R* grad_edge;               // [E, n_gathered] memory for the features' gradient edge by edge, or null; where
-                              // threads * N_src <= E, it is summed node by node for each thread instead
+                              // blocks * N_src <= E, it is summed node by node for each block instead
   bool grad_by_node = false;  // whether it is, as conv.cpp sets it
   R* grad_x;                  // [N_src, C_in]
   R *grad_delta, *grad_attr;  // as delta and attr, or null
-  R* grad_weights;            // [threads, n_grad]; the sum over threads lands in the first; or null
+  R* grad_weights;            // [backward_blocks, n_grad]; the sum over blocks lands in the first; or null
   // statistics
   int layer;
-  double* sums;   // [threads, 2, channels * d] sums and sums of squares of h - shift
+  double* sums;   // [statistics_blocks, 2, channels * d] sums and sums of squares of h - shift; as grad_weights
   double* shift;  // [channels * d]
 
   int64_t index(const void* p, int64_t n) const {

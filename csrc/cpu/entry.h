@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../packing.h"
+#include "blocks.h"
 #include "conv.h"
 #include "instruction_set.h"
 
@@ -27,9 +28,10 @@ struct Sums {
 
 template <typename R>
 Sums batch_sums(const ConvTable<R>& table, ConvArgs<R>& a, int n) {
-  const int size = a.plan->layers[n].out_size / a.plan->c * a.plan->d;
-  Sums found{std::vector<double>(int64_t{2} * size * a.threads), std::vector<double>(size)};
-  a.layer = n, a.sums = found.sums.data(), a.shift = found.shift.data();
+  const int size = norm_input_size(*a.plan, n);
+  a.layer = n;
+  Sums found{std::vector<double>(int64_t{2} * size * statistics_blocks(a)), std::vector<double>(size)};
+  a.sums = found.sums.data(), a.shift = found.shift.data();
   table.statistics(a);
   return found;
 }

@@ -3,6 +3,7 @@
 #include "fourier.h"
 
 #include "../edge_mlp.h"
+#include "blocks.h"
 #include "threads.h"
 
 namespace implicit_steer::IST_ISA {
@@ -61,12 +62,12 @@ void tile_backward(const FourierArgs<R>& a, const V* x, const V* d_y, V* d_x) {
 }
 
 template <bool BACKWARD, typename R>
-void part(const FourierArgs<R>& a, int thread) {
+void part(const FourierArgs<R>& a, int block) {
   using V = typename Lane<R>::V;
-  V* x = reinterpret_cast<V*>(a.scratch + thread * fourier_scratch<R>(a.d));
+  V* x = reinterpret_cast<V*>(a.scratch + block * fourier_scratch<R>(a.d));
   V *out = x + a.d, *grad = out + a.d;
-  const int64_t last = a.fields * (thread + 1) / a.threads;
-  for (int64_t first = a.fields * thread / a.threads; first < last; first += Lane<R>::L) {
+  const int64_t last = first_of_block(a.fields, block + 1, a.blocks);
+  for (int64_t first = first_of_block(a.fields, block, a.blocks); first < last; first += Lane<R>::L) {
     const Tile<R> tile(a, first, last);
     tile.load(a.x, x);
     if constexpr (BACKWARD) tile.load(a.grad, grad);
@@ -82,7 +83,7 @@ void part(const FourierArgs<R>& a, int thread) {
 
 template <bool BACKWARD, typename R>
 void run(const FourierArgs<R>& a) {
-  in_threads(a.threads, [&](int t) { part<BACKWARD>(a, t); });
+  for_blocks(a.threads, a.blocks, [&](int b) { part<BACKWARD>(a, b); });
 }
 
 }  // namespace

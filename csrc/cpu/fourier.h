@@ -11,12 +11,12 @@ struct FourierArgs {
   const R* grad;                 // as x: the output's gradient, read by the reverse sweep alone
   const R *samples, *inverse_t;  // A and A⁻ transposed, [n_samples, d] each
   R* out;                        // as x: the output, or the gradient of x
-  R* scratch;                    // [threads, fourier_scratch(d)], 64-byte aligned
+  R* scratch;                    // [blocks, fourier_scratch(d)], 64-byte aligned
   int64_t fields, inner, d;
-  int n_samples, function, threads;
+  int n_samples, function, threads, blocks;
 };
 
-// Numbers of one thread's scratch memory: x, the output's gradient and the result for the widest tile of fields.
+// Numbers of one block's scratch memory: x, the output's gradient and the result for the widest tile of fields.
 template <typename R>
 constexpr int64_t fourier_scratch(int64_t d) {
   return 3 * d * (64 / static_cast<int64_t>(sizeof(R)));

@@ -5,7 +5,7 @@
 
 namespace implicit_steer::IST_ISA {
 
-// Edges in their given order, so that only the edges and the number of threads decide about the bits.
+// Edges in their given order, whatever the graph's.
 template <typename R>
 struct Statistics : Points<R> {
   using Base = Points<R>;
@@ -62,7 +62,7 @@ struct Statistics : Points<R> {
       for (int m = 0; m < p.d; ++m, ++k) {
         const R value = coordinate(first, w, m)[0];
         shift[k] = splat<V>(value);
-        if (sums == a.sums) a.shift[k] = value;  // all threads have the same one; the first writes it
+        if (sums == a.sums) a.shift[k] = value;  // all blocks have the same one; the first writes it
         partial[k] = partial_squares[k] = V{}, sums[k] = sums[n_values + k] = 0;
       }
     int tiles = 0;

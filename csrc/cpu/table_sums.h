@@ -7,12 +7,6 @@
 
 namespace implicit_steer::IST_ISA {
 
-// Numbers of a row of sums.
-template <typename R>
-int64_t table_sums_width(const PlanView<R>& p) {
-  return p.d * (p.kind == kPlanar ? 2 : 1) + 4 * p.c;
-}
-
 template <typename R>
 struct TableSums : Points<R> {
   using Base = Points<R>;

@@ -1,6 +1,7 @@
-// Loops over threads in which subnormal numbers count as 0. No torch.
+// Loops over blocks, on several threads, in which subnormal numbers count as 0. No torch.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -35,17 +36,20 @@ class NoSubnormals {
   NoSubnormals(const NoSubnormals&) = delete;
 };
 
-// f(t) for every thread t.
+// f(b) for every block b, on at most so many threads: each takes the next block as soon as it is free, so that one that
+// other programs hold up does not hold up the rest.
 template <typename F>
-void in_threads(int threads, F f) {
-  if (threads == 1) {
+void for_blocks(int threads, int blocks, F f) {
+  if (threads == 1 || blocks == 1) {
     const NoSubnormals here;
-    return f(0);
+    for (int b = 0; b < blocks; ++b) f(b);
+    return;
   }
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (int t = 0; t < threads; ++t) {
+  std::atomic<int> next{0};
+#pragma omp parallel num_threads(threads < blocks ? threads : blocks)
+  {
     const NoSubnormals here;
-    f(t);
+    for (int b; (b = next.fetch_add(1, std::memory_order_relaxed)) < blocks;) f(b);
   }
 }
 

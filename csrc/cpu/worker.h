@@ -1,4 +1,4 @@
-// One thread's share of a convolution: its walk over nodes and their edges, and the sums T of the products over these.
+// One block of a convolution: its walk over nodes and their edges, and the sums T of the products over these.
 #pragma once
 
 #include "products.h"
@@ -175,20 +175,5 @@ struct Worker {
     }
   }
 };
-
-// First node of thread t: edges plus nodes are shared out evenly, whole nodes to one thread.
-template <typename R>
-int64_t first_node(const ConvArgs<R>& a, int t) {
-  const int64_t target = (a.n_edges + a.n_dst) * t / a.threads;
-  int64_t low = 0, high = a.n_dst;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (a.index(a.rowptr, middle) + middle < target)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  return low;
-}
 
 }  // namespace implicit_steer::IST_ISA

@@ -13,7 +13,7 @@ struct Statistics : Warp<R, false, false> {
   R *shift, *sums;  // [channels * d]; [2, channels * d]
 
   __device__ __forceinline__ explicit Statistics(const Call<R>& call)
-      : Base(call), n_values(call.plan.layers[call.args.layer].out_size / call.plan.c * call.plan.d) {
+      : Base(call), n_values(norm_input_size(call.plan, call.args.layer)) {
     shift = this->rest, sums = shift + n_values;
   }
 

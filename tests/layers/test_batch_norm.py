@@ -143,13 +143,11 @@ def test_twice_differentiable(kind, options):
 
 
 def test_threads(threads):
-    """Any number gives the same result to rounding, one number the same bits."""
+    """Any number gives the same bits."""
     _, norm = pair("kinds out of order")
-    x, weight = torch.randn(2, 3001, norm.in_type.size, dtype=torch.float64)
+    x, weight = torch.randn(2, 10_001, norm.in_type.size, dtype=torch.float64)
     results = []
-    for number in (1, 2, 2):
+    for number in (1, 2, 3, 5):
         threads(number)
         results.append(outcome(copy.deepcopy(norm), x, weight))
-    # measured: 2e-15
-    assert not {k: v for k, v in deviations(results[1], results[0]).items() if not v <= 1e-13}
-    assert all(torch.equal(results[1][k], results[2][k]) for k in results[1])
+    assert all(torch.equal(value, other[k]) for other in results[1:] for k, value in results[0].items())
