@@ -19,7 +19,7 @@ from ..plan import FUNCTIONS, Radial
 from ..plan.frozen import require_number
 from ..plan.irreps import Irreps
 from ..plan.radial import size_of
-from ..plan.table import with_table
+from ..plan.tabulated import with_table
 from .initialisation import draw_weights
 from .linear import Linear
 

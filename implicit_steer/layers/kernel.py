@@ -54,7 +54,7 @@ class KernelBase(NoTorchScript, torch.nn.Module):
         self._call_cache, self._values = CallCache(), False
         self._reach_checked = False
         self._rows: Tensor | None = None  # of attributes, as the last call had them
-        self.register_load_state_dict_post_hook(_choose_knots_again)
+        self.register_load_state_dict_post_hook(_choose_knots_again)  # type: ignore[no-untyped-call]
 
     def _find_tensors(self, linears: Sequence[torch.nn.Module], norms: Sequence[_NamedNorm]) -> None:
         """Say where the parameters are.
@@ -97,9 +97,11 @@ class KernelBase(NoTorchScript, torch.nn.Module):
         if table is None or is_traced():
             return
         rows = attributes.rows if isinstance(attributes, EdgeTypes) else attributes[:1]
-        self._rows = rows.detach() if len(rows) else self._rows
+        if not len(rows):
+            return
+        self._rows = rows.detach()
         per_edge = isinstance(attributes, Tensor) and attributes.shape[1] > 0
-        if table.automatic and table.error is None and len(rows) and not per_edge:
+        if table.automatic and table.error is None and not per_edge:
             backend = select.choose("auto", self.plan, torch.device("cpu"), torch.float64)[0]
             self._set_plan(choose_knots(backend, self.plan, self._on_cpu(), self._rows.cpu()))
 

@@ -20,7 +20,7 @@ from ..lowering.kernel import KernelShape, lower
 from ..lowering.sampling import distinct, invariants, is_orthogonal
 from ..plan import Radial
 from ..plan.radial import size_of
-from ..plan.table import with_table
+from ..plan.tabulated import with_table
 from .building import built_by_escnn
 from .equivariant import Errors, check_type, compare, like, transform
 from .mlp import ANOTHER_BASIS, CLOSED_FORM, KernelMLP, check_basis, check_sizes, fiber_space, norm_names

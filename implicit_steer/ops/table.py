@@ -21,7 +21,8 @@ from ..graph import EdgeTypes
 from ..plan import Frame, Plan, Table
 from ..plan.moments import RUNNING, Moments, NormStatistics, StatisticsSource
 from ..plan.packing import CallCache, Constants, Parameters, is_traced
-from ..plan.table import SERIES, at_knots, tabulated
+from ..plan.table import SERIES
+from ..plan.tabulated import at_knots, tabulated
 from .backend import Backend
 from .native import bound
 from .radial import edge_attributes

@@ -19,7 +19,7 @@ from .table import evaluation
 
 TOLERANCE = 1e-6  # of tables that choose their knots
 _MOST_KNOTS = 1 << 17
-_EDGES = 1 << 17  # at which the two are compared, for each type at once; more where the knots are more
+_EDGES = 1 << 15  # at which the two are compared, for each type at once; more where the knots are more
 _SHELLS = 6  # radii without a cutoff, in units of σ: there the shell is 2e-8
 
 

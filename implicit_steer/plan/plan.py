@@ -28,7 +28,7 @@ from .frame import Frame
 from .frozen import FrozenArrays, fingerprint_of, require_indices, require_number, require_shape
 from .layers import Activation, Linear, Norm
 from .radial import Radial, size_of
-from .table import Table, refusal
+from .table import Table
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +153,7 @@ class Plan(FrozenArrays):
         full = self.hidden_size - 1
         if self.activations:
             size = self.activations[-1].channels * self.field_size
-            reason = refusal(self) if self.table else None
+            reason = self.table_refusal if self.table else None
             require(reason is None, "table", "None", f"a table, but {reason}")
         elif self.table:
             ok = frame.kind != "none" and full % self.field_size == 0 and frame.n_attributes == (self.table.types > 1)
@@ -164,6 +164,22 @@ class Plan(FrozenArrays):
             require(norm.channels == act.channels, "channels", f"{act.channels}, as its activation has", norm.channels)
             require_indices("trivial", norm.trivial, coefficients)
             require_indices("measured", norm.measured, full // norm.channels)
+
+    @property
+    def table_refusal(self) -> str | None:
+        """Why the hidden coefficients are no functions of the radius alone; None where they are."""
+        frame = self.frame
+        if not self.activations:
+            return "a kernel of one layer is linear in position and attributes: it has no MLP to tabulate"
+        if frame.kind == "none":
+            return (
+                f"sampling {self.sampling!r} of {self.group} evaluates the MLP at the edge's direction, too: a table "
+                "takes sampling='exact' with SO(3), O(3), SO(2) or O(2) and invariant attributes"
+            )
+        if frame.kind == "planar" and (frame.dim != 2 or not frame.regular):
+            what = "positions in R³" if frame.dim != 2 else "attributes that rotate"
+            return f"in the frame of {self.group} the MLP sees {what}: its values are no functions of the radius alone"
+        return None
 
     @property
     def field_size(self) -> int:

@@ -13,18 +13,15 @@ admissible: the kernel is equivariant for every number of knots, 4 included; h h
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .._check import fail, require, require_integer
+from .._check import require, require_integer
 from .frozen import FrozenArrays, require_number
-
-if TYPE_CHECKING:
-    from .plan import Plan
 
 FEWEST_KNOTS = 4
 _FARTHEST = 12.0  # the last knot without a cutoff, in units of Table.length
@@ -112,59 +109,3 @@ def _series() -> NDArray[Any]:
 
 
 SERIES = _series()
-
-
-def refusal(plan: Plan) -> str | None:
-    """Why the hidden coefficients of the plan are no functions of the radius alone; None where they are."""
-    frame = plan.frame
-    if not plan.activations:
-        return "a kernel of one layer is linear in position and attributes: it has no MLP to tabulate"
-    if frame.kind == "none":
-        return (
-            f"sampling {plan.sampling!r} of {plan.group} evaluates the MLP at the edge's direction, too: a table takes "
-            "sampling='exact' with SO(3), O(3), SO(2) or O(2) and invariant attributes"
-        )
-    if frame.kind == "planar" and (frame.dim != 2 or not frame.regular):
-        what = "positions in R³" if frame.dim != 2 else "attributes that rotate"
-        return f"in the frame of {plan.group} the MLP sees {what}: its values are no functions of the radius alone"
-    return None
-
-
-def with_table(plan: Plan, table: int | str | None, width: float) -> Plan:
-    """The plan with the table that a user asked for: None, how many knots, or "auto"; ``width``: the shell's σ.
-
-    Batch norms count edges beyond the cutoff, too: their tables do not end there.
-
-    Raises:
-        ValueError, TypeError: another value; a plan whose hidden coefficients are no functions of the radius.
-    """
-    if table is None:
-        return replace(plan, table=None)
-    automatic = isinstance(table, str)
-    require(not automatic or table == "auto", "table", "None, a number of knots or 'auto'", repr(table))
-    knots = FEWEST_KNOTS if automatic else table
-    require_integer("table", knots, FEWEST_KNOTS)
-    if (reason := refusal(plan)) is not None:
-        fail("table", "None", repr(table), f"Of this layer there can be no table: {reason}.")
-    bounded = plan.cutoff is not None and not plan.norms
-    length = plan.cutoff if bounded else 2 * width
-    even = plan.radial is None or plan.radial.even
-    return replace(plan, table=Table(knots, float(length), bounded, even, automatic=automatic))
-
-
-def at_knots(plan: Plan) -> Plan:
-    """The plan whose hidden features at a table's knots are wanted: without shell, cutoff and table."""
-    return replace(plan, gamma=1.0, cutoff=None, table=None)
-
-
-def tabulated(plan: Plan, types: int) -> Plan:
-    """The plan with splines for ``types`` rows of attributes in place of its hidden layers and batch norms. An edge has
-    one attribute, the number of its row, unless there is one row only."""
-    frame, n = plan.frame, int(types > 1)
-    given: dict[str, Any] = {"attribute": np.eye(n)}
-    if frame.kind == "planar":
-        zeros = np.zeros(n, dtype=np.int64)
-        given |= {"attribute_order": zeros, "attribute_partner": zeros, "attribute_sign": np.zeros(n)}
-    frame = replace(frame, regular=False, **given)  # splines are regular at the origin as they are
-    table = replace(plan.table, types=types, automatic=False)
-    return replace(plan, linears=(), activations=(), norms=(), frame=frame, table=table, radial=None)

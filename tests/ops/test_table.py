@@ -95,8 +95,10 @@ def radial_errors(conv, table, reach=2.5):
     return [((a - b).abs().max() / a.abs().max()).item() for a, b in zip(exact, found, strict=True)]
 
 
-@pytest.mark.parametrize(("scale", "cutoff"), [(1, None), (1, 2.0), (2, 2.0)])
-@pytest.mark.parametrize("n_layers", [2, 3, 5])
+@pytest.mark.parametrize(
+    ("n_layers", "scale", "cutoff"),
+    [(2, 1, None), (2, 2, 2.0), (3, 1, 2.0), (3, 2, 2.0), (4, 1, None), (5, 1, None), (5, 1, 2.0)],
+)
 @pytest.mark.parametrize("activation", SMOOTH)
 def test_order_of_convergence(activation, n_layers, scale, cutoff):
     """Cubic splines of smooth functions: errors like h⁴ of values, h³ and h² of their derivatives."""
@@ -110,7 +112,7 @@ def test_order_of_convergence(activation, n_layers, scale, cutoff):
 
 
 @pytest.mark.parametrize("scale", [1, 2])
-@pytest.mark.parametrize("n_layers", [2, 3, 4, 5])
+@pytest.mark.parametrize("n_layers", [2, 5])
 @pytest.mark.parametrize("activation", [f for f in FUNCTIONS if f != "relu"])
 def test_auto_keeps_its_tolerance(activation, n_layers, scale):
     conv = on_irreps("auto", activation=activation, n_layers=n_layers, scale=scale)
@@ -129,8 +131,9 @@ def test_auto_keeps_its_tolerance(activation, n_layers, scale):
     assert f"error {table.error:.1e}" in conv.explain()
 
 
-def test_auto_without_a_table_that_is_good_enough():
+def test_auto_without_a_table_that_is_good_enough(monkeypatch):
     """A kink in the value takes more knots than there are."""
+    monkeypatch.setattr(table_error, "_MOST_KNOTS", 1 << 10)
     conv = on_irreps("auto", activation="relu")
     points = torch.randn(300, 3, dtype=torch.float64)
     found = conv.implicit_kernel(points)
@@ -211,7 +214,7 @@ def test_gradcheck(norm, backend):
     cloud.graph = ist.Graph(torch.stack([cloud.graph.src, cloud.graph.dst])[:, keep], 6)
     cloud.types = cloud.types[keep]
     assert torch.autograd.gradcheck(run, (*inputs, *parameters))
-    assert torch.autograd.gradgradcheck(run, (*inputs, *parameters))
+    assert torch.autograd.gradgradcheck(run, (*inputs, *parameters), fast_mode=backend == "eager")
 
 
 class _Runs(torch.nn.Module):
