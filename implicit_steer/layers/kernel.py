@@ -178,9 +178,8 @@ class KernelBase(NoTorchScript, torch.nn.Module):
             remedy = "The layer was built without an attribute type: leave the attributes out, or build it with one."
             fail(attribute, "None", got, remedy)
         if isinstance(attributes, EdgeTypes):
-            require(
-                len(attributes) == points, f"{attribute}.index", f"shape ({points},)", tuple(attributes.index.shape)
-            )
+            if attributes.index.shape[0] != points:  # not len(): torch.compile would take the number as a constant
+                fail(f"{attribute}.index", f"shape ({points},)", tuple(attributes.index.shape))
             check_tensor(f"{attribute}.rows", given, (None, size), width.dtype, width.device)
         else:
             check_tensor(attribute, given, (points, size), width.dtype, width.device)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import one_hot, silu
+from torch.nn.functional import silu
 
 from .._check import fail, require, require_integer
-from ..graph import Graph
+from ..graph import EdgeTypes, Graph
 from ..graph.structures import Structures
+from ..plan import Cosines
+from ..plan.packing import Constants
 from .fields import values
+from .kernel import KernelBase
 
 MAX_NUMBER = 118
 
@@ -99,6 +103,8 @@ class PotentialNet(torch.nn.Module):
         super().__init__()
         self.species, self.cutoff, self.radial = tuple(species), float(cutoff), radial
         self.embedding, self.convolutions, self.gates, self.head = embedding, convolutions, gates, head
+        _compute_cosines(convolutions, radial)
+        self._pairs = Constants(_pairs(len(species)))
         index = torch.full((MAX_NUMBER + 1,), -1)
         index[list(species)] = torch.arange(len(species))
         self.register_buffer("species_index", index)
@@ -134,12 +140,11 @@ class PotentialNet(torch.nn.Module):
         """e_i (N,) in eV, float64, from species (N,) as :meth:`species_of` gives them, N nodes and E edges of
         ``graph``, and edge_delta (E, 3), target minus source in Å, in the dtype of the weights."""
         delta = edge_delta / self.cutoff
-        kinds = one_hot(species, len(self.shift)).to(delta.dtype)
-        ends = [kinds.index_select(0, graph.src), kinds.index_select(0, graph.dst)]
-        attributes = torch.cat([_cosines(delta, self.radial), *ends], 1)
+        source, target = species.index_select(0, graph.src), species.index_select(0, graph.dst)
+        pairs = EdgeTypes(source * len(self.shift) + target, *self._pairs.like(delta))
         x = self.embedding(species)
         for conv, gate in zip(self.convolutions, self.gates, strict=True):
-            y = gate(_convolve(conv, x, graph, delta, attributes) / self.degree.sqrt())
+            y = gate(_convolve(conv, x, graph, delta, pairs) / self.degree.sqrt())
             x = _with_scalars(y, x, cast(Gate, gate).channels) if x.shape != y.shape else x + y
         scalars = x.unflatten(1, (self.embedding.embedding_dim, -1))[..., 0]
         interaction = self.scale[species] * self.head(scalars).squeeze(1)
@@ -225,14 +230,19 @@ def _graph(structures: Structures) -> Graph:
     return Graph(structures.edge_index, structures.pos.shape[0])
 
 
-def _cosines(delta: Tensor, count: int) -> Tensor:
-    """(E, count): √2 cos(π n |delta|), n = 1 … count; even, and so smooth at 0, too.
+def _compute_cosines(convolutions: torch.nn.ModuleList, count: int) -> None:
+    """Let the kernels compute the cosines themselves. In files of earlier versions they are the first ``count`` of the
+    attributes that a convolution is given."""
+    for conv in convolutions:
+        kernel = cast(KernelBase, conv.implicit_kernel)
+        if count and kernel.plan.radial is None:
+            kernel._set_plan(replace(kernel.plan, radial=Cosines(count, 1.0)))
 
-    |delta| is √(|delta|² + ε²): the cosines change by ε², far below rounding, and no derivative divides by 0."""
-    softening = torch.finfo(delta.dtype).eps ** 2
-    length = (delta.square().sum(1, keepdim=True) + softening).sqrt()
-    n = torch.arange(1, count + 1, dtype=delta.dtype, device=delta.device)
-    return math.sqrt(2) * torch.cos(math.pi * n * length)
+
+def _pairs(count: int) -> NDArray[Any]:
+    """(count², 2 count): the one-hot species of source and target of every pair, row source · count + target."""
+    one_hot = np.eye(count)
+    return np.concatenate([np.repeat(one_hot, count, 0), np.tile(one_hot, (count, 1))], 1)
 
 
 def _lost(structures: Structures) -> Tensor:
@@ -241,10 +251,10 @@ def _lost(structures: Structures) -> Tensor:
     return (pos - pos).sum(1)
 
 
-def _convolve(conv: Any, x: Tensor, graph: Graph, delta: Tensor, attributes: Tensor) -> Tensor:
+def _convolve(conv: Any, x: Tensor, graph: Graph, delta: Tensor, pairs: EdgeTypes) -> Tensor:
     """Apply ``conv`` to plain tensors."""
     coordinates = x.new_zeros(x.shape[0], 3)  # a GeometricTensor has some; the layer only passes them on
-    return values(conv(conv.in_type(x, coordinates), graph, delta, attributes))
+    return values(conv(conv.in_type(x, coordinates), graph, delta, pairs))
 
 
 def _with_scalars(y: Tensor, scalars: Tensor, channels: int) -> Tensor:

@@ -15,6 +15,7 @@ from .._check import fail, load_extra, require
 from ..deploy.convert import saved_as
 from ..irreps import ImplicitPointConv
 from ..layers.potential import MAX_NUMBER, Gate, PotentialNet
+from ..plan import Cosines
 
 
 @saved_as(PotentialNet)
@@ -77,14 +78,14 @@ class Potential(PotentialNet):
         field = [(1, (degree, (-1) ** degree)) for degree in range(max_frequency + 1)]  # 0e, 1o, 2e, …
         scalars, hidden = f"{channels}x0e", field * channels
         kernel = {"n_layers": kernel_layers, "n_channels": kernel_channels, "activation": activation, "cutoff": 1.0}
-        n_attributes = radial + 2 * len(species)
+        kernel["radial"] = Cosines(radial, 1.0) if radial else None
         super().__init__(
             species=tuple(species),
             cutoff=cutoff,
             radial=radial,
             embedding=torch.nn.Embedding(len(species), channels),
             convolutions=torch.nn.ModuleList(
-                ImplicitPointConv(into, hidden, n_attributes, backend=backend, **kernel)
+                ImplicitPointConv(into, hidden, 2 * len(species), backend=backend, **kernel)
                 for into in [scalars, *[hidden] * (blocks - 1)]
             ),
             gates=torch.nn.ModuleList(Gate(channels, max_frequency) for _ in range(blocks)),

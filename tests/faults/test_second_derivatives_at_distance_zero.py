@@ -6,7 +6,8 @@ import torch
 from implicit_steer.experiments.data.nbody import ParticleBatch
 from implicit_steer.graph.structures import Structures
 from implicit_steer.layers.particles import edge_features
-from implicit_steer.layers.potential import _cosines
+from implicit_steer.ops.radial import radial_values
+from implicit_steer.plan import Cosines
 from implicit_steer.potentials import Potential
 
 DIRECTION = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
@@ -26,7 +27,7 @@ def test_cosines(length):
         x = delta.detach()[0]
         gradient = 2**0.5 * 2 * first * x
         hessian = 2**0.5 * (2 * first * torch.eye(3).double() + 4 * second * torch.outer(x, x))
-        (found,) = torch.autograd.grad(_cosines(delta, 6)[0, n - 1], delta, create_graph=True)
+        (found,) = torch.autograd.grad(radial_values(Cosines(6, 1.0), delta)[0, n - 1], delta, create_graph=True)
         rows = torch.stack([torch.autograd.grad(g, delta, retain_graph=True)[0][0] for g in found[0]])
         # Of the series: (a² s)² at most, 1e-7 at 1e-3.
         bound = 1e-6 if length == 1e-3 else 1e-12
@@ -36,7 +37,7 @@ def test_cosines(length):
 
 def test_gradgradcheck_of_cosines():
     delta = torch.stack([length * DIRECTION for length in (0.0, 1e-6, 1e-3, 0.1)]).requires_grad_()
-    assert torch.autograd.gradgradcheck(lambda x: _cosines(x, 3), delta)
+    assert torch.autograd.gradgradcheck(lambda x: radial_values(Cosines(3, 1.0), x), delta)
 
 
 def test_cosines_themselves_are_as_before():
@@ -45,7 +46,9 @@ def test_cosines_themselves_are_as_before():
         n = torch.arange(1, 21, dtype=dtype)
         expected = 2**0.5 * torch.cos(torch.pi * n * delta.norm(dim=1, keepdim=True))
         # a rounding of n π |x| ≤ 110
-        torch.testing.assert_close(_cosines(delta, 20), expected, rtol=0, atol=500 * torch.finfo(dtype).eps)
+        torch.testing.assert_close(
+            radial_values(Cosines(20, 1.0), delta), expected, rtol=0, atol=500 * torch.finfo(dtype).eps
+        )
 
 
 def hessian(potential, numbers, pos):

@@ -10,6 +10,8 @@ from escnn import gspaces
 
 from implicit_steer import Graph
 from implicit_steer.graph.structures import Structures
+from implicit_steer.irreps import ImplicitPointConv
+from implicit_steer.layers import PotentialNet
 from implicit_steer.potentials import Potential, load_potential
 
 CUTOFF = 4.0
@@ -304,6 +306,20 @@ def test_fit():
 
 
 # ---- files and messages
+
+
+def test_convolutions_that_are_given_their_cosines(ethanol):
+    """As in files of earlier versions, where the cosines come first among the attributes."""
+    potential = make()
+    convolutions = torch.nn.ModuleList()
+    for conv in potential.convolutions:
+        arguments = conv.arguments()
+        n_attributes = arguments.pop("radial").size + arguments.pop("edge_attr")
+        convolutions.append(ImplicitPointConv(**arguments, edge_attr=n_attributes))
+    net = PotentialNet(**potential.arguments() | {"convolutions": convolutions}).double()
+    net.load_state_dict(potential.state_dict())
+    for ours, theirs in zip(net.predict(ethanol)[:3], potential.predict(ethanol)[:3], strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_saved_and_loaded(potential, ethanol, tmp_path):
