@@ -182,8 +182,10 @@ def test_batch_is_the_collation_of_its_molecules(cache, edge_attr):
     if edge_attr == "none":
         assert batch.edge_attr is None
     else:
-        assert torch.equal(batch.edge_attr, torch.cat([part.edge_attr for part in parts]))
-        assert batch.edge_attr.shape[1] == EDGE_ATTRIBUTES[edge_attr]
+        assert torch.equal(batch.edge_attr.attributes(), torch.cat([part.edge_attr.attributes() for part in parts]))
+        assert batch.edge_attr.rows.shape[1] == EDGE_ATTRIBUTES[edge_attr]
+        rows = batch.edge_attr.rows.tolist()
+        assert len(rows) == len(set(map(tuple, rows))) <= {"bonds": 4, "bonds+atoms": 100}[edge_attr]
     moved = batch.to("meta")
     assert moved.pos.device.type == moved.edge_index.device.type == "meta"
 
@@ -203,9 +205,10 @@ def test_molecule_matches_its_record(cache):
     pairs = set(zip(source.tolist(), target.tolist(), strict=True))
     assert len(pairs) == len(source)
     assert pairs == {(j, i) for i, j in pairs}
-    assert torch.equal(molecule.edge_attr[:, :4].sum(1), torch.ones(len(source)))
-    assert torch.equal(molecule.edge_attr[:, 4:9], molecule.x[source])
-    assert torch.equal(molecule.edge_attr[:, 9:], molecule.x[target])
+    attributes = molecule.edge_attr.attributes()
+    assert torch.equal(attributes[:, :4].sum(1), torch.ones(len(source)))
+    assert torch.equal(attributes[:, 4:9], molecule.x[source])
+    assert torch.equal(attributes[:, 9:], molecule.x[target])
 
 
 def test_cache_is_used_and_continued(tmp_path, cache, monkeypatch):
@@ -332,7 +335,7 @@ def test_raw_files(raw):
         }
         bonds |= {(j, i): kind for (i, j), kind in bonds.items()}
         edges = zip(*batch.edge_index.tolist(), strict=True)
-        assert dict(zip(edges, batch.edge_attr[:, :4].argmax(1).tolist(), strict=True)) == bonds
+        assert dict(zip(edges, batch.edge_attr.attributes()[:, :4].argmax(1).tolist(), strict=True)) == bonds
     assert data.single_bonded == 0
 
 

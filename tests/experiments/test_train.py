@@ -278,7 +278,7 @@ def test_no_training_batch_of_one_molecule(data):
 
 def double(batch):
     """``batch`` in float64."""
-    return replace(batch, x=batch.x.double(), pos=batch.pos.double(), edge_attr=batch.edge_attr.double())
+    return replace(batch, x=batch.x.double(), pos=batch.pos.double(), edge_attr=batch.edge_attr.to(torch.float64))
 
 
 @pytest.fixture(scope="module")

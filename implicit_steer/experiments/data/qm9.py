@@ -22,6 +22,7 @@ import torch
 
 from ..._check import fail, load_extra, require
 from ..._files import cache_folder
+from ...graph import EdgeTypes
 from ...training import chunks
 from . import _qm9_files as files
 from ._qm9_files import ELEMENTS
@@ -46,14 +47,14 @@ class Batch:
     """Molecules of one batch, as one graph of N atoms and E directed bonds.
 
     x (N, 5) one-hot of H, C, N, O, F; pos (N, 3) normalised; edge_index (2, E) source, target, sorted by target;
-    edge_attr (E, A) or None; batch (N,) molecule of each atom, ascending; y (num_graphs,) float64, the target's unit,
-    or (num_graphs, 3, 3).
+    edge_attr the types of the bonds, with A attributes, or None; batch (N,) molecule of each atom, ascending;
+    y (num_graphs,) float64, the target's unit, or (num_graphs, 3, 3).
     """
 
     x: torch.Tensor
     pos: torch.Tensor
     edge_index: torch.Tensor
-    edge_attr: torch.Tensor | None
+    edge_attr: EdgeTypes | None
     batch: torch.Tensor
     y: torch.Tensor
     num_graphs: int
@@ -89,11 +90,12 @@ class MoleculeSet(torch.utils.data.Dataset):
         self.edge_attr = edge_attr
         atoms = len(ELEMENTS)
         source, target = (edge + np.repeat(ptr[:-1], np.diff(edge_ptr))).astype(np.int64)
-        # One code per edge and one table of all attribute rows: a batch's attributes are a single gather.
-        self._code = ((bond.astype(np.int64) * atoms + element[source]) * atoms + element[target]).astype(np.uint8)
-        code = np.arange(4 * atoms * atoms)
+        # One code for each edge; its types are the codes that occur.
+        ends = element[source].astype(np.int64) * atoms + element[target] if edge_attr == "bonds+atoms" else 0
+        code, types = np.unique((bond.astype(np.int64) * atoms**2 + ends).astype(np.uint8), return_inverse=True)
         one_hots = (np.eye(4)[code // atoms**2], np.eye(atoms)[code // atoms % atoms], np.eye(atoms)[code % atoms])
-        self._table = np.concatenate(one_hots, 1).astype(np.float32)[:, : EDGE_ATTRIBUTES[edge_attr]]
+        rows = np.concatenate(one_hots, 1).astype(np.float32)[:, : EDGE_ATTRIBUTES[edge_attr]]
+        self._type, self._rows = types.astype(np.uint8), torch.from_numpy(rows)
         self._one_hot = np.eye(atoms, dtype=np.float32)
 
     def __len__(self) -> int:
@@ -108,12 +110,12 @@ class MoleculeSet(torch.utils.data.Dataset):
         atom, start, atoms = _segments(self.ptr, ids)
         edge, _, edges = _segments(self.edge_ptr, ids)
         edge_index = self.edge[:, edge] + np.repeat(start, edges)
-        attr = torch.from_numpy(self._table[self._code[edge]]) if self._table.shape[1] else None
+        types = EdgeTypes(torch.from_numpy(self._type[edge]), self._rows) if self._rows.shape[1] else None
         return Batch(
             x=torch.from_numpy(self._one_hot[self.element[atom]]),
             pos=torch.from_numpy(self.pos[atom]),
             edge_index=torch.from_numpy(edge_index),
-            edge_attr=attr,
+            edge_attr=types,
             batch=torch.from_numpy(np.repeat(np.arange(len(ids)), atoms)),
             y=torch.from_numpy(self.y[ids]),
             num_graphs=len(ids),
