@@ -160,5 +160,7 @@ print(f"largest difference: {float((again - predicted).abs().max())}")
 #   `Sequential("x, edge_index, edge_vec", [(block, "x, edge_index, edge_vec -> x"), linear])`.
 # - `edge_index` may be PyG's `EdgeIndex`, sorted or not; `(x_src, x_dst)` is a pair for a graph between two sets.
 # - `edge_attr` and `node_attr` are invariant attributes of edges and points, such as charges and one-hot species.
+# - Integer edge types, PyG's `data.edge_type`, are `edge_attr=ist.EdgeTypes(data.edge_type, torch.eye(n))`: one-hot
+#   attributes, or in place of `torch.eye(n)` a learned row for each type.
 # - [Choosing sampling and sizes](../choosing.md) says when to take `depthwise=True`, and when escnn's types instead of
 #   irreps; `from_escnn` and `to_escnn` of `implicit_steer.irreps` go between the two.

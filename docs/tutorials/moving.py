@@ -260,6 +260,7 @@ for interaction in (InteractionAsInMACE(hidden, message, degree=8), Interaction(
 # | `data.x`, a tensor | `in_type(data.x, data.pos)`: says how the features transform |
 # | the same without positions | `in_type(x, torch.full((len(x), 3), torch.nan))`: only escnn asks for them |
 # | `NNConv(16, 32, nn)(x, edge_index, edge_attr)` | `ImplicitPointConv(...)(x, edge_index, edge_delta, edge_attr)` |
+# | `RGCNConv(...)(x, edge_index, edge_type)` | `edge_attr=ist.EdgeTypes(edge_type, torch.eye(num_relations))` |
 # | `conv((x_src, None), edge_index, size=(n, m))` | `conv((x_src, None), Graph(edge_index, (n, m)), edge_delta)` |
 # | `aggr="add"` or `"mean"` | `aggr="sum"` or `"mean"` |
 # | `radius_graph(x, r)`: 32 arbitrary ones of more neighbours | all; `max_num_neighbors=32`: the 32 nearest |

@@ -39,10 +39,7 @@ class EdgeTypes:
     rows: Tensor
 
     def __init__(self, index: Tensor, rows: Tensor) -> None:
-        expected = "a floating point tensor of shape (T, A)"
-        ok = isinstance(rows, Tensor) and rows.is_floating_point()
-        require(ok, "rows", expected, getattr(rows, "dtype", type(rows).__name__), kind=TypeError)
-        require(rows.dim() == 2, "rows", expected, tuple(rows.shape))
+        _require_rows("rows", rows, "(T, A)")
         self.index, self.rows = _checked_index(index, rows), rows
 
     @classmethod
@@ -57,10 +54,7 @@ class EdgeTypes:
             >>> EdgeTypes.from_rows(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]))
             EdgeTypes(num_edges=3, num_types=2, num_attributes=2, dtype=float32, device=cpu)
         """
-        expected = "a floating point tensor of shape (E, A)"
-        ok = isinstance(edge_attr, Tensor) and edge_attr.is_floating_point()
-        require(ok, "edge_attr", expected, getattr(edge_attr, "dtype", type(edge_attr).__name__), kind=TypeError)
-        require(edge_attr.dim() == 2, "edge_attr", expected, tuple(edge_attr.shape))
+        _require_rows("edge_attr", edge_attr, "(E, A)")
         remedy = "Pass EdgeTypes(index, rows) with rows that require one, or edge_attr.detach()."
         differentiated = edge_attr.requires_grad and torch.is_grad_enabled()
         require(not differentiated, "edge_attr", "a tensor that requires no gradient", "one that does", remedy)
@@ -92,6 +86,13 @@ class EdgeTypes:
             f"EdgeTypes(num_edges={len(self)}, num_types={types}, num_attributes={attributes}, dtype={dtype}, "
             f"device={self.rows.device})"
         )
+
+
+def _require_rows(name: str, given: Any, shape: str) -> None:
+    expected = f"a floating point tensor of shape {shape}"
+    ok = isinstance(given, Tensor) and given.is_floating_point()
+    require(ok, name, expected, getattr(given, "dtype", type(given).__name__), kind=TypeError)
+    require(given.dim() == 2, name, expected, tuple(given.shape))
 
 
 def _checked_index(given: Any, rows: Tensor) -> Tensor:

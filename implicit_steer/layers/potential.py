@@ -74,7 +74,8 @@ class PotentialNet(torch.nn.Module):
     Args:
         species: atomic numbers that occur.
         cutoff: the largest distance between interacting atoms, in Å.
-        radial: how many cosines of the distance the kernels see.
+        radial: how many cosines of the distance the kernels see. Convolutions of earlier versions, which do not compute
+            them, are made to.
         embedding: species → scalars.
         convolutions, gates: one of each per layer.
         head: the MLP, (N, C) → (N, 1).
@@ -101,6 +102,7 @@ class PotentialNet(torch.nn.Module):
         head: torch.nn.Module,
     ) -> None:
         super().__init__()
+        require(len(set(species)) == len(species), "species", "different atomic numbers", species)
         self.species, self.cutoff, self.radial = tuple(species), float(cutoff), radial
         self.embedding, self.convolutions, self.gates, self.head = embedding, convolutions, gates, head
         _compute_cosines(convolutions, radial)
@@ -231,7 +233,7 @@ def _graph(structures: Structures) -> Graph:
 
 
 def _compute_cosines(convolutions: torch.nn.ModuleList, count: int) -> None:
-    """Let the kernels compute the cosines themselves. In files of earlier versions they are the first ``count`` of the
+    """Let the kernels compute the cosines themselves: in files of earlier versions these are the first ``count`` of the
     attributes that a convolution is given."""
     for conv in convolutions:
         kernel = cast(KernelBase, conv.implicit_kernel)
@@ -241,7 +243,7 @@ def _compute_cosines(convolutions: torch.nn.ModuleList, count: int) -> None:
 
 def _pairs(count: int) -> NDArray[Any]:
     """(count², 2 count): the one-hot species of source and target of every pair, row source · count + target."""
-    one_hot = np.eye(count)
+    one_hot = np.eye(count, dtype=np.float32)
     return np.concatenate([np.repeat(one_hot, count, 0), np.tile(one_hot, (count, 1))], 1)
 
 

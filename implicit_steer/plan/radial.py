@@ -53,7 +53,7 @@ class _Series(Radial):
 
 @dataclass(frozen=True, eq=False)
 class Cosines(_Series):
-    """√2 cos(k π r / cutoff), k = 1 … n: orthonormal on average over 0 ≤ r ≤ cutoff.
+    """√2 cos(k π r / cutoff), k = 1 … n: orthonormal for r spread evenly over 0 … cutoff.
 
     Args:
         n: how many, at least 1.
@@ -67,7 +67,7 @@ class Cosines(_Series):
 @dataclass(frozen=True, eq=False)
 class Bessel(_Series):
     """√(2 / cutoff) sin(k π r / cutoff) / r, k = 1 … n: the spherical Bessel functions of degree 0 that vanish at the
-    cutoff, orthonormal in the ball of this radius up to a factor.
+    cutoff, orthonormal over 0 … cutoff with the weight r².
 
     Args:
         n: how many, at least 1.

@@ -78,14 +78,14 @@ class Potential(PotentialNet):
         field = [(1, (degree, (-1) ** degree)) for degree in range(max_frequency + 1)]  # 0e, 1o, 2e, …
         scalars, hidden = f"{channels}x0e", field * channels
         kernel = {"n_layers": kernel_layers, "n_channels": kernel_channels, "activation": activation, "cutoff": 1.0}
-        kernel["radial"] = Cosines(radial, 1.0) if radial else None
+        cosines = Cosines(radial, 1.0) if radial else None
         super().__init__(
             species=tuple(species),
             cutoff=cutoff,
             radial=radial,
             embedding=torch.nn.Embedding(len(species), channels),
             convolutions=torch.nn.ModuleList(
-                ImplicitPointConv(into, hidden, 2 * len(species), backend=backend, **kernel)
+                ImplicitPointConv(into, hidden, 2 * len(species), radial=cosines, backend=backend, **kernel)
                 for into in [scalars, *[hidden] * (blocks - 1)]
             ),
             gates=torch.nn.ModuleList(Gate(channels, max_frequency) for _ in range(blocks)),

@@ -194,6 +194,14 @@ def test_forged_irreps(text, key, saved):
         assert ", got " in refusal(path)
 
 
+def test_species_that_repeat(saved):
+    """A potential keeps a row for every pair of them."""
+    path, manifest, tensors = saved("potential")
+    entry(manifest, "PotentialNet")["species"] = [1] * 10**5
+    write(path, manifest, tensors)
+    assert "species: expected different atomic numbers" in refusal(path)
+
+
 def test_sizes_of_a_batch_norm(saved):
     """Consistent ones: fields and type are both too large."""
     path, manifest, tensors = saved("batch norm")

@@ -2,16 +2,20 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
+from deployed import molecules
 from helpers import BACKENDS, layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import implicit_steer as ist
 from implicit_steer import EdgeTypes
+from implicit_steer.experiments.models import QM9Net
 from implicit_steer.irreps import ImplicitPointConv, InteractionBlock
+from implicit_steer.layers.blocks import convolve_in_blocks
 from implicit_steer.testing.cases import SMALL
 
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
@@ -187,6 +191,31 @@ def test_saved_and_loaded(tmp_path):
     ist.save(conv, tmp_path / "conv.safetensors")
     loaded = ist.load(tmp_path / "conv.safetensors")
     assert torch.equal(loaded(x, graph, delta, types), conv(x, graph, delta, types.attributes()))
+
+
+def test_network_for_molecules(tmp_path):
+    net, batch = QM9Net(edge_attr="bonds", blocks=1).double(), molecules(torch.float64)
+    types = types_of(batch.edge_index.shape[1], attributes=4)
+    expected = net(replace(batch, edge_attr=types.attributes()))
+    assert torch.equal(net(replace(batch, edge_attr=types)), expected)
+    ist.save(net, tmp_path / "net.safetensors")
+    assert torch.equal(ist.load(tmp_path / "net.safetensors")(replace(batch, edge_attr=types)), expected)
+
+
+def test_region_by_region():
+    pos = torch.rand(200, 3, dtype=torch.float64)
+    conv, x = ImplicitPointConv("2x0e+2x1o", "1x1o", 3).double(), torch.randn(200, 8, dtype=torch.float64)
+    rows = types_of(0).rows
+
+    def types(region):
+        """By the parities of both ends: the same on the whole cloud."""
+        source, target = region.nodes[region.graph.src], region.own[region.graph.dst]
+        return EdgeTypes(source % 2 + 2 * (target % 2), rows)
+
+    found = convolve_in_blocks(conv, x, pos, 0.3, 60, edge_attr=types)
+    edges = ist.radius_graph(pos, 0.3)
+    whole = EdgeTypes(edges[0] % 2 + 2 * (edges[1] % 2), rows)
+    torch.testing.assert_close(found, conv(x, edges, pos[edges[1]] - pos[edges[0]], whole), rtol=1e-12, atol=1e-12)
 
 
 def test_compiled_and_exported():

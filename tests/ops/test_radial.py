@@ -235,6 +235,7 @@ def test_batch_norms_measure_the_same():
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.filterwarnings("ignore:edge_delta. the kernel's shell")
 @pytest.mark.parametrize("radius", [0.0, 1e-3])
 @pytest.mark.parametrize("radial", EVEN, ids=str)
 @pytest.mark.parametrize("name", ["zonal", "planar"])
