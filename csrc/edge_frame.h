@@ -53,7 +53,7 @@ struct Edges {
   V* d_unit;  // [3] zonal
   V d_radius, d_factor;
   V *d_delta, *d_attr;  // [dim], [A]
-  V d_shell;            // σ³ times the gradient of σ, summed over all tiles of a thread
+  V d_shell;            // σ³ times the gradient of σ, summed over all tiles of a block
 
   template <typename A>
   IST_LANES void place(A& arena, const PlanView<Real<R>>& p, bool backward) {

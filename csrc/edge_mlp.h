@@ -401,7 +401,7 @@ struct Mlp {
   const R* weights;
   V *z, *y, *normed;        // per layer: [out] pre-activations, activations, after the batch norm (or y again)
   V *d_z, *d_y;             // one layer each, the widest
-  V *d_w, *d_b, *d_affine;  // per layer, summed over all tiles of a thread
+  V *d_w, *d_b, *d_affine;  // per layer, summed over all tiles of a block
   V* slopes;                // per layer [channels, n_samples]; null in the forward direction
   int64_t size_z, size_w, size_slopes, size_affine;
 

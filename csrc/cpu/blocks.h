@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "conv.h"
@@ -13,14 +14,14 @@ namespace implicit_steer {
 constexpr int kMostBlocks = 64;
 
 // Into how many blocks `work` edges and nodes are divided, each of which leaves `sums` numbers to be added up. A power
-// of two: two, four or eight threads share the blocks evenly. What blocks cost grows with their number, what threads
-// wait for the last one falls with it, so that the best number grows as the root of the work.
+// of two: two, four or eight threads share the blocks evenly. What blocks cost grows with their number n, what threads
+// wait for the last one falls with it, so that the best n grows as the root of the work. With many sums a block costs
+// more, but, the layer being wide, an edge does too: by the root of their number.
 inline int block_count(int64_t work, int64_t sums) {
-  constexpr int64_t kWork = 128, kSumsPerWork = 1024;
-  const int64_t least = std::max(kWork, sums / kSumsPerWork);
-  int64_t n = 1;
-  while (n < kMostBlocks && 4 * n * n * least <= work) n *= 2;
-  return static_cast<int>(n);
+  const double least = std::max(128.0, 2.5 * std::sqrt(static_cast<double>(sums)));
+  int n = 1;
+  while (n < kMostBlocks && 4 * n * n * least <= static_cast<double>(work)) n *= 2;
+  return n;
 }
 
 // Of a forward pass over nodes; of a backward pass over nodes, or over points, which leaves gradients of the weights.

@@ -1,4 +1,4 @@
-// Points without neighbours, in their given order, tile by tile: the base of a thread's work on them, Hidden and
+// Points without neighbours, in their given order, tile by tile: the base of a block's work on them, Hidden and
 // Statistics.
 #pragma once
 

@@ -277,6 +277,9 @@ def cases():
         "isolated-nodes": made("o3", "eval", lambda problem: on(problem, random_edges(150, 30, 400), (30, 400))),
         "skewed": made("o3", "eval", skewed),
         "skewed-train": made("so2", "train", skewed),
+        "blocks-train": made("o3", "train", nodes(100, 2500)),  # of csrc/cpu/blocks.h: four of them
+        "blocks-many-nodes": made("so2", "no norm", nodes(1500, 1500)),
+        "blocks-dense": made("c4", "eval", nodes(60, 2500)),
     }
 
 

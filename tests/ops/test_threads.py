@@ -14,7 +14,7 @@ COUNTS = [1, 2, 3, 5]
 
 
 def problem_of(conv, name, nodes=120, degree=30):
-    """3,600 edges, in several blocks; of 60 neighbours each, among them the node itself, some at the origin."""
+    """3,600 edges, several blocks; some edges are at the origin or near it."""
     problem = replace(SMALL[name], nodes=nodes, degree=degree, knn=False).inputs(conv)
     problem.delta[::50] = 0
     problem.delta[7::50] *= 1e-6
