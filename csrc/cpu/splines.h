@@ -22,7 +22,7 @@ struct Splines {
   V weights[kPieces];      // of the four pieces that count
   V slopes[kPieces];       // their derivatives in u; backward alone
   int64_t first[L];        // where these pieces begin in the table
-  R *d_table, *d_u;        // as table, summed over all tiles of a thread; [L, QL], sums over QL are ∂L/∂u
+  R *d_table, *d_u;        // as table, summed over all tiles of a block; [L, QL], sums over QL are ∂L/∂u
 
   void place(Arena& arena, const PlanView<Plain>& plan, const R* packed, bool backward) {
     p = &plan, table = packed + plan.table, row = padded(plan.hidden_flat);

@@ -9,6 +9,8 @@ import torch
 from helpers import BACKENDS, layer, with_edges
 from torch.autograd import gradcheck, gradgradcheck
 
+from implicit_steer import irreps
+from implicit_steer.plan import FUNCTIONS
 from implicit_steer.testing.cases import Case
 
 _SIZE = {"n_layers": 2, "n_channels": 2, "nodes": 3, "degree": 2}
@@ -135,3 +137,20 @@ def test_derivatives_are_finite_at_the_origin(name, activation, backend):
     assert all(g is None or g.isfinite().all() for g in (*first, *second))
     assert first[1].any()
     assert second[1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("activation", FUNCTIONS)
+def test_second_derivatives_of_steep_kernels(activation, dtype):
+    """Where e^-z of SiLU's sigmoid is about the largest number, and its derivative beyond it."""
+    conv = irreps.ImplicitPointConv("1x0e", "1x0e", n_channels=2, activation=activation, width=50.0, backend="cpu")
+    with torch.no_grad():
+        for p in conv.to(dtype).implicit_kernel.linears.parameters():
+            p.mul_(200)
+    delta = torch.zeros(200, 3, dtype=dtype)
+    delta[:, 0] = torch.linspace(0.5, 60, 200, dtype=dtype)
+    values = conv.implicit_kernel(delta.requires_grad_())
+    (first,) = torch.autograd.grad(values.sum(), delta, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), delta)
+    assert first.isfinite().all()
+    assert second.isfinite().all()

@@ -6,14 +6,14 @@ backward pass. Derivatives to second order.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ... import _native
 from ...plan import Plan, Table
-from .bound import BoundKernel, NativePlan, refusal
+from .bound import BoundKernel, refusal
 from .convolution import NativeBackend
 from .instruction_set import instruction_set
 
@@ -34,7 +34,7 @@ class Cpu(NativeBackend):
         reason = refusal(plan, dtype)
         return reason is None, reason or "native, fused, one SIMD lane per edge"
 
-    def table_sums(self, plan: Plan, native: NativePlan, delta: Tensor, attributes: Tensor) -> Tensor:
+    def table_sums(self, plan: Plan, native: Any, delta: Tensor, attributes: Tensor) -> Tensor:
         """As in the protocol, in one native pass over the edges."""
         table, planar = cast(Table, plan.table), plan.frame.kind == "planar"
         width = plan.field_size * (1 + planar) + 4 * len(plan.frame.order)
