@@ -115,13 +115,13 @@ def _kernel_error(conv: ImplicitPointConv) -> float:
 
 
 def errors(counts: Sequence[int] = COUNTS) -> list[dict[str, Any]]:
-    """A record per activation: the error by number of knots, and the order p of error ~ G^−p, from the last two numbers
-    of knots whose errors are not rounding."""
+    """A record per activation: the error by number of knots G, and p of error ~ G^−p over the last four numbers of
+    knots whose errors are not rounding."""
     records = []
     for activation in tqdm(FUNCTIONS, desc="errors", unit="activation"):
         layers = {n: case(3, 8).layer(norm=None, activation=activation, table=n).double() for n in counts}
         found = {n: _kernel_error(conv) for n, conv in layers.items()}
-        (a, e), (b, f) = [(n, error) for n, error in found.items() if error > _RESOLVED][-2:]
+        (a, e), *_, (b, f) = [(n, error) for n, error in found.items() if error > _RESOLVED][-4:]
         records.append({"activation": activation, "errors": found, "order": math.log(e / f) / math.log(b / a)})
     return records
 
@@ -151,8 +151,8 @@ def measure(quick: bool, rounds: int, budget: float, threads: int) -> dict[str, 
 def broken(results: dict[str, Any]) -> list[str]:
     """The bounds that do not hold."""
     found = [
-        f"{r['n_layers']} layers of {r['n_channels']} channels, {r['measure']}: {r['ratio']:.2f} times the MLP's speed, "
-        f"bound {r['bound']:g}"
+        f"{r['n_layers']} layers of {r['n_channels']} channels, {r['measure']}: {r['ratio']:.2f} times the MLP's "
+        f"speed, bound {r['bound']:g}"
         for r in results["speed"]
         if r["ratio"] < r["bound"]
     ]
@@ -169,18 +169,14 @@ def broken(results: dict[str, Any]) -> list[str]:
 
 def text(results: dict[str, Any]) -> str:
     """The tables, and which bounds do not hold."""
-    sizes = [
-        [f"{r['n_layers']} layers, {r['n_channels']} channels, {r['measure']}"]
-        + [f"{r[name]:.2f}" for name in ("mlp", "table")]
-        + [f"{r['ratio']:.1f}x", f"{r['bound']:g}x"]
-        for r in results["speed"]
-    ]
+    sizes = []
+    for r in results["speed"]:
+        what = f"{r['n_layers']} layers, {r['n_channels']} channels, {r['measure']}"
+        sizes.append([what, *(f"{r[k]:.2f}" for k in ("mlp", "table")), f"{r['ratio']:.1f}x", f"{r['bound']:g}x"])
     naive = results["materialised"]
+    what = "materialise instead of the MLP, 3 layers, 8 channels, forward"
     bound = "" if naive["bound"] is None else f"{naive['bound']}x"
-    sizes.append(
-        ["materialise instead of the MLP, 3 layers, 8 channels, forward", f"{naive['materialise']:.1f}"]
-        + [f"{naive['table']:.2f}", f"{naive['ratio']:.0f}x", bound]
-    )
+    sizes.append([what, f"{naive['materialise']:.1f}", f"{naive['table']:.2f}", f"{naive['ratio']:.0f}x", bound])
     deep = [
         [f"{r['measure']}, {label}", *(f"{t:.1f}" for t in r[name].values())]
         for r in results["depth"]
