@@ -13,7 +13,7 @@ import torch
 from implicit_steer.ops import select
 from implicit_steer.testing.cases import GROUPS, LARGE, SMALL, SPACES
 
-from . import accuracy, bound, device, forces, process, related, report, scaling, small, speed, widths
+from . import accuracy, bound, device, forces, process, related, report, scaling, small, speed, table, widths
 from .steps import DEVICES, candidates, use_device
 
 _NAMED = SMALL | LARGE | GROUPS
@@ -146,6 +146,14 @@ def run_forces(args: argparse.Namespace, names: list[str]) -> int:
     return 0 if results["green"] else 1
 
 
+def run_table(args: argparse.Namespace, _: list[str]) -> int:
+    """Measure, print and write. 1 where a bound does not hold."""
+    results = {"environment": report.environment()} | table.measure(args.quick, *_effort(args), args.threads)
+    _finish("table", results, table.text(results), args.out)
+    table.plots(results, args.out)
+    return 1 if results["broken"] else 0
+
+
 def _finish(section: str, results: dict, tables: str, out: Path) -> None:
     text = report.header(results["environment"]) + "\n\n" + tables
     print(text)
@@ -169,6 +177,7 @@ _SECTIONS = {
     "scaling": run_scaling,
     "small": run_small,
     "related": run_related,
+    "table": run_table,
 }
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 import torch
 
+from .. import irreps
 from .._check import fail, require
 from ..layers.exact import ExactBuffers
+from ..layers.frozen import reason_against
+from ..layers.point_conv import PointConvBase
 from .kinds import KINDS, REGISTERED, is_plain, is_registered, kind_of
 from .registry import check_attributes
 
@@ -23,6 +27,7 @@ _REGISTER = (
 )
 _REPLACE = "Replace this part, or compute what it does in the forward of a class that you register."
 _REMOVE = "Remove the parametrisations first: torch.nn.utils.parametrize.remove_parametrizations(module, name)."
+_KNOTS = 256  # of convolutions that have no table
 _HOLD = "Hold what was added to it in a class of your own that you register (implicit_steer.register)."
 _SUBCLASS = "A subclass of a known module counts as unknown, since it may compute something else."
 
@@ -49,9 +54,11 @@ def saved_as(plain: type[torch.nn.Module]) -> Callable[[type], type]:
 
 
 class Converter:
-    """Makes plain counterparts of the parts of one module; a part that occurs twice has one counterpart."""
+    """Makes plain counterparts of the parts of one module; a part that occurs twice has one counterpart. With
+    ``freeze`` those of convolutions are frozen, where they can be."""
 
-    def __init__(self, root: torch.nn.Module) -> None:
+    def __init__(self, root: torch.nn.Module, freeze: bool) -> None:
+        self._freeze = freeze
         self._names = {id(module): name or type(root).__name__ for name, module in root.named_modules()}
         self._made: dict[int, tuple[Any, Any]] = {}
 
@@ -79,11 +86,23 @@ class Converter:
             require(not hooks, f"{remedy} {name}", "no forward hooks", hooks, kind=TypeError)
             if is_registered(cls):
                 check_attributes(name, value, _CONVERTERS.__contains__)
+            if self._freeze and isinstance(value, PointConvBase) and self._can_be_frozen(value):
+                return value.freeze_table(knots=_KNOTS if value.implicit_kernel.plan.table is None else None)
+            if self._freeze and cls is irreps.InteractionBlock:
+                return self.rebuilt(value, irreps.Interaction)
         if cls in _CONVERTERS:
             return _CONVERTERS[cls](value, self)
         arguments = kind_of(cls).arguments(value)
         same = all(converted is part or converted == part for part, converted in self._converted(arguments))
         return value if same else self.rebuilt(value, cls)
+
+    def _can_be_frozen(self, conv: PointConvBase) -> bool:
+        """Whether the convolution gets splines; a warning says why not, unless it has them."""
+        kernel = conv.implicit_kernel
+        reason = None if kernel.plan.is_frozen else reason_against(kernel)
+        if reason is not None:
+            warnings.warn(f"table: {self.name(conv)} is saved with its MLP: {reason}.", stacklevel=2)
+        return reason is None and not kernel.plan.is_frozen
 
     def name(self, module: torch.nn.Module) -> str:
         """The path of ``module`` in the module that is converted."""
@@ -151,15 +170,16 @@ def _refuse(name: str, module: torch.nn.Module) -> NoReturn:
     fail(f"{remedy} {name}", f"one of {', '.join(classes)}", got, _SUBCLASS, TypeError)
 
 
-def convert(module: torch.nn.Module) -> torch.nn.Module:
+def convert(module: torch.nn.Module, freeze: bool = False) -> torch.nn.Module:
     """The plain counterpart of ``module``, with the same Parameter objects; ``module`` itself where it needs no escnn.
+    With ``freeze`` its convolutions are frozen, where they can be, and have copies of the parameters.
 
     Raises:
         TypeError: a part has no plain counterpart; the message names it.
     """
     if sys.modules.get("escnn"):  # else no module needs it
         importlib.import_module("implicit_steer.deploy.plain")
-    converter = Converter(module)
+    converter = Converter(module, freeze)
     with torch.random.fork_rng(devices=[]):  # the values that modules draw as they are built are replaced
         plain = converter(module)
     converter.set_modes()

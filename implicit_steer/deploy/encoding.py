@@ -26,7 +26,12 @@ from .limits import Placeholders, check_irreps, check_size
 ARRAY = "array."  # names of arrays in the file begin with this
 # Fields, and arguments of the package's own modules, that were added later are written only where they differ, so that
 # versions without them can read the file.
-_LATER_DEFAULTS: tuple[tuple[str, Any], ...] = (("depthwise", False), ("radial", None), ("table", None))
+_LATER_DEFAULTS: tuple[tuple[str, Any], ...] = (
+    ("depthwise", False),
+    ("linear", None),
+    ("radial", None),
+    ("table", None),
+)
 
 
 def _without_defaults(given: dict[str, Any]) -> dict[str, Any]:

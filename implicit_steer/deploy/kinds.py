@@ -30,6 +30,7 @@ _PLAIN = (
     layers.CloudNet,
     layers.FieldPool,
     layers.FourierActivation,
+    layers.FrozenKernel,
     layers.Gate,
     layers.GatedFields,
     layers.IIDBatchNorm1d,
@@ -47,6 +48,7 @@ _PLAIN = (
     layers.TensorReadout,
 )
 _IRREPS = (irreps.Gate, irreps.ImplicitPointConv, irreps.InteractionBlock, irreps.Linear, irreps.Norm)
+_OF_PARTS = (irreps.Interaction,)
 
 # torch's modules, with the arguments of their constructors, which are attributes of the same names.
 _WINDOWS = ("kernel_size", "stride", "padding", "ceil_mode")
@@ -104,7 +106,7 @@ _CONTAINERS = {
 
 _BY_CLASS: dict[type, Kind] = {
     **{cls: Kind(cls.__name__, cls, cls.arguments) for cls in _PLAIN},
-    **{cls: Kind(f"irreps.{cls.__name__}", cls, cls.arguments) for cls in _IRREPS},
+    **{cls: Kind(f"irreps.{cls.__name__}", cls, cls.arguments) for cls in (*_IRREPS, *_OF_PARTS)},
     **{cls: _torch_kind(cls, names) for cls, names in _TORCH.items()},
     **{cls: Kind(f"torch.{cls.__name__}", build, _children) for cls, build in _CONTAINERS.items()},
 }
@@ -124,6 +126,7 @@ _DATA = (
     plan.Linear,
     plan.Norm,
     plan.Plan,
+    plan.Table,
 )
 DATA: dict[str, Callable[..., Any]] = {cls.__name__: cls for cls in _DATA}
 

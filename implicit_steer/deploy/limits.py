@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .._check import require
-from ..plan import FrozenArrays, Linear, Plan, Radial
+from ..plan import FrozenArrays, Linear, Plan, Radial, Table
 from ..plan.irreps import Irreps
 
 # Values that a matrix of a plan may have per value of the file. Networks of the experiments have up to 4, wide layers
 # of regular fields of large finite groups some hundreds.
 _PER_NUMBER = 1000
+_MOST_KNOTS = 10**6  # of a table, whatever the file holds: what is made of them takes some 100 bytes each
 _CREATE = (torch.empty, torch.full, torch.ones, torch.zeros)
 
 
@@ -42,11 +43,12 @@ class Placeholders(TorchFunctionMode):
 def check_irreps(arguments: dict[str, Any], numbers: int) -> None:
     """Raise unless a file of ``numbers`` values accounts for a module that is built from irreps and sizes."""
     sizes = [Irreps.of(value, name).size for name, value in arguments.items() if name.startswith("irreps")]
-    counts = [value for value in arguments.values() if isinstance(value, int)]
+    counts = [value for name, value in arguments.items() if isinstance(value, int) and name != "table"]
     counts += [value.size for value in arguments.values() if isinstance(value, Radial)]
     most = _PER_NUMBER * (_PER_NUMBER + numbers)
     largest = max([math.prod(sizes), *(count**2 for count in counts)])
     require(largest <= most, "sizes", f"irreps and sizes of at most {most} values", largest)
+    _check_knots(arguments.get("table"))
 
 
 def check_size(piece: FrozenArrays, numbers: int) -> None:
@@ -56,7 +58,14 @@ def check_size(piece: FrozenArrays, numbers: int) -> None:
         size += sum(len(block.out_start) * len(block.in_start) * block.basis.size for block in piece.blocks)
     elif isinstance(piece, Plan):
         size = piece.in_size + piece.out_size
+    elif isinstance(piece, Table):
+        _check_knots(piece.knots)
+        return
     else:
         return
     most = _PER_NUMBER * (_PER_NUMBER + numbers)
     require(size <= most, "sizes", f"a {type(piece).__name__} of at most {most} values", size)
+
+
+def _check_knots(knots: Any) -> None:
+    require(not isinstance(knots, int) or knots <= _MOST_KNOTS, "table", f"at most {_MOST_KNOTS} knots", knots)

@@ -19,7 +19,7 @@ from .kinds import is_registered
 STATE = "state."  # names of parameters and buffers in the file begin with this
 
 
-def save(module: torch.nn.Module, path: str | os.PathLike[str]) -> None:
+def save(module: torch.nn.Module, path: str | os.PathLike[str], *, table: bool = False) -> None:
     """Write ``module`` to a file that :func:`load` reads without escnn.
 
     The file holds the parameters, buffers and constants in their dtypes, which parameters are frozen, and which modules
@@ -35,6 +35,10 @@ def save(module: torch.nn.Module, path: str | os.PathLike[str]) -> None:
             ``ModuleList``, ``ModuleDict`` of these; one of a class of your own that
             :func:`~implicit_steer.register` knows; or what :func:`load` returned.
         path: the file; an existing one is replaced.
+        table: whether convolutions on points are saved with splines of the distance in place of their MLPs (see
+            :meth:`~implicit_steer.layers.ImplicitPointConv.freeze_table`), as many knots as they have, else 256. The
+            loaded convolutions' ``explain()`` says how large the error is. A warning names those that keep their MLPs,
+            and the reason.
 
     Raises:
         TypeError: a part cannot be saved; the message says what to do, then names the part and what can be saved.
@@ -47,7 +51,7 @@ def save(module: torch.nn.Module, path: str | os.PathLike[str]) -> None:
         >>> implicit_steer.save(conv, "conv.safetensors")
     """
     require(isinstance(module, torch.nn.Module), "module", "a torch.nn.Module", type(module).__name__, kind=TypeError)
-    plain = convert(module)
+    plain = convert(module, freeze=table)
     objects, tensors = encode(plain)
     frozen: list[str] = []
     owners: dict[int, str] = {}

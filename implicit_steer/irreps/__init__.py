@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..plan import Bessel, Cosines, Distance
 from ..plan.irreps import Irrep, Irreps
 from .gate import Gate
-from .interaction import InteractionBlock
+from .interaction import Interaction, InteractionBlock
 from .linear import Linear
 from .norm import Norm
 from .point_conv import ImplicitPointConv
@@ -23,6 +23,7 @@ __all__ = [
     "Distance",
     "Gate",
     "ImplicitPointConv",
+    "Interaction",
     "InteractionBlock",
     "Irrep",
     "Irreps",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .._check import fail, require, require_integer
 from ..graph import EdgeTypes, Graph
-from ..layers.fields import check_tensor, fields_of
+from ..layers.fields import check_tensor
+from ..layers.point_conv import PlainPointConv
 from ..plan import Radial
 from ..plan.frozen import require_number
 from ..plan.irreps import Irreps, Term
@@ -19,7 +20,78 @@ from .linear import Linear
 from .point_conv import ImplicitPointConv
 
 
-class InteractionBlock(torch.nn.Module):
+class Interaction(torch.nn.Module):
+    """y = Gate((conv(Linear x) / √degree + Linear(x ⊗ node_attr)) / √2), composed of its parts; an
+    :class:`InteractionBlock` builds them.
+
+    Args:
+        linear: mixes the copies of each irrep of x.
+        conv: the convolution, which may be frozen.
+        self_connection: maps x, or x ⊗ node_attr.
+        gate: maps to y.
+        node_attr: how many invariant attributes a node has.
+        degree: mean number of neighbours of a node, > 0.
+    """
+
+    def __init__(
+        self,
+        linear: Linear,
+        conv: PlainPointConv,
+        self_connection: Linear,
+        gate: Gate,
+        node_attr: int,
+        degree: float,
+    ) -> None:
+        super().__init__()
+        require_integer("node_attr", node_attr, 0)
+        require_number("degree", degree)
+        require(degree > 0, "degree", "a number > 0", degree)
+        self.irreps_in, self.irreps_out = linear.irreps_in, gate.irreps_out
+        self.node_attr, self.degree = node_attr, float(degree)
+        self.in_type, self.out_type = linear.in_type, gate.out_type
+        self.gate, self.linear, self.conv, self.self_connection = gate, linear, conv, self_connection
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the constructor, by name."""
+        names = ("linear", "conv", "self_connection", "gate", "node_attr", "degree")
+        return {name: getattr(self, name) for name in names}
+
+    def forward(
+        self,
+        x: Tensor,
+        edge_index: Tensor | Graph,
+        edge_vec: Tensor,
+        edge_attr: Tensor | EdgeTypes | None = None,
+        node_attr: Tensor | None = None,
+    ) -> Tensor:
+        """(N, irreps_in.size) → (N, irreps_out.size); the edges are given as to :meth:`ImplicitPointConv.forward`."""
+        message = self.conv(self.linear(x), edge_index, edge_vec, edge_attr) / math.sqrt(self.degree)
+        return self.gate((message + self.self_connection(self._with_attributes(x, node_attr))) / math.sqrt(2))
+
+    def _with_attributes(self, x: Tensor, node_attr: Tensor | None) -> Tensor:
+        """x ⊗ node_attr: every copy of an irrep times each of the attributes, side by side."""
+        if not self.node_attr:
+            if node_attr is not None:
+                remedy = "The block was built without node_attr: leave them out, or build it with their number."
+                fail("node_attr", "None", tuple(node_attr.shape), remedy)
+            return x
+        if node_attr is None:
+            fail("node_attr", f"a tensor (N, {self.node_attr})", None)
+        check_tensor("node_attr", node_attr, (len(x), self.node_attr), x.dtype, x.device)
+        parts = []
+        for (multiplicity, irrep), part in zip(
+            self.irreps_in, x.split([t.size for t in self.irreps_in], 1), strict=True
+        ):
+            fields = part.view(-1, multiplicity, 1, irrep.size) * node_attr[:, None, :, None]
+            parts.append(fields.flatten(1))
+        return torch.cat(parts, 1)
+
+    def extra_repr(self) -> str:
+        """What distinguishes this block."""
+        return f"{self.irreps_in} -> {self.irreps_out}, node_attr={self.node_attr}, degree={self.degree:g}"
+
+
+class InteractionBlock(Interaction):
     """y = Gate((conv(Linear x) / √degree + Linear(x ⊗ node_attr)) / √2): NequIP's layer with an implicit kernel.
 
     The first Linear mixes the copies of each irrep, the convolution reads the neighbours, the second Linear is the
@@ -73,19 +145,12 @@ class InteractionBlock(torch.nn.Module):
         radial: Radial | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        self.irreps_in, self.irreps_out = Irreps.of(irreps_in, "irreps_in"), Irreps.of(irreps_out, "irreps_out")
         require_integer("node_attr", node_attr, 0)
-        require_number("degree", degree)
-        require(degree > 0, "degree", "a number > 0", degree)
-        self.node_attr, self.degree = node_attr, float(degree)
-        self.in_type = fields_of(self.irreps_in)
-        self.out_type = fields_of(self.irreps_out)
-        self.gate = Gate(self.irreps_out, function, gate)
-        self.linear = Linear(self.irreps_in, self.irreps_in, bias=False)
-        self.conv = ImplicitPointConv(
-            self.irreps_in,
-            self.gate.irreps_in,
+        into, gated = Irreps.of(irreps_in, "irreps_in"), Gate(irreps_out, function, gate)
+        linear = Linear(into, into, bias=False)
+        conv = ImplicitPointConv(
+            into,
+            gated.irreps_in,
             edge_attr,
             n_layers=n_layers,
             n_channels=n_channels,
@@ -99,15 +164,13 @@ class InteractionBlock(torch.nn.Module):
             bias=False,
             backend=backend,
         )
-        repeated = Irreps(
-            tuple(Term(multiplicity * max(node_attr, 1), irrep) for multiplicity, irrep in self.irreps_in)
-        )
-        self.self_connection = Linear(repeated, self.gate.irreps_in)
+        repeated = Irreps(tuple(Term(multiplicity * max(node_attr, 1), irrep) for multiplicity, irrep in into))
+        super().__init__(linear, conv, Linear(repeated, gated.irreps_in), gated, node_attr, degree)
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of the constructor, by name."""
         given = {
-            **self.conv.arguments(),
+            **cast(ImplicitPointConv, self.conv).arguments(),
             "irreps_out": str(self.irreps_out),
             "node_attr": self.node_attr,
             "degree": self.degree,
@@ -115,37 +178,3 @@ class InteractionBlock(torch.nn.Module):
             "gate": self.gate.gate,
         }
         return {name: value for name, value in given.items() if name not in ("aggr", "bias")}
-
-    def forward(
-        self,
-        x: Tensor,
-        edge_index: Tensor | Graph,
-        edge_vec: Tensor,
-        edge_attr: Tensor | EdgeTypes | None = None,
-        node_attr: Tensor | None = None,
-    ) -> Tensor:
-        """(N, irreps_in.size) → (N, irreps_out.size); the edges are given as to :meth:`ImplicitPointConv.forward`."""
-        message = self.conv(self.linear(x), edge_index, edge_vec, edge_attr) / math.sqrt(self.degree)
-        return self.gate((message + self.self_connection(self._with_attributes(x, node_attr))) / math.sqrt(2))
-
-    def _with_attributes(self, x: Tensor, node_attr: Tensor | None) -> Tensor:
-        """x ⊗ node_attr: every copy of an irrep times each of the attributes, side by side."""
-        if not self.node_attr:
-            if node_attr is not None:
-                remedy = "The block was built without node_attr: leave them out, or build it with their number."
-                fail("node_attr", "None", tuple(node_attr.shape), remedy)
-            return x
-        if node_attr is None:
-            fail("node_attr", f"a tensor (N, {self.node_attr})", None)
-        check_tensor("node_attr", node_attr, (len(x), self.node_attr), x.dtype, x.device)
-        parts = []
-        for (multiplicity, irrep), part in zip(
-            self.irreps_in, x.split([t.size for t in self.irreps_in], 1), strict=True
-        ):
-            fields = part.view(-1, multiplicity, 1, irrep.size) * node_attr[:, None, :, None]
-            parts.append(fields.flatten(1))
-        return torch.cat(parts, 1)
-
-    def extra_repr(self) -> str:
-        """What distinguishes this block."""
-        return f"{self.irreps_in} -> {self.irreps_out}, node_attr={self.node_attr}, degree={self.degree:g}"

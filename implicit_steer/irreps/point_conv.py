@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .._check import require, require_integer
-from ..graph import Graph
 from ..layers import ImplicitKernel
 from ..layers._modules import refuse_fake_tensors
 from ..layers.fields import fields_of
@@ -139,15 +138,6 @@ class ImplicitPointConv(PlainPointConv):
             "bias": has_bias,
             "backend": self.backend,
         }
-
-    def _output(self, source: Tensor, graph: Graph, edge_delta: Any, edge_attr: Any, coords: Tensor | None) -> Tensor:
-        y = self._evaluate(source, graph, edge_delta, edge_attr)
-        return y if self.linear is None else self.linear(y)
-
-    def explain(self) -> str:
-        """Group, sampling, frame, costs, and which backend runs and why."""
-        mixed = "" if self.linear is None else f"\n  then       Linear, {self.linear.extra_repr()}"
-        return super().explain() + mixed
 
 
 def _checked_options(

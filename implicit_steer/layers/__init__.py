@@ -8,6 +8,7 @@ from .activation import FourierActivation
 from .batch_norm import IIDBatchNorm1d
 from .clouds import CloudNet
 from .fields import Fields, values, with_values
+from .frozen import FrozenKernel
 from .gate import GatedFields
 from .grid_conv import ImplicitConv
 from .kernel import ImplicitKernel
@@ -25,6 +26,7 @@ __all__ = [
     "FieldPool",
     "Fields",
     "FourierActivation",
+    "FrozenKernel",
     "Gate",
     "GatedFields",
     "IIDBatchNorm1d",

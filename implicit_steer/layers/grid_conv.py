@@ -167,7 +167,7 @@ class ImplicitConv(GridConvBase):
         require(position == self.dim, "implicit_kernel", f"positions in {self.dim} dimensions", position)
         self._set_bias(torch.zeros(out_type.size, n_bias))
         self.implicit_kernel = implicit_kernel
-        self._check_sizes()
+        self._check_sizes(out_type)
         implicit_kernel.prepare_values()
         self.set_exact("grid", torch.tensor(grid), torch.float64, persistent=False)
 

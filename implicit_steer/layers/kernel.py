@@ -54,6 +54,7 @@ class KernelBase(NoTorchScript, torch.nn.Module):
         self._call_cache, self._values = CallCache(), False
         self._reach_checked = False
         self._rows: Tensor | None = None  # of attributes, as the last call had them
+        self._rows_are_all = False  # whether these are the rows of all its edges
         self.register_load_state_dict_post_hook(_choose_knots_again)  # type: ignore[no-untyped-call]
 
     def _find_tensors(self, linears: Sequence[torch.nn.Module], norms: Sequence[_NamedNorm]) -> None:
@@ -93,17 +94,27 @@ class KernelBase(NoTorchScript, torch.nn.Module):
     def choose_knots(self, attributes: Tensor | EdgeTypes) -> None:
         """Where ``table="auto"`` and this has not been done for the present ``state_dict``, choose how many knots the
         table has, by its error for the present weights and the types of these edges."""
-        table = self.plan.table
-        if table is None or is_traced():
+        table, of_types = self.plan.table, isinstance(attributes, EdgeTypes)
+        if (table is None and not of_types) or is_traced():
             return
         rows = attributes.rows if isinstance(attributes, EdgeTypes) else attributes[:1]
-        if not len(rows):
-            return
-        self._rows = rows.detach()
+        if len(rows):
+            self.remember_rows(rows, of_types)
         per_edge = isinstance(attributes, Tensor) and attributes.shape[1] > 0
-        if table.automatic and table.error is None and not per_edge:
+        if table is not None and table.automatic and table.error is None and len(rows) and not per_edge:
             backend = select.choose("auto", self.plan, torch.device("cpu"), torch.float64)[0]
-            self._set_plan(choose_knots(backend, self.plan, self._on_cpu(), self._rows.cpu()))
+            self._set_plan(choose_knots(backend, self.plan, self.parameters_on_cpu(), rows.detach().cpu()))
+
+    def remember_rows(self, rows: Tensor, are_all: bool = True) -> None:
+        """Remember rows (T, A) of attributes for :meth:`table_error` and :attr:`known_rows`; ``are_all``: no edge has
+        another row."""
+        self._rows, self._rows_are_all = rows.detach(), are_all
+
+    @property
+    def known_rows(self) -> Tensor | None:
+        """(T, A): the rows of attributes of all edges, as the last call with :class:`~implicit_steer.EdgeTypes` had
+        them; None where there was none."""
+        return self._rows if self._rows_are_all else None
 
     def table_error(self) -> float | None:
         """The largest error that the table makes in an entry of K, relative to the largest entry, with the present
@@ -112,16 +123,16 @@ class KernelBase(NoTorchScript, torch.nn.Module):
             return None if self.plan.table is None else self.plan.table.error
         rows = self.shell_width.new_zeros(1, self.n_attributes) if self._rows is None else self._rows
         backend = select.choose("auto", self.plan, torch.device("cpu"), torch.float64)[0]
-        return table_error(backend, self.plan, self._on_cpu(), rows.cpu())
+        return table_error(backend, self.plan, self.parameters_on_cpu(), rows.cpu())
 
-    def _on_cpu(self) -> Parameters:
+    def parameters_on_cpu(self) -> Parameters:
         """The parameters there, without a cache."""
         p = self.parameters_for_op()
         linears = tuple((w.cpu(), None if b is None else b.cpu()) for w, b in p.linears)
         return Parameters(linears, tuple(type(n)(*(t.cpu() for t in n)) for n in p.norms), p.shell_width.cpu())
 
     def describe(self) -> str:
-        error = self.table_error()
+        error = None if self.plan.is_frozen else self.table_error()  # that of a frozen plan is in its own text
         return f"{self.plan}" if error is None else f"{self.plan}\n  table      error {error:.1e} at present"
 
     def explain(self) -> str:
@@ -358,6 +369,7 @@ class ImplicitKernel(BasisFingerprint, KernelBase):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
+        require(not plan.is_frozen, "plan", "one with an MLP", "one with splines, which a FrozenKernel takes")
         sizes = [(layer.n_weights, layer.bias.shape[1]) for layer in plan.linears]
         self.linears = torch.nn.ModuleList(LinearParameters(*n) for n in (*sizes, plan.n_last))
         self.norms = torch.nn.ModuleList(NormState(norm) for norm in plan.norms)
@@ -387,9 +399,9 @@ class Biased(ExactBuffers, NoTorchScript, torch.nn.Module):
     aggr = Fixed(lambda conv: conv.implicit_kernel.aggr)
     radial = Fixed(lambda conv: conv.implicit_kernel.radial)
 
-    def _check_sizes(self) -> None:
-        """Raise unless the kernel maps between the features."""
-        plan, sizes = self.implicit_kernel.plan, (self.in_type.size, self.out_type.size)
+    def _check_sizes(self, kernel_out: Any) -> None:
+        """Raise unless the kernel maps from ``in_type`` to features of the type ``kernel_out``."""
+        plan, sizes = self.implicit_kernel.plan, (self.in_type.size, kernel_out.size)
         require(
             (plan.in_size, plan.out_size) == sizes, "implicit_kernel", f"sizes {sizes}", (plan.in_size, plan.out_size)
         )

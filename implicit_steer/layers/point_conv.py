@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..ops import select
 from ..ops.autocast import without_autocast
 from ..ops.backend import Backend
 from .fields import Fields, check_tensor
+from .frozen import copied, freeze
 from .kernel import Biased, KernelBase
 
 
@@ -66,6 +68,35 @@ class PointConvBase(Biased):
     def explain(self) -> str:
         """Group, sampling, frame, costs, and which backend runs and why."""
         return f"{self.implicit_kernel.describe()}\n  backend    {self._select()[1]}"
+
+    def freeze_table(self, rows: Tensor | None = None, knots: int | str | None = None) -> ImplicitPointConv:
+        """The layer of evaluation mode without its MLP: splines of the distance take the place of the hidden layers
+        and batch norms. It is a layer on plain tensors, whose parameters are copies; the splines' coefficients are
+        parameters, too.
+
+        Args:
+            rows: (T, A) the rows of attributes that edges can have, each of which gets splines of its own; None: those
+                of the last call with :class:`~implicit_steer.EdgeTypes`. Other rows are refused afterwards.
+            knots: how many knots, or ``"auto"``; None: as many as the layer's table has.
+
+        Raises:
+            ValueError: a layer without a table where ``knots`` is None; a kernel that is no function of the radius
+                alone; a frozen layer; attributes whose rows are not known.
+
+        Example:
+            >>> conv = implicit_steer.irreps.ImplicitPointConv("8x0e", "8x0e + 8x1o", table=256)
+            >>> conv.freeze_table().implicit_kernel.plan.table.error < 1e-5
+            True
+        """
+        kernel = freeze(self.implicit_kernel, rows, knots)
+        into, out = (Fields(t.size, str(t)) for t in (self.in_type, self.out_type))
+        linear = copy.deepcopy(self.linear) if isinstance(self, PlainPointConv) else None
+        made = ImplicitPointConvWithDownsampling if isinstance(self, DownsamplingBase) else ImplicitPointConv
+        plain = made(into, out, kernel, self.backend, self.n_bias, linear)
+        if self.bias is not None:
+            plain.bias = copied(self.bias)
+            plain.share_exact(self)
+        return plain.train(self.training).to(self.implicit_kernel.shell_width.device)
 
     @staticmethod
     def _graph(edge_index: Any, n_source: int, n_target: int) -> Graph:
@@ -175,7 +206,9 @@ class DownsamplingBase(PointConvBase):
 
 
 class PlainPointConv(PointConvBase):
-    """A point convolution between plain tensors."""
+    """A point convolution between plain tensors. A subclass sets ``linear``, which mixes the output, or None."""
+
+    linear: torch.nn.Module | None
 
     def _nodes(self, x: Any, edge_index: Any) -> tuple[Tensor, None, int]:
         target = x
@@ -190,7 +223,13 @@ class PlainPointConv(PointConvBase):
         return x, None, number_of_targets(target, edge_index, "a tensor")
 
     def _output(self, source: Tensor, graph: Graph, edge_delta: Any, edge_attr: Any, coords: Tensor | None) -> Tensor:
-        return self._evaluate(source, graph, edge_delta, edge_attr)
+        y = self._evaluate(source, graph, edge_delta, edge_attr)
+        return y if self.linear is None else self.linear(y)
+
+    def explain(self) -> str:
+        """Group, sampling, frame, costs, and which backend runs and why."""
+        mixed = "" if self.linear is None else f"\n  then       Linear, {self.linear.extra_repr()}"
+        return super().explain() + mixed
 
     def extra_repr(self) -> str:
         """What distinguishes this layer."""
@@ -205,6 +244,7 @@ class ImplicitPointConv(PlainPointConv):
         implicit_kernel: K.
         backend: as in :class:`implicit_steer.nn.ImplicitPointConv`; it has to be available when the module is called.
         n_bias: how many learned values the bias has.
+        linear: a map that mixes the output, as depthwise layers on irreps have; or None.
 
     Example:
         >>> conv = implicit_steer.load("conv.safetensors")  # as saved in the example of implicit_steer.save
@@ -215,19 +255,30 @@ class ImplicitPointConv(PlainPointConv):
     """
 
     def __init__(
-        self, in_type: Fields, out_type: Fields, implicit_kernel: KernelBase, backend: str, n_bias: int
+        self,
+        in_type: Fields,
+        out_type: Fields,
+        implicit_kernel: KernelBase,
+        backend: str,
+        n_bias: int,
+        linear: torch.nn.Module | None = None,
     ) -> None:
         super().__init__()
         require(backend in select.NAMES, "backend", f"one of {select.NAMES}", repr(backend))
-        self.in_type, self.out_type, self.backend = in_type, out_type, backend
+        self.in_type, self.out_type, self.backend, self.linear = in_type, out_type, backend, linear
+        kernel_out: Any = out_type
+        if linear is not None:
+            mixed: Any = linear.out_type
+            kernel_out = linear.in_type
+            require(mixed.size == out_type.size, "linear", f"{out_type.size} outputs", mixed.size)
         self._set_bias(torch.zeros(out_type.size, n_bias))
         self.implicit_kernel = implicit_kernel
         implicit_kernel.adopt_bias(self)
-        self._check_sizes()
+        self._check_sizes(kernel_out)
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of the constructor, by name."""
-        names = ("in_type", "out_type", "implicit_kernel", "backend", "n_bias")
+        names = ("in_type", "out_type", "implicit_kernel", "backend", "n_bias", "linear")
         return {name: getattr(self, name) for name in names}
 
 

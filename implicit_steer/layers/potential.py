@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
@@ -19,6 +20,7 @@ from ..plan import Cosines
 from ..plan.packing import Constants
 from .fields import values
 from .kernel import KernelBase
+from .point_conv import PointConvBase
 
 MAX_NUMBER = 118
 
@@ -106,7 +108,10 @@ class PotentialNet(torch.nn.Module):
         self.species, self.cutoff, self.radial = tuple(species), float(cutoff), radial
         self.embedding, self.convolutions, self.gates, self.head = embedding, convolutions, gates, head
         _compute_cosines(convolutions, radial)
-        self._pairs = Constants(_pairs(len(species)))
+        pairs = _pairs(len(species))
+        self._pairs = Constants(pairs)
+        for conv in convolutions:
+            cast(KernelBase, conv.implicit_kernel).remember_rows(torch.from_numpy(pairs))
         index = torch.full((MAX_NUMBER + 1,), -1)
         index[list(species)] = torch.arange(len(species))
         self.register_buffer("species_index", index)
@@ -126,6 +131,19 @@ class PotentialNet(torch.nn.Module):
         if self.shift.dtype != torch.float64:
             self.shift = shift.to(self.shift.device)
         return self
+
+    def freeze_table(self, knots: int | str = 256) -> PotentialNet:
+        """The same potential with splines of the distance in place of the kernels' MLPs, one set for each pair of
+        species; its parameters are copies.
+
+        Args:
+            knots: how many, or ``"auto"``: see :meth:`~implicit_steer.layers.ImplicitPointConv.freeze_table`.
+        """
+        frozen = torch.nn.ModuleList(cast(PointConvBase, c).freeze_table(knots=knots) for c in self.convolutions)
+        parts = {name: part for name, part in self.arguments().items() if name != "convolutions"}
+        made = PotentialNet(**copy.deepcopy(parts), convolutions=frozen)
+        made._buffers.update((name, buffer.clone()) for name, buffer in self.named_buffers(recurse=False))
+        return made.train(self.training)
 
     def species_of(self, numbers: Tensor) -> Tensor:
         """(N,) atomic numbers → (N,) positions in ``species``; ``ValueError`` for one that is not among them."""
@@ -237,7 +255,7 @@ def _compute_cosines(convolutions: torch.nn.ModuleList, count: int) -> None:
     attributes that a convolution is given."""
     for conv in convolutions:
         kernel = cast(KernelBase, conv.implicit_kernel)
-        if count and kernel.plan.radial is None:
+        if count and kernel.plan.radial is None and not kernel.plan.is_frozen:
             kernel._set_plan(replace(kernel.plan, radial=Cosines(count, 1.0)))
 
 

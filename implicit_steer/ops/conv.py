@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..graph import EdgeTypes, Graph
-from ..plan import Plan
+from ..plan import Plan, Table
 from ..plan.moments import RUNNING, NormStatistics, StatisticsSource
 from ..plan.packing import Parameters
+from ..plan.tabulated import tabulated
 from . import select, table, table_error
 from .backend import Backend
 from .native import bound
@@ -145,3 +148,20 @@ def implicit_kernel(
     plan, parameters, statistics_from, attributes, of_table = found
     k, statistics = chosen.kernel(plan, parameters, statistics_from, points, attributes)
     return k.to(delta.dtype), of_table if len(of_table) else statistics
+
+
+def frozen(plan: Plan, parameters: Parameters, rows: Tensor) -> tuple[Plan, Tensor]:
+    """The plan with the splines of its table in place of its hidden layers, for rows (T, A) of attributes, and the
+    splines' coefficients (T (G + 3) W c,), at the norms' running statistics and in the arithmetic's dtype. The new
+    plan's table has its error. A table that chooses its knots does so here. All tensors are on the CPU."""
+    dtype, cpu = compute_dtype(parameters), torch.device("cpu")
+    parameters, rows = _cast(parameters, dtype), rows.to(dtype)
+    with torch.no_grad():
+        if cast(Table, plan.table).automatic and cast(Table, plan.table).error is None:
+            plan = table_error.choose_knots(select.choose("auto", plan, cpu, torch.float64)[0], plan, parameters, rows)
+        backend, kept = select.choose("auto", plan, cpu, dtype)[0], table.Tabulation(plan, parameters)
+        coefficients, _ = kept.tabulate(backend, kept.knot_parameters(parameters), rows, RUNNING)
+        backend = select.choose("auto", plan, cpu, torch.float64)[0]
+        error = table_error.table_error(backend, plan, parameters, rows)
+    found = replace(cast(Table, plan.table), error=error)
+    return tabulated(replace(plan, table=found), len(rows)), coefficients

@@ -98,7 +98,7 @@ class Tabulation:
             plan = tabulated(self.plan, types)
             native = None
             if bound.refusal(plan, torch.float32) is None:
-                empty = torch.empty(plan.table_size, device="meta")
+                empty = parameters.shell_width.new_empty(plan.table_size, device="meta")
                 native = bound.native_plan(plan, with_splines(parameters, empty, None))
             self._splines[types] = _Splines(plan, CallCache(native))
         return self._splines[types]

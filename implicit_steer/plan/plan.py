@@ -156,8 +156,10 @@ class Plan(FrozenArrays):
             reason = self.table_refusal if self.table else None
             require(reason is None, "table", "None", f"a table, but {reason}")
         elif self.table:
-            ok = frame.kind != "none" and full % self.field_size == 0 and frame.n_attributes == (self.table.types > 1)
-            require(ok, "table", "a zonal or planar frame, and whole hidden fields of it", frame.kind)
+            ok = (frame.kind == "zonal" or (frame.kind == "planar" and frame.dim == 2)) and not frame.regular
+            require(ok, "table", "a zonal frame, or a planar one on R², as splines have it", frame.kind)
+            ok = full % self.field_size == 0 and frame.n_attributes == (self.table.types > 1)
+            require(ok, "table", "whole hidden fields, and the number of a row where there are several", frame.kind)
             size = full
         require(full == size, "hidden_size", f"{size} hidden features and the constant one", self.hidden_size)
         for norm, act in zip(self.norms, self.activations, strict=False):

@@ -30,6 +30,7 @@ def folder(tmp_path_factory):
     potential = Potential([29], 3.0, channels=1, blocks=1)
     potential.save(folder / "potential.pt")
     ist.save(potential, folder / "potential.safetensors")
+    ist.save(potential, folder / "frozen.safetensors", table=True)
     ist.save(torch.nn.ReLU(), folder / "other.safetensors")
     (folder / "text.pt").write_text("no potential")
     ase.build.bulk("Cu", cubic=True).write(folder / "start.xyz")
@@ -45,6 +46,12 @@ def test_both_files_give_the_same_run(folder):
     energies = [run(folder, name).energies for name in ("potential.safetensors", "potential.pt")]
     assert energies[0].shape == (4, 4)
     assert energies[0].tolist() == energies[1].tolist()
+
+
+def test_a_frozen_potential_runs_alike(folder):
+    """Splines in place of the kernels' MLPs change energies by as much as their error."""
+    expected, found = (run(folder, f"{name}.safetensors").energies for name in ("potential", "frozen"))
+    assert abs(found - expected).max() < 1e-4 * abs(expected).max()
 
 
 def test_the_command_line_without_escnn(folder):

@@ -203,7 +203,7 @@ RADIAL = {"bessel": irreps.Bessel(3, 2.0), "cosines": irreps.Cosines(3, 2.0), "d
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
 @pytest.mark.parametrize("name", RADIAL)
 def test_radial_inputs(name, backend):
-    """They are computed at the knots. Distances are odd functions of the radius: their splines are not mirrored at 0."""
+    """They are computed at the knots. A distance is odd in the radius: its splines are not mirrored at 0."""
     cloud, results = Cloud(3, 5, attributes=1), []
     for table in (None, 512):
         conv = on_irreps(table, edge_attr=1, radial=RADIAL[name], cutoff=2.0, backend=backend)
