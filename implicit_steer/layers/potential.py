@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -199,7 +200,7 @@ class PotentialNet(torch.nn.Module):
                 torch._assert_async((volume > 0).all(), f"stress: expected {expected}, got {got}.")
             else:
                 require(bool((volume > 0).all()), "stress", expected, got)
-        with torch.enable_grad():
+        with torch.enable_grad(), nullcontext() if create_graph else _constant(self):
             graph, species = _graph(structures), self.species_of(structures.numbers)
             delta = structures.edge_delta(self.embedding.weight.dtype)
             if not delta.requires_grad:
@@ -244,6 +245,20 @@ class PotentialNet(torch.nn.Module):
     def extra_repr(self) -> str:
         """What distinguishes this potential."""
         return f"species={list(self.species)}, cutoff={self.cutoff} Å"
+
+
+@contextmanager
+def _constant(module: torch.nn.Module) -> Iterator[None]:
+    """Within it no parameter requires a gradient. A derivative by positions alone would compute those of the weights,
+    too: autograd does not tell a function which of its gradients are wanted."""
+    changed = [] if torch.compiler.is_compiling() else [p for p in module.parameters() if p.is_leaf and p.requires_grad]
+    try:
+        for p in changed:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in changed:
+            p.requires_grad_()
 
 
 def _graph(structures: Structures) -> Graph:
