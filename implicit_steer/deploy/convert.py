@@ -99,10 +99,10 @@ class Converter:
     def _can_be_frozen(self, conv: PointConvBase) -> bool:
         """Whether the convolution gets splines; a warning says why not, unless it has them."""
         kernel = conv.implicit_kernel
-        reason = None if kernel.plan.is_frozen else reason_against(kernel)
-        if reason is not None:
+        reason = reason_against(kernel)
+        if reason is not None and not kernel.plan.is_frozen:
             warnings.warn(f"table: {self.name(conv)} is saved with its MLP: {reason}.", stacklevel=2)
-        return reason is None and not kernel.plan.is_frozen
+        return reason is None
 
     def name(self, module: torch.nn.Module) -> str:
         """The path of ``module`` in the module that is converted."""
