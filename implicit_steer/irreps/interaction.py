@@ -46,6 +46,12 @@ class Interaction(torch.nn.Module):
         require_integer("node_attr", node_attr, 0)
         require_number("degree", degree)
         require(degree > 0, "degree", "a number > 0", degree)
+        own = linear.irreps_out.size, gate.irreps_in.size
+        sizes = conv.in_type.size, conv.out_type.size
+        require(sizes == own, "conv", f"sizes {own}", sizes)
+        own = linear.irreps_in.size * max(node_attr, 1), gate.irreps_in.size
+        sizes = self_connection.irreps_in.size, self_connection.irreps_out.size
+        require(sizes == own, "self_connection", f"sizes {own}", sizes)
         self.irreps_in, self.irreps_out = linear.irreps_in, gate.irreps_out
         self.node_attr, self.degree = node_attr, float(degree)
         self.in_type, self.out_type = linear.in_type, gate.out_type

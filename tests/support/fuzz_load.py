@@ -89,6 +89,10 @@ def write_originals(folder):
         add(name, conv, problem.x.float(), *geometry, *attributes)
         if name == "o3-linear":
             add("registered", Network(conv, conv.out_type.size), problem.x.float(), *geometry)
+    conv = ist.irreps.ImplicitPointConv("2x0e + 1x1o", "1x0e + 1x1o", 2, table=8)
+    geometry = torch.randint(9, (2, 20)), torch.randn(20, 3), torch.eye(2).repeat(10, 1)
+    add("table", conv, torch.randn(9, 5), *geometry)
+    add("frozen", conv.freeze_table(torch.eye(2)), torch.randn(9, 5), *geometry)
     grid = ist.nn.ImplicitConv(fields(o3, "2 scalar+vector"), kinds[1], None, 3, 2, 3, padding=1)
     add("grid", grid, torch.randn(1, 8, 4, 4, 4))
     add("kernel", grid.implicit_kernel, torch.randn(5, 3))
