@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -84,8 +85,7 @@ def _with_knots(plan: Plan, knots: int) -> Plan:
 
 
 def _table(plan: Plan) -> Table:
-    assert plan.table is not None
-    return plan.table
+    return cast(Table, plan.table)
 
 
 def _in_float64(parameters: Parameters) -> Parameters:
