@@ -20,7 +20,7 @@ from .table import evaluation
 
 TOLERANCE = 1e-6  # of tables that choose their knots
 _MOST_KNOTS = 1 << 17
-_EDGES = 1 << 15  # at which the two are compared, for each type at once; more where the knots are more
+_EDGES = 1 << 15  # at which the two are compared; more where knots or types are more
 _SHELLS = 6  # radii without a cutoff, in units of σ: there the shell is 2e-8
 
 
@@ -28,13 +28,13 @@ def table_error(backend: Backend, plan: Plan, parameters: Parameters, rows: Tens
     """The largest error of an entry of K that the plan's table makes, relative to the largest entry, in float64, for
     these rows of attributes (T, A).
 
-    Compared are as many columns of K as _EDGES allow, at radii closer than the knots.
+    Compared are as many columns of K as _EDGES allow, at least one for each type, at radii closer than the knots.
     """
     with torch.no_grad():
         parameters, rows = _in_float64(parameters), rows.detach().double()
         reach = _SHELLS * float(parameters.shell_width) if plan.cutoff is None else plan.cutoff
         n_radii = max(2048, 2 * _table(plan).knots)
-        n_columns = max(1, min(plan.in_size, _EDGES // n_radii))
+        n_columns = max(1, min(plan.in_size, _EDGES // (n_radii * len(rows))))
         columns = torch.linspace(0, plan.in_size - 1, n_columns, dtype=torch.float64).round().long()
         x = torch.eye(plan.in_size, dtype=torch.float64)[columns]
         n_edges = n_radii * n_columns
