@@ -243,7 +243,7 @@ def _types(delta: Tensor, attributes: Tensor | EdgeTypes) -> tuple[Tensor, Tenso
     """Rows (T, A), and the number of each edge's row (E, 1), or (E, 0) where there is one row."""
     if isinstance(attributes, Tensor):
         if attributes.shape[1] == 0:
-            return attributes.new_empty(1, 0), attributes
+            return delta.new_empty(1, 0), delta.new_empty(len(delta), 0)
         attributes = EdgeTypes.from_rows(attributes)
     rows = attributes.rows.to(delta.dtype)
     if len(rows) == 1:

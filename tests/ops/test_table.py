@@ -323,6 +323,16 @@ def test_copies_casts_and_empty_graphs():
     assert torch.equal(out, conv.expand_bias().expand_as(out))
 
 
+@pytest.mark.parametrize("attributes", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_parameters_in_16_bits(dtype, attributes):
+    """They are computed with in float32."""
+    conv = on_irreps(256, dtype, edge_attr=attributes)
+    cloud = Cloud(3, conv.irreps_in.size, dtype, attributes=attributes)
+    exact = cloud.run(with_table(conv, None))
+    assert (cloud.run(conv) - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
+
+
 def test_far_edges_and_nan():
     conv = on_irreps(16)
     points = torch.tensor([[1e3, 0, 0], [0, 1e6, 0], [float("nan"), 0, 0], [float("inf"), 0, 0]], dtype=torch.float64)
