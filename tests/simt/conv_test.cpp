@@ -69,7 +69,8 @@ double hidden_deviation(const Case& file, Emulated<R>& engine, bool tangents) {
     engine.run_points(p, a, backward ? backward_pass : forward_pass, size);
   });
   const ConvTable<R>& cpu = conv_table<R>(1);
-  const Results expected = hidden_results(p, tangents, p.plan.n_grad, [&](ConvArgs<R> a, bool backward) {
+  const int64_t cpu_weights = int64_t{backward_blocks(p.arguments())} * p.plan.n_grad;
+  const Results expected = hidden_results(p, tangents, cpu_weights, [&](ConvArgs<R> a, bool backward) {
     a.plan = &p.plan, a.threads = 1, a.scratch = host_scratch;
     if (backward)
       tangents ? cpu.hidden_backward_tangent(a) : cpu.hidden_backward(a);
