@@ -4,6 +4,8 @@ import torch
 from helpers import layer
 
 from implicit_steer.ops.native.bound import BoundKernel
+from implicit_steer.ops.table import Tabulation
+from implicit_steer.plan.tabulated import with_table
 from implicit_steer.testing.cases import SMALL
 
 
@@ -28,6 +30,8 @@ def operator_arguments():
     matrix, learned = bound.matrix, [leaf(t) for t in bound.learned]
     values, samples = [t.detach() for t in learned], torch.randn(2, 5, 4, dtype=torch.float64).unbind()
     bias = bound.expansion, leaf(bound.bias)
+    splines = Tabulation(with_table(plan, 8, 0.5), parameters).splines(1, parameters)
+    sizes = splines.plan.table.n_coefficients, splines.plan.field_size + 4 * len(plan.frame.order)
     two_kinds = torch.randperm(8), [2, 1], [2, 4]  # 2 fields of 2 coordinates, the first invariant; 1 of 4
 
     def per_kind(*shapes):
@@ -75,6 +79,7 @@ def operator_arguments():
             torch.tensor([[15], [15]]),
             [0.1, 0.1],
         ),
+        "table_sums": (*splines.cache.native.arrays[torch.float64], fixed[2], fixed[3][:, :0].contiguous(), *sizes, 0),
         "same_values": (values, torch.cat([t.reshape(-1) for t in values])),
         "sort_by_key": (graph.src, graph.num_src),
         "edges_in_range": (graph.edge_index, graph.num_src, graph.num_dst),
