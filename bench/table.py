@@ -15,9 +15,6 @@ import torch
 from tqdm import tqdm
 
 import implicit_steer as ist
-from implicit_steer.nn import ImplicitPointConv
-from implicit_steer.ops import select
-from implicit_steer.ops.table_error import table_error
 from implicit_steer.plan import FUNCTIONS
 from implicit_steer.testing.cases import Case
 from implicit_steer.training import viz
@@ -107,20 +104,13 @@ def depth(edges: int, rounds: int, budget: float) -> list[dict[str, Any]]:
     return records
 
 
-def _kernel_error(conv: ImplicitPointConv) -> float:
-    """Largest error of an entry of K, relative to the largest entry, in float64."""
-    kernel = conv.implicit_kernel
-    backend = select.choose("auto", kernel.plan, torch.device("cpu"), torch.float64)[0]
-    return table_error(backend, kernel.plan, kernel.parameters_on_cpu(), torch.zeros(1, 0))
-
-
 def errors(counts: Sequence[int] = COUNTS) -> list[dict[str, Any]]:
     """A record per activation: the error by number of knots G, and p of error ~ G^−p over the last four numbers of
     knots whose errors are not rounding."""
     records = []
     for activation in tqdm(FUNCTIONS, desc="errors", unit="activation"):
         layers = {n: case(3, 8).layer(norm=None, activation=activation, table=n).double() for n in counts}
-        found = {n: _kernel_error(conv) for n, conv in layers.items()}
+        found = {n: conv.implicit_kernel.table_error() for n, conv in layers.items()}
         (a, e), *_, (b, f) = [(n, error) for n, error in found.items() if error > _RESOLVED][-4:]
         records.append({"activation": activation, "errors": found, "order": math.log(e / f) / math.log(b / a)})
     return records

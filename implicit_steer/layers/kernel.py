@@ -102,7 +102,7 @@ class KernelBase(NoTorchScript, torch.nn.Module):
             self.remember_rows(rows, of_types)
         per_edge = isinstance(attributes, Tensor) and attributes.shape[1] > 0
         if table is not None and table.automatic and table.error is None and len(rows) and not per_edge:
-            backend = select.choose("auto", self.plan, torch.device("cpu"), torch.float64)[0]
+            backend = select.for_comparison(self.plan)
             self._set_plan(choose_knots(backend, self.plan, self.parameters_on_cpu(), rows.detach().cpu()))
 
     def remember_rows(self, rows: Tensor, are_all: bool = True) -> None:
@@ -122,14 +122,11 @@ class KernelBase(NoTorchScript, torch.nn.Module):
         if self.plan.table is None or self.plan.is_frozen:
             return None if self.plan.table is None else self.plan.table.error
         rows = self.shell_width.new_zeros(1, self.n_attributes) if self._rows is None else self._rows
-        backend = select.choose("auto", self.plan, torch.device("cpu"), torch.float64)[0]
-        return table_error(backend, self.plan, self.parameters_on_cpu(), rows.cpu())
+        return table_error(select.for_comparison(self.plan), self.plan, self.parameters_on_cpu(), rows.cpu())
 
     def parameters_on_cpu(self) -> Parameters:
-        """The parameters there, without a cache."""
-        p = self.parameters_for_op()
-        linears = tuple((w.cpu(), None if b is None else b.cpu()) for w, b in p.linears)
-        return Parameters(linears, tuple(type(n)(*(t.cpu() for t in n)) for n in p.norms), p.shell_width.cpu())
+        """The parameters there, without a cache and a convolution's bias."""
+        return self.parameters_for_op().changed(Tensor.cpu)._replace(cache=None, bias=None)
 
     def describe(self) -> str:
         error = None if self.plan.is_frozen else self.table_error()  # that of a frozen plan is in its own text

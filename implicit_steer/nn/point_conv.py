@@ -39,7 +39,7 @@ class ImplicitPointConv(CheckedBias, PointConvBase, Steerable):
         in_type, out_type: field types on one gspace (R² or R³), uniform or not.
         edge_attr_type: fields of the edge attributes, without the radial ones, or None.
         n_layers, n_channels, init_scheme: the kernel's MLP.
-        sampling, norm, activation, cutoff, radial: as in :class:`ImplicitKernel`.
+        sampling, norm, activation, cutoff, table, radial: as in :class:`ImplicitKernel`.
         aggr: ``"sum"`` (``"add"``) or ``"mean"`` over the edges of a node (0 at isolated nodes).
         width: initial σ of the shell s(r) = exp(−½ (r / σ)²), in the unit of the positions: about the length of an
             edge. The first call warns where no edge, or every one, is within its reach.

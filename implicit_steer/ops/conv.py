@@ -41,14 +41,7 @@ def prepared(plan: Plan, parameters: Parameters, *, values: bool) -> bound.Nativ
 def _cast(parameters: Parameters, dtype: torch.dtype) -> Parameters:
     if parameters.shell_width.dtype == dtype:
         return parameters
-    bias = parameters.bias and (parameters.bias[0].to(dtype), parameters.bias[1].to(dtype))
-    return Parameters(
-        tuple((w.to(dtype), None if b is None else b.to(dtype)) for w, b in parameters.linears),
-        tuple(type(n)(*(t.to(dtype) for t in n)) for n in parameters.norms),
-        parameters.shell_width.to(dtype),
-        parameters.cache,
-        bias,
-    )
+    return parameters.changed(lambda t: t.to(dtype))
 
 
 def _possible_source(plan: Plan, statistics_from: StatisticsSource, edges: int) -> StatisticsSource:
@@ -154,14 +147,13 @@ def frozen(plan: Plan, parameters: Parameters, rows: Tensor) -> tuple[Plan, Tens
     """The plan with the splines of its table in place of its hidden layers, for rows (T, A) of attributes, and the
     splines' coefficients (T (G + 3) W c,), at the norms' running statistics and in the arithmetic's dtype. The new
     plan's table has its error. A table that chooses its knots does so here. All tensors are on the CPU."""
-    dtype, cpu = compute_dtype(parameters), torch.device("cpu")
+    dtype = compute_dtype(parameters)
     parameters, rows = _cast(parameters, dtype), rows.to(dtype)
     with torch.no_grad():
         if cast(Table, plan.table).automatic and cast(Table, plan.table).error is None:
-            plan = table_error.choose_knots(select.choose("auto", plan, cpu, torch.float64)[0], plan, parameters, rows)
-        backend, kept = select.choose("auto", plan, cpu, dtype)[0], table.Tabulation(plan, parameters)
+            plan = table_error.choose_knots(select.for_comparison(plan), plan, parameters, rows)
+        backend, kept = select.choose("auto", plan, rows.device, dtype)[0], table.Tabulation(plan, parameters)
         coefficients, _ = kept.tabulate(backend, kept.knot_parameters(parameters), rows, RUNNING)
-        backend = select.choose("auto", plan, cpu, torch.float64)[0]
-        error = table_error.table_error(backend, plan, parameters, rows)
+        error = table_error.table_error(select.for_comparison(plan), plan, parameters, rows)
     found = replace(cast(Table, plan.table), error=error)
     return tabulated(replace(plan, table=found), len(rows)), coefficients

@@ -66,6 +66,11 @@ def choose(name: str, plan: Plan, device: torch.device, dtype: torch.dtype) -> t
     return BACKENDS[name], f"{name}: {reason}"
 
 
+def for_comparison(plan: Plan) -> Backend:
+    """What evaluates a plan with its table and without, to compare the two: in float64 on the CPU."""
+    return choose("auto", plan, torch.device("cpu"), torch.float64)[0]
+
+
 def _by_preference(plan: Plan, device: torch.device) -> tuple[tuple[str, ...], str]:
     """The backends in order of preference, and on a GPU the reason for the order."""
     if device.type != "cuda":

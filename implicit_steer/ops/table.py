@@ -20,7 +20,7 @@ from .. import _native
 from ..graph import EdgeTypes
 from ..plan import Frame, Plan, Table
 from ..plan.moments import RUNNING, Moments, NormStatistics, StatisticsSource
-from ..plan.packing import CallCache, Constants, Parameters, is_traced
+from ..plan.packing import CallCache, Constants, Parameters, constant, is_traced
 from ..plan.table import SERIES
 from ..plan.tabulated import at_knots, tabulated
 from .backend import Backend
@@ -175,13 +175,13 @@ class _WeightsOfSplines:
         for q in range(1, 4):
             squares = squares + 2 * torch.einsum("tjc,tjwc->wc", pairs[:, :-q, q], b[:, :-q] * b[:, q:])
         if frame.kind == "planar":
-            partner = torch.tensor(frame.partner, device=h.device)
+            partner = constant(frame, "partner", h)
             sums = torch.einsum("tjd,tjwd->wd", ways[..., :d], b)
             sums = sums + torch.einsum("tjd,tjwd->wd", ways[..., d:], b[..., partner])
         else:
-            own = torch.tensor(frame.coefficient, device=h.device)
+            own = constant(frame, "coefficient", h)
             sums = torch.einsum("tjd,tjwd->wd", ways, b[..., own])
-            squares = squares[:, own] / (2 * torch.tensor(frame.order, device=h.device)[own] + 1)
+            squares = squares[:, own] / (2 * constant(frame, "order", h)[own] + 1)
         mean = sums / self.n_edges
         squares = squares - self.n_edges * mean.square()
         return self.n_edges, mean.to(h.dtype), squares.to(h.dtype)

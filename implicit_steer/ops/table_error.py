@@ -90,6 +90,4 @@ def _table(plan: Plan) -> Table:
 
 def _in_float64(parameters: Parameters) -> Parameters:
     """Without the convolution's bias, which both have."""
-    linears = tuple((w.detach().double(), None if b is None else b.detach().double()) for w, b in parameters.linears)
-    norms = tuple(type(norm)(*(t.detach().double() for t in norm)) for norm in parameters.norms)
-    return Parameters(linears, norms, parameters.shell_width.detach().double())
+    return parameters.changed(lambda t: t.detach().double())._replace(cache=None, bias=None)

@@ -67,6 +67,15 @@ class Parameters(NamedTuple):
     cache: CallCache | None = None
     bias: tuple[Tensor, Tensor] | None = None  # of a convolution: values (n,), what they multiply (C_out, n)
 
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Parameters:
+        """``change`` of every tensor."""
+        return self._replace(
+            linears=tuple((change(w), None if b is None else change(b)) for w, b in self.linears),
+            norms=tuple(type(norm)(*(change(t) for t in norm)) for norm in self.norms),
+            shell_width=change(self.shell_width),
+            bias=self.bias and (change(self.bias[0]), change(self.bias[1])),
+        )
+
 
 @dataclass
 class Weights:

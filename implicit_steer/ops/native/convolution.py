@@ -58,7 +58,7 @@ class NativeBackend(Backend):
     ) -> tuple[Tensor, Sequence[NormStatistics]]:
         """K(x, a) (P, C_out, C_in): hidden features from the native code, the last layer one matrix product."""
         bound = bind(plan, parameters, self.bound)
-        h, statistics = self.hidden(plan, parameters, statistics_from, delta, attributes)
+        h, statistics = run(HiddenFeatures(bound), statistics_from, (delta.contiguous(), attributes.contiguous()))
         k = h @ bound.dense_kernel().flatten(0, 1).T
         return k.view(h.shape[0], plan.out_size, plan.in_size), statistics
 
