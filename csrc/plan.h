@@ -52,14 +52,17 @@ enum Function : int32_t { kElu = 0, kRelu = 1, kSilu = 2, kGelu = 3, kTanh = 4 }
   FIELD(has_norms)   /* a batch norm behind every hidden layer */                    \
   FIELD(n_trivial)   /* trivial coefficients of a channel */                         \
   FIELD(n_parameters)                                                                \
-  FIELD(n_even)     /* coefficients of a channel that come first, see LayerView */   \
-  FIELD(n_gathered) /* places for inputs, */                                         \
-  FIELD(n_mixed)    /* and for outputs: by field type, component by component */     \
-  FIELD(n_knots)    /* of a table in place of the hidden layers, or 0 */             \
-  FIELD(n_types)    /* rows of attributes that the table has splines for */          \
-  FIELD(table)      /* position of the splines in the packed weights */              \
-  FIELD(bounded)    /* u = r / length; else see edge_frame.h */                      \
-  FIELD(even)       /* splines are even functions of u */
+  FIELD(n_even)      /* coefficients of a channel that come first, see LayerView */  \
+  FIELD(n_gathered)  /* places for inputs, */                                        \
+  FIELD(n_mixed)     /* and for outputs: by field type, component by component */    \
+  FIELD(n_sums)      /* of a node's T: bundle by bundle as [w][slot, v], */          \
+  FIELD(n_slot_sums) /* and as [slot, v][w]; rows are padded */                      \
+  FIELD(n_read)      /* first coefficients of a channel, all that couplings read */  \
+  FIELD(n_knots)     /* of a table in place of the hidden layers, or 0 */            \
+  FIELD(n_types)     /* rows of attributes that the table has splines for */         \
+  FIELD(table)       /* position of the splines in the packed weights */             \
+  FIELD(bounded)     /* u = r / length; else see edge_frame.h */                     \
+  FIELD(even)        /* splines are even functions of u */
 
 #define IST_LAYER_HEADER(FIELD)                                                          \
   FIELD(in_size)                                                                         \
@@ -112,20 +115,18 @@ struct LayerView {
 // constant one. A product is t[v] = Σ_g f[i_g, v] G_g, where G_g is a constant or Σ value · Y[m]. Slots (b, o) that
 // read the same rows form a group; a block is one of these rows, with the products that it meets in the group's slots:
 //   T[slot, w, v] += h[row, w] t[slot, v]
+// Groups of several couplings that read the same rows form a bundle, whose products and T lie side by side.
 struct CouplingView {
   IST_COUPLING_HEADER(IST_MEMBER)
   const int32_t* slots;                          // [n_slots, 2] b, o
   const int32_t* groups;                         // [n_groups, 4] first slot, slots, first block, blocks
   const int32_t* blocks;                         // [n_blocks, 2] row (n_rows: the constant one), place of the products
+  const int32_t* places;                         // [n_groups, 4] place of T as [w][slot, v]; size of the bundle's rows
+                                                 // [slot, v]; place of T as [slot, v][w]; whether it leads its bundle
   int32_t hidden_stride, in_stride, out_stride;  // from one row of channels to the next: padded, but 1 of the constant
   int64_t theta_size;                            // of θ[b, u], as [v, w]
   int32_t theta_rows;                            // of them for each b: U, or 1 where depthwise
-  int64_t at_sums, at_slots;                     // positions in a worker's buffers; set by place_couplings()
-};
-
-// Numbers of T over all couplings: group by group [w][slot, v], and slot by slot [v][w]; rows are padded.
-struct CouplingSizes {
-  int64_t sums = 0, slots = 0;
+  int64_t at_sums;                               // of GPU kernels: position of T, slot by slot; see device_plan.h
 };
 
 template <typename R>
@@ -279,7 +280,7 @@ inline CouplingView read_coupling(Reader<int32_t>& ints) {
   CouplingView q{};
   read_header(q, ints);
   q.slots = ints.take(int64_t{2} * q.n_slots), q.groups = ints.take(int64_t{4} * q.n_groups);
-  q.blocks = ints.take(int64_t{2} * q.n_blocks);
+  q.blocks = ints.take(int64_t{2} * q.n_blocks), q.places = ints.take(int64_t{4} * q.n_groups);
   q.hidden_stride = q.constant ? 1 : static_cast<int32_t>(padded(q.n_hidden));
   q.in_stride = static_cast<int32_t>(padded(q.n_in)), q.out_stride = static_cast<int32_t>(padded(q.n_out));
   q.theta_size = padded(int64_t{q.n_in} * q.hidden_stride);

@@ -9,8 +9,8 @@ template <typename R>
 struct Backward : Worker<R> {
   using Base = Worker<R>;
   using V = typename Lane<R>::V;
-  using Base::a, Base::p, Base::weights, Base::size, Base::tile, Base::products, Base::h, Base::mixed, Base::ring,
-      Base::ring_size, Base::n_ring;
+  using Base::a, Base::p, Base::weights, Base::tile, Base::products, Base::h, Base::mixed, Base::ring, Base::ring_size,
+      Base::n_ring;
   static constexpr int L = Lane<R>::L, QL = Lane<R>::QL;
   const bool need_geometry, need_weights, need_hidden;
   R* sums;                // T of one node, as [w][slot, v]
@@ -28,8 +28,8 @@ struct Backward : Worker<R> {
   int64_t prepared[kMostNodes];  // nodes whose ∂L/∂T stand in d_sums
   int n_prepared = 0, current = 0;
 
-  Backward(const ConvArgs<Real<R>>& args, const CouplingSizes& sizes, int64_t own_edges)
-      : Base(args, sizes, own_edges),
+  Backward(const ConvArgs<Real<R>>& args, int64_t own_edges)
+      : Base(args, own_edges),
         need_geometry(a.grad_delta || a.grad_attr),
         need_weights(a.grad_weights),
         need_hidden(need_geometry || need_weights) {
@@ -42,9 +42,9 @@ struct Backward : Worker<R> {
 
   void place(Arena& arena) {
     Base::place(arena, true);
-    arena.take(sums, size.sums), arena.take(slot_sums, ring_size * size.slots),
-        arena.take(d_sums, ring_size * size.slots);
-    arena.take(d_sums_t, size.sums), arena.take(d_theta, theta_size()), arena.take(grads, ring_size * p.n_mixed);
+    arena.take(sums, p.n_sums), arena.take(slot_sums, ring_size * p.n_slot_sums),
+        arena.take(d_sums, ring_size * p.n_slot_sums);
+    arena.take(d_sums_t, p.n_sums), arena.take(d_theta, theta_size()), arena.take(grads, ring_size * p.n_mixed);
     arena.take(d_rows, row_size), arena.take(d_one, L * QL), arena.take(row_at, p.n_rows);
     arena.take(row_units, row_size / (L * QL));
   }
@@ -70,21 +70,28 @@ struct Backward : Worker<R> {
   R* theta_gradient(const CouplingView& q, int b) const {
     return d_theta + (q.theta - p.couplings[0].theta) + int64_t{b} * q.theta_rows * q.theta_size;
   }
-  // Position of T[slot] of a coupling in slot_sums and d_sums.
-  static int64_t at_slot(const CouplingView& q, int slot) {
-    return q.at_slots + int64_t{slot} * q.in_stride * q.hidden_stride;
+  // Position of T[slot] in slot_sums and d_sums.
+  static int64_t at_slot(const Group& group, int slot) {
+    return group.slot_sums + int64_t{slot - group.first} * group.q.in_stride * group.q.hidden_stride;
+  }
+  // f(group, slot) for all slots of all couplings
+  template <typename F>
+  void for_slots(F f) const {
+    for_groups(p.couplings, p.n_couplings, [&](const Group& group) {
+      for (int slot = group.first; slot < group.first + group.n_slots; ++slot) f(group, slot);
+    });
   }
 
   // ∂L/∂T of the node, in both layouts
   void start(int64_t node) {
     if (++current >= n_prepared || prepared[current] != node) prepare(node);
-    for_groups(p.couplings, p.n_couplings, [&](const Group& group, const int32_t*, int) {
-      const R* d = d_sums + current * size.slots + group.slots;
-      if (group.q.constant)
-        memcpy(static_cast<void*>(d_sums_t + group.sums), d, sizeof(R) * group.width);
+    for_bundles(p.couplings, p.n_couplings, [&](const Group& bundle) {
+      const R* d = d_sums + current * p.n_slot_sums + bundle.slot_sums;
+      if (bundle.q.constant)
+        memcpy(static_cast<void*>(d_sums_t + bundle.sums), d, sizeof(R) * bundle.width);
       else
-        transpose_rows(static_cast<int>(group.width), group.q.n_hidden, d, group.q.hidden_stride, d_sums_t + group.sums,
-                       group.width);
+        transpose_rows(static_cast<int>(bundle.width), bundle.q.n_hidden, d, bundle.q.hidden_stride,
+                       d_sums_t + bundle.sums, bundle.width);
     });
     this->untouched = true;
     if (!need_weights) return;
@@ -102,18 +109,19 @@ struct Backward : Worker<R> {
       for (int k = 0; k < p.out_size; ++k)
         if (p.place[k] >= 0)
           mixed[n * p.n_mixed + p.place[k]] = constant_number<R>(a.grad_out[prepared[n] * p.out_size + k]);
-    for (int k = 0; k < p.n_couplings; ++k)
-      for (int slot = 0; slot < p.couplings[k].n_slots; ++slot)
-        p.couplings[k].depthwise ? scale_channels(p.couplings[k], slot) : sum_outputs(p.couplings[k], slot);
+    for_slots([&](const Group& group, int slot) {
+      group.q.depthwise ? scale_channels(group, slot) : sum_outputs(group, slot);
+    });
   }
 
   // d_sums [slot][v, w] = θ[b, v, w] g[o, v]
-  void scale_channels(const CouplingView& q, int slot) {
+  void scale_channels(const Group& group, int slot) {
+    const CouplingView& q = group.q;
     const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
     const R* weight = weights + q.theta + b * q.theta_size;
     for (int n = 0; n < n_prepared; ++n) {
       const R* g = mixed + n * p.n_mixed + q.out_at + o * q.out_stride;
-      R* d = d_sums + n * size.slots + at_slot(q, slot);
+      R* d = d_sums + n * p.n_slot_sums + at_slot(group, slot);
       for (int64_t x = 0; x < q.theta_size && q.constant; x += QL)
         store_row(d + x, load_row(weight + x) * load_row(g + x));
       for (int64_t x = 0; x < q.theta_size && !q.constant; x += QL)
@@ -121,12 +129,13 @@ struct Backward : Worker<R> {
     }
   }
 
-  void sum_outputs(const CouplingView& q, int slot) {
+  void sum_outputs(const Group& group, int slot) {
     using Q = typename Lane<R>::Q;
+    const CouplingView& q = group.q;
     const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
     const R* weight = weights + q.theta + int64_t{b} * q.n_out * q.theta_size;
     const R* g = mixed + q.out_at + o * q.out_stride;
-    R* d = d_sums + at_slot(q, slot);
+    R* d = d_sums + at_slot(group, slot);
     constexpr int M = IST_LANE_BYTES == 64 && !is_dual<R> ? 2 : 1;  // as many as the registers hold
     int64_t x = 0;
     for (; x + M * L <= q.theta_size; x += M * L) sum_nodes<V, M>(q, weight + x, g, d + x);
@@ -136,7 +145,7 @@ struct Backward : Worker<R> {
   // M T numbers wide, of all nodes
   template <typename T, int M>
   IST_INLINE void sum_nodes(const CouplingView& q, const R* weight, const R* g, R* d) {
-    for (int first = 0; first < n_prepared; first += kNodes, g += kNodes * p.n_mixed, d += kNodes * size.slots) {
+    for (int first = 0; first < n_prepared; first += kNodes, g += kNodes * p.n_mixed, d += kNodes * p.n_slot_sums) {
       const R* node[kNodes];
       for (int n = 0; n < kNodes; ++n) node[n] = opaque_pointer(g + n * p.n_mixed);
       sum_block<T, M>(q, weight, node, d, n_prepared - first < kNodes ? n_prepared - first : kNodes);
@@ -149,30 +158,30 @@ struct Backward : Worker<R> {
     for (int u = 0; u < q.n_out; ++u, weight += q.theta_size)
       add_term<kNodes, M>(acc, [&](int n, int) { return node[n][u]; }, weight, u);
     for (int n = 0; n < n_nodes; ++n)
-      for (int m = 0; m < M; ++m) store_numbers(d + n * size.slots + m * kWidth<T>, acc[n * M + m]);
+      for (int m = 0; m < M; ++m) store_numbers(d + n * p.n_slot_sums + m * kWidth<T>, acc[n * M + m]);
   }
 
   // d_t and d_rows of the lanes l0 .. l1-1, all into one node.
   void run(int l0, int l1) {
     if (need_weights) this->accumulate(sums, l0, l1);
-    for_groups(p.couplings, p.n_couplings, [&](const Group& group, const int32_t* blocks, int n_blocks) {
-      for (const int32_t* block = blocks; block < blocks + 2 * n_blocks; block += 2)
-        run_block(group, block[0], block[1], l0, l1);
+    for_bundles(p.couplings, p.n_couplings, [&](const Group& bundle) {
+      for (const int32_t* block = bundle.blocks; block < bundle.blocks + 2 * bundle.n_blocks; block += 2)
+        run_block(bundle, block[0], block[1], l0, l1);
     });
   }
 
   // Of one row of hidden features, and the products that it meets at `place`.
-  IST_INLINE void run_block(const Group& group, int row, int place, int l0, int l1) {
-    const CouplingView& q = group.q;
+  IST_INLINE void run_block(const Group& bundle, int row, int place, int l0, int l1) {
+    const CouplingView& q = bundle.q;
     const int64_t at = int64_t{l0} * p.product_size + place, pad = q.hidden_stride;
     rank_updates<false>(l1 - l0, products.d_t + at, p.product_size, lane_by_lane(h + p.row_start[row], l0),
-                        d_sums_t + group.sums, group.width, 0, q.n_hidden, group.width);
-    const R* d = d_sums + current * size.slots + group.slots;
+                        d_sums_t + bundle.sums, bundle.width, 0, q.n_hidden, bundle.width);
+    const R* d = d_sums + current * p.n_slot_sums + bundle.slot_sums;
     if (q.constant)
-      dots(l0, l1, products.t + at, d, group.width);
+      dots(l0, l1, products.t + at, d, bundle.width);
     else if (need_hidden)
       rank_updates(l1 - l0, d_rows + row_at[row] + l0 * pad, pad, numbers_at(products.t + at, p.product_size, 1), d,
-                   pad, 0, static_cast<int>(group.width), pad);
+                   pad, 0, static_cast<int>(bundle.width), pad);
   }
 
   // d_one[l] += products of row l and d
@@ -187,13 +196,14 @@ struct Backward : Worker<R> {
   // T of a node, complete, slot by slot.
   void finish(int64_t node) {
     this->complete(sums);
-    for_groups(p.couplings, p.n_couplings, [&](const Group& group, const int32_t*, int) {
-      const CouplingView& q = group.q;
-      R* out = slot_sums + n_ring * size.slots + group.slots;
+    for_bundles(p.couplings, p.n_couplings, [&](const Group& bundle) {
+      const CouplingView& q = bundle.q;
+      R* out = slot_sums + n_ring * p.n_slot_sums + bundle.slot_sums;
       if (q.constant)
-        memcpy(static_cast<void*>(out), sums + group.sums, sizeof(R) * group.width);
+        memcpy(static_cast<void*>(out), sums + bundle.sums, sizeof(R) * bundle.width);
       else if (need_weights)
-        transpose_rows(q.n_hidden, static_cast<int>(group.width), sums + group.sums, group.width, out, q.hidden_stride);
+        transpose_rows(q.n_hidden, static_cast<int>(bundle.width), sums + bundle.sums, bundle.width, out,
+                       q.hidden_stride);
     });
     ring[n_ring++] = node;
     if (n_ring == ring_size) flush();
@@ -201,18 +211,17 @@ struct Backward : Worker<R> {
 
   // dθ [b][u][v, w] += Σ_n g_n[u, o] T_n[slot][v, w] over the nodes in the ring
   void flush() {
-    for (int k = 0; k < p.n_couplings && need_weights; ++k) {
-      const CouplingView& q = p.couplings[k];
-      for (int slot = 0; slot < q.n_slots; ++slot) {
+    if (need_weights)
+      for_slots([&](const Group& group, int slot) {
+        const CouplingView& q = group.q;
         const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
-        const R *g = grads + q.out_at + o * q.out_stride, *sums_of = slot_sums + at_slot(q, slot);
+        const R *g = grads + q.out_at + o * q.out_stride, *sums_of = slot_sums + at_slot(group, slot);
         if (q.depthwise)
           flush_channels(q, theta_gradient(q, b), g, sums_of);
         else
-          rank_updates(q.n_out, theta_gradient(q, b), q.theta_size, numbers_at(g, 1, p.n_mixed), sums_of, size.slots, 0,
-                       n_ring, q.theta_size);
-      }
-    }
+          rank_updates(q.n_out, theta_gradient(q, b), q.theta_size, numbers_at(g, 1, p.n_mixed), sums_of, p.n_slot_sums,
+                       0, n_ring, q.theta_size);
+      });
     n_ring = 0;
   }
 
@@ -222,7 +231,7 @@ struct Backward : Worker<R> {
       typename Lane<R>::Q total = load_row(out + x);
       for (int n = 0; n < n_ring; ++n) {
         const R* at = g + n * p.n_mixed;
-        const auto sum = load_row(sums_of + n * size.slots + x);
+        const auto sum = load_row(sums_of + n * p.n_slot_sums + x);
         total += q.constant ? sum * load_row(at + x) : sum * at[x / q.hidden_stride];
       }
       store_row(out + x, total);

@@ -61,12 +61,11 @@ struct Features {
 template <typename N, typename R>
 void forward(const ConvArgs<R>& given) {
   ConvArgs<R> a = given;
-  const CouplingSizes sizes = place_couplings(*a.plan);
   const Features<N, R> features(a);
   const int blocks = forward_blocks(a);
   for_blocks(a.threads, blocks, [&](int b) {
     const int64_t first = first_node(a, b, blocks), last = first_node(a, b + 1, blocks);
-    if (first < last) Forward<N>(a, sizes, own_edges(a, first, last)).nodes(first, last);
+    if (first < last) Forward<N>(a, own_edges(a, first, last)).nodes(first, last);
   });
 }
 
@@ -127,7 +126,6 @@ void sum_blocks(int threads, int blocks, int64_t n, T* sums) {
 template <typename N, typename R>
 void backward(const ConvArgs<R>& given) {
   ConvArgs<R> a = given;
-  const CouplingSizes sizes = place_couplings(*a.plan);
   const Features<N, R> features(a);
   const int64_t n_grad = a.plan->n_grad, all = a.n_src * a.plan->n_gathered;
   const int blocks = backward_blocks(a);
@@ -138,7 +136,7 @@ void backward(const ConvArgs<R>& given) {
     if (a.grad_edge && a.grad_by_node) memset(own.grad_edge += b * all, 0, sizeof(R) * all);
     R* grad_weights = a.grad_weights ? a.grad_weights + b * n_grad : nullptr;
     if (first < last)
-      Backward<N>(own, sizes, own_edges(a, first, last)).nodes(first, last, grad_weights);
+      Backward<N>(own, own_edges(a, first, last)).nodes(first, last, grad_weights);
     else if (grad_weights)
       memset(grad_weights, 0, sizeof(R) * n_grad);
   });

@@ -11,13 +11,13 @@ struct Forward : Worker<R> {
   using V = typename Lane<R>::V;
   using Q = typename Lane<R>::Q;
   static constexpr int L = Lane<R>::L, QL = Lane<R>::QL;
-  using Base::a, Base::p, Base::weights, Base::tile, Base::mixed, Base::ring, Base::ring_size, Base::n_ring, Base::size;
+  using Base::a, Base::p, Base::weights, Base::tile, Base::mixed, Base::ring, Base::ring_size, Base::n_ring;
   R* sums;  // T of ring_size nodes, as [w][slot, v]
 
-  Forward(const ConvArgs<Real<R>>& args, const CouplingSizes& sizes, int64_t own_edges) : Base(args, sizes, own_edges) {
+  Forward(const ConvArgs<Real<R>>& args, int64_t own_edges) : Base(args, own_edges) {
     allocate(a, this->near, [&](Arena& arena) {
       this->place(arena, false);
-      arena.take(sums, ring_size * size.sums);
+      arena.take(sums, ring_size * p.n_sums);
     });
     this->products.set_constant_factors();
   }
@@ -36,9 +36,9 @@ struct Forward : Worker<R> {
   // T outputs from u on, of all nodes
   template <typename T>
   IST_INLINE void mix_nodes(const Group& group, const R* weight, const R* sums_of, R* out, int u) {
-    for (int first = 0; first < n_ring; first += kNodes, sums_of += kNodes * size.sums, out += kNodes * p.n_mixed) {
+    for (int first = 0; first < n_ring; first += kNodes, sums_of += kNodes * p.n_sums, out += kNodes * p.n_mixed) {
       const R* node[kNodes];
-      for (int n = 0; n < kNodes; ++n) node[n] = opaque_pointer(sums_of + n * size.sums);
+      for (int n = 0; n < kNodes; ++n) node[n] = opaque_pointer(sums_of + n * p.n_sums);
       group.q.depthwise ? mix_channels<T>(group, weight, node, out, u) : mix_block<T>(group, weight + u, node, out + u);
     }
   }
@@ -47,7 +47,7 @@ struct Forward : Worker<R> {
   IST_INLINE void mix_block(const Group& group, const R* weight, const R* const* node, R* out) {
     T acc[kNodes] = {};
     for (int v = 0; v < group.q.n_in; ++v)
-      for (int64_t x = v; x < group.q.n_hidden * group.width; x += group.width, weight += group.q.out_stride)
+      for (int64_t x = v; x < group.q.n_hidden * group.stride; x += group.stride, weight += group.q.out_stride)
         add_term<kNodes, 1>(acc, [&](int n, int) { return node[n][x]; }, weight, 0);
     for (int n = 0; n < kNodes; ++n, out += p.n_mixed) store_numbers(out, load_numbers<T>(out) + acc[n]);
   }
@@ -58,14 +58,14 @@ struct Forward : Worker<R> {
     T acc[kNodes] = {};
     for (int w = 0; w < group.q.n_hidden; ++w, weight += group.q.out_stride) {
       const T factor = load_numbers<T>(weight + u);
-      for (int n = 0; n < kNodes; ++n) acc[n] += load_numbers<T>(node[n] + w * group.width + u) * factor;
+      for (int n = 0; n < kNodes; ++n) acc[n] += load_numbers<T>(node[n] + w * group.stride + u) * factor;
     }
     for (int n = 0; n < kNodes; ++n, out += p.n_mixed) store_numbers(out + u, load_numbers<T>(out + u) + acc[n]);
   }
 
   void flush() {
     memset(static_cast<void*>(mixed), 0, sizeof(R) * ring_size * p.n_mixed);
-    for_groups(p.couplings, p.n_couplings, [&](const Group& group, const int32_t*, int) {
+    for_groups(p.couplings, p.n_couplings, [&](const Group& group) {
       for (int slot = group.first; slot < group.first + group.n_slots; ++slot) mix(group, slot);
     });
     for (int n = 0; n < n_ring; ++n) {
@@ -80,7 +80,7 @@ struct Forward : Worker<R> {
   }
 
   void nodes(int64_t first, int64_t last) {
-    const auto node = [&] { return sums + n_ring * size.sums; };
+    const auto node = [&] { return sums + n_ring * p.n_sums; };
     const auto start = [&](int64_t) { this->untouched = true; };
     const auto run = [&](int l0, int l1) { this->accumulate(node(), l0, l1); };
     const auto finish = [&](int64_t i) {

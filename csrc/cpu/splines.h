@@ -1,5 +1,6 @@
 // A table in place of the MLP: y = Σ_j w_j(u) b_j over four of the splines' coefficients of an edge's type, each a row
-// of all hidden coefficients, and the reverse sweep. Rows are interpolated edge by edge, then turned into lanes.
+// of all hidden coefficients that couplings read, and the reverse sweep. Rows are interpolated edge by edge, then
+// turned into lanes.
 #pragma once
 
 #include "../edge_frame.h"
@@ -16,8 +17,10 @@ struct Splines {
 
   const PlanView<Plain>* p;
   const R* table;          // [types · splines per type, row]
-  int64_t row, n_numbers;  // padded hidden_flat; of the whole table
-  V *y, *d_y;              // [hidden_flat]
+  int n_read;              // coefficients of all fields that couplings read: of a row
+  int64_t row, n_numbers;  // padded; of the whole table
+  V *y, *d_y;              // [hidden_flat], y is 0 where nothing reads it
+  V* read;                 // [n_read] of y or d_y
   Plain* rows;             // [kPlanes, L, row] y or d_y edge by edge
   V weights[kPieces];      // of the four pieces that count
   V slopes[kPieces];       // their derivatives in u; backward alone
@@ -25,9 +28,9 @@ struct Splines {
   R *d_table, *d_u;        // as table, summed over all tiles of a block; [L, QL], sums over QL are ∂L/∂u
 
   void place(Arena& arena, const PlanView<Plain>& plan, const R* packed, bool backward) {
-    p = &plan, table = packed + plan.table, row = padded(plan.hidden_flat);
+    p = &plan, table = packed + plan.table, n_read = plan.channels * plan.n_read, row = padded(n_read);
     n_numbers = int64_t{plan.n_types} * splines_per_type(plan) * row;
-    arena.take(y, plan.hidden_flat), arena.take(rows, kPlanes<R> * L * row);
+    arena.take(y, plan.hidden_flat), arena.take(read, n_read), arena.take(rows, kPlanes<R> * L * row);
     if (!backward) return;
     arena.take(d_y, plan.hidden_flat), arena.take(d_table, n_numbers), arena.take(d_u, int64_t{L} * QL);
   }
@@ -81,17 +84,18 @@ struct Splines {
     }
     for (int k = 0; k < kPlanes<R>; ++k)
       rows_to_lanes<Plain>(
-          p->hidden_flat, [&](int l) { return edge_row(k, l); },
-          [&](int, int at, int count) { return at + count <= row; }, plane<R>(y, k), kPlanes<R>);
+          n_read, [&](int l) { return edge_row(k, l); }, [&](int, int at, int count) { return at + count <= row; },
+          plane<R>(read, k), kPlanes<R>);
+    for (int k = 0; k < n_read; ++k) y[coefficient(k)] = read[k];
     return y;
   }
 
   // From the gradient of hidden() (in this->d_y), of the first n_edges lanes: d_table and e.d_radius.
   void backward(Edges<R>& e, int n_edges, bool need_weights, bool need_radius) {
     for (int k = 0; k < p->n_inputs; ++k) e.d_inputs[k] = V{};
+    for (int k = 0; k < n_read; ++k) read[k] = d_y[coefficient(k)];
     for (int k = 0; k < kPlanes<R>; ++k)
-      lanes_to_rows<Plain>(
-          p->hidden_flat, plane<R>(d_y, k), kPlanes<R>, [&](int l) { return edge_row(k, l); }, n_edges);
+      lanes_to_rows<Plain>(n_read, plane<R>(read, k), kPlanes<R>, [&](int l) { return edge_row(k, l); }, n_edges);
     for (int l = 0; l < n_edges; ++l) {
       if (need_weights) add_to_table(l);
       if (need_radius) differentiate(l);
@@ -127,6 +131,8 @@ struct Splines {
   }
 
  private:
+  // Where the k-th coefficient of a row is among all hidden ones.
+  int coefficient(int k) const { return k / p->n_read * p->c + k % p->n_read; }
   // An edge's row of values or, of dual numbers, of tangents; what fills it up stays 0.
   Plain* edge_row(int which, int l) const { return rows + (int64_t{which} * L + l) * row; }
   void store(Q q, int l, int64_t x) {

@@ -8,36 +8,36 @@ namespace implicit_steer::IST_ISA {
 constexpr int kNodes = 8;       // nodes that share a load of θ: as many sums as stay in registers
 constexpr int kMostNodes = 32;  // whose sums T wait until they are mixed, a multiple of kNodes
 
-// Sets the couplings' positions in a worker's buffers. The sizes are in numbers, dual or not.
-template <typename R>
-CouplingSizes place_couplings(PlanView<R>& p) {
-  CouplingSizes size;
-  for (int k = 0; k < p.n_couplings; ++k) {
-    CouplingView& q = p.couplings[k];
-    q.at_sums = size.sums, q.at_slots = size.slots;
-    size.sums += int64_t{q.n_slots} * q.n_hidden * q.in_stride;
-    size.slots += int64_t{q.n_slots} * q.in_stride * q.hidden_stride;
-  }
-  return size;
-}
-
-// Slots of a coupling that read the same rows; their T lie at `sums` as [w][slot, v] with rows of `width` numbers, or
-// at `slots` as [slot, v][w].
+// Slots of a coupling that read the same rows, first .. first + n_slots - 1, or a bundle of such groups. Its T lie at
+// `sums` as [w][slot, v], `width` of them side by side in rows of `stride` numbers, and at `slot_sums` as [slot, v][w].
 struct Group {
   const CouplingView& q;
   int first, n_slots;
-  int64_t width, sums, slots;
+  int64_t width, stride, sums, slot_sums;
+  const int32_t* blocks;
+  int n_blocks;
 };
-// f(group, its blocks, their number) for all groups of all couplings
+// f(group) for all groups of all couplings
 template <typename F>
 IST_INLINE void for_groups(const CouplingView* couplings, int n, F f) {
   for (int k = 0; k < n; ++k) {
     const CouplingView& q = couplings[k];
-    for (const int32_t* group = q.groups; group < q.groups + 4 * q.n_groups; group += 4) {
-      const int64_t before = int64_t{group[0]} * q.in_stride;
-      f(Group{q, group[0], group[1], int64_t{group[1]} * q.in_stride, q.at_sums + before * q.n_hidden,
-              q.at_slots + before * q.hidden_stride},
-        q.blocks + 2 * group[2], group[3]);
+    for (int g = 0; g < q.n_groups; ++g) {
+      const int32_t *group = q.groups + 4 * g, *place = q.places + 4 * g;
+      f(Group{q, group[0], group[1], int64_t{group[1]} * q.in_stride, place[1], place[0], place[2],
+              q.blocks + 2 * group[2], group[3]});
+    }
+  }
+}
+// f(bundle): the group that leads it, as wide as all of them
+template <typename F>
+IST_INLINE void for_bundles(const CouplingView* couplings, int n, F f) {
+  for (int k = 0; k < n; ++k) {
+    const CouplingView& q = couplings[k];
+    for (int g = 0; g < q.n_groups; ++g) {
+      const int32_t *group = q.groups + 4 * g, *place = q.places + 4 * g;
+      if (place[3])
+        f(Group{q, group[0], group[1], place[1], place[1], place[0], place[2], q.blocks + 2 * group[2], group[3]});
     }
   }
 }
@@ -50,7 +50,6 @@ struct Worker {
   const ConvArgs<Real<R>>& a;
   const PlanView<Real<R>>& p;
   const R* weights;  // packed
-  const CouplingSizes size;
   EdgeTile<R> tile;
   Products<R> products;
   NearList near;
@@ -61,11 +60,10 @@ struct Worker {
   int n_ring = 0;
   bool untouched = true;  // the T of the current node
 
-  Worker(const ConvArgs<Real<R>>& args, const CouplingSizes& sizes, int64_t own_edges)
+  Worker(const ConvArgs<Real<R>>& args, int64_t own_edges)
       : a(args),
         p(*args.plan),
         weights(reinterpret_cast<const R*>(args.weights)),
-        size(sizes),
         tile(args),
         products(*args.plan),
         near(p.regular ? own_edges : 0),
@@ -79,7 +77,7 @@ struct Worker {
     for (int k = 0; k < p.n_couplings; ++k)
       theta += int64_t{p.couplings[k].n_basis} * p.couplings[k].theta_rows * p.couplings[k].theta_size;
     if (theta * static_cast<int64_t>(sizeof(R)) <= kSmall) return kNodes;
-    const int64_t fit = kSums / static_cast<int64_t>(sizeof(R)) / (size.sums + 1) / kNodes * kNodes;
+    const int64_t fit = kSums / static_cast<int64_t>(sizeof(R)) / (p.n_sums + 1) / kNodes * kNodes;
     return static_cast<int>(fit < kNodes ? kNodes : fit > kMostNodes ? kMostNodes : fit);
   }
 
@@ -99,12 +97,13 @@ struct Worker {
 
   // T = h ⊗ t over the lanes l0 .. l1-1, all into one node; added to that of its earlier lanes.
   void accumulate(R* node, int l0, int l1) {
-    for_groups(p.couplings, p.n_couplings, [&](const Group& group, const int32_t* blocks, int n_blocks) {
-      for (int k = 0; k < n_blocks; ++k) {
+    for_bundles(p.couplings, p.n_couplings, [&](const Group& bundle) {
+      for (int k = 0; k < bundle.n_blocks; ++k) {
+        const int row = bundle.blocks[2 * k], place = bundle.blocks[2 * k + 1];
         const auto update = [&](auto add) {
-          rank_updates<decltype(add)::value == 1>(group.q.n_hidden, node + group.sums, group.width,
-                                                  lanes_of(h + p.row_start[blocks[2 * k]]),
-                                                  products.t + blocks[2 * k + 1], p.product_size, l0, l1, group.width);
+          rank_updates<decltype(add)::value == 1>(bundle.q.n_hidden, node + bundle.sums, bundle.width,
+                                                  lanes_of(h + p.row_start[row]), products.t + place, p.product_size,
+                                                  l0, l1, bundle.width);
         };
         untouched&& k == 0 ? update(Count<0>{}) : update(Count<1>{});
       }
@@ -114,7 +113,7 @@ struct Worker {
 
   // After a node's last edge: where all of them were left to the near list, nothing has been written yet.
   void complete(R* node) {
-    if (untouched) memset(static_cast<void*>(node), 0, sizeof(R) * size.sums);
+    if (untouched) memset(static_cast<void*>(node), 0, sizeof(R) * p.n_sums);
   }
 
   // Walks the nodes first .. last-1: start(i) before a node's first edge, run(l0, l1) for the lanes of a tile that

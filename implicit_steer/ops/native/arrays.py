@@ -156,15 +156,16 @@ class _Builder:
     # ---- the packed weights
 
     def pack_table(self) -> None:
-        """Spline by spline, each with one coefficient of all hidden fields, side by side and padded."""
+        """Spline by spline, each with one coefficient of all hidden fields, field by field: those that couplings read,
+        side by side and padded."""
         self.table = 0
         if self.plan.is_frozen:
-            n = self.plan.hidden_coefficients
-            first = next(self.parameter_starts)
-            parameters = np.arange(first, first + self.plan.table_size).reshape(-1, n)
-            self.table = self.packing.add_copies(
-                np.pad(parameters, ((0, 0), (0, padded(n) - n)), constant_values=-1).reshape(-1)
-            )
+            first, channels = next(self.parameter_starts), self.plan.hidden_coefficients // self.n_coefficients
+            parameters = np.arange(first, first + self.plan.table_size)
+            read = parameters.reshape(-1, channels, self.n_coefficients)[:, :, : self.terms.used]
+            read = read.reshape(-1, channels * self.terms.used)
+            filled = ((0, 0), (0, padded(read.shape[1]) - read.shape[1]))
+            self.table = self.packing.add_copies(np.pad(read, filled, constant_values=-1).reshape(-1))
 
     def pack_hidden_layers(self) -> None:
         """W of every hidden layer as groups of rows, and b, row by row."""
@@ -261,6 +262,9 @@ class _Builder:
             n_even=int((~self.pairs.odd).sum()),
             n_gathered=len(terms.inputs.channel),
             n_mixed=len(terms.outputs.channel),
+            n_sums=terms.n_sums,
+            n_slot_sums=terms.n_slot_sums,
+            n_read=terms.used,
             n_knots=table.knots if table else 0,
             n_types=table.types if table else 0,
             table=self.table,
@@ -357,7 +361,7 @@ class _Builder:
             theta_forward=self.theta_forward[n],
             out_at=terms.out_at,
         )
-        numbers.add_ints(header, terms.slots, terms.groups, terms.blocks)
+        numbers.add_ints(header, terms.slots, terms.groups, terms.blocks, terms.places)
 
 
 def _add_products(numbers: _Numbers, terms: Terms) -> None:

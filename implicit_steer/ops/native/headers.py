@@ -36,6 +36,9 @@ class PlanHeader(NamedTuple):
     n_even: int
     n_gathered: int
     n_mixed: int
+    n_sums: int
+    n_slot_sums: int
+    n_read: int
     n_knots: int
     n_types: int
     table: int
