@@ -158,7 +158,10 @@ def test_messages(potential, monkeypatch):
 # ---- dynamics
 
 
-def test_energy_is_conserved(potential):
+@pytest.mark.parametrize("table", [False, True], ids=["mlp", "table"])
+def test_energy_is_conserved(potential, table):
+    if table:
+        potential = potential.freeze_table()
     runs = []
     for dt in (1.0, 0.5):
         atoms = copper()

@@ -1,5 +1,6 @@
 """The potential: derivatives, symmetries, smoothness, structures, and files."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -30,10 +31,11 @@ def make(max_frequency=1, **options):
     return potential
 
 
-@pytest.fixture(scope="module", params=[0, 1, 2], ids=["l0", "l1", "l2"])
+@pytest.fixture(scope="module", params=["l0", "l1", "l2", "l1-table"])
 def potential(request):
-    """Potentials with fields up to l = 0, 1 and 2."""
-    return make(request.param)
+    """Potentials with fields up to l = 0, 1 and 2, and one with splines in place of the MLPs of its kernels."""
+    made = make(int(request.param[1]))
+    return made.freeze_table() if request.param.endswith("table") else made
 
 
 def structure(atoms):
@@ -81,7 +83,7 @@ def at(structures, pos):
 def test_forces_are_minus_the_gradient(potential, structures):
     forces = potential.predict(structures).forces
     assert 0.3 < forces.abs().max() < 100
-    step, worst = 1e-3, 0.0
+    step, worst = 3e-4, 0.0
     with torch.no_grad():
         for _ in range(50):
             direction = torch.randn_like(structures.pos)
@@ -89,8 +91,9 @@ def test_forces_are_minus_the_gradient(potential, structures):
             e = [potential(at(structures, structures.pos + s * step * direction)).item() for s in (1, -1, 2, -2)]
             slope = (8 * (e[0] - e[1]) - (e[2] - e[3])) / (12 * step)
             worst = max(worst, abs(slope + (forces * direction).sum().item()))
-    # Central differences of fourth order at this step: 3e-11 of the norm measured.
-    assert worst < 1e-8 * forces.norm()
+    # Central differences of fourth order at this step: 3e-11 of the norm measured. At 1e-3 they see the jumps of the
+    # splines' third derivatives, 3e-10.
+    assert worst < 1e-10 * forces.norm()
 
 
 def test_forces_are_autograds(potential, structures):
@@ -283,7 +286,7 @@ def test_atoms_without_neighbours(potential, n):
 
 def test_float32_agrees(potential, ethanol):
     exact = potential.predict(ethanol)
-    single = make(potential.options["max_frequency"]).float().predict(ethanol.to(torch.float32))
+    single = copy.deepcopy(potential).float().predict(ethanol.to(torch.float32))
     assert single.forces.dtype == torch.float32
     # Measured: 7e-7.
     assert (single.forces - exact.forces).norm() < 1e-5 * exact.forces.norm()
@@ -322,7 +325,9 @@ def test_convolutions_that_are_given_their_cosines(ethanol):
         assert torch.equal(ours, theirs)
 
 
-def test_saved_and_loaded(potential, ethanol, tmp_path):
+@pytest.mark.parametrize("max_frequency", [0, 1, 2])
+def test_saved_and_loaded(max_frequency, ethanol, tmp_path):
+    potential = make(max_frequency)
     potential.save(tmp_path / "potential.pt")
     again = load_potential(tmp_path / "potential.pt")
     assert not again.training
