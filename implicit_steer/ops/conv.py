@@ -108,7 +108,8 @@ def implicit_conv(
     """
     dtype = compute_dtype(parameters)
     chosen = (
-        select.choose_in_compiled(backend, parameters, x.device) or select.choose(backend, plan, x.device, dtype)[0]
+        select.choose_in_compiled(backend, parameters, x.device)
+        or select.choose(backend, plan, x.device, dtype, graph.num_edges)[0]
     )
     parameters = _cast(parameters, dtype)
     statistics_from = _possible_source(plan, statistics_from, graph.num_edges)

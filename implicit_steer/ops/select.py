@@ -2,7 +2,8 @@
 
 A backend asked for by name runs or raises with its reason. ``"auto"`` takes the first one that supports the plan: on
 CPU tensors `cpu`, else `eager`; on CUDA tensors `cuda` or `triton`, whichever is predicted to be faster, else the other
-one, else `eager`. Inside torch.compile, which cannot follow that search, it is `cpu` or `cuda`. The kernel alone comes
+one, else `reference` where the kernels of all edges fit the memory, and at last `eager`, which on an H100 took 2 to 5
+times as long. Inside torch.compile, which cannot follow that search, it is `cpu` or `cuda`. The kernel alone comes
 from native code where that supports the plan, else from `reference`.
 """
 
@@ -26,6 +27,7 @@ BACKENDS: dict[str, Backend] = {b.name: b for b in (Reference(), Eager(), Cpu(),
 NAMES = ("auto", *BACKENDS)
 
 _PREFERENCE = ("cpu", "cuda", "triton", "eager")  # of "auto": the first that supports the plan
+_SHARE = 0.5  # of the free memory of a GPU that `reference` may take
 _OF_KERNEL = ("cpu", "cuda")  # of the kernel alone, else `reference`
 
 
@@ -41,8 +43,10 @@ def check(name: str, plan: Plan, device: torch.device, dtype: torch.dtype) -> No
         choose(name, plan, device, dtype)
 
 
-def choose(name: str, plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
-    """The backend for ``name`` and the reason for the choice.
+def choose(
+    name: str, plan: Plan, device: torch.device, dtype: torch.dtype, edges: int | None = None
+) -> tuple[Backend, str]:
+    """The backend for ``name`` and the reason for the choice; ``edges``: of the call, if it is known.
 
     Raises:
         ValueError: unknown name.
@@ -51,7 +55,7 @@ def choose(name: str, plan: Plan, device: torch.device, dtype: torch.dtype) -> t
     if name == "auto":
         if device.type == "cpu":
             _native.found()
-        refused, (preferred, why) = "", _by_preference(plan, device)
+        refused, (preferred, why) = "", _by_preference(plan, device, dtype, edges)
         for candidate in preferred:
             ok, reason = BACKENDS[candidate].supports(plan, device, dtype)
             if ok:
@@ -71,7 +75,9 @@ def for_comparison(plan: Plan) -> Backend:
     return choose("auto", plan, torch.device("cpu"), torch.float64)[0]
 
 
-def _by_preference(plan: Plan, device: torch.device) -> tuple[tuple[str, ...], str]:
+def _by_preference(
+    plan: Plan, device: torch.device, dtype: torch.dtype, edges: int | None
+) -> tuple[tuple[str, ...], str]:
     """The backends in order of preference, and on a GPU the reason for the order."""
     if device.type != "cuda":
         return _PREFERENCE, ""
@@ -82,8 +88,19 @@ def _by_preference(plan: Plan, device: torch.device) -> tuple[tuple[str, ...], s
         cost, what, where = instructions_per_edge(plan), "warp instructions per edge", ""
     first, *others = sorted(cost, key=lambda name: cost[name])
     rivals = "".join(f", {name} {cost[name]:,.1f}" for name in others)
-    preferred = (first, *others, *(name for name in _PREFERENCE if name not in cost))
+    last = ("reference",) if edges is not None and _fits(plan, edges, dtype, device) else ()
+    preferred = (first, *others, *last, *(name for name in _PREFERENCE if name not in cost))
     return preferred, f"; predicted {cost[first]:,.1f} {what}{rivals}{where}"
+
+
+def _fits(plan: Plan, edges: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `reference` can train on so many edges: kernels and hidden values, and their gradients, fit the memory.
+    Not for plans with a table, which it does not use."""
+    if plan.table is not None or not torch.cuda.is_available():
+        return False
+    cost = plan.cost()
+    numbers = plan.out_size * plan.in_size + plan.hidden_size + 2 * cost["φ per edge"]
+    return 2 * edges * numbers * dtype.itemsize < _SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 def choose_for_kernel(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:

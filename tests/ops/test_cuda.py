@@ -177,6 +177,23 @@ def test_the_other_one_steps_in(both, monkeypatch):
     assert reason == "triton: supported; not cuda: no kernels"
 
 
+@pytest.mark.parametrize("free", [10**6, 10**9])
+def test_last_resort(monkeypatch, free):
+    """The kernels of all edges where these fit the memory, which are faster than `eager` on a GPU."""
+    for backend in (cuda, triton):
+        monkeypatch.setattr(backend, "supports", lambda plan, device, dtype: (False, "no kernels"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**10))
+    plan = layer(SMALL["o3"]).implicit_kernel.plan
+    expected = "reference" if free == 10**9 else "eager"
+    chosen, reason = select.choose("auto", plan, GPU, torch.float32, edges=1000)
+    assert chosen.name == expected and "no kernels" in reason
+    assert select.choose("auto", plan, GPU, torch.float32)[0].name == "eager"  # nobody knows how many edges
+    tabulated = layer(SMALL["o3"], table=16).implicit_kernel.plan
+    assert select.choose("auto", tabulated, GPU, torch.float32, edges=1000)[0].name == "eager"
+
+
 # ---- its Python side
 
 
