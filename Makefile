@@ -30,7 +30,7 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-slow test-gpu test-gpu-emulated test-gpu-quick cuda-kernels cuda-gates test-native test-arm native-cases arm-tools wheel test-wheel test-install bench docs build lint format clean
+.PHONY: demo test test-slow test-slow-python test-slow-native test-gpu test-gpu-emulated test-gpu-quick cuda-kernels cuda-gates test-native test-arm native-cases arm-tools wheel test-wheel test-install bench docs build lint format clean
 
 demo: build
 	$(BIN)/python -m implicit_steer demo
@@ -45,12 +45,16 @@ PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorde
 test: lint
 	$(PYTEST) -m "not slow and not gpu"
 
-# What is compiled and run without Python goes two at a time: much of it keeps one core. The plain native tests are left
-# out: the Python tests run the same optimised code.
+# Beside the Python tests goes what is compiled and run without Python, much of which keeps one core.
 test-slow: build $(PYG)
-	$(MAKE) --no-print-directory -j 2 --output-sync=target native-address native-thread test-gpu-quick cuda-gates
+	$(MAKE) --no-print-directory -j 2 --output-sync=target test-slow-python test-slow-native
+
+test-slow-python: build $(PYG)
 	$(PYTEST) -m slow
 	$(WITH_PYG) $(PYTEST) tests/irreps/test_pyg.py tests/docs/test_tutorials.py -k "pyg or irreps"
+
+# The plain native tests are left out: the Python tests run the same optimised code.
+test-slow-native: native-address native-thread test-gpu-quick cuda-gates
 
 # On this machine's GPU what tests/ops/test_triton.py runs with Triton's interpreter, and what takes a GPU.
 test-gpu: build

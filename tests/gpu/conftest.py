@@ -18,13 +18,20 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend", BACKENDS)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def guarded():
-    """Every uninitialised tensor full of NaN; interpreted, every launch under the guard."""
+    """Interpreted, every launch under the guard."""
+    if INTERPRETED:
+        import interpreter
+
+        interpreter.install()
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Every uninitialised tensor is full of NaN."""
     import interpreter
 
     torch.manual_seed(0)
-    if INTERPRETED:
-        interpreter.install()
     with interpreter.poisoned():
         yield

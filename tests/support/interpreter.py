@@ -1,17 +1,30 @@
 """Triton's interpreter made trustworthy and bearable, for tests: imported where TRITON_INTERPRET=1.
 
-Seen in Triton 3.6.0 and 3.7.1: tl.dot ignores ``input_precision``; nothing checks addresses; every call of a jit
-function patches the language again."""
+Seen in Triton 3.6.0 and 3.7.1: tl.dot ignores ``input_precision``; nothing checks addresses. Half of the time goes into
+what changes no result: every call of a jit function patches the language again, sums and products of int32 are made a
+second time in int64 for an assertion that is off, and the table of dtypes is made anew for every value."""
 
 import contextlib
+import dataclasses
 
 import numpy as np
 import torch
+import triton.language as tl
 from triton.runtime import interpreter as triton_interpreter
 
 from implicit_steer.ops.triton import launch as launches
 
 _BUILDER = triton_interpreter.InterpreterBuilder
+_find_np_dtype = triton_interpreter._get_np_dtype
+_NP_DTYPES = {}  # by the name of Triton's type
+
+
+def _np_dtype(kind):
+    """NumPy's dtype for the elements of a type of Triton's."""
+    name = kind.scalar.name
+    if name not in _NP_DTYPES:
+        _NP_DTYPES[name] = _find_np_dtype(kind)
+    return _NP_DTYPES[name]
 
 
 def _tf32(x):
@@ -83,16 +96,14 @@ class Guard:
 
 
 def install():
-    """Exact tl.dot, one patch of the language per launch, a guard around every launch."""
+    """Once per process: exact tl.dot, one patch of the language per launch, a guard around every launch, and the time
+    saved that changes no result."""
     _BUILDER.create_dot = _create_dot
-    patching = triton_interpreter.InterpretedFunction.__call__
-
-    def call(self, *args, **kwargs):
-        if self.fn.__module__.startswith("triton"):  # written in other parts of the language than ours
-            return patching(self, *args, **kwargs)
-        return self.rewrite()(*args, **kwargs)
-
-    triton_interpreter.InterpretedFunction.__call__ = call
+    builder = triton_interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    triton_interpreter._get_np_dtype = _np_dtype
+    triton_interpreter._patch_lang(tl.sum.fn)  # for good: the part of the language that Triton's own functions are in
+    triton_interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
     launch = launches.launch
 
     def guarded(kernel, grid, arguments, constants, config):
