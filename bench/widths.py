@@ -24,7 +24,8 @@ from .timing import interleaved, summary
 
 WIDTHS, THREADS = (16, 64, 128), (1, 2)
 NODES, NEIGHBOURS = 500, 32
-OURS = ("full", "depthwise")
+OURS = ("full", "depthwise", "full, table", "depthwise, table")
+KNOTS = 256  # of the layers with a table
 CANDIDATES = (*OURS, *related.FORMS)
 BASELINE = related.FORMS[1]  # NequIP's form
 TARGETS = {"forward": 10.0, "training": 5.0}  # how many times faster than it ours are to be
@@ -43,7 +44,9 @@ def _problem(width: int) -> Problem:
 def _module(candidate: str, width: int) -> torch.nn.Module:
     irreps = f"{width}x0e + {width}x1o"
     if candidate in OURS:
-        return ImplicitPointConv(irreps, irreps, width=1.0, depthwise=candidate == "depthwise")
+        kind, _, table = candidate.partition(", ")
+        options = {"depthwise": kind == "depthwise", "table": KNOTS if table else None}
+        return ImplicitPointConv(irreps, irreps, width=1.0, **options)
     return related.Layer(irreps, irreps, 0, candidate)
 
 
