@@ -30,9 +30,13 @@ from ..plan import Linear as LinearMap
 from ..plan.frozen import components
 from ..plan.irreps import Irrep, Irreps, Term
 from ..plan.packing import Parameters, Weights, dense_kernel, pack
+from .linear import Linear
 from .point_conv import ImplicitPointConv
 
-_WAYS = "an escnn FieldType or GeometricTensor of O(3) or SO(3) on R³, or an implicit_steer.nn.ImplicitPointConv"
+_WAYS = (
+    "an escnn FieldType or GeometricTensor of O(3) or SO(3) on R³, or an ImplicitPointConv or a Linear of "
+    "implicit_steer.nn"
+)
 _ACCURACY = 1e-5  # relative, of a converted kernel, whose parameters are in float32
 
 
@@ -42,10 +46,11 @@ def from_escnn(x: Any) -> Any:
     Args:
         x: a FieldType → its :class:`Irreps`; a GeometricTensor → a tensor in their basis; an
             :class:`implicit_steer.nn.ImplicitPointConv` with invariant edge attributes and exact sampling → an
-            :class:`ImplicitPointConv` that computes the same of converted features, in the same dtype and mode.
+            :class:`ImplicitPointConv` that computes the same of converted features, in the same dtype and mode; an
+            :class:`implicit_steer.nn.Linear` → a :class:`Linear`, likewise.
 
     Raises:
-        TypeError: ``x`` is none of these.
+        TypeError: ``x`` is none of these; a Gate is not, since gates on irreps keep unit variance and others do not.
         ValueError: ``x`` has another group, steerable edge attributes, or another sampling.
 
     Example:
@@ -57,6 +62,9 @@ def from_escnn(x: Any) -> Any:
         return _irreps_of(x)
     if isinstance(x, GeometricTensor):
         return x.tensor @ _like(_basis(x.type).T, x.tensor)
+    if isinstance(x, nn.Linear):
+        _check_group(x.in_type)
+        return _map_on_irreps(x, Linear(_irreps_of(x.in_type), _irreps_of(x.out_type), x.bias is not None))
     require(isinstance(x, nn.ImplicitPointConv), "x", _WAYS, type(x).__name__, kind=TypeError)
     plan = x.implicit_kernel.plan
     made = ImplicitPointConv(
@@ -76,7 +84,7 @@ def to_escnn(x: Any, kind: FieldType | None = None) -> Any:
     Args:
         x: irreps, or a string → a FieldType on R³ with a field for every copy; a tensor (N, C) → a GeometricTensor of
             the type ``kind``, with coordinates NaN; an :class:`ImplicitPointConv` that is not depthwise → an
-            :class:`implicit_steer.nn.ImplicitPointConv`.
+            :class:`implicit_steer.nn.ImplicitPointConv`; a :class:`Linear` → an :class:`implicit_steer.nn.Linear`.
         kind: the type of a tensor's features.
 
     Raises:
@@ -93,7 +101,9 @@ def to_escnn(x: Any, kind: FieldType | None = None) -> Any:
         require(isinstance(kind, FieldType), "kind", "the FieldType of the tensor", type(kind).__name__, kind=TypeError)
         values = x @ _like(np.linalg.inv(_basis(kind)).T, x)
         return GeometricTensor(values, kind, x.new_full((len(x), 3), float("nan")))
-    expected = "irreps, a tensor or an implicit_steer.irreps.ImplicitPointConv"
+    if isinstance(x, Linear):
+        return _map_of_fields(x, nn.Linear(_type_of(x.irreps_in), _type_of(x.irreps_out), init_scheme=None))
+    expected = "irreps, a tensor, or an ImplicitPointConv or a Linear of implicit_steer.irreps"
     require(isinstance(x, ImplicitPointConv), "x", expected, type(x).__name__, kind=TypeError)
     require(not x.depthwise, "x", "a layer that is not depthwise", "a depthwise one")
     into, out, n = _type_of(x.irreps_in), _type_of(x.irreps_out), x.implicit_kernel.n_attributes
@@ -213,6 +223,36 @@ def _transferred(source: Any, made: Any, into: NDArray[np.float64], out: NDArray
             made.bias.copy_(torch.linalg.lstsq(made.bias_expansion.double(), constant).solution)
     made.to(source.implicit_kernel.shell_width.device)
     return made.train(source.training)
+
+
+def _map_on_irreps(source: nn.Linear, made: Linear) -> Linear:
+    """``made`` with the map of ``source``: by Schur's lemma each block between two irreps is a number times 1."""
+    into, out = (torch.from_numpy(_basis(kind)) for kind in (source.in_type, source.out_type))
+    made.to(source.weights.dtype)
+    with torch.no_grad():
+        matrix, shift = copy.deepcopy(source).double().expand_parameters()
+        matrix = out @ matrix @ torch.linalg.inv(into)
+        columns, rows = made.irreps_in.fields, made.irreps_out.fields
+        numbers = [matrix[rows[irrep]][:, columns[irrep]].reshape(-1) for irrep in rows if irrep in columns]
+        made.weights.copy_(torch.cat(numbers))
+        if made.bias is not None:
+            made.bias.copy_((out @ cast(Tensor, shift))[made.irreps_out.scalars])
+    return made.to(source.weights.device).train(source.training)
+
+
+def _map_of_fields(source: Linear, made: nn.Linear) -> nn.Linear:
+    """``made`` with the map of ``source``, which is read off its values at unit vectors."""
+    into, out = (torch.from_numpy(_basis(kind)) for kind in (made.in_type, made.out_type))
+    made.to(source.weights.dtype)
+    with torch.no_grad():
+        exact = copy.deepcopy(source).double().cpu()
+        shift = exact(into.new_zeros(1, len(into)))[0]
+        matrix = (exact(torch.eye(len(into), dtype=into.dtype)) - shift).T
+        made.weights.copy_(_linear_weights(made.lowered, torch.linalg.solve(out, matrix @ into)))
+        if made.bias is not None:
+            wanted = torch.linalg.solve(out, shift)
+            made.bias.copy_(torch.linalg.lstsq(torch.tensor(made.lowered.bias), wanted).solution)
+    return made.to(source.weights.device).train(source.training)
 
 
 def _transfer_kernel(

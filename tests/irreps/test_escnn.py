@@ -38,6 +38,12 @@ def layer(into, out, dtype, attributes=1, **options):
     return conv
 
 
+def with_vector_attributes():
+    """A layer that cannot be converted: its frame is none."""
+    kind = fields("O(3)", [0])
+    return snn.ImplicitPointConv(kind, kind, fields("O(3)", [1], 1), n_layers=2, n_channels=4)
+
+
 def inputs(conv, dtype):
     """Features in escnn's basis, edges, edge vectors, attributes."""
     pos, size = torch.randn(12, 3, dtype=dtype), conv.implicit_kernel.n_attributes
@@ -119,6 +125,32 @@ def test_files_of_both_give_the_same(tmp_path):
     assert same(ours, from_escnn(conv.out_type(theirs, x.coords)), 1e-12)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("space", SPACES)
+def test_linear_maps(space, dtype):
+    """There and back, on irreps in any order and a field that is none; on SO(3) vectors and pseudovectors mix."""
+    turn = np.linalg.qr(np.random.default_rng(1).standard_normal((4, 4)))[0]
+    turned = directsum([irrep(space, n) for n in (0, 1)], change_of_basis=turn, name=f"turned scalar of {space}")
+    into = SPACES[space].type(irrep(space, 1), turned, irrep(space, 0), irrep(space, 2), irrep(space, 1, 0))
+    out = SPACES[space].type(irrep(space, 0), irrep(space, 2), turned, irrep(space, 1, 0), irrep(space, 1))
+    given = snn.Linear(into, out).to(dtype).eval()
+    torch.nn.init.normal_(given.bias)
+    ours = from_escnn(given)
+    x = into(torch.randn(5, into.size, dtype=dtype), torch.zeros(5, 3, dtype=dtype))
+    assert not ours.training
+    assert same(ours(from_escnn(x)), from_escnn(given(x)), TOLERANCE[dtype])
+    back = to_escnn(ours)
+    again = back(to_escnn(from_escnn(x), back.in_type))
+    assert same(from_escnn(again), from_escnn(given(x)), TOLERANCE[dtype])
+
+
+def test_linear_maps_without_scalars():
+    ours = from_escnn(snn.Linear(fields("O(3)", [1]), fields("O(3)", [1, 2])))
+    assert ours.bias is None
+    assert len(ours.weights) == 4
+    assert to_escnn(ours).bias is None
+
+
 def test_types_and_tensors():
     kind = SPACES["O(3)"].type(irrep("O(3)", 0), irrep("O(3)", 0), irrep("O(3)", 1), irrep("O(3)", 0))
     assert str(from_escnn(kind)) == "2x0e+1x1o+1x0e"
@@ -134,6 +166,8 @@ def test_types_and_tensors():
         (lambda: from_escnn(torch.zeros(1)), TypeError, "got Tensor"),
         (lambda: from_escnn(fields("O(3)", [0]).gspace), TypeError, "x: expected"),
         (lambda: from_escnn(gspaces.rot2dOnR2(4).type(gspaces.rot2dOnR2(4).trivial_repr)), ValueError, "O(3) or SO(3)"),
+        (lambda: from_escnn(snn.Gate(fields("O(3)", [0, 1]))), TypeError, "got Gate"),
+        (lambda: from_escnn(with_vector_attributes()), ValueError, "invariant edge attributes"),
         (lambda: to_escnn(torch.zeros(1, 1)), TypeError, "kind: expected the FieldType"),
         (lambda: to_escnn(3), TypeError, "x: expected irreps, a tensor"),
         (lambda: to_escnn(""), ValueError, "at least one irrep"),
