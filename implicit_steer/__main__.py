@@ -1,4 +1,4 @@
-"""The commands of ``python -m implicit_steer``: train, figure, md, demo, info."""
+"""The commands of ``python -m implicit_steer``: train, figure, md, certify, demo, info."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .experiments.figures import nbody as figure_nbody
 from .experiments.figures import qm9 as figure_qm9
 from .experiments.train import modelnet, nbody, qm9
 from .info import info
-from .potentials import md
+from .potentials import certificate, md
 from .potentials import train as forces
 
 TASKS = {"qm9": qm9, "forces": forces, "nbody": nbody, "modelnet": modelnet}
@@ -22,7 +22,7 @@ TASKS = {"qm9": qm9, "forces": forces, "nbody": nbody, "modelnet": modelnet}
 def parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     top = argparse.ArgumentParser(prog="python -m implicit_steer", description="Steerable implicit convolutions.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="{train,figure,md,demo,info}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{train,figure,md,certify,demo,info}")
     training = commands.add_parser("train", help="train a network")
     tasks = training.add_subparsers(dest="task", required=True, metavar=f"{{{','.join(TASKS)}}}")
     for name, task in TASKS.items():
@@ -56,6 +56,13 @@ def parser() -> argparse.ArgumentParser:
     )
     md.add_md_arguments(dynamics)
     dynamics.set_defaults(run=md.main)
+    certificate_of = commands.add_parser(
+        "certify",
+        help="whether a potential's forces are right",
+        description="Check forces, stress, symmetries and dynamics of a potential; exit code 1 where a bound breaks.",
+    )
+    certificate.add_arguments(certificate_of)
+    certificate_of.set_defaults(run=certificate.main)
     demo = commands.add_parser("demo", help="a tour on real molecules: at most five minutes")
     demo.add_argument("--out", metavar="DIR", default="demo", help="pictures and figures (%(default)s)")
     demo.set_defaults(run=_demo)
@@ -78,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("implicit_steer").setLevel(logging.INFO)
     args = parser().parse_args(argv)
-    args.run(args)
+    if status := args.run(args):
+        sys.exit(status)
 
 
 if __name__ == "__main__":
