@@ -40,16 +40,21 @@ def test_every_check_has_a_bound_and_a_meaning():
 
 
 def test_sound_potentials(structures):
-    """On two backends, in both dtypes, with and without tables."""
-    found = certify(make(), structures, backends=["cpu", "eager"], steps=20)
+    """In both dtypes, with and without tables."""
+    found = certify(make(), structures, backends=["cpu"], steps=20)
     assert found.ok, str(found)
-    variants = {(f.backend, f.dtype, f.kernel) for f in found.findings}
-    assert len(variants) == 8
-    assert len(found.findings) == 8 * len(BOUNDS) - 4  # the MLPs are not compared with tables
-    exact = {f.check: f.value for f in found.findings if (f.backend, f.dtype, f.kernel) == ("cpu", "float64", "mlp")}
+    assert len({(f.dtype, f.kernel) for f in found.findings}) == 4
+    assert len(found.findings) == 4 * len(BOUNDS) - 2  # the MLPs are not compared with tables
+    exact = {f.check: f.value for f in found.findings if (f.dtype, f.kernel) == ("float64", "mlp")}
     assert exact["forces"] < 1e-9
     assert exact["rotation"] < 1e-12
     assert "All bounds hold." in str(found)
+
+
+def test_all_backends_that_run_here(structures):
+    found = certify(make(), structures, dtypes=["float64"], kernels=["mlp"], checks=["forces", "hessian"])
+    assert found.ok, str(found)
+    assert {"cpu", "eager"} <= {f.backend for f in found.findings}
 
 
 def test_frozen_potentials(structures):
