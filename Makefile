@@ -30,7 +30,7 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-slow test-slow-python test-slow-native test-gpu test-gpu-emulated test-gpu-quick cuda-kernels cuda-gates test-native test-arm native-cases arm-tools wheel test-wheel test-install bench docs build lint format clean
+.PHONY: demo test test-slow test-slow-python test-slow-native programs test-gpu test-gpu-emulated test-gpu-quick cuda-kernels cuda-gates test-native test-arm native-cases arm-tools wheel test-wheel test-install bench docs build lint format clean
 
 demo: build
 	$(BIN)/python -m implicit_steer demo
@@ -56,6 +56,9 @@ test-slow-python: build $(PYG)
 # The plain native tests are left out: the Python tests run the same optimised code.
 test-slow-native: native-address native-thread test-gpu-quick cuda-gates
 
+# What of it needs no Python to be compiled, so that CI does so while pip installs.
+programs: emulated-trace native-program-address native-program-thread
+
 # On this machine's GPU what tests/ops/test_triton.py runs with Triton's interpreter, and what takes a GPU.
 test-gpu: build
 	test -e implicit_steer/libimplicit_steer_cuda.so || \
@@ -75,9 +78,11 @@ test-native: native-plain native-address native-thread
 native-cases: build
 	PYTHONPATH=.:tests/support $(BIN)/python tests/native/write_cases.py $(NATIVE_TESTS)/cases
 
-native-%: native-cases
+native-program-%: $(VENV)/.tools
 	cmake -S tests/native -B $(NATIVE_TESTS)/$* -G Ninja -DCASES=$(CURDIR)/$(NATIVE_TESTS)/cases $(OPTIONS_$*)
 	cmake --build $(NATIVE_TESTS)/$*
+
+native-%: native-program-% native-cases
 	ctest --test-dir $(NATIVE_TESTS)/$* --output-on-failure
 
 # The kernels that nvcc compiles, compiled for the processor (tests/simt): results under several schedules, then with
@@ -85,17 +90,17 @@ native-%: native-cases
 EMULATED := build/emulated
 CASES := $(NATIVE_TESTS)/cases
 MUTATED := zonal linear planar-axis-train zonal-odd-sizes-train none-grid-cutoff planar zonal-specialised
-test-gpu-emulated: test-gpu-quick emulated-fast emulated-address
+test-gpu-emulated: test-gpu-quick emulated-fast emulated-address native-cases
 	$(EMULATED)/fast/conv_test $(CASES) 3
 	$(EMULATED)/fast/conv_test $(CASES)/gpu 1
 	ASAN_OPTIONS=detect_stack_use_after_return=0 $(EMULATED)/address/conv_test $(CASES) 1
 	$(EMULATED)/trace/conv_test $(CASES) trace
 
-test-gpu-quick: emulated-trace
+test-gpu-quick: emulated-trace native-cases
 	$(EMULATED)/trace/conv_test $(CASES) trace $(MUTATED)
 	$(EMULATED)/trace/conv_test $(CASES) mutations $(MUTATED)
 
-emulated-%: native-cases
+emulated-%: $(VENV)/.tools
 	cmake -S tests/simt -B $(EMULATED)/$* -G Ninja -DMODE=$*
 	cmake --build $(EMULATED)/$*
 
@@ -106,7 +111,7 @@ cuda-kernels: CUDA_OPTIONS := "-DCUDA_ARCHITECTURES=80;90;100;120"
 cuda-kernels: CUDA_PAGE := docs/cuda_kernels.md
 cuda-gates: CUDA_OPTIONS := -DCUDA_ARCHITECTURES=90
 cuda-gates: CUDA_PAGE := build/cuda-gates/cuda_kernels.md
-cuda-kernels cuda-gates: emulated-trace
+cuda-kernels cuda-gates: emulated-trace native-cases
 ifneq ($(NVCC),)
 	CUDACXX=$(NVCC) cmake -S csrc/cuda -B build/$@ -G Ninja $(CUDA_OPTIONS)
 	cmake --build build/$@
@@ -118,7 +123,7 @@ else
 	@echo "nvcc is not on this machine: the CUDA kernels are not compiled."
 endif
 
-native-arm: arm-tools
+native-program-arm: arm-tools
 
 arm-tools:
 	.ci/system-packages arm
@@ -175,12 +180,16 @@ clean:
 	rm -rf $(VENV) build dist demo *.egg-info implicit_steer/*.so
 
 # The environment: a Python of its own, what builds the package, what the package and its extras need.
-# escnn and py3nj are named first because py3nj, which has no wheel, needs the isolated build that the package avoids:
-# --no-build-isolation makes it build against the torch that is installed, not against another one.
-$(VENV)/.packages: pyproject.toml constraints.txt .ci/system-packages
+$(VENV)/.tools: constraints.txt .ci/system-packages
 	PYTHON=$(PYTHON) .ci/system-packages
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) setuptools wheel cmake ninja torch escnn py3nj
+	$(PIP) setuptools wheel cmake ninja
+	touch $@
+
+# escnn and py3nj are named first because py3nj, which has no wheel, needs the isolated build that the package avoids:
+# --no-build-isolation makes it build against the torch that is installed, not against another one.
+$(VENV)/.packages: $(VENV)/.tools pyproject.toml
+	$(PIP) torch escnn py3nj
 	IMPLICIT_STEER_NATIVE=off $(PIP) --no-build-isolation --editable '.[escnn,triton,train,test,docs]'
 	touch $@
 
