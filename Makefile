@@ -92,6 +92,7 @@ test-gpu-emulated: test-gpu-quick emulated-fast emulated-address
 	$(EMULATED)/trace/conv_test $(CASES) trace
 
 test-gpu-quick: emulated-trace
+	$(EMULATED)/trace/mma_test
 	$(EMULATED)/trace/conv_test $(CASES) trace $(MUTATED)
 	$(EMULATED)/trace/conv_test $(CASES) mutations $(MUTATED)
 
