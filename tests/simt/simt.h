@@ -40,7 +40,6 @@ namespace simt {
 struct Thread {
   uint3 index;
   unsigned number, lane, warp;
-  unsigned accesses;  // of memory since the warp's last barrier or operation
   void *stack_pointer, *stack;
   void* fake_stack;  // AddressSanitizer's
 };
