@@ -17,7 +17,7 @@ import argparse
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -167,13 +167,11 @@ class Counted:
         return {"edge": self.launch.edges, "node": self.launch.nodes}
 
 
-def counted(
-    kernels: Sequence[Kernel], launches: Sequence[Launch], objects: Iterable[Path], emulated: Path
-) -> list[Counted]:
+def counted(kernels: Sequence[Kernel], folder: Path, emulated: Path) -> list[Counted]:
     """Of every architecture the kernels whose work grows with the graph."""
-    launches = [launch for launch in launches if launch.bytes_per_edge]
+    launches = [launch for launch in launches_of(folder / "counts.txt") if launch.bytes_per_edge]
     lines = lines_of(emulated, {place for launch in launches for place in launch.accesses})
-    codes = disassemble(objects, {launch.symbol for launch in launches})
+    codes = disassemble(folder.rglob("*.cu.o"), {launch.symbol for launch in launches})
     found, of = [], {(kernel.architecture, kernel.symbol): kernel for kernel in kernels}
     for (architecture, symbol), code in codes.items():
         for launch in launches:
@@ -199,9 +197,8 @@ def loops_text(found: Sequence[Counted]) -> str:
 
 
 def predictions_text(found: Sequence[Counted]) -> str:
-    """The predictions, and those for the kernel that was measured beside what was measured."""
+    """The predictions, and those for kernels that were measured beside what was measured."""
     rows, compared = [], []
-    measured = cuda_times.MEASURED
     for label, device in DEVICES.items():
         for c in found:
             if c.kernel.architecture != f"sm_{device.architecture}":
@@ -211,23 +208,27 @@ def predictions_text(found: Sequence[Counted]) -> str:
             executed, (low, high) = sum(of_edge.values()), prediction.microseconds
             counts = f"{executed:,.0f}", f"{c.launch.bytes_per_edge:,.0f}", f"{100 * share:.0f} %"
             rows.append([f"`{c.kernel.name}`", label, *counts, prediction.bound, f"{low:.0f} – {high:.0f}"])
-            if (c.kernel.name, label) == (measured.kernel, measured.device):
-                cycles = prediction.cycles[1]
-                compared = [
-                    ["warp instructions per edge", f"{executed:,.0f}", f"{measured.instructions:,.0f}"],
-                    ["cycles", f"{cycles:,.0f}", f"{measured.cycles:,}"],
-                    [
-                        f"µs at {measured.clock} GHz",
-                        f"{cycles / measured.clock / 1e3:,.0f}",
-                        f"{measured.microseconds:,.0f}",
-                    ],
-                ]
+            if label == cuda_times.ON:
+                compared += _compared(c.kernel.name, executed, prediction)
     head = ["kernel", "device", "warp instructions per edge", "bytes per edge", "occupancy", "bound", "µs, PREDICTED"]
     parts = ["## Predicted times", (cuda_times.__doc__ or "").strip(), table(head, rows)]
-    if compared:
-        parts.append(f"`{measured.kernel}` on the {measured.device}, upper end:")
-        parts.append(table(["", "PREDICTED", "measured"], compared))
+    parts += [f"On the {cuda_times.ON}, upper ends:", table(["kernel", "", "PREDICTED", "measured"], compared)]
     return "\n\n".join(parts)
+
+
+def _compared(kernel: str, executed: float, prediction: cuda_times.Prediction) -> list[list[str]]:
+    """Rows of what was predicted and measured of the kernel, if it was."""
+    forward, summed = cuda_times.FORWARD, cuda_times.SUM
+    rows = []
+    if kernel == forward.kernel:
+        cycles = prediction.cycles[1]
+        rows.append(["warp instructions per edge", f"{executed:,.0f}", f"{forward.instructions:,.0f}"])
+        rows.append(["cycles", f"{cycles:,.0f}", f"{forward.cycles:,}"])
+        times = (f"{n / forward.clock / 1e3:,.0f}" for n in (cycles, forward.cycles))
+        rows.append([f"µs at {forward.clock} GHz", *times])
+    if kernel == summed.kernel:
+        rows.append(["µs", f"{prediction.microseconds[1]:.1f}", f"{summed.microseconds}"])
+    return [[f"`{kernel}`", *row] for row in rows]
 
 
 def products_failures(compiled: Path) -> list[str]:
@@ -244,8 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, default=PAGE, help="(%(default)s)")
     options = parser.parse_args(arguments)
     kernels = kernels_of(options.folder / "libimplicit_steer_cuda.so")
-    launches = launches_of(options.folder / "counts.txt")
-    found = counted(kernels, launches, options.folder.rglob("*.cu.o"), options.emulated)
+    found = counted(kernels, options.folder, options.emulated)
     failures = [failure for kernel in kernels for failure in kernel.failures()]
     failures += products_failures(options.folder / "mma.o")
     budgeted = [c for c in found if c.kernel.architecture == budgets.ARCHITECTURE]

@@ -124,12 +124,14 @@ def test_budgets_that_do_not_hold_say_so(monkeypatch):
     assert "no loop 'nodes'" in missing
 
 
-def test_the_measured_kernel_takes_the_measured_time():
-    measured = cuda_times.MEASURED
-    prediction = cuda_times.predict({"FFMA": measured.instructions}, 40, measured.warps, DEVICES[measured.device])
+def test_measured_kernels_take_the_measured_time():
+    forward, device = cuda_times.FORWARD, DEVICES[cuda_times.ON]
+    prediction = cuda_times.predict({"FFMA": forward.instructions}, 40, forward.warps, device)
     assert prediction.bound == "issue"
-    assert prediction.cycles[1] == pytest.approx(measured.cycles)
-    assert prediction.cycles[1] / measured.clock / 1e3 == pytest.approx(measured.microseconds, rel=5e-3)
+    assert prediction.cycles[1] == pytest.approx(forward.cycles)
+    prediction = cuda_times.predict({"IMAD": 14}, cuda_times.SUM.bytes_per_edge, 64, device)
+    assert prediction.bound == "DRAM"
+    assert prediction.microseconds[1] == pytest.approx(cuda_times.SUM.microseconds)
 
 
 @pytest.mark.parametrize(
