@@ -97,6 +97,7 @@ test-gpu-emulated: test-gpu-quick emulated-fast emulated-address native-cases
 	$(EMULATED)/trace/conv_test $(CASES) trace
 
 test-gpu-quick: emulated-trace native-cases
+	$(EMULATED)/trace/mma_test
 	$(EMULATED)/trace/conv_test $(CASES) trace $(MUTATED)
 	$(EMULATED)/trace/conv_test $(CASES) mutations $(MUTATED)
 
@@ -113,12 +114,13 @@ cuda-gates: CUDA_OPTIONS := -DCUDA_ARCHITECTURES=90
 cuda-gates: CUDA_PAGE := build/cuda-gates/cuda_kernels.md
 cuda-kernels cuda-gates: emulated-trace native-cases
 ifneq ($(NVCC),)
-	CUDACXX=$(NVCC) cmake -S csrc/cuda -B build/$@ -G Ninja $(CUDA_OPTIONS)
+	CUDACXX=$(NVCC) cmake -S csrc/cuda -B build/$@ -G Ninja $(CUDA_OPTIONS) -DCMAKE_CUDA_FLAGS=-lineinfo
 	cmake --build build/$@
 	$(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	$(BIN)/python -c "import ctypes; ctypes.CDLL('build/$@/libimplicit_steer_cuda.so').implicit_steer_cuda_library"
+	$(NVCC) -arch=sm_90 -std=c++17 -DIST_ISA=gpu -c -o build/$@/mma.o tests/simt/mma_kernels.cu
 	$(EMULATED)/trace/conv_test $(CASES)/gpu count cloud > build/$@/counts.txt
-	$(BIN)/python -m bench.cuda build/$@/libimplicit_steer_cuda.so build/$@/counts.txt --page $(CUDA_PAGE)
+	$(BIN)/python -m bench.cuda build/$@ $(EMULATED)/trace/libemulated_cuda.so --page $(CUDA_PAGE)
 else
 	@echo "nvcc is not on this machine: the CUDA kernels are not compiled."
 endif

@@ -1,29 +1,31 @@
-"""What the compiled CUDA kernels take of a GPU, and gates on it: ``python -m bench.cuda LIBRARY COUNTS`` writes
-docs/cuda_kernels.md; ``make cuda-kernels`` makes the library and COUNTS first.
+"""What the compiled CUDA kernels take of a GPU, and gates on it: ``python -m bench.cuda FOLDER EMULATED`` writes
+docs/cuda_kernels.md; ``make cuda-kernels`` fills FOLDER and makes EMULATED, the emulated kernels' library, first.
 
-Registers, memory and instructions of every kernel are read from the library's machine code with cuobjdump; no GPU is
-needed. COUNTS is what the emulator of tests/simt counts in a forward and a backward pass: ``conv_test … count``.
+FOLDER holds the library of kernels and its object files, compiled with ``-lineinfo``; ``counts.txt``, what the emulator
+of tests/simt counts in a forward and a backward pass; and ``mma.o``, the products that csrc/cuda/mma.cuh offers.
+Registers, memory and instructions of every kernel are read from machine code; no GPU is needed.
 
 Gates: no stack and no local memory, no generic loads (every address is known to be shared or global), no arithmetic in
-double in kernels of float, and loads of 128 bits in the specialised kernels. What may break them, and how far, is
-listed below with the reason: ``EXCUSED``, ``EXCUSED_DOUBLE``.
+double in kernels of float, loads of 128 bits in the specialised kernels, the products on tensor cores, and the budgets
+of bench/budgets.py for the instructions that loops execute. What may break them, and how far, is listed below with the
+reason: ``EXCUSED``, ``EXCUSED_DOUBLE``.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-import shutil
-import subprocess
 import sys
-import sysconfig
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from . import budgets, cuda_times
+from .executed import Launch, by_loop, executions, launches_of, lines_of
 from .predict import DEVICES
 from .report import table
+from .sass import disassemble, output_of, readable
 
 PAGE = Path("docs/cuda_kernels.md")
 _REGISTERS, _WARPS = 65536, 64  # of a multiprocessor
@@ -45,24 +47,21 @@ load 128 bits; and bytes of stack, local accesses and generic accesses, each the
 these three to 0, except in double, where 255 registers are not enough: there the stack may take 40 bytes on sm_100 and
 160 on sm_120, with local accesses to it. `Specialised<φ, c, W>` are kernels for W channels of c coefficients in every
 hidden layer, `Generic` those for all others. What was measured on a GPU is in [gpu-h100.md](gpu-h100.md)."""
-_PREDICTION = """## Predicted times
+_LOOPS = """## Executed instructions
 
-These are PREDICTIONS, never measurements, for 1,000,000 edges, 32 per node, in float32: the benchmark's case `cloud` (8
-fields of l <= 1, three hidden layers of 8 channels). The emulator counts the memory instructions of every warp. On an
-H100, with 12 and 16 resident warps, Nsight Compute found that these kernels execute 7.4 and 8.4 instructions for each
-memory instruction, and that 7.8 and 8.4 cycles pass between two instructions of a warp. The prediction takes the means
-of these figures: resident warps share the cycles, at most four instructions start per cycle, and the clock is the
-highest one. The two passes took 0.98 and 1.33 times what is predicted, which gives the two ends of a range. Occupancy
-is the share of a multiprocessor's warps that registers and shared memory let be resident. Launches and counts are those
-for the shared memory of sm_90; where there is less, a warp takes fewer edges at a time."""
-_PER_ACCESS, _CYCLES = 7.9, 8.1  # instructions, and cycles between those of a warp; measured, see above
-_TAKEN = 0.98, 1.33  # times the prediction
+What warps execute in the loops that have a name in the source, on sm_90, for the benchmark's case `cloud`: 32 edges per
+node, 8 fields of l <= 1, three hidden layers of 8 channels. The emulator counts how often every memory instruction
+runs, the machine code says what stands around it (`bench/executed.py`). A loop's row leaves out loops with a name
+inside. `bench/budgets.py` holds the budgets, which are gates."""
+_CLASSES = {"FP32": ("FFMA", "FADD", "FMUL"), "MUFU": ("MUFU",), "HMMA": ("HMMA",), "LDS": ("LDS",), "STS": ("STS",),
+            "LDG": ("LDG",), "STG": ("STG",), "SHFL": ("SHFL",), "BAR": ("BAR", "WARPSYNC")}  # fmt: skip
 
 
 @dataclass
 class Kernel:
     """One kernel for one architecture."""
 
+    symbol: str
     name: str
     architecture: str
     registers: int
@@ -94,33 +93,11 @@ class Kernel:
         return found
 
 
-def tool(name: str) -> str:
-    """Where the program is: on the path, or in NVIDIA's package of its name."""
-    packaged = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin" / name
-    found = shutil.which(name) or (str(packaged) if packaged.exists() else None)
-    if found is None:
-        sys.exit(f"{name}: not found. Install nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm, or the CUDA toolkit.")
-    return found
-
-
-def readable(symbols: list[str]) -> dict[str, str]:
-    """Mangled name → ``kernel<template arguments>``."""
-    run = subprocess.run(["c++filt"], input="\n".join(symbols), check=True, capture_output=True, text=True)
-    names = {}
-    for symbol, name in zip(symbols, run.stdout.splitlines(), strict=True):
-        name = re.sub(r"implicit_steer::|gpu::|^void ", "", name)
-        names[symbol] = re.sub(r" (?=>)", "", re.split(r"\((?![^<]*>)", name, maxsplit=1)[0])
-    return names
-
-
 def kernels_of(library: Path) -> list[Kernel]:
     """All kernels of all architectures."""
-    cuobjdump = tool("cuobjdump")
-    environment = {"PATH": f"{Path(tool('nvdisasm')).parent}:{Path(cuobjdump).parent}:/usr/bin:/bin"}
 
     def dump(option: str) -> list[str]:
-        run = subprocess.run([cuobjdump, option, library], check=True, capture_output=True, text=True, env=environment)
-        return run.stdout.splitlines()
+        return output_of("cuobjdump", option, library).splitlines()
 
     found: dict[tuple[str, str], Kernel] = {}
     architecture = symbol = ""
@@ -131,7 +108,8 @@ def kernels_of(library: Path) -> list[Kernel]:
             symbol = match[1]
         elif "REG:" in line:
             number = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", line)}
-            found[architecture, symbol] = Kernel(symbol, architecture, number["REG"], number["STACK"], number["SHARED"])
+            sizes = number["REG"], number["STACK"], number["SHARED"]
+            found[architecture, symbol] = Kernel(symbol, symbol, architecture, *sizes)
     for line in dump("-sass"):
         if match := re.search(r"code for (sm_\d+)", line):
             architecture = match[1]
@@ -165,59 +143,120 @@ def resources(kernels: Sequence[Kernel]) -> str:
     return table(head, rows)
 
 
+def occupancy(kernel: Kernel, launch: Launch) -> float:
+    """Share of a multiprocessor's warps that can be resident."""
+    warps = launch.threads // 32
+    of_registers = _REGISTERS // (-(-kernel.registers // 8) * 8 * launch.threads)
+    architecture = int(kernel.architecture[3:])
+    of_system = 1024 if architecture < 90 else 0  # from sm_90 on cuobjdump counts it among the kernel's
+    of_memory = _SHARED[architecture] * 1024 // (launch.shared + kernel.shared + of_system)
+    return min(of_registers, of_memory, _WARPS // warps) * warps / _WARPS
+
+
 @dataclass
-class Launch:
-    """What the emulator counted of a kernel: memory instructions of warps per edge; threads and bytes of a block."""
+class Counted:
+    """A kernel whose launch the emulator counted: loop → instructions that warps execute, by opcode."""
 
-    instructions: float
-    threads: int
-    shared: int
+    kernel: Kernel
+    launch: Launch
+    loops: dict[str | None, Counter[str]]
 
-    def occupancy(self, kernel: Kernel) -> float:
-        """Share of a multiprocessor's warps that can be resident."""
-        warps = self.threads // 32
-        of_registers = _REGISTERS // (-(-kernel.registers // 8) * 8 * self.threads)
-        architecture = int(kernel.architecture[3:])
-        of_system = 1024 if architecture < 90 else 0  # from sm_90 on cuobjdump counts it among the kernel's
-        of_memory = _SHARED[architecture] * 1024 // (self.shared + kernel.shared + of_system)
-        return min(of_registers, of_memory, _WARPS // warps) * warps / _WARPS
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What budgets are stated per."""
+        return {"edge": self.launch.edges, "node": self.launch.nodes}
 
 
-def predictions(kernels: Sequence[Kernel], launches: dict[str, Launch]) -> str:
-    """The table of the kernels that were counted, in float, and those devices of bench/predict.py that they were
-    compiled for."""
-    rows, compiled = [], {kernel.architecture for kernel in kernels}
-    devices = {label: device for label, device in DEVICES.items() if f"sm_{device.architecture}" in compiled}
-    for label, device in devices.items():
-        for name, launch in launches.items():
-            specialised = name.endswith("_specialised")
-            kinds = ("float, Specialised<Elu, 4, 8>",) if specialised else ("float", "float, float", "float, long")
-            names = [f"{name.removesuffix('_specialised')}<{kind}>" for kind in kinds]
-            (kernel,) = (k for k in kernels if k.name in names and k.architecture == f"sm_{device.architecture}")
-            executed, occupancy = launch.instructions * _PER_ACCESS, launch.occupancy(kernel)
-            cycles = 1e6 * executed * max(1 / 4, _CYCLES / (occupancy * _WARPS))
-            low, high = (1e3 * share * cycles / (device.clock * 1e9 * device.multiprocessors) for share in _TAKEN)
-            counts = f"{executed:,.0f}", f"{launch.instructions:,.0f}"
-            rows.append([f"`{kernel.name}`", label, *counts, f"{100 * occupancy:.0f} %", f"{low:.2f} – {high:.2f}"])
-    head = ["kernel", "device", "warp instructions per edge", "to memory", "occupancy", "ms, PREDICTED"]
-    return table(head, rows)
+def counted(kernels: Sequence[Kernel], folder: Path, emulated: Path) -> list[Counted]:
+    """Of every architecture the kernels whose work grows with the graph."""
+    launches = [launch for launch in launches_of(folder / "counts.txt") if launch.bytes_per_edge]
+    lines = lines_of(emulated, {place for launch in launches for place in launch.accesses})
+    codes = disassemble(folder.rglob("*.cu.o"), {launch.symbol for launch in launches})
+    found, of = [], {(kernel.architecture, kernel.symbol): kernel for kernel in kernels}
+    for (architecture, symbol), code in codes.items():
+        for launch in launches:
+            if launch.symbol == symbol:
+                loops = by_loop(code, executions(code, launch, lines))
+                found.append(Counted(of[architecture, symbol], launch, loops))
+    return found
+
+
+def loops_text(found: Sequence[Counted]) -> str:
+    """The table of loops, whole kernels first."""
+    rows = []
+    for c in found:
+        spent, of_kernel = budgets.spent(c.loops), budgets.BUDGETS.get(c.kernel.name, {})
+        for loop in sorted(spent, key=lambda loop: -spent[loop]):
+            budget = of_kernel.get(loop, budgets.Budget(float("inf"), "edge"))
+            size = c.sizes[budget.per]
+            opcodes = sum(c.loops.values(), Counter()) if loop == budgets.WHOLE else c.loops[loop]
+            classes = (f"{sum(opcodes[o] for o in of) / size:.0f}" for of in _CLASSES.values())
+            most = f"{budget.most:g}" if loop in of_kernel else ""
+            rows.append([f"`{c.kernel.name}`", loop, budget.per, f"{spent[loop] / size:.0f}", most, *classes])
+    return table(["kernel", "loop", "per", "executed", "budget", *_CLASSES], rows)
+
+
+def predictions_text(found: Sequence[Counted]) -> str:
+    """The predictions, and those for kernels that were measured beside what was measured."""
+    rows, compared = [], []
+    for label, device in DEVICES.items():
+        for c in found:
+            if c.kernel.architecture != f"sm_{device.architecture}":
+                continue
+            of_edge, share = cuda_times.per_edge(c.loops, c.launch.edges), occupancy(c.kernel, c.launch)
+            prediction = cuda_times.predict(of_edge, c.launch.bytes_per_edge, share * _WARPS, device)
+            executed, (low, high) = sum(of_edge.values()), prediction.microseconds
+            counts = f"{executed:,.0f}", f"{c.launch.bytes_per_edge:,.0f}", f"{100 * share:.0f} %"
+            rows.append([f"`{c.kernel.name}`", label, *counts, prediction.bound, f"{low:.0f} – {high:.0f}"])
+            if label == cuda_times.ON:
+                compared += _compared(c.kernel.name, executed, prediction)
+    head = ["kernel", "device", "warp instructions per edge", "bytes per edge", "occupancy", "bound", "µs, PREDICTED"]
+    parts = ["## Predicted times", (cuda_times.__doc__ or "").strip(), table(head, rows)]
+    parts += [f"On the {cuda_times.ON}, upper ends:", table(["kernel", "", "PREDICTED", "measured"], compared)]
+    return "\n\n".join(parts)
+
+
+def _compared(kernel: str, executed: float, prediction: cuda_times.Prediction) -> list[list[str]]:
+    """Rows of what was predicted and measured of the kernel, if it was."""
+    forward, summed = cuda_times.FORWARD, cuda_times.SUM
+    rows = []
+    if kernel == forward.kernel:
+        cycles = prediction.cycles[1]
+        rows.append(["warp instructions per edge", f"{executed:,.0f}", f"{forward.instructions:,.0f}"])
+        rows.append(["cycles", f"{cycles:,.0f}", f"{forward.cycles:,}"])
+        times = (f"{n / forward.clock / 1e3:,.0f}" for n in (cycles, forward.cycles))
+        rows.append([f"µs at {forward.clock} GHz", *times])
+    if kernel == summed.kernel:
+        rows.append(["µs", f"{prediction.microseconds[1]:.1f}", f"{summed.microseconds}"])
+    return [[f"`{kernel}`", *row] for row in rows]
+
+
+def products_failures(compiled: Path) -> list[str]:
+    """Whether one product of csrc/cuda/mma.cuh is one instruction of tensor cores, by 3xTF32 three."""
+    found = sorted(kernel.instructions["HMMA"] for kernel in kernels_of(compiled))
+    return [] if found == [1, 3] else [f"{compiled.name}: HMMA {found}, expected [1, 3]"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 1 where a gate fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("library", type=Path)
-    parser.add_argument("counts", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("emulated", type=Path)
     parser.add_argument("--page", type=Path, default=PAGE, help="(%(default)s)")
     options = parser.parse_args(arguments)
-    kernels = kernels_of(options.library)
+    kernels = kernels_of(options.folder / "libimplicit_steer_cuda.so")
+    found = counted(kernels, options.folder, options.emulated)
     failures = [failure for kernel in kernels for failure in kernel.failures()]
-    launches = {}
-    for line in options.counts.read_text().splitlines():
-        name, instructions, threads, shared = line.split()
-        launches[name] = Launch(float(instructions), int(threads), int(shared))
-    parts = [_INTRODUCTION, resources(kernels), _PREDICTION, predictions(kernels, launches)]
+    failures += products_failures(options.folder / "mma.o")
+    budgeted = [c for c in found if c.kernel.architecture == budgets.ARCHITECTURE]
+    for c in budgeted:
+        failures += budgets.failures(c.kernel.name, c.loops, c.sizes)
+    for name in budgets.BUDGETS.keys() - {c.kernel.name for c in budgeted}:
+        failures.append(f"{budgets.ARCHITECTURE} {name}: has a budget, but was not counted")
+    loops = loops_text(budgeted)
+    parts = [_INTRODUCTION, resources(kernels), _LOOPS, loops, predictions_text(found)]
     options.page.write_text("\n\n".join(parts) + "\n")
+    print(loops)
     print("\n".join(failures) or f"{len(kernels)} kernels: all gates hold, {options.page} says what they take")
     return bool(failures)
 

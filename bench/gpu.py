@@ -1,7 +1,9 @@
 """What can be said about the Triton kernels without a GPU.
 
 ``python -m bench.gpu resources`` compiles the kernels that the cases launch, for A100, H100 and B200, and writes
-docs/gpu-resources.md; ``python -m bench.gpu predict`` writes docs/gpu-predictions.md.
+docs/gpu-resources.md; ``python -m bench.gpu predict`` writes docs/gpu-predictions.md; ``python -m bench.gpu predict
+--cuda FOLDER EMULATED`` prints the predictions for the CUDA kernels, with the arguments of bench.cuda, whose page has
+them, too.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from implicit_steer.ops.triton.tables import tables
 from implicit_steer.plan import Plan
 from implicit_steer.testing.cases import LARGE, SMALL
 
-from . import predict
+from . import cuda, predict
 from .report import table
 
 CASES = ("cloud", "cloud-so2", "o3-vector-attr", "c4")  # zonal, planar, no frame, finite group
@@ -83,7 +85,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     top.add_argument("section", choices=["resources", "predict"])
     top.add_argument("--cases", nargs="+", choices=list(SMALL | LARGE), default=list(CASES), metavar="CASE")
     top.add_argument("--out", type=Path, default=_FOLDER, metavar="DIR", help="(%(default)s)")
+    top.add_argument("--cuda", nargs=2, type=Path, metavar=("FOLDER", "EMULATED"), help="predict: the CUDA kernels")
     args = top.parse_args(arguments)
+    if args.cuda and args.section != "predict":
+        top.error(f"--cuda: expected section predict, got {args.section}")
+    if args.cuda:
+        folder, emulated = args.cuda
+        kernels = cuda.kernels_of(folder / "libimplicit_steer_cuda.so")
+        print(cuda.predictions_text(cuda.counted(kernels, folder, emulated)))
+        return 0
     failures = []
     if args.section == "resources":
         text, failures = resources_text(args.cases, list(aot.ARCHITECTURES))

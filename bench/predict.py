@@ -40,7 +40,7 @@ DEVICES = {
 }
 SHARES = {"DRAM": (0.90, 0.65), "issue": (0.85, 0.50), "tensor": (0.85, 0.45)}
 _LAUNCH = (2.0, 4.0)  # microseconds
-_FLOP_OF_HMMA = 2 * 16 * 8 * 8  # m16n8k8, TF32
+FLOP_OF_HMMA = 2 * 16 * 8 * 8  # m16n8k8, TF32
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def of_launch(entry: Launch, device: Device, found: aot.Resources) -> Prediction
     peaks = {
         "DRAM": megabytes * 1e6 / (device.bandwidth * 1e9),
         "issue": executed / (4 * device.clock * 1e9 * device.multiprocessors),
-        "tensor": multiplied * _FLOP_OF_HMMA / (device.tf32 * device.mma_sync * 1e12),
+        "tensor": multiplied * FLOP_OF_HMMA / (device.tf32 * device.mma_sync * 1e12),
     }
     parts = {name: tuple(1e6 * least / share for share in SHARES[name]) for name, least in peaks.items()}
     return Prediction(found.kernel, round(programs), megabytes, executed / 1e6, parts)

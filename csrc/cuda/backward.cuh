@@ -31,7 +31,7 @@ struct Backward : Reverse<N, true, S> {
       if (p.place[k] >= 0) mixed[p.place[k]] = constant_number<N>(a.grad_out[node * p.out_size + k]);
     if (need_weights) this->clear(sums, n_sums);
     __syncwarp();
-    for (int k = 0; k < p.n_couplings; ++k) {
+    for (int k = 0; k < p.n_couplings; ++k) {  // loop: gradient of T
       const CouplingView q = this->coupling_view(k);
       for (int slot = 0; slot < q.n_slots; ++slot) {
         const N* const weight = weights + q.theta + int64_t{q.slots[2 * slot]} * q.n_out * q.theta_size;
@@ -49,7 +49,7 @@ struct Backward : Reverse<N, true, S> {
   // dθ[b][u][v, w] += Σ_o g[u, o] T[b, o][v, w]; the slots of one b follow each other
   __device__ __forceinline__ void finish(int64_t) {
     if (!need_weights) return;
-    for (int k = 0; k < p.n_couplings; ++k) {
+    for (int k = 0; k < p.n_couplings; ++k) {  // loop: gradient of theta
       const CouplingView q = this->coupling_view(k);
       for (int slot = 0, end; slot < q.n_slots; slot = end) {
         const int b = q.slots[2 * slot];

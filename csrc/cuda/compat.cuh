@@ -5,6 +5,8 @@
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 #define LAUNCH(kernel, grid, block, bytes, stream, ...) kernel<<<grid, block, bytes, stream>>>(__VA_ARGS__)
 #define SHARED_MEMORY(T, name)                                   \
   extern __shared__ __align__(16) unsigned char shared_memory[]; \
@@ -19,6 +21,21 @@ __host__ __device__ __forceinline__ float exp2_approximate(float x) {
 #else
   return exp2f(x);
 #endif
+}
+// x rounded to TF32, 11 bits of mantissa (ties away from 0), in the place of a float whose last 13 bits are 0
+__device__ __forceinline__ uint32_t to_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+// D += A B by a warp, all of whose lanes are here; mma.cuh says which lane holds what. The last 13 bits of the elements
+// of A and B are not read.
+__device__ __forceinline__ void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 // A pointer that was read from memory, for the compiler to know that it leads to global memory.
 template <typename T>

@@ -30,7 +30,7 @@ struct Forward : Warp<N, true, false, S> {
   __device__ __forceinline__ void finish(int64_t node) {
     this->clear(mixed, p.n_mixed);
     __syncwarp();
-    for (int k = 0; k < p.n_couplings; ++k) {
+    for (int k = 0; k < p.n_couplings; ++k) {  // loop: mixing
       const CouplingView q = this->coupling_view(k);
       for (int slot = 0; slot < q.n_slots; ++slot) mix(q, slot);
     }

@@ -140,7 +140,7 @@ struct Reverse : Warp<N, kFeatures, true, S> {
 
   __device__ __forceinline__ void layers_backward(bool need_inputs) {
     const N *z_n = z + all_layers, *y_n = y + all_layers, *normed_n = normed + all_layers;
-    for (int n = p.n_layers - 1; n >= 0; --n) {
+    for (int n = p.n_layers - 1; n >= 0; --n) {  // loop: reverse layers
       const LayerView<R> layer = this->layer_view(n);
       z_n -= layer.out_size, y_n -= layer.out_size, normed_n -= layer.out_size;
       __syncwarp();

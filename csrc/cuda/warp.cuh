@@ -344,7 +344,7 @@ struct Warp : EdgeArrays<N> {
   __device__ __forceinline__ const N* layers(int last_layer, bool norm_last) {
     const N* in = e.inputs;
     N *z_n = z, *y_n = y, *normed_n = normed;
-    for (int n = 0; n <= last_layer; ++n) {
+    for (int n = 0; n <= last_layer; ++n) {  // loop: layers
       const LayerView<R> layer = layer_view(n);
       if (active) linear(n, layer, in, z_n);
       __syncwarp();
@@ -400,7 +400,7 @@ struct Warp : EdgeArrays<N> {
   // As below for specialised layers: four inputs by four channels at a time.
   __device__ __forceinline__ void accumulate_specialised(N* sums, int l0, int l1) const {
     constexpr int quads = S::width / 4;
-    for (int x = lane; x < quads * terms.n_rows; x += 32) {
+    for (int x = lane; x < quads * terms.n_rows; x += 32) {  // loop: T
       const auto row = neighbours<4>(terms.rows + x / quads * 4);
       const int inputs = row.at[1], w = x % quads * 4;
       N* const entries = sums + row.at[0] + w;
@@ -467,7 +467,7 @@ struct Warp : EdgeArrays<N> {
   template <typename Nodes>
   __device__ __forceinline__ void walk(Nodes& nodes) {
     int64_t current = -1;
-    for (int64_t at = first; at < last; at += tile) {
+    for (int64_t at = first; at < last; at += tile) {  // loop: tiles
       load(at, last);
       nodes.begin_tile();
       evaluate();

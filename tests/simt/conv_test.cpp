@@ -3,7 +3,7 @@
 // features and the moments of batch norms' inputs against the native loops, which the files' other tests hold to them;
 // and the sort of edges. MODE: a number, so many schedules; `trace`: one, every access of which is checked;
 // `mutations`: every barrier that the cases reach is left out in turn, which has to be noticed; `count`: nothing is
-// compared, the memory instructions of a forward and a backward pass in float are printed.
+// compared, but what a forward and a backward pass in float execute is printed.
 
 #include <filesystem>
 
@@ -239,18 +239,26 @@ bool is_noticed(const std::vector<std::pair<std::string, Case>>& cases) {
   return false;
 }
 
-// Lines "kernel instructions-per-edge threads shared-bytes", of simt::Count.
+// Of every kernel a line "kernel symbol edges nodes warps threads shared-bytes", of simt::Count, then lines "place
+// count" of its memory instructions and "array bytes" of what it touches.
 void print_counts(const Case& file) {
   Problem<float> p(file);
   Emulated<float> engine(file, 0, true);
   Results results;
   engine.pack(p, results);
   simt::take_counts();
+  simt::count_accesses(true);
   native_test::run_forward(p, engine, results);
   native_test::run_backward(p, engine, {true, true, true, true, ""}, results);
-  for (const auto& [kernel, count] : simt::take_counts())
-    std::printf("%s %g %u %zu\n", kernel.c_str(), count.instructions / static_cast<double>(p.arguments().n_edges),
-                count.threads, count.shared_bytes);
+  for (const auto& [_, count] : simt::take_counts()) {
+    std::printf("kernel %s %lld %lld %llu %u %zu\n", count.symbol.c_str(),
+                static_cast<long long>(p.arguments().n_edges), static_cast<long long>(p.arguments().n_dst),
+                static_cast<unsigned long long>(count.warps), count.threads, count.shared_bytes);
+    for (const auto& [place, n] : count.instructions)
+      std::printf("0x%tx %llu\n", place, static_cast<unsigned long long>(n));
+    for (const auto& [array, bytes] : count.touched)
+      if (bytes) std::printf("%s %llu\n", array.c_str(), static_cast<unsigned long long>(bytes));
+  }
 }
 
 int check_mutations(const std::vector<std::pair<std::string, Case>>& cases) {

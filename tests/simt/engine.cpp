@@ -72,6 +72,8 @@ void (*current_call)(void*);
 void* current_context;
 const char* kernel_name;
 std::map<std::string, Count> counts;
+bool counting;
+std::map<const void*, unsigned> accesses[kMostThreads];  // by a thread's instruction, since its warp last met
 uint64_t seed, random_state;
 enum Policy { kAnyLane, kOneWarpFirst, kLastLane, kInOrder } policy;
 bool failed;
@@ -109,13 +111,24 @@ bool is_skipped(const Site& site) {
   return site.line == skipped_line && skipped_file == name;
 }
 
+// Where a call that returns to `address` stands in the library, for addr2line.
+ptrdiff_t offset_of(const void* address) {
+  Dl_info info;
+  if (!dladdr(address, &info)) return 0;
+  return static_cast<const char*>(address) - static_cast<const char*>(info.dli_fbase) - 1;
+}
+
+// What lanes accessed since they last met, as instructions of their warp: each as often as the lane that has most.
 void end_stretch(unsigned w, uint32_t lanes) {
-  unsigned most = 0;
+  if (!counting) return;
+  std::map<const void*, unsigned> most;
   for (uint32_t left = lanes; left; left &= left - 1) {
-    unsigned& accesses = threads[w * 32 + __builtin_ctz(left)].accesses;
-    most = std::max(most, accesses), accesses = 0;
+    auto& own = accesses[w * 32 + __builtin_ctz(left)];
+    for (const auto& [instruction, n] : own) most[instruction] = std::max(most[instruction], n);
+    own.clear();
   }
-  counts[kernel_name].instructions += most;
+  auto& of_kernel = counts[kernel_name].instructions;
+  for (const auto& [instruction, n] : most) of_kernel[offset_of(instruction)] += n;
 }
 
 void no_operation(Operand*, uint32_t, size_t) {}
@@ -184,7 +197,7 @@ void prepare_block() {
   trace_block(dynamic_bytes);
   for (unsigned i = 0; i < n_threads; ++i) {
     Thread& t = threads[i];
-    t.number = i, t.lane = i % 32, t.warp = i / 32, t.accesses = 0;
+    t.number = i, t.lane = i % 32, t.warp = i / 32;
     t.index = {i % block_size.x, i / block_size.x % block_size.y, i / (block_size.x * block_size.y)};
     prepare_stack(t);
   }
@@ -198,13 +211,10 @@ void prepare_block() {
   policy = seed ? static_cast<Policy>(random_number() % 4) : kInOrder;
 }
 
-// Where the last access stands in the library, for addr2line.
 std::string instruction_text() {
-  Dl_info info;
-  if (!traced_instruction() || !dladdr(traced_instruction(), &info)) return "";
-  const auto offset = static_cast<const char*>(traced_instruction()) - static_cast<const char*>(info.dli_fbase);
+  if (!traced_instruction()) return "";
   char text[32];
-  snprintf(text, sizeof text, " (at 0x%tx)", offset - 1);
+  snprintf(text, sizeof text, " (at 0x%tx)", offset_of(traced_instruction()));
   return text;
 }
 
@@ -341,7 +351,10 @@ void run(dim3 grid, dim3 block, size_t bytes, const void* kernel, void (*call)(v
     return;
   }
   Count& count = counts[kernel_name];
+  Dl_info info;
+  count.symbol = dladdr(kernel, &info) && info.dli_sname ? info.dli_sname : "";
   count.threads = n_threads, count.shared_bytes = bytes, count.blocks = std::max(count.blocks, grid.x);
+  count.warps += uint64_t{grid.x} * ((n_threads + 31) / 32);
   trace_launch(context);
   random_state = 88172645463325252ull ^ (seed * 0x9E3779B97F4A7C15ull);
   random_number(), random_number();
@@ -352,6 +365,7 @@ void run(dim3 grid, dim3 block, size_t bytes, const void* kernel, void (*call)(v
     block_index = {order[i], 0, 0};
     run_block();
   }
+  if (counting) count.touched = touched_bytes();
 }
 
 Moment now() { return {block_index.x + 1, self->number + 1, self->warp, epoch, warps[self->warp].epoch}; }
@@ -361,6 +375,10 @@ void use_device(const Device& described) { device = described, allowed_shared.cl
 void reset(uint64_t new_seed, bool trace) {
   failed = false, message.clear(), seed = new_seed;
   trace_reset(trace);
+}
+void count_accesses(bool on) { counting = on; }
+void count_access(const void* instruction) {
+  if (counting) ++accesses[self->number][instruction];
 }
 std::map<std::string, Count> take_counts() { return std::exchange(counts, {}); }
 std::string failure() { return message; }

@@ -22,14 +22,20 @@ void use_device(const Device& device);
 void reset(uint64_t seed, bool trace);
 // With `trace`: an array that kernels may read, and write if so. All others are out of bounds.
 void add_array(const void* begin, size_t bytes, const char* name, bool writable);
-// Of the launches of a kernel: with `trace` the memory instructions of all warps, where between two barriers a warp
-// takes as many as the lane that has most; threads and dynamic shared memory of a block; the most blocks of a launch.
+// Of the launches of a kernel: its symbol, their warps, threads and dynamic shared memory of a block, the most blocks
+// of a launch. With `trace`, while accesses are counted, also how often warps execute each memory instruction, by its
+// place in the library: between two meetings of a warp's lanes as often as the lane that executes it most; and by array
+// the bytes that the last launch touches.
 struct Count {
-  uint64_t instructions;
+  std::string symbol;
+  uint64_t warps;
   unsigned threads;
   size_t shared_bytes;
   unsigned blocks;
+  std::map<ptrdiff_t, uint64_t> instructions;
+  std::map<std::string, uint64_t> touched;
 };
+void count_accesses(bool on);
 // By kernel, since the last call of this.
 std::map<std::string, Count> take_counts();
 // Why the call failed; empty if it did not.

@@ -40,7 +40,6 @@ namespace simt {
 struct Thread {
   uint3 index;
   unsigned number, lane, warp;
-  unsigned accesses;  // of memory since the warp's last barrier or operation
   void *stack_pointer, *stack;
   void* fake_stack;  // AddressSanitizer's
 };
@@ -94,6 +93,42 @@ SIMT_UNTRACED inline void ballot(Operand* lanes, uint32_t mask, size_t) {
   for (int i = 0; i < 32; ++i)
     if (mask >> i & 1) *static_cast<uint32_t*>(lanes[i].out) = set;
 }
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  return memcpy(&bits, &x, 4), bits;
+}
+inline float float_of(uint32_t bits) {
+  float x;
+  return memcpy(&x, &bits, 4), x;
+}
+// A lane's fragments of a product, as csrc/cuda/mma.cuh lays them out.
+struct Fragments {
+  const uint32_t *a, *b;
+  float* d;
+};
+// The sum of a row times a column is formed in double and rounded once; tensor cores lose a little more.
+SIMT_UNTRACED inline void multiply_tf32(Operand* lanes, uint32_t, size_t) {
+  const auto tf32 = [](uint32_t bits) { return float_of(bits & 0xffffe000u); };
+  const auto of = [&](int lane) { return *static_cast<const Fragments*>(lanes[lane].in); };
+  float a[16][8], b[8][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) a[g + 8 * (i % 2)][t + 4 * (i / 2)] = tf32(of(lane).a[i]);
+    for (int i = 0; i < 2; ++i) b[t + 4 * i][g] = tf32(of(lane).b[i]);
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+      double sum = of(lane).d[i];
+      for (int k = 0; k < 8; ++k) sum += static_cast<double>(a[g + 8 * (i / 2)][k]) * b[k][2 * t + i % 2];
+      of(lane).d[i] = static_cast<float>(sum);
+    }
+  }
+}
+SIMT_UNTRACED inline void multiplied(float* d, const uint32_t* a, const uint32_t* b, Site site) {
+  const Fragments fragments{a, b, d};
+  collective(0xffffffffu, site, {&fragments, nullptr, 0}, 0, multiply_tf32);
+}
 template <typename T>
 SIMT_UNTRACED __attribute__((noinline)) T shuffled(uint32_t mask, T value, int source, Site site) {
   T result;
@@ -126,6 +161,7 @@ SIMT_UNTRACED __attribute__((noinline)) T atomic_add(T* address, T value) {
 #define __shfl_xor_sync(mask, value, bits) \
   simt::shuffled(mask, value, static_cast<int>(simt::self->lane ^ (bits)), SIMT_SITE("__shfl_xor_sync"))
 #define __ballot_sync(mask, set) simt::balloted(mask, set, SIMT_SITE("__ballot_sync"))
+#define mma_m16n8k8(d, a, b) simt::multiplied(d, a, b, SIMT_SITE("mma_m16n8k8"))
 #define LAUNCH(kernel, grid, block, bytes, stream, ...) \
   (static_cast<void>(stream), simt::launch(grid, block, bytes, kernel, name, [&] { kernel(__VA_ARGS__); }))
 #define SHARED_MEMORY(T, name) T* const name = reinterpret_cast<T*>(simt::dynamic_shared())
@@ -133,6 +169,11 @@ SIMT_UNTRACED __attribute__((noinline)) T atomic_add(T* address, T value) {
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline int atomicAdd(int* address, int value) { return simt::atomic_add(address, value); }
+inline float __uint_as_float(uint32_t bits) { return simt::float_of(bits); }
+inline uint32_t __float_as_uint(float x) { return simt::bits_of(x); }
+inline uint32_t to_tf32(float x) {
+  return std::isfinite(x) ? (simt::bits_of(x) + 0x1000u) & 0xffffe000u : simt::bits_of(x);
+}
 inline float exp2_approximate(float x) { return exp2f(x); }
 template <typename T>
 T* global_memory(T* pointer) {

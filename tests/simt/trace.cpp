@@ -119,7 +119,7 @@ void trace(const void* address, size_t bytes, Access access, const void* new_ins
   if (arguments.contains(a)) return;
   for (const Range& range : ignored)
     if (range.contains(a)) return;
-  ++self->accesses;
+  count_access(instruction);
   Array& array = array_of(a, bytes, access);
   if (bytes <= 16 && (bytes & (bytes - 1)) == 0 && a % bytes)
     fail("misaligned access of %zu bytes to %s", bytes, array.name.c_str());
@@ -137,6 +137,13 @@ void add_array(const void* begin, size_t bytes, const char* name, bool writable)
 void trace_launch(const void* context) {
   arguments = {number(context) - 65536, number(context) + 65536};
   for (Array& array : arrays) array.words.assign(on ? (array.end - array.begin) / 4 + 1 : 0, Word{});
+}
+std::map<std::string, uint64_t> touched_bytes() {
+  std::map<std::string, uint64_t> bytes;
+  for (const Array& array : arrays)
+    bytes[array.name] +=
+        4 * std::count_if(array.words.begin(), array.words.end(), [](const Word& word) { return word.block != 0; });
+  return bytes;
 }
 void trace_block(size_t dynamic_bytes) {
   dynamic_now = dynamic_bytes;

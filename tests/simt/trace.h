@@ -3,6 +3,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <string>
 
 namespace simt {
 
@@ -11,6 +13,9 @@ struct Moment {
   uint32_t block, thread, warp, block_epoch, warp_epoch;
 };
 Moment now();
+
+void count_access(const void* instruction);       // of the thread that runs
+std::map<std::string, uint64_t> touched_bytes();  // of the launch, by array
 
 void trace_reset(bool on);
 const void* traced_instruction();        // of the last access; null without trace

@@ -1,0 +1,62 @@
+"""The most instructions that warps may execute in the loops of CUDA kernels: ``make cuda-gates`` holds them on sm_90.
+
+The counts (executed.py) are those of case ``cloud``: 32 edges per node. A loop of this table has the comment
+``// loop: NAME`` where its ``for`` stands in csrc/cuda. What it executes in another loop with a name counts there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+ARCHITECTURE = "sm_90"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Warp instructions per ``edge`` or ``node``."""
+
+    most: float
+    per: str
+
+
+WHOLE = "whole kernel"
+BUDGETS: dict[str, dict[str, Budget]] = {
+    "conv_forward<float, Specialised<Elu, 4, 8>>": {
+        WHOLE: Budget(660, "edge"),
+        "tiles": Budget(230, "edge"),
+        "layers": Budget(240, "edge"),
+        "T": Budget(67, "edge"),
+        "mixing": Budget(4600, "node"),
+    },
+    "conv_backward<float, Specialised<Elu, 4, 8>>": {
+        WHOLE: Budget(1790, "edge"),
+        "tiles": Budget(820, "edge"),
+        "layers": Budget(255, "edge"),
+        "T": Budget(82, "edge"),
+        "gradient of T": Budget(5800, "node"),
+        "gradient of theta": Budget(3200, "node"),
+        "reverse layers": Budget(415, "edge"),
+    },
+}
+
+
+def spent(loops: Mapping[str | None, Counter[str]]) -> dict[str, float]:
+    """Loop → instructions that warps execute in it, and those of the whole kernel."""
+    found = {name: counts.total() for name, counts in loops.items() if name is not None}
+    return found | {WHOLE: float(sum(counts.total() for counts in loops.values()))}
+
+
+def failures(kernel: str, loops: Mapping[str | None, Counter[str]], sizes: Mapping[str, int]) -> list[str]:
+    """The kernel's budgets that do not hold; ``sizes``: edges and nodes that ``loops`` were counted for."""
+    found, of = [], spent(loops)
+    for loop, budget in BUDGETS.get(kernel, {}).items():
+        if loop not in of:
+            found.append(
+                f"{ARCHITECTURE} {kernel}: no loop '{loop}', expected one whose 'for' ends in '// loop: {loop}'"
+            )
+        elif of[loop] / sizes[budget.per] > budget.most:
+            executed = f"{of[loop] / sizes[budget.per]:.0f} instructions per {budget.per}"
+            found.append(f"{ARCHITECTURE} {kernel}: {executed} in '{loop}', expected at most {budget.most:g}")
+    return found

@@ -1,0 +1,101 @@
+"""These are PREDICTIONS, never measurements, of the CUDA kernels' times, in float32 for the benchmark's case
+`cloud-batch`: 262,144 edges, 32 per node, 8 fields of l <= 1, three hidden layers of 8 channels.
+
+A kernel takes the longest of four times: to issue its instructions, four in a cycle of a multiprocessor; to multiply on
+tensor cores; to evaluate functions (MUFU), 16 in a cycle; to move each array that grows with the graph through DRAM
+once. How many instructions warps execute is found from the machine code and the emulator (`bench/executed.py`).
+
+The two ends of a range assume a good and an ordinary share of each throughput. Two kernels measured on an H100 set the
+ordinary shares: a warp of the forward kernel issued an instruction in 10.2 cycles, the sum by source moved its arrays
+at 53 % of the data sheet's bandwidth. Good are 80 % of the issue slots, and the bandwidth of a copy, which was measured
+there, too. The last table compares what is predicted of these kernels with what was measured. The prediction leaves out
+bank conflicts, L2 misses of gathered features, and warps that wait for the last one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .predict import DEVICES, FLOP_OF_HMMA, SHARES, Device
+
+EDGES = 262_144
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of a kernel on an H100 (docs/gpu-h100.md): warp instructions per edge, cycles, clock in GHz, resident warps."""
+
+    kernel: str
+    instructions: float
+    cycles: int
+    clock: float
+    warps: int
+
+
+@dataclass(frozen=True)
+class MeasuredSum:
+    """Of a kernel that moves so many bytes per edge."""
+
+    kernel: str
+    bytes_per_edge: float
+    microseconds: float
+
+
+ON = "H100-SXM"
+FORWARD = Measured("conv_forward<float, Specialised<Elu, 4, 8>>", 657, 831_002, 1.6, 16)
+SUM = MeasuredSum("sum_by_source<float, long>", 140.3, 20.8)
+_COPY = 2953.3  # GB/s
+
+_ISSUE = 0.8  # of the slots, at best
+# Between two instructions of a warp of that forward kernel.
+CYCLES = FORWARD.cycles * FORWARD.warps * DEVICES[ON].multiprocessors / (FORWARD.instructions * EDGES)
+_SHARES = {
+    "tensor": SHARES["tensor"],
+    "MUFU": SHARES["issue"],
+    "DRAM": tuple(
+        rate / DEVICES[ON].bandwidth for rate in (_COPY, EDGES * SUM.bytes_per_edge / (1e3 * SUM.microseconds))
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Cycles of a device at best and at worst, by bound."""
+
+    device: Device
+    parts: dict[str, tuple[float, float]]
+
+    @property
+    def bound(self) -> str:
+        return max(self.parts, key=lambda name: self.parts[name][1])
+
+    @property
+    def cycles(self) -> tuple[float, float]:
+        low, high = (max(part[n] for part in self.parts.values()) for n in (0, 1))
+        return low, high
+
+    @property
+    def microseconds(self) -> tuple[float, float]:
+        low, high = (n / (1e3 * self.device.clock) for n in self.cycles)
+        return low, high
+
+
+def predict(per_edge: Mapping[str, float], bytes_per_edge: float, warps: float, device: Device) -> Prediction:
+    """``per_edge``: opcode → instructions that warps execute; ``warps``: that can be resident on a multiprocessor."""
+    edges = EDGES / device.multiprocessors
+    instructions = edges * sum(per_edge.values())
+    hertz = 1e9 * device.clock
+    products = EDGES * per_edge.get("HMMA", 0) * FLOP_OF_HMMA / (device.tf32 * device.mma_sync * 1e12) * hertz
+    traffic = EDGES * bytes_per_edge / (device.bandwidth * 1e9) * hertz
+    peaks = {"tensor": products, "MUFU": edges * per_edge.get("MUFU", 0) * 32 / 16, "DRAM": traffic}
+    parts = {name: (least / _SHARES[name][0], least / _SHARES[name][1]) for name, least in peaks.items()}
+    parts["issue"] = instructions / (4 * _ISSUE), instructions / min(4 * _ISSUE, warps / CYCLES)
+    return Prediction(device, parts)
+
+
+def per_edge(loops: Mapping[str | None, Counter[str]], edges: int) -> dict[str, float]:
+    """Opcode → instructions per edge, of all loops."""
+    total: Counter[str] = sum(loops.values(), Counter())
+    return {opcode: n / edges for opcode, n in total.items()}

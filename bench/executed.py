@@ -1,0 +1,119 @@
+"""How many instructions the warps of a CUDA kernel execute, found without a GPU from its machine code and the emulator.
+
+The emulator of tests/simt (``conv_test DIR count CASE``) counts how often warps execute every memory instruction. Its
+debug information and that of the machine code name the same source lines, each with the calls around it. Where n
+memory instructions of a kernel come from one line and the same calls, each gets 1/n of the line's count. A basic block
+is executed as often as the median of its memory instructions; a block that has none as often as the block that
+dominates it, or at the head of a loop as the most executed block of the loop; and never, if the blocks that it
+dominates were counted and never ran. So the copies of a loop's body that the compiler makes share its count evenly.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+from .sass import Code, Lines, output_of
+
+_MEMORY = {"LDS", "STS", "LDG", "STG", "LD", "ST", "LDGSTS", "ATOM", "ATOMG", "ATOMS", "RED", "REDG"}
+# Arrays that grow with the graph, as the emulator's tests name them.
+_OF_THE_GRAPH = {"delta", "attr", "x", "src", "order", "rowptr", "colptr", "order_by_source", "out", "grad_out",
+                 "grad_edge", "grad_x", "grad_delta", "grad_attr"}  # fmt: skip
+
+
+@dataclass
+class Launch:
+    """What the emulator counted of a kernel: all warps; threads and bytes of dynamic shared memory of a block."""
+
+    symbol: str
+    edges: int
+    nodes: int
+    warps: int
+    threads: int
+    shared: int
+    accesses: dict[int, int] = field(default_factory=dict)  # place of an instruction in the library → executions
+    touched: dict[str, int] = field(default_factory=dict)  # array → bytes
+
+    @property
+    def bytes_per_edge(self) -> float:
+        """Of the arrays that grow with the graph."""
+        return sum(n for name, n in self.touched.items() if name in _OF_THE_GRAPH) / self.edges
+
+
+def launches_of(counts: Path) -> list[Launch]:
+    """What ``conv_test … count`` printed."""
+    found: list[Launch] = []
+    for line in counts.read_text().splitlines():
+        first, *rest = line.split()
+        if first == "kernel":
+            found.append(Launch(rest[0], *map(int, rest[1:])))
+        elif first.startswith("0x"):
+            found[-1].accesses[int(first, 16)] = int(rest[0])
+        else:
+            found[-1].touched[first] = int(rest[0])
+    return found
+
+
+def lines_of(library: Path, places: Iterable[int]) -> dict[int, Lines]:
+    """Where the instructions of the emulated library come from."""
+    found: dict[int, list[tuple[str, int]]] = {}
+    current: list[tuple[str, int]] = []
+    places_text = (hex(place) for place in places)
+    printed = output_of("addr2line", "--inlines", "--addresses", "--exe", library, *places_text)
+    for line in printed.splitlines():
+        if line.startswith("0x"):
+            current = found.setdefault(int(line, 16), [])
+        elif match := re.match(r"(.+):(\d+)", line):
+            current.append((os.path.normpath(match[1]), int(match[2])))
+    return {place: tuple(lines) for place, lines in found.items()}
+
+
+def executions(code: Code, launch: Launch, lines: dict[int, Lines]) -> dict[int, float]:
+    """Basic block → how often warps execute it, all together."""
+    counted, present = Counter[Lines](), Counter[Lines]()
+    for place, n in launch.accesses.items():
+        counted[lines[place]] += n
+    memory = {b: [i.lines for i in code.blocks[b] if i.opcode in _MEMORY] for b in code.dominators}
+    for of_block in memory.values():
+        present.update(of_block)
+    known = {b: median(counted[at] / present[at] for at in of_block) for b, of_block in memory.items() if of_block}
+    below = dict(known)  # the most executed block that it dominates, itself included
+    for block in reversed(code.dominators):
+        if block in below:
+            above = code.dominators[block]
+            below[above] = max(below.get(above, 0.0), below[block])
+    in_loop: dict[int, list[float]] = defaultdict(list)  # header → of the blocks in no loop inside
+    loop_of = code.innermost()
+    for block, n in known.items():
+        if block in loop_of:
+            in_loop[loop_of[block].header].append(n)
+    found: dict[int, float] = {}
+    for block, above in code.dominators.items():
+        if block in known or below.get(block) == 0:
+            found[block] = known.get(block, 0.0)
+        elif block == 0:
+            found[block] = launch.warps
+        elif in_loop[block]:
+            found[block] = max(in_loop[block])
+        else:
+            while above in loop_of and block not in loop_of[above].blocks:  # behind a loop, as before it
+                above = code.dominators[loop_of[above].header]
+            found[block] = found[above]
+    return found
+
+
+def by_loop(code: Code, executed: dict[int, float]) -> dict[str | None, Counter[str]]:
+    """Name of a loop → how many instructions warps execute in it and in no loop with a name inside, by opcode; None:
+    outside of all."""
+    found: dict[str | None, Counter[str]] = defaultdict(Counter)
+    loop_of = code.innermost(named=True)
+    for block, n in executed.items():
+        into = found[loop_of[block].name if block in loop_of else None]
+        for opcode, of_block in code.counts(block).items():
+            into[opcode] += n * of_block
+    return dict(found)

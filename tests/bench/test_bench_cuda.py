@@ -1,0 +1,143 @@
+"""Loops, executed instructions, budgets and predicted times of CUDA kernels, of made-up machine code and counts."""
+
+from collections import Counter
+
+import pytest
+
+from bench import budgets, cuda_times
+from bench.executed import Launch, by_loop, executions, launches_of
+from bench.predict import DEVICES
+from bench.sass import parse
+
+SOURCE = """void kernel() {
+  for (int node = 0; node < n;
+       ++node) {  // loop: nodes
+    if (near) y[node] = 0;
+    for (int e = 0; e < m; ++e)  // loop: edges
+      sum += x[e];
+    y[node] = sum;
+  }
+}
+"""
+# Of the loop over edges two trips at a time and one; behind EXIT what lanes do that do not run together.
+SASS = """.text.kernel:
+  {line 1}
+        /*0000*/  S2R R0, SR_TID.X ;
+.L_x_0:
+  {line 4}
+        /*0010*/  @!P0 BRA `(.L_x_1) ;
+        /*0020*/  STG.E desc[UR4][R2.64], RZ ;
+        /*0030*/  FADD R1, R1, R1 ;
+.L_x_1:
+  {line 5}
+        /*0040*/  ISETP.GE.AND P1, PT, R3, 0x2, PT ;
+        /*0050*/  @!P1 BRA `(.L_x_3) ;
+.L_x_2:
+  {line 6}
+        /*0060*/  LDG.E R4, desc[UR4][R2.64] ;
+        /*0070*/  LDG.E R5, desc[UR4][R2.64+0x4] ;
+        /*0080*/  FADD R1, R1, R4 ;
+        /*0090*/  FADD R1, R1, R5 ;
+  {line 5}
+        /*00a0*/  @P1 BRA `(.L_x_2) ;
+.L_x_3:
+  {line 6}
+        /*00b0*/  LDG.E R4, desc[UR4][R2.64] ;
+        /*00c0*/  FADD R1, R1, R4 ;
+  {line 5}
+        /*00d0*/  @P2 BRA `(.L_x_3) ;
+        /*00e0*/  BRA.DIV UR8, `(.L_x_5) ;
+.L_x_4:
+  {line 7}
+        /*00f0*/  STG.E desc[UR4][R2.64], R1 ;
+  {line 3}
+        /*0100*/  @P3 BRA `(.L_x_0) ;
+        /*0110*/  EXIT ;
+.L_x_5:
+        /*0120*/  NOP ;
+        /*0130*/  BRA `(.L_x_4) ;
+.text.other:
+        /*0000*/  EXIT ;
+"""
+
+
+@pytest.fixture
+def source(tmp_path):
+    """The file that SASS is of."""
+    file = tmp_path / "kernel.cuh"
+    file.write_text(SOURCE)
+    return str(file)
+
+
+@pytest.fixture
+def code(source):
+    """The kernel's code, with the lines of `source`."""
+    text = SASS
+    for n in range(1, 9):
+        text = text.replace(f"  {{line {n}}}", f'\t//## File "{source}", line {n}')
+    codes = parse(text.splitlines())
+    assert list(codes) == ["kernel", "other"]
+    return codes["kernel"]
+
+
+def test_loops_have_the_names_of_their_source(code):
+    sizes = {name: [] for name in ("nodes", "edges")}
+    for loop in code.loops:
+        sizes[loop.name].append(sum(code.counts(block).total() for block in loop.blocks))
+    assert sizes == {"nodes": [16], "edges": [5, 3]}
+
+
+def test_a_block_is_executed_as_often_as_its_memory_instructions(code, source):
+    lines = {n: ((source, n),) for n in (4, 6, 7)}
+    launch = Launch("kernel", 60, 20, 2, 32, 0, {6: 60, 7: 20})
+    executed = executions(code, launch, lines)
+    # The store near the origin never runs; three copies of the body share 60 trips; EXIT comes behind all loops.
+    assert [executed[block] for block in sorted(executed)] == [2, 20, 0, 20, 20, 20, 20, 20, 2]
+    loops = by_loop(code, executed)
+    assert loops["edges"] == Counter(LDG=60, FADD=60, BRA=40)
+    assert loops["nodes"]["STG"] == 20
+
+
+def test_counts_are_read_by_kernel(tmp_path):
+    file = tmp_path / "counts.txt"
+    file.write_text("kernel first 512 16 4 128 4096\n0x1f 12\nx 2048\nweights 100\nkernel second 512 16 8 128 0\n")
+    first, second = launches_of(file)
+    assert first == Launch("first", 512, 16, 4, 128, 4096, {31: 12}, {"x": 2048, "weights": 100})
+    assert (first.bytes_per_edge, second.bytes_per_edge) == (4, 0)
+
+
+def test_budgets_that_do_not_hold_say_so(monkeypatch):
+    kernel = {
+        "edges": budgets.Budget(10, "edge"),
+        "nodes": budgets.Budget(60, "node"),
+        budgets.WHOLE: budgets.Budget(20, "edge"),
+    }
+    monkeypatch.setattr(budgets, "BUDGETS", {"kernel": kernel})
+    sizes = {"edge": 10, "node": 2}
+    loops = {"edges": Counter(FFMA=60, LDS=40), "nodes": Counter(HMMA=100), None: Counter()}
+    assert budgets.failures("kernel", loops, sizes) == []
+    loops["edges"]["LDS"] += 10
+    over, whole = budgets.failures("kernel", loops, sizes)
+    assert over == "sm_90 kernel: 11 instructions per edge in 'edges', expected at most 10"
+    assert whole == "sm_90 kernel: 21 instructions per edge in 'whole kernel', expected at most 20"
+    (missing,) = budgets.failures("kernel", {"edges": Counter(), None: Counter()}, sizes)
+    assert "no loop 'nodes'" in missing
+
+
+def test_measured_kernels_take_the_measured_time():
+    forward, device = cuda_times.FORWARD, DEVICES[cuda_times.ON]
+    prediction = cuda_times.predict({"FFMA": forward.instructions}, 40, forward.warps, device)
+    assert prediction.bound == "issue"
+    assert prediction.cycles[1] == pytest.approx(forward.cycles)
+    prediction = cuda_times.predict({"IMAD": 14}, cuda_times.SUM.bytes_per_edge, 64, device)
+    assert prediction.bound == "DRAM"
+    assert prediction.microseconds[1] == pytest.approx(cuda_times.SUM.microseconds)
+
+
+@pytest.mark.parametrize(
+    ("opcode", "traffic", "bound"), [("HMMA", 0, "tensor"), ("MUFU", 0, "MUFU"), ("FFMA", 4e4, "DRAM")]
+)
+def test_each_throughput_can_be_the_bound(opcode, traffic, bound):
+    prediction = cuda_times.predict({opcode: 100}, traffic, 64, DEVICES["H100-SXM"])
+    assert prediction.bound == bound
+    assert prediction.cycles[0] < prediction.cycles[1]
