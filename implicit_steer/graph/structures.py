@@ -21,7 +21,8 @@ class Structures:
     numbers (N,) int64, atomic numbers; pos (N, 3); cell (B, 3, 3), rows = lattice vectors, 0 where there are none;
     edge_index (2, E) source j, target i; shift (E, 3) whole numbers, in the dtype of the edges' vectors
     ``pos[i] - pos[j] + shift @ cell``; batch (N,) structure of each atom, ascending; num_graphs = B;
-    energy (B,) float64 and forces (N, 3), where they are known.
+    energy (B,) float64 and forces (N, 3), where they are known; stress (B, 3, 3) in eV/Å³, positive under tension, NaN
+    for structures whose stress is not known.
 
     Raises ValueError where the shapes do not fit each other, TypeError for a shift that is not floating point.
     """
@@ -35,11 +36,13 @@ class Structures:
     num_graphs: int
     energy: Tensor | None = None
     forces: Tensor | None = None
+    stress: Tensor | None = None
 
     def __post_init__(self) -> None:
         n, edges, graphs = self.pos.shape[0], self.edge_index.shape[-1], self.num_graphs
         shapes = {"numbers": (n,), "pos": (n, 3), "cell": (graphs, 3, 3), "edge_index": (2, edges)}
         shapes |= {"shift": (edges, 3), "batch": (n,), "energy": (graphs,), "forces": (n, 3)}
+        shapes["stress"] = (graphs, 3, 3)
         for name, shape in shapes.items():
             tensor = getattr(self, name)
             if tensor is not None:
@@ -81,7 +84,7 @@ class Structures:
 
     @classmethod
     def join(cls, parts: Sequence[Structures]) -> Structures:
-        """The structures of ``parts`` (at least one) side by side.
+        """The structures of ``parts`` (at least one) side by side; the stress is NaN in parts without one.
 
         Raises ValueError where there is no part, or where only some have an energy or forces.
         """
@@ -100,17 +103,23 @@ class Structures:
             name: None if getattr(parts[0], name) is None else torch.cat([getattr(part, name) for part in parts])
             for name in ("numbers", "pos", "cell", "shift", "energy", "forces")
         }
+        known = [part.stress for part in parts if part.stress is not None]
+        if known:
+            unknown = [torch.full_like(part.cell, torch.nan, dtype=known[0].dtype) for part in parts]
+            rest["stress"] = torch.cat(
+                [u if p.stress is None else p.stress for u, p in zip(unknown, parts, strict=True)]
+            )
         return cls(edge_index=torch.cat(edges, 1), batch=torch.cat(batch), num_graphs=graphs, **rest)
 
     def to(self, where: torch.device | str | torch.dtype) -> Structures:
-        """The same structures on a device, or with the edges' vectors (that is, shift) and forces in a dtype.
+        """The same structures on a device, or with the edges' vectors (that is, shift), forces and stress in a dtype.
 
         pos and cell take a wider dtype, but not a narrower one, which has too few digits far from the origin, or from
         the home cell. The edges' vectors, which are differences, are rounded to it.
         """
         if not isinstance(where, torch.dtype):
             return self._changed([f.name for f in fields(self)], lambda tensor: tensor.to(where))
-        cast = self._changed(("shift", "forces"), lambda tensor: tensor.to(where))
+        cast = self._changed(("shift", "forces", "stress"), lambda tensor: tensor.to(where))
         return cast._changed(("pos", "cell"), lambda tensor: tensor.to(torch.promote_types(tensor.dtype, where)))
 
     def edge_delta(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
@@ -221,24 +221,32 @@ class PotentialNet(torch.nn.Module):
         found = Prediction(energy, energies, forces, virial)
         return found if create_graph else found.detached()
 
-    def fit(self, structures: Structures) -> None:
-        """Set ``shift`` (least squares of the energies on the composition), ``scale`` (r.m.s. force of each species
-        times 1 Å) and ``degree`` from ``structures``, which hold energies and forces.
+    def fit(self, structures: Structures, shift: Mapping[int, float] | None = None) -> None:
+        """Set ``shift`` (by default by least squares of the energies on the composition), ``scale`` (r.m.s. force of
+        each species times 1 Å) and ``degree`` from ``structures``, which hold energies and forces.
 
-        Raises ``ValueError`` where they hold none, or where one is NaN or infinite; it names the structures."""
+        ``shift``: eV of a single atom by atomic number, for all species.
+
+        Raises ``ValueError`` where the structures hold no labels, or where one is NaN or infinite, which it names; and
+        where ``shift`` lacks a species."""
         energy, forces = structures.energy, structures.forces
         if energy is None or forces is None:
-            missing = "energy" if energy is None else "forces"
-            fail("structures", f"some with {missing}", "some without")
+            absent = "energy" if energy is None else "forces"
+            fail("structures", f"some with {absent}", "some without")
         structures.require_finite_labels()
         species, count = self.species_of(structures.numbers), len(self.shift)
         owner = structures.batch * count + species
         composition = torch.bincount(owner, minlength=structures.num_graphs * count).view(-1, count)
-        shift, *_ = np.linalg.lstsq(composition.double().numpy(), energy.double().numpy(), rcond=None)
+        if shift is None:
+            of_species, *_ = np.linalg.lstsq(composition.double().numpy(), energy.double().numpy(), rcond=None)
+        else:
+            missing = sorted(set(self.species) - set(shift))
+            require(not missing, "shift", f"an energy of each of {list(self.species)}", f"none of {missing}")
+            of_species = np.array([shift[number] for number in self.species], dtype=np.float64)
         squares = forces.double().square().mean(1)
         atoms = torch.bincount(species, minlength=count)
         variance = torch.zeros(count, dtype=torch.float64).index_add(0, species, squares) / atoms.clamp(min=1)
-        self.shift = torch.from_numpy(shift).to(self.shift.device)
+        self.shift = torch.from_numpy(of_species).to(self.shift.device)
         self.scale.copy_(torch.where(variance > 0, variance.sqrt(), torch.ones_like(variance)))
         self.degree.fill_(max(1.0, structures.edge_index.shape[1] / len(species)))
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import l1_loss
+from torch.nn.functional import huber_loss, l1_loss
 
 from ..graph.structures import Structures
 from ..training import processes
@@ -16,13 +17,26 @@ from .potential import Potential
 MAX_NORM = 10.0  # of the gradient: a few configurations have very large forces
 
 
-class ForceRegressor(Task):
-    """L1 regression of energies per atom and forces: loss = w |ΔE| / N + mean |ΔF| · 1 Å, both in units of ``scale``.
+class Differences(NamedTuple):
+    """Predicted and labelled quantities, in eV and eV/Å: energies per atom (B,), forces (N, 3), and V σ per atom of the
+    structures with a known stress (B', 3, 3); the volumes per atom (B',), in Å³, of these."""
 
-    ``scale`` is a typical force (eV/Å); the learning rate falls to 0 over ``epochs`` along a cosine.
+    energy: tuple[Tensor, Tensor]
+    forces: tuple[Tensor, Tensor]
+    stress: tuple[Tensor, Tensor] | None
+    volumes: Tensor | None
+
+
+class ForceRegressor(Task):
+    """Regression of energies per atom, forces and stress: loss = w ℓ(ΔE / N) + ℓ(ΔF · 1 Å) + w' ℓ(V Δσ / N), each a
+    mean, all in units of ``scale``.
+
+    ``scale`` is a typical force (eV/Å). ℓ(x) = |x|, or with ``huber`` = δ Huber's function over δ, which is x²/2δ where
+    |x| < δ. Structures whose stress is not known have no third term, and nobody has without a ``stress_weight`` w'.
+    The learning rate falls to 0 over ``epochs`` along a cosine.
     """
 
-    monitor = "val_mae"  # the weighted sum of both errors, in eV/Å
+    monitor = "val_mae"  # the weighted sum of all errors, in eV/Å
 
     def __init__(
         self,
@@ -33,18 +47,49 @@ class ForceRegressor(Task):
         lr: float,
         epochs: int,
         options: dict[str, Any],
+        stress_weight: float = 0.0,
+        huber: float | None = None,
     ):
         super().__init__(options)
         self.potential = potential
         self.scale, self.energy_weight, self.lr, self.epochs = scale, energy_weight, lr, epochs
+        self.stress_weight, self.huber = stress_weight, huber
         self.train_loss, self.energy_error, self.forces_error = RunningMean(), RunningMean(), RunningMean()
+        self.stress_error, self.virial_error = RunningMean(), RunningMean()
+
+    def differences(self, batch: Structures, create_graph: bool) -> Differences:
+        """What the loss and the errors compare."""
+        known = None
+        if self.stress_weight > 0 and batch.stress is not None:
+            known = batch.stress.isfinite().all(-1).all(-1)
+        with_stress = known is not None and bool(known.any())
+        volumes = torch.linalg.det(batch.cell.double()).abs()
+        if with_stress:  # molecules beside crystals: no edge of theirs has a shift
+            cells = torch.where((volumes == 0)[:, None, None], torch.eye(3).to(batch.cell), batch.cell)
+            batch = replace(batch, cell=cells)
+        predicted = self.potential.predict(batch, stress=with_stress, create_graph=create_graph)
+        atoms = torch.bincount(batch.batch, minlength=batch.num_graphs)
+        energy = predicted.energy / atoms, batch.energy.double() / atoms  # float64, as predicted.energy
+        forces = predicted.forces, batch.forces
+        if not with_stress:
+            return Differences(energy, forces, None, None)
+        per_atom = (volumes / atoms)[known].to(predicted.stress.dtype)
+        found, wanted = predicted.stress[known], batch.stress[known].to(predicted.stress.dtype)
+        return Differences(
+            energy, forces, (per_atom[:, None, None] * found, per_atom[:, None, None] * wanted), per_atom
+        )
 
     def errors(self, batch: Structures, create_graph: bool) -> tuple[Tensor, Tensor]:
         """Mean |ΔE| / N (eV per atom) and mean |ΔF| over components (eV/Å)."""
-        predicted = self.potential.predict(batch, create_graph=create_graph)
-        atoms = torch.bincount(batch.batch, minlength=batch.num_graphs)
-        energy = l1_loss(predicted.energy / atoms, batch.energy.double() / atoms)  # float64, as predicted.energy
-        return energy, l1_loss(predicted.forces, batch.forces)
+        found = self.differences(batch, create_graph)
+        return l1_loss(*found.energy), l1_loss(*found.forces)
+
+    def _mean(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        """The mean of ℓ in units of ``scale``."""
+        found, wanted = (x / self.scale for x in pair)
+        return (
+            l1_loss(found, wanted) if self.huber is None else huber_loss(found, wanted, delta=self.huber) / self.huber
+        )
 
     def on_train_epoch_start(self) -> None:
         """Start a fresh average."""
@@ -52,9 +97,14 @@ class ForceRegressor(Task):
 
     def training_step(self, batch: Structures, step: int) -> Tensor:
         """The loss, which also enters the epoch's mean; its terms are means over this process's share."""
-        energy, forces = self.errors(batch, create_graph=True)
+        found = self.differences(batch, create_graph=True)
         of_graphs, of_atoms = (processes.share(n, self.device) for n in (batch.num_graphs, len(batch.pos)))
-        loss = (self.energy_weight * energy * of_graphs + forces * of_atoms) / self.scale
+        loss = self.energy_weight * self._mean(found.energy) * of_graphs + self._mean(found.forces) * of_atoms
+        if self.stress_weight > 0:
+            count = 0 if found.volumes is None else len(found.volumes)
+            of_stress = processes.share(count, self.device)
+            if found.stress is not None:
+                loss = loss + self.stress_weight * self._mean(found.stress) * of_stress
         self.train_loss.add(loss, batch.num_graphs / of_graphs)
         if step % SHOW_EVERY == 0:
             self.log("loss", loss.detach(), prog_bar=True, batch_size=batch.num_graphs)
@@ -62,31 +112,39 @@ class ForceRegressor(Task):
 
     def on_validation_epoch_start(self) -> None:
         """Start fresh averages."""
-        self.energy_error.reset()
-        self.forces_error.reset()
+        for error in (self.energy_error, self.forces_error, self.stress_error, self.virial_error):
+            error.reset()
 
     def validation_step(self, batch: Structures, step: int) -> None:
         """Collect the errors of a batch."""
-        energy, forces = self.errors(batch, create_graph=False)
-        self.energy_error.add(energy, batch.num_graphs)
-        self.forces_error.add(forces, len(batch.pos))
+        found = self.differences(batch, create_graph=False)
+        self.energy_error.add(l1_loss(*found.energy), batch.num_graphs)
+        self.forces_error.add(l1_loss(*found.forces), len(batch.pos))
+        if found.stress is not None:
+            stress = [virial / found.volumes[:, None, None] for virial in found.stress]
+            self.stress_error.add(l1_loss(*stress), len(found.volumes))
+            self.virial_error.add(l1_loss(*found.stress), len(found.volumes))
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val_energy_mae``, ``val_forces_mae`` and their weighted sum ``val_mae``, which chooses an epoch."""
         self._log_errors("val")
         value = self.energy_weight * self.energy_error.value() + self.forces_error.value()
+        if self.stress_weight > 0:
+            value = value + self.stress_weight * self.virial_error.value()
         self.log("val_mae", value)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
 
     def on_test_epoch_end(self) -> None:
-        """Log ``test_energy_mae`` and ``test_forces_mae``."""
+        """Log ``test_energy_mae``, ``test_forces_mae`` and, where stress is learned, ``test_stress_mae``."""
         self._log_errors("test")
 
     def _log_errors(self, split: str) -> None:
         self.log(f"{split}_energy_mae", self.energy_error.value())
         self.log(f"{split}_forces_mae", self.forces_error.value(), prog_bar=True)
+        if self.stress_weight > 0:
+            self.log(f"{split}_stress_mae", self.stress_error.value())
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW; the learning rate falls to 0 along a cosine."""
@@ -100,5 +158,5 @@ class ForceRegressor(Task):
 
     def epoch_errors(self, logged: dict[str, Tensor]) -> dict[str, float]:
         """What a row of the log holds beside epoch, step, learning rate and time."""
-        names = ("val_energy_mae", "val_forces_mae", "val_mae")
+        names = ["val_energy_mae", "val_forces_mae", "val_mae", *["val_stress_mae"] * (self.stress_weight > 0)]
         return {"train_loss": self.train_loss.value(), **{name: float(logged[name]) for name in names}}

@@ -48,8 +48,8 @@ class RunningMean:
         self._count += count
 
     def value(self) -> float:
-        """The mean so far, over all processes, each of which has to ask."""
-        sums = torch.stack(self._sums).double().sum()
+        """The mean so far, over all processes, each of which has to ask; NaN of nothing."""
+        sums = torch.stack(self._sums).double().sum() if self._sums else torch.zeros((), dtype=torch.float64)
         total = processes.total(torch.stack([sums, sums.new_tensor(self._count)]))
         return float(total[0] / total[1])
 

@@ -74,7 +74,7 @@ def share(rows: int, device: torch.device) -> float:
     products, which DistributedDataParallel makes of gradients, is the mean over all rows."""
     if count() == 1:
         return 1.0
-    return rows * count() / float(total(torch.tensor(float(rows), dtype=torch.float64, device=device)))
+    return rows * count() / max(float(total(torch.tensor(float(rows), dtype=torch.float64, device=device))), 1.0)
 
 
 def take_over(module: torch.nn.Module) -> None:

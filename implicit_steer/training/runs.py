@@ -19,7 +19,10 @@ from ..ops.select import NAMES as BACKEND_NAMES
 from . import processes
 
 # The files of a run, in its folder.
-RESULTS = ("last.ckpt", "best.ckpt", "log.csv", "result.json", "potential.pt", "model.safetensors")
+RESULTS = (
+    *("last.ckpt", "best.ckpt", "log.csv", "result.json", "potential.pt", "model.safetensors"),
+    *("parity-forces.png", "parity-energy.png"),
+)
 SAMPLINGS = "auto, exact, exact-N, escnn or lebedev-N"
 
 
