@@ -24,20 +24,20 @@ class Budget:
 WHOLE = "whole kernel"
 BUDGETS: dict[str, dict[str, Budget]] = {
     "conv_forward<float, Specialised<Elu, 4, 8>>": {
-        WHOLE: Budget(660, "edge"),
-        "tiles": Budget(230, "edge"),
-        "layers": Budget(240, "edge"),
-        "T": Budget(67, "edge"),
-        "mixing": Budget(4600, "node"),
+        WHOLE: Budget(655, "edge"),
+        "tiles": Budget(218, "edge"),
+        "layers": Budget(236, "edge"),
+        "T": Budget(66, "edge"),
+        "mixing": Budget(4280, "node"),
     },
     "conv_backward<float, Specialised<Elu, 4, 8>>": {
-        WHOLE: Budget(1790, "edge"),
-        "tiles": Budget(820, "edge"),
-        "layers": Budget(255, "edge"),
-        "T": Budget(82, "edge"),
-        "gradient of T": Budget(5800, "node"),
-        "gradient of theta": Budget(3200, "node"),
-        "reverse layers": Budget(415, "edge"),
+        WHOLE: Budget(1765, "edge"),
+        "tiles": Budget(760, "edge"),
+        "layers": Budget(250, "edge"),
+        "T": Budget(80, "edge"),
+        "gradient of T": Budget(5740, "node"),
+        "gradient of theta": Budget(3020, "node"),
+        "reverse layers": Budget(400, "edge"),
     },
 }
 

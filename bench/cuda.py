@@ -224,8 +224,7 @@ def _compared(kernel: str, executed: float, prediction: cuda_times.Prediction) -
         cycles = prediction.cycles[1]
         rows.append(["warp instructions per edge", f"{executed:,.0f}", f"{forward.instructions:,.0f}"])
         rows.append(["cycles", f"{cycles:,.0f}", f"{forward.cycles:,}"])
-        times = (f"{n / forward.clock / 1e3:,.0f}" for n in (cycles, forward.cycles))
-        rows.append([f"µs at {forward.clock} GHz", *times])
+        rows.append([f"µs at {forward.clock} GHz", f"{cycles / forward.clock / 1e3:,.0f}", f"{forward.microseconds:g}"])
     if kernel == summed.kernel:
         rows.append(["µs", f"{prediction.microseconds[1]:.1f}", f"{summed.microseconds}"])
     return [[f"`{kernel}`", *row] for row in rows]

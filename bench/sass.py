@@ -73,14 +73,15 @@ class Loop:
 
 @dataclass
 class Code:
-    """A kernel's basic blocks, and of each the numbers of those that may follow it."""
+    """A kernel's basic blocks, and of each the numbers of those that may follow it.
+
+    ``dominators``: block that can be reached → the last one through which every way to it leads, the first block first;
+    ``loops``: outer ones before those inside."""
 
     blocks: list[list[Instruction]]
     successors: list[list[int]]
-    dominators: dict[int, int] = field(
-        init=False
-    )  # block that can be reached → the immediate one; the first block first
-    loops: list[Loop] = field(init=False)  # outer ones before those inside
+    dominators: dict[int, int] = field(init=False)
+    loops: list[Loop] = field(init=False)
 
     def __post_init__(self) -> None:
         self.dominators = _dominators(self.successors)
@@ -170,26 +171,23 @@ def _dominators(successors: list[list[int]]) -> dict[int, int]:
 
 def _loops(code: Code) -> list[Loop]:
     before = _predecessors(code.successors, code.dominators)
-    bodies: dict[int, set[int]] = {}
-    names: dict[int, str] = {}
+    found: dict[int, Loop] = {}
     for block in code.dominators:
         for header in code.successors[block]:
             above = block
             while above not in (0, header):
                 above = code.dominators[above]
-            if above != header:
+            if above != header:  # no branch back
                 continue
-            body, stack = bodies.setdefault(header, {header}), [block]
+            loop, stack = found.setdefault(header, Loop(header, {header}, None)), [block]
             while stack:
                 n = stack.pop()
-                if n not in body:
-                    body.add(n)
+                if n not in loop.blocks:
+                    loop.blocks.add(n)
                     stack += before[n]
-            name = _name_at(*code.blocks[block][-1].lines[0]) if code.blocks[block][-1].lines else None
-            if name:
-                names[header] = name
-    found = [Loop(header, body, names.get(header)) for header, body in bodies.items()]
-    return sorted(found, key=lambda loop: -len(loop.blocks))
+            for file, line in code.blocks[block][-1].lines[:1]:
+                loop.name = _names_in(file).get(line, loop.name)
+    return sorted(found.values(), key=lambda loop: -len(loop.blocks))
 
 
 @cache
@@ -201,10 +199,6 @@ def _names_in(file: str) -> dict[int, str]:
         if match := _NAME.search(text):
             found |= dict.fromkeys(head, match[1])
     return found
-
-
-def _name_at(file: str, line: int) -> str | None:
-    return _names_in(file).get(line)
 
 
 def parse(text: Iterable[str]) -> dict[str, Code]:
