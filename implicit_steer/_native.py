@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import warnings
+import weakref
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -135,6 +137,19 @@ def _probed(device: int) -> tuple[bool, str]:
     except RuntimeError as error:
         return False, f"cuda:{device} cannot run the CUDA kernels: {str(error).splitlines()[0]}"
     return True, reason
+
+
+class Number:
+    """A number under which the native extension keeps an object, as long as this one lives.
+
+    Args:
+        number: what the operator that bound the object gave.
+        release: the operator that lets go of it.
+    """
+
+    def __init__(self, number: int, release: Callable[[int], None]) -> None:
+        self.number = number
+        weakref.finalize(self, release, number).atexit = False
 
 
 class BuildInfo:

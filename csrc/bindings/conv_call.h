@@ -32,8 +32,9 @@ class Call {
   const PlanView<R>& plan;
   ConvArgs<R> args{};
 
-  Call(const Tensor& ints, const Tensor& reals, const Tensor& delta, const Tensor& attr, int64_t isa)
-      : device(ints, reals, delta, isa), plan(device.plan()) {
+  // `of`: what the device is made of.
+  template <typename... Of>
+  Call(const Tensor& delta, const Tensor& attr, const Of&... of) : device(of...), plan(device.plan()) {
     args.n_edges = delta.size(0);
     args.delta = read(delta, "delta", args.n_edges * plan.dim);
     args.attr = read(attr, "attr", args.n_edges * plan.n_attr);
@@ -111,7 +112,7 @@ class Call {
 template <template <typename> class Device, typename F>
 void with_call(const Tensor& ints, const Tensor& reals, const Tensor& delta, const Tensor& attr, int64_t isa, F f) {
   dispatch_real(delta, "delta", [&](auto* tag) {
-    Call<Device<std::remove_pointer_t<decltype(tag)>>> call(ints, reals, delta, attr, isa);
+    Call<Device<std::remove_pointer_t<decltype(tag)>>> call(delta, attr, ints, reals, delta, isa);
     f(call);
   });
 }

@@ -81,7 +81,7 @@ class NativePlan:
 
     Attributes:
         arrays, matrix: by dtype, the plan's numbers; what packs the parameters.
-        trivial: per batch norm, its trivial coordinates.
+        trivial, columns: per batch norm, its trivial coordinates; the same together, (n_layers, n_trivial).
         kernel: of every θ·B the position in the flat (C_out, C_in, H) kernel tensor, that of θ among the last layer's
             parameters, and B; None until it is asked for.
         statistics_shape: shape of the batch norms' statistics, (n_layers, W (n_trivial + 1)).
@@ -95,6 +95,7 @@ class NativePlan:
         self.kernel: KernelEntries | None = None
         norms = plan.norms
         self.trivial = [torch.tensor(norm.full_trivial) for norm in norms]
+        self.columns = torch.tensor([norm.full_trivial.tolist() for norm in norms], dtype=torch.int64)
         self.statistics_shape = (len(norms), norms[0].channels * (1 + len(norms[0].trivial))) if norms else (0, 0)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -132,12 +133,29 @@ class BoundKernel:
         self.parameters, self.learned = parameters, learned_tensors(parameters)
         self.dtype, self.device = parameters.shell_width.dtype, parameters.shell_width.device
         self.arrays, self.matrix = native.arrays[self.dtype], native.matrix[self.dtype]
-        self._sources = [*self.learned, *(t for norm in parameters.norms for t in (norm.mean, norm.var))]
+        self._kept = [t for norm in parameters.norms for t in (norm.mean, norm.var)]
+        self._sources = [*self.learned, *self._kept]
         nothing = parameters.shell_width.new_empty(0)
         self.bias, self.expansion = parameters.bias or (nothing, nothing.view(plan.out_size, 0))
+        self._tensors = [*self._sources, self.expansion, self.bias]
         self.mean = plan.aggr == "mean"
         self.trivial = native.trivial
         self._cache: tuple[Tensor, Tensor, Tensor] | None = None  # bytes of the sources; statistics, packed weights
+        self._bound: tuple[list[int], _native.Number | None] = [], None  # where all tensors lie; and for these
+
+    def number(self) -> _native.Number | None:
+        """Under which number the native extension has the layer. It is bound anew where a parameter, a running
+        statistic or the bias lies elsewhere than at the last call. None where one of them is not contiguous."""
+        places = [t.data_ptr() for t in self._tensors]
+        known, bound = self._bound
+        if places != known:
+            operators, bound = torch.ops.implicit_steer, None
+            if all(t.is_contiguous() for t in self._tensors):
+                given = *self.arrays, *self.matrix, self.native.columns, self.learned, self._kept
+                number = operators.bind_layer(*given, self.expansion, self.bias, self.mean, instruction_set())
+                bound = _native.Number(number, operators.release_layer.default)
+            self._bound = places, bound
+        return bound
 
     def kernel_entries(self) -> KernelEntries:
         """As :meth:`NativePlan.kernel_entries`."""

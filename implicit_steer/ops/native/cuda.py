@@ -35,6 +35,9 @@ class CudaKernel(BoundKernel):
         super().__init__(plan, native, parameters)
         self.trivial = _trivial(native, self.device)
 
+    def number(self) -> None:
+        """None: the operators take tensors."""
+
     def kernel_entries(self) -> KernelEntries:
         """As :meth:`NativePlan.kernel_entries`, on the device."""
         return _kernel_entries(self.native, self.device)
