@@ -100,11 +100,10 @@ class Call {
     device.run(pass, args);
   }
   void finish(Gradients& made) const { made.weights = device.summed_weight_gradient(made.of_weights); }
-  // After the sums over the edges: the mean over them if `mean`, then + expansion [C_out, n] · bias [n].
-  void finish(const Tensor& expansion, const Tensor& bias, bool mean) const {
+  // Sums over the edges, or the mean over them if `mean`, + expansion [C_out, n] · bias [n].
+  void forward(const Tensor& expansion, const Tensor& bias, bool mean) const {
     const int64_t n = bias.numel();
-    const R *matrix = read(expansion, "expansion", plan.out_size * n), *values = read(bias, "bias", n);
-    if (n > 0 || mean) device.finish_nodes(args, matrix, values, n, mean);
+    device.forward(args, read(expansion, "expansion", plan.out_size * n), read(bias, "bias", n), n, mean);
   }
 };
 

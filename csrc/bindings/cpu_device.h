@@ -95,8 +95,11 @@ class Cpu {
     return pairs_.data();
   }
 
-  // What follows the sums over the edges: the mean over them if `mean`, then + expansion [C_out, n] · bias [n].
-  void finish_nodes(const ConvArgs<R>& a, const R* expansion, const R* bias, int64_t n, bool mean) const {
+  // The sums over the edges, and what follows them: the mean over them if `mean`, then + expansion [C_out, n] · bias
+  // [n].
+  void forward(const ConvArgs<R>& a, const R* expansion, const R* bias, int64_t n, bool mean) const {
+    table().forward(a);
+    if (n == 0 && !mean) return;
     const int64_t width = plan_.out_size;
     std::vector<R> shift(width);
     for (int64_t k = 0; k < width * n; ++k) shift[k / n] += expansion[k] * bias[k % n];

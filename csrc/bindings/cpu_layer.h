@@ -14,7 +14,7 @@
 
 namespace implicit_steer {
 
-// The gradients of the sums over the edges, and of the bias [n]; see Cpu::finish_nodes(). expansion: [C_out, n].
+// The gradients of the sums over the edges, and of the bias [n]; see Cpu::forward(). expansion: [C_out, n].
 template <typename R>
 void finish_backward(ConvArgs<R>& a, const R* expansion, int64_t n, bool mean, std::vector<R>& of_sums, R* of_bias) {
   const int64_t width = a.plan->out_size;
@@ -85,8 +85,7 @@ class CpuLayer final : public Layer {
     call.args.weights = data<R>(used.packed);
     call.graph(in.x, graph.src, graph.order, graph.rowptr);
     Tensor out = call.output(in.x, call.args.n_dst, plan_.out_size);
-    call.run(call.device.table().forward);
-    if (bias_.size > 0 || mean_) call.device.finish_nodes(call.args, expansion_.at, bias_.at, bias_.size, mean_);
+    call.device.forward(call.args, expansion_.at, bias_.at, bias_.size, mean_);
     return {out, used.packed, used.statistics};
   }
 

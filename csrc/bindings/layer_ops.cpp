@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor> conv_statistics(const Tensor& ints, const Tensor& rea
     STD_TORCH_CHECK(call.plan.has_norms, "plan: expected one with batch norms.");
     STD_TORCH_CHECK(call.args.n_edges > 1, "delta: expected at least 2 edges, one has no variance.");
     const auto& matrix = call.device.matrix(rowptr, column, value);
-    const R* p = call.device.gathered(parameters);
+    const auto p = call.device.gathered(parameters);
     packed = new_empty(delta, {call.plan.n_weights});
     statistics = call.device.zeros(delta, {n_layers, size});
     call.device.statistics(call.args, matrix, p, mutable_data<R>(packed), mutable_data<R>(statistics));
@@ -69,7 +69,7 @@ Tensor conv_pack(const Tensor& ints, const Tensor& reals, const Tensor& rowptr, 
     const PlanView<R>& plan = device.plan();
     device.check(statistics, "statistics", real_type<R>, plan.n_layers * statistics_size(plan));
     const auto& matrix = device.matrix(rowptr, column, value);
-    const R* p = device.gathered(parameters);
+    const auto p = device.gathered(parameters);
     packed = new_empty(statistics, {plan.n_weights});
     device.pack(matrix, p, data<R>(statistics), mutable_data<R>(packed));
   });

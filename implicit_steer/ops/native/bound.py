@@ -152,8 +152,9 @@ class BoundKernel:
             operators, bound = torch.ops.implicit_steer, None
             if all(t.is_contiguous() for t in self._tensors):
                 given = *self.arrays, *self.matrix, self.native.columns, self.learned, self._kept
-                number = operators.bind_layer(*given, self.expansion, self.bias, self.mean, instruction_set())
-                bound = _native.Number(number, operators.release_layer.default)
+                given = *given, self.expansion, self.bias, self.mean, instruction_set(), self.backend == "cuda"
+                number = operators.bind_layer(*given)
+                bound = _native.Number(number, operators.release_layer.default) if number else None
             self._bound = places, bound
         return bound
 
@@ -174,14 +175,11 @@ class BoundKernel:
         """numbers[index]; the gradient, too, is the same to the last bit at every call."""
         return numbers.index_select(0, index)
 
-    @staticmethod
-    def pieces(learned: Sequence[Tensor]) -> list[Tensor]:
-        """The parameters as operators take them."""
-        return [t.contiguous() for t in learned]
-
     def pack(self, learned: Sequence[Tensor], statistics: Tensor) -> Tensor:
         """Packed weights of the parameters ``learned`` at these statistics of the batch norms; linear in them."""
-        return torch.ops.implicit_steer.conv_pack(*self.arrays, *self.matrix, self.pieces(learned), statistics)
+        return torch.ops.implicit_steer.conv_pack(
+            *self.arrays, *self.matrix, [t.contiguous() for t in learned], statistics
+        )
 
     def unpack_gradient(self, grad: Tensor, learned: Sequence[Tensor], statistics: Tensor) -> list[Tensor]:
         """The gradients of ``learned`` from that of the packed weights."""
@@ -193,7 +191,7 @@ class BoundKernel:
         packed weights at them."""
         if pool is not None:
             return self._pooled(delta, attributes, pool)
-        arrays = *self.arrays, *self.matrix, self.pieces(self.learned), delta, attributes
+        arrays = *self.arrays, *self.matrix, [t.contiguous() for t in self.learned], delta, attributes
         return torch.ops.implicit_steer.conv_statistics(*arrays, *self.native.statistics_shape, instruction_set())
 
     def _pooled(self, delta: Tensor, attributes: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
