@@ -13,7 +13,7 @@ import torch
 from implicit_steer.ops import select
 from implicit_steer.testing.cases import GROUPS, LARGE, SMALL, SPACES
 
-from . import accuracy, bound, device, forces, process, related, report, scaling, small, speed, table, widths
+from . import accuracy, bound, device, dispatch, forces, process, related, report, scaling, small, speed, table, widths
 from .steps import DEVICES, candidates, use_device
 
 _NAMED = SMALL | LARGE | GROUPS
@@ -128,6 +128,13 @@ def run_small(args: argparse.Namespace, names: list[str]) -> int:
     return 0
 
 
+def run_dispatch(args: argparse.Namespace, _: list[str]) -> int:
+    """Measure, print and write. 1 where a bound does not hold."""
+    results = {"environment": report.environment(), "calls": dispatch.measure(*_effort(args))}
+    _finish("dispatch", results, dispatch.text(results["calls"]), args.out)
+    return 1 if dispatch.broken(results["calls"]) else 0
+
+
 def run_related(args: argparse.Namespace, _: list[str]) -> int:
     """Measure, print and write. 1 without e3nn."""
     if importlib.util.find_spec(related.NAME) is None:
@@ -176,6 +183,7 @@ _SECTIONS = {
     "accuracy": run_accuracy,
     "scaling": run_scaling,
     "small": run_small,
+    "dispatch": run_dispatch,
     "related": run_related,
     "table": run_table,
 }

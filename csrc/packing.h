@@ -16,7 +16,9 @@ struct SparseMatrix {
   const int32_t *rowptr, *column;
   const R* value;
 
-  IST_HOST_DEVICE R multiply_row(int64_t i, const R* p) const {
+  // p: what gives number k as p[k]
+  template <typename P>
+  IST_HOST_DEVICE R multiply_row(int64_t i, const P& p) const {
     R sum = 0;
     for (int32_t k = rowptr[i]; k < rowptr[i + 1]; ++k) sum += value[k] * p[column[k]];
     return sum;
@@ -28,6 +30,31 @@ struct SparseMatrix {
   void multiply_transposed(int64_t n, const R* grad, R* grad_p) const {
     for (int64_t i = 0; i < n; ++i)
       for (int32_t k = rowptr[i]; k < rowptr[i + 1]; ++k) grad_p[column[k]] += value[k] * grad[i];
+  }
+};
+
+// Vectors that lie in several places, read or written as one vector, one behind the other.
+template <typename R>
+struct Pieces {
+  static constexpr int kMost = 96;  // two such tables fit into a kernel's arguments
+  R* at[kMost];
+  int32_t first[kMost + 1];  // the number with which each begins, and how many there are
+  int n;
+
+  void add(R* piece, int64_t size) {
+    at[n] = piece, first[0] = 0;
+    first[n + 1] = first[n] + static_cast<int32_t>(size), ++n;
+  }
+  IST_HOST_DEVICE R& operator[](int64_t k) const {
+    int low = 0;
+    for (int high = n; high - low > 1;) {
+      const int middle = (low + high) / 2;
+      if (first[middle] <= k)
+        low = middle;
+      else
+        high = middle;
+    }
+    return at[low][k - first[low]];
   }
 };
 
@@ -109,13 +136,17 @@ IST_HOST_DEVICE void channel_statistics(const PlanView<R>& plan, int channels, i
 }
 
 // scale = weight / sqrt(variance + eps), shift = bias - mean * scale of channel w of batch norm n
-template <typename R>
-IST_HOST_DEVICE void pack_channel(const PlanView<R>& plan, int n, int w, const R* p, const R* statistics, R* packed) {
+template <typename R, typename P>
+IST_HOST_DEVICE R norm_scale(const PlanView<R>& plan, int n, int w, const P& p, R variance) {
+  return p[plan.layers[n].norm_weight + w] / std::sqrt(variance + plan.eps);
+}
+template <typename R, typename P>
+IST_HOST_DEVICE void pack_channel(const PlanView<R>& plan, int n, int w, const P& p, const R* statistics, R* packed) {
   const LayerView<R>& layer = plan.layers[n];
   const int channels = layer.out_size / plan.c, trivial = plan.n_trivial;
   const R *mean = statistics + n * statistics_size(plan), *variance = mean + channels * trivial;
   R *scale = packed + layer.affine, *shift = scale + channels;
-  scale[w] = p[layer.norm_weight + w] / std::sqrt(variance[w] + plan.eps);
+  scale[w] = norm_scale(plan, n, w, p, variance[w]);
   for (int k = w * trivial; k < (w + 1) * trivial; ++k) shift[k] = p[layer.norm_bias + k] - mean[k] * scale[w];
 }
 template <typename R>
@@ -142,6 +173,69 @@ template <typename R>
 void pack_affine_backward(const PlanView<R>& plan, int n, const R* statistics, const R* grad, R* grad_p) {
   for (int w = 0; w < plan.layers[n].out_size / plan.c; ++w)
     pack_channel_backward(plan, n, w, statistics, grad, grad_p);
+}
+
+// ---- one packed weight, or the gradient of one parameter, after the other: for a thread each
+
+// The statistics of all batch norms: `given`, statistics_size() numbers of each; or where that is null, what the norms
+// keep: pieces 2 n and 2 n + 1 are the means [W, d] and the variances [W] of norm n, and of the means the columns
+// trivial [n_layers, n_trivial] can differ from 0.
+template <typename R>
+struct NormStatistics {
+  const R* given;
+  const int64_t* trivial;
+  Pieces<const R> kept;
+
+  // Number k of [W, n_trivial].
+  IST_HOST_DEVICE R mean(const PlanView<R>& plan, int channels, int n, int k) const {
+    if (given) return given[n * statistics_size(plan) + k];
+    const int w = k / plan.n_trivial, width = (kept.first[2 * n + 1] - kept.first[2 * n]) / channels;
+    return kept.at[2 * n][w * width + trivial[n * plan.n_trivial + k % plan.n_trivial]];
+  }
+  IST_HOST_DEVICE R variance(const PlanView<R>& plan, int channels, int n, int w) const {
+    return given ? given[n * statistics_size(plan) + channels * plan.n_trivial + w] : kept.at[2 * n + 1][w];
+  }
+};
+
+// Packed weight i: of a batch norm, else a row of the matrix.
+template <typename R, typename P>
+IST_HOST_DEVICE R packed_weight(const PlanView<R>& plan, const SparseMatrix<R>& matrix, int64_t i, const P& p,
+                                const NormStatistics<R>& statistics) {
+  const int channels = plan.has_norms ? plan.layers[0].out_size / plan.c : 0, trivial = plan.n_trivial;
+  for (int n = 0; n < plan.n_layers && plan.has_norms; ++n) {
+    const int64_t at = i - plan.layers[n].affine;
+    if (at < 0 || at >= channels * (1 + trivial)) continue;
+    const int k = static_cast<int>(at) - channels, w = k < 0 ? static_cast<int>(at) : k / trivial;
+    const R scale = norm_scale(plan, n, w, p, statistics.variance(plan, channels, n, w));
+    return k < 0 ? scale : p[plan.layers[n].norm_bias + k] - statistics.mean(plan, channels, n, k) * scale;
+  }
+  return matrix.multiply_row(i, p);
+}
+
+// Number i of the statistics, as NormStatistics::given.
+template <typename R>
+IST_HOST_DEVICE R norm_statistic(const PlanView<R>& plan, const NormStatistics<R>& statistics, int64_t i) {
+  const int channels = plan.layers[0].out_size / plan.c, means = channels * plan.n_trivial;
+  const int n = static_cast<int>(i / statistics_size(plan)), k = static_cast<int>(i % statistics_size(plan));
+  return k < means ? statistics.mean(plan, channels, n, k) : statistics.variance(plan, channels, n, k - means);
+}
+
+// What batch norms at given statistics add to the gradient of parameter j.
+template <typename R>
+IST_HOST_DEVICE R norm_gradient(const PlanView<R>& plan, int64_t j, const R* statistics, const R* grad) {
+  const int channels = plan.has_norms ? plan.layers[0].out_size / plan.c : 0, trivial = plan.n_trivial;
+  for (int n = 0; n < plan.n_layers && plan.has_norms; ++n) {
+    const LayerView<R>& layer = plan.layers[n];
+    const R *d_scale = grad + layer.affine, *d_shift = d_scale + channels;
+    if (const int64_t k = j - layer.norm_bias; trivial && k >= 0 && k < channels * trivial) return d_shift[k];
+    const int64_t w = j - layer.norm_weight;
+    if (w < 0 || w >= channels) continue;
+    const R *mean = statistics + n * statistics_size(plan), *variance = mean + channels * trivial;
+    R d = d_scale[w];
+    for (int64_t k = w * trivial; k < (w + 1) * trivial; ++k) d -= d_shift[k] * mean[k];
+    return d / std::sqrt(variance[w] + plan.eps);
+  }
+  return 0;
 }
 
 }  // namespace implicit_steer

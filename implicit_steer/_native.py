@@ -8,7 +8,10 @@ also warns.
 from __future__ import annotations
 
 import ctypes
+import os
 import warnings
+import weakref
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +21,10 @@ from torch import Tensor
 from ._transforms import one_by_one
 
 LIBRARY = Path(__file__).with_name("_ops.so")
-CUDA_LIBRARY = Path(__file__).with_name("libimplicit_steer_cuda.so")  # opened by _ops.so at the first CUDA call
+# Opened by _ops.so at the first CUDA call. Where the variable names another library, its kernels run on the processor,
+# on CPU tensors: for tests and measurements of what the host does (bench/dispatch.py).
+ON_PROCESSOR = os.environ.get("IMPLICIT_STEER_CUDA_LIBRARY")
+CUDA_LIBRARY = Path(ON_PROCESSOR or Path(__file__).with_name("libimplicit_steer_cuda.so"))
 RECORD = Path(__file__).with_name("_not_built.txt")  # written by setup.py: "off", or what was missing
 
 
@@ -135,6 +141,19 @@ def _probed(device: int) -> tuple[bool, str]:
     except RuntimeError as error:
         return False, f"cuda:{device} cannot run the CUDA kernels: {str(error).splitlines()[0]}"
     return True, reason
+
+
+class Number:
+    """A number under which the native extension keeps an object, as long as this one lives.
+
+    Args:
+        number: what the operator that bound the object gave.
+        release: the operator that lets go of it.
+    """
+
+    def __init__(self, number: int, release: Callable[[int], None]) -> None:
+        self.number = number
+        weakref.finalize(self, release, number).atexit = False
 
 
 class BuildInfo:

@@ -32,8 +32,9 @@ class Call {
   const PlanView<R>& plan;
   ConvArgs<R> args{};
 
-  Call(const Tensor& ints, const Tensor& reals, const Tensor& delta, const Tensor& attr, int64_t isa)
-      : device(ints, reals, delta, isa), plan(device.plan()) {
+  // `of`: what the device is made of.
+  template <typename... Of>
+  Call(const Tensor& delta, const Tensor& attr, const Of&... of) : device(of...), plan(device.plan()) {
     args.n_edges = delta.size(0);
     args.delta = read(delta, "delta", args.n_edges * plan.dim);
     args.attr = read(attr, "attr", args.n_edges * plan.n_attr);
@@ -99,11 +100,10 @@ class Call {
     device.run(pass, args);
   }
   void finish(Gradients& made) const { made.weights = device.summed_weight_gradient(made.of_weights); }
-  // After the sums over the edges: the mean over them if `mean`, then + expansion [C_out, n] · bias [n].
-  void finish(const Tensor& expansion, const Tensor& bias, bool mean) const {
+  // Sums over the edges, or the mean over them if `mean`, + expansion [C_out, n] · bias [n].
+  void forward(const Tensor& expansion, const Tensor& bias, bool mean) const {
     const int64_t n = bias.numel();
-    const R *matrix = read(expansion, "expansion", plan.out_size * n), *values = read(bias, "bias", n);
-    if (n > 0 || mean) device.finish_nodes(args, matrix, values, n, mean);
+    device.forward(args, read(expansion, "expansion", plan.out_size * n), read(bias, "bias", n), n, mean);
   }
 };
 
@@ -111,7 +111,7 @@ class Call {
 template <template <typename> class Device, typename F>
 void with_call(const Tensor& ints, const Tensor& reals, const Tensor& delta, const Tensor& attr, int64_t isa, F f) {
   dispatch_real(delta, "delta", [&](auto* tag) {
-    Call<Device<std::remove_pointer_t<decltype(tag)>>> call(ints, reals, delta, attr, isa);
+    Call<Device<std::remove_pointer_t<decltype(tag)>>> call(delta, attr, ints, reals, delta, isa);
     f(call);
   });
 }

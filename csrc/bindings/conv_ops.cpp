@@ -27,8 +27,7 @@ Tensor conv_forward(const Tensor& ints, const Tensor& reals, const Tensor& weigh
     check_size(call.plan.out_size, out_size, "out_size");
     call.weights(weights), call.graph(x, src, order, rowptr);
     out = call.output(x, call.args.n_dst, call.plan.out_size);
-    call.run(call.device.table().forward);
-    call.finish(expansion, bias, mean);
+    call.forward(expansion, bias, mean);
   });
   return out;
 }

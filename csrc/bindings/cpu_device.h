@@ -38,15 +38,32 @@ R divisor(const ConvArgs<R>& a, int64_t i) {
 }
 
 template <typename R>
+void read_plan(Plan<R>& plan, const Tensor& ints, const Tensor& reals) {
+  STD_TORCH_CHECK(ints.scalar_type() == ScalarType::Int && ints.is_contiguous(), "plan_ints: expected int32.");
+  check(reals, "plan_reals", real_type<R>, reals.numel());
+  const bool valid = plan_view(plan, data<int32_t>(ints), ints.numel(), data<R>(reals), reals.numel());
+  STD_TORCH_CHECK(valid, "plan_ints, plan_reals: not what ops/native/arrays.py writes.");
+}
+
+// The sparse matrix from parameters to packed weights.
+template <typename R>
+SparseMatrix<R> matrix_of(const PlanView<R>& plan, const Tensor& rowptr, const Tensor& column, const Tensor& value) {
+  check_packing<R>(plan, rowptr, column, value);
+  return {plan.n_weights, data<int32_t>(rowptr), data<int32_t>(column), data<R>(value)};
+}
+
+template <typename R>
 class Cpu {
  public:
   using Real = R;
 
   Cpu(const Tensor& ints, const Tensor& reals, const Tensor&, int64_t isa = 0) : isa_(isa) {
-    STD_TORCH_CHECK(ints.scalar_type() == ScalarType::Int && ints.is_contiguous(), "plan_ints: expected int32.");
-    check(reals, "plan_reals", real_type<R>, reals.numel());
-    const bool valid = plan_view(plan_, data<int32_t>(ints), ints.numel(), data<R>(reals), reals.numel());
-    STD_TORCH_CHECK(valid, "plan_ints, plan_reals: not what ops/native/arrays.py writes.");
+    read_plan(plan_, ints, reals);
+  }
+  // Of a plan that was read before and outlives it: its couplings are copied, the loops place them at every call.
+  Cpu(const Plan<R>& plan, int64_t isa) : isa_(isa) {
+    static_cast<PlanView<R>&>(plan_) = plan;
+    plan_.coupling_storage = plan.coupling_storage, plan_.couplings = plan_.coupling_storage.data();
   }
   Cpu(const Cpu&) = delete;
 
@@ -78,8 +95,11 @@ class Cpu {
     return pairs_.data();
   }
 
-  // What follows the sums over the edges: the mean over them if `mean`, then + expansion [C_out, n] · bias [n].
-  void finish_nodes(const ConvArgs<R>& a, const R* expansion, const R* bias, int64_t n, bool mean) const {
+  // The sums over the edges, and what follows them: the mean over them if `mean`, then + expansion [C_out, n] · bias
+  // [n].
+  void forward(const ConvArgs<R>& a, const R* expansion, const R* bias, int64_t n, bool mean) const {
+    table().forward(a);
+    if (n == 0 && !mean) return;
     const int64_t width = plan_.out_size;
     std::vector<R> shift(width);
     for (int64_t k = 0; k < width * n; ++k) shift[k / n] += expansion[k] * bias[k % n];
@@ -120,10 +140,8 @@ class Cpu {
     }
     return parameters_.data();
   }
-  // The sparse matrix from parameters to packed weights.
   SparseMatrix<R> matrix(const Tensor& rowptr, const Tensor& column, const Tensor& value) const {
-    check_packing<R>(plan_, rowptr, column, value);
-    return {plan_.n_weights, data<int32_t>(rowptr), data<int32_t>(column), data<R>(value)};
+    return matrix_of(plan_, rowptr, column, value);
   }
   void pack(const SparseMatrix<R>& matrix, const R* parameters, const R* statistics, R* packed) const {
     matrix.multiply(parameters, packed);

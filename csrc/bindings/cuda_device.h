@@ -1,7 +1,8 @@
 // CUDA tensors as conv_call.h asks for a device. The library of the CUDA kernels, libimplicit_steer_cuda.so beside this
-// one, which the first call opens; a call's device and stream; and what stays on a device: the arrays of a plan and of
-// its packing matrix are CPU tensors, their copies are made at the first call and kept for good, with the tensors: one
-// of each plan that was made, device and kind of number.
+// one, which the first call opens, or the one that IMPLICIT_STEER_CUDA_LIBRARY names: kernels that run on the processor
+// take CPU tensors in place of CUDA tensors. A call's device and stream; and what stays on a device: the arrays of a
+// plan and of its packing matrix are CPU tensors, their copies are made at the first call and kept for good, with the
+// tensors: one of each plan that was made, device and kind of number.
 #pragma once
 
 #include <dlfcn.h>
@@ -9,10 +10,12 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <initializer_list>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -32,7 +35,8 @@ inline const CudaLibrary& open_library() {
   Dl_info here;
   STD_TORCH_CHECK(dladdr(reinterpret_cast<const void*>(&open_library), &here) != 0, "cuda: where is this library?");
   std::string path(here.dli_fname);
-  path = path.substr(0, path.rfind('/') + 1) + kLibrary;
+  const char* const other = std::getenv("IMPLICIT_STEER_CUDA_LIBRARY");
+  path = other ? other : path.substr(0, path.rfind('/') + 1) + kLibrary;
   void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   STD_TORCH_CHECK(handle, "backend 'cuda': its kernels could not be loaded: ", dlerror(),
                   ". Reinstall implicit_steer where nvcc is found, with IMPLICIT_STEER_CUDA=require.");
@@ -70,29 +74,25 @@ inline void* current_stream(int32_t device) {
   return stream;
 }
 
-// The device of a call's tensors, current until the end of the call, and its memory.
+// The device of a call's tensors, current until the end of the call, and its memory. CPU tensors have no device to
+// choose and no stream.
 class Context {
  public:
   explicit Context(const Tensor& like)
-      : device(like.get_device_index()),
-        guard_(device),
-        stream(current_stream(device)),
-        like_(like),
-        before_(current_) {
+      : on_gpu(like.is_cuda()), device(like.get_device_index()), like_(like), before_(current_) {
+    if (on_gpu) guard_.emplace(device), stream = current_stream(device);
     current_ = this;
   }
   ~Context() { current_ = before_; }
   Context(const Context&) = delete;
 
+  const bool on_gpu;
   const int32_t device;
+  void* stream = nullptr;
 
- private:
-  const DeviceGuard guard_;
-
- public:
-  void* const stream;
-
-  Tensor bytes(int64_t n) const { return torch::stable::new_empty(like_, {n}, ScalarType::Byte); }
+  Tensor bytes(int64_t n) const {
+    return new_empty(like_, torch::headeronly::IntHeaderOnlyArrayRef(&n, 1), aoti_torch_dtype_uint8());
+  }
   // As ConvArgs.scratch: memory that is given back after the call's last launch, behind it in the stream.
   static void* scratch(int64_t n) {
     current_->scratch_.push_back(current_->bytes(n));
@@ -100,6 +100,7 @@ class Context {
   }
 
  private:
+  std::optional<DeviceGuard> guard_;
   const Tensor& like_;
   Context* const before_;
   std::vector<Tensor> scratch_;
@@ -186,6 +187,9 @@ class Cuda {
 
   Cuda(const Tensor& ints, const Tensor& reals, const Tensor& like, int64_t = 0)
       : context_(like), plan_(device_plan<R>(context_, ints, reals)), view_(*kernels<R>().plan_view(&plan_)) {}
+  // Of a plan that was looked up before.
+  Cuda(const DevicePlan<R>& plan, const Tensor& like)
+      : context_(like), plan_(plan), view_(*kernels<R>().plan_view(&plan_)) {}
 
   const PlanView<R>& plan() const { return view_; }
   const CudaTable<R>& table() const { return kernels<R>(); }
@@ -197,8 +201,8 @@ class Cuda {
   // Also that the tensor is on the call's device.
   void check(const Tensor& t, const char* name, ScalarType type, int64_t numel) const {
     implicit_steer::check(t, name, type, numel);
-    STD_TORCH_CHECK(numel == 0 || (t.is_cuda() && t.get_device_index() == context_.device), name,
-                    ": expected a tensor on the call's device, cuda:", context_.device, ".");
+    const bool there = t.is_cuda() == context_.on_gpu && t.get_device_index() == context_.device;
+    STD_TORCH_CHECK(numel == 0 || there, name, ": expected a tensor on the call's device, cuda:", context_.device, ".");
   }
   void prepare(ConvArgs<R>& a) const { a.scratch = Context::scratch; }
   Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape) const {
@@ -210,8 +214,8 @@ class Cuda {
     implicit_steer::check(kernels<R>().pair_weights(plan_, weights, tangent, mutable_data<R>(pairs_), context_.stream));
     return data<R>(pairs_);
   }
-  void finish_nodes(const ConvArgs<R>& a, const R* expansion, const R* bias, int64_t n, bool mean) const {
-    implicit_steer::check(kernels<R>().finish(plan_, a, expansion, bias, n, mean, context_.stream));
+  void forward(const ConvArgs<R>& a, const R* expansion, const R* bias, int64_t n, bool mean) const {
+    implicit_steer::check(kernels<R>().forward(plan_, a, {expansion, bias, n, mean}, context_.stream));
   }
 
   int64_t edge_width() const { return view_.in_size; }
@@ -223,34 +227,52 @@ class Cuda {
 
   // ---- packing
 
-  // The parameters as one vector.
-  const R* gathered(const std::vector<Tensor>& parameters) {
+  // Where the parameters are; where there are more of them than the kernels' table holds, they are copied together.
+  Pieces<const R> gathered(const std::vector<Tensor>& parameters) {
     check_size(view_.n_parameters, count(parameters), "parameters");
     for (const Tensor& t : parameters) check(t, "parameters", real_type<R>, t.numel());
-    if (parameters.size() == 1) return data<R>(parameters[0]);
+    Pieces<const R> found{};
+    if (parameters.size() <= Pieces<const R>::kMost) {
+      for (const Tensor& t : parameters) found.add(data<R>(t), t.numel());
+      return found;
+    }
     parameters_ = context_.bytes(std::max<int64_t>(view_.n_parameters, 1) * sizeof(R));
     char* next = static_cast<char*>(parameters_.mutable_data_ptr());
     for (const Tensor& t : parameters) {
       implicit_steer::check(library().copy(next, t.const_data_ptr(), t.numel() * sizeof(R), context_.stream));
       next += t.numel() * sizeof(R);
     }
-    return data<R>(parameters_);
+    found.add(data<R>(parameters_), view_.n_parameters);
+    return found;
   }
   const HeldMatrix<R>& matrix(const Tensor& rowptr, const Tensor& column, const Tensor& value) const {
     return device_matrix(context_, view_, rowptr, column, value);
   }
-  void pack(const HeldMatrix<R>& held, const R* parameters, const R* statistics, R* packed) const {
-    implicit_steer::check(kernels<R>().pack(plan_, held.matrix, parameters, statistics, packed, context_.stream));
+  void pack(const HeldMatrix<R>& held, const Pieces<const R>& parameters, const R* statistics, R* packed) const {
+    pack(held, parameters, NormStatistics<R>{statistics, nullptr, {}}, packed, nullptr);
+  }
+  void pack(const HeldMatrix<R>& held, const Pieces<const R>& parameters, const NormStatistics<R>& norms, R* packed,
+            R* statistics) const {
+    implicit_steer::check(
+        kernels<R>().pack(plan_, held.matrix, parameters, norms, packed, statistics, context_.stream));
   }
   void pack_backward(const HeldMatrix<R>& held, const R* statistics, const R* grad_packed, R* grad) const {
+    Pieces<R> pieces{};
+    pieces.add(grad, view_.n_parameters);
     implicit_steer::check(
-        kernels<R>().pack_backward(plan_, held.transposed, statistics, grad_packed, grad, context_.stream));
+        kernels<R>().pack_backward(plan_, held.transposed, statistics, grad_packed, pieces, context_.stream));
+  }
+  void layer_backward(const ConvArgs<R>& a, const Epilogue<R>& epilogue, const HeldMatrix<R>& held, const R* statistics,
+                      const Pieces<R>& grad_parameters, R* grad_bias) const {
+    implicit_steer::check(kernels<R>().layer_backward(plan_, a, epilogue, held.transposed, statistics, grad_parameters,
+                                                      grad_bias, context_.stream));
   }
 
   // ---- statistics of batch norms
 
   // `out` is overwritten norm by norm; until then finite numbers stand where the packing reads them.
-  void statistics(const ConvArgs<R>& a, const HeldMatrix<R>& held, const R* parameters, R* packed, R* out) const {
+  void statistics(const ConvArgs<R>& a, const HeldMatrix<R>& held, const Pieces<const R>& parameters, R* packed,
+                  R* out) const {
     pack(held, parameters, out, packed);
     implicit_steer::check(kernels<R>().statistics(plan_, a, parameters, packed, out, context_.stream));
   }

@@ -11,6 +11,7 @@
 
 #include "conv_call.h"
 #include "cpu_device.h"
+#include "cpu_layer.h"
 #include "cuda_device.h"
 
 namespace {
@@ -31,7 +32,7 @@ std::tuple<Tensor, Tensor> conv_statistics(const Tensor& ints, const Tensor& rea
     STD_TORCH_CHECK(call.plan.has_norms, "plan: expected one with batch norms.");
     STD_TORCH_CHECK(call.args.n_edges > 1, "delta: expected at least 2 edges, one has no variance.");
     const auto& matrix = call.device.matrix(rowptr, column, value);
-    const R* p = call.device.gathered(parameters);
+    const auto p = call.device.gathered(parameters);
     packed = new_empty(delta, {call.plan.n_weights});
     statistics = call.device.zeros(delta, {n_layers, size});
     call.device.statistics(call.args, matrix, p, mutable_data<R>(packed), mutable_data<R>(statistics));
@@ -68,7 +69,7 @@ Tensor conv_pack(const Tensor& ints, const Tensor& reals, const Tensor& rowptr, 
     const PlanView<R>& plan = device.plan();
     device.check(statistics, "statistics", real_type<R>, plan.n_layers * statistics_size(plan));
     const auto& matrix = device.matrix(rowptr, column, value);
-    const R* p = device.gathered(parameters);
+    const auto p = device.gathered(parameters);
     packed = new_empty(statistics, {plan.n_weights});
     device.pack(matrix, p, data<R>(statistics), mutable_data<R>(packed));
   });
@@ -147,67 +148,28 @@ Tensor same_values(const std::vector<Tensor>& tensors, const Tensor& copy) {
   return same;
 }
 
-// The vector [n_parameters] in pieces of the parameters' shapes.
-template <typename R>
-std::vector<Tensor> split(const R* vector, const std::vector<Tensor>& parameters) {
-  std::vector<Tensor> pieces;
-  pieces.reserve(parameters.size());
-  for (const Tensor& t : parameters) {
-    pieces.push_back(new_empty(t, t.sizes(), dtype_of(t)));
-    std::copy_n(vector, t.numel(), static_cast<R*>(pieces.back().mutable_data_ptr()));
-    vector += t.numel();
-  }
-  return pieces;
-}
-
-// The gradients of the sums over the edges, and of the bias [n]; see Cpu::finish_nodes().
-template <typename R>
-void finish_backward(ConvArgs<R>& a, const Tensor& expansion, bool mean, std::vector<R>& of_sums, Tensor& of_bias) {
-  const int64_t width = a.plan->out_size, n = expansion.numel() / std::max<int64_t>(width, 1);
-  std::vector<R> total(width);
-  if (mean) of_sums.resize(a.n_dst * width);
-  for (int64_t i = 0; i < a.n_dst; ++i)
-    for (int64_t k = 0; k < width; ++k) {
-      const R g = a.grad_out[i * width + k];
-      total[k] += g;
-      if (mean) of_sums[i * width + k] = g / divisor(a, i);
-    }
-  if (mean) a.grad_out = of_sums.data();
-  of_bias = new_empty(expansion, {n});
-  check(expansion, "expansion", real_type<R>, width * n);
-  std::fill_n(mutable_data<R>(of_bias), n, R{});
-  for (int64_t k = 0; k < width * n; ++k) mutable_data<R>(of_bias)[k % n] += data<R>(expansion)[k] * total[k / n];
-}
-
 // The backward pass of a layer: from the gradient of its output those of x, delta, attr, bias and the parameters; those
 // that are not needed are empty.
-std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> conv_gradients(
-    const Tensor& ints, const Tensor& reals, const Tensor& pack_rowptr, const Tensor& column, const Tensor& value,
-    const std::vector<Tensor>& parameters, const Tensor& statistics, const Tensor& weights, const Tensor& x,
-    const Tensor& delta, const Tensor& attr, const Tensor& src, const Tensor& order, const Tensor& rowptr,
-    const Tensor& grad_out, const Tensor& order_by_source, const Tensor& colptr, const Tensor& expansion, bool mean,
-    bool need_x, bool need_delta, bool need_attr, bool need_parameters, int64_t isa) {
-  Gradients grads;
-  Tensor of_bias;
-  std::vector<Tensor> of_parameters;
+LayerGradients conv_gradients(const Tensor& ints, const Tensor& reals, const Tensor& pack_rowptr, const Tensor& column,
+                              const Tensor& value, const std::vector<Tensor>& parameters, const Tensor& statistics,
+                              const Tensor& weights, const Tensor& x, const Tensor& delta, const Tensor& attr,
+                              const Tensor& src, const Tensor& order, const Tensor& rowptr, const Tensor& grad_out,
+                              const Tensor& order_by_source, const Tensor& colptr, const Tensor& expansion, bool mean,
+                              bool need_x, bool need_delta, bool need_attr, bool need_parameters, int64_t isa) {
+  LayerGradients found;
   with_call<Cpu>(ints, reals, delta, attr, isa, [&](auto& call) {
     using R = typename std::decay_t<decltype(call)>::R;
     const PlanView<R>& plan = call.plan;
     call.weights(weights), call.graph(x, src, order, rowptr), call.grad_of_nodes(grad_out);
     if (need_x) call.by_source(order_by_source, colptr);
-    grads = call.gradients(x, {need_x, need_delta, need_attr, need_parameters});
-    std::vector<R> of_sums;
-    finish_backward(call.args, expansion, mean, of_sums, of_bias);
-    call.run(call.device.table().backward);
-    if (!need_parameters) return;
     check_size(plan.n_parameters, count(parameters), "parameters");
     check(statistics, "statistics", real_type<R>, plan.n_layers * statistics_size(plan));
-    std::vector<R> grad(plan.n_parameters);
-    call.device.pack_backward(call.device.matrix(pack_rowptr, column, value), data<R>(statistics),
-                              call.args.grad_weights, grad.data());
-    of_parameters = split(grad.data(), parameters);
+    const int64_t n = expansion.numel() / std::max<int64_t>(plan.out_size, 1);
+    check(expansion, "expansion", real_type<R>, plan.out_size * n);
+    found = layer_gradients(call, x, call.device.matrix(pack_rowptr, column, value), parameters, data<R>(statistics),
+                            data<R>(expansion), n, mean, {need_x, need_delta, need_attr, need_parameters});
   });
-  return {grads.x, grads.delta, grads.attr, of_bias, of_parameters};
+  return found;
 }
 
 template <template <typename> class Device, typename Library>

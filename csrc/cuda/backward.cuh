@@ -15,11 +15,15 @@ struct Backward : Reverse<N, true, S> {
   using Base::d_t, Base::d_hidden, Base::lane, Base::lanes, Base::sub, Base::active, Base::edge;
   const int64_t n_sums;
   const Places& places;
-  const bool need_hidden;
+  const bool need_hidden, mean;
   N *sums, *d_sums, *mixed;  // T, ∂L/∂T, the output's gradient by field type
 
   __device__ __forceinline__ explicit Backward(const Call<R>& call)
-      : Base(call), n_sums(call.extent.sums), places(call.places), need_hidden(need_geometry || need_weights) {
+      : Base(call),
+        n_sums(call.extent.sums),
+        places(call.places),
+        need_hidden(need_geometry || need_weights),
+        mean(call.mean) {
     d_sums = this->rest, mixed = d_sums + n_sums, sums = mixed + p.n_mixed;
   }
 
@@ -27,8 +31,10 @@ struct Backward : Reverse<N, true, S> {
 
   // Behind it run() has a barrier before it reads d_sums.
   __device__ __forceinline__ void start(int64_t node) {
+    R edges = 1;
+    if (mean) edges = static_cast<R>(this->index(a.rowptr, node + 1) - this->index(a.rowptr, node));
     for (int k = lane; k < p.out_size; k += 32)
-      if (p.place[k] >= 0) mixed[p.place[k]] = constant_number<N>(a.grad_out[node * p.out_size + k]);
+      if (p.place[k] >= 0) mixed[p.place[k]] = constant_number<N>(a.grad_out[node * p.out_size + k] / edges);
     if (need_weights) this->clear(sums, n_sums);
     __syncwarp();
     for (int k = 0; k < p.n_couplings; ++k) {  // loop: gradient of T

@@ -69,6 +69,7 @@ struct Call {
   Places places;
   Terms terms;
   Shape shape;
+  bool mean;   // backward: grad_out is that of the mean over a node's edges
   R* partial;  // results warp by warp: [warps, 2, C_out], [warps, n_grad] or [warps, 2, channels * d]
 };
 

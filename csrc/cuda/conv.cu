@@ -30,49 +30,63 @@ struct EdgeKernel {
                   int64_t most_warps) {
     call.args = args, call.args.plan = nullptr, call.plan = plan.view, call.extent = plan.extent,
     call.places = plan.places, call.terms = plan.terms;
-    Device device;
-    IST_TRY(device.read());
+    PreparedKernel found{};
+    IST_TRY(prepared(plan, needs, front, rest, found));
     Shape& shape = call.shape;
-    const int64_t front_bytes = kBlockBytes + static_cast<int64_t>(sizeof(N)) * front;
-    shape = best_shape<N>(plan.view, plan.extent, needs, rest, device, front_bytes);
-    shape.block_size = static_cast<int>(front);
-    const int64_t warp_bytes = static_cast<int64_t>(sizeof(N)) * shape.warp_size;
-    const int64_t warps = std::min<int64_t>(kThreads / 32, (device.block_bytes - front_bytes) / warp_bytes);
-    if (warps <= 0) return {name, "a block's shared memory is too small for the plan"};
-    warps_per_block = static_cast<int>(warps);
-    // Of the kernel, not of this launch: always the same, whichever call comes between the two.
-    IST_TRY(
-        failure(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.block_bytes)));
-    int blocks = 0;
-    IST_TRY(failure(name, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, 32 * warps_per_block,
-                                                                        block_bytes(warps_per_block))));
-    const int64_t resident = int64_t{blocks} * warps_per_block * device.multiprocessors;
-    const int64_t tile = 32 / shape.lanes, most = std::max<int64_t>(std::min(resident, most_warps), 1);
+    shape = found.shape, warps_per_block = found.warps_per_block;
+    const int64_t tile = 32 / shape.lanes, most = std::max<int64_t>(std::min(found.resident, most_warps), 1);
     const int64_t tiles = (args.n_edges + tile - 1) / tile;
     shape.edges_per_warp = std::max<int64_t>((tiles + most - 1) / most, 1) * tile;
     shape.warps = static_cast<int>((args.n_edges + shape.edges_per_warp - 1) / shape.edges_per_warp);
     return {};
   }
 
-  int64_t block_bytes(int64_t warps) const {
-    return kBlockBytes + static_cast<int64_t>(sizeof(N)) * (call.shape.block_size + warps * call.shape.warp_size);
+  // As at the kernel's first launch for the plan, which asks the device.
+  Failure prepared(const DevicePlan<R>& plan, Needs needs, int64_t front, int64_t rest, PreparedKernel& found) {
+    const std::lock_guard<std::mutex> lock(plan.mutex);
+    for (const PreparedKernel& known : plan.prepared)
+      if (known.kernel == reinterpret_cast<const void*>(kernel)) return found = known, Failure{};
+    IST_TRY(ask(plan, needs, front, rest, found));
+    plan.prepared.push_back(found);
+    return {};
+  }
+
+  Failure ask(const DevicePlan<R>& plan, Needs needs, int64_t front, int64_t rest, PreparedKernel& found) {
+    Device device;
+    IST_TRY(device.read());
+    found.kernel = reinterpret_cast<const void*>(kernel);
+    Shape& shape = found.shape;
+    const int64_t front_bytes = kBlockBytes + static_cast<int64_t>(sizeof(N)) * front;
+    shape = best_shape<N>(plan.view, plan.extent, needs, rest, device, front_bytes);
+    shape.block_size = static_cast<int>(front);
+    const int64_t warp_bytes = static_cast<int64_t>(sizeof(N)) * shape.warp_size;
+    const int64_t warps = std::min<int64_t>(kThreads / 32, (device.block_bytes - front_bytes) / warp_bytes);
+    if (warps <= 0) return {name, "a block's shared memory is too small for the plan"};
+    found.warps_per_block = static_cast<int>(warps);
+    // Of the kernel, not of this launch: always the same, whichever call comes between the two.
+    IST_TRY(
+        failure(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.block_bytes)));
+    int blocks = 0;
+    IST_TRY(failure(name, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, 32 * found.warps_per_block,
+                                                                        block_bytes(shape, warps))));
+    found.resident = int64_t{blocks} * warps * device.multiprocessors;
+    return {};
+  }
+
+  static int64_t block_bytes(const Shape& shape, int64_t warps) {
+    return kBlockBytes + static_cast<int64_t>(sizeof(N)) * (shape.block_size + warps * shape.warp_size);
   }
 
   Failure run(void* stream) const {
     const dim3 grid((call.shape.warps + warps_per_block - 1) / warps_per_block);
-    return launch(name, kernel, grid, dim3(32 * warps_per_block), block_bytes(warps_per_block), stream, call);
+    const int64_t bytes = block_bytes(call.shape, warps_per_block);
+    return launch(name, kernel, grid, dim3(32 * warps_per_block), bytes, stream, call);
   }
 };
 
 // Memory of a call for `n` numbers of every warp and `more`; at least one number.
 R* partial_results(const ConvArgs<R>& args, const Shape& shape, int64_t n, int64_t more = 0) {
   return static_cast<R*>(args.scratch(std::max<int64_t>(n * shape.warps + more, 1) * sizeof(R)));
-}
-
-template <typename Sum>
-Failure sum_partial(const R* rows, int64_t n_rows, int64_t n, Sum* out, int64_t n_out, void* stream) {
-  const dim3 grid(static_cast<unsigned>((n_out + kColumns - 1) / kColumns)), block(kColumns, kRows);
-  return launch("sum_rows", sum_rows<R, Sum>, grid, block, 0, stream, rows, n_rows, n, out, n_out);
 }
 
 // All warps together have this much memory for their gradients of the weights: the 1,600 that an H100 holds, where
@@ -107,7 +121,7 @@ Failure with_sizes(const DevicePlan<R>& plan, Run run) {
 }
 
 template <typename N>
-Failure forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream) {
+Failure forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, const Epilogue<R>& epilogue, void* stream) {
   EdgeKernel<N> edges{};
   IST_TRY(with_sizes<N>(plan, [&](auto sizes, int64_t front) {
     edges.name = sizes.specialised ? "conv_forward_specialised" : "conv_forward",
@@ -116,8 +130,10 @@ Failure forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream
   }));
   edges.call.partial = partial_results(args, edges.call.shape, 2 * plan.view.out_size);
   IST_TRY(edges.run(stream));
-  return launch_threads("conv_forward_shared_nodes", conv_forward_shared_nodes<R>, args.n_dst * plan.view.out_size,
-                        stream, edges.call);
+  return launch_threads("finish_nodes", finish_nodes<R>, args.n_dst * plan.view.out_size, stream, edges.call, epilogue);
+}
+Failure forward_tangent(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream) {
+  return forward<Dual<R>>(plan, args, {}, stream);
 }
 
 // launch(tag of the indices' type)
@@ -126,47 +142,80 @@ Failure with_index(const ConvArgs<R>& a, Launch launch) {
   return a.index64 ? launch(static_cast<int64_t*>(nullptr)) : launch(static_cast<int32_t*>(nullptr));
 }
 
-Failure sum_features(const DevicePlan<R>& plan, const ConvArgs<R>& a, void* stream) {
+// Of the kernel of a backward pass: sums over its warps' gradients of the weights, [n_weights], 0 in the second layout
+// of θ, over the edges' gradients of the features, and, into `of_nodes` unless that is null, over chunks of nodes.
+constexpr int64_t kNodesPerChunk = 2048;
+int64_t node_chunks(const ConvArgs<R>& a) { return (a.n_dst + kNodesPerChunk - 1) / kNodesPerChunk; }
+
+template <typename Edges>
+Failure sum_results(const Edges& edges, const DevicePlan<R>& plan, const ConvArgs<R>& a, R* of_nodes, void* stream) {
+  const int64_t warps = edges.call.shape.warps, width = plan.view.out_size;
+  const RowSums<R, R> weights{edges.call.partial,          warps,          plan.view.n_grad,
+                              std::max<int64_t>(warps, 1), a.grad_weights, plan.view.n_weights};
+  const RowSums<R, R> nodes{a.grad_out, a.n_dst, width, kNodesPerChunk, of_nodes, width};
+  const int64_t first = a.grad_weights ? weights.tiles() : 0, second = nodes.blocks();
   return with_index(a, [&](auto* tag) {
     using Index = std::remove_pointer_t<decltype(tag)>;
-    return launch_threads("sum_by_source", sum_by_source<R, Index>, a.n_src * plan.view.in_size, stream, a.grad_edge,
-                          static_cast<const Index*>(a.order_by_source), static_cast<const Index*>(a.colptr), a.n_src,
-                          plan.view.in_size, a.grad_x);
+    const SourceSums<R, Index> features{a.grad_edge,
+                                        static_cast<const Index*>(a.order_by_source),
+                                        static_cast<const Index*>(a.colptr),
+                                        a.n_src,
+                                        plan.view.in_size,
+                                        a.grad_x};
+    const dim3 grid(static_cast<unsigned>(first + second + features.blocks())), block(kColumns, kRows);
+    return launch("sum_gradients", sum_gradients<R, Index>, grid, block, 0, stream, weights, nodes, first, second,
+                  features);
   });
 }
 
-Failure finish(const DevicePlan<R>& plan, const ConvArgs<R>& a, const R* expansion, const R* bias, int64_t n, bool mean,
-               void* stream) {
-  return with_index(a, [&](auto* tag) {
-    using Index = std::remove_pointer_t<decltype(tag)>;
-    return launch_threads("finish_nodes", finish_nodes<R, Index>, a.n_dst * plan.view.out_size, stream,
-                          static_cast<const Index*>(a.rowptr), a.n_dst, plan.view.out_size, expansion, bias, n, mean,
-                          a.out);
-  });
-}
-
-// The kernel, then the sum over its warps' gradients of the weights: [n_weights], 0 in the second layout of θ.
+// `more`: numbers of memory behind the warps' gradients.
 template <typename N>
 Failure run_backward(EdgeKernel<N>& edges, const DevicePlan<R>& plan, const ConvArgs<R>& args, Needs needs,
-                     int64_t front, int64_t rest, void* stream) {
+                     int64_t front, int64_t rest, int64_t more, void* stream) {
   const int64_t n_grad = args.grad_weights ? plan.view.n_grad : 0;
   IST_TRY(edges.prepare(plan, args, needs, front, rest, args.grad_weights ? most_warps(plan.view) : kAnyWarps));
-  edges.call.partial = partial_results(args, edges.call.shape, n_grad);
-  IST_TRY(edges.run(stream));
-  if (!args.grad_weights) return {};
-  return sum_partial(edges.call.partial, edges.call.shape.warps, n_grad, args.grad_weights, plan.view.n_weights,
-                     stream);
+  edges.call.partial = partial_results(args, edges.call.shape, n_grad, more);
+  return edges.run(stream);
+}
+
+// `mean` as in Call, `more` as above.
+template <typename N>
+Failure run_conv_backward(EdgeKernel<N>& edges, const DevicePlan<R>& plan, const ConvArgs<R>& args, bool mean,
+                          int64_t more, void* stream) {
+  edges.call.mean = mean;
+  return with_sizes<N>(plan, [&](auto sizes, int64_t front) {
+    edges.name = sizes.specialised ? "conv_backward_specialised" : "conv_backward",
+    edges.kernel = conv_backward<N, decltype(sizes)>;
+    return run_backward(edges, plan, args, {true, true, sizes.specialised}, front, backward_rest(plan), more, stream);
+  });
 }
 
 template <typename N>
 Failure backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream) {
   EdgeKernel<N> edges{};
-  IST_TRY(with_sizes<N>(plan, [&](auto sizes, int64_t front) {
-    edges.name = sizes.specialised ? "conv_backward_specialised" : "conv_backward",
-    edges.kernel = conv_backward<N, decltype(sizes)>;
-    return run_backward(edges, plan, args, {true, true, sizes.specialised}, front, backward_rest(plan), stream);
-  }));
-  return args.grad_x ? sum_features(plan, args, stream) : Failure{};
+  IST_TRY(run_conv_backward(edges, plan, args, false, 0, stream));
+  return sum_results(edges, plan, args, nullptr, stream);
+}
+
+Failure unpack(const DevicePlan<R>& plan, const SparseMatrix<R>& transposed, const R* statistics, const R* grad_packed,
+               const Pieces<R>& grad_parameters, const BiasGradient<R>& bias, void* stream) {
+  return launch_threads("unpack_gradients", unpack_gradients<R>, transposed.n_rows + bias.n, stream, plan.view,
+                        transposed, statistics, grad_packed, grad_parameters, bias);
+}
+
+Failure layer_backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, const Epilogue<R>& epilogue,
+                       const SparseMatrix<R>& transposed, const R* statistics, const Pieces<R>& grad_parameters,
+                       R* grad_bias, void* stream) {
+  EdgeKernel<R> edges{};
+  const int64_t chunks = node_chunks(args), width = plan.view.out_size, more = epilogue.n > 0 ? chunks * width : 0;
+  IST_TRY(run_conv_backward(edges, plan, args, epilogue.mean, more, stream));
+  const int64_t of_weights = args.grad_weights ? int64_t{plan.view.n_grad} * edges.call.shape.warps : 0;
+  R* const of_nodes = more > 0 ? edges.call.partial + of_weights : nullptr;
+  IST_TRY(sum_results(edges, plan, args, of_nodes, stream));
+  SparseMatrix<R> used = transposed;
+  if (!args.grad_weights) used.n_rows = 0;
+  const BiasGradient<R> bias{epilogue.expansion, of_nodes, chunks, width, epilogue.n, grad_bias};
+  return unpack(plan, used, statistics, args.grad_weights, grad_parameters, bias, stream);
 }
 
 template <typename N>
@@ -179,7 +228,8 @@ Failure hidden_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void*
 template <typename N>
 Failure hidden_backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream) {
   EdgeKernel<N> points{"conv_hidden_backward", conv_hidden_backward<N>, {}, 0};
-  return run_backward(points, plan, args, {false, true, false}, 0, 0, stream);
+  IST_TRY(run_backward(points, plan, args, {false, true, false}, 0, 0, 0, stream));
+  return sum_results(points, plan, args, nullptr, stream);
 }
 
 // Of one batch norm's input after another: sums, [2, size] in double, and what was subtracted, [size].
@@ -201,12 +251,16 @@ struct NormSums {
   Failure run(int layer, void* stream) {
     points.call.args.layer = layer;
     IST_TRY(points.run(stream));
-    return sum_partial(points.call.partial, points.call.shape.warps, 2 * size, sums, 2 * size, stream);
+    const int64_t warps = points.call.shape.warps;
+    const RowSums<R, double> over_warps{points.call.partial,         warps, 2 * size,
+                                        std::max<int64_t>(warps, 1), sums,  2 * size};
+    const dim3 grid(static_cast<unsigned>(over_warps.tiles())), block(kColumns, kRows);
+    return launch("sum_rows", sum_rows<R, double>, grid, block, 0, stream, over_warps);
   }
 };
 
-Failure statistics(const DevicePlan<R>& plan, const ConvArgs<R>& args, const R* parameters, R* packed, R* statistics,
-                   void* stream) {
+Failure statistics(const DevicePlan<R>& plan, const ConvArgs<R>& args, const Pieces<const R>& parameters, R* packed,
+                   R* statistics, void* stream) {
   NormSums found;
   IST_TRY(found.prepare(plan, args, packed));
   for (int n = 0; n < plan.view.n_layers; ++n) {
@@ -225,18 +279,16 @@ Failure moments(const DevicePlan<R>& plan, const ConvArgs<R>& args, R* moments, 
                         found.shift, static_cast<double>(args.n_edges), moments);
 }
 
-Failure pack(const DevicePlan<R>& plan, const SparseMatrix<R>& matrix, const R* parameters, const R* statistics,
-             R* packed, void* stream) {
-  IST_TRY(launch_threads("multiply", multiply<R>, matrix.n_rows, stream, matrix, parameters, packed));
-  return launch_threads("pack_norms", pack_norms<R>, norm_channels(plan), stream, plan.view, parameters, statistics,
-                        packed);
+Failure pack(const DevicePlan<R>& plan, const SparseMatrix<R>& matrix, const Pieces<const R>& parameters,
+             const NormStatistics<R>& norms, R* packed, R* statistics, void* stream) {
+  const int64_t more = statistics ? plan.view.n_layers * statistics_size(plan.host) : 0;
+  return launch_threads("pack_weights", pack_weights<R>, matrix.n_rows + more, stream, plan.view, matrix, parameters,
+                        norms, packed, statistics);
 }
 
 Failure pack_backward(const DevicePlan<R>& plan, const SparseMatrix<R>& transposed, const R* statistics,
-                      const R* grad_packed, R* grad_parameters, void* stream) {
-  IST_TRY(launch_threads("multiply", multiply<R>, transposed.n_rows, stream, transposed, grad_packed, grad_parameters));
-  return launch_threads("pack_norms_backward", pack_norms_backward<R>, norm_channels(plan), stream, plan.view,
-                        statistics, grad_packed, grad_parameters);
+                      const R* grad_packed, const Pieces<R>& grad_parameters, void* stream) {
+  return unpack(plan, transposed, statistics, grad_packed, grad_parameters, {}, stream);
 }
 
 Failure pairs_of_weights(const DevicePlan<R>& plan, const R* weights, const R* tangent, R* pairs, void* stream) {
@@ -268,8 +320,8 @@ const CudaTable<R> IST_TABLE{plan_bytes<R>,
                              shared_bytes,
                              forward<R>,
                              backward<R>,
-                             finish,
-                             forward<Dual<R>>,
+                             layer_backward,
+                             forward_tangent,
                              backward<Dual<R>>,
                              hidden_forward<R>,
                              hidden_backward<R>,

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "../packing.h"
@@ -64,6 +65,14 @@ Sizes sizes_of(const Plan<R>& p) {
   return Sizes::kAny;
 }
 
+// What the launches of a kernel for one plan on one device have in common.
+struct PreparedKernel {
+  const void* kernel;
+  Shape shape;  // but for the edges
+  int warps_per_block;
+  int64_t resident;  // warps that the device holds at a time
+};
+
 template <typename R>
 struct DevicePlan {
   std::vector<int32_t> ints;
@@ -76,6 +85,10 @@ struct DevicePlan {
   Places places{};  // of their copies on the device
   Terms terms{};
   int64_t reals_at, layers_at, couplings_at, lists_at, bytes;  // offsets of the copies, in one piece of memory
+
+  // Of the kernels that ran before; a plan has few.
+  mutable std::mutex mutex;
+  mutable std::vector<PreparedKernel> prepared;
 
   // False when the arrays are not what ops/native/arrays.py writes.
   bool read(const int32_t* ints_begin, int64_t n_ints, const R* reals_begin, int64_t n_reals) {
@@ -139,12 +152,6 @@ template <typename R>
 int64_t statistics_rest(const DevicePlan<R>& plan) {
   return int64_t{3} * (plan.extent.widest / plan.host.c) * plan.host.d;
 }
-// Channels of all batch norms.
-template <typename R>
-int64_t norm_channels(const DevicePlan<R>& plan) {
-  return plan.host.has_norms ? int64_t{plan.host.n_layers} * (plan.host.layers[0].out_size / plan.host.c) : 0;
-}
-
 template <typename R>
 int64_t plan_bytes(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals) {
   DevicePlan<R> plan;

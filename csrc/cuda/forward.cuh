@@ -78,10 +78,11 @@ __global__ void __launch_bounds__(kThreads, S::specialised ? kSpecialisedForward
   if (warp.number < call.shape.warps) warp.walk(warp);
 }
 
-// Nodes that no warp had to itself: those without edges, and those whose edges several warps share, in their order.
-// One thread for each number of the output.
+// What follows the sums, one thread for each number of the output: of nodes that no warp had to itself, those without
+// edges and those whose edges several warps share, the sum of the warps' rows in their order; then mean and bias.
 template <typename R>
-__global__ void __launch_bounds__(kThreads) conv_forward_shared_nodes(const __grid_constant__ Call<R> call) {
+__global__ void __launch_bounds__(kThreads)
+    finish_nodes(const __grid_constant__ Call<R> call, const __grid_constant__ Epilogue<R> epilogue) {
   const ConvArgs<R>& a = call.args;
   const int64_t n = call.plan.out_size, at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (at >= a.n_dst * n) return;
@@ -90,11 +91,13 @@ __global__ void __launch_bounds__(kThreads) conv_forward_shared_nodes(const __gr
     return a.index64 ? static_cast<const int64_t*>(a.rowptr)[i] : static_cast<const int32_t*>(a.rowptr)[i];
   };
   const int64_t begin = start(node), end = start(node + 1), from = begin / per_warp, to = (end - 1) / per_warp;
-  if (begin < end && from == to) return;
-  R sum{};
-  if (begin < end)
-    for (int64_t warp = from; warp <= to; ++warp)
-      sum += call.partial[(2 * warp + (begin <= warp * per_warp ? 0 : 1)) * n + k];
+  const bool whole = begin < end && from == to;
+  if (whole && !epilogue.mean && !epilogue.n) return;
+  R sum = whole ? a.out[at] : R{};
+  for (int64_t warp = from; warp <= to && begin < end && !whole; ++warp)
+    sum += call.partial[(2 * warp + (begin <= warp * per_warp ? 0 : 1)) * n + k];
+  if (epilogue.mean && end - begin > 1) sum /= static_cast<R>(end - begin);
+  for (int64_t m = 0; m < epilogue.n; ++m) sum += epilogue.expansion[k * epilogue.n + m] * epilogue.bias[m];
   a.out[at] = sum;
 }
 

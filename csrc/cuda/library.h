@@ -19,6 +19,14 @@ struct Failure {
 template <typename R>
 struct DevicePlan;
 
+// What follows a node's sum over its edges: the mean over them, if `mean`, then + expansion [C_out, n] · bias [n].
+template <typename R>
+struct Epilogue {
+  const R *expansion, *bias;
+  int64_t n;
+  bool mean;
+};
+
 template <typename R>
 struct CudaTable {
   // Bytes of device memory that the plan needs; -1 when the arrays are not what ops/native/arrays.py writes.
@@ -33,11 +41,14 @@ struct CudaTable {
   int64_t (*shared_bytes)(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals);
   // As ConvTable's, with device pointers. ConvArgs.plan is not read; `scratch` gives device memory; grad_edge is
   // [E, C_in].
-  Failure (*forward)(const DevicePlan<R>&, const ConvArgs<R>&, void* stream);
+  Failure (*forward)(const DevicePlan<R>&, const ConvArgs<R>&, const Epilogue<R>&, void* stream);
   Failure (*backward)(const DevicePlan<R>&, const ConvArgs<R>&, void* stream);
-  // After forward: out_i becomes its mean over the edges into i, if `mean`, plus expansion [C_out, n] · bias [n].
-  Failure (*finish)(const DevicePlan<R>&, const ConvArgs<R>&, const R* expansion, const R* bias, int64_t n, bool mean,
-                    void* stream);
+  // The backward pass of a whole layer, where args.grad_out is the gradient of what `forward` gives: as `backward`, and
+  // the gradients of the parameters, as pack_backward, and of the bias [n]. args.grad_weights may be null: of these
+  // then only that of the bias.
+  Failure (*layer_backward)(const DevicePlan<R>&, const ConvArgs<R>&, const Epilogue<R>&,
+                            const SparseMatrix<R>& transposed, const R* statistics, const Pieces<R>& grad_parameters,
+                            R* grad_bias, void* stream);
   Failure (*forward_tangent)(const DevicePlan<R>&, const ConvArgs<R>&, void* stream);
   Failure (*backward_tangent)(const DevicePlan<R>&, const ConvArgs<R>&, void* stream);
   Failure (*hidden_forward)(const DevicePlan<R>&, const ConvArgs<R>&, void* stream);
@@ -45,17 +56,17 @@ struct CudaTable {
   Failure (*hidden_forward_tangent)(const DevicePlan<R>&, const ConvArgs<R>&, void* stream);
   Failure (*hidden_backward_tangent)(const DevicePlan<R>&, const ConvArgs<R>&, void* stream);
   // Statistics of all batch norms over args.n_edges edges; the packed weights get the norms' scales and shifts.
-  Failure (*statistics)(const DevicePlan<R>&, const ConvArgs<R>&, const R* parameters, R* packed, R* statistics,
-                        void* stream);
+  Failure (*statistics)(const DevicePlan<R>&, const ConvArgs<R>&, const Pieces<const R>& parameters, R* packed,
+                        R* statistics, void* stream);
   // Of the input of batch norm args.layer over args.n_edges > 0 edges: mean and sum of squared deviations of every
   // coordinate, [2, W * d]. args.weights are at the statistics of the norms before it.
   Failure (*moments)(const DevicePlan<R>&, const ConvArgs<R>&, R* moments, void* stream);
-  // packed = matrix · parameters, and the norms' scales and shifts at these statistics
-  Failure (*pack)(const DevicePlan<R>&, const SparseMatrix<R>&, const R* parameters, const R* statistics, R* packed,
-                  void* stream);
+  // packed = matrix · parameters, and the norms' scales and shifts; and their statistics, unless that is null
+  Failure (*pack)(const DevicePlan<R>&, const SparseMatrix<R>& matrix, const Pieces<const R>& parameters,
+                  const NormStatistics<R>&, R* packed, R* statistics, void* stream);
   // The gradient of the parameters; `transposed`: of the first n_grad rows of the matrix.
   Failure (*pack_backward)(const DevicePlan<R>&, const SparseMatrix<R>& transposed, const R* statistics,
-                           const R* grad_packed, R* grad_parameters, void* stream);
+                           const R* grad_packed, const Pieces<R>& grad_parameters, void* stream);
   // [n_weights, 2] weights and tangents
   Failure (*pair_weights)(const DevicePlan<R>&, const R* weights, const R* tangent, R* pairs, void* stream);
 };

@@ -67,7 +67,8 @@ __global__ void __launch_bounds__(kThreads, kResident<R>) conv_statistics(const 
 // sums: [2, channels * d] in double
 template <typename R>
 __global__ void norm_statistics(const __grid_constant__ PlanView<R> plan, int n, const double* sums, const R* shift,
-                                double count, const R* parameters, R* statistics, R* packed) {
+                                double count, const __grid_constant__ Pieces<const R> parameters, R* statistics,
+                                R* packed) {
   const int channels = plan.layers[n].out_size / plan.c, w = blockIdx.x * blockDim.x + threadIdx.x;
   if (w >= channels) return;
   R* const mean = statistics + n * statistics_size(plan);

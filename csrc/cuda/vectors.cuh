@@ -9,68 +9,116 @@ namespace implicit_steer::IST_ISA {
 
 __device__ __forceinline__ int64_t thread_number() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
 
-constexpr int kColumns = 32, kRows = 16;
+// ---- sums of rows, in an order that depends on the number of rows alone
 
-// out[k] = Σ rows[r, k] for k < n, in an order that depends on n_rows alone; 0 for n <= k < n_out. Blocks of kColumns x
-// kRows threads.
+constexpr int kColumns = 32, kRows = 16;  // of a block's threads
+
+// out[c, k] = Σ rows[r, k] over the rows r of chunk c, for k < n; 0 for n <= k < n_out.
 template <typename R, typename Sum>
-__global__ void sum_rows(const R* rows, int64_t n_rows, int64_t n, Sum* out, int64_t n_out) {
-  __shared__ Sum sums[kRows][kColumns];
-  const int64_t k = int64_t{blockIdx.x} * kColumns + threadIdx.x;
-  Sum sum{};
-  for (int64_t r = threadIdx.y; r < n_rows && k < n; r += kRows) sum += rows[r * n + k];
-  sums[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y != 0 || k >= n_out) return;
-  for (int r = 1; r < kRows; ++r) sum += sums[r][threadIdx.x];
-  out[k] = sum;
+struct RowSums {
+  const R* rows;
+  int64_t n_rows, n, rows_per_chunk;
+  Sum* out;
+  int64_t n_out;
+
+  IST_HOST_DEVICE int64_t tiles() const { return (n_out + kColumns - 1) / kColumns; }
+  int64_t blocks() const { return out ? tiles() * ((n_rows + rows_per_chunk - 1) / rows_per_chunk) : 0; }
+
+  __device__ __forceinline__ void run(int64_t block) const {
+    __shared__ Sum sums[kRows][kColumns];
+    const int64_t chunk = block / tiles(), k = block % tiles() * kColumns + threadIdx.x;
+    const int64_t begin = chunk * rows_per_chunk,
+                  end = begin + rows_per_chunk < n_rows ? begin + rows_per_chunk : n_rows;
+    Sum sum{};
+    for (int64_t r = begin + threadIdx.y; r < end && k < n; r += kRows) sum += rows[r * n + k];
+    sums[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y != 0 || k >= n_out) return;
+    for (int r = 1; r < kRows; ++r) sum += sums[r][threadIdx.x];
+    out[chunk * n_out + k] = sum;
+  }
+};
+template <typename R, typename Sum>
+__global__ void sum_rows(const __grid_constant__ RowSums<R, Sum> sums) {
+  sums.run(blockIdx.x);
 }
 
 // grad_x[j, k] = Σ grad_edge[e, k] over the edges e out of j
 template <typename R, typename Index>
-__global__ void sum_by_source(const R* grad_edge, const Index* order, const Index* colptr, int64_t n_src, int n,
-                              R* grad_x) {
-  const int64_t at = thread_number();
-  if (at >= n_src * n) return;
-  const int64_t j = at / n, k = at % n, end = colptr[j + 1];
-  R sum{};
-  for (int64_t i = colptr[j]; i < end; ++i) sum += grad_edge[static_cast<int64_t>(order[i]) * n + k];
-  grad_x[at] = sum;
-}
+struct SourceSums {
+  const R* grad_edge;
+  const Index *order, *colptr;
+  int64_t n_src;
+  int n;
+  R* grad_x;
 
-// out[i, k] / (edges into i), if `mean`, + Σ expansion[k, n] bias[n]
+  int64_t blocks() const { return grad_x ? (n_src * n + kColumns * kRows - 1) / (kColumns * kRows) : 0; }
+
+  __device__ __forceinline__ void run(int64_t block) const {
+    const int64_t at = (block * kRows + threadIdx.y) * kColumns + threadIdx.x;
+    if (at >= n_src * n) return;
+    const int64_t j = at / n, k = at % n, end = colptr[j + 1];
+    R sum{};
+    for (int64_t i = colptr[j]; i < end; ++i) sum += grad_edge[static_cast<int64_t>(order[i]) * n + k];
+    grad_x[at] = sum;
+  }
+};
+
+// What follows the kernel of a backward pass, in one launch: the sum of the warps' gradients of the weights, that of
+// the edges' gradients of the features, and those of the output's gradient over chunks of nodes.
 template <typename R, typename Index>
-__global__ void finish_nodes(const Index* rowptr, int64_t n_dst, int width, const R* expansion, const R* bias,
-                             int64_t n_bias, bool mean, R* out) {
-  const int64_t at = thread_number();
-  if (at >= n_dst * width) return;
-  const int64_t i = at / width, edges = rowptr[i + 1] - rowptr[i];
-  R shift{};
-  for (int64_t n = 0; n < n_bias; ++n) shift += expansion[at % width * n_bias + n] * bias[n];
-  out[at] = (mean && edges > 1 ? out[at] / static_cast<R>(edges) : out[at]) + shift;
+__global__ void sum_gradients(const __grid_constant__ RowSums<R, R> weights,
+                              const __grid_constant__ RowSums<R, R> nodes, int64_t weights_blocks, int64_t nodes_blocks,
+                              const __grid_constant__ SourceSums<R, Index> features) {
+  int64_t block = blockIdx.x;
+  if (block < weights_blocks) return weights.run(block);
+  if ((block -= weights_blocks) < nodes_blocks) return nodes.run(block);
+  features.run(block - nodes_blocks);
 }
 
+// ---- packing: one thread for each packed weight, and for each of the norms' statistics where they are wanted
+
 template <typename R>
-__global__ void multiply(const __grid_constant__ SparseMatrix<R> matrix, const R* in, R* out) {
+__global__ void pack_weights(const __grid_constant__ PlanView<R> plan, const __grid_constant__ SparseMatrix<R> matrix,
+                             const __grid_constant__ Pieces<const R> parameters,
+                             const __grid_constant__ NormStatistics<R> norms, R* packed, R* statistics) {
   const int64_t i = thread_number();
-  if (i < matrix.n_rows) out[i] = matrix.multiply_row(i, in);
+  if (i < matrix.n_rows)
+    packed[i] = packed_weight(plan, matrix, i, parameters, norms);
+  else if (statistics && i - matrix.n_rows < plan.n_layers * statistics_size(plan))
+    statistics[i - matrix.n_rows] = norm_statistic(plan, norms, i - matrix.n_rows);
 }
 
-// One thread for each channel of every batch norm.
+// of_bias[m] = Σ expansion[k, m] · sums[c, k] over the chunks c of nodes and the outputs k
 template <typename R>
-__global__ void pack_norms(const __grid_constant__ PlanView<R> plan, const R* parameters, const R* statistics,
-                           R* packed) {
-  const int64_t at = thread_number(), channels = plan.layers[0].out_size / plan.c;
-  if (at >= channels * plan.n_layers) return;
-  pack_channel(plan, static_cast<int>(at / channels), static_cast<int>(at % channels), parameters, statistics, packed);
-}
+struct BiasGradient {
+  const R *expansion, *sums;
+  int64_t n_chunks, width, n;
+  R* out;
+
+  __device__ __forceinline__ void run(int64_t m) const {
+    R total{};
+    for (int64_t k = 0; k < width; ++k) {
+      const R factor = expansion[k * n + m];
+      if (factor == 0) continue;
+      R sum{};
+      for (int64_t c = 0; c < n_chunks; ++c) sum += sums[c * width + k];
+      total += factor * sum;
+    }
+    out[m] = total;
+  }
+};
+
+// One thread for each parameter, and for each number of the bias.
 template <typename R>
-__global__ void pack_norms_backward(const __grid_constant__ PlanView<R> plan, const R* statistics, const R* grad,
-                                    R* grad_parameters) {
-  const int64_t at = thread_number(), channels = plan.layers[0].out_size / plan.c;
-  if (at >= channels * plan.n_layers) return;
-  const int n = static_cast<int>(at / channels), w = static_cast<int>(at % channels);
-  pack_channel_backward(plan, n, w, statistics, grad, grad_parameters);
+__global__ void unpack_gradients(const __grid_constant__ PlanView<R> plan,
+                                 const __grid_constant__ SparseMatrix<R> transposed, const R* statistics, const R* grad,
+                                 const __grid_constant__ Pieces<R> out, const __grid_constant__ BiasGradient<R> bias) {
+  const int64_t j = thread_number();
+  if (j < transposed.n_rows)
+    out[j] = transposed.multiply_row(j, grad) + norm_gradient(plan, j, statistics, grad);
+  else if (j - transposed.n_rows < bias.n)
+    bias.run(j - transposed.n_rows);
 }
 
 // Weights and their tangents side by side, [n_weights, 2]. `tangent` holds every weight of θ in its first place only.

@@ -145,6 +145,23 @@ class Graph:
         """(num_src + 1,): the edges out of node j are ``order_by_source[colptr[j]:colptr[j + 1]]``."""
         return self._by_source[1]
 
+    @cached_property
+    def number(self) -> int:
+        """Under which the native extension has the graph, sorted by target."""
+        return self._bound(self.rowptr[:0], self.rowptr[:0])
+
+    @cached_property
+    def number_by_source(self) -> int:
+        """Under which the native extension has the graph, sorted by target and by source."""
+        return self._bound(*self._by_source)
+
+    def _bound(self, order_by_source: Tensor, colptr: Tensor) -> int:
+        operators = torch.ops.implicit_steer
+        tensors = *(self.src, self.order, self.rowptr), order_by_source, colptr
+        bound = _native.Number(operators.bind_graph(*tensors), operators.release_graph.default)
+        vars(self).setdefault("_numbers", []).append(bound)
+        return bound.number
+
     def to(self, device: torch.device | str | int) -> Graph:
         """The same graph on another device; itself when it is there already."""
         edge_index = self.edge_index.to(device)

@@ -63,11 +63,12 @@ def check_tensor(
     """Raise unless ``value`` is a tensor of ``shape`` (None: any), on ``device``, as :func:`check_dtype` asks."""
     if not isinstance(value, Tensor):
         fail(name, "a torch.Tensor", type(value).__name__, kind=TypeError)
-    right = value.dim() == len(shape)
-    for expected, size in zip(shape, value.shape, strict=False):
+    sizes = value.shape
+    right = len(sizes) == len(shape)
+    for expected, size in zip(shape, sizes, strict=False):
         right = right and (expected is None or expected == size)
     if not right:
-        fail(name, f"shape ({', '.join('*' if s is None else str(s) for s in shape)})", tuple(value.shape))
+        fail(name, f"shape ({', '.join('*' if s is None else str(s) for s in shape)})", tuple(sizes))
     check_dtype(name, value, dtype)
     if value.device != device:
         fail(name, f"device {device}", value.device, "Move it with .to().")

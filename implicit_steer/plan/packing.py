@@ -42,6 +42,7 @@ class CallCache:
         tensors: the tensors of the last call.
         parameters: the :class:`Parameters` that hold them.
         bound: what a backend made of ``parameters``.
+        served: which backend served the last call, and what its choice rested on (ops/conv.py).
         hooks: how many hooks the process had registered when the layer's modules were last searched for hooks.
         table: what evaluation through a table keeps (ops/table.py).
     """
@@ -51,6 +52,7 @@ class CallCache:
         self.tensors: list[Any] | None = None
         self.parameters: Any = None
         self.bound: Any = None
+        self.served: Any = None
         self.hooks: int | None = None
         self.table: Any = None
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from helpers import CONFIGURATIONS, SAMPLED, assert_close, layer
 
-from implicit_steer.ops.native import bound
 from implicit_steer.ops.native.sample_pairs import sample_pairs
 from implicit_steer.ops.select import BACKENDS
 from implicit_steer.plan.moments import MEASURED, RUNNING
@@ -85,19 +84,6 @@ def test_copies_go_their_own_way(duplicate):
         changed = replace(problem).run(other)
         assert torch.equal(problem.run(conv), before)
         assert not torch.allclose(changed, before)
-
-
-def test_unchanged_parameters_are_packed_once(monkeypatch):
-    packed = []
-    monkeypatch.setattr(
-        bound.BoundKernel, "pack", lambda *args, pack=bound.BoundKernel.pack: packed.append(1) or pack(*args)
-    )
-    conv = layer(SMALL["o3"])
-    problem = SMALL["o3"].inputs(conv)
-    with torch.no_grad():
-        for _ in range(3):
-            problem.run(conv)
-    assert len(packed) == 1
 
 
 # ---- pairs of samples

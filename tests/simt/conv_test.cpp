@@ -109,26 +109,85 @@ double moments_deviation(const Case& file, Emulated<R>& engine) {
   return largest;
 }
 
-// The mean over a node's edges and the bias, of nodes with 0 to 3 edges.
+// The number of edges into a node, at least 1.
 template <typename R>
-std::vector<std::string> run_finish(const Case& file, bool trace, int seed) {
+R edges_of(Problem<R>& p, int64_t node) {
+  const ConvArgs<R> a = p.arguments();
+  return static_cast<R>(std::max<int64_t>(a.index(a.rowptr, node + 1) - a.index(a.rowptr, node), 1));
+}
+
+// What follows the sums over edges, forward and backward: mean and bias in the kernels that do a whole layer, against
+// the same by hand. Messages; none: all is right.
+template <typename R>
+std::vector<std::string> run_layer(const Case& file, Emulated<R>& engine) {
   Problem<R> p(file);
-  Emulated<R> engine(file, seed, trace);
+  Results unused;
+  engine.pack(p, unused);
   const int64_t n = 3, width = p.plan.out_size, nodes = p.file["rowptr"].size() - 1;
-  std::vector<R> out(nodes * width), expansion(width * n), bias{1, -2, 3};
-  for (size_t k = 0; k < out.size(); ++k) out[k] = static_cast<R>(k % 11) - 5;
+  std::vector<R> sums = unwritten<R>(nodes * width), expansion(width * n), bias{1, -2, 3};
   for (size_t k = 0; k < expansion.size(); ++k) expansion[k] = static_cast<R>(k % 5) / 4;
+  ConvArgs<R> a = p.arguments();
+  a.out = sums.data();
+  engine.forward(p, a);
+  auto grad_weights = unwritten<R>(p.plan.n_weights), grad_delta = unwritten<R>(p.delta.size());
+  const std::vector<R> grad_out = p.grad_out;
   for (bool mean : {false, true}) {
-    std::vector<R> actual(out);
-    engine.finish(p, actual, expansion, bias, mean);
+    std::vector<R> actual = unwritten<R>(nodes * width), of_bias(n), sizes(n), scaled = grad_out;
+    const Epilogue<R> epilogue{expansion.data(), bias.data(), n, mean};
+    a = p.arguments(), a.out = actual.data();
+    engine.forward(p, a, epilogue);
     for (int64_t k = 0; k < nodes * width; ++k) {
-      const int64_t edges = p.arguments().index(p.arguments().rowptr, k / width + 1) -
-                            p.arguments().index(p.arguments().rowptr, k / width);
-      const R* row = expansion.data() + k % width * n;
-      const R expected = (mean ? out[k] / std::max<R>(edges, 1) : out[k]) + (row[0] - 2 * row[1] + 3 * row[2]);
-      if (!(std::abs(actual[k] - expected) <= 1e-6)) return {"mean and bias: wrong at " + std::to_string(k)};
+      const R edges = mean ? edges_of(p, k / width) : R{1}, *row = expansion.data() + k % width * n;
+      const R expected = sums[k] / edges + (row[0] - 2 * row[1] + 3 * row[2]);
+      if (!(std::abs(actual[k] - expected) <= 1e-5 * (1 + std::abs(expected))))
+        return {"mean and bias: wrong at " + std::to_string(k)};
+      scaled[k] /= edges;
+      for (int64_t m = 0; m < n; ++m) of_bias[m] += row[m] * grad_out[k], sizes[m] += std::abs(row[m] * grad_out[k]);
     }
+    a = p.arguments(), a.grad_weights = grad_weights.data(), a.grad_delta = grad_delta.data();
+    p.grad_out = scaled, a.grad_out = p.grad_out.data();
+    engine.backward(p, a);
+    std::vector<R> expected = engine.unpack(p, grad_weights);
+    const auto expected_delta = widened(grad_delta);
+    p.grad_out = grad_out, a.grad_out = p.grad_out.data();
+    std::vector<R> found = engine.layer_backward(p, a, epilogue);
+    const auto deviates = [&](const std::vector<R>& x, const std::vector<R>& y) {
+      return !(native_test::deviation(widened(x), widened(y)) <= kBound<R>);
+    };
+    const std::vector<R> found_bias(found.end() - n, found.end());
+    found.resize(found.size() - n);
+    if (deviates(found, expected)) return {"gradients of the parameters: wrong"};
+    for (int64_t m = 0; m < n; ++m)
+      if (!(std::abs(found_bias[m] - of_bias[m]) <= kBound<R> * sizes[m])) return {"gradient of the bias: wrong"};
+    if (!(native_test::deviation(widened(grad_delta), expected_delta) <= kBound<R>)) return {"grad_delta: wrong"};
   }
+  return {};
+}
+
+// Packed weights at statistics as batch norms keep them: the same bits as at the same ones in a row.
+template <typename R>
+std::vector<std::string> run_pack_kept(const Case& file, Emulated<R>& engine) {
+  Problem<R> p(file);
+  Results unused;
+  engine.pack(p, unused);
+  const int64_t trivial = p.plan.n_trivial, channels = p.n_norms() ? p.plan.layers[0].out_size / p.plan.c : 0;
+  std::vector<std::vector<R>> kept;
+  std::vector<int64_t> columns;
+  const R* next = p.statistics.data();
+  for (int n = 0; n < p.n_norms(); ++n) {
+    const int64_t width = 2 * trivial + 1 + n;
+    std::vector<R> means(channels * width, 7);
+    for (int64_t k = 0; k < trivial; ++k) columns.push_back(2 * k + 1);
+    for (int64_t k = 0; k < channels * trivial; ++k) means[k / trivial * width + columns[k % trivial]] = *next++;
+    kept.push_back(means), kept.emplace_back(next, next + channels);
+    next += channels;
+  }
+  const auto [packed, statistics] = engine.pack_kept(p, kept, columns);
+  const auto same = [](const std::vector<R>& x, const std::vector<R>& y) {
+    return x.size() == y.size() && (x.empty() || !std::memcmp(x.data(), y.data(), x.size() * sizeof(R)));
+  };
+  if (p.file.has("running") && !same(packed, p.packed)) return {"packed at kept statistics: other bits"};
+  if (!same(statistics, p.statistics)) return {"statistics from those kept: other bits"};
   return {};
 }
 
@@ -143,7 +202,8 @@ std::vector<std::string> run_case(const std::string& name, const Case& file, boo
     Emulated<R> engine(file, seed, trace);
     results = native_test::run_all<R>(file, engine);
     failures = native_test::failures_of<R>(what, file, results, kBound<R>, second_bound<R>(near), largest);
-    for (const std::string& failure : run_finish<R>(file, trace, seed)) failures.push_back(what + ": " + failure);
+    for (const std::string& failure : run_layer<R>(file, engine)) failures.push_back(what + ": " + failure);
+    for (const std::string& failure : run_pack_kept<R>(file, engine)) failures.push_back(what + ": " + failure);
     const double of_moments = moments_deviation<R>(file, engine);
     if (!(of_moments <= kBound<R>)) failures.push_back(what + ": moments deviate by " + std::to_string(of_moments));
     for (bool tangents : {false, true}) {

@@ -39,6 +39,28 @@ const CudaTable<R>& table() {
     return *implicit_steer_cuda_library()->f64;
 }
 
+// A vector in three pieces, each in memory of its own.
+template <typename R>
+struct Parts {
+  std::vector<std::vector<R>> parts;
+
+  explicit Parts(const std::vector<R>& v) {
+    const size_t first = std::min<size_t>(1, v.size()), second = v.size() - v.size() / 3;
+    parts = {{v.begin(), v.begin() + first}, {v.begin() + first, v.begin() + second}, {v.begin() + second, v.end()}};
+  }
+  template <typename T>
+  Pieces<T> pieces() const {
+    Pieces<T> found{};
+    for (const auto& part : parts) found.add(const_cast<R*>(part.data()), part.size());
+    return found;
+  }
+  std::vector<R> joined() const {
+    std::vector<R> all;
+    for (const auto& part : parts) all.insert(all.end(), part.begin(), part.end());
+    return all;
+  }
+};
+
 template <typename R>
 class Emulated {
  public:
@@ -61,15 +83,35 @@ class Emulated {
     p.packed = unwritten<R>(p.plan.n_weights);
     const bool running = p.file.has("running");
     p.statistics = running ? numbers<R>(p.file["running"]) : unwritten<R>(p.n_norms() * statistics_size(p.plan));
+    const Parts<R> parameters(p.parameters);
     begin();
-    reads(p.rowptr), reads(p.column), reads(p.value), reads(p.parameters), reads(p.statistics), writes(p.packed);
-    check(table<R>().pack(*plan_, p.matrix, p.parameters.data(), p.statistics.data(), p.packed.data(), nullptr));
+    reads(p.rowptr), reads(p.column), reads(p.value), reads(p.statistics), writes(p.packed);
+    for (const auto& part : parameters.parts) reads(part);
+    const auto read = parameters.template pieces<const R>();
+    const NormStatistics<R> norms{p.statistics.data(), nullptr, {}};
+    check(table<R>().pack(*plan_, p.matrix, read, norms, p.packed.data(), nullptr, nullptr));
     if (running) return;
     ConvArgs<R> a = p.arguments();
     begin(), inputs(p, a);
-    reads(p.parameters), writes(p.packed), writes(p.statistics);
-    check(table<R>().statistics(*plan_, a, p.parameters.data(), p.packed.data(), p.statistics.data(), nullptr));
+    for (const auto& part : parameters.parts) reads(part);
+    writes(p.packed), writes(p.statistics);
+    check(table<R>().statistics(*plan_, a, read, p.packed.data(), p.statistics.data(), nullptr));
     results["statistics"] = widened(p.statistics);
+  }
+  // What `pack` makes of statistics that lie as batch norms keep them, [W, d] with `trivial` columns and [W]: packed
+  // weights, and the statistics one after the other.
+  std::pair<std::vector<R>, std::vector<R>> pack_kept(Problem<R>& p, const std::vector<std::vector<R>>& kept,
+                                                      const std::vector<int64_t>& trivial) {
+    const Parts<R> parameters(p.parameters);
+    auto packed = unwritten<R>(p.plan.n_weights), statistics = unwritten<R>(p.statistics.size());
+    NormStatistics<R> norms{nullptr, trivial.data(), {}};
+    begin();
+    reads(p.rowptr), reads(p.column), reads(p.value), reads(trivial), writes(packed), writes(statistics);
+    for (const auto& part : parameters.parts) reads(part);
+    for (const auto& values : kept) reads(values), norms.kept.add(values.data(), values.size());
+    check(table<R>().pack(*plan_, p.matrix, parameters.template pieces<const R>(), norms, packed.data(),
+                          statistics.data(), nullptr));
+    return {packed, statistics};
   }
   // Of the input of batch norm `layer`, [2, size], from the packed weights.
   std::vector<R> moments(Problem<R>& p, int layer, int64_t size) {
@@ -85,12 +127,32 @@ class Emulated {
     const Transposed<R> transposed(p.matrix, p.plan.n_grad, p.plan.n_parameters);
     const SparseMatrix<R> matrix{p.plan.n_parameters, transposed.rowptr.data(), transposed.column.data(),
                                  transposed.value.data()};
-    auto grad = unwritten<R>(p.plan.n_parameters);
+    Parts<R> grad(unwritten<R>(p.plan.n_parameters));
     begin();
     reads(transposed.rowptr), reads(transposed.column), reads(transposed.value), reads(p.statistics);
-    reads(grad_packed), writes(grad);
-    check(table<R>().pack_backward(*plan_, matrix, p.statistics.data(), grad_packed.data(), grad.data(), nullptr));
-    return grad;
+    reads(grad_packed);
+    for (const auto& part : grad.parts) writes(part);
+    check(table<R>().pack_backward(*plan_, matrix, p.statistics.data(), grad_packed.data(), grad.template pieces<R>(),
+                                   nullptr));
+    return grad.joined();
+  }
+  // The whole backward pass of a layer: the gradients of the parameters, then of the bias.
+  std::vector<R> layer_backward(Problem<R>& p, ConvArgs<R> a, const Epilogue<R>& epilogue) {
+    const Transposed<R> transposed(p.matrix, p.plan.n_grad, p.plan.n_parameters);
+    const SparseMatrix<R> matrix{p.plan.n_parameters, transposed.rowptr.data(), transposed.column.data(),
+                                 transposed.value.data()};
+    Parts<R> grad(unwritten<R>(p.plan.n_parameters));
+    auto of_bias = unwritten<R>(epilogue.n);
+    run(p, a, [&](const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream) {
+      reads(transposed.rowptr), reads(transposed.column), reads(transposed.value), reads(p.statistics);
+      numbers_at(epilogue.expansion, p.plan.out_size * epilogue.n, "expansion"), writes(of_bias);
+      for (const auto& part : grad.parts) writes(part);
+      return table<R>().layer_backward(plan, args, epilogue, matrix, p.statistics.data(), grad.template pieces<R>(),
+                                       of_bias.data(), stream);
+    });
+    std::vector<R> found = grad.joined();
+    found.insert(found.end(), of_bias.begin(), of_bias.end());
+    return found;
   }
   // The kernel reads the first layout of θ alone.
   std::vector<R> pairs(Problem<R>& p, std::vector<R> tangents) {
@@ -103,19 +165,16 @@ class Emulated {
   }
   int64_t gradient_size(Problem<R>& p) const { return p.plan.n_weights; }
 
-  void forward(Problem<R>& p, ConvArgs<R> a) { run(p, a, table<R>().forward); }
+  void forward(Problem<R>& p, ConvArgs<R> a, const Epilogue<R>& epilogue = {}) {
+    run(p, a, [&](const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream) {
+      numbers_at(epilogue.expansion, p.plan.out_size * epilogue.n, "expansion");
+      numbers_at(epilogue.bias, epilogue.n, "bias");
+      return table<R>().forward(plan, args, epilogue, stream);
+    });
+  }
   void backward(Problem<R>& p, ConvArgs<R> a) { run(p, a, table<R>().backward); }
   void forward_tangent(Problem<R>& p, ConvArgs<R> a) { run(p, a, table<R>().forward_tangent); }
   void backward_tangent(Problem<R>& p, ConvArgs<R> a) { run(p, a, table<R>().backward_tangent); }
-
-  void finish(Problem<R>& p, std::vector<R>& out, const std::vector<R>& expansion, const std::vector<R>& bias,
-              bool mean) {
-    ConvArgs<R> a = p.arguments();
-    a.out = out.data();
-    begin(), inputs(p, a);
-    reads(expansion), reads(bias), writes(out);
-    check(table<R>().finish(*plan_, a, expansion.data(), bias.data(), bias.size(), mean, nullptr));
-  }
 
   using Pass = Failure (*)(const DevicePlan<R>&, const ConvArgs<R>&, void*);
   // `pass` on points, whose results have `hidden` numbers each.
@@ -162,7 +221,8 @@ class Emulated {
     add(a.rowptr, (a.n_dst + 1) * index, "rowptr", false), add(a.colptr, (a.n_src + 1) * index, "colptr", false);
     add(a.order_by_source, e * index, "order_by_source", false);
   }
-  void run(Problem<R>& p, ConvArgs<R> a, Pass pass, int64_t results = -1) {
+  template <typename AnyPass>
+  void run(Problem<R>& p, ConvArgs<R> a, AnyPass pass, int64_t results = -1) {
     begin(), inputs(p, a);
     if (results < 0) results = a.n_dst * p.plan.out_size;
     numbers_at(a.weights, p.plan.n_weights * (a.delta_tangent ? 2 : 1), "weights");

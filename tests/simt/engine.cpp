@@ -40,6 +40,9 @@ namespace simt {
 
 namespace {
 
+bool recording = false;
+std::string recorded;
+
 constexpr unsigned kMostThreads = 1024;
 constexpr size_t kStack = 256 << 10, kPage = 4096;
 constexpr size_t kMostShared = 227 << 10;  // of a block, on any device
@@ -341,6 +344,10 @@ cudaError_t allow_shared(const void* kernel, int bytes) {
 void run(dim3 grid, dim3 block, size_t bytes, const void* kernel, void (*call)(void*), void* context,
          const char* name) {
   if (failed) return;
+  if (recording) {
+    recorded.append(name).push_back('\n');
+    return;
+  }
   set_up();
   kernel_name = name, grid_size = grid, block_size = block, n_threads = block.x * block.y * block.z;
   dynamic_bytes = bytes, current_call = call, current_context = context;
@@ -386,6 +393,9 @@ std::vector<std::pair<std::string, int>> barriers() { return {reached.begin(), r
 void skip_barrier(const std::string& file, int line) { skipped_file = file, skipped_line = line; }
 
 }  // namespace simt
+
+void simt_record(bool on) { simt::recording = on, simt::recorded.clear(); }
+const char* simt_recorded() { return simt::recorded.c_str(); }
 
 cudaError_t cudaGetLastError() { return simt::failed ? cudaErrorLaunchFailure : cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t error) {

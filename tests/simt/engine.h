@@ -46,3 +46,8 @@ std::vector<std::pair<std::string, int>> barriers();
 void skip_barrier(const std::string& file, int line);
 
 }  // namespace simt
+
+// Launches are written down from now on instead of being made, or made again; and the names of the kernels since then,
+// each on a line. For bench/dispatch.py.
+extern "C" void simt_record(bool on);
+extern "C" const char* simt_recorded();

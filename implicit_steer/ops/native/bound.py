@@ -81,7 +81,7 @@ class NativePlan:
 
     Attributes:
         arrays, matrix: by dtype, the plan's numbers; what packs the parameters.
-        trivial: per batch norm, its trivial coordinates.
+        trivial, columns: per batch norm, its trivial coordinates; the same together, (n_layers, n_trivial).
         kernel: of every θ·B the position in the flat (C_out, C_in, H) kernel tensor, that of θ among the last layer's
             parameters, and B; None until it is asked for.
         statistics_shape: shape of the batch norms' statistics, (n_layers, W (n_trivial + 1)).
@@ -95,6 +95,7 @@ class NativePlan:
         self.kernel: KernelEntries | None = None
         norms = plan.norms
         self.trivial = [torch.tensor(norm.full_trivial) for norm in norms]
+        self.columns = torch.tensor([norm.full_trivial.tolist() for norm in norms], dtype=torch.int64)
         self.statistics_shape = (len(norms), norms[0].channels * (1 + len(norms[0].trivial))) if norms else (0, 0)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -132,12 +133,30 @@ class BoundKernel:
         self.parameters, self.learned = parameters, learned_tensors(parameters)
         self.dtype, self.device = parameters.shell_width.dtype, parameters.shell_width.device
         self.arrays, self.matrix = native.arrays[self.dtype], native.matrix[self.dtype]
-        self._sources = [*self.learned, *(t for norm in parameters.norms for t in (norm.mean, norm.var))]
+        self._kept = [t for norm in parameters.norms for t in (norm.mean, norm.var)]
+        self._sources = [*self.learned, *self._kept]
         nothing = parameters.shell_width.new_empty(0)
         self.bias, self.expansion = parameters.bias or (nothing, nothing.view(plan.out_size, 0))
+        self._tensors = [*self._sources, self.expansion, self.bias]
         self.mean = plan.aggr == "mean"
         self.trivial = native.trivial
         self._cache: tuple[Tensor, Tensor, Tensor] | None = None  # bytes of the sources; statistics, packed weights
+        self._bound: tuple[list[int], _native.Number | None] = [], None  # where all tensors lie; and for these
+
+    def number(self) -> _native.Number | None:
+        """Under which number the native extension has the layer. It is bound anew where a parameter, a running
+        statistic or the bias lies elsewhere than at the last call. None where one of them is not contiguous."""
+        places = [t.data_ptr() for t in self._tensors]
+        known, bound = self._bound
+        if places != known:
+            operators, bound = torch.ops.implicit_steer, None
+            if all(t.is_contiguous() for t in self._tensors):
+                given = *self.arrays, *self.matrix, self.native.columns, self.learned, self._kept
+                given = *given, self.expansion, self.bias, self.mean, instruction_set(), self.backend == "cuda"
+                number = operators.bind_layer(*given)
+                bound = _native.Number(number, operators.release_layer.default) if number else None
+            self._bound = places, bound
+        return bound
 
     def kernel_entries(self) -> KernelEntries:
         """As :meth:`NativePlan.kernel_entries`."""
@@ -156,14 +175,11 @@ class BoundKernel:
         """numbers[index]; the gradient, too, is the same to the last bit at every call."""
         return numbers.index_select(0, index)
 
-    @staticmethod
-    def pieces(learned: Sequence[Tensor]) -> list[Tensor]:
-        """The parameters as operators take them."""
-        return [t.contiguous() for t in learned]
-
     def pack(self, learned: Sequence[Tensor], statistics: Tensor) -> Tensor:
         """Packed weights of the parameters ``learned`` at these statistics of the batch norms; linear in them."""
-        return torch.ops.implicit_steer.conv_pack(*self.arrays, *self.matrix, self.pieces(learned), statistics)
+        return torch.ops.implicit_steer.conv_pack(
+            *self.arrays, *self.matrix, [t.contiguous() for t in learned], statistics
+        )
 
     def unpack_gradient(self, grad: Tensor, learned: Sequence[Tensor], statistics: Tensor) -> list[Tensor]:
         """The gradients of ``learned`` from that of the packed weights."""
@@ -175,7 +191,7 @@ class BoundKernel:
         packed weights at them."""
         if pool is not None:
             return self._pooled(delta, attributes, pool)
-        arrays = *self.arrays, *self.matrix, self.pieces(self.learned), delta, attributes
+        arrays = *self.arrays, *self.matrix, [t.contiguous() for t in self.learned], delta, attributes
         return torch.ops.implicit_steer.conv_statistics(*arrays, *self.native.statistics_shape, instruction_set())
 
     def _pooled(self, delta: Tensor, attributes: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from ..._native import Number
 from ..._transforms import recorder, refuse_derivatives, refuse_tangents, refuse_transforms
 from ...graph import Graph
 from ...plan import Plan
@@ -45,8 +47,10 @@ class NativeBackend(Backend):
     ) -> tuple[Tensor, Sequence[NormStatistics]]:
         """out_i = bias + Σ_{e: j→i} K(x_e, a_e) f_j, shape (N_dst, C_out)."""
         bound = bind(plan, parameters, self.bound)
-        inputs = x.contiguous(), delta.contiguous(), attributes.contiguous(), bound.bias
-        return run(Convolution(bound, graph), statistics_from, inputs)
+        inputs = x.contiguous(), delta.contiguous(), attributes.contiguous()
+        if statistics_from.pool is None and not is_traced() and (layer := bound.number()) is not None:
+            return run_bound(bound, layer, graph, statistics_from.measured, inputs)
+        return run(Convolution(bound, graph), statistics_from, (*inputs, bound.bias))
 
     def kernel(
         self,
@@ -201,7 +205,67 @@ class _Recorded(torch.autograd.Function):
         return None, None, None, *(g if need else None for g, need in zip_longest(found, needs))
 
 
-_recorded = recorder(_Recorded)  # run has ruled out that torch.func looks on
+class _RecordedLayer(torch.autograd.Function):
+    """A call of a bound layer that autograd records: inputs, bias and parameters → output.
+
+    Its gradients are one operator, too; with ``create_graph=True`` those of :class:`_Recorded`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, bound: BoundKernel, layer: Number, graph: Graph, measured: bool, found: list[Tensor], *tensors: Tensor
+    ) -> Tensor:
+        numbers, inputs = (layer.number, graph.number), tensors[:3]
+        out, packed, statistics = torch.ops.implicit_steer.layer_forward_recorded(*numbers, *inputs, measured)
+        ctx.save_for_backward(packed, statistics, *tensors)
+        ctx.bound, ctx.layer, ctx.graph = bound, layer, graph
+        found.append(statistics)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        bound, graph, (packed, statistics, *tensors) = ctx.bound, ctx.graph, ctx.saved_tensors
+        needs = ctx.needs_input_grad[5:]
+        refuse_derivatives(grad, *tensors)
+        needed = *needs[:3], any(needs[4:])
+        if torch.is_grad_enabled():  # create_graph=True
+            call, learned = Convolution(bound, graph), tensors[4:]
+            found = composed_gradients(
+                call,
+                (*needs[:4], needed[3]),
+                grad,
+                bound.pack(learned, statistics),
+                statistics,
+                tensors[:4],
+                learned,
+            )
+        else:
+            numbers = ctx.layer.number, graph.number_by_source if needs[0] else graph.number
+            operator, arguments = torch.ops.implicit_steer.layer_backward, (*tensors[:3], packed, statistics)
+            *found, of_learned = operator(*numbers, *arguments, grad.contiguous(), *needed)
+            found += of_learned
+        return *[None] * 5, *(g if need else None for g, need in zip_longest(found, needs))
+
+
+_recorded, _recorded_layer = map(recorder, (_Recorded, _RecordedLayer))  # run has ruled out that torch.func looks on
+
+
+def run_bound(
+    bound: BoundKernel, layer: Number, graph: Graph, measured: bool, inputs: Sequence[Tensor]
+) -> tuple[Tensor, Sequence[NormStatistics]]:
+    """What :func:`run` gives, of a layer that the native extension has under a number, on x, delta and attributes."""
+    if forward_ad._current_level >= 0:
+        refuse_tangents(bound.backend, [*bound.learned, bound.bias, *inputs])
+    found: list[Tensor] = []
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs, bound.bias, *bound.learned):
+        out = _recorded_layer(bound, layer, graph, measured, found, *inputs, bound.bias, *bound.learned)
+    elif measured:
+        operator = torch.ops.implicit_steer.layer_forward_recorded
+        out, _, statistics = operator(layer.number, graph.number, *inputs, True)
+        found.append(statistics)
+    else:
+        return torch.ops.implicit_steer.layer_forward(layer.number, graph.number, *inputs), []
+    return out, JointStatistics(bound.plan, found[0]) if measured else []
 
 
 def run(

@@ -8,7 +8,6 @@ Derivatives to second order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -25,8 +24,8 @@ from .convolution import NativeBackend
 
 
 class CudaKernel(BoundKernel):
-    """On CUDA tensors. Packs its weights at every call: to ask whether they still hold would be to wait for the
-    device."""
+    """On CUDA tensors. Packs its weights at every call, in one launch: to ask whether they still hold would be to
+    wait for the device."""
 
     backend = "cuda"
     joint_gradients = False
@@ -34,6 +33,11 @@ class CudaKernel(BoundKernel):
     def __init__(self, plan: Plan, native: NativePlan, parameters: Parameters) -> None:
         super().__init__(plan, native, parameters)
         self.trivial = _trivial(native, self.device)
+
+    def number(self) -> _native.Number | None:
+        """As :meth:`BoundKernel.number`; None also where the kernels cannot read from as many tensors as the layer has,
+        and for CPU tensors that no kernels run on."""
+        return super().number() if self.device.type == "cuda" or _native.ON_PROCESSOR else None
 
     def kernel_entries(self) -> KernelEntries:
         """As :meth:`NativePlan.kernel_entries`, on the device."""
@@ -43,11 +47,6 @@ class CudaKernel(BoundKernel):
     def repeated(numbers: Tensor, index: Tensor) -> Tensor:
         """numbers[index]; on a GPU the gradient of index_select adds in any order, that of indexing sorts."""
         return numbers[index]
-
-    @staticmethod
-    def pieces(learned: Sequence[Tensor]) -> list[Tensor]:
-        """One vector, made in one launch; of several the operators would copy each."""
-        return [torch.cat([t if t.dim() == 1 else t.reshape(-1) for t in learned])]
 
     def packed(self) -> tuple[Tensor, Tensor]:
         """The batch norms' running statistics, and packed weights at them."""
@@ -81,17 +80,17 @@ class Cuda(NativeBackend):
     def available(self) -> tuple[bool, str]:
         """Whether the kernels are in this build and there is a device, and why or why not."""
         built, reason = _native.cuda_available()
-        if built and not torch.cuda.is_available():
+        if built and not torch.cuda.is_available() and not _native.ON_PROCESSOR:
             return False, f"no CUDA device; {reason}"
         return built, reason
 
     def supports(self, plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
         """CUDA tensors in float32 or float64, with the kernels; every plan that fits into the device's shared
         memory."""
-        if device.type != "cuda":
+        if device.type != "cuda" and not _native.ON_PROCESSOR:
             return False, f"runs on CUDA tensors, these are on {device}"
         there, reason = self.available()
-        if there:
+        if there and device.type == "cuda":
             there, reason = _native.cuda_usable(device)
         if there and (refused := refusal(plan, dtype)):
             there, reason = False, refused
@@ -99,8 +98,8 @@ class Cuda(NativeBackend):
             there, reason = False, TABLES_ON_GPU
         if there and plan.is_depthwise:
             there, reason = False, DEPTHWISE_ON_GPU
-        if not there:
-            return False, reason
+        if not there or device.type != "cuda":
+            return there, reason
         needed = shared_bytes(plan, dtype)
         properties: Any = torch.cuda.get_device_properties(device)  # whose type lacks this attribute
         found = properties.shared_memory_per_block_optin

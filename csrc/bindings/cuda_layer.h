@@ -1,0 +1,94 @@
+// A layer on CUDA tensors: one launch packs its weights at every call, from where parameters and running statistics
+// lie. To ask whether they hold the same bytes as before would be to wait for the device.
+#pragma once
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "bound_layer.h"
+#include "conv_call.h"
+#include "cuda_device.h"
+
+namespace implicit_steer {
+
+template <typename R>
+class CudaLayer final : public Layer {
+ public:
+  static bool takes(const LayerTensors& t) {
+    return std::max(t.learned.size(), t.kept.size()) <= static_cast<size_t>(Pieces<R>::kMost);
+  }
+
+  explicit CudaLayer(const LayerTensors& t)
+      : learned_(pieces_of<R>(t.learned, "parameters")), bias_(t.bias, "bias"), expansion_(t.expansion), mean_(t.mean) {
+    const Context context(t.learned.front());
+    plan_ = &device_plan<R>(context, t.ints, t.reals), view_ = kernels<R>().plan_view(plan_);
+    matrix_ = &device_matrix<R>(context, *view_, t.rowptr, t.column, t.value);
+    for (const Piece<R>& p : learned_) parameters_.add(p.at, p.size);
+    check_size(view_->n_parameters, parameters_.first[parameters_.n], "parameters");
+    check(expansion_, "expansion", real_type<R>, view_->out_size * bias_.size);
+    const auto kept = pieces_of<R>(t.kept, "running statistics");
+    check_kept(*view_, t, kept);
+    for (const Piece<R>& p : kept) norms_.kept.add(p.at, p.size);
+    trivial_ = to_device(context, data<int64_t>(t.trivial), t.trivial.numel());
+    check(library().wait(context.stream));  // calls on other streams will read it
+    norms_.trivial = data<int64_t>(trivial_);
+  }
+
+  LayerOutput forward(const BoundGraph& graph, const LayerInputs& in, bool measured, bool recorded) override {
+    Call<Cuda<R>> call(in.delta, in.attr, *plan_, in.delta);
+    Tensor packed = new_empty(in.delta, {view_->n_weights}), statistics = packed;
+    if (measured) {
+      STD_TORCH_CHECK(view_->has_norms, "plan: expected one with batch norms.");
+      STD_TORCH_CHECK(call.args.n_edges > 1, "delta: expected at least 2 edges, one has no variance.");
+      statistics = call.device.zeros(in.delta, {view_->n_layers, statistics_size(*view_)});
+      call.device.statistics(call.args, *matrix_, parameters_, mutable_data<R>(packed), mutable_data<R>(statistics));
+    } else {
+      R* kept = nullptr;
+      if (recorded) {
+        statistics = new_empty(in.delta, {view_->has_norms ? view_->n_layers : 0, statistics_size(*view_)});
+        kept = mutable_data<R>(statistics);
+      }
+      call.device.pack(*matrix_, parameters_, norms_, mutable_data<R>(packed), kept);
+    }
+    call.weights(packed), call.graph(in.x, graph.src, graph.order, graph.rowptr);
+    Tensor out = call.output(in.x, call.args.n_dst, view_->out_size);
+    call.device.forward(call.args, data<R>(expansion_), bias_.at, bias_.size, mean_);
+    return {out, packed, statistics};
+  }
+
+  LayerGradients gradients(const BoundGraph& graph, const LayerInputs& in, const Tensor& packed,
+                           const Tensor& statistics, const Tensor& grad_out, LayerNeeds needs) override {
+    Call<Cuda<R>> call(in.delta, in.attr, *plan_, in.delta);
+    call.weights(packed), call.graph(in.x, graph.src, graph.order, graph.rowptr), call.grad_of_nodes(grad_out);
+    if (needs.x) call.by_source(graph.order_by_source, graph.colptr);
+    call.device.check(statistics, "statistics", real_type<R>,
+                      view_->has_norms ? view_->n_layers * statistics_size(*view_) : 0);
+    const Gradients grads = call.gradients(in.x, {needs.x, needs.delta, needs.attr, needs.parameters});
+    Tensor of_bias = new_empty(in.x, {bias_.size});
+    std::vector<Tensor> of_parameters;
+    Pieces<R> pieces{};
+    for (const Piece<R>& p : learned_) {
+      if (!needs.parameters) break;
+      Tensor& made = of_parameters.emplace_back(new_empty(in.x, shape_of(p), dtype_of(in.x)));
+      pieces.add(mutable_data<R>(made), p.size);
+    }
+    call.device.layer_backward(call.args, {data<R>(expansion_), bias_.at, bias_.size, mean_}, *matrix_,
+                               data<R>(statistics), pieces, mutable_data<R>(of_bias));
+    return {grads.x, grads.delta, grads.attr, of_bias, of_parameters};
+  }
+
+ private:
+  const std::vector<Piece<R>> learned_;
+  const Piece<R> bias_;
+  const Tensor expansion_;
+  const bool mean_;
+  const DevicePlan<R>* plan_;  // these three are kept for good
+  const PlanView<R>* view_;
+  const HeldMatrix<R>* matrix_;
+  Pieces<const R> parameters_{};
+  NormStatistics<R> norms_{};
+  Tensor trivial_;  // on the device
+};
+
+}  // namespace implicit_steer

@@ -1,0 +1,333 @@
+"""Layers that the native extension has under a number: whatever happens to a layer's tensors between calls, forward and
+backward pass are those of `reference`; and what such a call refuses."""
+
+import copy
+import gc
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import arguments_of, assert_close, function_of, layer, outcome
+from torch.func import functional_call
+from torch.library import opcheck
+from torch.nn.utils import parametrize
+
+from implicit_steer.irreps import ImplicitPointConv
+from implicit_steer.ops.native.bound import BoundKernel
+from implicit_steer.testing.cases import SMALL
+
+
+class Halved(torch.nn.Module):
+    def forward(self, weights):
+        return weights / 2
+
+
+def weights_of(conv):
+    return conv.implicit_kernel.mlp.linears[-1].weights
+
+
+def optimizer_step(conv, **options):
+    optimizer = torch.optim.Adam(conv.parameters(), lr=0.1, **options)
+    for p in conv.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def in_place(conv):
+    with torch.no_grad():
+        weights_of(conv).mul_(2)
+
+
+def by_data(conv):
+    weights_of(conv).data = 2 * weights_of(conv).data
+
+
+def strided_data(conv):
+    """In memory that is not contiguous."""
+    weights = weights_of(conv)
+    weights.data = torch.stack([2 * weights.data, weights.data], 1)[:, 0]
+
+
+def another_parameter(conv):
+    kernel = conv.implicit_kernel
+    kernel.shell_width = torch.nn.Parameter(2 * kernel.shell_width.detach())
+
+
+def without_bias(conv):
+    conv.bias = None
+
+
+def loaded(conv):
+    conv.load_state_dict({k: 1.5 * v if k.endswith("weights") else v for k, v in conv.state_dict().items()})
+
+
+def assigned(conv):
+    conv.load_state_dict({k: v.clone() for k, v in conv.state_dict().items()}, assign=True)
+
+
+def there_and_back(conv):
+    conv.float().double()
+
+
+def swapped(conv):
+    """As .to() does where it swaps tensors instead of their data."""
+    torch.utils.swap_tensors(weights_of(conv), torch.nn.Parameter(2 * weights_of(conv).detach()))
+
+
+def shared(conv):
+    conv.share_memory()
+
+
+def statistics_moved(conv):
+    next(b for n, b in conv.named_buffers() if n.endswith("running_var")).mul_(2)
+
+
+def trained(conv):
+    """A call in training mode, which moves the running statistics."""
+    mode = conv.training
+    SMALL["o3"].inputs(conv).run(conv.train())
+    conv.train(mode)
+
+
+def parametrised(conv):
+    parametrize.register_parametrization(conv.implicit_kernel.mlp.linears[-1], "weights", Halved())
+
+
+CHANGES = [optimizer_step, in_place, by_data, strided_data, another_parameter, without_bias, loaded, assigned]
+CHANGES += [there_and_back, swapped, shared, statistics_moved, trained, parametrised]
+CHANGES += [lambda conv: optimizer_step(conv, foreach=True)]
+
+
+def assert_is_reference(conv, problem, bound=1e-10):
+    ours, expected = outcome(conv, problem, "cpu"), outcome(conv, problem, "reference")
+    assert_close(ours, expected, bound)
+    conv.backend = "cpu"
+    with torch.no_grad():  # the call without a backward pass
+        assert_close({"out": problem.run(conv)}, {"out": expected["out"]}, bound)
+
+
+@pytest.mark.parametrize("aggr", ["sum", "mean"])
+@pytest.mark.parametrize("configuration", ["eval", "train", "no norm"])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_every_change_counts(change, configuration, aggr):
+    if configuration == "no norm" and change in (statistics_moved, trained):
+        pytest.skip("it has no statistics")
+    conv = layer(SMALL["o3"], configuration, aggr=aggr)
+    problem = SMALL["o3"].inputs(conv)
+    assert_is_reference(conv, problem)
+    change(conv)
+    assert_is_reference(conv, problem)
+
+
+def test_evaluation_and_training_mode_by_turns():
+    conv = layer(SMALL["o3"])
+    problem = SMALL["o3"].inputs(conv)
+    for mode in (True, False, True, False):
+        assert_is_reference(conv.train(mode), problem)
+
+
+def test_graphs_by_turns():
+    conv = layer(SMALL["o3"])
+    problems = [replace(SMALL["o3"], nodes=n).inputs(conv) for n in (8, 12)]
+    for problem in [*problems, *problems]:
+        assert_is_reference(conv, problem)
+
+
+def test_functional_call():
+    """Tensors in place of the parameters, leaves or not, and the parameters again after it."""
+    conv = layer(SMALL["o3"], backend="cpu")
+    problem = SMALL["o3"].inputs(conv)
+    arguments, before = problem.arguments(conv), problem.run(conv)
+    for scale in (2, 3):
+        values = {name: scale * p for name, p in conv.named_parameters()}
+        other = copy.deepcopy(conv)
+        other.load_state_dict(values, strict=False)
+        for given in (values, {name: v.detach() for name, v in values.items()}):
+            assert torch.equal(functional_call(conv, given, arguments).tensor, problem.run(other))
+    assert torch.equal(problem.run(conv), before)
+
+
+def test_autocast():
+    conv = layer(SMALL["o3"], dtype=torch.float32, backend="cpu")
+    problem = SMALL["o3"].inputs(conv)
+    before = problem.run(conv)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(problem.run(conv), before)
+
+
+def test_half_precision_features_between_others():
+    conv = layer(SMALL["o3"], dtype=torch.float32, backend="cpu")
+    problem = SMALL["o3"].inputs(conv)
+    before = problem.run(conv)
+    halved = replace(problem, x=problem.x.bfloat16())
+    assert halved.run(conv).dtype == torch.bfloat16
+    assert torch.equal(problem.run(conv), before)
+
+
+def test_compiled_between_calls():
+    torch._dynamo.reset()
+    conv = layer(SMALL["o3"], backend="cpu")
+    problem, function = SMALL["o3"].inputs(conv), function_of(conv)
+    arguments = arguments_of(problem)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(*arguments), function(*arguments), rtol=0, atol=1e-12)
+        in_place(conv)
+
+
+def test_hooks_of_the_convolution():
+    conv = layer(SMALL["o3"], backend="cpu")
+    problem, seen = SMALL["o3"].inputs(conv), []
+    handles = [conv.register_forward_hook(lambda *_: seen.append("forward"))]
+    handles.append(weights_of(conv).register_hook(lambda grad: seen.append("grad") or 2 * grad))
+    problem.run(conv).square().sum().backward()
+    assert seen == ["forward", "grad"]
+    hooked, conv.implicit_kernel.mlp.linears[-1].weights.grad = weights_of(conv).grad, None
+    for handle in handles:
+        handle.remove()
+    problem.run(conv).square().sum().backward()
+    torch.testing.assert_close(hooked, 2 * weights_of(conv).grad)
+
+
+@pytest.mark.parametrize("table", [None, 16])
+def test_frozen_and_tabulated(table):
+    conv = ImplicitPointConv("2x0e + 2x1o", "2x0e + 2x1o", table=16, width=1.0).double()
+    conv = conv if table is None else conv.freeze_table(knots=table)
+    problem = SMALL["o3"].inputs(layer(SMALL["o3"]))
+    x, arguments = torch.randn(len(problem.pos), 8).double(), (problem.graph, problem.delta)
+    for _ in range(2):
+        conv.backend = "eager"
+        expected = conv(x, *arguments)
+        conv.backend = "cpu"
+        torch.testing.assert_close(conv(x, *arguments), expected, rtol=0, atol=1e-10)
+        optimizer_step(conv)
+
+
+# ---- between a call and its backward pass
+
+
+def test_second_derivatives():
+    conv = layer(replace(SMALL["o3"], nodes=3), activation="silu", backend="cpu")
+    problem = replace(SMALL["o3"], nodes=3).inputs(conv)
+    _, delta, _ = problem.requires_grad()
+    found = {}
+    for conv.backend in ("cpu", "reference"):
+        (force,) = torch.autograd.grad(problem.run(conv).square().sum(), delta, create_graph=True)
+        leaves = dict(conv.named_parameters())
+        grads = torch.autograd.grad(force.square().sum(), list(leaves.values()), materialize_grads=True)
+        found[conv.backend] = dict(zip(leaves, grads, strict=True))
+    assert_close(found["cpu"], found["reference"], 1e-9)
+
+
+def test_parameters_written_in_between_are_refused():
+    conv = layer(SMALL["o3"], backend="cpu")
+    out = SMALL["o3"].inputs(conv).run(conv)
+    in_place(conv)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_the_layer_can_be_bound_anew_in_between():
+    conv = layer(SMALL["o3"], backend="cpu")
+    problem = SMALL["o3"].inputs(conv)
+    problem.run(conv).square().sum().backward()
+    expected = weights_of(conv).grad
+    out, weights = problem.run(conv), weights_of(conv)
+    weights.grad = None
+    weights.data = weights.data.clone()
+    problem.run(conv)
+    out.square().sum().backward()
+    assert torch.equal(weights.grad, expected)
+
+
+def test_calls_of_several_threads():
+    conv = layer(SMALL["o3"], backend="cpu")
+    problem, found = SMALL["o3"].inputs(conv), []
+    before = problem.run(conv).detach()
+
+    def call():
+        with torch.no_grad():
+            found.extend(problem.run(conv) for _ in range(20))
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 80
+    assert all(torch.equal(out, before) for out in found)
+
+
+# ---- the operators
+
+
+def bound_call():
+    """A layer, and the arguments of a call of its operators."""
+    conv = layer(SMALL["o3"])
+    problem, parameters = SMALL["o3"].inputs(conv), conv.implicit_kernel.parameters_for_op()
+    kernel = BoundKernel(conv.implicit_kernel.plan, parameters.cache.native, parameters)
+    number = kernel.number()
+    return number, problem, (number.number, problem.graph.number, problem.x, problem.delta, problem.attributes)
+
+
+def test_opcheck():
+    """Fake tensors never reach these operators: they have no fake kernels."""
+    number, problem, arguments = bound_call()
+    operators, utils = torch.ops.implicit_steer, ("test_schema", "test_autograd_registration")
+    out, packed, statistics = operators.layer_forward_recorded(*arguments, False)
+    calls = {
+        operators.layer_forward: arguments,
+        operators.layer_forward_recorded: (*arguments, True),
+        operators.layer_backward: (
+            arguments[0],
+            problem.graph.number_by_source,
+            *arguments[2:],
+            packed,
+            statistics,
+            torch.ones_like(out),
+            *[True] * 4,
+        ),
+    }
+    for operator, given in calls.items():
+        assert set(opcheck(operator.default, given, test_utils=utils).values()) == {"SUCCESS"}
+    del number
+
+
+def test_packed_weights_are_kept():
+    number, _, arguments = bound_call()
+    packed = [torch.ops.implicit_steer.layer_forward_recorded(*arguments, False)[1] for _ in range(2)]
+    assert packed[0].data_ptr() == packed[1].data_ptr()
+    del number
+
+
+def test_numbers_live_as_long_as_their_objects():
+    number, problem, arguments = bound_call()
+    assert torch.ops.implicit_steer.layer_forward(*arguments).isfinite().all()
+    layer_number, graph_number = arguments[:2]
+    del number
+    gc.collect()
+    with pytest.raises(RuntimeError, match=f"number: expected one that is bound, got {layer_number}"):
+        torch.ops.implicit_steer.layer_forward(*arguments)
+    other, _, others = bound_call()
+    del problem
+    gc.collect()
+    with pytest.raises(RuntimeError, match=f"number: expected one that is bound, got {graph_number}"):
+        torch.ops.implicit_steer.layer_forward(others[0], graph_number, *others[2:])
+    del other
+
+
+def test_copies_of_graphs_have_numbers_of_their_own():
+    _, problem, _ = bound_call()
+    assert copy.deepcopy(problem.graph).number != problem.graph.number
+
+
+@pytest.mark.parametrize("wrong", ["x", "delta", "attr"])
+def test_wrong_sizes_are_refused(wrong):
+    number, _, arguments = bound_call()
+    place = {"x": 2, "delta": 3, "attr": 4}[wrong]
+    given = [t[:, :-1].contiguous() if k == place else t for k, t in enumerate(arguments)]
+    with pytest.raises(RuntimeError, match=f"{wrong}: expected .* numbers"):
+        torch.ops.implicit_steer.layer_forward(*given)
+    del number
