@@ -93,6 +93,7 @@ MUTATED := zonal linear planar-axis-train zonal-odd-sizes-train none-grid-cutoff
 test-gpu-emulated: test-gpu-quick emulated-fast emulated-address native-cases
 	$(EMULATED)/fast/conv_test $(CASES) 3
 	$(EMULATED)/fast/conv_test $(CASES)/gpu 1
+	IMPLICIT_STEER_CUDA_LIBRARY=$(CURDIR)/$(EMULATED)/fast/libemulated_cuda.so $(PYTEST) tests/ops/test_bound_layers.py
 	ASAN_OPTIONS=detect_stack_use_after_return=0 $(EMULATED)/address/conv_test $(CASES) 1
 	$(EMULATED)/trace/conv_test $(CASES) trace
 

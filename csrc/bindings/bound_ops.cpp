@@ -33,9 +33,14 @@ int64_t bind_layer(const Tensor& ints, const Tensor& reals, const Tensor& rowptr
                    bool cuda) {
   const LayerTensors tensors{ints, reals, rowptr, column, value, trivial, learned, kept, expansion, bias, mean, isa};
   std::shared_ptr<Layer> made;
-  dispatch_real(reals, "plan_reals",
-                [&](auto* tag) { made = std::make_shared<CpuLayer<std::remove_pointer_t<decltype(tag)>>>(tensors); });
-  return layers().add(std::move(made));
+  dispatch_real(reals, "plan_reals", [&](auto* tag) {
+    using R = std::remove_pointer_t<decltype(tag)>;
+    if (!cuda)
+      made = std::make_shared<CpuLayer<R>>(tensors);
+    else if (CudaLayer<R>::takes(tensors))
+      made = std::make_shared<CudaLayer<R>>(tensors);
+  });
+  return made ? layers().add(std::move(made)) : 0;
 }
 void release_layer(int64_t layer) { layers().remove(layer); }
 

@@ -178,6 +178,21 @@ const HeldMatrix<R>& device_matrix(const Context& context, const PlanView<R>& pl
   return held->emplace(key, made).first->second;
 }
 
+// Columns of running means, on the context's device.
+inline const int64_t* device_columns(const Context& context, const Tensor& columns) {
+  static auto* const held = new std::map<std::pair<const void*, int32_t>, std::pair<Tensor, Tensor>>;
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto key = std::make_pair(columns.const_data_ptr(), context.device);
+  auto found = held->find(key);
+  if (found == held->end()) {
+    const Tensor there = to_device(context, data<int64_t>(columns), columns.numel());
+    check(library().wait(context.stream));  // calls on other streams will read it
+    found = held->emplace(key, std::make_pair(columns, there)).first;
+  }
+  return data<int64_t>(found->second.second);
+}
+
 // ---- the device of a call
 
 template <typename R>

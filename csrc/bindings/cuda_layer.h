@@ -30,9 +30,7 @@ class CudaLayer final : public Layer {
     const auto kept = pieces_of<R>(t.kept, "running statistics");
     check_kept(*view_, t, kept);
     for (const Piece<R>& p : kept) norms_.kept.add(p.at, p.size);
-    trivial_ = to_device(context, data<int64_t>(t.trivial), t.trivial.numel());
-    check(library().wait(context.stream));  // calls on other streams will read it
-    norms_.trivial = data<int64_t>(trivial_);
+    norms_.trivial = device_columns(context, t.trivial);
   }
 
   LayerOutput forward(const BoundGraph& graph, const LayerInputs& in, bool measured, bool recorded) override {
@@ -88,7 +86,6 @@ class CudaLayer final : public Layer {
   const HeldMatrix<R>* matrix_;
   Pieces<const R> parameters_{};
   NormStatistics<R> norms_{};
-  Tensor trivial_;  // on the device
 };
 
 }  // namespace implicit_steer

@@ -18,6 +18,7 @@ from ..plan.tabulated import tabulated
 from . import select, table, table_error
 from .backend import Backend
 from .native import bound
+from .native.convolution import NativeBackend
 from .radial import edge_attributes
 
 
@@ -82,18 +83,18 @@ def _evaluation(
 
 
 class _Served(NamedTuple):
-    """The backend of a call that took plan and tensors as they were, and what its choice rested on."""
+    """The native backend of a call that took plan and tensors as they were, and what its choice rested on."""
 
     plan: Plan
     parameters: Parameters
     backend: str
     dtype: torch.dtype
     device: torch.device
-    chosen: Backend
+    chosen: NativeBackend
 
     def serves(self, plan: Plan, parameters: Parameters, backend: str, *tensors: Any) -> bool:
         """Whether a call with these arguments rests on the same."""
-        if self.plan is not plan or self.parameters is not parameters or self.backend != backend or is_traced():
+        if self.plan is not plan or self.parameters is not parameters or self.backend != backend:
             return False
         dtype, device = self.dtype, self.device
         width = parameters.shell_width  # .to() leaves the same objects
@@ -126,9 +127,10 @@ def implicit_conv(
     Returns:
         (N_dst, C_out) in the arithmetic's dtype, and one :class:`NormStatistics` per batch norm if they were measured.
     """
-    statistics_from, cache = _possible_source(plan, statistics_from, graph.num_edges), parameters.cache
+    statistics_from = _possible_source(plan, statistics_from, graph.num_edges)
+    cache = None if is_traced() else parameters.cache
     served = cache and cache.served
-    if served is not None and served.serves(plan, parameters, backend, x, delta, attributes):
+    if served and served.serves(plan, parameters, backend, x, delta, attributes):
         return served.chosen.forward(plan, parameters, statistics_from, graph, x, delta, attributes)
     dtype = compute_dtype(parameters)
     chosen = (
@@ -140,7 +142,8 @@ def implicit_conv(
     x, delta = (t if t.dtype == dtype else t.to(dtype) for t in (x, delta))
     found = _evaluation(chosen, plan, parameters, delta, attributes, statistics_from)
     plan, parameters, statistics_from, attributes, of_table = found
-    if cache is not None and all(map(operator.is_, given, (plan, parameters, attributes))) and not is_traced():
+    as_given = all(map(operator.is_, given, (plan, parameters, attributes)))
+    if cache is not None and as_given and isinstance(chosen, NativeBackend):
         cache.served = _Served(plan, parameters, backend, dtype, x.device, chosen)
     out, statistics = chosen.forward(plan, parameters, statistics_from, graph, x, delta, attributes)
     return out, of_table if len(of_table) else statistics

@@ -1,5 +1,8 @@
 """Layers that the native extension has under a number: whatever happens to a layer's tensors between calls, forward and
-backward pass are those of `reference`; and what such a call refuses."""
+backward pass are those of `reference`; and what such a call refuses.
+
+Where IMPLICIT_STEER_CUDA_LIBRARY names the kernels that run on the processor (`make test-gpu-emulated`), all this is
+asked of backend `cuda`, whose kernels then run on CPU tensors, else of `cpu`."""
 
 import copy
 import gc
@@ -13,9 +16,14 @@ from torch.func import functional_call
 from torch.library import opcheck
 from torch.nn.utils import parametrize
 
+from implicit_steer import _native
 from implicit_steer.irreps import ImplicitPointConv
 from implicit_steer.ops.native.bound import BoundKernel
+from implicit_steer.ops.select import BACKENDS
 from implicit_steer.testing.cases import SMALL
+
+BACKEND = "cuda" if _native.ON_PROCESSOR else "cpu"
+of_cpu = pytest.mark.skipif(BACKEND != "cpu", reason="of CPU tensors alone")
 
 
 class Halved(torch.nn.Module):
@@ -101,9 +109,9 @@ CHANGES += [lambda conv: optimizer_step(conv, foreach=True)]
 
 
 def assert_is_reference(conv, problem, bound=1e-10):
-    ours, expected = outcome(conv, problem, "cpu"), outcome(conv, problem, "reference")
+    ours, expected = outcome(conv, problem, BACKEND), outcome(conv, problem, "reference")
     assert_close(ours, expected, bound)
-    conv.backend = "cpu"
+    conv.backend = BACKEND
     with torch.no_grad():  # the call without a backward pass
         assert_close({"out": problem.run(conv)}, {"out": expected["out"]}, bound)
 
@@ -137,7 +145,7 @@ def test_graphs_by_turns():
 
 def test_functional_call():
     """Tensors in place of the parameters, leaves or not, and the parameters again after it."""
-    conv = layer(SMALL["o3"], backend="cpu")
+    conv = layer(SMALL["o3"], backend=BACKEND)
     problem = SMALL["o3"].inputs(conv)
     arguments, before = problem.arguments(conv), problem.run(conv)
     for scale in (2, 3):
@@ -150,7 +158,7 @@ def test_functional_call():
 
 
 def test_autocast():
-    conv = layer(SMALL["o3"], dtype=torch.float32, backend="cpu")
+    conv = layer(SMALL["o3"], dtype=torch.float32, backend=BACKEND)
     problem = SMALL["o3"].inputs(conv)
     before = problem.run(conv)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -158,7 +166,7 @@ def test_autocast():
 
 
 def test_half_precision_features_between_others():
-    conv = layer(SMALL["o3"], dtype=torch.float32, backend="cpu")
+    conv = layer(SMALL["o3"], dtype=torch.float32, backend=BACKEND)
     problem = SMALL["o3"].inputs(conv)
     before = problem.run(conv)
     halved = replace(problem, x=problem.x.bfloat16())
@@ -166,9 +174,10 @@ def test_half_precision_features_between_others():
     assert torch.equal(problem.run(conv), before)
 
 
+@of_cpu
 def test_compiled_between_calls():
     torch._dynamo.reset()
-    conv = layer(SMALL["o3"], backend="cpu")
+    conv = layer(SMALL["o3"], backend=BACKEND)
     problem, function = SMALL["o3"].inputs(conv), function_of(conv)
     arguments = arguments_of(problem)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -178,7 +187,7 @@ def test_compiled_between_calls():
 
 
 def test_hooks_of_the_convolution():
-    conv = layer(SMALL["o3"], backend="cpu")
+    conv = layer(SMALL["o3"], backend=BACKEND)
     problem, seen = SMALL["o3"].inputs(conv), []
     handles = [conv.register_forward_hook(lambda *_: seen.append("forward"))]
     handles.append(weights_of(conv).register_hook(lambda grad: seen.append("grad") or 2 * grad))
@@ -191,6 +200,7 @@ def test_hooks_of_the_convolution():
     torch.testing.assert_close(hooked, 2 * weights_of(conv).grad)
 
 
+@of_cpu  # tables
 @pytest.mark.parametrize("table", [None, 16])
 def test_frozen_and_tabulated(table):
     conv = ImplicitPointConv("2x0e + 2x1o", "2x0e + 2x1o", table=16, width=1.0).double()
@@ -200,7 +210,7 @@ def test_frozen_and_tabulated(table):
     for _ in range(2):
         conv.backend = "eager"
         expected = conv(x, *arguments)
-        conv.backend = "cpu"
+        conv.backend = BACKEND
         torch.testing.assert_close(conv(x, *arguments), expected, rtol=0, atol=1e-10)
         optimizer_step(conv)
 
@@ -209,20 +219,20 @@ def test_frozen_and_tabulated(table):
 
 
 def test_second_derivatives():
-    conv = layer(replace(SMALL["o3"], nodes=3), activation="silu", backend="cpu")
+    conv = layer(replace(SMALL["o3"], nodes=3), activation="silu", backend=BACKEND)
     problem = replace(SMALL["o3"], nodes=3).inputs(conv)
     _, delta, _ = problem.requires_grad()
     found = {}
-    for conv.backend in ("cpu", "reference"):
+    for conv.backend in (BACKEND, "reference"):
         (force,) = torch.autograd.grad(problem.run(conv).square().sum(), delta, create_graph=True)
         leaves = dict(conv.named_parameters())
         grads = torch.autograd.grad(force.square().sum(), list(leaves.values()), materialize_grads=True)
         found[conv.backend] = dict(zip(leaves, grads, strict=True))
-    assert_close(found["cpu"], found["reference"], 1e-9)
+    assert_close(found[BACKEND], found["reference"], 1e-9)
 
 
 def test_parameters_written_in_between_are_refused():
-    conv = layer(SMALL["o3"], backend="cpu")
+    conv = layer(SMALL["o3"], backend=BACKEND)
     out = SMALL["o3"].inputs(conv).run(conv)
     in_place(conv)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -230,7 +240,7 @@ def test_parameters_written_in_between_are_refused():
 
 
 def test_the_layer_can_be_bound_anew_in_between():
-    conv = layer(SMALL["o3"], backend="cpu")
+    conv = layer(SMALL["o3"], backend=BACKEND)
     problem = SMALL["o3"].inputs(conv)
     problem.run(conv).square().sum().backward()
     expected = weights_of(conv).grad
@@ -242,8 +252,9 @@ def test_the_layer_can_be_bound_anew_in_between():
     assert torch.equal(weights.grad, expected)
 
 
+@of_cpu
 def test_calls_of_several_threads():
-    conv = layer(SMALL["o3"], backend="cpu")
+    conv = layer(SMALL["o3"], backend=BACKEND)
     problem, found = SMALL["o3"].inputs(conv), []
     before = problem.run(conv).detach()
 
@@ -267,7 +278,7 @@ def bound_call():
     """A layer, and the arguments of a call of its operators."""
     conv = layer(SMALL["o3"])
     problem, parameters = SMALL["o3"].inputs(conv), conv.implicit_kernel.parameters_for_op()
-    kernel = BoundKernel(conv.implicit_kernel.plan, parameters.cache.native, parameters)
+    kernel: BoundKernel = BACKENDS[BACKEND].bound(conv.implicit_kernel.plan, parameters.cache.native, parameters)
     number = kernel.number()
     return number, problem, (number.number, problem.graph.number, problem.x, problem.delta, problem.attributes)
 
@@ -295,6 +306,7 @@ def test_opcheck():
     del number
 
 
+@of_cpu
 def test_packed_weights_are_kept():
     number, _, arguments = bound_call()
     packed = [torch.ops.implicit_steer.layer_forward_recorded(*arguments, False)[1] for _ in range(2)]

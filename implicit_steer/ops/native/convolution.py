@@ -225,24 +225,17 @@ class _RecordedLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         bound, graph, (packed, statistics, *tensors) = ctx.bound, ctx.graph, ctx.saved_tensors
-        needs = ctx.needs_input_grad[5:]
+        needs, inputs, learned = ctx.needs_input_grad[5:], tensors[:4], tensors[4:]
         refuse_derivatives(grad, *tensors)
-        needed = *needs[:3], any(needs[4:])
+        need_learned = any(needs[4:])
         if torch.is_grad_enabled():  # create_graph=True
-            call, learned = Convolution(bound, graph), tensors[4:]
-            found = composed_gradients(
-                call,
-                (*needs[:4], needed[3]),
-                grad,
-                bound.pack(learned, statistics),
-                statistics,
-                tensors[:4],
-                learned,
-            )
+            call, packed = Convolution(bound, graph), bound.pack(learned, statistics)
+            needed = *needs[:4], need_learned
+            found = composed_gradients(call, needed, grad, packed, statistics, inputs, learned)
         else:
             numbers = ctx.layer.number, graph.number_by_source if needs[0] else graph.number
-            operator, arguments = torch.ops.implicit_steer.layer_backward, (*tensors[:3], packed, statistics)
-            *found, of_learned = operator(*numbers, *arguments, grad.contiguous(), *needed)
+            arguments = *numbers, *inputs[:3], packed, statistics, grad.contiguous(), *needs[:3], need_learned
+            *found, of_learned = torch.ops.implicit_steer.layer_backward(*arguments)
             found += of_learned
         return *[None] * 5, *(g if need else None for g, need in zip_longest(found, needs))
 

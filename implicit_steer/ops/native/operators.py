@@ -282,6 +282,7 @@ if _native.available()[0]:
     for name, fake in _FAKES.items():
         torch.library.register_fake(f"{_NAMESPACE}::{name}", _fake_kernel(name, fake))
         one_by_one(name)
+    one_by_one("layer_backward")
     for name, gradient in _GRADIENTS.items():
         _LIBRARY.impl(name, _differentiable(name, gradient), "Autograd", with_keyset=True)
     # this one takes a list of tensors
