@@ -1,5 +1,5 @@
-"""The host's side of a call of backend `triton`, without a GPU: the kernels that it launches, the operators of ATen that
-it calls beside them, and its microseconds where launches are written down instead of being made.
+"""The host's side of a call of backend `triton`, without a GPU: the kernels that it launches, the operators of ATen
+that it calls beside them, and its microseconds where launches are written down instead of being made.
 
 An operator of ours counts for what it calls, not for one. Allocations and views are counted apart: neither launches
 anything on a GPU.

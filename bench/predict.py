@@ -3,9 +3,10 @@ took what is predicted, and those of a backward pass 1.5 times the upper end of 
 
 The prediction for a launch is the least time that three throughputs allow: DRAM (each tensor that the kernel is given
 crosses it once), instructions issued, and tensor cores. Instructions and tensor-core operations are counted in the
-compiled code; what stands in a loop counts once per trip. The peaks are taken from data sheets. The two ends of a range
-assume a good and an ordinary share of the peaks. The prediction leaves out latencies that few resident warps do not
-hide, bank conflicts, L2 misses of gathered features, and products of cuBLAS."""
+compiled code; what stands in a loop counts once per trip, also what only edges near the origin need. The peaks are
+taken from data sheets. The two ends of a range assume a good and an ordinary share of the peaks. The prediction leaves
+out latencies that few resident warps do not hide, bank conflicts, L2 misses of gathered features, and products of
+cuBLAS."""
 
 from __future__ import annotations
 
@@ -63,9 +64,11 @@ class Prediction:
 
 
 def _trips(entry: Launch, degree: int) -> float:
-    """How often a kernel goes through its inner loop: tiles of samples, or for every block of edges the terms of an
-    accumulator, a slice of x or a window of r, on average."""
+    """How often a kernel goes through its inner loop: samples, tiles of them, or for every block of edges the terms of
+    an accumulator, a slice of x or a window of r, on average."""
     constants, name = entry.constants, entry.kernel.__name__
+    if name.startswith("edges"):
+        return constants["S"]
     if name.startswith("layers"):
         return 1 if name.endswith("weights") else constants["NU"] / constants["BU"]
     if not name.startswith("contract"):
@@ -108,9 +111,9 @@ def totals(predictions: Sequence[Prediction]) -> dict[str, tuple[float, float]]:
     """Milliseconds of the forward and the backward pass, which runs the hidden layers and T again."""
     found = {"forward": [0.0, 0.0], "backward": [0.0, 0.0]}
     for p in predictions:
-        for name in ("forward", "backward"):
-            again = p.kernel in ("contract_forward", "layers_forward_kept")
-            if p.kernel.endswith(name) or (name == "backward" and (again or "forward" not in p.kernel)):
-                for n in (0, 1):
-                    found[name][n] += p.microseconds[n] / 1e3
+        forward = p.kernel.endswith("forward") or p.kernel == "pack"
+        again = p.kernel in ("contract_forward", "layers_forward_kept")
+        for name, counts in (("forward", forward), ("backward", again or not forward)):
+            for n in (0, 1):
+                found[name][n] += counts * p.microseconds[n] / 1e3
     return {name: tuple(values) for name, values in found.items()}

@@ -266,6 +266,31 @@ def _fold_into_theta(plan: Plan, theta: list[Tensor], scale: Tensor, shift: Tens
     return folded
 
 
+def learned_tensors(parameters: Parameters) -> list[Tensor]:
+    """Hidden layers, batch norms, shell width, and last the last layer."""
+    tensors = []
+    for weights, bias in parameters.linears[:-1]:
+        tensors += [weights] if bias is None or bias.numel() == 0 else [weights, bias]
+    for norm in parameters.norms:
+        tensors += [norm.weight, norm.bias] if norm.bias.numel() else [norm.weight]
+    return [*tensors, parameters.shell_width, *(t for t in parameters.linears[-1] if t is not None)]
+
+
+def parameter_sizes(plan: Plan) -> tuple[int, ...]:
+    """Numbers in each of :func:`learned_tensors`, as far as the plan reads them."""
+    sizes = [plan.table_size] if plan.is_frozen else []
+    for layer in plan.linears:
+        sizes += [layer.n_weights, *filter(None, [layer.bias.shape[1]])]
+    for norm in plan.norms:
+        sizes += [norm.channels, *filter(None, [norm.channels * len(norm.trivial)])]
+    return *sizes, 1, *filter(None, plan.n_last)  # 1: the shell's width
+
+
+def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The vector in pieces of these tensors' shapes, views of it."""
+    return [piece.view(t.shape) for piece, t in zip(flat.split([t.numel() for t in like]), like, strict=True)]
+
+
 def pack(plan: Plan, parameters: Parameters, fold: bool) -> Weights:
     """Dense weights from parameters; with ``fold`` the batch norms' running statistics are folded in (eval mode)."""
     hidden = () if plan.is_frozen else parameters.linears[:-1]  # else the splines' coefficients

@@ -8,7 +8,7 @@ import helpers
 import torch
 
 from implicit_steer.ops.triton import backend as triton
-from implicit_steer.plan.packing import pack
+from implicit_steer.plan.packing import learned_tensors
 from implicit_steer.testing.cases import SMALL
 
 INTERPRETED = triton.interpreted()
@@ -48,37 +48,31 @@ def expected(conv, problem, **options):
 
 def triton_arguments(case, leaves=True):
     """Name → arguments of every operator of Triton's kernels, with gradients where it has them."""
-    from implicit_steer.ops.triton import dense, operators  # which import triton
+    from implicit_steer.ops.triton import convolution, operators  # which import triton
     from implicit_steer.ops.triton.prepared import prepare
 
-    conv = layer(case, "no norm", activation="silu")
+    conv = layer(case, "eval", activation="silu")
     problem, kernel = case.inputs(conv), conv.implicit_kernel
-    plan, graph = kernel.plan, problem.graph
+    plan, graph, parameters = kernel.plan, problem.graph, kernel.parameters_for_op()
     key, prepared = operators.register_plan(plan), prepare(plan, DEVICE, torch.float64)
 
     def leaf(t):
         return t.detach().clone().requires_grad_(leaves)
 
-    ops = torch.ops.implicit_steer
+    edges = graph.src, graph.order, graph.rowptr, graph.order_by_source, graph.colptr
+    learned = [t.detach() for t in learned_tensors(parameters)]
+    statistics = [t for norm in parameters.norms for t in (norm.mean, norm.var)]
+    inputs = problem.x, problem.delta, problem.attributes
     with torch.no_grad():
-        weights = pack(plan, kernel.parameters_for_op(), fold=True)
-        frame = problem.delta, problem.attributes, graph.order, weights.shell_width
-        inputs, radius, factor, q = ops.triton_frame(key, *frame)
-        packed, theta = dense.pack_layers(prepared, weights.linears), dense.pack_theta(prepared, weights.theta)
-        r = ops.triton_layers(key, inputs, radius, factor, packed)
-    delta, attr, order, shell = frame
-    frame = leaf(delta), leaf(attr), order, leaf(shell)
-    hidden = tuple(map(leaf, (inputs, radius, factor, packed)))
-    edges = graph.src[graph.order], graph.rowptr, graph.order, graph.order_by_source, graph.colptr
-    sums = *map(leaf, (problem.x, q, r, theta)), *edges, True
-    gradients = [leaf(torch.randn_like(t)) for t in (inputs, radius, factor, q)]
-    output = torch.randn(graph.num_dst, plan.out_size, dtype=torch.float64, device=DEVICE)
+        total, *kept = torch.ops.implicit_steer.triton_conv(key, *inputs, learned, statistics, False, *edges)
+    packing = convolution.packing_of(prepared, convolution.Learned(learned, statistics, False))
+    theta = kept[1][packing.layers_end :].view(-1, plan.out_size)
+    sums = *map(leaf, (problem.x, *kept[2:], theta)), *edges, True
+    output = torch.randn_like(total)
     return {
-        "triton_frame": (key, *frame),
-        "triton_frame_backward": (key, *frame, *gradients),
-        "triton_layers": (key, *hidden),
-        "triton_layers_backward": (key, *hidden, leaf(torch.randn_like(r)), True, True),
+        "triton_conv": (key, *map(leaf, inputs), [leaf(t) for t in learned], statistics, False, *edges),
+        "triton_conv_backward": (key, *inputs, learned, statistics, False, *edges, *kept, output, [True] * 4),
+        "triton_moments": (key, *inputs[1:], learned, statistics, False, graph.order, 0),
         "triton_contract": (key, *sums),
         "triton_contract_backward": (key, *sums, leaf(output), [True] * 4),
-        "triton_hidden": (key, inputs, radius, factor, packed, 1),
     }

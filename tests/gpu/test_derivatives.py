@@ -8,7 +8,7 @@ from helpers import assert_close, deviations, relative, spread
 from problems import DEVICE, expected, layer, outcome, small
 
 from implicit_steer import _files
-from implicit_steer.ops.triton import configuration, launch_contract, launch_mlp
+from implicit_steer.ops.triton import configuration, launch_contract, launch_edges, launch_mlp
 from implicit_steer.ops.triton.tables import tables
 
 pytestmark = pytest.mark.gpu
@@ -61,14 +61,17 @@ def test_directional_derivative(name, backend):
     assert relative((values[0] - values[1]) / 2e-5, along) < 1e-7
 
 
-def test_batches_of_nodes_and_edges(monkeypatch):
+@pytest.mark.parametrize("name", ["so2", "o3"])
+def test_batches_of_nodes_and_edges(name, monkeypatch):
     """Workspaces of two nodes and eight edges give the same numbers; and the same bits each time."""
-    conv = layer(small("so2"), "no norm")
-    problem = small("so2").inputs(conv)
+    conv = layer(small(name), "no norm")
+    problem = small(name).inputs(conv)
     whole = outcome(conv, problem, "triton")
     monkeypatch.setattr(launch_contract, "_NODES", 2)
     monkeypatch.setattr(launch_mlp, "_EDGES", 8)
-    parts, again = outcome(conv, problem, "triton"), outcome(conv, problem, "triton")
+    monkeypatch.setattr(launch_edges, "_EDGES", 8)
+    with configuration.using("edges_backward", configuration.LaunchConfig(8, 1)):
+        parts, again = outcome(conv, problem, "triton"), outcome(conv, problem, "triton")
     assert_close(parts, whole, 1e-13)
     assert all(torch.equal(parts[name], again[name]) for name in parts)
 

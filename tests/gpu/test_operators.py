@@ -25,5 +25,6 @@ def test_opcheck(name):
 
 
 def test_unknown_plan():
+    delta, attributes, order, width = torch.ones(4, 1, 1, device=DEVICE).unbind()
     with pytest.raises(ValueError, match="plan: expected the digest"):
-        torch.ops.implicit_steer.triton_frame("?", *torch.ones(4, 1, 1, device=DEVICE).unbind())
+        torch.ops.implicit_steer.triton_moments("?", delta, attributes, [width], [], False, order, 0)

@@ -19,9 +19,9 @@ from implicit_steer import _files, _native
 from implicit_steer.graph import graph
 from implicit_steer.ops import gpu_cost, select
 from implicit_steer.ops.gpu_cost import instructions_per_edge
-from implicit_steer.ops.native import bound
 from implicit_steer.ops.native import cuda as module
 from implicit_steer.plan.moments import RUNNING
+from implicit_steer.plan.packing import learned_tensors, parameter_sizes
 from implicit_steer.testing.cases import SMALL, Case
 
 GPU = torch.device("cuda")
@@ -244,8 +244,8 @@ def test_backend_inside_a_compiled_function(monkeypatch):
 @pytest.mark.parametrize("name", SMALL)
 def test_parameter_sizes_are_those_of_the_layer(name):
     conv = layer(SMALL[name])
-    sizes = tuple(t.numel() for t in bound.learned_tensors(conv.implicit_kernel.parameters_for_op()))
-    assert bound.parameter_sizes(conv.implicit_kernel.plan) == sizes
+    sizes = tuple(t.numel() for t in learned_tensors(conv.implicit_kernel.parameters_for_op()))
+    assert parameter_sizes(conv.implicit_kernel.plan) == sizes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -70,8 +70,8 @@ def check(operator, arguments, differentiated=True):
         parts = [next(given) if isinstance(a, torch.Tensor) else a for a in flat]
         found = tree_leaves(operator(*tree_unflatten(parts, structure)))
         leaves = [t for t in tensors if t.requires_grad and differentiated]
-        cotangents = [torch.ones_like(t) for t in found]
-        return found + list(torch.autograd.grad(found, leaves, cotangents)) if leaves else found
+        live = [t for t in found if t.requires_grad]  # others are kept for the gradients
+        return found + list(torch.autograd.grad(live, leaves, [torch.ones_like(t) for t in live])) if leaves else found
 
     expected = kinds(call(*tensors), "cuda")
     graph = make_fx(call, tracing_mode="symbolic")(*tensors)

@@ -106,9 +106,9 @@ def install():
     triton_interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
     launch = launches.launch
 
-    def guarded(kernel, grid, arguments, constants, config):
+    def guarded(variant, grid, arguments):
         with Guard([t for t in arguments if isinstance(t, torch.Tensor)]).on():
-            launch(kernel, grid, arguments, constants, config)
+            launch(variant, grid, arguments)
 
     launches.launch = guarded
 

@@ -16,17 +16,9 @@ from scipy import sparse
 from torch import Tensor
 
 from ...plan import FUNCTIONS, Linear, Plan
+from ..packing_rows import bias_rows, linear_rows, selection
 from .headers import CouplingHeader, LayerHeader, PlanHeader
-from .packing_matrix import (
-    PackingMatrix,
-    ThetaLayouts,
-    bias_rows,
-    dense_couplings,
-    kernel_rows,
-    linear_rows,
-    selection,
-    theta_layouts,
-)
+from .packing_matrix import PackingMatrix, ThetaLayouts, dense_couplings, kernel_rows, theta_layouts
 from .sample_pairs import sample_pairs
 from .terms import Monomials, Terms, padded, reads_one
 
@@ -53,7 +45,7 @@ class Prepared(NamedTuple):
 
 @lru_cache(maxsize=256)
 def prepare(plan: Plan, sizes: tuple[int, ...]) -> Prepared:
-    """``sizes``: of the parameters, in the order of ``bound.learned_tensors``."""
+    """``sizes``: of the parameters, in the order of ``packing.learned_tensors``."""
     builder = _Builder(plan, sizes)
     builder.pack_table()
     builder.pack_hidden_layers()

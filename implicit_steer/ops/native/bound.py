@@ -17,10 +17,9 @@ from torch import Tensor
 from ... import _native
 from ...plan import Plan
 from ...plan.moments import NormStatistics, Pool
-from ...plan.packing import Parameters, cached, constant, is_traced, running
+from ...plan.packing import Parameters, cached, constant, is_traced, learned_tensors, running, unflatten
 from .arrays import prepare
 from .instruction_set import instruction_set
-from .operators import unflatten
 from .packing_matrix import kernel_entries
 from .terms import reads_one
 
@@ -51,26 +50,6 @@ def _unsupported(plan: Plan) -> str | None:
         if any((c.hidden_start % d).any() for c in plan.couplings if not reads_one(plan, c)):
             return "couplings that read whole hidden fields"
     return None
-
-
-def learned_tensors(parameters: Parameters) -> list[Tensor]:
-    """Hidden layers, batch norms, shell width, and last the last layer."""
-    tensors = []
-    for weights, bias in parameters.linears[:-1]:
-        tensors += [weights] if bias is None or bias.numel() == 0 else [weights, bias]
-    for norm in parameters.norms:
-        tensors += [norm.weight, norm.bias] if norm.bias.numel() else [norm.weight]
-    return [*tensors, parameters.shell_width, *(t for t in parameters.linears[-1] if t is not None)]
-
-
-def parameter_sizes(plan: Plan) -> tuple[int, ...]:
-    """Numbers in each of :func:`learned_tensors`, as far as the plan reads them."""
-    sizes = [plan.table_size] if plan.is_frozen else []
-    for layer in plan.linears:
-        sizes += [layer.n_weights, *filter(None, [layer.bias.shape[1]])]
-    for norm in plan.norms:
-        sizes += [norm.channels, *filter(None, [norm.channels * len(norm.trivial)])]
-    return *sizes, 1, *filter(None, plan.n_last)  # 1: the shell's width
 
 
 KernelEntries = tuple[Tensor, Tensor, Tensor]

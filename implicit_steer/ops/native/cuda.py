@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ... import _native
 from ...plan import Plan
-from ...plan.packing import Parameters, cached
+from ...plan.packing import Parameters, cached, parameter_sizes
 from ..backend import DEPTHWISE_ON_GPU, TABLES_ON_GPU
 from .arrays import prepare
-from .bound import BoundKernel, KernelEntries, NativePlan, parameter_sizes, refusal
+from .bound import BoundKernel, KernelEntries, NativePlan, refusal
 from .convolution import NativeBackend
 
 

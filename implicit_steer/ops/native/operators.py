@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ... import _native
 from ..._transforms import one_by_one, recorder, refuse_derivatives
+from ...plan.packing import unflatten
 
 _NAMESPACE = "implicit_steer"
 
@@ -24,11 +25,6 @@ def _no_third_derivatives(*_: Any) -> NoReturn:
         "backend: expected one with third derivatives, got 'cpu' or 'cuda', which have first and second ones. "
         "Use backend='eager'."
     )
-
-
-def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The vector in pieces of these tensors' shapes, views of it."""
-    return [piece.view(t.shape) for piece, t in zip(flat.split([t.numel() for t in like]), like, strict=True)]
 
 
 def _wanted(like: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:

@@ -1,31 +1,36 @@
 """Triton kernels of the fused operator: the map of this folder.
 
-Three operators in a row, each with its gradient, edges sorted by target all along:
+A forward pass is a row of kernels, edges sorted by target:
 
 ===========  =========================================================================  ===========================
-frame.py     edges → inputs of the MLP, radius, factor γ s(|x|), harmonics q            (E, n_inputs), (E,), (E,),
-                                                                                        (E, n_harmonics)
-layers.py    all hidden layers of a block of edges in one kernel → hidden coefficients  r (E, n_columns)
+pack.py      parameters and statistics of batch norms → packed weights of the hidden     (n,)
+             layers, and Θ
+edges.py     edges → harmonics q, hidden coefficients r; of narrow layers in zonal       q (E, n_harmonics),
+             frames. Others take frame.py and layers.py                                  r (E, n_columns)
+frame.py     edges → inputs of the MLP, radius, factor γ s(|x|), harmonics q             (E, n_inputs), (E,), (E,), q
+layers.py    all hidden layers of a block of edges in one kernel → hidden coefficients   r
              y, written as r = factor · (y, 1)
-contract.py  T_i = Σ_{e: j→i} (C · q_e · f_j) ⊗ r_e per node, on chip; then             T (nodes, n_t),
-             out_i = T_i Θ, one matrix product for a batch of nodes                     Θ (n_t, C_out)
+contract.py  T_i = Σ_{e: j→i} (C · q_e · f_j) ⊗ r_e per node, on chip; then              T (nodes, n_t),
+             out_i = T_i Θ, one matrix product for a batch of nodes                      Θ (n_t, C_out)
 ===========  =========================================================================  ===========================
 
-A call: ``backend.py`` folds batch norms and calls the operators → ``operators.py`` (schemas, shapes, derivatives; a
-plan goes by its digest) → ``launch_mlp.py``, ``launch_contract.py`` (tensors in, tensors out) → ``launch.py`` → the
-kernels. ``dense.py`` packs weights, and has frame and layers in PyTorch for the derivatives of gradients.
+A call: ``backend.py`` → ``call.py`` (binds plan and parameters, measures batch statistics, records the call for
+autograd) → ``operators.py`` (schemas, shapes, derivatives; a plan goes by its digest) → ``convolution.py`` (which
+kernels, in which order) → ``launch_pack.py``, ``launch_edges.py``, ``launch_mlp.py``, ``launch_contract.py`` (tensors
+in, tensors out) → ``launch.py`` → the kernels. ``dense.py`` has frame and layers in PyTorch, for the derivatives of
+gradients.
 
 From a plan to tables: ``tables.tables(plan)`` asks ``columns.py`` where r holds what the couplings read, and has the
-tables made by ``mlp_tables.py`` and ``contract_tables.py`` (which has a worked example). What becomes a constant of the
-kernels is in ``sizes.py``, so one binary serves all plans of equal sizes; the rest is tensors, which
-``prepared.prepare`` puts on the device. ``configuration.py`` says how many edges a block has and how many warps run
-it. ``aot.py`` compiles for GPUs that are not here. ``tables.py`` and what it imports, ``configuration.py``,
-``dense.py`` and ``backend.py`` are imported without triton.
+tables made by ``mlp_tables.py`` and ``contract_tables.py`` (which has a worked example); ``packing.py`` makes the
+sparse matrix that pack.py multiplies with. What becomes a constant of the kernels is in ``sizes.py``, so one binary
+serves all plans of equal sizes (those of edges.py also have the table of harmonics as a constant); the rest is tensors,
+which ``prepared.prepare`` puts on the device. ``configuration.py`` says how many edges a block has and how many warps
+run it. ``aot.py`` compiles for GPUs that are not here. ``tables.py``, ``packing.py`` and what they import,
+``configuration.py``, ``dense.py`` and ``backend.py`` are imported without triton.
 
-To add a kernel: write it in the file of its operator; give it a line in ``configuration._TABLE``, keyed by its name;
-launch it through ``launch.launch`` from a function that names all tensors and constants; call that function from
-``operators.py``, with a schema, a fake and a gradient if it is a new operator. ``aot.launches_of`` and the tests of
-compiled code then find it by themselves if it is launched by an operator listed there.
+To add a kernel: write it in the file of its step; give it a line in ``configuration._TABLE``, keyed by its name; launch
+it through ``launch.launch`` from a function that names all tensors and constants; call that function from
+``convolution.py``. ``aot.launches_of`` and the tests of compiled code then find it by themselves.
 
 Glossary
 --------
@@ -70,6 +75,11 @@ SOFT, ZERO        ε² under the root of a radius; squared lengths that count as
 PREC              ``input_precision`` of tl.dot
 REGULAR, FIRST    whether the frame is regular; whether the layer is the first
 STORE_*, NEED_*   whether a result is wanted
+W, C, S           of edges.py: channels, coefficients of a channel, samples; NY: numbers in a row of its y
+HARMONICS, POWERS of edges.py: tables of frame.py, as tuples
+SCALED            of edges.py: whether r is wanted, not y; BITS: of the columns of a block that is stored
+BN, ROWS          of pack.py: products of a row and rows at a time; NORMS: whether there are batch norms; EPS: theirs
+BACKWARD          of pack.py: whether the products have the gradient of a packed weight as a factor
 ADD, HAS_ONE      whether to add to what is there; whether q₀ = 1, or 0
 ================  ===============================================================================================
 """

@@ -22,8 +22,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ...plan import Plan
+from ...plan.packing import parameter_sizes
 from .launch import Launch, recording
-from .prepared import prepare
+from .tables import tables
 
 ARCHITECTURES = {80: "A100", 90: "H100", 100: "B200"}
 # Shared memory of a block in bytes, threads, blocks, registers and shared memory of a multiprocessor (CUDA programming
@@ -90,27 +91,20 @@ def launches_of(plan: Plan, dtype: torch.dtype = torch.float32, nodes: int = 64,
     """One launch of every kernel and set of constants that a forward and backward pass makes."""
     from .operators import register_plan
 
-    ops, key = torch.ops.implicit_steer, register_plan(plan)
-    prepared = prepare(plan, torch.device("cpu"), dtype)
-    s, edges = prepared.sizes, nodes * degree
+    ops, key, s = torch.ops.implicit_steer, register_plan(plan), tables(plan).sizes
+    edges = nodes * degree
 
     def zeros(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.zeros(*shape, dtype=kind)
 
     index, offsets = zeros(edges, kind=torch.int64), zeros(nodes + 1, kind=torch.int64)
-    frame = zeros(edges, s.dim), zeros(edges, s.n_attributes), index, zeros(1)
-    geometry = zeros(edges, s.n_inputs), zeros(edges if s.regular else 0), zeros(edges), zeros(edges, s.n_harmonics)
-    weights, r = zeros(max(1, prepared.layer_offsets()[-1][0])), zeros(edges, s.n_columns)
-    sums = (zeros(nodes, s.in_size), geometry[3], r, zeros(s.n_t, s.out_size), index, offsets, index, index, offsets)
+    points = zeros(nodes, s.in_size), zeros(edges, s.dim), zeros(edges, s.n_attributes)
+    learned = [zeros(n) for n in parameter_sizes(plan)]
+    kept = [t for norm in plan.norms for t in (zeros(norm.channels, plan.field_size), zeros(norm.channels))]
+    call = key, *points, learned, kept, False, index, index, offsets, index, offsets
     with recording() as found, torch.no_grad():
-        ops.triton_frame(key, *frame)
-        ops.triton_frame_backward(key, *frame, *geometry)
-        if s.n_layers:
-            ops.triton_layers(key, *geometry[:3], weights)
-            ops.triton_layers_backward(key, *geometry[:3], weights, r, True, True)
-        ops.triton_contract(key, *sums, True)
-        needs = [True, s.n_harmonics > 0, True, True]
-        ops.triton_contract_backward(key, *sums, True, zeros(nodes, s.out_size), needs)
+        total, *saved = ops.triton_conv(*call)
+        ops.triton_conv_backward(*call, *saved, total, [True] * 4)
     unique = {(entry.kernel.__name__, tuple(sorted(entry.constants.items()))): entry for entry in found}
     return list(unique.values())
 
@@ -173,7 +167,8 @@ def resources(entry: Launch, architecture: int) -> Resources:
     compiled = compile_for(entry, architecture)
     registers, stack, code = _read(compiled.asm["cubin"])
     constants, inner = entry.constants, Counter(_innermost(code))
-    kind = "_first" if constants.get("FIRST") else "_kept" if constants.get("STORE_Y") else ""
+    kinds = {"FIRST": "_first", "STORE_Y": "_kept", "BACKWARD": "_backward"}
+    kind = next((kind for name, kind in kinds.items() if constants.get(name)), "")
     return Resources(
         kernel=entry.kernel.__name__ + kind,
         architecture=architecture,

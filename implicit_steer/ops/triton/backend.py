@@ -14,13 +14,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..._transforms import refuse_tangents, refuse_transforms
 from ...graph import Graph
 from ...plan import Plan
 from ...plan.moments import NormStatistics, StatisticsSource
-from ...plan.packing import Parameters, fold_norm, pack
+from ...plan.packing import Parameters
 from ..backend import DEPTHWISE_ON_GPU, TABLES_ON_GPU, Backend
-from ..mean_and_bias import mean_and_bias
 from .tables import unsupported
 
 
@@ -77,33 +75,6 @@ class Triton(Backend):
         attributes: Tensor,
     ) -> tuple[Tensor, list[NormStatistics]]:
         """out_i = bias + Σ_{e: j→i} K(x_e, a_e) f_j, shape (N_dst, C_out)."""
-        from . import dense, operators
-        from .prepared import prepare
+        from . import call  # which imports triton
 
-        refuse_transforms(self.name)
-
-        key, prepared = operators.register_plan(plan), prepare(plan, x.device, x.dtype)
-        measured, statistics = statistics_from.measured, []
-        weights = pack(plan, parameters, fold=not measured)
-        learned = (*weights.theta, weights.shell_width, *(t for layer in weights.linears for t in layer))
-        refuse_tangents(self.name, [x, delta, attributes, *learned])
-        attributes = dense.attributes_in_frame(plan, attributes)
-        ops, shell = torch.ops.implicit_steer, weights.shell_width
-        inputs, radius, factor, q = ops.triton_frame(key, delta, attributes, graph.order, shell)
-        for n, norm in enumerate(plan.norms if measured else ()):
-            with torch.no_grad():
-                packed = dense.pack_layers(prepared, weights.linears[: n + 1])
-                y = ops.triton_hidden(key, inputs, radius, factor, packed, n + 1)
-                statistics.append(dense.statistics(prepared, norm, y, q, statistics_from.pool))
-            fold_norm(plan, weights, n, parameters.norms[n], *statistics[-1])
-        if weights.linears:
-            packed = dense.pack_layers(prepared, weights.linears)
-            r = ops.triton_layers(key, inputs, radius, factor, packed)
-        else:
-            r = torch.cat([inputs * factor[:, None], factor[:, None]], 1)
-        differentiable = torch.is_grad_enabled() and x.requires_grad
-        by_source = (graph.order_by_source, graph.colptr) if differentiable else (graph.order, graph.rowptr)
-        source = graph.src.index_select(0, graph.order)
-        mixed = dense.pack_theta(prepared, weights.theta)
-        total = ops.triton_contract(key, x, q, r, mixed, source, graph.rowptr, graph.order, *by_source, True)
-        return mean_and_bias(plan, parameters, graph, total), statistics
+        return call.run(plan, parameters, statistics_from, graph, x, delta, attributes)

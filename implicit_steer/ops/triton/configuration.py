@@ -18,8 +18,6 @@ import torch
 from ..._files import add_to_tuning_cache, tuning_cache
 from .sizes import Sizes, next_power_of_2
 
-SAMPLES = 16  # that layers.py makes at a time
-
 
 class LaunchConfig(NamedTuple):
     """Edges of a block, warps, stages of the pipeline of loads."""
@@ -33,6 +31,8 @@ class LaunchConfig(NamedTuple):
 _TABLE: dict[str, dict[int, LaunchConfig]] = {
     "frame_forward": {512: LaunchConfig(32, 4)},
     "frame_backward": {512: LaunchConfig(32, 4)},
+    "edges_forward": {512: LaunchConfig(128, 4)},
+    "edges_backward": {512: LaunchConfig(128, 4)},
     "layers_forward": {32: LaunchConfig(32, 4), 128: LaunchConfig(16, 4), 512: LaunchConfig(16, 8)},
     "layers_backward_inputs": {32: LaunchConfig(32, 2, 2), 128: LaunchConfig(16, 4), 512: LaunchConfig(16, 8)},
     "layers_backward_weights": {32: LaunchConfig(16, 4), 512: LaunchConfig(16, 8)},
@@ -40,12 +40,15 @@ _TABLE: dict[str, dict[int, LaunchConfig]] = {
     "contract_backward_inputs": {512: LaunchConfig(32, 4)},
     "contract_backward_hidden": {512: LaunchConfig(32, 4)},
     "sum_by_source": {512: LaunchConfig(32, 4)},
+    "pack": {512: LaunchConfig(1024, 4)},
 }
 _DOUBLE = {
     "frame": LaunchConfig(32, 4),
     "layers": LaunchConfig(16, 8),
+    "edges": LaunchConfig(32, 1),
     "contract": LaunchConfig(16, 4),
     "sum": LaunchConfig(32, 4),
+    "pack": LaunchConfig(1024, 4),
 }
 _MOST_ON_TENSOR_CORES = 32  # coefficients of order >= 1; three TF32 products of wider layers spill
 CANDIDATES = tuple(LaunchConfig(e, w, s) for e in (16, 32, 64) for w in (2, 4, 8) for s in (1, 2))

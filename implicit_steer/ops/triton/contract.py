@@ -2,8 +2,8 @@
 
 Tables, and the words slot, accumulator, term, slice, chunk and window, are those of ``contract_tables.py``; prefixes
 and constants are those of the package's glossary. Node n of a batch is ``node + n`` of the graph; its edges are rows
-``rowptr[node + n] .. rowptr[node + n + 1] − 1`` of q, r and ``source``, which are sorted by target. T of the batch is
-(nodes, NT); rows (s, v) of an accumulator are numbered s V + v."""
+``rowptr[node + n] .. rowptr[node + n + 1] − 1`` of q and r, which are sorted by target: row e is edge ``order[e]``. T
+of the batch is (nodes, NT); rows (s, v) of an accumulator are numbered s V + v."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ import triton
 import triton.language as tl
 
 from . import activations
+
+
+@triton.jit
+def sources(p_source, p_order, o_edge, m_edge):
+    """The source nodes of rows."""
+    o_order = tl.load(p_order + o_edge, m_edge, 0).to(tl.int64)
+    return tl.load(p_source + o_order, m_edge, 0).to(tl.int64)
 
 
 @triton.jit
@@ -68,9 +75,9 @@ def rows_of_t(i_acc, p_acc_offset, p_acc_extent, o_sv, V: tl.constexpr):
     return tl.load(p_acc_offset + i_acc) + (o_s * n_v + o_v) * n_w, n_w, (o_s < n_s) & (o_v < n_v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["node"])
 def contract_forward(
-    p_x, p_q, p_r, p_source, p_rowptr, p_coupling, p_constant, p_acc_term_begin, p_acc_start, p_acc_extent,
+    p_x, p_q, p_r, p_source, p_order, p_rowptr, p_coupling, p_constant, p_acc_term_begin, p_acc_start, p_acc_extent,
     p_acc_offset, p_term_column, p_term_chunks, p_t, node,
     C_IN: tl.constexpr, NQ: tl.constexpr, BQ: tl.constexpr, NR: tl.constexpr, NT: tl.constexpr, S: tl.constexpr,
     V: tl.constexpr, W: tl.constexpr, D: tl.constexpr, D_ALL: tl.constexpr, HAS_ONE: tl.constexpr, BE: tl.constexpr,
@@ -87,7 +94,7 @@ def contract_forward(
     for i_edge in tl.range(first, end, BE):
         o_edge = i_edge + tl.arange(0, BE)
         m_edge = o_edge < end
-        o_source = tl.load(p_source + o_edge, m_edge, 0).to(tl.int64)
+        o_source = sources(p_source, p_order, o_edge, m_edge)
         b_q = harmonics_of(p_q, o_edge, m_edge, NQ, BQ, p_r)
         for i_t in tl.range(first_term, end_term):
             b_left = tl.zeros((BE, S, V), p_r.dtype.element_ty)
@@ -104,9 +111,9 @@ def contract_forward(
     tl.store(p_row + o_row[:, None] + o_w[None, :], b_t, m_row[:, None] & (o_w[None, :] < n_w))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["node", "n_edges"])
 def contract_backward_inputs(
-    p_x, p_q, p_r, p_source, p_rowptr, p_order, p_coupling, p_constant, p_acc_extent, p_acc_offset, p_term_acc,
+    p_x, p_q, p_r, p_source, p_order, p_rowptr, p_coupling, p_constant, p_acc_extent, p_acc_offset, p_term_acc,
     p_term_column, p_slice_term_begin, p_slice_term, p_slice_chunk, p_slice_start, p_slice_components, p_d_t, p_d_x,
     p_d_q, node, n_edges,
     C_IN: tl.constexpr, NQ: tl.constexpr, BQ: tl.constexpr, NR: tl.constexpr, NT: tl.constexpr, S: tl.constexpr,
@@ -126,7 +133,7 @@ def contract_backward_inputs(
     for i_edge in tl.range(first, end, BE):
         o_edge = i_edge + tl.arange(0, BE)
         m_edge = o_edge < end
-        o_source = tl.load(p_source + o_edge, m_edge, 0).to(tl.int64)
+        o_source = sources(p_source, p_order, o_edge, m_edge)
         b_q = harmonics_of(p_q, o_edge, m_edge, NQ, BQ, p_r)
         b_d_f = ()  # (BE, V) per component of the chunk
         for _i in tl.static_range(D):
@@ -167,9 +174,9 @@ def contract_backward_inputs(
             tl.store(p_d_q_edge + o_q[None, :], b_d_q, m_edge[:, None] & (o_q < NQ)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["node"])
 def contract_backward_hidden(
-    p_x, p_q, p_source, p_rowptr, p_coupling, p_constant, p_acc_start, p_acc_extent, p_acc_offset, p_term_acc,
+    p_x, p_q, p_source, p_order, p_rowptr, p_coupling, p_constant, p_acc_start, p_acc_extent, p_acc_offset, p_term_acc,
     p_term_chunks, p_window_term_begin, p_window_term, p_window_place, p_d_t, p_d_r, node,
     C_IN: tl.constexpr, NQ: tl.constexpr, BQ: tl.constexpr, NR: tl.constexpr, NT: tl.constexpr, S: tl.constexpr,
     V: tl.constexpr, W: tl.constexpr, D: tl.constexpr, D_ALL: tl.constexpr, HAS_ONE: tl.constexpr, BE: tl.constexpr,
@@ -184,7 +191,7 @@ def contract_backward_hidden(
     for i_edge in tl.range(first, end, BE):
         o_edge = i_edge + tl.arange(0, BE)
         m_edge = o_edge < end
-        o_source = tl.load(p_source + o_edge, m_edge, 0).to(tl.int64)
+        o_source = sources(p_source, p_order, o_edge, m_edge)
         b_q = harmonics_of(p_q, o_edge, m_edge, NQ, BQ, p_d_r)
         b_d_r = tl.zeros((BE, W), p_d_r.dtype.element_ty)
         for i_member in tl.range(first_term, end_term):

@@ -1,17 +1,19 @@
-"""Frame and hidden layers in plain PyTorch on whole tensors, for the derivatives of their gradients; batch statistics
-of hidden coefficients; and weights as the kernels read them. Nothing here waits for the device."""
+"""Frame and hidden layers in plain PyTorch on whole tensors, for the derivatives of their gradients, on weights as
+layers.py reads them; and batch statistics of hidden coefficients. Nothing here waits for the device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ...plan import Norm, Plan
+from ...plan import Frame, Plan
 from ...plan.activations import phi
-from ...plan.moments import NormStatistics, Pool, combined, moments
+from ...plan.moments import combined, moments
 from ...plan.packing import constant
 from ..kernel_mlp import NEAR, difference_near_origin, edge_frame, radial_factor
 from .prepared import Prepared
@@ -21,18 +23,20 @@ from .tables import Tables
 _EDGES = 1 << 16  # whose full hidden features exist at a time
 
 
+@lru_cache(maxsize=256)
+def _keeps_attributes(frame: Frame) -> bool:
+    return np.array_equal(frame.attribute, np.eye(frame.n_attributes))
+
+
 def attributes_in_frame(plan: Plan, attr: Tensor) -> Tensor:
     """a' = attributeᵀ a (E, A), the attributes in frame coordinates; a itself where attribute is the identity."""
-    frame = plan.frame
-    if (frame.attribute == torch.eye(frame.n_attributes, dtype=torch.float64).numpy()).all():
-        return attr
-    return attr @ constant(frame, "attribute", attr)
+    return attr if _keeps_attributes(plan.frame) else attr @ constant(plan.frame, "attribute", attr)
 
 
 def geometry(
     tables: Tables, delta: Tensor, attr: Tensor, order: Tensor, shell_width: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inputs, radius, factor and q, as ``triton_frame`` returns them; ``attr`` in frame coordinates."""
+    """Inputs, radius, factor and q, as frame.frame_forward writes them; ``attr`` in frame coordinates."""
     plan, sizes = tables.plan, tables.sizes
     delta, attr = delta.index_select(0, order), attr.index_select(0, order)
     edge = edge_frame(plan, delta, attr @ constant(plan.frame, "attribute", attr).T)
@@ -52,8 +56,8 @@ def geometry(
 
 def _pieces(prepared: Prepared, flat: Tensor) -> list[tuple[Tensor, Any, Tensor, Any]]:
     """Of the packed weights each layer's P₀, P₁ (or None), b and b₁ (or None), as layers.py names them."""
-    k, regular, found = prepared.widths, prepared.sizes.regular, []
-    for n, (start, _) in enumerate(prepared.layer_offsets()[:-1]):
+    k, regular, found = prepared.sizes.widths, prepared.sizes.regular, []
+    for n, (start, _) in enumerate(prepared.sizes.layer_offsets()[:-1]):
         rows = [k["BI"], 1, 1] if n == 0 and regular else [k["B0"] if n else k["BI"], *([k["B1"]] * regular), 1]
         parts = flat[start : start + sum(rows) * k["NU"]].view(-1, k["NU"]).split(rows)
         if not regular:
@@ -65,13 +69,17 @@ def _pieces(prepared: Prepared, flat: Tensor) -> list[tuple[Tensor, Any, Tensor,
     return found
 
 
-def layers(prepared: Prepared, inputs: Tensor, radius: Tensor, factor: Tensor, weights: Tensor) -> Tensor:
-    """r (E, n_columns), as ``triton_layers`` returns it."""
-    k, s = prepared.widths, prepared.sizes
+def layers(
+    prepared: Prepared, inputs: Tensor, radius: Tensor, factor: Tensor, linears: Sequence[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """r (E, n_columns), from W (out, in) and b (out,) of the layers."""
+    if not linears:
+        return torch.cat([inputs * factor[:, None], factor[:, None]], 1)
+    k, s, weights = prepared.sizes.widths, prepared.sizes, pack_layers(prepared, linears)
     name, y0 = prepared.tables.plan.activations[0].function, inputs
     y1: Tensor | None = None
     r = radius[:, None]
-    for (p0, p1, b, b1), (_, start) in zip(_pieces(prepared, weights), prepared.layer_offsets(), strict=False):
+    for (p0, p1, b, b1), (_, start) in zip(_pieces(prepared, weights), prepared.sizes.layer_offsets(), strict=False):
         inverse = prepared["inverse"][start:]
         q0 = inverse[: k["NU"] * k["B0"]].view(k["NU"], -1)[:, : s.n_zero]
         u0 = y0 @ p0[: y0.shape[1]] + b
@@ -100,23 +108,19 @@ def _coordinates(prepared: Prepared, y: Tensor, q: Tensor) -> Tensor:
     return first[..., None] * y[:, rho[0]] + second[..., None] * y[:, rho[1]]
 
 
-def statistics(prepared: Prepared, norm: Norm, y: Tensor, q: Tensor, pool: Pool | None) -> NormStatistics:
-    """Batch statistics of one norm over all edges, from hidden coefficients (E, n_zero + n_rest): means of the trivial
-    coefficients, variances of the full features. The sums of some edges at a time are put together; ``pool`` adds those
-    of other processes."""
+def feature_moments(prepared: Prepared, y: Tensor, q: Tensor) -> Tensor:
+    """(2, d, channels): mean of the full hidden features over all edges, and sum of squared deviations from it, from
+    hidden coefficients (E, n_zero + n_rest). The sums of some edges at a time are put together."""
     pieces = zip(y.view(len(y), -1, prepared.sizes.channels).split(_EDGES), q.split(_EDGES), strict=True)
     parts = [moments(_coordinates(prepared, some, direction)) for some, direction in pieces]
-    n, mean, total = combined(parts) if len(parts) > 1 else parts[0]  # (d, channels)
-    if pool is not None:
-        n, mean, total = pool(n, mean, total)
-    trivial = mean.index_select(0, constant(norm, "measured", y))
-    return NormStatistics(trivial.T.contiguous(), (total / (n - 1)).mean(0))
+    _, mean, squares = combined(parts) if len(parts) > 1 else parts[0]
+    return torch.stack([mean, squares])
 
 
 def pack_layers(prepared: Prepared, linears: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """The packed weights from W (out, in) and b (out,) of the first layers: A W in the order of layers.py, filled up
     with 0."""
-    k, s = prepared.widths, prepared.sizes
+    k, s = prepared.sizes.widths, prepared.sizes
     z, parts = s.n_zero // s.channels, []
     samples = prepared["samples"]  # (layers, S, c)
 

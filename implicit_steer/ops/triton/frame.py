@@ -63,6 +63,30 @@ def cutoff_of(b_squared, p_scalars, ZERO: tl.constexpr):
 
 
 @triton.jit
+def radial_factor(b_squared, p_shell, p_scalars, CUTOFF: tl.constexpr, ZERO: tl.constexpr):
+    """γ s(|x|) from |x|²."""
+    sigma = tl.load(p_shell)
+    b_factor = tl.load(p_scalars) * tl.exp(-0.5 * b_squared / (sigma * sigma))
+    if CUTOFF:
+        b_cutoff, _ = cutoff_of(b_squared, p_scalars, ZERO)
+        b_factor *= b_cutoff
+    return b_factor
+
+
+@triton.jit
+def radial_factor_backward(b_squared, b_d_factor, p_shell, p_scalars, CUTOFF: tl.constexpr, ZERO: tl.constexpr):
+    """From the gradient of the factor those of |x|² / 2 and of σ, edge by edge."""
+    sigma = tl.load(p_shell)
+    b_gauss = tl.load(p_scalars) * tl.exp(-0.5 * b_squared / (sigma * sigma)) * b_d_factor
+    b_slope = -b_gauss / (sigma * sigma)
+    if CUTOFF:
+        b_cutoff, b_cutoff_slope = cutoff_of(b_squared, p_scalars, ZERO)
+        b_slope = b_slope * b_cutoff + b_gauss * b_cutoff_slope
+        b_gauss *= b_cutoff
+    return b_slope, b_gauss * b_squared / (sigma * sigma * sigma)
+
+
+@triton.jit
 def monomials(b_u0, b_u1, b_u2, b_n0, b_n1, b_n2, DEGREE: tl.constexpr):
     """(BE, n): u₀^n₀ u₁^n₁ u₂^n₂ for the exponents (n,); 0 where one is negative."""
     m_exponents = (b_n0 >= 0) & (b_n1 >= 0) & (b_n2 >= 0)
@@ -114,7 +138,7 @@ def planar_axes(b_x0, b_x1, b_x2, p_plane, DIM: tl.constexpr):
     return b_plane0, b_plane1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_edges"])
 def frame_forward(
     p_delta, p_attr, p_order, p_shell, p_scalars, p_harmonics, p_powers, p_plane, p_axis, p_attribute_order,
     p_attribute_partner, p_attribute_sign, p_pairs, p_inputs, p_radius, p_factor, p_q, n_edges,
@@ -127,12 +151,7 @@ def frame_forward(
     m_edge = o_row < n_edges
     o_edge = tl.load(p_order + o_row, m_edge, 0).to(tl.int64)
     b_x0, b_x1, b_x2, b_squared = positions(p_delta, o_edge, m_edge, DIM)
-    sigma = tl.load(p_shell)
-    b_factor = tl.load(p_scalars) * tl.exp(-0.5 * b_squared / (sigma * sigma))
-    if CUTOFF:
-        b_cutoff, _ = cutoff_of(b_squared, p_scalars, ZERO)
-        b_factor *= b_cutoff
-    tl.store(p_factor + o_row, b_factor, m_edge)
+    tl.store(p_factor + o_row, radial_factor(b_squared, p_shell, p_scalars, CUTOFF, ZERO), m_edge)
 
     o_a, o_q = tl.arange(0, BA), tl.arange(0, BQ)
     m_attr = m_edge[:, None] & (o_a < NA)[None, :]
@@ -232,7 +251,7 @@ def attributes_backward(
     return b_cos_k * b_d_attr + b_sin_k * b_sign[None, :] * b_d_other, b_d_cos, b_d_sin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_edges"])
 def frame_backward(
     p_delta, p_attr, p_order, p_shell, p_scalars, p_harmonics, p_powers, p_plane, p_axis, p_attribute_order,
     p_attribute_partner, p_attribute_sign, p_pairs, p_d_inputs, p_d_radius, p_d_factor, p_d_q, p_d_delta, p_d_attr,
@@ -246,14 +265,9 @@ def frame_backward(
     m_edge = o_row < n_edges
     o_edge = tl.load(p_order + o_row, m_edge, 0).to(tl.int64)
     b_x0, b_x1, b_x2, b_squared = positions(p_delta, o_edge, m_edge, DIM)
-    sigma = tl.load(p_shell)
-    b_gauss = tl.load(p_scalars) * tl.exp(-0.5 * b_squared / (sigma * sigma)) * tl.load(p_d_factor + o_row, m_edge, 0.0)
-    b_slope = -b_gauss / (sigma * sigma)  # with respect to |x|² / 2
-    if CUTOFF:
-        b_cutoff, b_cutoff_slope = cutoff_of(b_squared, p_scalars, ZERO)
-        b_slope = b_slope * b_cutoff + b_gauss * b_cutoff_slope
-        b_gauss *= b_cutoff
-    tl.store(p_d_shell + tl.program_id(0), tl.sum(b_gauss * b_squared / (sigma * sigma * sigma), 0))
+    b_d_factor = tl.load(p_d_factor + o_row, m_edge, 0.0)
+    b_slope, b_d_sigma = radial_factor_backward(b_squared, b_d_factor, p_shell, p_scalars, CUTOFF, ZERO)
+    tl.store(p_d_shell + tl.program_id(0), tl.sum(b_d_sigma, 0))
     b_d_x0, b_d_x1, b_d_x2 = b_slope * b_x0, b_slope * b_x1, b_slope * b_x2
 
     o_a, o_q = tl.arange(0, BA), tl.arange(0, BQ)

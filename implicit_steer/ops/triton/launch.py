@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .configuration import LaunchConfig
 
 
@@ -19,6 +22,36 @@ class Launch:
     arguments: dict[str, Any]
     constants: dict[str, Any]
     options: dict[str, int]
+
+
+class Variant:
+    """A kernel with its constants, BE edges (or rows) of a block among them, and options of the compiler.
+
+    Triton looks up what it compiled by the types of all arguments, which takes longer than a launch does. A variant
+    keeps the compiled kernels and looks them up by what can differ between its calls: the device, of every tensor the
+    dtype and whether it begins at a multiple of 16 bytes, and whether an integer fits into 32 bits. Kernels ask Triton
+    not to compile for special values of integers (``do_not_specialize``).
+    """
+
+    def __init__(self, kernel: Any, constants: dict[str, Any], config: LaunchConfig) -> None:
+        from triton.runtime import JITFunction
+
+        self.kernel, self.constants = kernel, constants | {"BE": config.edges}
+        self.edges, self.options = config.edges, {"num_warps": config.warps, "num_stages": config.stages}
+        self._values = tuple(self.constants[name] for name in kernel.arg_names if name in self.constants)
+        self._interpreted, self._compiled = not isinstance(kernel, JITFunction), {}
+
+    def run(self, grid: tuple[int, ...], arguments: Sequence[Any]) -> None:
+        """``kernel[grid](*arguments, **constants)``."""
+        if self._interpreted:
+            self.kernel[grid](*arguments, **self.constants, **self.options)
+            return
+        facts = [(a.dtype, a.data_ptr() % 16 == 0) if isinstance(a, Tensor) else a.bit_length() > 31 for a in arguments]
+        key = torch.cuda.current_device(), *facts
+        if (compiled := self._compiled.get(key)) is None:
+            self._compiled[key] = self.kernel[grid](*arguments, **self.constants, **self.options)
+        else:
+            compiled[(*grid, 1, 1)[:3]](*arguments, *self._values)
 
 
 _recorded: list[Launch] | None = None
@@ -35,15 +68,10 @@ def recording() -> Iterator[list[Launch]]:
         _recorded = outer
 
 
-def launch(
-    kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any], config: LaunchConfig
-) -> None:
-    """``kernel[grid](*arguments, **constants)`` with BE edges of a block; nothing for an empty grid. What is assumed of
-    the tensors is checked in operators.py."""
-    constants = constants | {"BE": config.edges}
-    options = {"num_warps": config.warps, "num_stages": config.stages}
+def launch(variant: Variant, grid: tuple[int, ...], arguments: Sequence[Any]) -> None:
+    """Launch a variant; nothing for an empty grid. What is assumed of the tensors is checked in operators.py."""
     if _recorded is not None:
-        named = dict(zip(kernel.arg_names, arguments, strict=False))
-        _recorded.append(Launch(kernel, grid, named, constants, options))
+        named = dict(zip(variant.kernel.arg_names, arguments, strict=False))
+        _recorded.append(Launch(variant.kernel, grid, named, variant.constants, variant.options))
     elif all(grid):
-        kernel[grid](*arguments, **constants, **options)
+        variant.run(grid, arguments)

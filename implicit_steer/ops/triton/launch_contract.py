@@ -65,11 +65,11 @@ class Factors(NamedTuple):
 
 
 class Edges(NamedTuple):
-    """The graph, edges in rows sorted by target."""
+    """The graph; rows are edges sorted by target."""
 
-    source: Tensor  # (E,) source node of each row
-    rowptr: Tensor  # (N + 1,) first row of each target
+    source: Tensor  # (E,) source node of each edge
     order: Tensor  # (E,) each row's edge
+    rowptr: Tensor  # (N + 1,) first row of each target
     by_source: Tensor  # (E,) edges sorted by source
     colptr: Tensor  # (N + 1,) first of each source among them
 
@@ -98,43 +98,55 @@ def _constants(p: Prepared, has_one: bool) -> dict[str, Any]:
     }
 
 
+def _inputs_constants(p: Prepared, has_one: bool, need_x: bool, need_q: bool) -> dict[str, Any]:
+    return _constants(p, has_one) | {"NEED_X": need_x, "NEED_Q": need_q}
+
+
+def _sum_constants(p: Prepared) -> dict[str, Any]:
+    return {"C": p.sizes.in_size, "BC": min(next_power_of_2(p.sizes.in_size), _COLUMNS)}
+
+
 def _sums(p: Prepared, f: Factors, edges: Edges, nodes: range) -> Tensor:
     """T (nodes, n_t)."""
     t = f.x.new_empty(len(nodes), p.sizes.n_t)
-    tables = (p[name] for name in _FORWARD_TABLES)
-    arguments = (f.x, f.q, f.r, edges.source, edges.rowptr, *tables, t, nodes.start)
-    grid, config = (len(nodes), p.sizes.n_accumulators), p.config(contract.contract_forward)
-    launch.launch(contract.contract_forward, grid, arguments, _constants(p, f.has_one), config)
+    tables, graph = p.some(_FORWARD_TABLES), (edges.source, edges.order, edges.rowptr)
+    variant = p.variant(contract.contract_forward, _constants, f.has_one)
+    launch.launch(variant, (len(nodes), p.sizes.n_accumulators), (f.x, f.q, f.r, *graph, *tables, t, nodes.start))
     return t
 
 
 def contract_forward(p: Prepared, f: Factors, edges: Edges) -> Tensor:
     """(N, C_out): T Θ."""
     n = len(edges.rowptr) - 1
+    batches = _batches(p.sizes, n)
+    if len(batches) == 1:
+        return torch.mm(_sums(p, f, edges, batches[0]), f.theta)
     out = f.x.new_empty(n, p.sizes.out_size)
-    for nodes in _batches(p.sizes, n):
+    for nodes in batches:
         torch.mm(_sums(p, f, edges, nodes), f.theta, out=out[nodes.start : nodes.stop])
     return out
 
 
-def contract_backward(p: Prepared, grad: Tensor, f: Factors, edges: Edges, needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    """Gradients of x, q, r and Θ from that of the output; those not needed are empty."""
-    s, (need_x, need_q, need_r, need_theta), n_edges = p.sizes, needs, len(f.r)
+def contract_backward(
+    p: Prepared, grad: Tensor, f: Factors, edges: Edges, needs: Sequence[bool], d_theta: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Gradients of x, q and r from that of the output; those not needed are empty. That of Θ is written to
+    ``d_theta``."""
+    s, (need_x, need_q, need_r), n_edges = p.sizes, needs, len(f.r)
     empty = f.x.new_empty if s.n_covered == s.in_size else f.x.new_zeros
-    d_rows, d_q = empty(n_edges, s.in_size), f.q.new_empty(s.n_slices, *f.q.shape)
-    d_r, d_theta = torch.empty_like(f.r), torch.zeros_like(f.theta)
+    d_rows, d_q, d_r = empty(n_edges, s.in_size), f.q.new_empty(s.n_slices, *f.q.shape), torch.empty_like(f.r)
     for nodes in _batches(s, len(edges.rowptr) - 1):
         g = grad[nodes.start : nodes.stop]
-        if need_theta:
-            d_theta.addmm_(_sums(p, f, edges, nodes).T, g)
+        if d_theta is not None:
+            torch.addmm(d_theta, _sums(p, f, edges, nodes).T, g, beta=int(nodes.start > 0), out=d_theta)
         if need_x or need_q or need_r:
-            d_t = g @ f.theta.T
+            d_t = torch.mm(g, f.theta.T)
         if need_x or need_q:
             _backward_inputs(p, f, edges, nodes, d_t, (d_rows, d_q), (need_x, need_q))
         if need_r:
             _backward_hidden(p, f, edges, nodes, d_t, d_r)
     d_x = _sum_by_source(p, d_rows, edges, len(f.x)) if need_x else f.x.new_empty(0)
-    found = (d_x, d_q[0] if s.n_slices == 1 else d_q.sum(0), d_r, d_theta)
+    found = (d_x, d_q[0] if s.n_slices == 1 else d_q.sum(0), d_r)
     return tuple(t if need else t.new_empty(0) for t, need in zip(found, needs, strict=True))
 
 
@@ -148,26 +160,22 @@ def _backward_inputs(
     needs: tuple[bool, bool],
 ) -> None:
     """Of the features gathered by the edges, (E, C_in), and of q, (slices, E, n_harmonics)."""
-    tables = (p[name] for name in _INPUTS_TABLES)
-    arguments = (f.x, f.q, f.r, edges.source, edges.rowptr, edges.order, *tables, d_t, *out, nodes.start, len(f.r))
-    constants = _constants(p, f.has_one) | {"NEED_X": needs[0], "NEED_Q": needs[1]}
-    grid, config = (len(nodes), p.sizes.n_slices), p.config(contract.contract_backward_inputs)
-    launch.launch(contract.contract_backward_inputs, grid, arguments, constants, config)
+    graph, tables = (edges.source, edges.order, edges.rowptr), p.some(_INPUTS_TABLES)
+    variant = p.variant(contract.contract_backward_inputs, _inputs_constants, f.has_one, *needs)
+    arguments = (f.x, f.q, f.r, *graph, *tables, d_t, *out, nodes.start, len(f.r))
+    launch.launch(variant, (len(nodes), p.sizes.n_slices), arguments)
 
 
 def _backward_hidden(p: Prepared, f: Factors, edges: Edges, nodes: range, d_t: Tensor, d_r: Tensor) -> None:
-    tables = (p[name] for name in _HIDDEN_TABLES)
-    arguments = (f.x, f.q, edges.source, edges.rowptr, *tables, d_t, d_r, nodes.start)
+    graph, tables = (edges.source, edges.order, edges.rowptr), p.some(_HIDDEN_TABLES)
+    variant = p.variant(contract.contract_backward_hidden, _constants, f.has_one)
     grid = (len(nodes), triton.cdiv(p.sizes.n_columns, p.sizes.columns))
-    config = p.config(contract.contract_backward_hidden)
-    launch.launch(contract.contract_backward_hidden, grid, arguments, _constants(p, f.has_one), config)
+    launch.launch(variant, grid, (f.x, f.q, *graph, *tables, d_t, d_r, nodes.start))
 
 
 def _sum_by_source(p: Prepared, rows: Tensor, edges: Edges, n: int) -> Tensor:
     """(n, C_in) from the edges' (E, C_in)."""
-    out, size = rows.new_empty(n, p.sizes.in_size), p.sizes.in_size
-    width = min(next_power_of_2(size), _COLUMNS)
-    grid, config = (n, triton.cdiv(size, width)), p.config(contract.sum_by_source)
-    arguments = (rows, edges.by_source, edges.colptr, out)
-    launch.launch(contract.sum_by_source, grid, arguments, {"C": size, "BC": width}, config)
+    out, variant = rows.new_empty(n, p.sizes.in_size), p.variant(contract.sum_by_source, _sum_constants)
+    grid = (n, triton.cdiv(p.sizes.in_size, variant.constants["BC"]))
+    launch.launch(variant, grid, (rows, edges.by_source, edges.colptr, out))
     return out

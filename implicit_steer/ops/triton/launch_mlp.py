@@ -12,9 +12,9 @@ from torch import Tensor
 from ...plan.activations import SMALL
 from ..kernel_mlp import NEAR, SOFTENING, ZERO
 from . import frame, launch, layers
-from .configuration import SAMPLES, exact_product, precision
+from .configuration import exact_product, precision
 from .prepared import Prepared
-from .sizes import next_power_of_2
+from .sizes import SAMPLES, next_power_of_2
 
 _EDGES = 1 << 18  # whose hidden coefficients the backward pass holds at a time
 _PROGRAMS = {"cpu": 3, "cuda": 1024}  # partial sums of a weight gradient, at most
@@ -38,7 +38,7 @@ class LayerInputs(NamedTuple):
     inputs: Tensor  # (E, n_inputs)
     radius: Tensor  # (E,), or (0,) where the frame is not regular
     factor: Tensor  # (E,) γ s(|x|)
-    weights: Tensor  # flat, packed by dense.pack_layers
+    weights: Tensor  # flat, packed as packing.py says
 
 
 # ---- frame
@@ -77,23 +77,22 @@ def frame_forward(p: Prepared, delta: Tensor, attr: Tensor, order: Tensor, shell
         delta.new_empty(n),
         delta.new_empty(n, s.n_harmonics),
     )
-    config = p.config(frame.frame_forward)
-    arguments = delta, attr, order, shell, *(p[name] for name in _FRAME_TABLES), *out, n
-    grid = (triton.cdiv(n, config.edges),)
-    launch.launch(frame.frame_forward, grid, arguments, _frame_constants(p), config)
+    variant = p.variant(frame.frame_forward, _frame_constants)
+    arguments = delta, attr, order, shell, *p.some(_FRAME_TABLES), *out, n
+    launch.launch(variant, (triton.cdiv(n, variant.edges),), arguments)
     return out
 
 
 def frame_backward(
     p: Prepared, delta: Tensor, attr: Tensor, order: Tensor, shell: Tensor, gradients: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """Gradients of delta, attr and the shell's width from those of frame_forward's results."""
-    n, config = len(delta), p.config(frame.frame_backward)
-    programs = triton.cdiv(n, config.edges)
+    """Gradients of delta and attr, and parts of that of the shell's width, from those of frame_forward's results."""
+    n, variant = len(delta), p.variant(frame.frame_backward, _frame_constants)
+    programs = triton.cdiv(n, variant.edges)
     out = torch.empty_like(delta), torch.empty_like(attr), delta.new_empty(programs)
-    arguments = delta, attr, order, shell, *(p[name] for name in _FRAME_TABLES), *gradients, *out, n
-    launch.launch(frame.frame_backward, (programs,), arguments, _frame_constants(p), config)
-    return out[0], out[1], out[2].sum().view_as(shell)
+    arguments = delta, attr, order, shell, *p.some(_FRAME_TABLES), *gradients, *out, n
+    launch.launch(variant, (programs,), arguments)
+    return out
 
 
 # ---- hidden layers
@@ -101,7 +100,7 @@ def frame_backward(
 
 def _layer_constants(p: Prepared) -> dict[str, Any]:
     s, multiply = p.sizes, precision(p.dtype)
-    return p.widths | {
+    return p.sizes.widths | {
         "REGULAR": s.regular,
         "FN": s.function,
         "NEAR": NEAR[p.dtype],
@@ -111,19 +110,26 @@ def _layer_constants(p: Prepared) -> dict[str, Any]:
     }
 
 
+def _forward_constants(p: Prepared, n_layers: int, store_r: bool, store_y: bool) -> dict[str, Any]:
+    flags = {"NL": n_layers, "NR": p.sizes.n_columns, "STORE_R": store_r, "STORE_Y": store_y}
+    return _layer_constants(p) | flags
+
+
+def _backward_constants(p: Prepared, first: bool) -> dict[str, Any]:
+    constants = _layer_constants(p)
+    return constants | {"FIRST": first, "BI": constants["BI"] if first else constants["B0"]}
+
+
+def _inputs_constants(p: Prepared, first: bool, add: bool) -> dict[str, Any]:
+    return _backward_constants(p, first) | {"ADD": add}
+
+
 def _forward(p: Prepared, given: LayerInputs, edges: range, n_layers: int, r: Tensor | None, y: Tensor | None) -> None:
     """Write r of these edges, or all layers' coefficients y."""
-    config = p.config(layers.layers_forward)
-    constants = _layer_constants(p) | {
-        "NL": n_layers,
-        "NR": p.sizes.n_columns,
-        "STORE_R": r is not None,
-        "STORE_Y": y is not None,
-    }
-    grid = (triton.cdiv(len(edges), config.edges),)
+    variant = p.variant(layers.layers_forward, _forward_constants, n_layers, r is not None, y is not None)
     out = (given.factor if t is None else t for t in (r, y))  # a pointer that is not used
     arguments = *given, p["inverse"], *out, edges.start, edges.stop, len(edges)
-    launch.launch(layers.layers_forward, grid, arguments, constants, config)
+    launch.launch(variant, (triton.cdiv(len(edges), variant.edges),), arguments)
 
 
 def layers_forward(p: Prepared, given: LayerInputs) -> Tensor:
@@ -142,13 +148,10 @@ def hidden_coefficients(p: Prepared, given: LayerInputs, n_layers: int) -> Tenso
     return y[-1]
 
 
-def layers_backward(
-    p: Prepared, given: LayerInputs, grad: Tensor, need_inputs: bool, need_weights: bool
-) -> tuple[Tensor, ...]:
-    """Gradients of inputs, radius, factor and weights from that of r; those not needed are empty."""
-    s, (inputs, radius, factor, weights) = p.sizes, given
+def layers_backward(p: Prepared, given: LayerInputs, grad: Tensor, d_weights: Tensor | None) -> tuple[Tensor, ...]:
+    """Gradients of inputs, radius and factor from that of r; those of the weights are written to ``d_weights``."""
+    s, (inputs, radius, factor, _) = p.sizes, given
     d_inputs, d_radius, d_factor = out = tuple(torch.empty_like(t) for t in (inputs, radius, factor))
-    d_weights = torch.zeros_like(weights) if need_weights else None
     for begin in range(0, len(factor), _EDGES):
         edges = range(begin, min(begin + _EDGES, len(factor)))
         here, used = slice(edges.start, edges.stop), s.n_columns - 1
@@ -157,9 +160,10 @@ def layers_backward(
         d_factor[here] = (grad[here, :used] * y[-1][:, :used]).sum(1) + grad[here, used]
         d_y = torch.zeros_like(y[0])
         d_y[:, :used] = grad[here, :used] * factor[here, None]
-        _reverse_sweep(p, given, y, d_y, edges, d_inputs if need_inputs else None, d_radius, d_weights)
-    of_weights = weights.new_empty(0) if d_weights is None else d_weights
-    return (*(t if need_inputs else t.new_empty(0) for t in out), of_weights)
+        _reverse_sweep(p, given, y, d_y, edges, d_inputs, d_radius, d_weights)
+    if d_weights is not None and len(factor) == 0:
+        d_weights.zero_()
+    return out
 
 
 def _reverse_sweep(
@@ -168,44 +172,36 @@ def _reverse_sweep(
     y: Tensor,
     d_y: Tensor,
     edges: range,
-    d_inputs: Tensor | None,
+    d_inputs: Tensor,
     d_radius: Tensor,
     d_weights: Tensor | None,
 ) -> None:
     """All layers of some edges, the last first, from their coefficients y and the gradient d_y of the last layer's. The
-    gradients of inputs and radius are written, those of the weights added to what is there. None: not needed; without
-    d_inputs what is written to d_radius lacks the first layer's part."""
-    n_layers, constants, offsets = p.sizes.n_layers, _layer_constants(p), p.layer_offsets()
+    gradients of inputs and radius are written, those of the weights too, or added where other edges came before."""
+    n_layers, offsets = p.sizes.n_layers, p.sizes.layer_offsets()
     for n in reversed(range(n_layers)):
         first = n == 0
-        here = constants | {"FIRST": first, "BI": constants["BI"] if first else constants["B0"]}
         shared = (given.inputs, given.radius, y[max(n - 1, 0)], d_y, given.weights, p["inverse"])
         if d_weights is not None:
             (start, _), (end, _) = offsets[n], offsets[n + 1]
-            _add_weights(p, shared, edges, offsets[n], here, d_weights[start:end])
-        if first and d_inputs is None:
-            return
-        config = p.config(layers.layers_backward_inputs)
-        d_in = d_inputs if first and d_inputs is not None else torch.empty_like(d_y)
-        grid = (triton.cdiv(len(edges), config.edges),)
+            _add_weights(p, shared, edges, offsets[n], first, d_weights[start:end])
+        variant = p.variant(layers.layers_backward_inputs, _inputs_constants, first, n < n_layers - 1)
+        d_in = d_inputs if first else torch.empty_like(d_y)
         arguments = (*shared, d_in, d_radius, edges.start, edges.stop, *offsets[n])
-        launch.launch(layers.layers_backward_inputs, grid, arguments, here | {"ADD": n < n_layers - 1}, config)
+        launch.launch(variant, (triton.cdiv(len(edges), variant.edges),), arguments)
         d_y = d_in
 
 
 def _add_weights(
-    p: Prepared,
-    shared: tuple[Tensor, ...],
-    edges: range,
-    offsets: tuple[int, int],
-    constants: dict[str, Any],
-    out: Tensor,
+    p: Prepared, shared: tuple[Tensor, ...], edges: range, offsets: tuple[int, int], first: bool, out: Tensor
 ) -> None:
-    """Add the gradient of one layer's weights, in partial sums of some edges each."""
-    config = p.config(layers.layers_backward_weights)
-    programs = min(triton.cdiv(len(edges), config.edges), _PROGRAMS[out.device.type])
+    """The gradient of one layer's weights, in partial sums of some edges each; added to that of earlier edges."""
+    variant = p.variant(layers.layers_backward_weights, _backward_constants, first)
+    programs = min(triton.cdiv(len(edges), variant.edges), _PROGRAMS[out.device.type])
     partial = out.new_empty(programs, len(out))
     arguments = (*shared, partial, edges.start, edges.stop, *offsets, len(out))
-    grid = (programs, constants["NU"] // constants["BU"])
-    launch.launch(layers.layers_backward_weights, grid, arguments, constants, config)
-    out += partial.sum(0)
+    launch.launch(variant, (programs, variant.constants["NU"] // variant.constants["BU"]), arguments)
+    if edges.start == 0:
+        torch.sum(partial, 0, out=out)
+    else:
+        out += partial.sum(0)

@@ -77,7 +77,7 @@ def near_origin(b_radius, NEAR: tl.constexpr):
     return tl.min(b_radius, 0) < NEAR
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "end", "n_edges"])
 def layers_forward(
     p_inputs, p_radius, p_factor, p_weights, p_inverse, p_r, p_y, first, end, n_edges,
     NL: tl.constexpr, REGULAR: tl.constexpr, NI: tl.constexpr, BI: tl.constexpr, N0: tl.constexpr, B0: tl.constexpr,
@@ -178,7 +178,7 @@ def load_layer(p_y, p_d_y, p_inputs, p_radius, o_row, o_edge, m_edge, o_in0, o_0
     return b_y0, b_y1, b_g0, b_g1, b_radius
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "end", "i_weights", "i_inverse"])
 def layers_backward_inputs(
     p_inputs, p_radius, p_y, p_d_y, p_weights, p_inverse, p_d_in, p_d_radius, first, end, i_weights, i_inverse,
     FIRST: tl.constexpr, REGULAR: tl.constexpr, NI: tl.constexpr, BI: tl.constexpr, N0: tl.constexpr,
@@ -232,7 +232,7 @@ def opaque_zero(i_block):
     return tl.minimum(i_block, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "end", "i_weights", "i_inverse", "n_weights"])
 def layers_backward_weights(
     p_inputs, p_radius, p_y, p_d_y, p_weights, p_inverse, p_d_weights, first, end, i_weights, i_inverse, n_weights,
     FIRST: tl.constexpr, REGULAR: tl.constexpr, NI: tl.constexpr, BI: tl.constexpr, N0: tl.constexpr,

@@ -1,12 +1,9 @@
-"""The kernels as operators of torch: schemas, shapes (fake kernels), derivatives of every order.
+"""The kernels as operators of torch: schemas, shapes (fake kernels) and derivatives.
 
-``triton_frame``, ``triton_layers`` and ``triton_contract`` run in a row; each has a gradient operator made of kernels.
-Derivatives of the gradients:
-
-- of the contraction: T is linear in x, r and Θ and affine in q, so they are the same operators again, with a direction
-  in the place of one argument;
-- of frame and layers: formulas in PyTorch, which keep E values per sample in memory (``ops/kernel_mlp.py`` and
-  ``dense.py``).
+``triton_conv`` is the whole convolution but for mean and bias, ``triton_conv_backward`` its gradient,
+``triton_moments`` what batch norms measure. Their further derivatives are composed, in call.py, of PyTorch's own
+operators and ``triton_contract``: T is linear in x, r and Θ and affine in q, so the derivatives of its gradient are the
+same operators again, with a direction in the place of one argument.
 
 Operators take tensors and scalars only, so a plan goes by its digest; :func:`register_plan` stores the plan under it.
 """
@@ -23,9 +20,10 @@ from ... import _native
 from ..._check import require
 from ..._transforms import one_by_one
 from ...plan import Plan
-from . import dense, launch_contract, launch_mlp
+from ...plan.packing import unflatten
+from . import convolution, launch_contract
+from .convolution import Kept, Learned, Points
 from .launch_contract import Edges, Factors
-from .launch_mlp import LayerInputs
 from .prepared import Prepared, prepare
 from .sizes import Sizes
 from .tables import tables
@@ -53,85 +51,60 @@ def _on_device(like: Tensor) -> Any:
     return torch.cuda.device_of(like)
 
 
-# ---- schemas and kernels
-
-_FRAME = "str plan, Tensor delta, Tensor attr, Tensor order, Tensor shell_width"
-_OF_FRAME = "Tensor d_inputs, Tensor d_radius, Tensor d_factor, Tensor d_q"
-_LAYERS = "str plan, Tensor inputs, Tensor radius, Tensor factor, Tensor weights"
-_CONTRACT = (
-    "str plan, Tensor x, Tensor q, Tensor r, Tensor theta, Tensor source, Tensor rowptr, Tensor order, "
-    "Tensor by_source, Tensor colptr, bool has_one"
-)
-_SCHEMAS = {
-    "triton_frame": f"({_FRAME}) -> (Tensor, Tensor, Tensor, Tensor)",
-    "triton_frame_backward": f"({_FRAME}, {_OF_FRAME}) -> (Tensor, Tensor, Tensor)",
-    "triton_layers": f"({_LAYERS}) -> Tensor",
-    "triton_layers_backward": (
-        f"({_LAYERS}, Tensor gradient, bool need_inputs, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor)"
-    ),
-    "triton_contract": f"({_CONTRACT}) -> Tensor",
-    "triton_contract_backward": (f"({_CONTRACT}, Tensor gradient, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"),
-    "triton_hidden": f"({_LAYERS}, int n_layers) -> Tensor",
-}
-
-
 def _contiguous(*tensors: Tensor) -> list[Tensor]:
     return [t.contiguous() for t in tensors]
 
 
-# What stands for an argument list below: each operator's tensors after ``plan``, in the order of its schema.
+# ---- schemas and kernels
+
+_GRAPH = "Tensor source, Tensor order, Tensor rowptr, Tensor by_source, Tensor colptr"
+_LEARNED = "Tensor[] learned, Tensor[] statistics, bool measured"
+_CONV = f"str plan, Tensor x, Tensor delta, Tensor attr, {_LEARNED}, {_GRAPH}"
+_CONTRACT = f"str plan, Tensor x, Tensor q, Tensor r, Tensor theta, {_GRAPH}, bool has_one"
+_SCHEMAS = {
+    "triton_conv": f"({_CONV}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "triton_conv_backward": (
+        f"({_CONV}, Tensor numbers, Tensor packed, Tensor q, Tensor r, Tensor gradient, bool[] needs)"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "triton_moments": f"(str plan, Tensor delta, Tensor attr, {_LEARNED}, Tensor order, int n) -> Tensor",
+    "triton_contract": f"({_CONTRACT}) -> Tensor",
+    "triton_contract_backward": f"({_CONTRACT}, Tensor gradient, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+}
 
 
-class FrameInputs(NamedTuple):
-    """Of ``triton_frame``."""
+def _conv_inputs(plan: str, arguments: Sequence[Any]) -> tuple[Prepared, Tensor, Points, Edges, Learned]:
+    """Of ``triton_conv``, behind the plan."""
+    x, delta, attr, learned, statistics, measured, *graph = arguments
+    x, delta, attr, *graph = _contiguous(x, delta, attr, *graph)
+    edges = Edges(*graph)
+    return _prepared(plan, delta), x, Points(delta, attr, edges.order), edges, Learned(learned, statistics, measured)
 
-    delta: Tensor
-    attr: Tensor
-    order: Tensor
-    shell_width: Tensor
+
+def _conv(plan: str, *arguments: Any) -> Any:
+    with _on_device(arguments[0]):
+        total, kept = convolution.forward(*_conv_inputs(plan, arguments))
+    return total, *kept
 
 
-def _layer_inputs(tensors: Sequence[Tensor]) -> LayerInputs:
-    return LayerInputs(*_contiguous(*tensors))
+def _conv_backward(plan: str, *arguments: Any) -> Any:
+    *inputs, numbers, packed, q, r, gradient, needs = arguments
+    p, *given = _conv_inputs(plan, inputs)
+    with _on_device(gradient):
+        return convolution.gradients(p, gradient.contiguous(), *given, Kept(numbers, packed, q, r), needs)
+
+
+def _moments(plan: str, delta: Tensor, attr: Tensor, *arguments: Any) -> Tensor:
+    *learned, order, n = arguments
+    with _on_device(delta):
+        points = Points(*_contiguous(delta, attr, order))
+        return convolution.moments(_prepared(plan, delta), points, Learned(*learned), n)
 
 
 def _factors_and_edges(arguments: Sequence[Any]) -> tuple[Factors, Edges]:
-    """Of ``triton_contract``: x, q, r, theta; source, rowptr, order, by_source, colptr; has_one."""
+    """Of ``triton_contract``, behind the plan."""
     *tensors, has_one = arguments
     return Factors(has_one, *_contiguous(*tensors[:4])), Edges(*_contiguous(*tensors[4:]))
-
-
-def _frame(plan: str, *tensors: Tensor) -> Any:
-    given = FrameInputs(*_contiguous(*tensors))
-    with _on_device(given.delta):
-        return launch_mlp.frame_forward(_prepared(plan, given.delta), *given)
-
-
-def _frame_backward(plan: str, *tensors: Tensor) -> Any:
-    given, gradients = FrameInputs(*_contiguous(*tensors[:4])), _contiguous(*tensors[4:])
-    with _on_device(given.delta):
-        return launch_mlp.frame_backward(_prepared(plan, given.delta), *given, gradients)
-
-
-def _layers(plan: str, *tensors: Tensor) -> Any:
-    given = _layer_inputs(tensors)
-    with _on_device(given.factor):
-        return launch_mlp.layers_forward(_prepared(plan, given.factor), given)
-
-
-def _layers_backward(plan: str, *arguments: Any) -> Any:
-    *tensors, gradient, need_inputs, need_weights = arguments
-    given = _layer_inputs(tensors)
-    with _on_device(given.factor):
-        prepared = _prepared(plan, given.factor)
-        return launch_mlp.layers_backward(prepared, given, gradient.contiguous(), need_inputs, need_weights)
-
-
-def _hidden(plan: str, *arguments: Any) -> Any:
-    *tensors, n_layers = arguments
-    given = _layer_inputs(tensors)
-    with _on_device(given.factor):
-        return launch_mlp.hidden_coefficients(_prepared(plan, given.factor), given, n_layers)
 
 
 def _contract(plan: str, *arguments: Any) -> Any:
@@ -143,9 +116,12 @@ def _contract(plan: str, *arguments: Any) -> Any:
 def _contract_backward(plan: str, *arguments: Any) -> Any:
     *inputs, gradient, needs = arguments
     factors, edges = _factors_and_edges(inputs)
+    *of_factors, need_theta = needs
+    d_theta = torch.zeros_like(factors.theta) if need_theta else None
     with _on_device(factors.x):
         prepared = _prepared(plan, factors.r)
-        return launch_contract.contract_backward(prepared, gradient.contiguous(), factors, edges, needs)
+        found = launch_contract.contract_backward(prepared, gradient.contiguous(), factors, edges, of_factors, d_theta)
+    return *found, factors.theta.new_empty(0) if d_theta is None else d_theta
 
 
 # ---- shapes
@@ -156,31 +132,23 @@ def _wanted(tensors: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, .
     return tuple(t.new_empty(t.shape if need else (0,)) for t, need in zip(tensors, needs, strict=True))
 
 
-def _frame_fake(plan: str, *tensors: Tensor) -> Any:
-    s, delta = _sizes(plan), FrameInputs(*tensors).delta
-    n = delta.shape[0]
-    radius = delta.new_empty(n) if s.regular else delta.new_empty(0)
-    return delta.new_empty(n, s.n_inputs), radius, delta.new_empty(n), delta.new_empty(n, s.n_harmonics)
+def _conv_fake(plan: str, *arguments: Any) -> Any:
+    x, _, _, learned, statistics, _, source, _, rowptr, *_ = arguments
+    s, n_edges = _sizes(plan), source.shape[0]
+    n_numbers = sum(t.numel() for t in (*learned, *statistics))
+    n_packed = s.n_weights + s.n_t * s.out_size
+    kept = (n_numbers,), (n_packed,), (n_edges, s.n_harmonics), (n_edges, s.n_columns)
+    return tuple(x.new_empty(shape) for shape in ((rowptr.shape[0] - 1, s.out_size), *kept))
 
 
-def _frame_backward_fake(plan: str, *tensors: Tensor) -> Any:
-    given = FrameInputs(*tensors[:4])
-    return torch.empty_like(given.delta), torch.empty_like(given.attr), torch.empty_like(given.shell_width)
+def _conv_backward_fake(plan: str, *arguments: Any) -> Any:
+    x, delta, attr, learned, *_, needs = arguments
+    geometry, n_learned = any(needs[1:]), sum(t.numel() for t in learned) if needs[3] else 0
+    return *_wanted((x, delta, attr), (needs[0], geometry, geometry)), x.new_empty(n_learned)
 
 
-def _layers_fake(plan: str, *tensors: Tensor) -> Any:
-    factor = LayerInputs(*tensors).factor
-    return factor.new_empty(factor.shape[0], _sizes(plan).n_columns)
-
-
-def _layers_backward_fake(plan: str, *arguments: Any) -> Any:
-    *tensors, _, need_inputs, need_weights = arguments
-    return _wanted(tensors, (need_inputs,) * 3 + (need_weights,))
-
-
-def _hidden_fake(plan: str, *arguments: Any) -> Any:
-    s, factor = _sizes(plan), LayerInputs(*arguments[:-1]).factor
-    return factor.new_empty(factor.shape[0], s.n_zero + s.n_rest)
+def _moments_fake(plan: str, delta: Tensor, *_: Any) -> Tensor:
+    return delta.new_empty(2, _plans[plan].field_size, _sizes(plan).channels)
 
 
 def _contract_fake(plan: str, *arguments: Any) -> Any:
@@ -201,73 +169,26 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.plan, ctx.others = inputs[0], [v for v in inputs[1:] if not isinstance(v, Tensor)]
 
 
+def _save_conv(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.plan, x, delta, attr, learned, statistics, ctx.measured, *graph = inputs
+    ctx.n_learned, ctx.n_statistics, kept = len(learned), len(statistics), output[1:]
+    ctx.mark_non_differentiable(*kept)
+    ctx.save_for_backward(x, delta, attr, *learned, *statistics, *graph, *kept)
+
+
 def _masked(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
     return [g if need else None for g, need in zip(gradients, needs, strict=True)]
 
 
-def _derivatives_of_gradients(
-    function: Callable[..., Sequence[Tensor]],
-    primals: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
-    directions: Sequence[Tensor | None],
-) -> list[Tensor]:
-    """The derivatives of Σ ⟨direction, gradient⟩ with respect to primals and cotangents, where the gradients are those
-    of Σ ⟨cotangent, output⟩ with respect to the primals, outputs = ``function``(*primals)."""
-    live = torch.is_grad_enabled()
-    with torch.enable_grad():
-        fresh = [t.view_as(t) if live and t.requires_grad else t.detach().requires_grad_() for t in primals]
-        given = [t.view_as(t) if live and t.requires_grad else t.detach().requires_grad_() for t in cotangents]
-        outputs = function(*fresh)
-        outputs, weights = zip(*((o, g) for o, g in zip(outputs, given, strict=True) if o.requires_grad), strict=True)
-        firsts = torch.autograd.grad(outputs, fresh, weights, create_graph=True, materialize_grads=True)
-        kept = [(f, v) for f, v in zip(firsts, directions, strict=True) if v is not None and f.requires_grad]
-        if not kept:
-            return [torch.zeros_like(t) for t in (*primals, *cotangents)]
-        firsts, weights = zip(*kept, strict=True)
-        found = torch.autograd.grad(
-            firsts, [*fresh, *given], weights, create_graph=live, allow_unused=True, materialize_grads=True
-        )
-    return list(found)
-
-
-def _frame_gradient(ctx: Any, *gradients: Tensor) -> Any:
-    delta, attr, order, shell_width = ctx.saved_tensors
-    found = torch.ops.implicit_steer.triton_frame_backward(ctx.plan, delta, attr, order, shell_width, *gradients)
-    d_delta, d_attr, d_shell = _masked(found, [ctx.needs_input_grad[n] for n in (1, 2, 4)])
-    return None, d_delta, d_attr, None, d_shell
-
-
-def _frame_backward_gradient(ctx: Any, *directions: Tensor) -> Any:
-    delta, attr, order, shell_width, *gradients = ctx.saved_tensors
-    plan = _plans[ctx.plan]
-
-    def geometry(delta: Tensor, attr: Tensor, shell_width: Tensor) -> Any:
-        return dense.geometry(tables(plan), delta, attr, order, shell_width)
-
-    d_delta, d_attr, d_shell, *rest = _derivatives_of_gradients(
-        geometry, (delta, attr, shell_width), gradients, directions
-    )
-    return None, d_delta, d_attr, None, d_shell, *rest
-
-
-def _layers_gradient(ctx: Any, gradient: Tensor) -> Any:
-    tensors, needs = ctx.saved_tensors, ctx.needs_input_grad
-    some = any(needs[1:4])
-    found = torch.ops.implicit_steer.triton_layers_backward(ctx.plan, *tensors, gradient, some, needs[4])
-    return None, *_masked(found, needs[1:5])
-
-
-def _layers_backward_gradient(ctx: Any, *directions: Tensor) -> Any:
-    *tensors, gradient = ctx.saved_tensors
-    prepared = _prepared(ctx.plan, gradient)
-    need_inputs, need_weights = ctx.others
-    given = [v if need else None for v, need in zip(directions, (need_inputs,) * 3 + (need_weights,), strict=True)]
-
-    def hidden(*tensors: Tensor) -> Any:
-        return (dense.layers(prepared, *tensors),)
-
-    found = _derivatives_of_gradients(hidden, tensors, [gradient], given)
-    return None, *found, None, None
+def _conv_gradient(ctx: Any, gradient: Tensor, *_: Any) -> Any:
+    x, delta, attr, *rest = ctx.saved_tensors
+    n, end = ctx.n_learned, ctx.n_learned + ctx.n_statistics
+    learned, statistics, graph, kept = rest[:n], rest[n:end], rest[end:-4], rest[-4:]
+    needs = *ctx.needs_input_grad[1:4], any(ctx.needs_input_grad[4])
+    arguments = ctx.plan, x, delta, attr, learned, statistics, ctx.measured, *graph, *kept, gradient, needs
+    *found, flat = torch.ops.implicit_steer.triton_conv_backward(*arguments)
+    of_learned = unflatten(flat, learned) if needs[3] else [None] * n
+    return None, *_masked(found, needs[:3]), of_learned, [None] * ctx.n_statistics, *[None] * 6
 
 
 def _contract_gradient(ctx: Any, gradient: Tensor) -> Any:
@@ -278,8 +199,8 @@ def _contract_gradient(ctx: Any, gradient: Tensor) -> Any:
 
 
 def _contract_backward_gradient(ctx: Any, *directions: Tensor) -> Any:
-    *inputs, source, rowptr, order, by_source, colptr, gradient = ctx.saved_tensors
-    (has_one, given), graph = ctx.others, (source, rowptr, order, by_source, colptr)
+    *inputs, source, order, rowptr, by_source, colptr, gradient = ctx.saved_tensors
+    (has_one, given), graph = ctx.others, (source, order, rowptr, by_source, colptr)
     needs, of_gradient = ctx.needs_input_grad[1:5], ctx.needs_input_grad[11]
     totals: list[Tensor | None] = [None] * 5
 
@@ -307,14 +228,22 @@ def _contract_backward_gradient(ctx: Any, *directions: Tensor) -> Any:
 
 # ---- registration
 
-_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any] | None]] = {
-    "triton_frame": (_frame, _frame_fake, _frame_gradient),
-    "triton_frame_backward": (_frame_backward, _frame_backward_fake, _frame_backward_gradient),
-    "triton_layers": (_layers, _layers_fake, _layers_gradient),
-    "triton_layers_backward": (_layers_backward, _layers_backward_fake, _layers_backward_gradient),
-    "triton_contract": (_contract, _contract_fake, _contract_gradient),
-    "triton_contract_backward": (_contract_backward, _contract_backward_fake, _contract_backward_gradient),
-    "triton_hidden": (_hidden, _hidden_fake, None),
+
+class _Operator(NamedTuple):
+    """Kernel, shapes, gradient and what it saves; operators without a gradient are not differentiable."""
+
+    kernel: Callable[..., Any]
+    fake: Callable[..., Any]
+    gradient: Callable[..., Any] | None = None
+    save: Callable[..., None] = _save
+
+
+_KERNELS = {
+    "triton_conv": _Operator(_conv, _conv_fake, _conv_gradient, _save_conv),
+    "triton_conv_backward": _Operator(_conv_backward, _conv_backward_fake),
+    "triton_moments": _Operator(_moments, _moments_fake),
+    "triton_contract": _Operator(_contract, _contract_fake, _contract_gradient),
+    "triton_contract_backward": _Operator(_contract_backward, _contract_backward_fake, _contract_backward_gradient),
 }
 
 _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
@@ -322,15 +251,15 @@ _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
 
 def _register() -> None:
     _native.available()  # the native extension defines the namespace first, where there is one
-    for name, (kernel, fake, gradient) in _KERNELS.items():
+    for name, operator in _KERNELS.items():
         _library.define(name + _SCHEMAS[name])
         for key in ("CPU", "CUDA"):
-            _library.impl(name, kernel, key)
-        torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
+            _library.impl(name, operator.kernel, key)
+        qualified = f"{_NAMESPACE}::{name}"
+        torch.library.register_fake(qualified, operator.fake, lib=_library)
         one_by_one(name)
-        if gradient is not None:
-            qualified = f"{_NAMESPACE}::{name}"
-            torch.library.register_autograd(qualified, gradient, setup_context=_save, lib=_library)
+        if operator.gradient is not None:
+            torch.library.register_autograd(qualified, operator.gradient, setup_context=operator.save, lib=_library)
 
 
 _register()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,11 +12,10 @@ from torch import Tensor
 
 from ...plan import Plan
 from ...plan.packing import cached
-from .configuration import SAMPLES, LaunchConfig, choose
-from .sizes import Sizes, next_power_of_2
+from .configuration import LaunchConfig, choose
+from .launch import Variant
+from .sizes import Sizes
 from .tables import Tables, tables
-
-_LEAST = 16  # rows and columns of a product on tensor cores
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +28,7 @@ class Prepared:
     dtype: torch.dtype
     mixing: tuple[Tensor, ...]  # per coupling (b, s, o)
     position: Tensor  # of every (s, v, w, u, o) of all couplings in the flat Θ
+    made: dict[Any, Any] = field(default_factory=dict)  # by their methods below
 
     @property
     def sizes(self) -> Sizes:
@@ -40,35 +41,24 @@ class Prepared:
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name] if name in self.tensors else self.tensors["scalars"]
 
-    @property
-    def widths(self) -> dict[str, int]:
-        """Constants of layers.py: numbers N of inputs, of coefficients of order 0 and of the others, and the extents B
-        of the blocks that hold them; NU: samples times channels, in whole tiles."""
-        s = self.sizes
-        return {
-            "NI": s.n_inputs,
-            "BI": next_power_of_2(s.n_inputs, _LEAST),
-            "N0": s.n_zero,
-            "B0": next_power_of_2(s.n_zero, _LEAST),
-            "N1": s.n_rest,
-            "B1": next_power_of_2(s.n_rest, _LEAST),
-            "NU": -(-s.n_samples // SAMPLES) * SAMPLES,
-        }
+    def some(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+        """These tables."""
+        if names not in self.made:
+            self.made[names] = tuple(self[name] for name in names)
+        return self.made[names]
 
-    def layer_offsets(self) -> list[tuple[int, int]]:
-        """Where each layer's weights and inverse start; one more for the ends."""
-        k, s = self.widths, self.sizes
-        found = [(0, 0)]
-        for n in range(s.n_layers):
-            rows = k["BI"] + 1 + s.regular if n == 0 else k["B0"] + k["B1"] * s.regular + 1
-            weights, inverse = found[-1]
-            found.append((weights + rows * k["NU"], inverse + k["NU"] * (k["B0"] + k["B1"] * s.regular)))
-        return found
+    def variant(self, kernel: Any, constants: Callable[..., dict[str, Any]], *flags: Any) -> Variant:
+        """The kernel with ``constants(self, *flags)``, as :meth:`config` launches it; made once."""
+        config = self.config(kernel)
+        key = kernel.__name__, flags, config, torch.get_float32_matmul_precision()
+        if key not in self.made:
+            self.made[key] = Variant(kernel, constants(self, *flags), config)
+        return self.made[key]
 
 
 def _inverse(found: Tables, prepared: Prepared) -> Tensor:
     """Q of all layers as layers.py reads it."""
-    s, k = found.sizes, prepared.widths
+    s, k = found.sizes, prepared.sizes.widths
     z, parts = s.n_zero // s.channels, []
     for inverse in torch.tensor(found.numbers["inverse"]):  # (c, S)
         # (w, s) x (ρ, w'): block diagonal in the channels

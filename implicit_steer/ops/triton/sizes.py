@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+SAMPLES = 16  # that layers.py makes at a time
+_LEAST = 16  # rows and columns of a product on tensor cores
 KINDS = {"none": 0, "zonal": 1, "regular planar": 2, "planar": 3}  # of frames
 
 
@@ -43,3 +46,53 @@ class Sizes:
     n_slices: int  # of x
     n_covered: int  # columns of x that the couplings read
     has_cutoff: bool
+    edge_by_edge: bool  # whether edges.py makes r, else frame.py and layers.py do
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Constants of layers.py: numbers N of inputs, of coefficients of order 0 and of the others, and the extents B
+        of the blocks that hold them; NU: samples times channels, in whole tiles."""
+        return {
+            "NI": self.n_inputs,
+            "BI": next_power_of_2(self.n_inputs, _LEAST),
+            "N0": self.n_zero,
+            "B0": next_power_of_2(self.n_zero, _LEAST),
+            "N1": self.n_rest,
+            "B1": next_power_of_2(self.n_rest, _LEAST),
+            "NU": -(-self.n_samples // SAMPLES) * SAMPLES,
+        }
+
+    @property
+    def coefficients(self) -> int:
+        """Of a channel."""
+        return (self.n_zero + self.n_rest) // self.channels
+
+    @property
+    def n_weights(self) -> int:
+        """Packed weights of all hidden layers."""
+        if not self.edge_by_edge:
+            return self.layer_offsets()[-1][0]
+        first = (self.n_inputs + self.coefficients) * self.channels
+        return first + (self.n_layers - 1) * (self.coefficients * self.channels + 1) * self.channels
+
+    @property
+    def gradient_shape(self) -> tuple[int, int, int]:
+        """Of the gradients of all hidden layers' weights as edges.py leads to them: layers, a layer's inputs and behind
+        them 1, its coefficients w C + c."""
+        n_z = self.channels * self.coefficients
+        return self.n_layers, max(self.n_inputs, n_z) + 1, n_z
+
+    @property
+    def n_gradients(self) -> int:
+        """Gradients of all hidden layers' packed weights, as the kernels lead to them."""
+        return math.prod(self.gradient_shape) if self.edge_by_edge else self.n_weights
+
+    def layer_offsets(self) -> list[tuple[int, int]]:
+        """Where each layer's weights and inverse start, as layers.py reads them; one more for the ends."""
+        k = self.widths
+        found = [(0, 0)]
+        for n in range(self.n_layers):
+            rows = k["BI"] + 1 + self.regular if n == 0 else k["B0"] + k["B1"] * self.regular + 1
+            weights, inverse = found[-1]
+            found.append((weights + rows * k["NU"], inverse + k["NU"] * (k["B0"] + k["B1"] * self.regular)))
+        return found

@@ -19,6 +19,7 @@ from .mlp_tables import frame_tables, kind_of, layer_tables
 from .sizes import Sizes
 
 MOST_COEFFICIENTS = 512  # of a hidden layer: they stay on chip
+_MOST_OF_AN_EDGE = 48  # coefficients of a hidden layer that a thread holds; more spill
 
 
 def unsupported(plan: Plan) -> str | None:
@@ -58,6 +59,12 @@ def _mixes_orders(plan: Plan) -> bool:
             if ((rows[:, None] == 0) != (columns[None] == 0)).any():
                 return True
     return False
+
+
+def _edge_by_edge(plan: Plan) -> bool:
+    """Whether edges.py can do the hidden layers: of zonal frames, whose orders do not mix, and narrow."""
+    zonal = plan.activations and plan.frame.kind == "zonal" and plan.frame.regular and len(plan.frame.order) > 1
+    return bool(zonal) and len(plan.frame.order) * plan.activations[0].channels <= _MOST_OF_AN_EDGE
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,4 +132,5 @@ def _sizes(plan: Plan, columns: Columns, numbers: dict[str, NDArray[Any]], contr
         n_slices=contract.n_slices,
         n_covered=contract.n_covered,
         has_cutoff=plan.cutoff is not None,
+        edge_by_edge=_edge_by_edge(plan),
     )

@@ -1,0 +1,178 @@
+"""A call of the layer: the operators bound to plan and parameters, and recorded for autograd.
+
+The gradients are one operator, too. Where they are to be differentiated themselves (``create_graph=True``), the call is
+made again out of PyTorch's operators and ``triton_contract``, which have derivatives of every order; frame and layers
+then keep E values per sample in memory (``ops/kernel_mlp.py`` and ``dense.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._transforms import recorder, refuse_derivatives, refuse_tangents, refuse_transforms
+from ...graph import Graph
+from ...plan import Plan
+from ...plan.moments import NormStatistics, StatisticsSource
+from ...plan.packing import Parameters, constant, fold_norm, is_traced, learned_tensors, pack, unflatten
+from ..mean_and_bias import mean_and_bias
+from . import dense
+from .operators import register_plan
+from .prepared import prepare
+
+_NAME = "triton"
+
+
+class Bound:
+    """A plan with what was learned for it.
+
+    Attributes:
+        key: of the plan among the operators.
+        learned: ``learned_tensors(parameters)``.
+        kept: the statistics that the batch norms keep, mean and variance of each.
+    """
+
+    def __init__(self, plan: Plan, parameters: Parameters) -> None:
+        self.plan, self.parameters, self.key = plan, parameters, register_plan(plan)
+        self.learned = learned_tensors(parameters)
+        self.kept = [t for norm in parameters.norms for t in (norm.mean, norm.var)]
+
+
+def bind(plan: Plan, parameters: Parameters) -> Bound:
+    """The plan with these parameters: the object of the last call with these very tensors, or a new one."""
+    cache = parameters.cache
+    if cache is None or is_traced():
+        return Bound(plan, parameters)
+    if type(cache.bound) is not Bound or cache.bound.plan is not plan or cache.bound.parameters is not parameters:
+        cache.bound = Bound(plan, parameters)
+    return cache.bound
+
+
+@dataclass(eq=False)
+class Call:
+    """One call but for x, delta and attributes; ``statistics`` are measured ones, or those that the norms keep."""
+
+    bound: Bound
+    graph: Graph
+    statistics: Sequence[Tensor]
+    measured: bool
+
+    def arguments(self, x: Tensor, delta: Tensor, attr: Tensor, learned: Sequence[Tensor], by_source: bool) -> Any:
+        """Of ``triton_conv``; the edges by source, where they are not needed, are those by target."""
+        graph = self.graph
+        sorted_ = (graph.order_by_source, graph.colptr) if by_source else (graph.order, graph.rowptr)
+        edges = graph.src, graph.order, graph.rowptr, *sorted_
+        return self.bound.key, x, delta, attr, learned, self.statistics, self.measured, *edges
+
+    def composed(self, x: Tensor, delta: Tensor, attr: Tensor, learned: Sequence[Tensor]) -> Tensor:
+        """The sums (N, C_out) by operators that have derivatives of every order."""
+        bound, graph = self.bound, self.graph
+        replaced = {id(old): new for old, new in zip(bound.learned, learned, strict=True)}
+        parameters = bound.parameters.changed(lambda t: replaced.get(id(t), t))
+        weights = pack(bound.plan, parameters, fold=not self.measured)
+        if self.measured:
+            for n, norm in enumerate(parameters.norms):
+                fold_norm(bound.plan, weights, n, norm, *self.statistics[2 * n : 2 * n + 2])
+        p = prepare(bound.plan, x.device, x.dtype)
+        inputs, radius, factor, q = dense.geometry(p.tables, delta, attr, graph.order, weights.shell_width)
+        r = dense.layers(p, inputs, radius, factor, weights.linears)
+        edges = graph.src, graph.order, graph.rowptr, graph.order_by_source, graph.colptr
+        theta = dense.pack_theta(p, weights.theta)
+        return torch.ops.implicit_steer.triton_contract(bound.key, x, q, r, theta, *edges, True)
+
+
+class _Recorded(torch.autograd.Function):
+    """A call that autograd records: x, delta, attributes and learned tensors → the sums."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *tensors: Tensor) -> Tensor:
+        x, delta, attr, *learned = tensors
+        with torch._C._AutoDispatchBelowAutograd():
+            total, *kept = torch.ops.implicit_steer.triton_conv(*call.arguments(x, delta, attr, learned, False))
+        ctx.save_for_backward(*tensors, *kept)
+        ctx.call = call
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        call, needs, saved = ctx.call, ctx.needs_input_grad[1:], ctx.saved_tensors
+        tensors, kept = saved[: len(needs)], saved[len(needs) :]
+        refuse_derivatives(grad, *tensors)
+        if torch.is_grad_enabled():  # create_graph=True
+            return None, *_differentiable_gradients(call, tensors, grad, needs)
+        x, delta, attr, *learned = tensors
+        needed = *needs[:3], any(needs[3:])
+        with torch._C._AutoDispatchBelowAutograd():
+            arguments = call.arguments(x, delta, attr, learned, needs[0])
+            *found, flat = torch.ops.implicit_steer.triton_conv_backward(*arguments, *kept, grad, needed)
+            found += unflatten(flat, learned) if needed[3] else [None] * len(learned)
+        return None, *(g if need else None for g, need in zip(found, needs, strict=True))
+
+
+def _differentiable_gradients(
+    call: Call, tensors: Sequence[Tensor], grad: Tensor, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of x, delta, attributes and learned tensors as a graph of operators; None where not needed."""
+    fresh = [t.view_as(t) if need else t for t, need in zip(tensors, needs, strict=True)]
+    x, delta, attr, *learned = fresh
+    wanted = [t for t, need in zip(fresh, needs, strict=True) if need]
+    total = call.composed(x, delta, attr, learned)
+    found = iter(torch.autograd.grad(total, wanted, grad, create_graph=True, materialize_grads=True))
+    return [next(found) if need else None for need in needs]
+
+
+_recorded = recorder(_Recorded)  # run has ruled out that torch.func looks on
+
+
+def _measured(
+    bound: Bound, statistics_from: StatisticsSource, graph: Graph, delta: Tensor, attr: Tensor
+) -> list[NormStatistics]:
+    """The batch norms' statistics over these edges and those that the pool adds, norm by norm: the inputs of each
+    depend on the statistics of those before it."""
+    plan, pool, found = bound.plan, statistics_from.pool, []
+    sizes = [(norm.channels, len(norm.trivial)) for norm in plan.norms]
+    statistics = [t for size in sizes for t in (delta.new_zeros(size), delta.new_ones(size[0]))]
+    for n, norm in enumerate(plan.norms):
+        arguments = delta, attr, bound.learned, statistics, True, graph.order, n
+        mean, squares = torch.ops.implicit_steer.triton_moments(bound.key, *arguments)
+        count = len(delta)
+        if pool is not None:
+            count, mean, squares = pool(count, mean, squares)
+        trivial = mean.index_select(0, constant(norm, "measured", mean))
+        found.append(NormStatistics(trivial.T.contiguous(), (squares / (count - 1)).mean(0)))
+        statistics[2 * n : 2 * n + 2] = found[-1]
+    return found
+
+
+def run(
+    plan: Plan,
+    parameters: Parameters,
+    statistics_from: StatisticsSource,
+    graph: Graph,
+    x: Tensor,
+    delta: Tensor,
+    attributes: Tensor,
+) -> tuple[Tensor, list[NormStatistics]]:
+    """bias + Σ_{e: j→i} K(x_e, a_e) f_j (N_dst, C_out), and the batch norms' statistics if they are measured."""
+    refuse_transforms(_NAME)
+    bound = bind(plan, parameters)
+    refuse_tangents(_NAME, [x, delta, attributes, *bound.learned])
+    attr = dense.attributes_in_frame(plan, attributes)
+    found: list[NormStatistics] = []
+    if statistics_from.measured:
+        with torch.no_grad():
+            found = _measured(bound, statistics_from, graph, delta, attr)
+    statistics = [t for pair in found for t in pair] if statistics_from.measured else bound.kept
+    call = Call(bound, graph, statistics, statistics_from.measured)
+    if is_traced():
+        total = torch.ops.implicit_steer.triton_conv(*call.arguments(x, delta, attr, bound.learned, x.requires_grad))[0]
+    elif torch.is_grad_enabled() and torch._C._any_requires_grad(x, delta, attr, *bound.learned):
+        total = _recorded(call, x, delta, attr, *bound.learned)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            total = torch.ops.implicit_steer.triton_conv(*call.arguments(x, delta, attr, bound.learned, False))[0]
+    return mean_and_bias(plan, parameters, graph, total), found
