@@ -1,4 +1,4 @@
-"""What bounds the host's side of a call, from made-up measurements; the measurement itself builds the emulated kernels."""
+"""The bounds of the host's side of a call, on made-up measurements: the real ones build the emulated kernels."""
 
 from bench import dispatch
 
