@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -92,13 +92,16 @@ class _Served(NamedTuple):
     device: torch.device
     chosen: NativeBackend
 
-    def serves(self, plan: Plan, parameters: Parameters, backend: str, *tensors: Any) -> bool:
+    def serves(
+        self, plan: Plan, parameters: Parameters, backend: str, x: Tensor, delta: Tensor, attributes: Tensor | EdgeTypes
+    ) -> bool:
         """Whether a call with these arguments rests on the same."""
         if self.plan is not plan or self.parameters is not parameters or self.backend != backend:
             return False
-        dtype, device = self.dtype, self.device
-        width = parameters.shell_width  # .to() leaves the same objects
-        return width.device == device and all(isinstance(t, Tensor) and t.dtype == dtype for t in (width, *tensors))
+        dtype, width = self.dtype, parameters.shell_width  # .to() leaves the same objects
+        if width.dtype != dtype or width.device != self.device or x.dtype != dtype or delta.dtype != dtype:
+            return False
+        return isinstance(attributes, Tensor) and attributes.dtype == dtype
 
 
 def implicit_conv(

@@ -130,9 +130,9 @@ class BoundKernel:
         if places != known:
             operators, bound = torch.ops.implicit_steer, None
             if all(t.is_contiguous() for t in self._tensors):
-                of_plan = *self.arrays, *self.matrix, self.native.columns
-                of_layer = self.learned, self._kept, self.expansion, self.bias, self.mean
-                number = operators.bind_layer(*of_plan, *of_layer, instruction_set(), self.backend == "cuda")
+                plan, learned = (*self.arrays, *self.matrix, self.native.columns), (self.learned, self._kept)
+                others = self.expansion, self.bias, self.mean, instruction_set(), self.backend == "cuda"
+                number = operators.bind_layer(*plan, *learned, *others)
                 bound = _native.Number(number, operators.release_layer.default) if number else None
             self._bound = places, bound
         return bound

@@ -87,10 +87,11 @@ class Cuda(NativeBackend):
     def supports(self, plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
         """CUDA tensors in float32 or float64, with the kernels; every plan that fits into the device's shared
         memory."""
-        if device.type != "cuda" and not _native.ON_PROCESSOR:
-            return False, f"runs on CUDA tensors, these are on {device}"
+        on_gpu = not _native.ON_PROCESSOR
+        if device.type != ("cuda" if on_gpu else "cpu"):
+            return False, f"runs on {'CUDA' if on_gpu else 'CPU'} tensors, these are on {device}"
         there, reason = self.available()
-        if there and device.type == "cuda":
+        if there and on_gpu:
             there, reason = _native.cuda_usable(device)
         if there and (refused := refusal(plan, dtype)):
             there, reason = False, refused
@@ -98,7 +99,7 @@ class Cuda(NativeBackend):
             there, reason = False, TABLES_ON_GPU
         if there and plan.is_depthwise:
             there, reason = False, DEPTHWISE_ON_GPU
-        if not there or device.type != "cuda":
+        if not there or not on_gpu:
             return there, reason
         needed = shared_bytes(plan, dtype)
         properties: Any = torch.cuda.get_device_properties(device)  # whose type lacks this attribute
