@@ -81,8 +81,9 @@ def executions(code: Code, launch: Launch, lines: dict[int, Lines]) -> dict[int,
     memory = {b: [i.lines for i in code.blocks[b] if i.opcode in _MEMORY] for b in code.dominators}
     for of_block in memory.values():
         present.update(of_block)
+    # of blocks with memory instructions, which were counted
     known = {b: median(counted[at] / present[at] for at in of_block) for b, of_block in memory.items() if of_block}
-    below = dict(known)  # the most executed block that it dominates, itself included
+    below = dict(known)  # of the most executed block that it dominates, itself included
     for block in reversed(code.dominators):
         if block in below:
             above = code.dominators[block]

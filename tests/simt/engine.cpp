@@ -360,7 +360,7 @@ void run(dim3 grid, dim3 block, size_t bytes, const void* kernel, void (*call)(v
   Count& count = counts[kernel_name];
   Dl_info info;
   if (counting && (!dladdr(kernel, &info) || info.dli_saddr != kernel)) {
-    failed = true,
+    failed = true;
     message = std::string(name) + ": has no symbol, as in an anonymous namespace; expected one to count it";
     return;
   }
