@@ -168,8 +168,8 @@ class Counted:
 
 
 def counted(kernels: Sequence[Kernel], folder: Path, emulated: Path) -> list[Counted]:
-    """Of every architecture the kernels whose work grows with the graph."""
-    launches = [launch for launch in launches_of(folder / "counts.txt") if launch.bytes_per_edge]
+    """Of every architecture the kernels whose work is proportional to the graph."""
+    launches = [launch for launch in launches_of(folder / "counts.txt") if launch.is_proportional]
     lines = lines_of(emulated, {place for launch in launches for place in launch.accesses})
     codes = disassemble(folder.rglob("*.cu.o"), {launch.symbol for launch in launches})
     found, of = [], {(kernel.architecture, kernel.symbol): kernel for kernel in kernels}
@@ -197,7 +197,7 @@ def loops_text(found: Sequence[Counted]) -> str:
 
 
 def predictions_text(found: Sequence[Counted]) -> str:
-    """The predictions, and those for kernels that were measured beside what was measured."""
+    """The predictions, and that for the kernel that was measured beside what was measured."""
     rows, compared = [], []
     for label, device in DEVICES.items():
         for c in found:
@@ -212,22 +212,22 @@ def predictions_text(found: Sequence[Counted]) -> str:
                 compared += _compared(c.kernel.name, executed, prediction)
     head = ["kernel", "device", "warp instructions per edge", "bytes per edge", "occupancy", "bound", "µs, PREDICTED"]
     parts = ["## Predicted times", (cuda_times.__doc__ or "").strip(), table(head, rows)]
-    parts += [f"On the {cuda_times.ON}, upper ends:", table(["kernel", "", "PREDICTED", "measured"], compared)]
+    if compared:
+        parts.append(f"`{cuda_times.FORWARD.kernel}` on the {cuda_times.ON}, upper end:")
+        parts.append(table(["", "PREDICTED", "measured"], compared))
     return "\n\n".join(parts)
 
 
 def _compared(kernel: str, executed: float, prediction: cuda_times.Prediction) -> list[list[str]]:
     """Rows of what was predicted and measured of the kernel, if it was."""
-    forward, summed = cuda_times.FORWARD, cuda_times.SUM
-    rows = []
-    if kernel == forward.kernel:
-        cycles = prediction.cycles[1]
-        rows.append(["warp instructions per edge", f"{executed:,.0f}", f"{forward.instructions:,.0f}"])
-        rows.append(["cycles", f"{cycles:,.0f}", f"{forward.cycles:,}"])
-        rows.append([f"µs at {forward.clock} GHz", f"{cycles / forward.clock / 1e3:,.0f}", f"{forward.microseconds:g}"])
-    if kernel == summed.kernel:
-        rows.append(["µs", f"{prediction.microseconds[1]:.1f}", f"{summed.microseconds}"])
-    return [[f"`{kernel}`", *row] for row in rows]
+    measured, cycles = cuda_times.FORWARD, prediction.cycles[1]
+    if kernel != measured.kernel:
+        return []
+    return [
+        ["warp instructions per edge", f"{executed:,.0f}", f"{measured.instructions:,.0f}"],
+        ["cycles", f"{cycles:,.0f}", f"{measured.cycles:,}"],
+        [f"µs at {measured.clock} GHz", f"{cycles / measured.clock / 1e3:,.0f}", f"{measured.microseconds:g}"],
+    ]
 
 
 def products_failures(compiled: Path) -> list[str]:

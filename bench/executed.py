@@ -21,9 +21,10 @@ from statistics import median
 from .sass import Code, Lines, output_of
 
 _MEMORY = {"LDS", "STS", "LDG", "STG", "LD", "ST", "LDGSTS", "ATOM", "ATOMG", "ATOMS", "RED", "REDG"}
-# Arrays that grow with the graph, as the emulator's tests name them.
+# Arrays that grow with the graph, as the emulator's tests name them; scratch are the partial results of warps, which on
+# a GPU have about as many edges each as there.
 _OF_THE_GRAPH = {"delta", "attr", "x", "src", "order", "rowptr", "colptr", "order_by_source", "out", "grad_out",
-                 "grad_edge", "grad_x", "grad_delta", "grad_attr"}  # fmt: skip
+                 "grad_edge", "grad_x", "grad_delta", "grad_attr", "scratch"}  # fmt: skip
 
 
 @dataclass
@@ -43,6 +44,11 @@ class Launch:
     def bytes_per_edge(self) -> float:
         """Of the arrays that grow with the graph."""
         return sum(n for name, n in self.touched.items() if name in _OF_THE_GRAPH) / self.edges
+
+    @property
+    def is_proportional(self) -> bool:
+        """Whether its work grows as the graph does: not that on weights, nor the sums of their gradients over warps."""
+        return self.bytes_per_edge > 0 and "grad_weights" not in self.touched
 
 
 def launches_of(counts: Path) -> list[Launch]:
@@ -81,8 +87,9 @@ def executions(code: Code, launch: Launch, lines: dict[int, Lines]) -> dict[int,
     memory = {b: [i.lines for i in code.blocks[b] if i.opcode in _MEMORY] for b in code.dominators}
     for of_block in memory.values():
         present.update(of_block)
+    # of blocks with memory instructions, which were counted
     known = {b: median(counted[at] / present[at] for at in of_block) for b, of_block in memory.items() if of_block}
-    below = dict(known)  # the most executed block that it dominates, itself included
+    below = dict(known)  # of the most executed block that it dominates, itself included
     for block in reversed(code.dominators):
         if block in below:
             above = code.dominators[block]

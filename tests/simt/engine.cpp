@@ -359,7 +359,12 @@ void run(dim3 grid, dim3 block, size_t bytes, const void* kernel, void (*call)(v
   }
   Count& count = counts[kernel_name];
   Dl_info info;
-  count.symbol = dladdr(kernel, &info) && info.dli_sname ? info.dli_sname : "";
+  if (counting && (!dladdr(kernel, &info) || info.dli_saddr != kernel)) {
+    failed = true;
+    message = std::string(name) + ": has no symbol, as in an anonymous namespace; expected one to count it";
+    return;
+  }
+  if (counting) count.symbol = info.dli_sname;
   count.threads = n_threads, count.shared_bytes = bytes, count.blocks = std::max(count.blocks, grid.x);
   count.warps += uint64_t{grid.x} * ((n_threads + 31) / 32);
   trace_launch(context);
