@@ -46,7 +46,9 @@ the newest one, all instructions in the code, the loads from shared (LDS) and gl
 load 128 bits; and bytes of stack, local accesses and generic accesses, each the largest on any architecture. Gates hold
 these three to 0, except in double, where 255 registers are not enough: there the stack may take 40 bytes on sm_100 and
 160 on sm_120, with local accesses to it. `Specialised<φ, c, W>` are kernels for W channels of c coefficients in every
-hidden layer, `Generic` those for all others. What was measured on a GPU is in [gpu-h100.md](gpu-h100.md)."""
+hidden layer, `Exact<φ, W, V, ×>` those for at most V scalars and V vectors as inputs and as outputs, with the products
+u × x or without them, and `Generic` those for all others. What was measured on a GPU is in
+[gpu-h100.md](gpu-h100.md)."""
 _LOOPS = """## Executed instructions
 
 What warps execute in the loops that have a name in the source, on sm_90, for the benchmark's case `cloud`: 32 edges per
@@ -88,7 +90,7 @@ class Kernel:
             most |= EXCUSED_DOUBLE.get(self.architecture, {})
         broken = [(what, n) for what, n in self.counts.items() if n > most[what]]
         found = [f"{self.architecture} {self.name}: {what} {n}, expected {most[what]}" for what, n in broken]
-        if "Specialised<" in self.name and not self.wide:
+        if re.search("Specialised<|Exact<", self.name) and not self.wide:
             found.append(f"{self.architecture} {self.name}: no load of 128 bits")
         return found
 

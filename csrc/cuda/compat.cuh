@@ -22,6 +22,25 @@ __host__ __device__ __forceinline__ float exp2_approximate(float x) {
   return exp2f(x);
 #endif
 }
+// 1 / x and 1 / sqrt(x), at most 2 ulp; numbers that are not normal count as 0
+__device__ __forceinline__ float reciprocal_approximate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float inverse_root_approximate(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// The pointer, about which the compiler knows nothing any more: loads by it are not moved out of a loop, where they
+// would take registers.
+template <typename T>
+__device__ __forceinline__ T* opaque(T* pointer) {
+  unsigned zero = 0;
+  asm volatile("" : "+r"(zero));
+  return pointer + zero;
+}
 // x rounded to TF32, 11 bits of mantissa (ties away from 0), in the place of a float whose last 13 bits are 0
 __device__ __forceinline__ uint32_t to_tf32(float x) {
   uint32_t y;

@@ -1,8 +1,11 @@
 // The entry points for one kind of number: IST_REAL, in the table IST_TABLE. Compiled once for float, once for double.
 
+#include <limits>
+
 #include "../packing.h"
 #include "backward.cuh"
 #include "device_plan.h"
+#include "exact.h"
 #include "forward.cuh"
 #include "hidden.cuh"
 #include "launch.h"
@@ -21,7 +24,7 @@ template <typename N>
 struct EdgeKernel {
   const char* name;
   void (*kernel)(Call<R>);
-  Call<R> call;
+  Call<R> call{};
   int warps_per_block;
 
   // Numbers of a block in front of its warps', `front`, and of a warp behind its edges, `rest`; warps beyond
@@ -31,7 +34,8 @@ struct EdgeKernel {
     call.args = args, call.args.plan = nullptr, call.plan = plan.view, call.extent = plan.extent,
     call.places = plan.places, call.terms = plan.terms;
     PreparedKernel found{};
-    IST_TRY(prepared(plan, needs, front, rest, found));
+    IST_TRY(plan.prepare(reinterpret_cast<const void*>(kernel), found,
+                         [&] { return ask(plan, needs, front, rest, found); }));
     Shape& shape = call.shape;
     shape = found.shape, warps_per_block = found.warps_per_block;
     const int64_t tile = 32 / shape.lanes, most = std::max<int64_t>(std::min(found.resident, most_warps), 1);
@@ -41,20 +45,9 @@ struct EdgeKernel {
     return {};
   }
 
-  // As at the kernel's first launch for the plan, which asks the device.
-  Failure prepared(const DevicePlan<R>& plan, Needs needs, int64_t front, int64_t rest, PreparedKernel& found) {
-    const std::lock_guard<std::mutex> lock(plan.mutex);
-    for (const PreparedKernel& known : plan.prepared)
-      if (known.kernel == reinterpret_cast<const void*>(kernel)) return found = known, Failure{};
-    IST_TRY(ask(plan, needs, front, rest, found));
-    plan.prepared.push_back(found);
-    return {};
-  }
-
   Failure ask(const DevicePlan<R>& plan, Needs needs, int64_t front, int64_t rest, PreparedKernel& found) {
     Device device;
     IST_TRY(device.read());
-    found.kernel = reinterpret_cast<const void*>(kernel);
     Shape& shape = found.shape;
     const int64_t front_bytes = kBlockBytes + static_cast<int64_t>(sizeof(N)) * front;
     shape = best_shape<N>(plan.view, plan.extent, needs, rest, device, front_bytes);
@@ -120,8 +113,12 @@ Failure with_sizes(const DevicePlan<R>& plan, Run run) {
   }
 }
 
+// The kernel on edges: the plan's exact one (exact_plan.h) where it has one, else one for its sizes.
 template <typename N>
-Failure forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, const Epilogue<R>& epilogue, void* stream) {
+Failure run_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream, Call<R>& call) {
+  if constexpr (std::is_same_v<N, float>)
+    if (plan.exact.fields > 0 && args.n_src <= std::numeric_limits<int32_t>::max())
+      return run_exact_forward(plan, args, stream, call);
   EdgeKernel<N> edges{};
   IST_TRY(with_sizes<N>(plan, [&](auto sizes, int64_t front) {
     edges.name = sizes.specialised ? "conv_forward_specialised" : "conv_forward",
@@ -129,8 +126,15 @@ Failure forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, const Epilog
     return edges.prepare(plan, args, {true, false, sizes.specialised}, front, forward_rest(plan), kAnyWarps);
   }));
   edges.call.partial = partial_results(args, edges.call.shape, 2 * plan.view.out_size);
-  IST_TRY(edges.run(stream));
-  return launch_threads("finish_nodes", finish_nodes<R>, args.n_dst * plan.view.out_size, stream, edges.call, epilogue);
+  call = edges.call;
+  return edges.run(stream);
+}
+
+template <typename N>
+Failure forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, const Epilogue<R>& epilogue, void* stream) {
+  Call<R> call{};
+  IST_TRY(run_forward<N>(plan, args, stream, call));
+  return launch_threads("finish_nodes", finish_nodes<R>, args.n_dst * plan.view.out_size, stream, call, epilogue);
 }
 Failure forward_tangent(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream) {
   return forward<Dual<R>>(plan, args, {}, stream);

@@ -10,6 +10,7 @@
 #include "../packing.h"
 #include "call.h"
 #include "compat.cuh"
+#include "exact_plan.h"
 #include "failure.h"
 #include "plan_lists.h"
 
@@ -82,13 +83,28 @@ struct DevicePlan {
   Extent extent;
   Sizes sizes;
   PlanLists<R> lists;
-  Places places{};  // of their copies on the device
+  ExactPlan exact;         // of float
+  ExactView exact_view{};  // of its copy on the device
+  Places places{};         // of their copies on the device
   Terms terms{};
-  int64_t reals_at, layers_at, couplings_at, lists_at, bytes;  // offsets of the copies, in one piece of memory
+  int64_t reals_at, layers_at, couplings_at, lists_at, exact_at,
+      bytes;  // offsets of the copies, in one piece of memory
 
   // Of the kernels that ran before; a plan has few.
   mutable std::mutex mutex;
   mutable std::vector<PreparedKernel> prepared;
+
+  // `found` is as at the kernel's first launch for the plan, before which ask() asks the device.
+  template <typename Ask>
+  Failure prepare(const void* kernel, PreparedKernel& found, Ask ask) const {
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (const PreparedKernel& known : prepared)
+      if (known.kernel == kernel) return found = known, Failure{};
+    IST_TRY(ask());
+    found.kernel = kernel;
+    prepared.push_back(found);
+    return {};
+  }
 
   // False when the arrays are not what ops/native/arrays.py writes.
   bool read(const int32_t* ints_begin, int64_t n_ints, const R* reals_begin, int64_t n_reals) {
@@ -97,6 +113,8 @@ struct DevicePlan {
     place_couplings(host);
     sizes = sizes_of(host);
     lists.make(host, sizes != Sizes::kAny);
+    if constexpr (std::is_same_v<R, float>)
+      if (sizes == Sizes::kElu4x8 || sizes == Sizes::kSilu4x8) exact.make(host, 8);
     extent.all_layers = extent.widest = 0;
     for (int n = 0; n < host.n_layers; ++n) {
       extent.all_layers += host.layers[n].out_size;
@@ -106,7 +124,8 @@ struct DevicePlan {
     reals_at = aligned(n_ints * sizeof(int32_t)), layers_at = reals_at + aligned(n_reals * sizeof(R));
     couplings_at = layers_at + aligned(host.n_layers * sizeof(LayerView<R>));
     lists_at = couplings_at + aligned(host.n_couplings * sizeof(CouplingView));
-    bytes = lists_at + aligned(lists.numbers.size() * sizeof(int32_t));
+    exact_at = lists_at + aligned(lists.numbers.size() * sizeof(int32_t));
+    bytes = exact_at + aligned(exact.numbers.size() * sizeof(int32_t));
     return true;
   }
 
@@ -122,11 +141,12 @@ struct DevicePlan {
       if (!numbers.empty()) std::memcpy(image.data() + at, numbers.data(), numbers.size() * sizeof(numbers[0]));
     };
     put(0, ints), put(reals_at, reals), put(layers_at, there.layer_storage), put(couplings_at, there.coupling_storage);
-    put(lists_at, lists.numbers);
+    put(lists_at, lists.numbers), put(exact_at, exact.numbers);
     view = there;
     view.layers = reinterpret_cast<const LayerView<R>*>(to + layers_at);
     view.couplings = reinterpret_cast<CouplingView*>(static_cast<char*>(memory) + couplings_at);
     places = lists.places(ints_at(lists_at)), terms = lists.terms(ints_at(lists_at));
+    exact_view = exact.view(ints_at(exact_at));
     const cudaError_t error = cudaMemcpyAsync(memory, image.data(), bytes, cudaMemcpyHostToDevice, stream);
     return error == cudaSuccess ? cudaStreamSynchronize(stream) : error;  // calls on other streams will read it
   }

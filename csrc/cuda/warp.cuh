@@ -9,11 +9,10 @@
 
 #include "../edge_mlp.h"
 #include "call.h"
+#include "lanes_of_warp.cuh"
 #include "specialised.cuh"
 
 namespace implicit_steer::IST_ISA {
-
-constexpr unsigned kWarp = 0xffffffffu;
 
 // φ of the plan, chosen at run time where it is evaluated: everything around it is compiled once. Its number stands in
 // the first word of the block's shared memory.
@@ -61,30 +60,6 @@ struct Layers {};  // of a block's own there are none
 template <typename F, int kCoefficients, int kWidth, typename R>
 struct Layers<Specialised<F, kCoefficients, kWidth>, R> : SpecialisedLayers<Specialised<F, kCoefficients, kWidth>, R> {
 };
-
-template <typename T>
-__device__ __forceinline__ T from_lane(T x, int lane) {
-  return __shfl_sync(kWarp, x, lane);
-}
-template <typename T>
-__device__ __forceinline__ Dual<T> from_lane(Dual<T> x, int lane) {
-  return {from_lane(x.value, lane), from_lane(x.tangent, lane)};
-}
-template <typename T>
-__device__ __forceinline__ T from_lane_xor(T x, int bits) {
-  return __shfl_xor_sync(kWarp, x, bits);
-}
-template <typename T>
-__device__ __forceinline__ Dual<T> from_lane_xor(Dual<T> x, int bits) {
-  return {from_lane_xor(x.value, bits), from_lane_xor(x.tangent, bits)};
-}
-
-// Sum over the lanes whose numbers differ in the bits from `low` up to, not including, `high`.
-template <typename T>
-__device__ __forceinline__ T sum_lanes(T x, int low, int high) {
-  for (int bit = low; bit < high; bit *= 2) x += from_lane_xor(x, bit);
-  return x;
-}
 
 // The smallest power of two that is at least n, at most 32: so many lanes stand side by side in a row of n.
 __device__ __forceinline__ int row_width(int n) { return n <= 1 ? 1 : n > 16 ? 32 : 1 << (32 - __clz(n - 1)); }

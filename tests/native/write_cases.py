@@ -189,6 +189,13 @@ def near_origin(problem):
     return problem
 
 
+def short_edges(problem):
+    """The problem with lengths from 0 to 0.2 side by side, around that at which regular frames change."""
+    lengths = torch.linspace(0, 0.2, len(problem.delta), dtype=problem.delta.dtype)
+    problem.delta = lengths[:, None] * torch.nn.functional.normalize(problem.delta)
+    return problem
+
+
 def all_near_origin(problem):
     """Only edges near the origin."""
     problem.delta *= 1e-3
@@ -226,6 +233,7 @@ def gpu_cases():
         return conv, change(case.inputs(conv))
 
     cloud = Case("cloud", "O(3)", "8 scalar+vector", "8 scalar+vector", "1 scalar", n_layers=3, n_channels=8)
+    cloud_so3 = replace(cloud, space="SO(3)", into="7 scalar+vector, 1 vector", out="5 scalar+vector", n_layers=4)
 
     return {
         "one-edge": made(nodes(5, 1)),
@@ -234,6 +242,13 @@ def gpu_cases():
         "130-nodes": made(nodes(130, 500), "so2"),
         "hub": made(hub),
         "cloud": made(nodes(16, 512), cloud, "no norm", "elu"),
+        "cloud-one-edge": made(nodes(5, 1), cloud, "no norm", "elu"),
+        "cloud-no-edges": made(lambda problem: with_edges(problem, slice(0)), cloud, "no norm", "elu"),
+        "cloud-isolated-nodes": made(nodes(300, 90), cloud, "no norm", "elu"),
+        "cloud-hub": made(hub, cloud, "no norm", "elu"),
+        "cloud-short-edges-train": made(lambda problem: short_edges(skewed(problem)), cloud, "train"),
+        "cloud-so3": made(near_origin, cloud_so3, "train", "elu"),
+        "cloud-one-layer": made(skewed, replace(cloud, into="4 scalar+vector", out="3 scalar, 2 vector", n_layers=2)),
         "radius-0": made(radius(0), "o3-l2"),
         "radius-1e-6": made(radius(1e-6), "o3-l2"),
     }
@@ -260,6 +275,7 @@ def cases():
         "zonal": made("o3"),
         "zonal-wide": made(wide),
         "zonal-specialised": made(specialised, "no norm", skewed),
+        "zonal-specialised-short-edges": made(specialised, "eval", lambda problem: short_edges(skewed(problem))),
         "zonal-specialised-train": made(specialised_l2, "train", near_skewed),
         "zonal-specialised-odd": made(specialised_odd, activation="silu", cutoff=2.0),
         "zonal-odd-sizes-train": made("o3-mixed", "train", activation="gelu"),

@@ -167,6 +167,7 @@ SIMT_UNTRACED __attribute__((noinline)) T atomic_add(T* address, T value) {
 #define SHARED_MEMORY(T, name) T* const name = reinterpret_cast<T*>(simt::dynamic_shared())
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline int atomicAdd(int* address, int value) { return simt::atomic_add(address, value); }
 inline float __uint_as_float(uint32_t bits) { return simt::float_of(bits); }
@@ -175,6 +176,12 @@ inline uint32_t to_tf32(float x) {
   return std::isfinite(x) ? (simt::bits_of(x) + 0x1000u) & 0xffffe000u : simt::bits_of(x);
 }
 inline float exp2_approximate(float x) { return exp2f(x); }
+inline float reciprocal_approximate(float x) { return 1 / x; }
+inline float inverse_root_approximate(float x) { return 1 / sqrtf(x); }
+template <typename T>
+T* opaque(T* pointer) {
+  return pointer;
+}
 template <typename T>
 T* global_memory(T* pointer) {
   return pointer;

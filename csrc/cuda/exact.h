@@ -1,0 +1,14 @@
+// The exact kernels' entry points (exact.cu), which are for float alone.
+#pragma once
+
+#include "device_plan.h"
+#include "library.h"
+
+namespace implicit_steer::IST_ISA {
+
+// Launches the forward pass of a plan that has exact kernels; R = float. `call` becomes what conv_forward would get,
+// for the launch that adds up what several warps have of a node.
+template <typename R>
+Failure run_exact_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream, Call<R>& call);
+
+}  // namespace implicit_steer::IST_ISA

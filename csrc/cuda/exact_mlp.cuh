@@ -1,0 +1,275 @@
+// The kernel MLP of one edge in the registers of one thread, for zonal frames: coefficients c_l of every hidden
+// channel.
+//
+// Of a channel's four coefficients z[k] the first two have even degrees (0 and 2), the others odd ones (1 and 3).
+// Activations are y = A⁻ φ(A z) over pairs of samples, E + O and E − O (LayerView of plan.h). A holds log2 e times its
+// numbers, so that e^x is one instruction, 2^(A z), and A⁻ holds ln 2 times its own; see Scaled.
+//
+// Weights lie in the block's shared memory, where all lanes read the same four of them at a time. Batch norms cost
+// nothing per edge: the scale and the shift of one are in the weights of what follows.
+#pragma once
+
+#include "../edge_mlp.h"
+#include "call.h"
+#include "exact_plan.h"
+#include "lanes_of_warp.cuh"
+#include "neighbours.cuh"
+
+namespace implicit_steer::IST_ISA {
+
+constexpr float kLog2e = 1.44269504089f, kLn2 = 0.69314718056f;
+
+// What an exact kernel is compiled for: φ, W hidden channels, V fields, with the path u × x or without it.
+template <typename F, int kWidth, int kFields, bool kWithCross>
+struct Exact {
+  using Function = F;
+  using Slots = ExactSlots<kWithCross>;
+  static constexpr int c = ExactPlan::kCoefficients, even = ExactPlan::kEven, width = kWidth, fields = kFields;
+};
+// Place of c_l among a channel's coefficients.
+__host__ __device__ constexpr int place_of_degree(int l) { return l == 0 ? 0 : l == 1 ? ExactPlan::kEven : 1; }
+
+// log2 e · φ(ln 2 · x)
+template <typename F>
+struct Scaled;
+template <>
+struct Scaled<Elu> {
+  static __device__ __forceinline__ float value(float x) {
+    const float below = exp2_approximate(x) * kLog2e - kLog2e;
+    return x > 0 ? x : below;
+  }
+};
+template <>
+struct Scaled<Silu> {
+  static __device__ __forceinline__ float value(float x) {
+    return x * reciprocal_approximate(1 + exp2_approximate(-x));
+  }
+};
+
+// Where a block has the MLP in its shared memory; the sizes are the same for all lanes.
+struct ExactMlp {
+  float* samples;        // [pairs, 2, c] A and A⁻, scaled
+  float* first;          // [1 + n_inputs, W] the first layer's bias, then its weights by input
+  float* hidden;         // [n_layers - 1] the layers that follow: bias [W], weights [c, W, W] by coefficient and row
+  float *scale, *shift;  // [W] of the last batch norm, or 1 and 0
+  int pairs, n_inputs, n_layers;
+
+  template <typename S>
+  static constexpr int layer_size = S::width + S::c * S::width * S::width;
+  template <typename S>
+  static int size(const PlanView<float>& p) {
+    return 2 * p.layers[0].n_pairs * S::c + (1 + p.n_inputs) * S::width + (p.n_layers - 1) * layer_size<S> +
+           2 * S::width;
+  }
+
+  template <typename S>
+  __device__ __forceinline__ void place(float* memory, const PlanView<float>& p) {
+    pairs = p.layers[0].n_pairs, n_inputs = p.n_inputs, n_layers = p.n_layers;
+    samples = memory, first = samples + 2 * pairs * S::c;
+    hidden = first + (1 + n_inputs) * S::width, scale = hidden + (n_layers - 1) * layer_size<S>;
+    shift = scale + S::width;
+  }
+
+  // By all threads of the block, with barriers.
+  template <typename S>
+  __device__ __forceinline__ void copy(const PlanView<float>& p, const ExactView& exact, const float* packed) {
+    const LayerView<float>& layer = p.layers[0];
+    const float *const a = global_memory(layer.pair_samples), *const b = global_memory(layer.pair_inverse);
+    for (int k = threadIdx.x; k < pairs * S::c; k += blockDim.x) {
+      float* const to = samples + k / S::c * 2 * S::c + k % S::c;
+      to[0] = a[k] * kLog2e, to[S::c] = b[k] * kLn2;
+    }
+    for (int k = threadIdx.x; k < (1 + n_inputs) * S::width; k += blockDim.x) {
+      const int w = k % S::width, at = k < S::width ? layer.bias + w * S::c : exact.first[k - S::width];
+      first[k] = at < 0 ? 0 : packed[at];
+    }
+    for (int w = threadIdx.x; w < S::width; w += blockDim.x)
+      scale[w] = norm_scale(p, packed, n_layers - 1, w), shift[w] = norm_shift<S>(p, packed, n_layers - 1, w);
+    for (int n = 1; n < n_layers; ++n) copy_layer<S>(p, packed, n);
+    __syncthreads();
+  }
+
+  // c_l of all channels, z[w][place of l], from the inputs: the radius, then the attributes.
+  template <typename S, typename Attribute>
+  __device__ __forceinline__ void evaluate(float radius, Attribute attribute, float (&z)[S::width][S::c]) const {
+    first_layer<S>(radius, attribute, z);
+    if (n_layers == 1) return activation<S, 1, 1, S::even, 1>(z);
+    activation<S, 1, 1, S::even, S::c - S::even>(z);
+    const float* layer = hidden;
+#pragma unroll 1
+    for (int n = 2; n < n_layers; ++n, layer += layer_size<S>) {
+      linear<S>(layer, z);
+      activation<S, S::even, S::c - S::even, S::even, S::c - S::even>(z);
+    }
+    linear<S>(layer, z);
+    activation<S, S::even, S::c - S::even, S::even, 1>(z);
+  }
+
+  template <typename S, typename Attribute>
+  __device__ __forceinline__ void first_layer(float radius, Attribute attribute, float (&z)[S::width][S::c]) const {
+    const float* const w = opaque(first);
+#pragma unroll
+    for (int i = 0; i < S::width; i += 4) {
+      const auto bias = neighbours<4>(w + i), of_radius = neighbours<4>(w + S::width + i);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) z[i + j][0] = bias.at[j], z[i + j][S::even] = of_radius.at[j] * radius;
+    }
+#pragma unroll 1
+    for (int n = 1; n < n_inputs; ++n) {
+      const float x = attribute(n - 1);
+#pragma unroll
+      for (int i = 0; i < S::width; i += 4) {
+        const auto of_attribute = neighbours<4>(w + (1 + n) * S::width + i);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) z[i + j][0] += of_attribute.at[j] * x;
+      }
+    }
+  }
+
+  // z = W y + b in the place of y, coefficient by coefficient
+  template <typename S>
+  __device__ __forceinline__ static void linear(const float* layer, float (&z)[S::width][S::c]) {
+#pragma unroll
+    for (int k = 0; k < S::c; ++k) {
+      float y[S::width];
+#pragma unroll
+      for (int i = 0; i < S::width; ++i) y[i] = z[i][k];
+#pragma unroll
+      for (int r = 0; r < S::width; ++r) {
+        const float* const row = layer + S::width + (k * S::width + r) * S::width;
+        float sum = k == 0 ? layer[r] : 0;
+#pragma unroll
+        for (int i = 0; i < S::width; i += 4) {
+          const auto four = neighbours<4>(row + i);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) sum += four.at[j] * y[i + j];
+        }
+        z[r][k] = sum;
+      }
+    }
+  }
+
+  // y = A⁻ φ(A z) in the place of z, which has only its first even and odd coefficients; of y only such are wanted. So
+  // many channels at a time that a pair's numbers are loaded seldom and few registers hold z and y at once.
+  template <typename S, int kInEven, int kInOdd, int kOutEven, int kOutOdd>
+  __device__ __forceinline__ void activation(float (&z)[S::width][S::c]) const {
+    constexpr int together = 4;
+    const auto used = [](int k, int even, int odd) { return k < S::even ? k < even : k - S::even < odd; };
+#pragma unroll
+    for (int first_channel = 0; first_channel < S::width; first_channel += together) {
+      float y[together][S::c] = {};
+#pragma unroll 1
+      for (int pair = 0; pair < pairs; ++pair) {
+        const float* const row = samples + pair * 2 * S::c;
+        const auto a = neighbours<4>(row), b = neighbours<4>(row + S::c);
+#pragma unroll
+        for (int w = 0; w < together; ++w) {
+          float part[2] = {0, 0};  // even, odd
+#pragma unroll
+          for (int k = 0; k < S::c; ++k)
+            if (used(k, kInEven, kInOdd)) part[k >= S::even] += a.at[k] * z[first_channel + w][k];
+          const float plus = Scaled<typename S::Function>::value(part[0] + part[1]);
+          const float minus = Scaled<typename S::Function>::value(part[0] - part[1]);
+          const float sums[2] = {plus + minus, plus - minus};
+#pragma unroll
+          for (int k = 0; k < S::c; ++k)
+            if (used(k, kOutEven, kOutOdd)) y[w][k] += sums[k >= S::even] * b.at[k];
+        }
+      }
+#pragma unroll
+      for (int w = 0; w < together; ++w)
+#pragma unroll
+        for (int k = 0; k < S::c; ++k) z[first_channel + w][k] = y[w][k];
+    }
+  }
+
+  // ---- near the origin: one edge by all lanes of a warp
+
+  // As evaluate() with coefficients of l >= 1 divided by the radius on the way (near_forward of edge_mlp.h), then
+  // put(l, w, c_l) once for each. A lane has one channel w and every so-manieth pair of samples; y: [W, c] of the warp.
+  template <typename S, typename Attribute, typename Put>
+  __device__ __forceinline__ void evaluate_near(float radius, Attribute attribute, float* y, Put put) const {
+    constexpr int lanes = 32 / S::width;  // of a channel
+    const int lane = threadIdx.x % 32, w = lane / lanes, share = lane % lanes;
+    float z[S::c] = {first[w], 0, first[S::width + w], 0}, out[S::c];
+    for (int n = 1; n < n_inputs; ++n) z[0] += first[(1 + n) * S::width + w] * attribute(n - 1);
+    const float* layer = hidden;
+    for (int n = 1;; ++n, layer += layer_size<S>) {
+      near_activation<S>(radius, z, share, out);
+      if (n == n_layers) break;
+#pragma unroll
+      for (int k = 0; k < S::c; ++k)  // the sums over lanes needed all that was read of y before
+        if (share == 0) y[w * S::c + k] = out[k];
+      __syncwarp();
+#pragma unroll
+      for (int k = 0; k < S::c; ++k) {
+        z[k] = k == 0 ? layer[w] : 0;
+        for (int i = 0; i < S::width; ++i)
+          z[k] += layer[S::width + (k * S::width + w) * S::width + i] * y[i * S::c + k];
+      }
+    }
+#pragma unroll
+    for (int l = 0; l < S::Slots::degrees; ++l)
+      if (share == 0) put(l, w, out[place_of_degree(l)] * (l == 0 ? 1 : radius));
+  }
+
+  template <typename S>
+  __device__ __forceinline__ void near_activation(float radius, const float (&z)[S::c], int share,
+                                                  float (&y)[S::c]) const {
+    using F = typename S::Function;
+    constexpr int lanes = 32 / S::width;
+#pragma unroll
+    for (int k = 0; k < S::c; ++k) y[k] = 0;
+    for (int pair = share; pair < pairs; pair += lanes) {
+      const float *a = samples + pair * 2 * S::c, *b = a + S::c;
+      const float at_zero = a[0] * z[0] * kLn2;
+      float part[2] = {0, 0};
+#pragma unroll
+      for (int k = 1; k < S::c; ++k) part[k >= S::even] += a[k] * z[k] * kLn2;
+      float sums[2] = {0, 0}, values = 0;  // of quotients: even, odd; of φ: even
+      IST_ROLLED for (int sign = 1; sign >= -1; sign -= 2) {
+        const float w = part[0] + static_cast<float>(sign) * part[1];
+        const float d = w * quotient<F, false>(at_zero, radius * w).q;
+        sums[0] += d, sums[1] += static_cast<float>(sign) * d, values += F::value(at_zero) + radius * d;
+      }
+#pragma unroll
+      for (int k = 0; k < S::c; ++k) y[k] += (k == 0 ? values : sums[k >= S::even]) * b[k] * kLog2e;
+    }
+#pragma unroll
+    for (int k = 0; k < S::c; ++k) y[k] = sum_lanes(y[k], 1, lanes);
+  }
+
+  // ---- batch norms, folded
+
+  static __device__ __forceinline__ float norm_scale(const PlanView<float>& p, const float* packed, int n, int w) {
+    return p.has_norms ? packed[p.layers[n].affine + w] : 1;
+  }
+  template <typename S>
+  static __device__ __forceinline__ float norm_shift(const PlanView<float>& p, const float* packed, int n, int w) {
+    return p.has_norms && p.n_trivial ? packed[p.layers[n].affine + S::width + w] : 0;
+  }
+
+  // Layer n >= 1 at the scale and shift of the batch norm before it: W' = W scale, b' = b + W shift.
+  template <typename S>
+  __device__ __forceinline__ void copy_layer(const PlanView<float>& p, const float* packed, int n) {
+    constexpr int square = S::width * S::width;
+    const LayerView<float>& layer = p.layers[n];
+    const int32_t* const groups = global_memory(layer.groups);
+    const float* const values = packed + layer.weight;
+    float* const to = hidden + (n - 1) * layer_size<S>;
+    // Group k of a layer's rows has one coefficient of all channels.
+    const auto coefficient = [&](int k) { return groups[k * (2 + 2 * S::width) + 2]; };
+    for (int k = threadIdx.x; k < S::c * square; k += blockDim.x)
+      to[S::width + coefficient(k / square) * square + k % square] =
+          values[k] * norm_scale(p, packed, n - 1, k % S::width);
+    for (int r = threadIdx.x; r < S::width; r += blockDim.x) {
+      float sum = packed[layer.bias + r * S::c];
+      for (int k = 0; k < S::c; ++k)
+        for (int i = 0; i < S::width && coefficient(k) == 0; ++i)
+          sum += values[k * square + r * S::width + i] * norm_shift<S>(p, packed, n - 1, i);
+      to[r] = sum;
+    }
+  }
+};
+
+}  // namespace implicit_steer::IST_ISA
