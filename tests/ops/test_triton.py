@@ -82,6 +82,15 @@ def test_too_wide_a_layer_is_refused():
     assert unsupported(plan) == f"at most {MOST_COEFFICIENTS} coefficients in a hidden layer, not 516"
 
 
+def test_narrow_zonal_layers_run_edge_by_edge():
+    wide, scalars = (
+        Case("", "O(3)", "1 vector", "1 vector", None, 1, 13),
+        Case("", "O(3)", "1 scalar", "1 scalar", None, 1, 2),
+    )
+    for case, expected in ((SMALL["o3"], True), (wide, False), (scalars, False), (SMALL["so2"], False)):
+        assert tables(layer(case, "no norm").implicit_kernel.plan).sizes.edge_by_edge == expected
+
+
 def test_accumulators_hold_every_entry_of_t_once():
     for name in ("o3", "o3-mixed", "so2-mixed", "d4"):
         found = tables(layer(SMALL[name]).implicit_kernel.plan)

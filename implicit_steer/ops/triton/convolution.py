@@ -53,7 +53,7 @@ def _frame(p: Prepared, points: Points, shell: Tensor, weights: Tensor) -> tuple
 
 
 def _hidden(p: Prepared, points: Points, shell: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """q and r."""
+    """q (E, n_harmonics) and r (E, n_columns)."""
     if p.sizes.edge_by_edge:
         return launch_edges.forward(p, points, shell, weights, p.sizes.n_layers, True)
     given, q = _frame(p, points, shell, weights)

@@ -324,8 +324,8 @@ def edges_backward(
     any_near = tl.min(tl.where(m_edge, b_radius, 1.0), 0) < NEAR
     b_one = b_radius * 0.0 + 1.0
 
-    b_zs = first_linear(p_attr, o_edge, m_edge, b_radius, p_weights, NI, W, C)  # of all layers
-    b_z = b_zs
+    b_zs = ()  # of all layers but the first, whose z is made again: fewer registers
+    b_z = first_linear(p_attr, o_edge, m_edge, b_radius, p_weights, NI, W, C)
     for n in tl.static_range(1, NL):
         b_y = activate(b_z, b_radius, any_near, p_ways + (n - 1) * S * 2 * C, W, C, S, FN, NEAR, SMALL)
         if STORE_FACTORS:
@@ -344,9 +344,12 @@ def edges_backward(
     b_factor = frame.radial_factor(b_squared, p_shell, p_scalars, CUTOFF, ZERO)
     b_d_factor, b_d_radius = tl.load(p_d_r + o_row * NR + NR - 1, m_edge, 0.0), b_radius * 0.0
     for n in tl.static_range(NL - 1, -1, -1):
-        b_z = ()
-        for i in tl.static_range(W * C):
-            b_z = b_z + (b_zs[n * W * C + i],)  # noqa: RUF005
+        if n == 0:
+            b_z = first_linear(p_attr, o_edge, m_edge, b_radius, p_weights, NI, W, C)
+        else:
+            b_z = ()
+            for i in tl.static_range(W * C):
+                b_z = b_z + (b_zs[(n - 1) * W * C + i],)  # noqa: RUF005
         p_layer = p_ways + n * S * 2 * C
         b_d_z, b_more, b_product = activate_backward(b_z, b_g, b_radius, any_near, p_layer, W, C, S, FN, NEAR, SMALL)
         if n == NL - 1:  # g is the gradient of r, not of y
@@ -362,6 +365,9 @@ def edges_backward(
         if n > 0:
             b_g = linear_backward(b_d_z, p_weights + (NI + C) * W + (n - 1) * (C * W + 1) * W, W, C)
 
+    # read again: held through the layers they would spill
+    o_edge = tl.load(p_order + o_row, m_edge, 0).to(tl.int64)
+    b_x0, b_x1, b_x2, b_squared = frame.positions(p_delta, o_edge, m_edge, 3)
     b_inputs, b_d_attr = (), ()
     for i in tl.static_range(NI):
         b_d_a = b_d_z[0] * tl.load(p_weights + i * W)

@@ -61,10 +61,10 @@ def _mixes_orders(plan: Plan) -> bool:
     return False
 
 
-def _edge_by_edge(plan: Plan) -> bool:
+def _edge_by_edge(plan: Plan, columns: Columns) -> bool:
     """Whether edges.py can do the hidden layers: of zonal frames, whose orders do not mix, and narrow."""
-    zonal = plan.activations and plan.frame.kind == "zonal" and plan.frame.regular and len(plan.frame.order) > 1
-    return bool(zonal) and len(plan.frame.order) * plan.activations[0].channels <= _MOST_OF_AN_EDGE
+    zonal = plan.activations and plan.frame.kind == "zonal" and plan.frame.regular and columns.n_harmonics > 0
+    return bool(zonal) and len(plan.frame.order) * columns.channels <= _MOST_OF_AN_EDGE
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,5 +132,5 @@ def _sizes(plan: Plan, columns: Columns, numbers: dict[str, NDArray[Any]], contr
         n_slices=contract.n_slices,
         n_covered=contract.n_covered,
         has_cutoff=plan.cutoff is not None,
-        edge_by_edge=_edge_by_edge(plan),
+        edge_by_edge=_edge_by_edge(plan, columns),
     )
