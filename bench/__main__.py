@@ -13,7 +13,22 @@ import torch
 from implicit_steer.ops import select
 from implicit_steer.testing.cases import GROUPS, LARGE, SMALL, SPACES
 
-from . import accuracy, bound, device, dispatch, forces, process, related, report, scaling, small, speed, table, widths
+from . import (
+    accuracy,
+    bound,
+    device,
+    dispatch,
+    dispatch_triton,
+    forces,
+    process,
+    related,
+    report,
+    scaling,
+    small,
+    speed,
+    table,
+    widths,
+)
 from .steps import DEVICES, candidates, use_device
 
 _NAMED = SMALL | LARGE | GROUPS
@@ -129,10 +144,16 @@ def run_small(args: argparse.Namespace, names: list[str]) -> int:
 
 
 def run_dispatch(args: argparse.Namespace, _: list[str]) -> int:
-    """Measure, print and write. 1 where a bound does not hold."""
-    results = {"environment": report.environment(), "calls": dispatch.measure(*_effort(args))}
-    _finish("dispatch", results, dispatch.text(results["calls"]), args.out)
-    return 1 if dispatch.broken(results["calls"]) else 0
+    """Measure, print and write; `triton` where it is installed. 1 where a bound does not hold."""
+    rounds, seconds = _effort(args)
+    results = {"environment": report.environment(), "calls": dispatch.measure(rounds, seconds)}
+    text, broken = dispatch.text(results["calls"]), dispatch.broken(results["calls"])
+    if importlib.util.find_spec("triton") is not None:
+        results["triton"] = dispatch_triton.measure_all(seconds=seconds)
+        text += f"\n\n{dispatch_triton.text(results['triton'])}"
+        broken += dispatch_triton.broken(results["triton"])
+    _finish("dispatch", results, text, args.out)
+    return 1 if broken else 0
 
 
 def run_related(args: argparse.Namespace, _: list[str]) -> int:
