@@ -180,7 +180,7 @@ def counted(kernels: Sequence[Kernel], folder: Path, emulated: Path) -> list[Cou
             if launch.symbol == symbol:
                 loops = by_loop(code, executions(code, launch, lines))
                 found.append(Counted(of[architecture, symbol], launch, loops))
-    return found
+    return sorted(found, key=lambda c: (c.kernel.name, c.kernel.architecture))
 
 
 def loops_text(found: Sequence[Counted]) -> str:
