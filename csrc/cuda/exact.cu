@@ -10,15 +10,13 @@ namespace {
 
 // run(sizes): those of the plan.
 template <typename F, typename Run>
-Failure with_fields(const DevicePlan<float>& plan, Run run) {
-  if (plan.exact.fields == 8) return plan.exact.cross ? run(Exact<F, 8, 8, true>{}) : run(Exact<F, 8, 8, false>{});
-  return {"exact", "there is no kernel for so many fields"};
+Failure with_slots(const DevicePlan<float>& plan, Run run) {
+  constexpr int fields = ExactPlan::kMostFields;
+  return plan.exact.cross ? run(Exact<F, 8, fields, true>{}) : run(Exact<F, 8, fields, false>{});
 }
 template <typename Run>
 Failure with_exact_sizes(const DevicePlan<float>& plan, Run run) {
-  if (plan.view.function == kElu) return with_fields<Elu>(plan, run);
-  if (plan.view.function == kSilu) return with_fields<Silu>(plan, run);
-  return {"exact", "there is no kernel for this activation"};
+  return plan.sizes == Sizes::kElu4x8 ? with_slots<Elu>(plan, run) : with_slots<Silu>(plan, run);
 }
 
 // A launch of blocks of kThreads threads that share the edges.

@@ -197,8 +197,9 @@ struct ExactMlp {
     for (int n = 1;; ++n, layer += layer_size<S>) {
       near_activation<S>(radius, z, share, out);
       if (n == n_layers) break;
+      __syncwarp();
 #pragma unroll
-      for (int k = 0; k < S::c; ++k)  // the sums over lanes needed all that was read of y before
+      for (int k = 0; k < S::c; ++k)
         if (share == 0) y[w * S::c + k] = out[k];
       __syncwarp();
 #pragma unroll

@@ -31,8 +31,8 @@ struct ExactView {
 
 class ExactPlan {
  public:
-  static constexpr int kCoefficients = 4, kEven = 2;
-  int fields = 0;  // V: 8 or 16; 0: there is no exact kernel for the plan
+  static constexpr int kCoefficients = 4, kEven = 2, kMostFields = 8;
+  int fields = 0;  // V; 0: there is no exact kernel for the plan
   bool cross = false;
   std::vector<int32_t> numbers;  // what ExactView points to
 
@@ -46,8 +46,8 @@ class ExactPlan {
       if (!read_coupling(p, q)) return;
     const size_t most = std::max({scalars_.size(), vectors_.size(), out_scalars_.size(), out_vectors_.size()});
     const size_t n_out = out_scalars_.size() + 3 * out_vectors_.size();
-    if (p.in_size < 3 || most > 16 || n_out != static_cast<size_t>(p.out_size)) return;
-    if (place_all(p, most > 8 ? 16 : 8)) fields = most > 8 ? 16 : 8;
+    if (p.in_size < 3 || most > kMostFields || n_out != static_cast<size_t>(p.out_size)) return;
+    if (place_all(p, kMostFields)) fields = kMostFields;
   }
 
   ExactView view(const int32_t* begin) const {

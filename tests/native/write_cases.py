@@ -269,13 +269,14 @@ def cases():
     sizes = {"n_layers": 3, "n_channels": 8}  # that CUDA kernels are specialised for
     specialised = Case("specialised", "O(3)", "6 scalar+vector", "3 scalar+vector", "2 scalar", **sizes)
     specialised_l2 = Case("specialised-l2", "O(3)", "2 scalar+vector+l2", "2 scalar+l2", "1 scalar", **sizes)
-    specialised_odd = replace(specialised, into="5 scalar+vector, 2 vector", n_layers=4)
+    specialised_deep = replace(specialised, n_layers=4)
+    specialised_odd = replace(specialised_deep, into="5 scalar+vector, 2 vector")
 
     return {
         "zonal": made("o3"),
         "zonal-wide": made(wide),
         "zonal-specialised": made(specialised, "no norm", skewed),
-        "zonal-specialised-short-edges": made(specialised, "eval", lambda problem: short_edges(skewed(problem))),
+        "zonal-specialised-short-edges": made(specialised_deep, "eval", lambda problem: short_edges(skewed(problem))),
         "zonal-specialised-train": made(specialised_l2, "train", near_skewed),
         "zonal-specialised-odd": made(specialised_odd, activation="silu", cutoff=2.0),
         "zonal-odd-sizes-train": made("o3-mixed", "train", activation="gelu"),
