@@ -39,7 +39,8 @@ class Variant:
         self.kernel, self.constants = kernel, constants | {"BE": config.edges}
         self.edges, self.options = config.edges, {"num_warps": config.warps, "num_stages": config.stages}
         self._values = tuple(self.constants[name] for name in kernel.arg_names if name in self.constants)
-        self._interpreted, self._compiled = not isinstance(kernel, JITFunction), {}
+        self._interpreted = not isinstance(kernel, JITFunction)
+        self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def run(self, grid: tuple[int, ...], arguments: Sequence[Any]) -> None:
         """``kernel[grid](*arguments, **constants)``."""

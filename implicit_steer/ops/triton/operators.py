@@ -89,9 +89,10 @@ def _conv(plan: str, *arguments: Any) -> Any:
 
 def _conv_backward(plan: str, *arguments: Any) -> Any:
     *inputs, numbers, packed, q, r, gradient, needs = arguments
-    p, *given = _conv_inputs(plan, inputs)
+    p, x, points, edges, learned = _conv_inputs(plan, inputs)
+    kept = Kept(numbers, packed, q, r)
     with _on_device(gradient):
-        return convolution.gradients(p, gradient.contiguous(), *given, Kept(numbers, packed, q, r), needs)
+        return convolution.gradients(p, gradient.contiguous(), x, points, edges, learned, kept, needs)
 
 
 def _moments(plan: str, delta: Tensor, attr: Tensor, *arguments: Any) -> Tensor:

@@ -21,7 +21,6 @@ from ...plan import Plan
 from ..packing_rows import bias_rows, linear_rows, selection
 from .tables import Tables
 
-_Matrix = sparse.csr_matrix
 _ONE = (-1, -1, -1, -1)
 
 
@@ -108,14 +107,14 @@ class _Terms:
     def __init__(self, plan: Plan, numbers: _Numbers) -> None:
         self.plan, self.numbers, self.n_factors = plan, numbers, len(numbers.factors)
 
-    def matrix(self, n_rows: int, row: Any, parameter: Any, factor: Any, value: Any) -> _Matrix:
+    def matrix(self, n_rows: int, row: Any, parameter: Any, factor: Any, value: Any) -> sparse.csr_matrix:
         """(n_rows, pairs); arguments broadcast."""
         row, parameter, factor, value = (a.reshape(-1) for a in np.broadcast_arrays(row, parameter, factor, value))
         column = parameter.astype(np.int64) * self.n_factors + factor
         shape = n_rows, self.numbers.n_parameters * self.n_factors
         return sparse.coo_matrix((value.astype(float), (row, column)), shape=shape).tocsr()
 
-    def linear(self, n: int) -> tuple[_Matrix, _Matrix]:
+    def linear(self, n: int) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
         """Rows of the flat W (out, in) and of b (out,) of a hidden layer, the norm before it folded in."""
         numbers, layer = self.numbers, self.plan.linears[n]
         (first, first_bias), size = numbers.linears[n], layer.out_size * layer.in_size
@@ -132,7 +131,7 @@ class _Terms:
             bias = bias + self.matrix(layer.out_size, out[here], w.col[here], shift, w.data[here])
         return self.matrix(size, w.row, w.col, numbers.scale[n - 1][channel], w.data), bias
 
-    def theta(self) -> list[_Matrix]:
+    def theta(self) -> list[sparse.csr_matrix]:
         """Rows of the flat θ (U, V, W, n_b) of every coupling, the last norm folded in."""
         plan, numbers, found = self.plan, self.numbers, []
         parameters = []  # of every coupling
@@ -156,7 +155,7 @@ class _Terms:
         return found
 
 
-def _layer_layout(found: Tables, n: int) -> tuple[_Matrix, _Matrix]:
+def _layer_layout(found: Tables, n: int) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
     """What makes a layer's packed weights, as layers.py reads them, of its flat W and of b: A W with its rows in the
     order of the blocks P₀, P₁, b, b₁."""
     plan, sizes = found.plan, found.sizes
@@ -176,23 +175,23 @@ def _layer_layout(found: Tables, n: int) -> tuple[_Matrix, _Matrix]:
         parts.append((inputs[c >= z], (k["B0"] + (c - z) * channels + v)[c >= z], range(z, n_c)))
     (start, _), (end, _) = sizes.layer_offsets()[n : n + 2]
     w, s = np.ix_(np.arange(channels), np.arange(n_s))
-    shape, rows, columns, values = (end - start, channels * n_c * n_in), [], [], []
-    for i, row, used in parts:
-        for c in used:
-            places = np.broadcast_arrays(
-                row * k["NU"] + (w * n_s + s)[..., None], (w[..., None] * n_c + c) * n_in + i, samples[s, c][..., None]
-            )
-            for kept, place in zip((rows, columns, values), places, strict=True):
-                kept.append(place.reshape(-1))
-    entries = np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))
+    places = [
+        np.broadcast_arrays(
+            row * k["NU"] + (w * n_s + s)[..., None], (w[..., None] * n_c + c) * n_in + i, samples[s, c][..., None]
+        )
+        for i, row, used in parts
+        for c in used
+    ]
+    rows, columns, values = (np.concatenate([a.ravel() for a in part]) for part in zip(*places, strict=True))
     of_bias = [(biases * k["NU"] + w * n_s + s, w * n_c + c, samples[s, c]) for c in range(z)]
     row, column, value = (np.concatenate([np.broadcast_to(p, (channels, n_s)).ravel() for p in part])
                           for part in zip(*of_bias, strict=True))  # fmt: skip
     bias = sparse.coo_matrix((value, (row, column)), shape=(end - start, channels * n_c))
-    return sparse.coo_matrix(entries, shape=shape).tocsr(), bias.tocsr()
+    shape = end - start, channels * n_c * n_in
+    return sparse.coo_matrix((values, (rows, columns)), shape=shape).tocsr(), bias.tocsr()
 
 
-def _edge_layout(found: Tables, n: int) -> tuple[_Matrix, _Matrix]:
+def _edge_layout(found: Tables, n: int) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
     """What makes a layer's packed weights, as edges.py reads them, of its flat W and of b."""
     n_w, n_c, n_in = found.sizes.channels, found.sizes.coefficients, found.plan.linears[n].in_size
     if n == 0:
@@ -225,7 +224,7 @@ def _edge_gradients(found: Tables) -> NDArray[Any]:
     return np.concatenate(parts)
 
 
-def _theta_layouts(found: Tables) -> list[_Matrix]:
+def _theta_layouts(found: Tables) -> list[sparse.csr_matrix]:
     """What makes the flat Θ (n_t, C_out) of the flat θ of every coupling."""
     layouts, first = [], 0
     for c, mixing in zip(found.plan.couplings, found.mixing, strict=True):
@@ -279,10 +278,10 @@ def packing(found: Tables, sizes: Sequence[int], measured: bool) -> Packing:
         (weight[normed], column[normed], slopes[factor[normed]], value[normed], row[normed]),
         (bias[shifted], column[shifted], one[shifted], value[shifted], row[shifted]),
     )
-    of_parameters, *products, source = map(np.concatenate, zip(*parts, strict=True))
+    of_parameters, columns, of_factors, values, source = (np.concatenate(a) for a in zip(*parts, strict=True))
     gradients_end = found.sizes.n_gradients
     places = _edge_gradients(found) if found.sizes.edge_by_edge else np.arange(layers_end)
     places = np.concatenate([places, gradients_end + np.arange(size)])
-    transposed = _entries(numbers.n_parameters, of_parameters, *products, places[source])
+    transposed = _entries(numbers.n_parameters, of_parameters, columns, of_factors, values, places[source])
     eps = plan.norms[0].eps if plan.norms else 0.0
     return Packing(forward, transposed, factors, eps, layers_end, gradients_end, numbers.shell)
