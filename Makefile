@@ -89,7 +89,7 @@ native-%: native-program-% native-cases
 # AddressSanitizer, then with every access checked; at last every barrier is left out in turn, which has to be noticed.
 EMULATED := build/emulated
 CASES := $(NATIVE_TESTS)/cases
-MUTATED := zonal linear planar-axis-train zonal-odd-sizes-train none-grid-cutoff planar zonal-specialised-short-edges
+MUTATED := zonal linear planar-axis-train zonal-odd-sizes-train none-grid-cutoff planar zonal-specialised zonal-specialised-short-edges
 test-gpu-emulated: test-gpu-quick emulated-fast emulated-address native-cases
 	$(EMULATED)/fast/conv_test $(CASES) 3
 	$(EMULATED)/fast/conv_test $(CASES)/gpu 1
