@@ -97,11 +97,12 @@ def launches_of(plan: Plan, dtype: torch.dtype = torch.float32, nodes: int = 64,
     def zeros(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.zeros(*shape, dtype=kind)
 
-    index, offsets = zeros(edges, kind=torch.int64), zeros(nodes + 1, kind=torch.int64)
+    source, order = zeros(edges, kind=torch.int64), zeros(edges, kind=torch.int64)
+    offsets = zeros(nodes + 1, kind=torch.int64)
     points = zeros(nodes, s.in_size), zeros(edges, s.dim), zeros(edges, s.n_attributes)
     learned = [zeros(n) for n in parameter_sizes(plan)]
     kept = [t for norm in plan.norms for t in (zeros(norm.channels, plan.field_size), zeros(norm.channels))]
-    call = key, *points, learned, kept, False, index, index, offsets, index, offsets
+    call = key, *points, learned, kept, False, source, order, offsets, order, offsets
     with recording() as found, torch.no_grad():
         total, *saved = ops.triton_conv(*call)
         ops.triton_conv_backward(*call, *saved, total, [True] * 4)
