@@ -48,6 +48,17 @@ def test_built_on_meta():
     assert torch.equal(empty[0](*inputs()), real(*inputs()))
 
 
+def test_a_plan_that_was_first_built_on_meta():
+    """What is kept for all layers of a plan holds numbers."""
+    options = {"n_channels": 3, "n_layers": 2, "norm": "batch"}  # of no other test
+    with torch.device("meta"):
+        ImplicitPointConv("2x0e", "2x0e", **options)
+    real = ImplicitPointConv("2x0e", "2x0e", **options).eval()
+    eager = ImplicitPointConv("2x0e", "2x0e", **options, backend="eager").eval()
+    eager.load_state_dict(real.state_dict())
+    torch.testing.assert_close(real(*inputs()), eager(*inputs()), rtol=1e-5, atol=1e-6)
+
+
 def test_default_dtype():
     torch.set_default_dtype(torch.float64)
     try:

@@ -57,11 +57,13 @@ def prepare(plan: Plan, sizes: tuple[int, ...]) -> Prepared:
 
 
 def _as_tensors(numbers: _Numbers, matrix: sparse.csr_matrix) -> Prepared:
+    """On the CPU, also where a layer is built under another default device, as on "meta": they are kept."""
+
     def by_dtype(reals: Any) -> dict[torch.dtype, Tensor]:
-        return {dtype: torch.as_tensor(reals, dtype=dtype) for dtype in (torch.float32, torch.float64)}
+        return {dtype: torch.as_tensor(reals, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
     def int32(ints: Any) -> Tensor:
-        return torch.as_tensor(ints, dtype=torch.int32)
+        return torch.as_tensor(ints, dtype=torch.int32, device="cpu")
 
     return Prepared(
         int32(numbers.ints), by_dtype(numbers.reals), int32(matrix.indptr), int32(matrix.indices), by_dtype(matrix.data)

@@ -73,8 +73,8 @@ class NativePlan:
         self.matrix = {dtype: prepared.matrix(dtype) for dtype in dtypes}
         self.kernel: KernelEntries | None = None
         norms = plan.norms
-        self.trivial = [torch.tensor(norm.full_trivial) for norm in norms]
-        self.columns = torch.tensor([norm.full_trivial.tolist() for norm in norms], dtype=torch.int64)
+        self.trivial = [torch.tensor(norm.full_trivial, device="cpu") for norm in norms]
+        self.columns = torch.tensor([n.full_trivial.tolist() for n in norms], dtype=torch.int64, device="cpu")
         self.statistics_shape = (len(norms), norms[0].channels * (1 + len(norms[0].trivial))) if norms else (0, 0)
 
     def __reduce__(self) -> tuple[Any, ...]:
