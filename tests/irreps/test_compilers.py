@@ -52,9 +52,9 @@ def test_a_plan_that_was_first_built_on_meta():
     """What is kept for all layers of a plan holds numbers."""
     options = {"n_channels": 3, "n_layers": 2, "norm": "batch"}  # of no other test
     with torch.device("meta"):
-        ImplicitPointConv("2x0e", "2x0e", **options)
-    real = ImplicitPointConv("2x0e", "2x0e", **options).eval()
-    eager = ImplicitPointConv("2x0e", "2x0e", **options, backend="eager").eval()
+        ImplicitPointConv("2x0e+2x1o", "2x0e+2x1o", **options)
+    real = ImplicitPointConv("2x0e+2x1o", "2x0e+2x1o", **options).eval()
+    eager = ImplicitPointConv("2x0e+2x1o", "2x0e+2x1o", **options, backend="eager").eval()
     eager.load_state_dict(real.state_dict())
     torch.testing.assert_close(real(*inputs()), eager(*inputs()), rtol=1e-5, atol=1e-6)
 
