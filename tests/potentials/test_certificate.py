@@ -95,10 +95,7 @@ class Axis(PotentialNet):
 
 
 class Changed(PotentialNet):
-    """What ``change`` makes of a prediction."""
-
-    def change(self, structures, found):
-        raise NotImplementedError
+    """What a subclass's ``change`` makes of a prediction."""
 
     def predict(self, structures, **options):
         return self.change(structures, super().predict(structures, **options))
