@@ -172,7 +172,9 @@ def _variants(
     potential: PotentialNet, backends: Sequence[str], dtypes: Sequence[str], kernels: Sequence[str], options: MDOptions
 ) -> Iterator[Variant]:
     frozen = any(c.implicit_kernel.plan.is_frozen for c in _convolutions(potential))
-    of_kernel = {"table": potential} if frozen else {"mlp": potential, "table": potential.freeze_table()}
+    of_kernel = {"table" if frozen else "mlp": potential}
+    if "table" in kernels and not frozen:
+        of_kernel["table"] = potential.freeze_table()
     for backend, dtype, kernel in itertools.product(backends, dtypes, (k for k in kernels if k in of_kernel)):
         own = _copy(of_kernel[kernel], backend, dtype)
         exact = _copy(of_kernel[kernel], backend, "float64")

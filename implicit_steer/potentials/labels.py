@@ -242,15 +242,15 @@ def _structures(path: str, frames: Sequence[Atoms], cutoff: float, labels: Label
 # ---- errors
 
 
-def error_tables(forces: Sequence[tuple[Structures, Any]], kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
+def error_tables(tested: Sequence[tuple[Structures, Any]], kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Mean absolute errors by element (forces, eV/Å) and by config type (energy per atom in eV, forces in eV/Å).
 
-    ``forces``: single structures with what :meth:`~implicit_steer.potentials.PotentialNet.predict` says of them.
+    ``tested``: single structures with what :meth:`~implicit_steer.potentials.PotentialNet.predict` says of them.
     """
     symbols = load_extra("ase.data", "ase").chemical_symbols
     by_element: dict[str, Counter[str]] = {}
     by_kind: dict[str, Counter[str]] = {}
-    for (single, found), kind in zip(forces, kinds, strict=True):
+    for (single, found), kind in zip(tested, kinds, strict=True):
         wrong = (found.forces - single.forces).abs().sum(1).tolist()
         for number, error in zip(single.numbers.tolist(), wrong, strict=True):
             by_element.setdefault(symbols[number], Counter()).update(atoms=1, forces=error / 3)

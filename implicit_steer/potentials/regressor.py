@@ -63,8 +63,8 @@ class ForceRegressor(Task):
         if self.stress_weight > 0 and batch.stress is not None:
             known = batch.stress.isfinite().all(-1).all(-1)
         with_stress = known is not None and bool(known.any())
-        volumes = torch.linalg.det(batch.cell.double()).abs()
         if with_stress:  # molecules beside crystals: no edge of theirs has a shift
+            volumes = torch.linalg.det(batch.cell.double()).abs()
             cells = torch.where((volumes == 0)[:, None, None], torch.eye(3).to(batch.cell), batch.cell)
             batch = replace(batch, cell=cells)
         predicted = self.potential.predict(batch, stress=with_stress, create_graph=create_graph)
