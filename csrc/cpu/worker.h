@@ -16,6 +16,7 @@ struct Group {
   int64_t width, stride, sums, slot_sums;
   const int32_t* blocks;
   int n_blocks;
+  bool leads;  // the first of its bundle
 };
 // f(group) for all groups of all couplings
 template <typename F>
@@ -25,21 +26,18 @@ IST_INLINE void for_groups(const CouplingView* couplings, int n, F f) {
     for (int g = 0; g < q.n_groups; ++g) {
       const int32_t *group = q.groups + 4 * g, *place = q.places + 4 * g;
       f(Group{q, group[0], group[1], int64_t{group[1]} * q.in_stride, place[1], place[0], place[2],
-              q.blocks + 2 * group[2], group[3]});
+              q.blocks + 2 * group[2], group[3], place[3] != 0});
     }
   }
 }
 // f(bundle): the group that leads it, as wide as all of them
 template <typename F>
 IST_INLINE void for_bundles(const CouplingView* couplings, int n, F f) {
-  for (int k = 0; k < n; ++k) {
-    const CouplingView& q = couplings[k];
-    for (int g = 0; g < q.n_groups; ++g) {
-      const int32_t *group = q.groups + 4 * g, *place = q.places + 4 * g;
-      if (place[3])
-        f(Group{q, group[0], group[1], place[1], place[1], place[0], place[2], q.blocks + 2 * group[2], group[3]});
-    }
-  }
+  for_groups(couplings, n, [&](Group group) {
+    if (!group.leads) return;
+    group.width = group.stride;
+    f(group);
+  });
 }
 
 template <typename R>
