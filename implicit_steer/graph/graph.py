@@ -75,6 +75,7 @@ class Graph:
     num_dst: int
     order: Tensor
     rowptr: Tensor
+    _kept_by_source: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, edge_index: Tensor, num_nodes: int | tuple[int, int]) -> None:
         self.num_src, self.num_dst = _node_counts(num_nodes)
@@ -112,8 +113,8 @@ class Graph:
         state = {"edge_index": torch.stack(rows), "num_src": src[-1], "num_dst": dst[-1]}
         joined = object.__new__(cls)
         joined.__setstate__(state | {"order": order, "rowptr": rowptr})
-        if all("_by_source" in vars(part) for part in parts):
-            joined._by_source = _side_by_side([part._by_source for part in parts], edges, dtype)
+        if all(part._kept_by_source for part in parts):
+            joined._kept_by_source = _side_by_side([part._by_source for part in parts], edges, dtype)
         return joined
 
     @property
@@ -131,9 +132,14 @@ class Graph:
         """(num_dst,): how many edges go into each node."""
         return self.rowptr.diff()
 
-    @cached_property
+    @property
     def _by_source(self) -> tuple[Tensor, Tensor]:
-        return sort_by_key(self.src, self.num_src)
+        if self._kept_by_source is not None:
+            return self._kept_by_source
+        found = sort_by_key(self.src, self.num_src)
+        if not torch.compiler.is_compiling():  # what it makes are stand-ins
+            self._kept_by_source = found
+        return found
 
     @property
     def order_by_source(self) -> Tensor:

@@ -20,6 +20,8 @@ from .backend import Backend
 from .native import bound
 from .native.convolution import NativeBackend
 from .radial import edge_attributes
+from .triton import backend as triton
+from .triton.handle import Handle
 
 
 def compute_dtype(parameters: Parameters) -> torch.dtype:
@@ -27,17 +29,18 @@ def compute_dtype(parameters: Parameters) -> torch.dtype:
     return torch.float64 if parameters.shell_width.dtype == torch.float64 else torch.float32
 
 
-def prepared(plan: Plan, parameters: Parameters, *, values: bool) -> bound.NativePlan | None:
-    """The plan for the native code, or None where that cannot run it. It is made before torch.compile, which finds
-    it in ``parameters.cache``. ``values``: also prepare it for the kernel's values."""
+def prepared(plan: Plan, parameters: Parameters, *, values: bool) -> tuple[bound.NativePlan | None, Handle | None]:
+    """The plan for the native code and for `triton`; None where these cannot run it here. They are made before
+    torch.compile, which finds them in ``parameters.cache``. ``values``: also prepare it for the kernel's values."""
+    handle = triton.handle(plan)
     if plan.table is not None and not plan.is_frozen and parameters.cache is not None:
         plan = table.tabulation(plan, parameters).per_edge
     if bound.refusal(plan, torch.float32):
-        return None
+        return None, handle
     native = bound.native_plan(plan, parameters)
     if values:
         native.kernel_entries()
-    return native
+    return native, handle
 
 
 def _cast(parameters: Parameters, dtype: torch.dtype) -> Parameters:

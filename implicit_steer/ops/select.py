@@ -3,8 +3,8 @@
 A backend asked for by name runs or raises with its reason. ``"auto"`` takes the first one that supports the plan: on
 CPU tensors `cpu`, else `eager`; on CUDA tensors `cuda` or `triton`, whichever is predicted to be faster, else the other
 one, else `reference` where the kernels of all edges fit the memory, and at last `eager`, which on an H100 took 2 to 5
-times as long. Inside torch.compile, which cannot follow that search, it is `cpu` or `cuda`. The kernel alone comes
-from native code where that supports the plan, else from `reference`.
+times as long. Inside torch.compile, which cannot follow that search, it is `cpu`, or `cuda` before `triton`. The kernel
+alone comes from native code where that supports the plan, else from `reference`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .native.cpu import Cpu
 from .native.cuda import Cuda
 from .reference.eager import Eager
 from .reference.reference import Reference
-from .triton.backend import Triton
+from .triton import backend as triton
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (Reference(), Eager(), Cpu(), Cuda(), Triton())}
+BACKENDS: dict[str, Backend] = {b.name: b for b in (Reference(), Eager(), Cpu(), Cuda(), triton.BACKEND)}
 NAMES = ("auto", *BACKENDS)
 
 _PREFERENCE = ("cpu", "cuda", "triton", "eager")  # of "auto": the first that supports the plan
@@ -117,20 +117,21 @@ def choose_for_kernel(plan: Plan, device: torch.device, dtype: torch.dtype) -> t
 
 
 def choose_in_compiled(name: str, parameters: Parameters, device: torch.device) -> Backend | None:
-    """Inside torch.compile the backend for ``name`` if that is `cpu` or `cuda`, whose plans are made before. Else, and
-    outside of torch.compile, None: :func:`choose` decides.
+    """Inside torch.compile the backend for ``name`` if that is `cpu`, `cuda` or `triton`, whose plans are made before;
+    "auto" takes `cuda` before `triton`. Else, and outside of torch.compile, None: :func:`choose` decides.
 
     Raises:
-        RuntimeError: on CUDA tensors "auto" or "triton" without usable CUDA kernels, with the remedy.
+        RuntimeError: on CUDA tensors "auto" or "triton" where no such plan was made, with the remedy.
     """
-    if not torch.compiler.is_compiling() or parameters.cache is None or parameters.cache.native is None:
+    if not torch.compiler.is_compiling() or (cache := parameters.cache) is None:
         return None
-    if device.type == "cuda":
-        if name in ("auto", "cuda") and _native.cuda_usable(device)[0]:
-            return BACKENDS["cuda"]
-        remedy = (
-            "Build the CUDA kernels (IMPLICIT_STEER_CUDA=require), or call the layer outside of compiled functions."
-        )
-        if name in ("auto", "triton"):
-            fail("backend", "'cuda' inside torch.compile, on a GPU", repr(name), remedy, RuntimeError)
-    return BACKENDS["cpu"] if name in ("auto", "cpu") and device.type == "cpu" else None
+    on_gpu, native = device.type == "cuda", cache.native is not None
+    if on_gpu and native and name in ("auto", "cuda") and _native.cuda_usable(device)[0]:
+        return BACKENDS["cuda"]
+    if cache.triton is not None and (name == "triton" or (on_gpu and name == "auto")):
+        return BACKENDS["triton"]
+    if on_gpu and name in ("auto", "triton"):
+        expected = "'cuda' or 'triton' inside torch.compile, with a plan that it supports"
+        remedy = "Install triton or the CUDA kernels, or call the layer outside of compiled functions."
+        fail("backend", expected, repr(name), remedy, RuntimeError)
+    return BACKENDS["cpu"] if native and name in ("auto", "cpu") and device.type == "cpu" else None

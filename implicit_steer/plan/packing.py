@@ -35,10 +35,11 @@ class NormParameters(NamedTuple):
 class CallCache:
     """What was made of a layer's tensors in its last call. What a backend packed is used again while the tensors hold
     the same bytes: every change is noticed, also one that leaves no trace in a tensor's version (by ``.data``, or by
-    another process). Copies and pickles keep only ``native``.
+    another process). Copies and pickles keep only ``native`` and ``triton``.
 
     Attributes:
         native: the plan as the native code takes it, or None; torch.compile needs it to be there already.
+        triton: likewise, the plan as `triton` takes it.
         tensors: the tensors of the last call.
         parameters: the :class:`Parameters` that hold them.
         bound: what a backend made of ``parameters``.
@@ -47,8 +48,8 @@ class CallCache:
         table: what evaluation through a table keeps (ops/table.py).
     """
 
-    def __init__(self, native: Any = None) -> None:
-        self.native = native
+    def __init__(self, native: Any = None, triton: Any = None) -> None:
+        self.native, self.triton = native, triton
         self.tensors: list[Any] | None = None
         self.parameters: Any = None
         self.bound: Any = None
@@ -57,7 +58,7 @@ class CallCache:
         self.table: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CallCache, (self.native,)
+        return CallCache, (self.native, self.triton)
 
 
 class Parameters(NamedTuple):

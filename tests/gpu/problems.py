@@ -8,6 +8,7 @@ import helpers
 import torch
 
 from implicit_steer.ops.triton import backend as triton
+from implicit_steer.ops.triton.handle import handle_of
 from implicit_steer.plan.packing import learned_tensors
 from implicit_steer.testing.cases import SMALL
 
@@ -48,13 +49,13 @@ def expected(conv, problem, **options):
 
 def triton_arguments(case, leaves=True):
     """Name → arguments of every operator of Triton's kernels, with gradients where it has them."""
-    from implicit_steer.ops.triton import convolution, operators  # which import triton
+    from implicit_steer.ops.triton import convolution  # which imports triton
     from implicit_steer.ops.triton.prepared import prepare
 
     conv = layer(case, "eval", activation="silu")
     problem, kernel = case.inputs(conv), conv.implicit_kernel
     plan, graph, parameters = kernel.plan, problem.graph, kernel.parameters_for_op()
-    key, prepared = operators.register_plan(plan), prepare(plan, DEVICE, torch.float64)
+    key, prepared = handle_of(plan).key, prepare(plan, DEVICE, torch.float64)
 
     def leaf(t):
         return t.detach().clone().requires_grad_(leaves)

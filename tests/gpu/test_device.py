@@ -111,8 +111,9 @@ def test_captured(training, backend):
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compiled(compiler):
-    conv = layer(small("o3"), "no norm", torch.float32)
+def test_compiled(compiler, backend):
+    torch._dynamo.reset()
+    conv = layer(small("o3"), "no norm", torch.float32, backend=backend)
     problem = small("o3").inputs(conv)
     leaves = [*problem.requires_grad(), *conv.parameters()]
     function, results = function_of(conv), []

@@ -7,7 +7,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from problems import small, triton_arguments
+from helpers import arguments_of, assert_close, function_of
+from problems import layer, outcome, small, triton_arguments
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.errors import InterpreterError
 
@@ -34,6 +35,19 @@ def test_host_code_never_waits_for_the_device(case, kernels):
             key, *rest = fake(list(arguments))
             operators._KERNELS[name][0](key, *rest)
     assert len({entry.kernel.__name__ for entry in launches}) == kernels
+
+
+@pytest.mark.parametrize(("case", "configuration"), [("o3-vector-attr", "eval"), ("so2", "train")])
+def test_compiled(case, configuration):
+    """Traced without a break: values and gradients are those of the calls that are not compiled."""
+    torch._dynamo.reset()
+    conv = layer(small(case), configuration, backend="triton")
+    problem, function = small(case).inputs(conv), function_of(conv)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    found, known = (
+        outcome(conv, problem, "triton", run=lambda p, _, f=f: f(*arguments_of(p))) for f in (compiled, function)
+    )
+    assert_close(found, known, 1e-12)
 
 
 # ---- the guard

@@ -228,17 +228,20 @@ def test_compiled_on_the_native_loops(monkeypatch, configuration):
     assert_close(found, known, 1e-12)
 
 
-def test_backend_inside_a_compiled_function(monkeypatch):
-    """On a GPU `cuda`, or an error that names the remedy."""
+@pytest.mark.parametrize("triton", [None, "a plan"])
+@pytest.mark.parametrize("usable", [True, False])
+def test_backend_inside_a_compiled_function(monkeypatch, usable, triton):
+    """On a GPU `cuda` or `triton`, or an error that names the remedy."""
     parameters = layer(SMALL["o3"]).implicit_kernel.parameters_for_op()
+    parameters.cache.triton = triton
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    for usable in (True, False):
-        monkeypatch.setattr(_native, "cuda_usable", lambda device, usable=usable: (usable, ""))
-        for name in ("auto", "cuda", "triton"):
-            refused = name == "triton" or (name == "auto" and not usable)
-            message = "backend: expected 'cuda' inside torch.compile, on a GPU, got"
-            with pytest.raises(RuntimeError, match=message) if refused else nullcontext():
-                assert select.choose_in_compiled(name, parameters, GPU) == (cuda if usable else None)
+    monkeypatch.setattr(_native, "cuda_usable", lambda device: (usable, ""))
+    kernels, of_triton = select.BACKENDS["cuda"] if usable else None, triton and select.BACKENDS["triton"]
+    for name, expected in {"cuda": kernels, "triton": of_triton, "auto": kernels or of_triton}.items():
+        refused = expected is None and name != "cuda"  # which says why it is not there
+        message = "backend: expected 'cuda' or 'triton' inside torch.compile, with a plan that it supports, got"
+        with pytest.raises(RuntimeError, match=message) if refused else nullcontext():
+            assert select.choose_in_compiled(name, parameters, GPU) == expected
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import layer, outcome
+from helpers import arguments_of, function_of, layer, outcome
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import implicit_steer as ist
 from implicit_steer.ops.triton import backend as triton
@@ -70,6 +71,38 @@ def test_a_cpu_machine_never_imports_triton():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr or "triton was imported"
+
+
+def test_compiled_calls_on_a_gpu_are_one_operator(monkeypatch):
+    """ "auto" without the CUDA kernels, traced with tensors that are on a GPU but have no values."""
+    with monkeypatch.context() as machine:
+        machine.setattr(torch.cuda, "is_available", lambda: True)
+        machine.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+        conv, traced = layer(SMALL["o3"], "eval"), []
+    problem = SMALL["o3"].inputs(conv)
+
+    def compiler(module, _):
+        traced.extend(str(node.target) for node in module.graph.nodes)
+        return module.forward
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+
+        def on_gpu(t):
+            return torch.empty_like(mode.from_tensor(t.detach()), device="cuda")
+
+        for module in conv.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = torch.nn.Parameter(on_gpu(parameter), requires_grad=False)
+            module._buffers |= {name: on_gpu(t) for name, t in module._buffers.items() if t is not None}
+        x, pos, graph, delta, attributes = arguments_of(problem)
+        state = graph.__getstate__()
+        graph.__setstate__(state | {name: on_gpu(state[name]) for name in ("edge_index", "order", "rowptr")})
+        arguments = on_gpu(x), on_gpu(pos), graph, on_gpu(delta), on_gpu(attributes)
+        out = torch.compile(function_of(conv), fullgraph=True, backend=compiler)(*arguments)
+    assert out.device.type == "cuda"
+    assert out.shape == (graph.num_dst, conv.out_type.size)
+    assert sum("implicit_steer.triton_conv" in target for target in traced) == 1
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -23,6 +23,8 @@ from triton.compiler import ASTSource
 
 from ...plan import Plan
 from ...plan.packing import parameter_sizes
+from . import operators  # noqa: F401, which registers them
+from .handle import handle_of
 from .launch import Launch, recording
 from .tables import tables
 
@@ -89,9 +91,7 @@ class Resources:
 
 def launches_of(plan: Plan, dtype: torch.dtype = torch.float32, nodes: int = 64, degree: int = 32) -> list[Launch]:
     """One launch of every kernel and set of constants that a forward and backward pass makes."""
-    from .operators import register_plan
-
-    ops, key, s = torch.ops.implicit_steer, register_plan(plan), tables(plan).sizes
+    ops, key, s = torch.ops.implicit_steer, handle_of(plan).key, tables(plan).sizes
     edges = nodes * degree
 
     def zeros(*shape: int, kind: torch.dtype = dtype) -> Tensor:

@@ -19,6 +19,7 @@ from ...plan import Plan
 from ...plan.moments import NormStatistics, StatisticsSource
 from ...plan.packing import Parameters
 from ..backend import DEPTHWISE_ON_GPU, TABLES_ON_GPU, Backend
+from .handle import Handle, handle_of
 from .tables import unsupported
 
 
@@ -32,6 +33,11 @@ def _unsupported(plan: Plan) -> str | None:
     if plan.table is not None:
         return TABLES_ON_GPU
     return DEPTHWISE_ON_GPU if plan.is_depthwise else unsupported(plan)
+
+
+def handle(plan: Plan) -> Handle | None:
+    """What torch.compile needs to be there already; None where the plan does not run here, on no device."""
+    return None if not BACKEND.available()[0] or _unsupported(plan) else handle_of(plan)
 
 
 class Triton(Backend):
@@ -78,3 +84,6 @@ class Triton(Backend):
         from . import call  # which imports triton
 
         return call.run(plan, parameters, statistics_from, graph, x, delta, attributes)
+
+
+BACKEND = Triton()

@@ -18,10 +18,10 @@ from ..._transforms import recorder, refuse_derivatives, refuse_tangents, refuse
 from ...graph import Graph
 from ...plan import Plan
 from ...plan.moments import NormStatistics, StatisticsSource
-from ...plan.packing import Parameters, constant, fold_norm, is_traced, learned_tensors, pack, unflatten
+from ...plan.packing import Parameters, fold_norm, is_traced, learned_tensors, pack, unflatten
 from ..mean_and_bias import mean_and_bias
-from . import dense
-from .operators import register_plan
+from . import dense, operators  # noqa: F401, the second registers them
+from .handle import handle_of
 from .prepared import prepare
 
 _NAME = "triton"
@@ -31,13 +31,14 @@ class Bound:
     """A plan with what was learned for it.
 
     Attributes:
-        key: of the plan among the operators.
+        handle: of the plan, by which the operators find it.
         learned: ``learned_tensors(parameters)``.
         kept: the statistics that the batch norms keep, mean and variance of each.
     """
 
     def __init__(self, plan: Plan, parameters: Parameters) -> None:
-        self.plan, self.parameters, self.key = plan, parameters, register_plan(plan)
+        kept = parameters.cache and parameters.cache.triton
+        self.plan, self.parameters, self.handle = plan, parameters, kept or handle_of(plan)
         self.learned = learned_tensors(parameters)
         self.kept = [t for norm in parameters.norms for t in (norm.mean, norm.var)]
 
@@ -66,7 +67,7 @@ class Call:
         graph = self.graph
         sorted_ = (graph.order_by_source, graph.colptr) if by_source else (graph.order, graph.rowptr)
         edges = graph.src, graph.order, graph.rowptr, *sorted_
-        return self.bound.key, x, delta, attr, learned, self.statistics, self.measured, *edges
+        return self.bound.handle.key, x, delta, attr, learned, self.statistics, self.measured, *edges
 
     def composed(self, x: Tensor, delta: Tensor, attr: Tensor, learned: Sequence[Tensor]) -> Tensor:
         """The sums (N, C_out) by operators that have derivatives of every order."""
@@ -82,7 +83,7 @@ class Call:
         r = dense.layers(p, inputs, radius, factor, weights.linears)
         edges = graph.src, graph.order, graph.rowptr, graph.order_by_source, graph.colptr
         theta = dense.pack_theta(p, weights.theta)
-        return torch.ops.implicit_steer.triton_contract(bound.key, x, q, r, theta, *edges, True)
+        return torch.ops.implicit_steer.triton_contract(bound.handle.key, x, q, r, theta, *edges, True)
 
 
 class _Recorded(torch.autograd.Function):
@@ -133,17 +134,15 @@ def _measured(
 ) -> list[NormStatistics]:
     """The batch norms' statistics over these edges and those that the pool adds, norm by norm: the inputs of each
     depend on the statistics of those before it."""
-    plan, pool, found = bound.plan, statistics_from.pool, []
-    sizes = [(norm.channels, len(norm.trivial)) for norm in plan.norms]
-    statistics = [t for size in sizes for t in (delta.new_zeros(size), delta.new_ones(size[0]))]
-    for n, norm in enumerate(plan.norms):
+    handle, pool, found = bound.handle, statistics_from.pool, []
+    statistics = [t for size in handle.norms for t in (delta.new_zeros(size), delta.new_ones(size[0]))]
+    for n in range(len(handle.norms)):
         arguments = delta, attr, bound.learned, statistics, True, graph.order, n
-        mean, squares = torch.ops.implicit_steer.triton_moments(bound.key, *arguments)
+        mean, squares = torch.ops.implicit_steer.triton_moments(handle.key, *arguments)
         count = len(delta)
         if pool is not None:
             count, mean, squares = pool(count, mean, squares)
-        trivial = mean.index_select(0, constant(norm, "measured", mean))
-        found.append(NormStatistics(trivial.T.contiguous(), (squares / (count - 1)).mean(0)))
+        found.append(NormStatistics(handle.trivial(n, mean), (squares / (count - 1)).mean(0)))
         statistics[2 * n : 2 * n + 2] = found[-1]
     return found
 
@@ -161,7 +160,7 @@ def run(
     refuse_transforms(_NAME)
     bound = bind(plan, parameters)
     refuse_tangents(_NAME, [x, delta, attributes, *bound.learned])
-    attr = dense.attributes_in_frame(plan, attributes)
+    attr = bound.handle.attributes_in_frame(attributes)
     found: list[NormStatistics] = []
     if statistics_from.measured:
         with torch.no_grad():

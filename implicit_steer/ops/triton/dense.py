@@ -4,14 +4,11 @@ layers.py reads them; and batch statistics of hidden coefficients. Nothing here 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ...plan import Frame, Plan
 from ...plan.activations import phi
 from ...plan.moments import combined, moments
 from ...plan.packing import constant
@@ -21,16 +18,6 @@ from .sizes import KINDS
 from .tables import Tables
 
 _EDGES = 1 << 16  # whose full hidden features exist at a time
-
-
-@lru_cache(maxsize=256)
-def _keeps_attributes(frame: Frame) -> bool:
-    return np.array_equal(frame.attribute, np.eye(frame.n_attributes))
-
-
-def attributes_in_frame(plan: Plan, attr: Tensor) -> Tensor:
-    """a' = attributeᵀ a (E, A), the attributes in frame coordinates; a itself where attribute is the identity."""
-    return attr if _keeps_attributes(plan.frame) else attr @ constant(plan.frame, "attribute", attr)
 
 
 def geometry(

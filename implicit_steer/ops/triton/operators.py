@@ -5,7 +5,7 @@
 operators and ``triton_contract``: T is linear in x, r and Θ and affine in q, so the derivatives of its gradient are the
 same operators again, with a direction in the place of one argument.
 
-Operators take tensors and scalars only, so a plan goes by its digest; :func:`register_plan` stores the plan under it.
+Operators take tensors and scalars only, so a plan goes by its digest, see ``handle.py``.
 """
 
 from __future__ import annotations
@@ -17,33 +17,25 @@ import torch
 from torch import Tensor
 
 from ... import _native
-from ..._check import require
 from ..._transforms import one_by_one
-from ...plan import Plan
 from ...plan.packing import unflatten
 from . import convolution, launch_contract
 from .convolution import Kept, Learned, Points
+from .handle import plan_of
 from .launch_contract import Edges, Factors
 from .prepared import Prepared, prepare
 from .sizes import Sizes
 from .tables import tables
 
 _NAMESPACE = "implicit_steer"
-_plans: dict[str, Plan] = {}
-
-
-def register_plan(plan: Plan) -> str:
-    """The digest by which the operators find the plan."""
-    return _plans.setdefault(plan.digest, plan).digest
 
 
 def _prepared(digest: str, like: Tensor) -> Prepared:
-    require(digest in _plans, "plan", "the digest of a plan of this process", digest, "Call register_plan(plan) first.")
-    return prepare(_plans[digest], like.device, like.dtype)
+    return prepare(plan_of(digest), like.device, like.dtype)
 
 
 def _sizes(digest: str) -> Sizes:
-    return tables(_plans[digest]).sizes
+    return tables(plan_of(digest)).sizes
 
 
 def _on_device(like: Tensor) -> Any:
@@ -149,7 +141,7 @@ def _conv_backward_fake(plan: str, *arguments: Any) -> Any:
 
 
 def _moments_fake(plan: str, delta: Tensor, *_: Any) -> Tensor:
-    return delta.new_empty(2, _plans[plan].field_size, _sizes(plan).channels)
+    return delta.new_empty(2, plan_of(plan).field_size, _sizes(plan).channels)
 
 
 def _contract_fake(plan: str, *arguments: Any) -> Any:
