@@ -5,7 +5,9 @@
 // `mutations`: every barrier that the cases reach is left out in turn, which has to be noticed; `count`: nothing is
 // compared, but what a forward and a backward pass in float execute is printed.
 
+#include <chrono>
 #include <filesystem>
+#include <functional>
 
 #include "../../csrc/cpu/entry.h"
 #include "emulated.h"
@@ -294,16 +296,6 @@ std::vector<std::string> run_sorts(bool trace, int seed) {
   return failures;
 }
 
-// Whether any case goes wrong with the barrier that is left out now.
-bool is_noticed(const std::vector<std::pair<std::string, Case>>& cases) {
-  Largest unused;
-  Results results;
-  if (!run_sorts(true, 1).empty()) return true;
-  for (const auto& [name, file] : cases)
-    if (!run_case<float>(name, file, true, 1, unused, results).empty()) return true;
-  return false;
-}
-
 // Of every kernel a line "kernel symbol edges nodes warps threads shared-bytes", of simt::Count, then lines "place
 // count" of its memory instructions and "array bytes" of what it touches.
 void print_counts(const Case& file) {
@@ -326,18 +318,31 @@ void print_counts(const Case& file) {
   }
 }
 
+// Every barrier is left out in the runs that reach it, those first that take the least time, until one goes wrong.
 int check_mutations(const std::vector<std::pair<std::string, Case>>& cases) {
-  if (is_noticed(cases)) return print({"the cases as they are"});
-  const auto sites = simt::barriers();
+  Largest unused;
+  Results results;
+  std::vector<std::function<std::vector<std::string>()>> runs{[] { return run_sorts(true, 1); }};
+  for (const auto& named : cases)
+    runs.push_back([&] { return run_case<float>(named.first, named.second, true, 1, unused, results); });
+  std::map<std::pair<std::string, int>, std::vector<std::pair<double, size_t>>> reaching;  // seconds, number of the run
+  simt::take_barriers();
+  for (size_t n = 0; n < runs.size(); ++n) {
+    const auto start = std::chrono::steady_clock::now();
+    if (!runs[n]().empty()) return print({"a run as it is"});
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    for (const auto& barrier : simt::take_barriers()) reaching[barrier].emplace_back(took.count(), n);
+  }
   int failures = 0;
-  for (const auto& [file, line] : sites) {
-    simt::skip_barrier(file, line);
-    const bool noticed = is_noticed(cases);
-    std::printf("without the barrier at %s:%d: %s\n", file.c_str(), line,
+  for (auto& [barrier, those] : reaching) {
+    simt::skip_barrier(barrier.first, barrier.second);
+    std::sort(those.begin(), those.end());
+    const bool noticed = std::any_of(those.begin(), those.end(), [&](auto run) { return !runs[run.second]().empty(); });
+    std::printf("without the barrier at %s:%d: %s\n", barrier.first.c_str(), barrier.second,
                 noticed ? "noticed" : "FAILED, nothing noticed");
     failures += !noticed;
   }
-  std::printf("%zu barriers\n", sites.size());
+  std::printf("%zu barriers\n", reaching.size());
   return failures;
 }
 

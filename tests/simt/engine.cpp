@@ -8,7 +8,6 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <set>
 #include <utility>
 
 #include "simt.h"
@@ -83,7 +82,7 @@ bool failed;
 std::string message;
 Device device = kDevices[0];
 std::map<const void*, int> allowed_shared;  // by kernel
-std::set<std::pair<std::string, int>> reached;
+std::set<std::pair<const char*, int>> reached;
 std::string skipped_file;
 int skipped_line = 0;
 char* shared_begin;
@@ -107,11 +106,14 @@ void wake(unsigned w, uint32_t lanes) {
   if (warps[w].ready) warps_ready |= 1u << w;
 }
 
+const char* name_of(const char* file) {
+  const char* name = strrchr(file, '/');
+  return name ? name + 1 : file;
+}
+
 bool is_skipped(const Site& site) {
-  const char* name = strrchr(site.file, '/');
-  name = name ? name + 1 : site.file;
-  reached.emplace(name, site.line);
-  return site.line == skipped_line && skipped_file == name;
+  reached.emplace(site.file, site.line);
+  return site.line == skipped_line && skipped_file == name_of(site.file);
 }
 
 // Where a call that returns to `address` stands in the library, for addr2line.
@@ -394,7 +396,11 @@ void count_access(const void* instruction) {
 }
 std::map<std::string, Count> take_counts() { return std::exchange(counts, {}); }
 std::string failure() { return message; }
-std::vector<std::pair<std::string, int>> barriers() { return {reached.begin(), reached.end()}; }
+std::set<std::pair<std::string, int>> take_barriers() {
+  std::set<std::pair<std::string, int>> taken;
+  for (const auto& [file, line] : std::exchange(reached, {})) taken.emplace(name_of(file), line);
+  return taken;
+}
 void skip_barrier(const std::string& file, int line) { skipped_file = file, skipped_line = line; }
 
 }  // namespace simt

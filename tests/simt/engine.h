@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -41,8 +42,8 @@ std::map<std::string, Count> take_counts();
 // Why the call failed; empty if it did not.
 std::string failure();
 
-// Barriers that some thread has reached, and one to be left out.
-std::vector<std::pair<std::string, int>> barriers();
+// File and line of the barriers that some thread has reached since the last call of this; and one to be left out.
+std::set<std::pair<std::string, int>> take_barriers();
 void skip_barrier(const std::string& file, int line);
 
 }  // namespace simt
