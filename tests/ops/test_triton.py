@@ -77,7 +77,6 @@ def test_compiled_calls_on_a_gpu_are_one_operator(monkeypatch):
     """ "auto" without the CUDA kernels, traced with tensors that are on a GPU but have no values."""
     with monkeypatch.context() as machine:
         machine.setattr(torch.cuda, "is_available", lambda: True)
-        machine.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
         conv, traced = layer(SMALL["o3"], "eval"), []
     problem = SMALL["o3"].inputs(conv)
 

@@ -35,9 +35,19 @@ def _unsupported(plan: Plan) -> str | None:
     return DEPTHWISE_ON_GPU if plan.is_depthwise else unsupported(plan)
 
 
+def _missing() -> str | None:
+    """What keeps the kernels from running on this machine; no device is initialised."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed: pip install implicit_steer[triton]"
+    if interpreted() or torch.cuda.is_available():
+        return None
+    return "no CUDA device; TRITON_INTERPRET=1 interprets the kernels on CPU tensors"
+
+
 def handle(plan: Plan) -> Handle | None:
-    """What torch.compile needs to be there already; None where the plan does not run here, on no device."""
-    return None if not BACKEND.available()[0] or _unsupported(plan) else handle_of(plan)
+    """What torch.compile needs to be there already; None where the kernels run on no device of this machine, or not
+    for this plan."""
+    return None if _missing() or _unsupported(plan) else handle_of(plan)
 
 
 class Triton(Backend):
@@ -47,12 +57,10 @@ class Triton(Backend):
 
     def available(self) -> tuple[bool, str]:
         """Whether it runs on this machine, and why or why not."""
-        if importlib.util.find_spec("triton") is None:
-            return False, "the package triton is not installed: pip install implicit_steer[triton]"
+        if missing := _missing():
+            return False, missing
         if interpreted():
             return True, "interpreted on CPU tensors (TRITON_INTERPRET=1)"
-        if not torch.cuda.is_available():
-            return False, "no CUDA device; TRITON_INTERPRET=1 interprets the kernels on CPU tensors"
         return True, f"Triton kernels on {torch.cuda.get_device_name()}"
 
     def supports(self, plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
