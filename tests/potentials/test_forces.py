@@ -13,9 +13,8 @@ from ase.calculators.emt import EMT
 
 from implicit_steer.__main__ import main
 from implicit_steer.graph.structures import Structures
-from implicit_steer.potentials import Potential, load_potential
+from implicit_steer.potentials import Potential, load_potential, regressor
 from implicit_steer.potentials import data as data_module
-from implicit_steer.potentials import regressor
 from implicit_steer.potentials import train as forces
 from implicit_steer.potentials.data import MOLECULES, SYSTEMS, ForceData, draw
 from implicit_steer.potentials.regressor import ForceRegressor
@@ -342,7 +341,7 @@ def test_a_run_of_an_earlier_version_is_resumed(tmp_path):
     without = before | {"options": {k: v for k, v in before["options"].items() if k not in later}}
     torch.save(without, tmp_path / "last.ckpt")
     assert fit(tmp_path, epochs=1, resume=True)["forces_mae"] == result["forces_mae"]
-    with pytest.raises(ValueError, match="ema: expected None as in the run to resume, got 0.9"):
+    with pytest.raises(ValueError, match=r"ema: expected None as in the run to resume, got 0\.9"):
         fit(tmp_path, epochs=1, resume=True, ema=0.9)
 
 
