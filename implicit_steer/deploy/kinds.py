@@ -47,7 +47,14 @@ _PLAIN = (
     layers.TensorProduct,
     layers.TensorReadout,
 )
-_IRREPS = (irreps.Gate, irreps.ImplicitPointConv, irreps.InteractionBlock, irreps.Linear, irreps.Norm)
+_IRREPS = (
+    irreps.Gate,
+    irreps.ImplicitPointConv,
+    irreps.InteractionBlock,
+    irreps.Linear,
+    irreps.Norm,
+    irreps.TensorSquare,
+)
 _OF_PARTS = (irreps.Interaction,)
 
 # torch's modules, with the arguments of their constructors, which are attributes of the same names.
