@@ -46,6 +46,7 @@ _PLAIN = (
     layers.ResidualBlock,
     layers.TensorProduct,
     layers.TensorReadout,
+    layers.ZBL,
 )
 _IRREPS = (
     irreps.Gate,

@@ -128,7 +128,7 @@ def _matrix(value: _Array, name: str) -> _Array:
 def labelled(atoms: Atoms, cutoff: float, labels: Labels, where: str = "atoms") -> Structures:
     """``atoms`` with edges up to ``cutoff`` (Å) and their labels; what depends on distances in float32."""
     found = labels.of(atoms, where)
-    single = from_atoms(atoms, cutoff, torch.float32)
+    single = from_atoms(atoms, cutoff, torch.float32, where)
     stress = None if found.stress is None else torch.from_numpy(found.stress).float()[None]
     energy = torch.tensor([found.energy], dtype=torch.float64)
     return replace(single, energy=energy, forces=torch.from_numpy(found.forces).float(), stress=stress)

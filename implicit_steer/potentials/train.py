@@ -59,8 +59,11 @@ class ForcesOptions(RunOptions):
     blocks: int = 2
     channels: int = 16
     max_frequency: int = 1
+    depthwise: bool = False
+    correlation: int = 1
+    zbl: bool = False
 
-    choices: ClassVar = {"system": tuple(SYSTEMS), "schedule": SCHEDULES}
+    choices: ClassVar = {"system": tuple(SYSTEMS), "schedule": SCHEDULES, "correlation": (1, 2)}
     least: ClassVar = {
         **{"limit": 2, "blocks": 1, "channels": 1, "max_frequency": 0},
         **{"patience": 1, "batch_atoms": 1},
@@ -68,7 +71,7 @@ class ForcesOptions(RunOptions):
     identity_names: ClassVar = (
         *("system", "limit", "epochs", "batch_size", "seed", "lr", "energy_weight", "cutoff", "blocks", "channels"),
         *("max_frequency", "data", "valid", "test", "e0", "stress_weight", "huber"),
-        *("schedule", "ema", "patience", "batch_atoms"),
+        *("schedule", "ema", "patience", "batch_atoms", "depthwise", "correlation", "zbl"),
         *(f"{name}_key" for name in _KEYS),
     )
 
@@ -126,7 +129,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "channels": "fields per layer",
         "max_frequency": "highest degree l of the fields",
     }
-    add_numbers(parser.add_argument_group("model"), default, model)
+    network = parser.add_argument_group("model")
+    add_numbers(network, default, model)
+    network.add_argument("--depthwise", action="store_true", help="kernels that act channel by channel")
+    correlation = "2: messages and their products with themselves (%(default)s)"
+    network.add_argument("--correlation", type=int, choices=(1, 2), default=default.correlation, help=correlation)
+    network.add_argument("--zbl", action="store_true", help="add the repulsion of nuclei at short distances")
     add_run_arguments(parser, default, "runs/SYSTEM-seedSEED")
 
 
@@ -155,7 +163,7 @@ def train_forces(options: ForcesOptions) -> dict[str, Any]:
 
     data, species, sizes = _data(options)
     seed_everything(options.seed, verbose=False)
-    network = options.named("channels", "max_frequency", "blocks", "backend")
+    network = options.named("channels", "max_frequency", "blocks", "depthwise", "correlation", "zbl", "backend")
     potential = Potential(species, options.cutoff, **network)
     training = Structures.join(data.train.structures)
     _require_stress(options, training, Structures.join(data.val.structures))

@@ -47,7 +47,7 @@ class RunOptions:
     overwrite: bool = False
     progress: bool = True
 
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {}
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = {}
     least: ClassVar[dict[str, int]] = {}
     identity_names: ClassVar[tuple[str, ...]] = ()
 
