@@ -113,6 +113,8 @@ class PotentialNet(torch.nn.Module):
     ) -> None:
         super().__init__()
         require(len(set(species)) == len(species), "species", "different atomic numbers", species)
+        remedy = "Its pairs of species are numbered by them."
+        require(zbl is None or zbl.species == tuple(species), "zbl", f"one of the species {species}", zbl, remedy)
         self.species, self.cutoff, self.radial = tuple(species), float(cutoff), radial
         self.embedding, self.convolutions, self.gates, self.head = embedding, convolutions, gates, head
         self.products, self.zbl = products, zbl
@@ -182,7 +184,7 @@ class PotentialNet(torch.nn.Module):
         # float32 rounds the energies of free atoms, 10⁴ eV, to 10⁻³ eV. Files of earlier versions have a float32 shift.
         energies = self.shift.double()[species] + interaction.double()
         if self.zbl is not None:
-            energies = energies.index_add(0, graph.dst, 0.5 * self.zbl(pairs.index, edge_delta).double())
+            energies = energies.scatter_add(0, graph.dst, 0.5 * self.zbl(pairs.index, edge_delta).double())
         return energies
 
     def _vectors(self, structures: Structures) -> Tensor:

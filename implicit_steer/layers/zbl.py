@@ -36,11 +36,11 @@ class ZBL(torch.nn.Module):
     radii, or the cutoff if that is shorter. Nothing is learned. It diverges at r = 0.
 
     Args:
-        species: atomic numbers, 1 to 96.
+        species: different atomic numbers, 1 to 96.
         cutoff: the largest distance, in Å.
 
     Raises:
-        ValueError: an atomic number whose covalent radius is not known.
+        ValueError: an atomic number whose covalent radius is not known, or that comes twice; a cutoff ≤ 0.
 
     Sources: J. F. Ziegler, J. P. Biersack, U. Littmark, *The Stopping and Range of Ions in Solids*, Pergamon 1985, for
     a, s and d; the end at the covalent radii is that of MACE (Batatia et al., NeurIPS 2022, and its code).
@@ -48,6 +48,8 @@ class ZBL(torch.nn.Module):
 
     def __init__(self, species: tuple[int, ...], cutoff: float) -> None:
         super().__init__()
+        require(len(set(species)) == len(species), "species", "different atomic numbers", species)
+        require(cutoff > 0, "cutoff", "a distance > 0", cutoff)
         unknown = [z for z in species if not 1 <= z <= len(_COVALENT_RADII)]
         expected = f"atomic numbers from 1 to {len(_COVALENT_RADII)}, whose covalent radii are known"
         require(not unknown, "species", expected, unknown, "Build the potential without zbl.")

@@ -22,15 +22,11 @@ _base = load_extra("ase.calculators.calculator", "ase")
 _voigt = load_extra("ase.stress", "ase").full_3x3_to_voigt_6_stress
 
 
-def from_atoms(atoms: Atoms, r: float, dtype: torch.dtype = torch.float64, name: str = "atoms") -> Structures:
-    """A copy of ASE's ``atoms``, which messages call ``name``, with edges up to length ``r`` (Å), the edges' vectors in
-    ``dtype``; positions and cell stay in float64, in which the vectors are computed.
-
-    Raises ``ValueError`` where two atoms are in one place, and names them."""
+def from_atoms(atoms: Atoms, r: float, dtype: torch.dtype = torch.float64) -> Structures:
+    """A copy of ASE's ``atoms``, with edges up to length ``r`` (Å), the edges' vectors in ``dtype``; positions and cell
+    stay in float64, in which the vectors are computed."""
     numbers, pos, cell = (torch.tensor(array) for array in (atoms.numbers, atoms.positions, atoms.cell.array))
-    structures = Structures.single(numbers, pos, r, cell, atoms.pbc)
-    structures.require_apart(name)
-    return structures.to(dtype)
+    return Structures.single(numbers, pos, r, cell, atoms.pbc).to(dtype)
 
 
 class Calculator(_base.Calculator):
@@ -50,7 +46,7 @@ class Calculator(_base.Calculator):
     Raises:
         TypeError: ``potential`` or ``skin`` has another type, or a keyword is none of ASE's and would have no effect.
         ValueError: an unknown species; "stress" asked for without three lattice vectors; NaN or infinite positions or
-            lattice vectors; two atoms in one place where neighbours are found.
+            lattice vectors.
 
     Example:
         >>> atoms = ase.build.bulk("Cu", cubic=True)

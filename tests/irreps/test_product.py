@@ -81,6 +81,10 @@ def test_it_is_saved_and_compiled(tmp_path):
     assert torch.equal(loaded(x), square(x))
     exported = torch.export.export(square, (x,)).module()
     torch.testing.assert_close(exported(x), square(x))
+    with torch.device("meta"):
+        empty = TensorSquare(O3, "4x0e+2x2e")
+    empty.load_state_dict(square.state_dict(), assign=True)
+    assert torch.equal(empty(x), square(x))
 
 
 @pytest.mark.parametrize(

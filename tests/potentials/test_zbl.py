@@ -8,7 +8,7 @@ from ase.data import covalent_radii
 from ase.io import write
 
 from implicit_steer.graph.structures import Structures
-from implicit_steer.layers import ZBL
+from implicit_steer.layers import ZBL, PotentialNet
 from implicit_steer.layers.zbl import _COVALENT_RADII
 from implicit_steer.potentials import Potential
 from implicit_steer.potentials.ase import Calculator
@@ -71,6 +71,25 @@ def test_it_is_added_to_a_potential(dtype):
     np.testing.assert_allclose((after.forces - before.forces)[:, 2].numpy(), [slope, -slope], rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("species", "cutoff", "message"),
+    [
+        ((8, 97), 4.0, r"species: expected atomic numbers from 1 to 96, .* got \[97\]"),
+        ((8, 8), 4.0, "species: expected different atomic numbers"),
+        ((8,), 0.0, "cutoff: expected a distance > 0"),
+    ],
+)
+def test_wrong_arguments(species, cutoff, message):
+    with pytest.raises(ValueError, match=message):
+        ZBL(species, cutoff)
+
+
+def test_the_species_are_those_of_the_potential():
+    parts = Potential([1, 8], 3.0, channels=2).arguments()
+    with pytest.raises(ValueError, match=r"zbl: expected one of the species \(1, 8\), got ZBL"):
+        PotentialNet(**parts | {"zbl": ZBL((8, 1), 3.0)})
+
+
 # ---- atoms in one place
 
 
@@ -96,8 +115,10 @@ def test_a_repulsion_names_atoms_in_one_place():
 def test_ases_atoms_in_one_place():
     """Across a periodic boundary, too."""
     atoms = Atoms("HOH", [[0, 0, 0], [1, 0.5, 0], [4, 0, 0]], cell=[4, 4, 4], pbc=True)
-    atoms.calc = Calculator(Potential([1, 8], 3.0, channels=2, blocks=1))
-    with pytest.raises(ValueError, match="atoms: expected atoms apart from each other, got 0 Å between atoms 0 and 2"):
+    atoms.calc = Calculator(Potential([1, 8], 3.0, channels=2, blocks=1, zbl=True))
+    with pytest.raises(
+        ValueError, match="structures: expected atoms apart from each other, got 0 Å between atoms 0 and 2"
+    ):
         atoms.get_potential_energy()
 
 
