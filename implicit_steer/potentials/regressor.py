@@ -17,7 +17,7 @@ from ..training.lightning import SHOW_EVERY, RunningMean, Task
 from .potential import Potential
 
 MAX_NORM = 10.0  # of the gradient: a few configurations have very large forces
-PLATEAU = {"factor": 0.5, "patience": 10}  # of "plateau": the learning rate is halved after so many idle epochs
+PLATEAU = {"factor": 0.5, "patience": 9, "threshold": 0.0}  # of "plateau": the tenth epoch in vain halves the rate
 
 
 class Differences(NamedTuple):

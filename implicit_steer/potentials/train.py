@@ -64,10 +64,7 @@ class ForcesOptions(RunOptions):
     zbl: bool = False
 
     choices: ClassVar = {"system": tuple(SYSTEMS), "schedule": SCHEDULES, "correlation": (1, 2)}
-    least: ClassVar = {
-        **{"limit": 2, "blocks": 1, "channels": 1, "max_frequency": 0},
-        **{"patience": 1, "batch_atoms": 1},
-    }
+    least: ClassVar = {"limit": 2, "blocks": 1, "channels": 1, "max_frequency": 0, "patience": 1, "batch_atoms": 1}
     identity_names: ClassVar = (
         *("system", "limit", "epochs", "batch_size", "seed", "lr", "energy_weight", "cutoff", "blocks", "channels"),
         *("max_frequency", "data", "valid", "test", "e0", "stress_weight", "huber"),
