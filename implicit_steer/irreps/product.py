@@ -24,7 +24,7 @@ _MOST_COMPONENTS = 64  # of a channel: its 2080 products then have a matrix of 2
 class TensorSquare(NoTorchScript, torch.nn.Module):
     """y = Linear(⊕ c C_l(x_l₁[u], x_l₂[u])): the products of every two irreps of a channel u, mixed over the channels.
 
-    C_l are the Clebsch-Gordan coefficients, one product for each pair l₁ ≤ l₂ and each l of ``irreps_out`` with
+    C_l are the Clebsch-Gordan coefficients, one product for each pair of irreps and each l of ``irreps_out`` with
     |l₁ − l₂| ≤ l ≤ l₁ + l₂ and parity p₁ p₂; of a pair of equal irreps those of even l₁ + l₂ + l, the others being 0.
     This is e3nn's product "uuu" of x with itself, and the second order of MACE's products. c keeps unit variance:
     E[(c C_l(x, x))²] = 1 for standard normal x. Equivariant to rounding, and a polynomial, so that it has all
