@@ -29,8 +29,10 @@ ARRAY = "array."  # names of arrays in the file begin with this
 _LATER_DEFAULTS: tuple[tuple[str, Any], ...] = (
     ("depthwise", False),
     ("linear", None),
+    ("products", None),
     ("radial", None),
     ("table", None),
+    ("zbl", None),
 )
 
 

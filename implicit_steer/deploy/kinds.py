@@ -46,8 +46,16 @@ _PLAIN = (
     layers.ResidualBlock,
     layers.TensorProduct,
     layers.TensorReadout,
+    layers.ZBL,
 )
-_IRREPS = (irreps.Gate, irreps.ImplicitPointConv, irreps.InteractionBlock, irreps.Linear, irreps.Norm)
+_IRREPS = (
+    irreps.Gate,
+    irreps.ImplicitPointConv,
+    irreps.InteractionBlock,
+    irreps.Linear,
+    irreps.Norm,
+    irreps.TensorSquare,
+)
 _OF_PARTS = (irreps.Interaction,)
 
 # torch's modules, with the arguments of their constructors, which are attributes of the same names.

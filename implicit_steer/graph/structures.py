@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._check import require
+from .._check import fail, require
 from .neighbours import periodic_radius_graph, radius_graph
 from .periodic import checked_pbc
+
+_ONE_PLACE = 1e-6  # Å: no method gives atoms that are closer an energy that means anything
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,22 @@ class Structures:
             wrong = (rows if label == "energy" else self.batch[rows].unique()).tolist()
             got = f"NaN or Inf in {len(wrong)} of {self.num_graphs}: indices {wrong[:10]}"
             require(not wrong, name, f"finite {label}", got, "Leave these out, or label them anew.")
+
+    def require_apart(self, name: str = "structures", delta: Tensor | None = None) -> None:
+        """Raise a ``ValueError`` that names two atoms in one place, and their structure, where there are such;
+        ``name`` is what it calls these structures, and ``delta`` (E, 3) are the edges' vectors, if they are known."""
+        squared = (self.edge_delta() if delta is None else delta.detach()).square().sum(1)
+        near = squared < _ONE_PLACE**2
+        expected = "atoms apart from each other"
+        if torch.compiler.is_compiling():  # a compiled program cannot wait for the answer: it stops where it is wrong
+            torch._assert_async(~near.any(), f"{name}: expected {expected}, got two in one place.")
+        elif near.any():
+            edge = int(near.nonzero()[0])
+            structure = int(self.batch[self.edge_index[1, edge]])
+            first, second = sorted((self.edge_index[:, edge] - (self.batch < structure).sum()).tolist())
+            which = f" of structure {structure}" if self.num_graphs > 1 else ""
+            got = f"{float(squared[edge].sqrt()):.1g} Å between atoms {first} and {second}{which}"
+            fail(name, expected, got, "Remove one of the two.")
 
     def within(self, r: float) -> Structures:
         """The same structures without the edges longer than ``r``. Edges of a NaN position stay, so that it is seen."""

@@ -13,6 +13,7 @@ from .interaction import Interaction, InteractionBlock
 from .linear import Linear
 from .norm import Norm
 from .point_conv import ImplicitPointConv
+from .product import TensorSquare
 
 if TYPE_CHECKING:  # imported at the first use, since they need escnn
     from .escnn import from_escnn, to_escnn
@@ -29,6 +30,7 @@ __all__ = [
     "Irreps",
     "Linear",
     "Norm",
+    "TensorSquare",
     "from_escnn",
     "to_escnn",
 ]

@@ -19,8 +19,10 @@ from .point_conv import ImplicitPointConv, ImplicitPointConvWithDownsampling
 from .pooling import Blur, FieldPool, NormMaxPool
 from .potential import Gate, PotentialNet, Prediction
 from .statistics import update_bn
+from .zbl import ZBL
 
 __all__ = [
+    "ZBL",
     "Blur",
     "CloudNet",
     "FieldPool",

@@ -22,6 +22,7 @@ from ..plan.packing import Constants
 from .fields import values
 from .kernel import KernelBase
 from .point_conv import PointConvBase
+from .zbl import ZBL
 
 MAX_NUMBER = 118
 
@@ -71,8 +72,8 @@ class Gate(torch.nn.Module):
 
 
 class PotentialNet(torch.nn.Module):
-    """E = Σ_i e_i,  e_i = shift[z_i] + scale[z_i] · MLP(scalars of x_i),  F = −∂E/∂pos,  σ = (1/V) ∂E/∂ε, composed of
-    its parts; :class:`implicit_steer.potentials.Potential` builds them.
+    """E = Σ_i e_i,  e_i = shift[z_i] + scale[z_i] · MLP(scalars of x_i) + ½ Σ_j v(r_ij),  F = −∂E/∂pos,
+    σ = (1/V) ∂E/∂ε, composed of its parts; :class:`implicit_steer.potentials.Potential` builds them.
 
     Args:
         species: atomic numbers that occur.
@@ -82,6 +83,8 @@ class PotentialNet(torch.nn.Module):
         embedding: species → scalars.
         convolutions, gates: one of each per layer.
         head: the MLP, (N, C) → (N, 1).
+        products: None, or one per layer: a polynomial of a convolution's result that is added to it.
+        zbl: None, or v, the repulsion of nuclei.
 
     Buffers (set by :meth:`fit`): shift (S,) eV, float64 whatever the potential's dtype; scale (S,) eV; degree (), mean
     number of neighbours.
@@ -93,6 +96,8 @@ class PotentialNet(torch.nn.Module):
     degree: Tensor
     convolutions: torch.nn.ModuleList
     gates: torch.nn.ModuleList
+    products: torch.nn.ModuleList | None
+    zbl: ZBL | None
 
     def __init__(
         self,
@@ -103,11 +108,16 @@ class PotentialNet(torch.nn.Module):
         convolutions: torch.nn.ModuleList,
         gates: torch.nn.ModuleList,
         head: torch.nn.Module,
+        products: torch.nn.ModuleList | None = None,
+        zbl: ZBL | None = None,
     ) -> None:
         super().__init__()
         require(len(set(species)) == len(species), "species", "different atomic numbers", species)
+        remedy = "Its pairs of species are numbered by them."
+        require(zbl is None or zbl.species == tuple(species), "zbl", f"one of the species {species}", zbl, remedy)
         self.species, self.cutoff, self.radial = tuple(species), float(cutoff), radial
         self.embedding, self.convolutions, self.gates, self.head = embedding, convolutions, gates, head
+        self.products, self.zbl = products, zbl
         _compute_cosines(convolutions, radial)
         pairs = _pairs(len(species))
         self._pairs = Constants(pairs)
@@ -122,7 +132,7 @@ class PotentialNet(torch.nn.Module):
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of the constructor, by name."""
-        names = ("species", "cutoff", "radial", "embedding", "convolutions", "gates", "head")
+        names = ("species", "cutoff", "radial", "embedding", "convolutions", "gates", "head", "products", "zbl")
         return {name: getattr(self, name) for name in names}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PotentialNet:
@@ -164,17 +174,29 @@ class PotentialNet(torch.nn.Module):
         source, target = species.index_select(0, graph.src), species.index_select(0, graph.dst)
         pairs = EdgeTypes(source * len(self.shift) + target, *self._pairs.like(delta))
         x = self.embedding(species)
-        for conv, gate in zip(self.convolutions, self.gates, strict=True):
-            y = gate(_convolve(conv, x, graph, delta, pairs) / self.degree.sqrt())
+        products = [None] * len(self.gates) if self.products is None else self.products
+        for conv, product, gate in zip(self.convolutions, products, self.gates, strict=True):
+            message = _convolve(conv, x, graph, delta, pairs) / self.degree.sqrt()
+            y = gate(message if product is None else message + product(message))
             x = _with_scalars(y, x, cast(Gate, gate).channels) if x.shape != y.shape else x + y
         scalars = x.unflatten(1, (self.embedding.embedding_dim, -1))[..., 0]
         interaction = self.scale[species] * self.head(scalars).squeeze(1)
         # float32 rounds the energies of free atoms, 10⁴ eV, to 10⁻³ eV. Files of earlier versions have a float32 shift.
-        return self.shift.double()[species] + interaction.double()
+        energies = self.shift.double()[species] + interaction.double()
+        if self.zbl is not None:
+            energies = energies.scatter_add(0, graph.dst, 0.5 * self.zbl(pairs.index, edge_delta).double())
+        return energies
+
+    def _vectors(self, structures: Structures) -> Tensor:
+        """(E, 3): the edges' vectors in the dtype of the weights, where there is a repulsion none of them 0."""
+        delta = structures.edge_delta(self.embedding.weight.dtype)
+        if self.zbl is not None:
+            structures.require_apart(delta=delta)
+        return delta
 
     def forward(self, structures: Structures) -> Tensor:
         """E (B,) in eV, float64, differentiable in ``structures.pos`` and ``structures.cell``."""
-        graph, delta = _graph(structures), structures.edge_delta(self.embedding.weight.dtype)
+        graph, delta = _graph(structures), self._vectors(structures)
         energies = self.atomic_energies(self.species_of(structures.numbers), graph, delta)
         return _per_structure(energies + _lost(structures), structures)
 
@@ -188,7 +210,8 @@ class PotentialNet(torch.nn.Module):
                 ``structures.pos.requires_grad_()``).
 
         Raises:
-            ValueError: an unknown species, or ``stress`` without a cell.
+            ValueError: an unknown species, or ``stress`` without a cell; with ``zbl``, which diverges there, also two
+                atoms in one place.
         """
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():  # which knows no derivatives
             with torch.inference_mode(False):
@@ -202,7 +225,7 @@ class PotentialNet(torch.nn.Module):
                 require(bool((volume > 0).all()), "stress", expected, got)
         with torch.enable_grad(), nullcontext() if create_graph else _constant(self):
             graph, species = _graph(structures), self.species_of(structures.numbers)
-            delta = structures.edge_delta(self.embedding.weight.dtype)
+            delta = self._vectors(structures)
             if not delta.requires_grad:
                 delta.requires_grad_()
             energies = self.atomic_energies(species, graph, delta)

@@ -147,6 +147,11 @@ class StructureSet(torch.utils.data.Dataset):
             single.require_finite_labels(f"structures[{number}]")
         self.structures = structures
 
+    @property
+    def atoms(self) -> list[int]:
+        """How many atoms each structure has."""
+        return [len(single.pos) for single in self.structures]
+
     def __len__(self) -> int:
         return len(self.structures)
 

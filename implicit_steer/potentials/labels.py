@@ -126,9 +126,12 @@ def _matrix(value: _Array, name: str) -> _Array:
 
 
 def labelled(atoms: Atoms, cutoff: float, labels: Labels, where: str = "atoms") -> Structures:
-    """``atoms`` with edges up to ``cutoff`` (Å) and their labels; what depends on distances in float32."""
+    """``atoms`` with edges up to ``cutoff`` (Å) and their labels; what depends on distances in float32.
+
+    Raises what :meth:`Labels.of` raises, and ``ValueError`` where two atoms are in one place."""
     found = labels.of(atoms, where)
     single = from_atoms(atoms, cutoff, torch.float32)
+    single.require_apart(where)
     stress = None if found.stress is None else torch.from_numpy(found.stress).float()[None]
     energy = torch.tensor([found.energy], dtype=torch.float64)
     return replace(single, energy=energy, forces=torch.from_numpy(found.forces).float(), stress=stress)
@@ -172,8 +175,9 @@ class FileData:
         isolated: the energy of single atoms in the training file, by atomic number.
 
     Raises:
-        ValueError: a file that ASE cannot read, or without frames; a frame without energy or forces, or with one that
-            is not finite; an element that no training frame has. The message names the file and the frame, from 0.
+        ValueError: a file that ASE cannot read, or without frames; a frame without energy or forces, with one that is
+            not finite, or with two atoms in one place; an element that no training frame has. The message names the
+            file and the frame, from 0.
     """
 
     def __init__(

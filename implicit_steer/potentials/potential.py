@@ -13,8 +13,9 @@ import torch
 
 from .._check import fail, load_extra, require
 from ..deploy.convert import saved_as
-from ..irreps import ImplicitPointConv
+from ..irreps import ImplicitPointConv, TensorSquare
 from ..layers.potential import MAX_NUMBER, Gate, PotentialNet
+from ..layers.zbl import ZBL
 from ..plan import Cosines
 
 
@@ -22,10 +23,13 @@ from ..plan import Cosines
 class Potential(PotentialNet):
     """E = Σ_i e_i,  e_i = shift[z_i] + scale[z_i] · MLP(scalars of x_i),  F = −∂E/∂pos,  σ = (1/V) ∂E/∂ε.
 
-    x starts as an embedding of the species; each of ``blocks`` layers adds Gate(conv(x) / √degree), conv an
+    x starts as an embedding of the species; each of ``blocks`` layers adds Gate(m), m = conv(x) / √degree, conv an
     :class:`~implicit_steer.irreps.ImplicitPointConv` whose kernel sees the edge vector, ``radial`` cosines of its
     length and the species of both ends, and which vanishes with two derivatives at ``cutoff``. So energies are
     invariant and forces equivariant to rounding, and smooth where an atom crosses the cutoff. It needs no escnn.
+
+    Atoms in one place have finite energies, forces and second derivatives, the limit of small distances; with ``zbl``,
+    which diverges there, they are an error that names them.
 
     Args:
         species: atomic numbers that occur, for example ``[1, 6, 8]``.
@@ -34,6 +38,11 @@ class Potential(PotentialNet):
         radial: cosines of the distance that the kernels see.
         kernel_layers, kernel_channels: size of the kernels' MLPs.
         activation: of the kernels' MLPs; a smooth one ("silu", "gelu", "tanh").
+        depthwise: whether the kernels act channel by channel; it takes far fewer weights at many channels.
+        correlation: 1, or 2: m + P(m) in place of m, P a :class:`~implicit_steer.irreps.TensorSquare`. The energy of an
+            atom then depends on pairs of its neighbours at each layer.
+        zbl: whether the repulsion of nuclei, :class:`~implicit_steer.layers.ZBL`, is added to the energy, so that atoms
+            that come closer than in any training structure are pushed apart.
         backend: of the convolutions.
 
     Energies are float64 also in a float32 potential: interactions are computed in its dtype, edge vectors before, and
@@ -65,6 +74,9 @@ class Potential(PotentialNet):
         kernel_layers: int = 3,
         kernel_channels: int = 8,
         activation: str = "silu",
+        depthwise: bool = False,
+        correlation: int = 1,
+        zbl: bool = False,
         backend: str = "auto",
     ):
         species = _checked_species(species)
@@ -75,23 +87,29 @@ class Potential(PotentialNet):
         sizes = {"channels": (channels, 1), "max_frequency": (max_frequency, 0), "blocks": (blocks, 1)}
         for name, (value, least) in {**sizes, "radial": (radial, 0)}.items():
             require(isinstance(value, int) and value >= least, name, f"an integer >= {least}", repr(value))
+        require(correlation in (1, 2), "correlation", "1 or 2", repr(correlation))
+        require(isinstance(zbl, bool), "zbl", "True or False", repr(zbl), kind=TypeError)
         field = [(1, (degree, (-1) ** degree)) for degree in range(max_frequency + 1)]  # 0e, 1o, 2e, …
         scalars, hidden = f"{channels}x0e", field * channels
         kernel = {"n_layers": kernel_layers, "n_channels": kernel_channels, "activation": activation, "cutoff": 1.0}
+        kernel |= {"depthwise": depthwise, "backend": backend}
         cosines = Cosines(radial, 1.0) if radial else None
+        squares = [TensorSquare(hidden, hidden) for _ in range(blocks)] if correlation == 2 else []
         super().__init__(
             species=tuple(species),
             cutoff=cutoff,
             radial=radial,
             embedding=torch.nn.Embedding(len(species), channels),
             convolutions=torch.nn.ModuleList(
-                ImplicitPointConv(into, hidden, 2 * len(species), radial=cosines, backend=backend, **kernel)
+                ImplicitPointConv(into, hidden, 2 * len(species), radial=cosines, **kernel)
                 for into in [scalars, *[hidden] * (blocks - 1)]
             ),
             gates=torch.nn.ModuleList(Gate(channels, max_frequency) for _ in range(blocks)),
             head=torch.nn.Sequential(
                 torch.nn.Linear(channels, channels), torch.nn.SiLU(), torch.nn.Linear(channels, 1)
             ),
+            products=torch.nn.ModuleList(squares) if squares else None,
+            zbl=ZBL(tuple(species), cutoff) if zbl else None,
         )
         self.options: dict[str, Any] = {
             "species": list(species),
@@ -103,6 +121,9 @@ class Potential(PotentialNet):
             "kernel_layers": kernel_layers,
             "kernel_channels": kernel_channels,
             "activation": activation,
+            "depthwise": depthwise,
+            "correlation": correlation,
+            "zbl": zbl,
             "backend": backend,
         }
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import huber_loss, l1_loss
+from torch.optim import lr_scheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..graph.structures import Structures
 from ..training import processes
@@ -15,6 +17,7 @@ from ..training.lightning import SHOW_EVERY, RunningMean, Task
 from .potential import Potential
 
 MAX_NORM = 10.0  # of the gradient: a few configurations have very large forces
+PLATEAU = {"factor": 0.5, "patience": 9, "threshold": 0.0}  # of "plateau": the tenth epoch in vain halves the rate
 
 
 class Differences(NamedTuple):
@@ -33,7 +36,12 @@ class ForceRegressor(Task):
 
     ``scale`` is a typical force (eV/Å). ℓ(x) = |x|, or with ``huber`` = δ Huber's function over δ, which is x²/2δ where
     |x| < δ. Structures whose stress is not known have no third term, and nobody has without a ``stress_weight`` w'.
-    The learning rate falls to 0 over ``epochs`` along a cosine.
+
+    ``schedule``: from ``lr`` the learning rate falls to 0 along a cosine over ``epochs`` ("cosine"), is halved when
+    ``val_mae`` has had no new minimum for ten epochs ("plateau"), or stays ("constant").
+
+    With ``ema`` = d a second potential w̄ ← d w̄ + (1 − d) w follows the weights w from step to step, beginning with
+    those after the first step; it is what is validated, tested and saved (:attr:`evaluated`).
     """
 
     monitor = "val_mae"  # the weighted sum of all errors, in eV/Å
@@ -49,16 +57,26 @@ class ForceRegressor(Task):
         options: dict[str, Any],
         stress_weight: float = 0.0,
         huber: float | None = None,
+        schedule: str = "cosine",
+        ema: float | None = None,
     ):
         super().__init__(options)
         self.potential = potential
         self.scale, self.energy_weight, self.lr, self.epochs = scale, energy_weight, lr, epochs
-        self.stress_weight, self.huber = stress_weight, huber
+        self.stress_weight, self.huber, self.schedule = stress_weight, huber, schedule
+        self.average: AveragedModel | None = None
+        if ema is not None:
+            self.average = AveragedModel(potential, multi_avg_fn=get_ema_multi_avg_fn(ema)).requires_grad_(False)
         self.train_loss, self.energy_error, self.forces_error = RunningMean(), RunningMean(), RunningMean()
         self.stress_error, self.virial_error = RunningMean(), RunningMean()
 
+    @property
+    def evaluated(self) -> Potential:
+        """The potential with averaged weights, if there is one."""
+        return self.potential if self.average is None else self.average.module
+
     def differences(self, batch: Structures, create_graph: bool) -> Differences:
-        """What the loss and the errors compare."""
+        """What the loss and the errors compare, of :attr:`evaluated` unless a graph is kept, as in a training step."""
         known = None
         if self.stress_weight > 0 and batch.stress is not None:
             known = batch.stress.isfinite().all(-1).all(-1)
@@ -67,7 +85,8 @@ class ForceRegressor(Task):
             volumes = torch.linalg.det(batch.cell.double()).abs()
             cells = torch.where((volumes == 0)[:, None, None], torch.eye(3).to(batch.cell), batch.cell)
             batch = replace(batch, cell=cells)
-        predicted = self.potential.predict(batch, stress=with_stress, create_graph=create_graph)
+        potential = self.potential if create_graph else self.evaluated
+        predicted = potential.predict(batch, stress=with_stress, create_graph=create_graph)
         atoms = torch.bincount(batch.batch, minlength=batch.num_graphs)
         energy = predicted.energy / atoms, batch.energy.double() / atoms  # float64, as predicted.energy
         forces = predicted.forces, batch.forces
@@ -110,6 +129,11 @@ class ForceRegressor(Task):
             self.log("loss", loss.detach(), prog_bar=True, batch_size=batch.num_graphs)
         return loss
 
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Let the averaged weights follow."""
+        if self.average is not None:
+            self.average.update_parameters(self.potential)
+
     def on_validation_epoch_start(self) -> None:
         """Start fresh averages."""
         for error in (self.energy_error, self.forces_error, self.stress_error, self.virial_error):
@@ -147,14 +171,18 @@ class ForceRegressor(Task):
             self.log(f"{split}_stress_mae", self.stress_error.value())
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW; the learning rate falls to 0 along a cosine."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.0, fused=True)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        """AdamW and the schedule."""
+        optimizer = torch.optim.AdamW(self.potential.parameters(), lr=self.lr, weight_decay=0.0, fused=True)
+        if self.schedule == "constant":
+            return {"optimizer": optimizer}
+        if self.schedule == "cosine":
+            return {"optimizer": optimizer, "lr_scheduler": lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)}
+        plateau = lr_scheduler.ReduceLROnPlateau(optimizer, **PLATEAU)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": self.monitor}}
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Clip the gradient's norm to :data:`MAX_NORM`."""
-        torch.nn.utils.clip_grad_norm_(self.parameters(), MAX_NORM)
+        torch.nn.utils.clip_grad_norm_(self.potential.parameters(), MAX_NORM)
 
     def epoch_errors(self, logged: dict[str, Tensor]) -> dict[str, float]:
         """What a row of the log holds beside epoch, step, learning rate and time."""

@@ -23,6 +23,7 @@ HELP = "a potential of your own structures, or of built-in metals or molecules"
 DESCRIPTION = "Fit a potential to energies, forces and stress; print the mean absolute errors on the test set."
 EVALUATION = 100  # configurations each for validation and test, of a built-in system,
 TRAINING = 400  # and by default for training
+SCHEDULES = ("cosine", "plateau", "constant")
 _KEYS = ("energy", "forces", "stress", "virial")
 
 
@@ -50,16 +51,24 @@ class ForcesOptions(RunOptions):
     energy_weight: float = 1.0
     stress_weight: float = 0.0
     huber: float | None = None
+    schedule: str = "cosine"
+    ema: float | None = None
+    patience: int | None = None
+    batch_atoms: int | None = None
     cutoff: float = 5.0
     blocks: int = 2
     channels: int = 16
     max_frequency: int = 1
+    depthwise: bool = False
+    correlation: int = 1
+    zbl: bool = False
 
-    choices: ClassVar = {"system": tuple(SYSTEMS)}
-    least: ClassVar = {"limit": 2, "blocks": 1, "channels": 1, "max_frequency": 0}
+    choices: ClassVar = {"system": tuple(SYSTEMS), "schedule": SCHEDULES, "correlation": (1, 2)}
+    least: ClassVar = {"limit": 2, "blocks": 1, "channels": 1, "max_frequency": 0, "patience": 1, "batch_atoms": 1}
     identity_names: ClassVar = (
         *("system", "limit", "epochs", "batch_size", "seed", "lr", "energy_weight", "cutoff", "blocks", "channels"),
         *("max_frequency", "data", "valid", "test", "e0", "stress_weight", "huber"),
+        *("schedule", "ema", "patience", "batch_atoms", "depthwise", "correlation", "zbl"),
         *(f"{name}_key" for name in _KEYS),
     )
 
@@ -69,6 +78,7 @@ class ForcesOptions(RunOptions):
             require(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
         require(self.stress_weight >= 0, "stress_weight", "a number >= 0", self.stress_weight)
         require(self.huber is None or self.huber > 0, "huber", "a positive number, or None", self.huber)
+        require(self.ema is None or 0 < self.ema < 1, "ema", "a number between 0 and 1, or None", self.ema)
         of_files = [name for name in ("valid", "test", *(f"{key}_key" for key in _KEYS)) if getattr(self, name)]
         require(self.data is not None or not of_files, "data", f"a file beside {', '.join(of_files)}", None)
         of_system = self.data is None and (self.stress_weight > 0 or self.e0 == "isolated")
@@ -102,13 +112,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     }
     training = add_training_arguments(parser, default, "configurations", **weights)
     training.add_argument("--huber", type=float, metavar="DELTA", help="Huber's loss, in typical forces (L1)")
+    schedule = "of the learning rate: to 0 along a cosine, halved on a plateau, or constant (%(default)s)"
+    training.add_argument("--schedule", choices=SCHEDULES, default=default.schedule, help=schedule)
+    ema = "evaluate and save a moving average of the weights, d times itself plus 1 - d times them (none)"
+    training.add_argument("--ema", type=float, metavar="D", help=ema)
+    patience = "stop after so many epochs without a lower validation error (never)"
+    training.add_argument("--patience", type=int, metavar="N", help=patience)
+    atoms = "atoms per step at most, in place of --batch-size; a larger structure is a step of its own"
+    training.add_argument("--batch-atoms", type=int, metavar="N", help=atoms)
     model = {
         "cutoff": "Å, the largest distance of interacting atoms",
         "blocks": "convolutions",
         "channels": "fields per layer",
         "max_frequency": "highest degree l of the fields",
     }
-    add_numbers(parser.add_argument_group("model"), default, model)
+    network = parser.add_argument_group("model")
+    add_numbers(network, default, model)
+    network.add_argument("--depthwise", action="store_true", help="kernels that act channel by channel")
+    correlation = "2: messages and their products with themselves (%(default)s)"
+    network.add_argument("--correlation", type=int, choices=(1, 2), default=default.correlation, help=correlation)
+    network.add_argument("--zbl", action="store_true", help="add the repulsion of nuclei at short distances")
     add_run_arguments(parser, default, "runs/SYSTEM-seedSEED")
 
 
@@ -137,7 +160,7 @@ def train_forces(options: ForcesOptions) -> dict[str, Any]:
 
     data, species, sizes = _data(options)
     seed_everything(options.seed, verbose=False)
-    network = options.named("channels", "max_frequency", "blocks", "backend")
+    network = options.named("channels", "max_frequency", "blocks", "depthwise", "correlation", "zbl", "backend")
     potential = Potential(species, options.cutoff, **network)
     training = Structures.join(data.train.structures)
     _require_stress(options, training, Structures.join(data.val.structures))
@@ -148,13 +171,13 @@ def train_forces(options: ForcesOptions) -> dict[str, Any]:
         lr=options.lr,
         epochs=options.epochs,
         options=options.identity(),
-        **options.named("energy_weight", "stress_weight", "huber"),
+        **options.named("energy_weight", "stress_weight", "huber", "schedule", "ema"),
     )
     parameters = sum(parameter.numel() for parameter in potential.parameters())
     log.info("%s: %s configurations; %d parameters", options.name, sizes, parameters)
-    metrics = fit_and_test(module, data, run)
+    metrics = fit_and_test(module, data, run, **options.named("patience", "batch_atoms"))
     if processes.rank() == 0:
-        potential.save(run.out / "potential.pt")
+        module.evaluated.save(run.out / "potential.pt")
     result = {
         "system": options.name,
         "energy_mae": metrics["test_energy_mae"],
@@ -166,7 +189,7 @@ def train_forces(options: ForcesOptions) -> dict[str, Any]:
     if options.stress_weight > 0:
         result["stress_mae"] = metrics["test_stress_mae"]
     if options.data and processes.rank() == 0:
-        result |= _tables(run.out, potential.eval(), data)
+        result |= _tables(run.out, module.evaluated.eval(), data)
     return run.finish(result)
 
 

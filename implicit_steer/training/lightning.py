@@ -7,7 +7,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.strategies import DDPStrategy
 from scipy.spatial.transform import Rotation
 
@@ -232,10 +232,33 @@ class EpochShuffle(torch.utils.data.Sampler):
         return iter((order + self.epoch * self.count * self.fresh).tolist())
 
 
+class AtomBatches(torch.utils.data.Sampler):
+    """Batches of consecutive entries of ``sampler`` that have at most ``most`` atoms together; an entry with more is a
+    batch of its own. ``atoms``: how many each entry of the data has.
+
+    There is no length: it depends on the order, which is another one in each epoch.
+    """
+
+    def __init__(self, sampler: torch.utils.data.Sampler, atoms: Sequence[int], most: int):
+        self.sampler, self.atoms, self.most = sampler, atoms, most
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batch: list[int] = []
+        atoms = 0
+        for index in self.sampler:
+            if batch and atoms + self.atoms[index] > self.most:
+                yield batch
+                batch, atoms = [], 0
+            batch.append(index)
+            atoms += self.atoms[index]
+        if batch:
+            yield batch
+
+
 class Shares(torch.utils.data.Sampler):
     """This process's share of every batch: consecutive entries; shares differ by one entry at most."""
 
-    def __init__(self, batches: torch.utils.data.BatchSampler):
+    def __init__(self, batches: torch.utils.data.BatchSampler | AtomBatches):
         self.batches = batches
         self.sampler = batches.sampler  # where Lightning looks for set_epoch
 
@@ -249,12 +272,13 @@ class Shares(torch.utils.data.Sampler):
 
 
 def loader(
-    data: torch.utils.data.Dataset, batch_size: int, shuffle_seed: int | None = None
+    data: torch.utils.data.Dataset, batch_size: int, shuffle_seed: int | None = None, batch_atoms: int | None = None
 ) -> torch.utils.data.DataLoader:
     """Batches of ``data``, in its order, or shuffled anew in each epoch; each of several processes has its share.
 
     Data that are ``endless`` give fresh entries in each epoch. A last batch of one entry is dropped where it is
-    shuffled: batch norm over one molecule is undefined.
+    shuffled: batch norm over one molecule is undefined. With ``batch_atoms`` batches are those of :class:`AtomBatches`,
+    of data that know the ``atoms`` of their entries; none is dropped.
 
     Raises ``ValueError`` where a batch has fewer entries than there are processes.
     """
@@ -262,6 +286,11 @@ def loader(
     sampler = torch.utils.data.SequentialSampler(data)
     if shuffled:
         sampler = EpochShuffle(len(data), shuffle_seed, fresh=getattr(data, "endless", False))
+    if batch_atoms is not None:
+        expected = "None with several processes: a large structure is a batch, which they cannot share"
+        require(processes.count() == 1, "batch_atoms", expected, batch_atoms, "Use batch_size.")
+        batches = AtomBatches(sampler, data.atoms, batch_atoms)
+        return torch.utils.data.DataLoader(data, batch_sampler=Shares(batches), collate_fn=_as_is)
     batches = torch.utils.data.BatchSampler(sampler, batch_size, drop_last=shuffled and rest == 1)
     least = batch_size if batches.drop_last or rest == 0 else rest
     expected = f"batches with an entry for each of {processes.count()} processes"
@@ -322,8 +351,21 @@ class EpochLog(pl.Callback):
             print(f"\nInterrupted in epoch {trainer.current_epoch}; {self.first} is complete. Continue with --resume.")
 
 
-def trainer_for(run: Run, monitor: str) -> pl.Trainer:
-    """A trainer that validates, logs and saves once per epoch; the best epoch has the lowest ``monitor``."""
+class Patience(EarlyStopping):
+    """Ends a run when ``monitor`` has had no new minimum for ``patience`` epochs; a run that has ended so, and is
+    resumed, is not trained any further."""
+
+    def __init__(self, monitor: str, patience: int):
+        super().__init__(monitor, patience=patience, check_on_train_epoch_end=True)
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Stop at once if the checkpoint is that of a run that had ended."""
+        trainer.should_stop = self.wait_count >= self.patience
+
+
+def trainer_for(run: Run, monitor: str, patience: int | None = None) -> pl.Trainer:
+    """A trainer that validates, logs and saves once per epoch; the best epoch has the lowest ``monitor``. ``patience``:
+    after how many epochs without a new minimum it stops; None: never."""
     out, options = run.out, run.options
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it announces hardware that is not there
     # These warnings do not apply: batches are gathered faster than a worker process could send them; what is logged is
@@ -337,7 +379,8 @@ def trainer_for(run: Run, monitor: str) -> pl.Trainer:
     every_epoch = {"save_on_train_epoch_end": True, "enable_version_counter": False}
     best = ModelCheckpoint(out, filename="best", monitor=monitor, **every_epoch)
     last = ModelCheckpoint(out, filename="last", **every_epoch)  # after best, whose state it holds
-    bar = [TQDMProgressBar(refresh_rate=SHOW_EVERY)] if options.progress else []
+    more = [] if patience is None else [Patience(monitor, patience)]
+    more += [TQDMProgressBar(refresh_rate=SHOW_EVERY)] if options.progress else []
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if processes.count() > 1 else 1
     return pl.Trainer(
         accelerator=options.device,
@@ -348,7 +391,7 @@ def trainer_for(run: Run, monitor: str) -> pl.Trainer:
         # Sums over edges and atoms have a fixed order on a CPU; on a GPU torch has to be asked.
         deterministic="warn" if options.device != "cpu" and torch.cuda.is_available() else None,
         max_epochs=options.epochs,
-        callbacks=[EpochLog(out, fresh=run.checkpoint is None), best, last, *bar],
+        callbacks=[EpochLog(out, fresh=run.checkpoint is None), best, last, *more],
         enable_progress_bar=options.progress,
         enable_model_summary=False,
         logger=False,
@@ -357,8 +400,13 @@ def trainer_for(run: Run, monitor: str) -> pl.Trainer:
     )
 
 
-def fit_and_test(module: Task, data: Any, run: Run) -> dict[str, float]:
+def fit_and_test(
+    module: Task, data: Any, run: Run, *, patience: int | None = None, batch_atoms: int | None = None
+) -> dict[str, float]:
     """Train ``module`` on ``data.train``, choose an epoch by ``data.val``, and test that epoch on ``data.test``.
+
+    ``patience`` is that of :func:`trainer_for`, ``batch_atoms`` that of :func:`loader`; batches for evaluation are four
+    times as large.
 
     Returns what the module logs in the test, and ``val_…``, the error that chose the epoch.
     """
@@ -366,9 +414,13 @@ def fit_and_test(module: Task, data: Any, run: Run) -> dict[str, float]:
     processes.take_over(module)
     processes.synchronise(module)
     run.prepare_folder()
-    trainer = trainer_for(run, module.monitor)
-    train, val = loader(data.train, options.batch_size, options.seed), loader(data.val, 4 * options.batch_size)
+    trainer = trainer_for(run, module.monitor, patience)
+    train = loader(data.train, options.batch_size, options.seed, batch_atoms)
+    larger = 4 * options.batch_size, None, None if batch_atoms is None else 4 * batch_atoms
+    if run.checkpoint is not None:  # where batches have no length, Lightning fetches the first before it sets the epoch
+        loops = torch.load(run.checkpoint, map_location="cpu", weights_only=True)["loops"]
+        train.batch_sampler.sampler.set_epoch(loops["fit_loop"]["epoch_progress"]["current"]["processed"])
+    val, test = loader(data.val, *larger), loader(data.test, *larger)
     trainer.fit(module, train, val, ckpt_path=run.checkpoint)
-    best, test = str(run.out / "best.ckpt"), loader(data.test, 4 * options.batch_size)
-    metrics = trainer.test(module, test, ckpt_path=best, verbose=False)[0]
+    metrics = trainer.test(module, test, ckpt_path=str(run.out / "best.ckpt"), verbose=False)[0]
     return {**metrics, module.monitor: float(trainer.checkpoint_callback.best_model_score)}

@@ -47,7 +47,7 @@ class RunOptions:
     overwrite: bool = False
     progress: bool = True
 
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {}
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = {}
     least: ClassVar[dict[str, int]] = {}
     identity_names: ClassVar[tuple[str, ...]] = ()
 
@@ -237,8 +237,10 @@ def check_folder(out: Path, options: RunOptions) -> None:
         fail(str(last), "a checkpoint that may be read", error.strerror, f"{CHMOD}.", PermissionError)
     except (RuntimeError, EOFError, OSError, KeyError, UnpicklingError) as error:
         fail(str(last), "a checkpoint of a training run", error, remedy)
+    defaults = {field.name: field.default for field in fields(options)}  # of options that are newer than the run
     for name, value in options.identity().items():
-        require(saved.get(name) == value, name, f"{saved.get(name)!r} as in the run to resume", repr(value))
+        before = saved.get(name, defaults[name])
+        require(before == value, name, f"{before!r} as in the run to resume", repr(value))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 
 import implicit_steer as ist
 from implicit_steer.deploy.file import KEY, _digest
+from implicit_steer.layers import ZBL
 from implicit_steer.potentials import Potential
 from implicit_steer.testing.cases import SMALL, SPACES, fields
 
@@ -97,6 +98,8 @@ MODULES = {
     "potential": potential,
     "block": lambda: ist.irreps.InteractionBlock("2x0e+1x1o", "2x0e+1x1o", 1, node_attr=2),
     "depthwise": lambda: ist.irreps.ImplicitPointConv("2x0e+1x1o", "2x0e+1x1o", depthwise=True),
+    "square": lambda: ist.irreps.TensorSquare("2x0e+2x1o", "2x0e+2x1o"),
+    "repulsion": lambda: ZBL((1, 8), 2.5),
     "radial": lambda: ist.irreps.ImplicitPointConv("2x0e", "2x0e", radial=ist.irreps.Cosines(3, 2.0)),
     "radial of a plan": lambda: ist.nn.ImplicitPointConv(SCALARS, SCALARS, radial=ist.nn.Bessel(3, 2.0)),
 }
@@ -187,7 +190,8 @@ def test_forged_numbers_in_arrays(name, kind, field, value, saved):
 @pytest.mark.parametrize("key", ["irreps_in", "irreps_out"])
 @pytest.mark.parametrize("text", [f"{HUGE}x0e", "100000x1o", "2x12e", "x", "1x0", 3, None])
 def test_forged_irreps(text, key, saved):
-    for module, kind in (("block", "InteractionBlock"), ("depthwise", "ImplicitPointConv")):
+    kinds = {"block": "InteractionBlock", "depthwise": "ImplicitPointConv", "square": "TensorSquare"}
+    for module, kind in kinds.items():
         path, manifest, tensors = saved(module)
         entry(manifest, f"irreps.{kind}")[key] = text
         write(path, manifest, tensors)
@@ -195,11 +199,20 @@ def test_forged_irreps(text, key, saved):
 
 
 def test_species_that_repeat(saved):
-    """A potential keeps a row for every pair of them."""
-    path, manifest, tensors = saved("potential")
-    entry(manifest, "PotentialNet")["species"] = [1] * 10**5
+    """A potential and a repulsion keep a row for every pair of them."""
+    for module, kind in (("potential", "PotentialNet"), ("repulsion", "ZBL")):
+        path, manifest, tensors = saved(module)
+        entry(manifest, kind)["species"] = [1] * 10**5
+        write(path, manifest, tensors)
+        assert "species: expected different atomic numbers" in refusal(path)
+
+
+@pytest.mark.parametrize(("key", "value"), [("species", ["x"]), ("species", [97]), ("cutoff", 0), ("cutoff", "x")])
+def test_forged_repulsions(key, value, saved):
+    path, manifest, tensors = saved("repulsion")
+    entry(manifest, "ZBL")[key] = value
     write(path, manifest, tensors)
-    assert "species: expected different atomic numbers" in refusal(path)
+    assert ", got " in refusal(path)
 
 
 def test_sizes_of_a_batch_norm(saved):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import implicit_steer as ist
-from implicit_steer.irreps import Gate, ImplicitPointConv, InteractionBlock, Linear, Norm
+from implicit_steer.irreps import Gate, ImplicitPointConv, InteractionBlock, Linear, Norm, TensorSquare
 
 EDGES = torch.tensor([[0, 1, 2, 3], [1, 2, 0, 0]])
 
@@ -91,7 +91,9 @@ def test_functional_derivatives():
 
 
 @pytest.mark.parametrize(
-    "module", [Linear("2x0e", "2x0e"), Gate("2x0e"), Norm("2x0e"), block()], ids=lambda m: type(m).__name__
+    "module",
+    [Linear("2x0e", "2x0e"), Gate("2x0e"), Norm("2x0e"), TensorSquare("2x0e", "2x0e"), block()],
+    ids=lambda m: type(m).__name__,
 )
 def test_torchscript_is_refused(module):
     with pytest.raises(RuntimeError, match="another way than TorchScript"):

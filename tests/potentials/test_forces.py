@@ -13,13 +13,14 @@ from ase.calculators.emt import EMT
 
 from implicit_steer.__main__ import main
 from implicit_steer.graph.structures import Structures
-from implicit_steer.potentials import Potential, load_potential
+from implicit_steer.potentials import Potential, load_potential, regressor
 from implicit_steer.potentials import data as data_module
 from implicit_steer.potentials import train as forces
 from implicit_steer.potentials.data import MOLECULES, SYSTEMS, ForceData, draw
 from implicit_steer.potentials.regressor import ForceRegressor
 from implicit_steer.potentials.train import ForcesOptions, train_forces
-from implicit_steer.training import chunks
+from implicit_steer.training import chunks, processes
+from implicit_steer.training.lightning import loader
 
 # One result per seed AND number of threads: the number is part of every run.
 SMALL = {
@@ -218,8 +219,8 @@ def test_same_seed_same_result(run, tmp_path):
     assert fit(tmp_path / "b", seed=1)["forces_mae"] != run[1]["forces_mae"]
 
 
-@pytest.mark.parametrize(("epoch", "step"), [(0, 1), (2, 3)])
-def test_interrupted_and_resumed(run, tmp_path, monkeypatch, capsys, epoch, step):
+def interrupt(monkeypatch, out, epoch, step, **options):
+    """A run in ``out`` that is interrupted in ``step`` of ``epoch``."""
     training_step = ForceRegressor.training_step
 
     def interrupted(self, batch, index):
@@ -229,8 +230,13 @@ def test_interrupted_and_resumed(run, tmp_path, monkeypatch, capsys, epoch, step
 
     monkeypatch.setattr(ForceRegressor, "training_step", interrupted)
     with pytest.raises(SystemExit):
-        fit(tmp_path)
+        fit(out, **options)
     monkeypatch.setattr(ForceRegressor, "training_step", training_step)
+
+
+@pytest.mark.parametrize(("epoch", "step"), [(0, 1), (2, 3)])
+def test_interrupted_and_resumed(run, tmp_path, monkeypatch, capsys, epoch, step):
+    interrupt(monkeypatch, tmp_path, epoch, step)
     assert f"Interrupted in epoch {epoch}" in capsys.readouterr().out
     assert len(rows(tmp_path)) == epoch
     resumed = fit(tmp_path, resume=True)
@@ -239,6 +245,104 @@ def test_interrupted_and_resumed(run, tmp_path, monkeypatch, capsys, epoch, step
     states = [torch.load(out / "last.ckpt", weights_only=True)["state_dict"] for out in (tmp_path, run[0])]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"system": "molecules", "ema": 0.6, "schedule": "constant", "batch_atoms": 24},
+        {"schedule": "plateau", "epochs": 5, "lr": 0.1},
+        {"patience": 1, "epochs": 20, "lr": 0.1, "ema": 0.5},
+    ],
+)
+def test_options_of_training_are_resumed(tmp_path, monkeypatch, options):
+    """Weights, averages, the learning rate, and when the run ends: as without the interruption."""
+    monkeypatch.setitem(regressor.PLATEAU, "patience", 0)  # so that 5 epochs see it
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    expected = fit(whole, **options)
+    interrupt(monkeypatch, part, 1, 1, **options)
+    found = fit(part, resume=True, **options)
+    assert rows(part) == rows(whole)
+    assert found["forces_mae"] == expected["forces_mae"]
+    saved = [torch.load(out / "last.ckpt", weights_only=True)["state_dict"] for out in (whole, part)]
+    saved += [load_potential(out / "potential.pt").state_dict() for out in (whole, part)]
+    for one, other in (saved[:2], saved[2:]):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    rates = [float(row["lr"]) for row in rows(whole)]
+    falls = len(set(rates)) > 1
+    assert falls == (options.get("schedule") != "constant")
+    if "patience" in options:  # a run that has ended is not trained any further
+        assert len(rates) < 20
+        assert fit(whole, resume=True, **options)["forces_mae"] == expected["forces_mae"]
+        assert len(rows(whole)) == len(rates)
+        errors = [float(row["val_mae"]) for row in rows(whole)]
+        assert min(errors) == errors[-2]
+
+
+def test_averaged_weights(run):
+    """w̄ ← d w̄ + (1 − d) w from the second step on; what is validated and saved is w̄, what is trained w."""
+    data = small_data()
+    torch.manual_seed(0)
+    potential = Potential((29, 79), 4.0, channels=2)
+    module = ForceRegressor(potential, scale=1.0, energy_weight=1.0, lr=1e-3, epochs=1, options={}, ema=0.75)
+    expected = None
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in potential.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        module.on_train_batch_end()
+        now = [p.detach().clone() for p in potential.parameters()]
+        expected = now if expected is None else [0.75 * a + 0.25 * b for a, b in zip(expected, now, strict=True)]
+    for found, wanted in zip(module.evaluated.parameters(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+    batch = data.train.__getitems__([0, 1])
+    forces = [module.differences(batch, create_graph=graph).forces[0].detach() for graph in (False, True)]
+    torch.testing.assert_close(forces[0], module.evaluated.predict(batch).forces, rtol=0, atol=0)
+    torch.testing.assert_close(forces[1], potential.predict(batch).forces, rtol=1e-4, atol=1e-5)
+    optimised = {id(p) for group in module.configure_optimizers()["optimizer"].param_groups for p in group["params"]}
+    assert optimised == {id(p) for p in potential.parameters()}
+
+
+def test_batches_by_atoms():
+    """All structures once per epoch, at most so many atoms together, a larger structure alone; one seed, one order."""
+    data = ForceData("molecules", cutoff=4.0, train=30, val=1, test=1, progress=False).train
+    assert max(data.atoms) == 9
+
+    def epoch(number, seed=0, most=16):
+        batches = loader(data, 2, seed, most)
+        batches.batch_sampler.sampler.set_epoch(number)
+        return [batch.energy.tolist() for batch in batches], [len(batch.pos) for batch in batches]
+
+    everything = sorted(single.energy.item() for single in data.structures)
+    for number in range(3):
+        energies, atoms = epoch(number)
+        assert sorted(e for batch in energies for e in batch) == everything
+        assert max(atoms) <= 16
+        assert all(a + b > 16 or len(batch) > 1 for a, b, batch in zip(atoms, atoms[1:], energies, strict=False))
+    assert epoch(1) == epoch(1)
+    assert epoch(1) != epoch(2)
+    assert epoch(1) != epoch(1, seed=1)
+    assert [len(batch) for batch in epoch(0, most=1)[0]] == [1] * 30
+    assert [batch.num_graphs for batch in loader(data, 2, None, 1000)] == [30]
+
+
+def test_batches_by_atoms_take_one_process(monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    with pytest.raises(ValueError, match="batch_atoms: expected None with several processes"):
+        loader(small_data().train, 2, 0, 100)
+
+
+def test_a_run_of_an_earlier_version_is_resumed(tmp_path):
+    """Its checkpoint does not know options that came later."""
+    result = fit(tmp_path, epochs=1)
+    before = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    later = ("schedule", "ema", "patience", "batch_atoms")
+    without = before | {"options": {k: v for k, v in before["options"].items() if k not in later}}
+    torch.save(without, tmp_path / "last.ckpt")
+    assert fit(tmp_path, epochs=1, resume=True)["forces_mae"] == result["forces_mae"]
+    with pytest.raises(ValueError, match=r"ema: expected None as in the run to resume, got 0\.9"):
+        fit(tmp_path, epochs=1, resume=True, ema=0.9)
 
 
 def test_step_is_the_gradient_of_the_loss():
@@ -300,6 +404,10 @@ def test_resume_of_another_run(run, changes, message):
         ("limit", 1, "limit: expected at least 2, got 1"),
         ("cutoff", 0.0, "cutoff: expected a positive number, got 0.0"),
         ("energy_weight", -1.0, "energy_weight: expected a positive number"),
+        ("ema", 1.0, "ema: expected a number between 0 and 1, or None, got 1.0"),
+        ("schedule", "steps", "schedule: expected one of"),
+        ("patience", 0, "patience: expected at least 1, got 0"),
+        ("batch_atoms", 0, "batch_atoms: expected at least 1, got 0"),
     ],
 )
 def test_wrong_option(option, value, message):

@@ -9,6 +9,7 @@ import torch
 from ase.build import bulk, molecule
 from escnn import gspaces
 
+import implicit_steer as ist
 from implicit_steer import Graph
 from implicit_steer.graph.structures import Structures
 from implicit_steer.irreps import ImplicitPointConv
@@ -21,20 +22,25 @@ SPECIES = [1, 6, 8]
 ROUNDING = 1e-12
 
 
-def make(max_frequency=1, **options):
+def make(max_frequency=1, degree=0.5, **options):
     """A float64 potential with forces of some eV/Å, as of real molecules."""
     torch.manual_seed(0)
     potential = Potential(SPECIES, CUTOFF, max_frequency=max_frequency, channels=8, **options).double()
     potential.scale.fill_(100.0)
-    potential.degree.fill_(0.5)
+    potential.degree.fill_(degree)
     potential.shift.copy_(torch.tensor([-1.0, -5.0, -9.0]))
     return potential
 
 
-@pytest.fixture(scope="module", params=["l0", "l1", "l2", "l1-table"])
+OPTIONS = {"depthwise": True, "correlation": 2, "zbl": True}
+
+
+@pytest.fixture(scope="module", params=["l0", "l1", "l2", "l1-table", "l2-options", "l1-options-table"])
 def potential(request):
-    """Potentials with fields up to l = 0, 1 and 2, and one with splines in place of the MLPs of its kernels."""
-    made = make(int(request.param[1]))
+    """Potentials with fields up to l = 0, 1 and 2, with every option, and with splines in place of the MLPs of their
+    kernels."""
+    # products of messages grow with the square of their sizes
+    made = make(int(request.param[1]), **(OPTIONS | {"degree": 10} if "options" in request.param else {}))
     return made.freeze_table() if request.param.endswith("table") else made
 
 
@@ -332,11 +338,47 @@ def test_saved_and_loaded(max_frequency, ethanol, tmp_path):
     again = load_potential(tmp_path / "potential.pt")
     assert not again.training
     assert torch.equal(again.predict(ethanol).forces, potential.predict(ethanol).forces)
+    before = torch.load(tmp_path / "potential.pt", weights_only=True)  # as earlier versions wrote it
+    torch.save(before | {"options": {k: v for k, v in before["options"].items() if k not in OPTIONS}}, tmp_path / "old")
+    assert torch.equal(load_potential(tmp_path / "old").predict(ethanol).forces, potential.predict(ethanol).forces)
     (tmp_path / "short.pt").write_bytes((tmp_path / "potential.pt").read_bytes()[:3000])
     torch.save({"other": 1}, tmp_path / "other.pt")
     for name in ("short.pt", "other.pt", "absent.pt"):
         with pytest.raises(ValueError, match=rf"{name}: expected a file written by Potential.save"):
             load_potential(tmp_path / name)
+
+
+def test_options_are_saved(ethanol, tmp_path):
+    """In both kinds of files, also with splines; files without them hold nothing that earlier versions do not know."""
+    potential = make(**OPTIONS)
+    potential.save(tmp_path / "potential.pt")
+    ist.save(potential, tmp_path / "potential.safetensors")
+    ist.save(potential, tmp_path / "table.safetensors", table=True)
+    expected = potential.predict(ethanol).forces
+    for loaded in (load_potential(tmp_path / "potential.pt"), ist.load(tmp_path / "potential.safetensors")):
+        assert torch.equal(loaded.predict(ethanol).forces, expected)
+    frozen = ist.load(tmp_path / "table.safetensors")
+    assert frozen.zbl is not None
+    torch.testing.assert_close(frozen.predict(ethanol).forces, potential.freeze_table().predict(ethanol).forces)
+    ist.save(make(), tmp_path / "plain.safetensors")
+    for name, knows in (("plain", False), ("potential", True)):
+        content = (tmp_path / f"{name}.safetensors").read_bytes()
+        assert [word in content for word in (b"products", b"zbl", b"ZBL", b"TensorSquare")] == [knows] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_channels(ethanol, dtype):
+    """128, in both forms of the kernels: it builds, predicts and has gradients; depthwise has a fraction of the
+    weights."""
+    sizes = []
+    for depthwise in (False, True):
+        potential = Potential(SPECIES, CUTOFF, channels=128, depthwise=depthwise, correlation=2).to(dtype)
+        found = potential.predict(ethanol.to(dtype), create_graph=True)
+        found.forces.square().sum().backward()
+        assert found.forces.isfinite().all()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in potential.parameters())
+        sizes.append(sum(p.numel() for p in potential.parameters()))
+    assert sizes[1] < sizes[0] / 2  # 0.5 and 1.3 million
 
 
 @pytest.mark.parametrize(
@@ -354,6 +396,10 @@ def test_saved_and_loaded(max_frequency, ethanol, tmp_path):
         ({"channels": 2.5}, ValueError, "channels: expected an integer >= 1"),
         ({"radial": -1}, ValueError, "radial: expected an integer >= 0"),
         ({"backend": "x"}, ValueError, "backend: expected one of"),
+        ({"depthwise": 1}, TypeError, "depthwise: expected True or False"),
+        ({"correlation": 3}, ValueError, "correlation: expected 1 or 2, got 3"),
+        ({"zbl": 1}, TypeError, "zbl: expected True or False"),
+        ({"species": [97], "zbl": True}, ValueError, r"species: expected atomic numbers from 1 to 96, .* got \[97\]"),
     ],
 )
 def test_wrong_options(options, kind, message):
