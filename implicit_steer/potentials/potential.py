@@ -16,7 +16,9 @@ from ..deploy.convert import saved_as
 from ..irreps import ImplicitPointConv, TensorSquare
 from ..layers.potential import MAX_NUMBER, Gate, PotentialNet
 from ..layers.zbl import ZBL
-from ..plan import Cosines
+from ..plan import Bessel, Cosines
+
+RADIAL_BASES = {"cosine": Cosines, "bessel": Bessel}
 
 
 @saved_as(PotentialNet)
@@ -24,7 +26,7 @@ class Potential(PotentialNet):
     """E = Σ_i e_i,  e_i = shift[z_i] + scale[z_i] · MLP(scalars of x_i),  F = −∂E/∂pos,  σ = (1/V) ∂E/∂ε.
 
     x starts as an embedding of the species; each of ``blocks`` layers adds Gate(m), m = conv(x) / √degree, conv an
-    :class:`~implicit_steer.irreps.ImplicitPointConv` whose kernel sees the edge vector, ``radial`` cosines of its
+    :class:`~implicit_steer.irreps.ImplicitPointConv` whose kernel sees the edge vector, ``radial`` functions of its
     length and the species of both ends, and which vanishes with two derivatives at ``cutoff``. So energies are
     invariant and forces equivariant to rounding, and smooth where an atom crosses the cutoff. It needs no escnn.
 
@@ -35,7 +37,8 @@ class Potential(PotentialNet):
         species: atomic numbers that occur, for example ``[1, 6, 8]``.
         cutoff: Å, the largest distance between interacting atoms.
         channels, max_frequency, blocks: fields per layer, each with l = 0 … max_frequency; number of layers.
-        radial: cosines of the distance that the kernels see.
+        radial, radial_basis: how many functions of the distance r the kernels see, and which: "cosine",
+            :class:`~implicit_steer.Cosines`, or "bessel", :class:`~implicit_steer.Bessel`, both of r / cutoff.
         kernel_layers, kernel_channels: size of the kernels' MLPs.
         activation: of the kernels' MLPs; a smooth one ("silu", "gelu", "tanh").
         depthwise: whether the kernels act channel by channel; it takes far fewer weights at many channels.
@@ -71,6 +74,7 @@ class Potential(PotentialNet):
         max_frequency: int = 1,
         blocks: int = 2,
         radial: int = 6,
+        radial_basis: str = "cosine",
         kernel_layers: int = 3,
         kernel_channels: int = 8,
         activation: str = "silu",
@@ -87,13 +91,14 @@ class Potential(PotentialNet):
         sizes = {"channels": (channels, 1), "max_frequency": (max_frequency, 0), "blocks": (blocks, 1)}
         for name, (value, least) in {**sizes, "radial": (radial, 0)}.items():
             require(isinstance(value, int) and value >= least, name, f"an integer >= {least}", repr(value))
+        require(radial_basis in RADIAL_BASES, "radial_basis", f"one of {tuple(RADIAL_BASES)}", repr(radial_basis))
         require(correlation in (1, 2), "correlation", "1 or 2", repr(correlation))
         require(isinstance(zbl, bool), "zbl", "True or False", repr(zbl), kind=TypeError)
         field = [(1, (degree, (-1) ** degree)) for degree in range(max_frequency + 1)]  # 0e, 1o, 2e, …
         scalars, hidden = f"{channels}x0e", field * channels
         kernel = {"n_layers": kernel_layers, "n_channels": kernel_channels, "activation": activation, "cutoff": 1.0}
         kernel |= {"depthwise": depthwise, "backend": backend}
-        cosines = Cosines(radial, 1.0) if radial else None
+        functions = RADIAL_BASES[radial_basis](radial, 1.0) if radial else None
         squares = [TensorSquare(hidden, hidden) for _ in range(blocks)] if correlation == 2 else []
         super().__init__(
             species=tuple(species),
@@ -101,7 +106,7 @@ class Potential(PotentialNet):
             radial=radial,
             embedding=torch.nn.Embedding(len(species), channels),
             convolutions=torch.nn.ModuleList(
-                ImplicitPointConv(into, hidden, 2 * len(species), radial=cosines, **kernel)
+                ImplicitPointConv(into, hidden, 2 * len(species), radial=functions, **kernel)
                 for into in [scalars, *[hidden] * (blocks - 1)]
             ),
             gates=torch.nn.ModuleList(Gate(channels, max_frequency) for _ in range(blocks)),
@@ -118,6 +123,7 @@ class Potential(PotentialNet):
             "max_frequency": max_frequency,
             "blocks": blocks,
             "radial": radial,
+            "radial_basis": radial_basis,
             "kernel_layers": kernel_layers,
             "kernel_channels": kernel_channels,
             "activation": activation,

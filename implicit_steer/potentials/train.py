@@ -16,6 +16,7 @@ from ..graph.structures import Structures
 from ..training import processes, viz
 from ..training.runs import Run, RunOptions, add_numbers, add_run_arguments, add_training_arguments
 from .data import SYSTEMS, ForceData
+from .potential import RADIAL_BASES
 
 log = logging.getLogger(__name__)
 
@@ -59,16 +60,22 @@ class ForcesOptions(RunOptions):
     blocks: int = 2
     channels: int = 16
     max_frequency: int = 1
+    radial_basis: str = "cosine"
     depthwise: bool = False
     correlation: int = 1
     zbl: bool = False
 
-    choices: ClassVar = {"system": tuple(SYSTEMS), "schedule": SCHEDULES, "correlation": (1, 2)}
+    choices: ClassVar = {
+        "system": tuple(SYSTEMS),
+        "schedule": SCHEDULES,
+        "radial_basis": tuple(RADIAL_BASES),
+        "correlation": (1, 2),
+    }
     least: ClassVar = {"limit": 2, "blocks": 1, "channels": 1, "max_frequency": 0, "patience": 1, "batch_atoms": 1}
     identity_names: ClassVar = (
         *("system", "limit", "epochs", "batch_size", "seed", "lr", "energy_weight", "cutoff", "blocks", "channels"),
         *("max_frequency", "data", "valid", "test", "e0", "stress_weight", "huber"),
-        *("schedule", "ema", "patience", "batch_atoms", "depthwise", "correlation", "zbl"),
+        *("schedule", "ema", "patience", "batch_atoms", "radial_basis", "depthwise", "correlation", "zbl"),
         *(f"{name}_key" for name in _KEYS),
     )
 
@@ -128,6 +135,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     }
     network = parser.add_argument_group("model")
     add_numbers(network, default, model)
+    basis = "functions of the distance that the kernels see (%(default)s)"
+    network.add_argument("--radial-basis", choices=tuple(RADIAL_BASES), default=default.radial_basis, help=basis)
     network.add_argument("--depthwise", action="store_true", help="kernels that act channel by channel")
     correlation = "2: messages and their products with themselves (%(default)s)"
     network.add_argument("--correlation", type=int, choices=(1, 2), default=default.correlation, help=correlation)
@@ -160,7 +169,8 @@ def train_forces(options: ForcesOptions) -> dict[str, Any]:
 
     data, species, sizes = _data(options)
     seed_everything(options.seed, verbose=False)
-    network = options.named("channels", "max_frequency", "blocks", "depthwise", "correlation", "zbl", "backend")
+    fields, interaction = ("channels", "max_frequency", "blocks"), ("radial_basis", "depthwise", "correlation", "zbl")
+    network = options.named(*fields, *interaction, "backend")
     potential = Potential(species, options.cutoff, **network)
     training = Structures.join(data.train.structures)
     _require_stress(options, training, Structures.join(data.val.structures))

@@ -13,7 +13,9 @@ from implicit_steer.potentials import load_potential
 from implicit_steer.potentials import train as forces
 from implicit_steer.potentials.certificate import BOUNDS, certify
 
-OPTIONS = "--ema 0.9 --schedule plateau --patience 3 --batch-atoms 96 --depthwise --correlation 2 --zbl"
+OPTIONS = (
+    "--ema 0.9 --schedule plateau --patience 3 --batch-atoms 96 --radial-basis bessel --depthwise --correlation 2 --zbl"
+)
 SIZES = "--system metals --limit 8 --epochs 3 --channels 4 --cutoff 4 --num-threads 1 --no-progress"
 
 
@@ -38,7 +40,8 @@ def test_it_is_trained_as_asked(trained):
     assert given == {"ema": 0.9, "schedule": "plateau", "patience": 3, "batch_atoms": 96}
     assert (trained / "log.csv").read_text().splitlines()[-1].split(",")[:2] == ["2", "9"]  # 3 steps per epoch
     options = load_potential(trained / "potential.pt").options
-    assert [options[name] for name in ("depthwise", "correlation", "zbl")] == [True, 2, True]
+    names = "radial_basis", "depthwise", "correlation", "zbl"
+    assert [options[name] for name in names] == ["bessel", True, 2, True]
 
 
 def test_it_is_certified(trained):

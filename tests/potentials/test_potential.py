@@ -395,6 +395,7 @@ def test_many_channels(ethanol, dtype):
         ({"max_frequency": -1}, ValueError, "max_frequency: expected an integer >= 0"),
         ({"channels": 2.5}, ValueError, "channels: expected an integer >= 1"),
         ({"radial": -1}, ValueError, "radial: expected an integer >= 0"),
+        ({"radial_basis": "sine"}, ValueError, r"radial_basis: expected one of \('cosine', 'bessel'\), got"),
         ({"backend": "x"}, ValueError, "backend: expected one of"),
         ({"depthwise": 1}, TypeError, "depthwise: expected True or False"),
         ({"correlation": 3}, ValueError, "correlation: expected 1 or 2, got 3"),
