@@ -68,8 +68,10 @@ def _step(candidate: str, width: int, measure: str) -> Callable[[], Any]:
 
 
 def peak_bytes(candidate: str, width: str, measure: str) -> int:
-    """By how much the memory of this process rises in one step; for :func:`bench.process.ask`."""
+    """By how much the memory of this process rises in the second step; for :func:`bench.process.ask`. The first one
+    loads code and makes what later ones keep."""
     run = _step(candidate, int(width), measure)
+    run()
     return process.peak_memory(run)
 
 
@@ -146,7 +148,7 @@ def text(results: dict[str, Any]) -> str:
         [
             f"### Related operators: {NODES} nodes, {NODES * NEIGHBOURS:,} edges, float32\n",
             f"Medians; factors are {BASELINE} divided by the row: above 1 is faster than it. Memory: by how much that "
-            "of a process rises in one step, one thread.\n",
+            "of a process rises in its second step, one thread.\n",
             table(["width C of Cx0e + Cx1o", *columns], rows),
             *(f"\nnot run: {what} ({why})" for what, why in results["skipped"].items()),
             f"\nless than {TARGETS['forward']:.0f} times as fast forward, {TARGETS['training']:.0f} times in training:",
