@@ -11,6 +11,8 @@ struct Forward : Worker<R> {
   using V = typename Lane<R>::V;
   using Q = typename Lane<R>::Q;
   static constexpr int L = Lane<R>::L, QL = Lane<R>::QL;
+  static constexpr int kVectors = IST_LANE_BYTES == 64 && !is_dual<R> ? 2 : 1;  // of outputs: as many as registers hold
+  static constexpr int kRowsAhead = 8;  // of θ: its rows are too far apart for the processor to foresee them
   using Base::a, Base::p, Base::weights, Base::tile, Base::mixed, Base::ring, Base::ring_size, Base::n_ring;
   R* sums;  // T of ring_size nodes, as [w][slot, v]
 
@@ -30,26 +32,34 @@ struct Forward : Worker<R> {
     const R* sums_of = sums + group.sums + (slot - group.first) * q.in_stride;
     R* out = mixed + q.out_at + o * q.out_stride;
     int u = 0;
-    for (; u + L <= q.out_stride; u += L) mix_nodes<V>(group, weight, sums_of, out, u);
+    for (; u + kVectors * L <= q.out_stride; u += kVectors * L) mix_nodes<V, kVectors>(group, weight, sums_of, out, u);
+    for (; kVectors > 1 && u + L <= q.out_stride; u += L) mix_nodes<V>(group, weight, sums_of, out, u);
     for (; u < q.n_out; u += QL) mix_nodes<Q>(group, weight, sums_of, out, u);
   }
-  // T outputs from u on, of all nodes
-  template <typename T>
+  // M T of outputs from u on, of all nodes
+  template <typename T, int M = 1>
   IST_INLINE void mix_nodes(const Group& group, const R* weight, const R* sums_of, R* out, int u) {
     for (int first = 0; first < n_ring; first += kNodes, sums_of += kNodes * p.n_sums, out += kNodes * p.n_mixed) {
       const R* node[kNodes];
       for (int n = 0; n < kNodes; ++n) node[n] = opaque_pointer(sums_of + n * p.n_sums);
-      group.q.depthwise ? mix_channels<T>(group, weight, node, out, u) : mix_block<T>(group, weight + u, node, out + u);
+      if (group.q.depthwise)
+        for (int m = 0; m < M; ++m) mix_channels<T>(group, weight, node, out, u + m * kWidth<T>);
+      else
+        mix_block<T, M>(group, weight + u, node, out + u);
     }
   }
-  // T outputs
-  template <typename T>
+  // M T of outputs
+  template <typename T, int M>
   IST_INLINE void mix_block(const Group& group, const R* weight, const R* const* node, R* out) {
-    T acc[kNodes] = {};
+    T acc[kNodes * M] = {};
     for (int v = 0; v < group.q.n_in; ++v)
-      for (int64_t x = v; x < group.q.n_hidden * group.stride; x += group.stride, weight += group.q.out_stride)
-        add_term<kNodes, 1>(acc, [&](int n, int) { return node[n][x]; }, weight, 0);
-    for (int n = 0; n < kNodes; ++n, out += p.n_mixed) store_numbers(out, load_numbers<T>(out) + acc[n]);
+      for (int64_t x = v; x < group.q.n_hidden * group.stride; x += group.stride, weight += group.q.out_stride) {
+        for (int m = 0; m < M; ++m) __builtin_prefetch(weight + kRowsAhead * group.q.out_stride + m * kWidth<T>);
+        add_term<kNodes, M>(acc, [&](int n, int) { return node[n][x]; }, weight, 0);
+      }
+    for (int n = 0; n < kNodes; ++n, out += p.n_mixed)
+      for (int m = 0; m < M; ++m)
+        store_numbers(out + m * kWidth<T>, load_numbers<T>(out + m * kWidth<T>) + acc[n * M + m]);
   }
 
   // T channels from u on, each by itself
