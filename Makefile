@@ -19,7 +19,7 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
-CPP_SOURCES := $(shell find csrc tests/native tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP_SOURCES := $(shell find csrc tests/aoti tests/native tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # nvcc takes minutes for each architecture; make IMPLICIT_STEER_CUDA=auto build: for the GPUs of this machine.
 export IMPLICIT_STEER_CUDA ?= off

@@ -229,19 +229,11 @@ class PotentialNet(torch.nn.Module):
             if not delta.requires_grad:
                 delta.requires_grad_()
             energies = self.atomic_energies(species, graph, delta)
-            (g,) = torch.autograd.grad(energies.sum(), delta, create_graph=create_graph)  # [E, 3]
-            # ∂E/∂pos by the chain rule: each edge vector is target minus source
-            forces, lost = g.new_zeros(structures.pos.shape), _lost(structures)
-            forces = forces.index_add(0, graph.src, g).index_add(0, graph.dst, -g) + lost[:, None].to(g.dtype)
-            energies = energies + lost
+            energies, forces, g = derivatives(energies, delta, structures, create_graph=create_graph)
             energy = _per_structure(energies, structures)
-            virial = None
-            if stress:
-                outer = 0.5 * (delta[:, :, None] * g[:, None] + g[:, :, None] * delta[:, None])
-                owner = structures.batch[graph.dst]
-                virial = outer.new_zeros(structures.cell.shape).index_add(0, owner, outer)
-                virial = (virial / volume[:, None, None]).to(g.dtype)
-        found = Prediction(energy, energies, forces, virial)
+            of_strain = strain_gradient(delta, g, structures) if stress else None
+        sigma = None if of_strain is None else (of_strain / volume[:, None, None]).to(forces.dtype)
+        found = Prediction(energy, energies, forces, sigma)
         return found if create_graph else found.detached()
 
     def fit(self, structures: Structures, shift: Mapping[int, float] | None = None) -> None:
@@ -309,6 +301,25 @@ def _pairs(count: int) -> NDArray[Any]:
     """(count², 2 count): the one-hot species of source and target of every pair, row source · count + target."""
     one_hot = np.eye(count, dtype=np.float32)
     return np.concatenate([np.repeat(one_hot, count, 0), np.tile(one_hot, (count, 1))], 1)
+
+
+def derivatives(
+    energies: Tensor, delta: Tensor, structures: Structures, *, create_graph: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """energies (N,), forces (N, 3) and ∂E/∂delta (E, 3), from the energies of the atoms as a function of the edges'
+    vectors ``delta`` (E, 3); energies and forces are NaN where a position is NaN or infinite."""
+    (g,) = torch.autograd.grad(energies.sum(), delta, create_graph=create_graph)  # [E, 3]
+    # ∂E/∂pos by the chain rule: each edge vector is target minus source
+    (source, target), lost = structures.edge_index.unbind(0), _lost(structures)
+    forces = g.new_zeros(structures.pos.shape).index_add(0, source, g).index_add(0, target, -g)
+    return energies + lost, forces + lost[:, None].to(g.dtype), g
+
+
+def strain_gradient(delta: Tensor, g: Tensor, structures: Structures) -> Tensor:
+    """∂E/∂ε (B, 3, 3) in eV, symmetric, from the edges' vectors ``delta`` (E, 3) and ``g`` = ∂E/∂delta."""
+    outer = 0.5 * (delta[:, :, None] * g[:, None] + g[:, :, None] * delta[:, None])
+    owner = structures.batch[structures.edge_index[1]]
+    return outer.new_zeros(structures.cell.shape).index_add(0, owner, outer)
 
 
 def _lost(structures: Structures) -> Tensor:
