@@ -25,6 +25,7 @@ from .point_conv import PointConvBase
 from .zbl import ZBL
 
 MAX_NUMBER = 118
+_ROWS = 96  # of a Hessian at a time: each takes as much memory as one backward pass through the nodes
 
 
 class Prediction(NamedTuple):
@@ -235,6 +236,27 @@ class PotentialNet(torch.nn.Module):
         sigma = None if of_strain is None else (of_strain / volume[:, None, None]).to(forces.dtype)
         found = Prediction(energy, energies, forces, sigma)
         return found if create_graph else found.detached()
+
+    def hessian(self, structures: Structures) -> Tensor:
+        """∂²E/∂pos² (N, 3, N, 3) in eV/Å², float64, of one structure: minus the derivatives of its 3 N forces,
+        symmetric to rounding. ASE makes vibrations of it: ``VibrationsData(atoms, hessian.numpy())``.
+
+        Raises ``ValueError`` for several structures, and what :meth:`predict` raises.
+
+        Example:
+            >>> pos = torch.tensor([[0, 0, 0], [0.96, 0, 0], [0, 0.96, 0]], dtype=torch.float64)
+            >>> water = Structures.single(torch.tensor([8, 1, 1]), pos, 4.0)
+            >>> Potential([1, 8], cutoff=4.0).double().hessian(water).shape
+            torch.Size([3, 3, 3, 3])
+        """
+        require(structures.num_graphs == 1, "structures", "one structure", f"{structures.num_graphs} of them")
+        pos = structures.pos.detach().double().requires_grad_()
+        with torch.enable_grad(), _constant(self):
+            forces = self.predict(structures.moved(pos), create_graph=True).forces.flatten()
+        unit, options = torch.eye(len(forces)).to(forces), {"retain_graph": True, "is_grads_batched": True}
+        chunks = [unit[n : n + _ROWS] for n in range(0, len(forces), _ROWS)]
+        rows = [torch.autograd.grad(forces, pos, chunk, **options)[0] for chunk in chunks]
+        return -torch.cat([pos.new_zeros(0, *pos.shape), *rows]).view(*pos.shape, *pos.shape)
 
     def fit(self, structures: Structures, shift: Mapping[int, float] | None = None) -> None:
         """Set ``shift`` (by default by least squares of the energies on the composition), ``scale`` (r.m.s. force of
