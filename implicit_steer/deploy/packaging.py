@@ -36,7 +36,7 @@ def package(
 
         (numbers, pos, cell, edge_index, shift) → (energy (1,), energies (N,), forces (N, 3), virial (3, 3))
 
-    of one structure, with any number of atoms and edges: numbers (N,) int64; pos (N, 3) and cell (3, 3) in float64, Å,
+    of one structure, with two or more atoms and edges: numbers (N,) int64; pos (N, 3) and cell (3, 3) in float64, Å,
     rows = lattice vectors, anything where nothing repeats; edge_index (2, E) int64, row 0 = source j, row 1 = target i,
     each pair in both directions, up to the cutoff or beyond; shift (E, 3), whole numbers in the potential's dtype:
     an edge's vector is ``pos[i] - pos[j] + shift @ cell``. Energies are in eV and float64, forces in eV/Å and the

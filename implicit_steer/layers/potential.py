@@ -232,8 +232,9 @@ class PotentialNet(torch.nn.Module):
             energies = self.atomic_energies(species, graph, delta)
             energies, forces, g = derivatives(energies, delta, structures, create_graph=create_graph)
             energy = _per_structure(energies, structures)
-            of_strain = strain_gradient(delta, g, structures) if stress else None
-        sigma = None if of_strain is None else (of_strain / volume[:, None, None]).to(forces.dtype)
+            sigma = None
+            if stress:
+                sigma = (strain_gradient(delta, g, structures) / volume[:, None, None]).to(forces.dtype)
         found = Prediction(energy, energies, forces, sigma)
         return found if create_graph else found.detached()
 
