@@ -18,9 +18,9 @@ CUTOFF = 3.0
 STRUCTURES = {"benzene": lambda: molecule("C6H6"), "water": lambda: molecule("H2O"), "crystal": lambda: bulk("C")}
 
 
-def potential(dtype=torch.float64):
+def potential(dtype=torch.float64, **options):
     torch.manual_seed(0)
-    potential = Potential([1, 6, 8], CUTOFF, channels=2, radial=2, kernel_channels=4).to(dtype)
+    potential = Potential([1, 6, 8], CUTOFF, channels=2, radial=2, kernel_channels=4, **options).to(dtype)
     potential.scale.fill_(100.0)
     potential.shift.copy_(torch.tensor([-13.0, -1030.0, -2040.0]))
     return potential
@@ -99,8 +99,9 @@ def test_a_program_without_python(packaged, tmp_path):
 
 
 @pytest.mark.slow
-def test_frozen_and_in_float32(tmp_path):
-    frozen, structures = potential(torch.float32).freeze_table(knots=64), structure("crystal", torch.float32)
+def test_every_option_frozen_in_float32(tmp_path):
+    whole = potential(torch.float32, depthwise=True, correlation=2, zbl=True)
+    frozen, structures = whole.freeze_table(knots=64), structure("crystal", torch.float32)
     deploy.package(frozen, tmp_path / "frozen.pt2")
     found = torch._inductor.aoti_load_package(str(tmp_path / "frozen.pt2"))(*inputs(structures))
     assert [t.dtype for t in found] == [torch.float64, torch.float64, torch.float32, torch.float32]
