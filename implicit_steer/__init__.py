@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # imported at their first use, see below
     from . import nn as nn
     from . import potentials as potentials
     from .deploy import load, register, save
+    from .potentials import lammps as lammps
     from .training import viz as viz
 
 __all__ = [
@@ -35,7 +36,7 @@ __all__ = [
 
 # Imported at their first use, because they import every layer and backend; nn also imports escnn.
 _FOUND = {name: f".{name}" for name in ("deploy", "experiments", "irreps", "layers", "nn", "potentials")}
-_FOUND["viz"] = ".training.viz"
+_FOUND |= {"lammps": ".potentials.lammps", "viz": ".training.viz"}
 
 
 def __getattr__(name: str) -> Any:

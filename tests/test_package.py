@@ -54,6 +54,7 @@ def test_public_names():
     packages = ("deploy", "experiments", "layers", "nn", "potentials")
     assert all(getattr(ist, name).__name__ == f"implicit_steer.{name}" for name in packages)
     assert ist.viz.__name__ == "implicit_steer.training.viz"
+    assert ist.lammps.__name__ == "implicit_steer.potentials.lammps"
     assert re.fullmatch(r"\d+\.\d+\.\d+", ist.__version__)
 
 

@@ -51,7 +51,9 @@ also holds its parameters and buffers, by name, and nothing else. To make a new 
    ``FORMAT``.
 """
 
+from .._native import LIBRARY as OPERATORS
+from .packaging import package
 from .registry import register
 from .saving import copy_state, load, save
 
-__all__ = ["copy_state", "load", "register", "save"]
+__all__ = ["OPERATORS", "copy_state", "load", "package", "register", "save"]

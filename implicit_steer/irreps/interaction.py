@@ -83,7 +83,7 @@ class Interaction(torch.nn.Module):
             return x
         if node_attr is None:
             fail("node_attr", f"a tensor (N, {self.node_attr})", None)
-        check_tensor("node_attr", node_attr, (len(x), self.node_attr), x.dtype, x.device)
+        check_tensor("node_attr", node_attr, (x.shape[0], self.node_attr), x.dtype, x.device)
         parts = []
         for (multiplicity, irrep), part in zip(
             self.irreps_in, x.split([t.size for t in self.irreps_in], 1), strict=True

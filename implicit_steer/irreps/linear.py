@@ -79,9 +79,10 @@ class Linear(NoTorchScript, torch.nn.Module):
             torch.einsum("uv,nvm->num", matrix.view(u, v), part.unflatten(1, (v, size))).flatten(1)
             for matrix, part, (u, v, size) in zip(matrices, of_irreps, self._shapes, strict=True)
         ]
-        y = x.new_zeros(len(x), self.irreps_out.size).index_copy(1, written, torch.cat(mixed, 1))
+        # x.shape[0]: torch.export takes len(x) for a constant
+        y = x.new_zeros(x.shape[0], self.irreps_out.size).index_copy(1, written, torch.cat(mixed, 1))
         if self.bias is not None:
-            y = y.index_add(1, scalars, self.bias.expand(len(x), -1))
+            y = y.index_add(1, scalars, self.bias.expand(x.shape[0], -1))
         return y.to(given)
 
     def extra_repr(self) -> str:

@@ -73,7 +73,7 @@ class Norm(NoTorchScript, torch.nn.Module):
         centred = x - (x @ average_of_scalars).index_select(1, irrep_of)
         scale = (centred.square() @ average + self.eps).rsqrt().index_select(1, irrep_of)
         y = centred * scale * self.weight.index_select(0, field_of)
-        return y.index_add(1, scalars, self.bias.expand(len(x), -1))
+        return y.index_add(1, scalars, self.bias.expand(x.shape[0], -1))
 
     def extra_repr(self) -> str:
         """What distinguishes this norm."""

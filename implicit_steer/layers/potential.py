@@ -25,6 +25,7 @@ from .point_conv import PointConvBase
 from .zbl import ZBL
 
 MAX_NUMBER = 118
+_ROWS = 96  # of a Hessian at a time: each takes as much memory as one backward pass through the nodes
 
 
 class Prediction(NamedTuple):
@@ -229,20 +230,34 @@ class PotentialNet(torch.nn.Module):
             if not delta.requires_grad:
                 delta.requires_grad_()
             energies = self.atomic_energies(species, graph, delta)
-            (g,) = torch.autograd.grad(energies.sum(), delta, create_graph=create_graph)  # [E, 3]
-            # ∂E/∂pos by the chain rule: each edge vector is target minus source
-            forces, lost = g.new_zeros(structures.pos.shape), _lost(structures)
-            forces = forces.index_add(0, graph.src, g).index_add(0, graph.dst, -g) + lost[:, None].to(g.dtype)
-            energies = energies + lost
+            energies, forces, g = derivatives(energies, delta, structures, create_graph=create_graph)
             energy = _per_structure(energies, structures)
-            virial = None
+            sigma = None
             if stress:
-                outer = 0.5 * (delta[:, :, None] * g[:, None] + g[:, :, None] * delta[:, None])
-                owner = structures.batch[graph.dst]
-                virial = outer.new_zeros(structures.cell.shape).index_add(0, owner, outer)
-                virial = (virial / volume[:, None, None]).to(g.dtype)
-        found = Prediction(energy, energies, forces, virial)
+                sigma = (strain_gradient(delta, g, structures) / volume[:, None, None]).to(forces.dtype)
+        found = Prediction(energy, energies, forces, sigma)
         return found if create_graph else found.detached()
+
+    def hessian(self, structures: Structures) -> Tensor:
+        """∂²E/∂pos² (N, 3, N, 3) in eV/Å², float64, of one structure: minus the derivatives of its 3 N forces,
+        symmetric to rounding. ASE makes vibrations of it: ``VibrationsData(atoms, hessian.numpy())``.
+
+        Raises ``ValueError`` for several structures, and what :meth:`predict` raises.
+
+        Example:
+            >>> pos = torch.tensor([[0, 0, 0], [0.96, 0, 0], [0, 0.96, 0]], dtype=torch.float64)
+            >>> water = Structures.single(torch.tensor([8, 1, 1]), pos, 4.0)
+            >>> Potential([1, 8], cutoff=4.0).double().hessian(water).shape
+            torch.Size([3, 3, 3, 3])
+        """
+        require(structures.num_graphs == 1, "structures", "one structure", f"{structures.num_graphs} of them")
+        pos = structures.pos.detach().double().requires_grad_()
+        with torch.enable_grad(), _constant(self):
+            forces = self.predict(structures.moved(pos), create_graph=True).forces.flatten()
+        unit, options = torch.eye(len(forces)).to(forces), {"retain_graph": True, "is_grads_batched": True}
+        chunks = [unit[n : n + _ROWS] for n in range(0, len(forces), _ROWS)]
+        rows = [torch.autograd.grad(forces, pos, chunk, **options)[0] for chunk in chunks]
+        return -torch.cat([pos.new_zeros(0, *pos.shape), *rows]).view(*pos.shape, *pos.shape)
 
     def fit(self, structures: Structures, shift: Mapping[int, float] | None = None) -> None:
         """Set ``shift`` (by default by least squares of the energies on the composition), ``scale`` (r.m.s. force of
@@ -309,6 +324,25 @@ def _pairs(count: int) -> NDArray[Any]:
     """(count², 2 count): the one-hot species of source and target of every pair, row source · count + target."""
     one_hot = np.eye(count, dtype=np.float32)
     return np.concatenate([np.repeat(one_hot, count, 0), np.tile(one_hot, (count, 1))], 1)
+
+
+def derivatives(
+    energies: Tensor, delta: Tensor, structures: Structures, *, create_graph: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """energies (N,), forces (N, 3) and ∂E/∂delta (E, 3), from the energies of the atoms as a function of the edges'
+    vectors ``delta`` (E, 3); energies and forces are NaN where a position is NaN or infinite."""
+    (g,) = torch.autograd.grad(energies.sum(), delta, create_graph=create_graph)  # [E, 3]
+    # ∂E/∂pos by the chain rule: each edge vector is target minus source
+    (source, target), lost = structures.edge_index.unbind(0), _lost(structures)
+    forces = g.new_zeros(structures.pos.shape).index_add(0, source, g).index_add(0, target, -g)
+    return energies + lost, forces + lost[:, None].to(g.dtype), g
+
+
+def strain_gradient(delta: Tensor, g: Tensor, structures: Structures) -> Tensor:
+    """∂E/∂ε (B, 3, 3) in eV, symmetric, from the edges' vectors ``delta`` (E, 3) and ``g`` = ∂E/∂delta."""
+    outer = 0.5 * (delta[:, :, None] * g[:, None] + g[:, :, None] * delta[:, None])
+    owner = structures.batch[structures.edge_index[1]]
+    return outer.new_zeros(structures.cell.shape).index_add(0, owner, outer)
 
 
 def _lost(structures: Structures) -> Tensor:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-import math
-from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 
 from .._check import load_extra, require
 from ..graph.structures import Structures
+from .evaluator import Atoms as PlainAtoms
+from .evaluator import Evaluator
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -62,23 +60,16 @@ class Calculator(_base.Calculator):
         remedy = "The potential has nothing to set: total charge and spin are those of its training data."
         expected = "ASE's options (atoms, label, directory, restart)"
         require(not self.parameters, "kwargs", expected, dict(self.parameters), remedy, TypeError)
-        is_potential = isinstance(potential, torch.nn.Module) and hasattr(potential, "predict")
-        require(is_potential, "potential", "a Potential", type(potential).__name__, kind=TypeError)
-        real = isinstance(skin, Real) and not isinstance(skin, bool)
-        require(real, "skin", "a number", repr(skin), kind=TypeError)
-        require(0 <= skin < math.inf, "skin", "a length >= 0 in Å", skin)
-        self.potential = copy.deepcopy(potential).eval().requires_grad_(False)
-        self.skin = float(skin)
-        self._parameter = next(iter(self.potential.parameters()))
-        self._near: tuple[Atoms, Structures] | None = None  # where neighbours were found, and all within the skin
+        self._evaluator = Evaluator(potential, skin)
+        self.potential, self.skin = self._evaluator.potential, self._evaluator.skin
 
     def calculate(self, atoms: Atoms | None = None, properties=("energy",), system_changes=_base.all_changes) -> None:
         """Fill ``results``, with the stress where the cell has a volume."""
         super().calculate(atoms, properties, system_changes)
-        structures = self._structures(self.atoms)
         has_volume = self.atoms.cell.rank == 3
         require("stress" not in properties or has_volume, "stress", "three lattice vectors", f"{self.atoms.cell}")
-        energy, energies, forces, stress = self.potential.predict(structures, stress=has_volume)
+        plain = PlainAtoms(self.atoms.numbers, self.atoms.positions, self.atoms.cell.array, self.atoms.pbc)
+        energy, energies, forces, stress = self._evaluator(plain, stress=has_volume)
         self.results = {
             "energy": energy.item(),
             "free_energy": energy.item(),
@@ -87,21 +78,3 @@ class Calculator(_base.Calculator):
         }
         if has_volume:
             self.results["stress"] = _voigt(stress[0].cpu().double().numpy())
-
-    def _structures(self, atoms: Atoms) -> Structures:
-        """``atoms`` with the edges within the cutoff."""
-        like = self._parameter
-        if self._near is None or self._moved(self._near[0], atoms):
-            found = from_atoms(atoms, self.potential.cutoff + self.skin, like.dtype)
-            self._near = atoms.copy(), found.to(like.device)
-        near = self._near[1]
-        pos = torch.tensor(atoms.positions, device=like.device)
-        return near.moved(pos).within(self.potential.cutoff)
-
-    def _moved(self, before: Atoms, atoms: Atoms) -> bool:
-        if len(before) != len(atoms) or (before.numbers != atoms.numbers).any():
-            return True
-        if (before.pbc != atoms.pbc).any() or (before.cell.array != atoms.cell.array).any():
-            return True
-        moved = np.square(atoms.positions - before.positions).sum(1).max(initial=0.0)
-        return not 4 * moved <= self.skin**2  # so that NaN, too, has moved: the search for neighbours refuses it

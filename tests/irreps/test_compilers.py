@@ -39,6 +39,14 @@ def test_exported():
     torch.testing.assert_close(program.module()(*given), module(*given), rtol=1e-6, atol=1e-6)
 
 
+def test_exported_for_every_size():
+    module = torch.nn.Sequential(Linear("2x0e+2x1o", "3x0e+2x1o"), Norm("3x0e+2x1o"))
+    sizes = ({0: torch.export.Dim("nodes", min=2)},)
+    program = torch.export.export(module, (inputs()[0],), dynamic_shapes=sizes)
+    x = inputs(nodes=7)[0]
+    torch.testing.assert_close(program.module()(x), module(x), rtol=1e-6, atol=1e-6)
+
+
 def test_built_on_meta():
     with torch.device("meta"):
         empty = [block(), Linear("2x0e", "2x0e"), Gate("2x0e"), Norm("2x0e"), ImplicitPointConv("2x0e", "2x0e")]

@@ -13,7 +13,7 @@ from ase.optimize import BFGS
 from ase.stress import voigt_6_to_full_3x3_stress
 
 from implicit_steer.__main__ import main
-from implicit_steer.potentials import Potential, ase
+from implicit_steer.potentials import Potential, Structures
 from implicit_steer.potentials.ase import Calculator, from_atoms
 from implicit_steer.potentials.md import MDOptions, run_md, run_nve, start_structure
 
@@ -69,7 +69,8 @@ def test_the_potential_is_copied(potential):
 
 def test_neighbours_are_kept_within_the_skin(potential, monkeypatch):
     searches = []
-    monkeypatch.setattr(ase, "from_atoms", lambda *args: searches.append(1) or from_atoms(*args))
+    single = Structures.single
+    monkeypatch.setattr(Structures, "single", lambda *args: searches.append(1) or single(*args))
     atoms, fresh = copper(), copper()
     atoms.calc, fresh.calc = Calculator(potential, skin=0.4), Calculator(potential, skin=0.0)
     rng = np.random.default_rng(0)
