@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,16 +19,17 @@ TUTORIALS = [path for path in ALL if PYG or path.stem != "irreps"]  # `make test
 
 @pytest.fixture
 def one_thread():
-    """Tutorials set their own seeds, and share a machine with other tests."""
-    threads = torch.get_num_threads()
+    """Tutorials set their own seeds, and share a machine and, where they call commands, SIGINT with other tests."""
+    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, handler)
 
 
 def test_the_tutorials_are_there():
     names = {path.stem for path in ALL}
-    assert names == {"forces", "grid_convolution", "irreps", "kernels", "model", "moving", "point_convolution"}
+    assert names == {"forces", "grid_convolution", "irreps", "kernels", "model", "moving", "own_structures", "point_convolution"}
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
