@@ -7,8 +7,8 @@
 #
 # ## The file
 #
-# An extended XYZ file with energies in eV and forces in eV/Å, and if you like stresses in eV/Å³. Here an alloy of copper
-# and gold, labelled with ASE's effective medium theory; yours comes from your electronic-structure code.
+# An extended XYZ file with energies in eV and forces in eV/Å, and if you like stresses in eV/Å³. Here an alloy of
+# copper and gold, labelled with ASE's effective medium theory; yours comes from your electronic-structure code.
 
 # %%
 import importlib.util
@@ -55,8 +55,8 @@ print((folder / "train.extxyz").read_text()[:460])
 # ## Training
 #
 # On the command line: `python -m implicit_steer train forces --data train.extxyz --test test.extxyz --cutoff 4.5 …`. A
-# tenth of the training frames chooses the epoch. The energies of single atoms are fitted; `--e0` takes yours. A run that
-# is interrupted continues with `--resume`. [Potentials](../potentials.md) has all options.
+# tenth of the training frames chooses the epoch. The energies of single atoms are fitted; `--e0` takes yours. A run
+# that is interrupted continues with `--resume`. [Potentials](../potentials.md) has all options.
 
 # %%
 options = "--cutoff 4.5 --channels 8 --epochs 20 --num-threads 1 --no-progress"
@@ -64,7 +64,7 @@ files = f"--data {folder}/train.extxyz --test {folder}/test.extxyz --out {folder
 main(f"train forces {files} {options}".split())
 result = json.loads((folder / "run" / "result.json").read_text())
 print(f"energy: {1000 * result['energy_mae']:.1f} meV per atom")
-print(f"forces: {1000 * result['forces_mae']:.0f} meV/Å; as if all were 0: {1000 * result['zero_forces_mae']:.0f} meV/Å")
+print(f"forces: {1000 * result['forces_mae']:.0f} meV/Å; of forces of 0: {1000 * result['zero_forces_mae']:.0f} meV/Å")
 assert result["forces_mae"] < 0.4 * result["zero_forces_mae"]
 
 # %% [markdown]
