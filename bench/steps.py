@@ -100,7 +100,9 @@ def candidates(case: Case, names: list[str], compile_eager: bool = False) -> tup
     if reason := related.why_not(case):
         skipped[related.NAME] = reason
     else:
-        found += [Candidate(related.NAME, form) for form in related.FORMS]
+        forms, others = related.forms(_device[0])
+        found += [Candidate(related.NAME, form) for form in forms]
+        skipped |= {f"{related.NAME}, {form}": reason for form, reason in others.items()}
     return found, skipped
 
 

@@ -278,6 +278,18 @@ def test_related_operators_have_their_domain():
     pytest.importorskip("e3nn")
     assert related.why_not(cases.SMALL["so2"]) == "only for O(3)"
     assert related.why_not(cases.SMALL["o3-vector-attr"]) == "only for scalar attributes"
+
+
+def test_kernels_of_others_are_measured_where_they_are_installed(monkeypatch):
+    gpu = torch.device("cuda")
+    assert related.forms(torch.device("cpu")) == (
+        list(related.FORMS),
+        dict.fromkeys(related.KERNELS, "its kernels are for GPUs"),
+    )
+    monkeypatch.setattr(related.importlib.util, "find_spec", lambda name: name == "openequivariance" or None)
+    found, skipped = related.forms(gpu)
+    assert found == [*related.FORMS, "NequIP form, OpenEquivariance"]
+    assert skipped == {"NequIP form, cuEquivariance": "cuequivariance_torch is not installed"}
     found = step(replace(CASE, knn=True), Candidate("e3nn", "NequIP form"), "train")()
     assert {"output", "x", "edge_delta", "edge_attr"} < set(found)
     assert all(float(tensor.abs().max()) > 0 for tensor in found.values())
