@@ -20,7 +20,6 @@ from .kernel_mlp import normed_features, plain_kernel, table_sums
 
 # Why the GPU's own backends refuse a plan.
 TABLES_ON_GPU = "tables run on a GPU as plain PyTorch, in 'eager'"
-DEPTHWISE_ON_GPU = "depthwise kernels run on a GPU as plain PyTorch, in 'eager'"
 
 
 @runtime_checkable

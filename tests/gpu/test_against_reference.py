@@ -5,7 +5,7 @@ import torch
 from helpers import CONFIGURATIONS, assert_close, random_edges, relative, with_edges
 from problems import DEVICE, INTERPRETED, expected, layer, outcome, small
 
-from implicit_steer import Graph
+from implicit_steer import Graph, irreps
 from implicit_steer.nn import ImplicitPointConvWithDownsampling
 from implicit_steer.plan import FUNCTIONS
 from implicit_steer.testing.cases import SMALL, Case, equivariance_error
@@ -68,6 +68,31 @@ def test_on_and_near_the_axis(name, backend):
 def test_options(options, backend):
     conv = layer(small("c4"), "eval", torch.float32, **options)
     check(conv, small("c4").inputs(conv), backend)
+
+
+def test_depthwise(backend):
+    """Values, first and second derivatives; `cuda` says that it has no such kernels."""
+    text, generator = "2x0e + 2x1o", torch.Generator().manual_seed(0)
+    conv = irreps.ImplicitPointConv(text, text, n_layers=2, n_channels=2, width=1.0, norm="batch", depthwise=True)
+    conv = conv.double().to(DEVICE)
+    edges = torch.randint(0, 3, (2, 9), generator=generator).to(DEVICE)
+    x, delta = (torch.randn(n, generator=generator, dtype=torch.float64).to(DEVICE) for n in ((3, 8), (9, 3)))
+
+    def run(name):
+        conv.backend = name
+        leaves = [x.clone().requires_grad_(), delta.clone().requires_grad_(), *conv.parameters()]
+        out = conv(leaves[0], edges, leaves[1])
+        first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        return [out, *first, *torch.autograd.grad(sum(t.square().sum() for t in first), leaves)]
+
+    if backend == "cuda":
+        with pytest.raises(RuntimeError, match="depthwise kernels run on a GPU in 'triton'"):
+            run(backend)
+        return
+    known = run("reference")
+    scale = max(float(t.detach().norm()) for t in known)
+    for ours, theirs in zip(run(backend), known, strict=True):
+        assert relative(ours, theirs) < 1e-12 or float((ours - theirs).detach().norm()) < 1e-14 * scale
 
 
 # ---- graphs

@@ -17,7 +17,7 @@ from torch import Tensor
 from ... import _native
 from ...plan import Plan
 from ...plan.packing import Parameters, cached, parameter_sizes
-from ..backend import DEPTHWISE_ON_GPU, TABLES_ON_GPU
+from ..backend import TABLES_ON_GPU
 from .arrays import prepare
 from .bound import BoundKernel, KernelEntries, NativePlan, refusal
 from .convolution import NativeBackend
@@ -98,7 +98,7 @@ class Cuda(NativeBackend):
         if there and plan.table is not None:
             there, reason = False, TABLES_ON_GPU
         if there and plan.is_depthwise:
-            there, reason = False, DEPTHWISE_ON_GPU
+            there, reason = False, "depthwise kernels run on a GPU in 'triton' or as plain PyTorch, in 'eager'"
         if not there or not on_gpu:
             return there, reason
         needed = shared_bytes(plan, dtype)

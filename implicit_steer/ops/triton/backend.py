@@ -18,7 +18,7 @@ from ...graph import Graph
 from ...plan import Plan
 from ...plan.moments import NormStatistics, StatisticsSource
 from ...plan.packing import Parameters
-from ..backend import DEPTHWISE_ON_GPU, TABLES_ON_GPU, Backend
+from ..backend import TABLES_ON_GPU, Backend
 from .handle import Handle, handle_of
 from .tables import unsupported
 
@@ -30,9 +30,7 @@ def interpreted() -> bool:
 
 @lru_cache(maxsize=256)
 def _unsupported(plan: Plan) -> str | None:
-    if plan.table is not None:
-        return TABLES_ON_GPU
-    return DEPTHWISE_ON_GPU if plan.is_depthwise else unsupported(plan)
+    return unsupported(plan) if plan.table is None else TABLES_ON_GPU
 
 
 def _missing() -> str | None:

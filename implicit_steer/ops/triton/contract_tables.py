@@ -269,7 +269,7 @@ class ContractTables:
 
 def positions_of(plan: Plan, per_coupling: Sequence[tuple[list[Accumulator], int]]) -> NDArray[Any]:
     """Of the values (s, v, w, u, o) of every coupling in the flat Θ (n_t, C_out), from its accumulators and its number
-    of slots."""
+    of slots; of a depthwise coupling, where v is u, (s, w, u, o). Elsewhere Θ is 0."""
     found, entry = [], 0
     for c, (accumulators, n_slots) in zip(plan.couplings, per_coupling, strict=True):
         row = np.full(n_slots * len(c.in_start) * len(c.hidden_start), -1)
@@ -277,6 +277,8 @@ def positions_of(plan: Plan, per_coupling: Sequence[tuple[list[Accumulator], int
             n = accumulator.source.size
             row[accumulator.source.reshape(-1)] = entry + np.arange(n)
             entry += n
-        out = (c.out_start[:, None] + np.arange(c.basis.shape[1])).reshape(-1)
-        found.append((row[:, None] * plan.out_size + out).reshape(-1))
+        rows = row.reshape(n_slots, len(c.in_start), len(c.hidden_start), 1, 1)
+        rows = rows.transpose(0, 3, 2, 1, 4) if c.depthwise else rows
+        out = c.out_start[:, None] + np.arange(c.basis.shape[1])
+        found.append((rows * plan.out_size + out).reshape(-1))
     return np.concatenate([*found, np.zeros(0, int)])
