@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from dataclasses import replace
 
 import fake_cuda
 import pytest
@@ -108,6 +109,31 @@ def test_captured(training, backend):
             delta.copy_(torch.randn_like(delta))
         captured.replay()
         assert all(torch.equal(a, b) for a, b in zip(found, run(), strict=True))
+
+
+def test_graphed_callables(backend):
+    """Forward and backward of a layer as CUDA graphs, by torch.cuda.make_graphed_callables."""
+    conv = layer(small("o3"), "no norm", torch.float32, backend=backend)
+    problem = small("o3").inputs(conv)
+
+    class OfTensors(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = conv
+
+        def forward(self, x, delta):
+            return replace(problem, x=x, delta=delta).run(self.conv)
+
+    def outcome_of(module):
+        leaves = [problem.x.detach().clone().requires_grad_(), problem.delta.detach().clone().requires_grad_()]
+        out = module(*leaves)
+        return [out, *torch.autograd.grad(out.square().sum(), [*leaves, *conv.parameters()])]
+
+    known = outcome_of(OfTensors())
+    samples = problem.x.detach().clone().requires_grad_(), problem.delta.detach().clone().requires_grad_()
+    graphed = torch.cuda.make_graphed_callables(OfTensors(), samples)
+    for ours, theirs in zip(outcome_of(graphed), known, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
