@@ -1,30 +1,17 @@
 """Triton's interpreter made trustworthy and bearable, for tests: imported where TRITON_INTERPRET=1.
 
-Seen in Triton 3.6.0 and 3.7.1: tl.dot ignores ``input_precision``; nothing checks addresses. Half of the time goes into
-what changes no result: every call of a jit function patches the language again, sums and products of int32 are made a
-second time in int64 for an assertion that is off, and the table of dtypes is made anew for every value."""
+Seen in Triton 3.6.0 and 3.7.1: tl.dot ignores ``input_precision``; nothing checks addresses."""
 
 import contextlib
-import dataclasses
 
+import fast_interpreter
 import numpy as np
 import torch
-import triton.language as tl
 from triton.runtime import interpreter as triton_interpreter
 
 from implicit_steer.ops.triton import launch as launches
 
 _BUILDER = triton_interpreter.InterpreterBuilder
-_find_np_dtype = triton_interpreter._get_np_dtype
-_NP_DTYPES = {}  # by the name of Triton's type
-
-
-def _np_dtype(kind):
-    """NumPy's dtype for the elements of a type of Triton's."""
-    name = kind.scalar.name
-    if name not in _NP_DTYPES:
-        _NP_DTYPES[name] = _find_np_dtype(kind)
-    return _NP_DTYPES[name]
 
 
 def _tf32(x):
@@ -96,14 +83,9 @@ class Guard:
 
 
 def install():
-    """Once per process: exact tl.dot, one patch of the language per launch, a guard around every launch, and the time
-    saved that changes no result."""
+    """Once per process: exact tl.dot, a guard around every launch, and the time of fast_interpreter saved."""
     _BUILDER.create_dot = _create_dot
-    builder = triton_interpreter.interpreter_builder
-    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
-    triton_interpreter._get_np_dtype = _np_dtype
-    triton_interpreter._patch_lang(tl.sum.fn)  # for good: the part of the language that Triton's own functions are in
-    triton_interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+    fast_interpreter.install()
     launch = launches.launch
 
     def guarded(variant, grid, arguments):
