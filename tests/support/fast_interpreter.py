@@ -14,7 +14,7 @@ from triton.runtime import interpreter
 
 _make_block_type, _unwrap, _find_np_dtype = tl.block_type.__init__, core._unwrap_if_constexpr, interpreter._get_np_dtype
 _find_common_type = semantic.TritonSemantic.computation_type_impl
-_broadcast = semantic.TritonSemantic.broadcast_impl_value
+_find_operands = semantic.TritonSemantic.binary_op_type_checking_impl
 
 
 class _Shape(NamedTuple):
@@ -103,14 +103,18 @@ def _common_shape(a, b):
 
 def _broadcast_values(self, left, right):
     a, b = left.type, right.type
-    if not (a.is_block() and b.is_block()):
-        return _broadcast(self, left, right)
-    if a.shape is b.shape:
+    if a.is_block() and b.is_block():
+        if a.shape is b.shape:
+            return left, right
+        lengths, common = _common_shape(a.shape, b.shape)
+    elif a.is_block() or b.is_block():
+        common = _shape((a if a.is_block() else b).shape)
+        lengths = common.lengths.values
+    else:
         return left, right
-    lengths, common = _common_shape(a.shape, b.shape)
 
     def wide(value):
-        if value.type.shape is common.lengths:
+        if value.type.is_block() and value.type.shape is common.lengths:
             return value
         handle = self.builder.create_broadcast(value.handle, lengths)
         return tl.tensor(handle, tl.block_type(value.dtype, common.lengths))
@@ -118,10 +122,31 @@ def _broadcast_values(self, left, right):
     return wide(left), wide(right)
 
 
+_PLAIN = ("fp32", "fp64", "int32", "int64")  # two of one of them are computed with as they are
+
+
+def _operands(self, left, right, *options, **named):
+    if type(left) is type(right) is tl.tensor and left.dtype is right.dtype and left.dtype.name in _PLAIN:
+        return _broadcast_values(self, left, right)
+    return _find_operands(self, left, right, *options, **named)
+
+
+def _patch_builtin(owner, name, member, builder, scope):
+    """One call between a builtin's caller and its function, not two."""
+    function = getattr(member, "__wrapped__", member)
+
+    def called(*arguments, **named):
+        named["_semantic"] = interpreter.interpreter_semantic
+        return function(*arguments, **named)
+
+    scope.set_attr(owner, name, called)
+
+
 def install():
     """Once per process."""
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    interpreter._patch_attr = _patch_builtin
     interpreter._patch_lang(tl.sum.fn)  # for good: the part of the language that Triton's own functions are in
     interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
     interpreter._get_np_dtype = _np_dtype
@@ -129,3 +154,4 @@ def install():
     tl.block_type.__init__, tl.tensor.__init__ = _init_block_type, _init_tensor
     semantic.TritonSemantic.computation_type_impl = _common_type
     semantic.TritonSemantic.broadcast_impl_value = _broadcast_values
+    semantic.TritonSemantic.binary_op_type_checking_impl = _operands
