@@ -91,8 +91,9 @@ def test_every_configuration_gives_the_same_numbers():
 
 def test_tuning_keeps_the_fastest(monkeypatch, tmp_path):
     monkeypatch.setenv("IMPLICIT_STEER_CACHE", str(tmp_path))
-    conv = layer(small("c4"), "no norm", torch.float32, backend="triton")
-    problem = small("c4").inputs(conv)
+    case = replace(small("c4"), n_layers=2, n_channels=1)
+    conv = layer(case, "no norm", torch.float32, backend="triton")
+    problem = case.inputs(conv)
     sizes = tables(conv.implicit_kernel.plan).sizes
     seen = []
 

@@ -100,7 +100,7 @@ def test_exact_products_and_rounded_ones():
 
 def test_bench(monkeypatch, tmp_path, capsys):
     """All of ``python -m bench --device cuda`` but the ceilings, with the interpreter as device."""
-    case = replace(SMALL["c4"], nodes=4, degree=2)
+    case = replace(SMALL["c4"], n_layers=2, n_channels=1, nodes=4, degree=2)
     ceilings, config = {"copy, GB/s": 1.0, "float32, TFLOP/s": 1.0}, configuration.LaunchConfig(16, 4)
     monkeypatch.setattr(device, "ceilings", lambda device: ceilings)
     monkeypatch.setattr(configuration, "tune", lambda run, *_: run() and {"contract_forward": config})

@@ -2,7 +2,7 @@
 
 Seen in Triton 3.6.0 and 3.7.1: every call of a jit function patches the language again; sums and products of int32 are
 made a second time in int64 for an assertion that is off; made anew for every value are the table of dtypes, the type of
-its block and its shape, a tuple of constants that has a type of its own. That is nine tenths of the time."""
+its block and its shape, a tuple of constants that has a type of its own."""
 
 import dataclasses
 from typing import Any, NamedTuple
