@@ -31,6 +31,7 @@ _BY_LENGTHS, _BY_ID = {}, {}  # _BY_ID: by the identity of both tuples, which li
 
 
 def _shape(lengths):
+    """The entry of these lengths; they may be Triton's constants."""
     found = _BY_ID.get(id(lengths))
     if found is None:
         key = (*map(int, map(_unwrap, lengths)),)
@@ -90,33 +91,27 @@ def _common_type(self, a, a_is_scalar, b, b_is_scalar, div_or_mod):
     return _COMMON_TYPES[key]
 
 
-_COMMON_SHAPES = {}  # by the identities of two shapes of types: the lengths of both broadcast, and their _Shape
+_COMMON_SHAPES = {}  # by the identities of two entries of the tables above
 
 
 def _common_shape(a, b):
     key = id(a), id(b)
     if key not in _COMMON_SHAPES:
-        lengths = np.broadcast_shapes(tuple(a.values), tuple(b.values))
-        _COMMON_SHAPES[key] = lengths, _shape(lengths)
+        _COMMON_SHAPES[key] = _shape(np.broadcast_shapes(tuple(a.lengths.values), tuple(b.lengths.values)))
     return _COMMON_SHAPES[key]
 
 
 def _broadcast_values(self, left, right):
-    a, b = left.type, right.type
-    if a.is_block() and b.is_block():
-        if a.shape is b.shape:
-            return left, right
-        lengths, common = _common_shape(a.shape, b.shape)
-    elif a.is_block() or b.is_block():
-        common = _shape((a if a.is_block() else b).shape)
-        lengths = common.lengths.values
-    else:
+    """Both in the shape that they have together, by the rule of NumPy, which is Triton's; scalars have none."""
+    shapes = [_shape(value.type.shape) for value in (left, right) if value.type.is_block()]
+    if not shapes:
         return left, right
+    common = shapes[0] if shapes[0] is shapes[-1] else _common_shape(*shapes)
 
     def wide(value):
         if value.type.is_block() and value.type.shape is common.lengths:
             return value
-        handle = self.builder.create_broadcast(value.handle, lengths)
+        handle = self.builder.create_broadcast(value.handle, common.lengths.values)
         return tl.tensor(handle, tl.block_type(value.dtype, common.lengths))
 
     return wide(left), wide(right)
@@ -126,6 +121,7 @@ _PLAIN = ("fp32", "fp64", "int32", "int64")  # two of one of them are computed w
 
 
 def _operands(self, left, right, *options, **named):
+    """Both operands in one type and one shape."""
     if type(left) is type(right) is tl.tensor and left.dtype is right.dtype and left.dtype.name in _PLAIN:
         return _broadcast_values(self, left, right)
     return _find_operands(self, left, right, *options, **named)
