@@ -20,6 +20,7 @@ SLOW = (
     "tests/bench/",
     "tests/docs/",
     "tests/deploy/test_deploy_fuzz.py",
+    "tests/deploy/test_packaging.py",
     "tests/deploy/test_register.py::test_in_a_process_without_escnn",
     "tests/experiments/test_torch_models.py",
     "tests/faults/test_defaults_of_pytorch.py",
@@ -37,6 +38,7 @@ SLOW = (
     "tests/ops/test_triton.py::test_interpreted",
     "tests/ops/test_triton_aot.py",
     "tests/potentials/test_ase.py::test_energy_is_conserved",
+    "tests/potentials/test_options.py::test_it_is_certified",
     "tests/test_package.py::test_a_wrong_option_has_no_traceback",
     "tests/test_package.py::test_commands_without_escnn",
     "tests/test_package.py::test_cuda_kernels",
@@ -46,7 +48,7 @@ SLOW = (
     "tests/training/test_processes.py",
 )
 # Of these the longest go first: at the end they would keep one process busy and the others waiting.
-LONGEST = ("tests/ops/test_triton.py", "tests/docs/")
+LONGEST = ("tests/ops/test_triton.py", "tests/docs/", "tests/deploy/test_packaging.py")
 
 
 def pytest_collection_modifyitems(items):
