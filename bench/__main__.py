@@ -20,6 +20,7 @@ from . import (
     dispatch,
     dispatch_triton,
     forces,
+    potentials,
     process,
     related,
     report,
@@ -27,6 +28,7 @@ from . import (
     small,
     speed,
     table,
+    trainers,
     widths,
 )
 from .steps import DEVICES, candidates, use_device
@@ -63,9 +65,22 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--device", choices=DEVICES, default="cpu", help=where)
     tune = "with --device cuda: first measure and keep the fastest configurations of Triton's kernels"
     top.add_argument("--tune", action="store_true", help=tune)
+    _add_potentials(top)
     top.add_argument("--threads", type=int, metavar="N", default=2, help="(%(default)s)")
     top.add_argument("--out", type=Path, metavar="DIR", default=Path("bench/results"), help="(%(default)s)")
     return top
+
+
+def _add_potentials(top: argparse.ArgumentParser) -> None:
+    group = top.add_argument_group("potentials")
+    for name in ("mace", "nequip"):
+        text = f"interpreter of an environment that has {name} (%(default)s)"
+        group.add_argument(f"--{name}", metavar="PYTHON", default=f"build/{name}/bin/python", help=text)
+    plan = potentials.Plan()
+    minutes = f"of training; several give errors against time {plan.minutes}"
+    group.add_argument("--minutes", nargs="+", type=float, metavar="M", help=minutes)
+    group.add_argument("--systems", nargs="+", choices=plan.systems, metavar="SYSTEM", help=f"of {plan.systems}")
+    group.add_argument("--structures", nargs="+", type=int, metavar="N", help=f"to train on {plan.structures}")
 
 
 def _backend_names(args: argparse.Namespace, top: argparse.ArgumentParser) -> list[str]:
@@ -182,6 +197,18 @@ def run_table(args: argparse.Namespace, _: list[str]) -> int:
     return 1 if results["broken"] else 0
 
 
+def run_potentials(args: argparse.Namespace, _: list[str]) -> int:
+    """Measure, print and write."""
+    given = {name: getattr(args, name) for name in ("minutes", "systems", "structures") if getattr(args, name)}
+    plan = (potentials.QUICK if args.quick else potentials.Plan())._replace(**given)
+    results = {"environment": report.environment()}
+    everyone = trainers.trainers(args.mace, args.nequip, args.threads)
+    results |= potentials.measure(plan, everyone, args.out / "potentials")
+    _finish("potentials", results, potentials.text(results), args.out)
+    potentials.plots(results, args.out)
+    return 0
+
+
 def _finish(section: str, results: dict, tables: str, out: Path) -> None:
     text = report.header(results["environment"]) + "\n\n" + tables
     print(text)
@@ -207,6 +234,7 @@ _SECTIONS = {
     "dispatch": run_dispatch,
     "related": run_related,
     "table": run_table,
+    "potentials": run_potentials,
 }
 
 
