@@ -12,6 +12,7 @@
 #                    TORCH=torch==2.10.0 for another
 # make test-install  install as README.md says, in a bare environment, and run its example; 3 minutes
 # make bench    build everything, then check and time every backend
+# make side-by-side    MACE and NequIP, in environments of their own, for `python -m bench potentials`
 # make docs     run the tutorials (docs/tutorials/*.py), write their pages and pictures, build the site into build/site
 # make lint     style, imports, types; make format, make clean
 SHELL := /bin/bash
@@ -30,7 +31,7 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-slow test-slow-python test-slow-native programs test-gpu test-gpu-emulated test-gpu-quick cuda-kernels cuda-gates test-native test-arm native-cases arm-tools wheel test-wheel test-install bench docs build lint format clean
+.PHONY: demo test test-slow test-slow-python test-slow-native programs test-gpu test-gpu-emulated test-gpu-quick cuda-kernels cuda-gates test-native test-arm native-cases arm-tools wheel test-wheel test-install bench side-by-side docs build lint format clean
 
 demo: build
 	$(BIN)/python -m implicit_steer demo
@@ -169,6 +170,14 @@ test-install:
 
 bench: build
 	$(BIN)/python -m bench
+
+# The two need different versions of e3nn, and packages that constraints.txt does not name.
+side-by-side: build/mace build/nequip
+build/mace: PACKAGE := mace-torch==0.3.16
+build/nequip: PACKAGE := nequip==0.19.1
+build/mace build/nequip:
+	$(PYTHON) -m venv $@
+	PIP_CONSTRAINT= $@/bin/python -m pip install --quiet $(TORCH) $(PACKAGE) || { rm -rf $@; false; }
 
 docs: build $(PYG)
 	$(WITH_PYG) $(BIN)/python docs/render.py

@@ -155,6 +155,8 @@ def _train(trainer: Trainer, sets: _Sets, count: int, minutes: float, folder: Pa
 
     def made() -> dict[str, Any]:
         seconds = _timed(trainer, sets.full, epochs, folder)
+        if (export := trainer.export(folder)) is not None:
+            trainer.run(export, folder)
         command = [trainer.python, str(_EVALUATE), "errors", trainer.kind, str(trainer.model(folder)), sets.test]
         return {"epochs": epochs, "seconds": seconds, "folder": str(folder)} | _answer(trainer, command, folder)
 
@@ -174,16 +176,13 @@ def _rates(trainer: Trainer, sets: _Sets, folder: Path) -> dict[str, float]:
 
 
 def _timed(trainer: Trainer, files: Files, epochs: int, folder: Path) -> float:
-    """Seconds in which a training in a new ``folder`` takes place; compiling the model afterwards does not count."""
+    """Seconds of a training in a new ``folder``, with everything that its process does."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    training, *after = trainer.commands(files, epochs, folder)
+    command = trainer.training(files, epochs, folder)
     started = time.perf_counter()
-    trainer.run(training, folder)
-    seconds = time.perf_counter() - started
-    for command in after:
-        trainer.run(command, folder)
-    return seconds
+    trainer.run(command, folder)
+    return time.perf_counter() - started
 
 
 def _dynamics(trainer: Trainer, folder: Path, cells: int, out: Path) -> dict[str, Any]:
@@ -246,7 +245,7 @@ def behind(results: dict[str, Any]) -> list[str]:
         for mine in (r for r in done if r["kind"] == ours):
             others = [r for r in done if r["kind"] != ours and all(r[name] == mine[name] for name in names)]
             for measured in measures[part]:
-                best = min(others, key=lambda r: r[measured], default=mine)  # noqa: B023
+                best = min(others, key=lambda r: r[measured], default=mine)
                 if best[measured] < mine[measured]:
                     place = ", ".join(f"{name} {mine[name]}" for name in names)
                     ratio = mine[measured] / best[measured]

@@ -1,6 +1,6 @@
-"""The commands that train a potential with this package, MACE or NequIP on the same files; each runs where its package is
-installed. All models have the same cutoff, channels, degree, layers and energies of single atoms, and what else their
-packages recommend."""
+"""The commands that train a potential with this package, MACE or NequIP on the same files, each in the environment that
+has the package. All models have one cutoff, degree, number of channels and of layers, and the same energies of single
+atoms; the rest is what the packages recommend."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class Files(NamedTuple):
     e0: dict[str, float]
 
 
-def _ours(python: str, files: Files, epochs: int, folder: Path) -> list[list[str]]:
+def _ours(python: str, files: Files, epochs: int, folder: Path) -> list[str]:
     options = {"data": files.train, "valid": files.valid, "epochs": epochs, "batch-size": BATCH, "cutoff": CUTOFF}
     options |= {"channels": CHANNELS, "max-frequency": DEGREE, "blocks": LAYERS, "out": folder / "run"}
     options["e0"] = ",".join(f"{symbol}={energy!r}" for symbol, energy in files.e0.items())
     flags = [f"--{name}={value}" for name, value in options.items()]
-    return [[python, "-m", "implicit_steer", "train", "forces", *flags, "--overwrite", "--no-progress"]]
+    return [python, "-m", "implicit_steer", "train", "forces", *flags, "--overwrite", "--no-progress"]
 
 
-def _mace(python: str, files: Files, epochs: int, folder: Path) -> list[list[str]]:
+def _mace(python: str, files: Files, epochs: int, folder: Path) -> list[str]:
     options = {"name": "model", "work_dir": folder, "train_file": files.train, "valid_file": files.valid, "seed": 0}
     options |= {"E0s": {atomic_numbers[symbol]: energy for symbol, energy in files.e0.items()}, "r_max": CUTOFF}
     options |= {"num_channels": CHANNELS, "max_L": DEGREE, "num_interactions": LAYERS, "model": "MACE"}
@@ -47,17 +47,19 @@ def _mace(python: str, files: Files, epochs: int, folder: Path) -> list[list[str
     options |= {"scheduler": "ExponentialLR", "lr_scheduler_gamma": RATE_LEFT ** (1 / epochs), "ema_decay": 0.99}
     options |= {"plot": False, "error_table": "PerAtomMAE"}
     flags = [f"--{name}={value}" for name, value in options.items()]
-    return [[python, "-m", "mace.cli.run_train", *flags, "--ema", "--amsgrad"]]
+    return [python, "-m", "mace.cli.run_train", *flags, "--ema", "--amsgrad"]
 
 
-def _nequip(python: str, files: Files, epochs: int, folder: Path) -> list[list[str]]:
+def _nequip(python: str, files: Files, epochs: int, folder: Path) -> list[str]:
     (folder / "config.yaml").write_text(json.dumps(_nequip_config(files, epochs), indent=1))  # JSON is YAML
-    train, compiled = (str(Path(python).with_name(f"nequip-{name}")) for name in ("train", "compile"))
-    checkpoint = folder / "run" / "best.ckpt"
-    return [
-        [train, "--config-dir", str(folder), "--config-name", "config", f"hydra.run.dir={folder / 'run'}"],
-        [compiled, str(checkpoint), str(folder / MODELS["nequip"]), "--mode=torchscript", "--device=cpu"],
-    ]
+    train = str(Path(python).with_name("nequip-train"))
+    return [train, "--config-dir", str(folder), "--config-name", "config", f"hydra.run.dir={folder / 'run'}"]
+
+
+def _nequip_export(python: str, folder: Path) -> list[str]:
+    compile_ = str(Path(python).with_name("nequip-compile"))
+    paths = [str(folder / "run" / "best.ckpt"), str(folder / MODELS["nequip"])]
+    return [compile_, *paths, "--mode=aotinductor", "--target=ase", "--device=cpu"]
 
 
 def _nequip_config(files: Files, epochs: int) -> dict:
@@ -111,12 +113,13 @@ def _nequip_config(files: Files, epochs: int) -> dict:
     return {"run": ["train"], "data": data, "trainer": trainer, "training_module": module}
 
 
-MODELS = {"implicit_steer": "run/potential.pt", "mace": "model.model", "nequip": "model.nequip.pth"}
-_COMMANDS: dict[str, Callable[[str, Files, int, Path], list[list[str]]]] = {
+MODELS = {"implicit_steer": "run/potential.pt", "mace": "model.model", "nequip": "model.nequip.pt2"}
+_TRAIN: dict[str, Callable[[str, Files, int, Path], list[str]]] = {
     "implicit_steer": _ours,
     "mace": _mace,
     "nequip": _nequip,
 }
+_EXPORT: dict[str, Callable[[str, Path], list[str]]] = {"nequip": _nequip_export}
 _DISTRIBUTIONS = {"implicit_steer": "implicit_steer", "mace": "mace-torch", "nequip": "nequip"}
 
 
@@ -128,9 +131,13 @@ class Trainer:
     python: str
     threads: int
 
-    def commands(self, files: Files, epochs: int, folder: Path) -> list[list[str]]:
-        """What trains for ``epochs`` in ``folder``, an absolute path, and leaves the model at :meth:`model`."""
-        return _COMMANDS[self.kind](self.python, files, epochs, folder)
+    def training(self, files: Files, epochs: int, folder: Path) -> list[str]:
+        """The command that trains for ``epochs`` in ``folder``, an absolute path."""
+        return _TRAIN[self.kind](self.python, files, epochs, folder)
+
+    def export(self, folder: Path) -> list[str] | None:
+        """The command that makes :meth:`model` of a training in ``folder``; None where the training does."""
+        return _EXPORT[self.kind](self.python, folder) if self.kind in _EXPORT else None
 
     def model(self, folder: Path) -> Path:
         """Where the trained model is, as ``standalone/evaluate.py`` reads it."""
@@ -169,6 +176,6 @@ class Trainer:
 
 def trainers(mace: str, nequip: str, threads: int) -> list[Trainer]:
     """This package in this interpreter, and the two others in theirs."""
-    return [Trainer("implicit_steer", sys.executable, threads), Trainer("mace", os.path.abspath(mace), threads)] + [
-        Trainer("nequip", os.path.abspath(nequip), threads)
-    ]
+    given = {"implicit_steer": sys.executable, "mace": mace, "nequip": nequip}
+    # Trainings run in folders of their own; the links of a virtual environment have to stay what they are.
+    return [Trainer(kind, os.path.abspath(shutil.which(python) or python), threads) for kind, python in given.items()]
