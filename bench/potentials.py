@@ -33,7 +33,7 @@ TESTED = 200  # structures
 VALID_SHARE = 10  # training structures for each one that chooses the epoch
 PILOT, PILOT_EPOCHS = 40, (1, 6)  # structures and epochs of the two short runs that tell the time of an epoch
 DYNAMICS_SYSTEM = "metals"
-DYNAMICS_SECONDS = 10.0  # of steps, for each number of atoms
+DYNAMICS_SECONDS = 5.0  # of steps, for each number of atoms
 _EVALUATE = ROOT / "bench" / "standalone" / "evaluate.py"
 
 
@@ -109,6 +109,7 @@ class _Sets(NamedTuple):
     full: Files
     pilot: Files
     test: str
+    tested: int  # structures
 
 
 def _files(system: str, count: int, tested: int, out: Path) -> _Sets:
@@ -124,7 +125,7 @@ def _files(system: str, count: int, tested: int, out: Path) -> _Sets:
         ase.io.write(paths[name], [_labelled(single) for single in structures], format="extxyz")
     e0 = _atom_energies(training)
     full, pilot = Files(paths["train"], paths["valid"], e0), Files(paths["pilot"], paths["pilot-valid"], e0)
-    return _Sets(full, pilot, paths["test"])
+    return _Sets(full, pilot, paths["test"], tested)
 
 
 def _labelled(single: Structures) -> Atoms:
@@ -149,7 +150,8 @@ def _atom_energies(structures: Sequence[Structures]) -> dict[str, float]:
 
 def _train(trainer: Trainer, sets: _Sets, count: int, minutes: float, folder: Path, pilot: Path) -> dict[str, Any]:
     """``epochs`` and ``seconds`` of the training, ``folder``, and what ``evaluate.py errors`` says."""
-    rates = _stage(pilot.with_suffix(".json"), [trainer.version(), _settings()], lambda: _rates(trainer, sets, pilot))
+    made_of = [trainer.version(), CUTOFF, CHANNELS, DEGREE, LAYERS]
+    rates = _stage(_beside(pilot), made_of, lambda: _rates(trainer, sets, pilot))
     epoch = rates["epoch"] * count / PILOT
     epochs = max(1, int((60 * minutes - rates["start"]) / epoch))
 
@@ -160,11 +162,11 @@ def _train(trainer: Trainer, sets: _Sets, count: int, minutes: float, folder: Pa
         command = [trainer.python, str(_EVALUATE), "errors", trainer.kind, str(trainer.model(folder)), sets.test]
         return {"epochs": epochs, "seconds": seconds, "folder": str(folder)} | _answer(trainer, command, folder)
 
-    return _stage(folder.with_suffix(".json"), [trainer.version(), _settings(), minutes], made)
+    return _stage(_beside(folder), [*made_of, count, sets.tested], made)
 
 
-def _settings() -> list[Any]:
-    return [CUTOFF, CHANNELS, DEGREE, LAYERS, TESTED]
+def _beside(folder: Path) -> Path:
+    return folder.parent / f"{folder.name}.json"
 
 
 def _rates(trainer: Trainer, sets: _Sets, folder: Path) -> dict[str, float]:
@@ -193,7 +195,8 @@ def _dynamics(trainer: Trainer, folder: Path, cells: int, out: Path) -> dict[str
     model, seconds = str(trainer.model(folder)), str(DYNAMICS_SECONDS)
     command = [trainer.python, str(_EVALUATE), "dynamics", trainer.kind, model, str(frame), seconds]
     path = out / f"dynamics-{trainer.kind}-{4 * cells**3}.json"
-    return _stage(path, [trainer.version(), _settings(), seconds], lambda: _answer(trainer, command, folder))
+    made_of = [trainer.version(), CUTOFF, CHANNELS, DEGREE, LAYERS, seconds]
+    return _stage(path, made_of, lambda: _answer(trainer, command, folder))
 
 
 def _answer(trainer: Trainer, command: list[str], folder: Path) -> dict[str, Any]:

@@ -5,11 +5,12 @@
 
 This file runs in the environment of any package of ``LOADERS``: it imports ASE, and only the package that is measured.
 ``errors``: mean absolute errors of the energy per atom (eV) and of the forces (eV/Å, over components) on all FRAMES.
-``dynamics``: seconds per step of velocity Verlet, over as many steps as take about SECONDS, and the peak memory.
+``dynamics``: seconds per step of velocity Verlet, the median of SECONDS, and the peak memory of this process.
 """
 
 import json
 import os
+import pathlib
 import resource
 import sys
 import time
@@ -21,9 +22,8 @@ from ase import units
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 from ase.md.verlet import VelocityVerlet
 
-WARM_UP = 4  # steps that do not count: the first ones compile and specialise
+WARM_UP = 3  # steps that do not count: the first ones compile and specialise
 TIMESTEP, TEMPERATURE = 1.0, 300.0  # fs, K
-MOST_STEPS = 200
 
 
 def _implicit_steer(path):
@@ -31,23 +31,29 @@ def _implicit_steer(path):
     from implicit_steer.potentials.ase import Calculator
 
     potential = load_potential(path)
-    parameters = sum(parameter.numel() for parameter in potential.parameters())
-    return Calculator(potential.freeze_table()), parameters
+    return Calculator(potential.freeze_table()), lambda: potential
 
 
 def _mace(path):
     from mace.calculators import MACECalculator
 
     calculator = MACECalculator(model_paths=path, device="cpu", default_dtype="float32")
-    return calculator, sum(parameter.numel() for parameter in calculator.models[0].parameters())
+    return calculator, lambda: calculator.models[0]
 
 
 def _nequip(path):
     from nequip.integrations.ase import NequIPCalculator
 
-    return NequIPCalculator.from_compiled_model(path, device="cpu"), None  # a compiled model has no parameters
+    def module():
+        from nequip.model.saved_models.load_utils import load_saved_model
+
+        return load_saved_model(str(pathlib.Path(path).with_name("run") / "best.ckpt"))
+
+    symbols = {"chemical_species_to_atom_type_map": True}
+    return NequIPCalculator.from_compiled_model(path, device="cpu", **symbols), module
 
 
+# The calculator of a model, and a function that gives the module with its parameters, which a compiled model lacks.
 LOADERS = {"implicit_steer": _implicit_steer, "mace": _mace, "nequip": _nequip}
 
 
@@ -63,33 +69,33 @@ def errors(calculator, frames):
 
 
 def dynamics(calculator, frame, seconds):
-    """``atoms``, ``seconds`` per step, over how many ``steps``, and the process's ``peak_mb``."""
+    """``atoms``; ``seconds`` per step, the median of so many ``steps``; and the process's ``peak_mb``."""
     atoms = ase.io.read(frame)
     atoms.calc = calculator
     MaxwellBoltzmannDistribution(atoms, temperature_K=TEMPERATURE, rng=np.random.default_rng(0))
     verlet = VelocityVerlet(atoms, timestep=TIMESTEP * units.fs)
     verlet.run(WARM_UP)
-    started = time.perf_counter()
-    verlet.run(1)
-    steps = int(np.clip(seconds / (time.perf_counter() - started), 1, MOST_STEPS))
-    started = time.perf_counter()
-    verlet.run(steps)
-    taken = (time.perf_counter() - started) / steps
+    times = []
+    while sum(times) < seconds:
+        started = time.perf_counter()
+        verlet.run(1)
+        times.append(time.perf_counter() - started)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux gives kB
-    return {"atoms": len(atoms), "seconds": taken, "steps": steps, "peak_mb": peak}
+    return {"atoms": len(atoms), "seconds": float(np.median(times)), "steps": len(times), "peak_mb": peak}
 
 
 def main(measure, kind, model, *rest):
     """One measurement; what the packages print goes to standard error."""
     answer, sys.stdout = sys.stdout, sys.stderr
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    calculator, parameters = LOADERS[kind](model)
+    calculator, module = LOADERS[kind](model)
     if measure == "errors":
         found = errors(calculator, *rest)
+        found["parameters"] = sum(parameter.numel() for parameter in module().parameters())
     else:
         frame, seconds = rest
         found = dynamics(calculator, frame, float(seconds))
-    print(json.dumps(found | {"parameters": parameters}), file=answer)
+    print(json.dumps(found), file=answer)
 
 
 if __name__ == "__main__":
