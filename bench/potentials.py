@@ -31,7 +31,8 @@ STRUCTURES, MINUTES = (500, 2000), (10.0,)
 CELLS = (2, 3, 5, 7, 10)  # cubic cells of 4 atoms along each edge of the metal: 32 … 4,000 atoms
 TESTED = 200  # structures
 VALID_SHARE = 10  # training structures for each one that chooses the epoch
-PILOT, PILOT_EPOCHS = 40, (1, 6)  # structures and epochs of the two short runs that tell the time of an epoch
+PILOT = 40  # structures of the short runs that tell the time of an epoch,
+PILOT_GROWTH = 5  # and by how much one has more epochs than the one before
 DYNAMICS_SYSTEM = "metals"
 DYNAMICS_SECONDS = 5.0  # of steps, for each number of atoms
 _EVALUATE = ROOT / "bench" / "standalone" / "evaluate.py"
@@ -170,11 +171,14 @@ def _beside(folder: Path) -> Path:
 
 
 def _rates(trainer: Trainer, sets: _Sets, folder: Path) -> dict[str, float]:
-    """Seconds of an ``epoch`` of PILOT structures, and of everything else, ``start``."""
-    few, many = PILOT_EPOCHS
-    first, second = (_timed(trainer, sets.pilot, epochs, folder) for epochs in PILOT_EPOCHS)
-    epoch = max((second - first) / (many - few), 1e-3)
-    return {"epoch": epoch, "start": max(first - few * epoch, 0.0)}
+    """Seconds of an ``epoch`` of PILOT structures, and of everything else, ``start``: from a run of one epoch, and one
+    of so many that it takes twice as long."""
+    first, epochs, seconds = _timed(trainer, sets.pilot, 1, folder), 1, 0.0
+    while seconds < 2 * first:
+        epochs *= PILOT_GROWTH
+        seconds = _timed(trainer, sets.pilot, epochs, folder)
+    epoch = (seconds - first) / (epochs - 1)
+    return {"epoch": epoch, "start": max(first - epoch, 0.0)}
 
 
 def _timed(trainer: Trainer, files: Files, epochs: int, folder: Path) -> float:

@@ -37,7 +37,7 @@ def threads():
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(potentials, "PILOT_EPOCHS", (1, 2))
+    monkeypatch.setattr(potentials, "_rates", lambda *_: {"epoch": 1.0, "start": 0.0})
     monkeypatch.setattr(potentials, "DYNAMICS_SECONDS", 0.1)
     monkeypatch.setattr(potentials, "QUICK", Plan(("metals",), (10,), (0.01,), (2,), 3))
 
@@ -74,6 +74,13 @@ def test_quick_run(tmp_path, capsys, fake):
 
     assert main(command) == 0  # every stage that succeeded is read, none is made again
     assert json.loads((tmp_path / "potentials.json").read_text())["errors"] == results["errors"]
+
+
+@pytest.mark.parametrize("epoch", [0.01, 3.0])
+def test_pilots_tell_the_time_of_an_epoch(epoch, monkeypatch):
+    monkeypatch.setattr(potentials, "_timed", lambda trainer, files, epochs, folder: 8.0 + epoch * epochs)
+    sets = potentials._Sets(None, None, "", 1)
+    assert potentials._rates(None, sets, None) == pytest.approx({"epoch": epoch, "start": 8.0})
 
 
 def test_a_stage_is_made_again_where_its_settings_changed(tmp_path):
