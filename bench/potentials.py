@@ -68,21 +68,22 @@ def measure(plan: Plan, everyone: Sequence[Trainer], out: Path) -> dict[str, Any
                 place = {"kind": trainer.kind, "system": system, "structures": count, "minutes": minutes}
                 folder = out / f"{system}-{count}-{minutes:g}min-{trainer.kind}"
                 pilot = out / f"{system}-pilot-{trainer.kind}"
-                found = _attempt(lambda: _train(trainer, files, count, minutes, folder, pilot))  # noqa: B023
+                found = _attempt(_train, trainer, files, count, minutes, folder, pilot)
                 results["errors"].append(place | found)
                 progress.update()
     trained = [r for r in results["errors"] if r["system"] == DYNAMICS_SYSTEM and "failed" not in r]
     last = {r["kind"]: r for r in trained}  # weights do not change the time of a step
     for trainer in tqdm([t for t in installed if t.kind in last], desc="dynamics", unit="package"):
         for cells in plan.cells:
-            found = _attempt(lambda: _dynamics(trainer, Path(last[trainer.kind]["folder"]), cells, out))  # noqa: B023
+            found = _attempt(_dynamics, trainer, Path(last[trainer.kind]["folder"]), cells, out)
             results["dynamics"].append({"kind": trainer.kind, "atoms": 4 * cells**3} | found)
     return results
 
 
-def _attempt(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _attempt(make: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What ``make`` gives, or why the package failed, which leaves the others' rows as they are."""
     try:
-        return make()
+        return make(*arguments)
     except RuntimeError as error:
         tqdm.write(str(error))
         return {"failed": str(error)}
@@ -219,6 +220,8 @@ def text(results: dict[str, Any]) -> str:
         size = f", {counts[-1]:,} parameters" if counts else ""
         parts.append(f"- {kind}: {'not installed, or no such interpreter' if version is None else version + size}")
     parts += ["", _errors_table(results["errors"]), "", _dynamics_table(results["dynamics"])]
+    failed = [f"{r['kind']}: {r['failed']}" for r in results["errors"] + results["dynamics"] if "failed" in r]
+    parts += [f"\nnot measured: {reason}" for reason in dict.fromkeys(failed)]
     return "\n".join([*parts, "\nBehind the best of the others:", *(behind(results) or ["- nowhere"])])
 
 

@@ -69,6 +69,7 @@ def test_quick_run(tmp_path, capsys, fake):
     assert "no memory left" in steps["mace"]["failed"]
     printed = capsys.readouterr().out
     assert "- nequip: not installed" in printed
+    assert "not measured: mace: python failed: no memory left" in printed
     assert "forces_mae" in printed.partition("Behind the best of the others:")[2]
     assert (tmp_path / "potentials-metals.png").stat().st_size > 5000
 
