@@ -12,13 +12,12 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import ase.io
 import numpy as np
-from ase import Atoms
 from tqdm import tqdm
 
+from implicit_steer._check import load_extra
 from implicit_steer._files import replacing
 from implicit_steer.graph.structures import Structures
 from implicit_steer.potentials.data import SYSTEMS, ForceData
@@ -26,6 +25,9 @@ from implicit_steer.training import viz
 
 from .report import table
 from .trainers import CHANNELS, CUTOFF, DEGREE, LAYERS, ROOT, Files, Trainer
+
+if TYPE_CHECKING:
+    from ase import Atoms
 
 STRUCTURES, MINUTES = (500, 2000), (10.0,)
 CELLS = (2, 3, 5, 7, 10)  # cubic cells of 4 atoms along each edge of the metal: 32 … 4,000 atoms
@@ -124,7 +126,7 @@ def _files(system: str, count: int, tested: int, out: Path) -> _Sets:
     sets |= {"pilot": data.train.structures[:PILOT], "pilot-valid": data.val.structures[: PILOT // VALID_SHARE]}
     paths = {name: str(folder / f"{name}.extxyz") for name in sets}
     for name, structures in sets.items():
-        ase.io.write(paths[name], [_labelled(single) for single in structures], format="extxyz")
+        load_extra("ase.io", "ase").write(paths[name], [_labelled(single) for single in structures], format="extxyz")
     e0 = _atom_energies(training)
     full, pilot = Files(paths["train"], paths["valid"], e0), Files(paths["pilot"], paths["pilot-valid"], e0)
     return _Sets(full, pilot, paths["test"], tested)
@@ -132,7 +134,8 @@ def _files(system: str, count: int, tested: int, out: Path) -> _Sets:
 
 def _labelled(single: Structures) -> Atoms:
     cell = single.cell[0].double().numpy()
-    atoms = Atoms(single.numbers.numpy(), single.pos.double().numpy(), cell=cell, pbc=bool(cell.any()))
+    numbers, positions = single.numbers.numpy(), single.pos.double().numpy()
+    atoms = load_extra("ase").Atoms(numbers, positions, cell=cell, pbc=bool(cell.any()))
     atoms.info["REF_energy"] = single.energy.item()
     atoms.arrays["REF_forces"] = single.forces.double().numpy()
     return atoms
@@ -144,7 +147,8 @@ def _atom_energies(structures: Sequence[Structures]) -> dict[str, float]:
     counts = np.array([(single.numbers.numpy()[:, None] == every).sum(0) for single in structures])
     energies = np.array([single.energy.item() for single in structures])
     found = np.linalg.lstsq(counts, energies, rcond=None)[0]
-    return {Atoms([number]).symbols[0]: float(e) for number, e in zip(every, found, strict=True)}
+    symbols = load_extra("ase.data", "ase").chemical_symbols
+    return {symbols[number]: float(energy) for number, energy in zip(every, found, strict=True)}
 
 
 # ---- one package
@@ -196,7 +200,7 @@ def _dynamics(trainer: Trainer, folder: Path, cells: int, out: Path) -> dict[str
     frame = out / f"{DYNAMICS_SYSTEM}-{4 * cells**3}.extxyz"
     start = SYSTEMS[DYNAMICS_SYSTEM].start()[:4]
     start.set_cell(SYSTEMS[DYNAMICS_SYSTEM].start().cell / 2)
-    ase.io.write(frame, start.repeat(cells), format="extxyz")
+    load_extra("ase.io", "ase").write(frame, start.repeat(cells), format="extxyz")
     model, seconds = str(trainer.model(folder)), str(DYNAMICS_SECONDS)
     command = [trainer.python, str(_EVALUATE), "dynamics", trainer.kind, model, str(frame), seconds]
     path = out / f"dynamics-{trainer.kind}-{4 * cells**3}.json"

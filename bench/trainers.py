@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ase.data import atomic_numbers
+from implicit_steer._check import load_extra
 
 CUTOFF = 5.0  # Å
 CHANNELS, DEGREE, LAYERS = 32, 1, 2  # fields of each degree l = 0 … DEGREE
@@ -40,8 +40,9 @@ def _ours(python: str, files: Files, epochs: int, folder: Path) -> list[str]:
 
 
 def _mace(python: str, files: Files, epochs: int, folder: Path) -> list[str]:
+    numbers = load_extra("ase.data", "ase").atomic_numbers
     options = {"name": "model", "work_dir": folder, "train_file": files.train, "valid_file": files.valid, "seed": 0}
-    options |= {"E0s": {atomic_numbers[symbol]: energy for symbol, energy in files.e0.items()}, "r_max": CUTOFF}
+    options |= {"E0s": {numbers[symbol]: energy for symbol, energy in files.e0.items()}, "r_max": CUTOFF}
     options |= {"num_channels": CHANNELS, "max_L": DEGREE, "num_interactions": LAYERS, "model": "MACE"}
     options |= {"batch_size": BATCH, "max_num_epochs": epochs, "default_dtype": "float32", "device": "cpu"}
     options |= {"scheduler": "ExponentialLR", "lr_scheduler_gamma": RATE_LEFT ** (1 / epochs), "ema_decay": 0.99}
