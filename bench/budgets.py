@@ -29,14 +29,12 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         "T": Budget(32, "edge"),  # 25 in a step of 8 edges; steps at the ends of nodes and chunks have fewer edges
         "nodes": Budget(850, "node"),  # mixing, 550 each time: a node that two warps share is mixed by both
     },
-    "conv_backward<float, Specialised<Elu, 4, 8>>": {
-        WHOLE: Budget(1765, "edge"),
-        "tiles": Budget(760, "edge"),
-        "layers": Budget(250, "edge"),
-        "T": Budget(80, "edge"),
-        "gradient of T": Budget(5740, "node"),
-        "gradient of theta": Budget(3020, "node"),
-        "reverse layers": Budget(400, "edge"),
+    "exact_backward<Exact<Elu, 8, 8, false>>": {
+        WHOLE: Budget(335, "edge"),
+        "chunks": Budget(175, "edge"),  # frame and MLP, forward again and back, with its weights' gradients
+        "T": Budget(27, "edge"),
+        "edges": Budget(75, "edge"),  # gradients of features and of coefficients
+        "nodes": Budget(1075, "node"),  # gradients of T and of theta
     },
 }
 

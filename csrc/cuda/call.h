@@ -73,4 +73,11 @@ struct Call {
   R* partial;  // results warp by warp: [warps, 2, C_out], [warps, n_grad] or [warps, 2, channels * d]
 };
 
+// What the kernel of a backward pass leaves to be added up: gradients of the weights, [n, n_grad].
+template <typename R>
+struct GradientRows {
+  R* at;
+  int64_t n;
+};
+
 }  // namespace implicit_steer

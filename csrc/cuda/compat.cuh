@@ -33,6 +33,12 @@ __device__ __forceinline__ float inverse_root_approximate(float x) {
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// The smaller one; NaN where either is
+__device__ __forceinline__ float min_or_nan(float x, float y) {
+  float z;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
 // The pointer, about which the compiler knows nothing any more: loads by it are not moved out of a loop, where they
 // would take registers.
 template <typename T>

@@ -113,12 +113,19 @@ Failure with_sizes(const DevicePlan<R>& plan, Run run) {
   }
 }
 
-// The kernel on edges: the plan's exact one (exact_plan.h) where it has one, else one for its sizes.
+// Whether the plan has exact kernels (exact_plan.h), and they can count the call's nodes and edges.
+template <typename N>
+bool takes_exact(const DevicePlan<R>& plan, const ConvArgs<R>& args) {
+  constexpr int64_t most = std::numeric_limits<int32_t>::max();
+  return std::is_same_v<N, float> && plan.exact.fields > 0 && args.n_src <= most && args.n_dst <= most &&
+         args.n_edges <= most;
+}
+
+// The kernel on edges: the plan's exact one where it has one, else one for its sizes.
 template <typename N>
 Failure run_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream, Call<R>& call) {
   if constexpr (std::is_same_v<N, float>)
-    if (plan.exact.fields > 0 && args.n_src <= std::numeric_limits<int32_t>::max())
-      return run_exact_forward(plan, args, stream, call);
+    if (takes_exact<N>(plan, args)) return run_exact_forward(plan, args, stream, call);
   EdgeKernel<N> edges{};
   IST_TRY(with_sizes<N>(plan, [&](auto sizes, int64_t front) {
     edges.name = sizes.specialised ? "conv_forward_specialised" : "conv_forward",
@@ -146,16 +153,16 @@ Failure with_index(const ConvArgs<R>& a, Launch launch) {
   return a.index64 ? launch(static_cast<int64_t*>(nullptr)) : launch(static_cast<int32_t*>(nullptr));
 }
 
-// Of the kernel of a backward pass: sums over its warps' gradients of the weights, [n_weights], 0 in the second layout
+// Of the kernel of a backward pass: sums over its rows of gradients of the weights, [n_weights], 0 in the second layout
 // of θ, over the edges' gradients of the features, and, into `of_nodes` unless that is null, over chunks of nodes.
 constexpr int64_t kNodesPerChunk = 2048;
 int64_t node_chunks(const ConvArgs<R>& a) { return (a.n_dst + kNodesPerChunk - 1) / kNodesPerChunk; }
 
-template <typename Edges>
-Failure sum_results(const Edges& edges, const DevicePlan<R>& plan, const ConvArgs<R>& a, R* of_nodes, void* stream) {
-  const int64_t warps = edges.call.shape.warps, width = plan.view.out_size;
-  const RowSums<R, R> weights{edges.call.partial,          warps,          plan.view.n_grad,
-                              std::max<int64_t>(warps, 1), a.grad_weights, plan.view.n_weights};
+Failure sum_results(const GradientRows<R>& rows, const DevicePlan<R>& plan, const ConvArgs<R>& a, R* of_nodes,
+                    void* stream) {
+  const int64_t width = plan.view.out_size;
+  const RowSums<R, R> weights{
+      rows.at, rows.n, plan.view.n_grad, std::max<int64_t>(rows.n, 1), a.grad_weights, plan.view.n_weights};
   const RowSums<R, R> nodes{a.grad_out, a.n_dst, width, kNodesPerChunk, of_nodes, width};
   const int64_t first = a.grad_weights ? weights.tiles() : 0, second = nodes.blocks();
   return with_index(a, [&](auto* tag) {
@@ -172,33 +179,39 @@ Failure sum_results(const Edges& edges, const DevicePlan<R>& plan, const ConvArg
   });
 }
 
-// `more`: numbers of memory behind the warps' gradients.
+// `more`: numbers of memory behind the rows of gradients, one of each warp.
 template <typename N>
 Failure run_backward(EdgeKernel<N>& edges, const DevicePlan<R>& plan, const ConvArgs<R>& args, Needs needs,
-                     int64_t front, int64_t rest, int64_t more, void* stream) {
+                     int64_t front, int64_t rest, int64_t more, void* stream, GradientRows<R>& rows) {
   const int64_t n_grad = args.grad_weights ? plan.view.n_grad : 0;
   IST_TRY(edges.prepare(plan, args, needs, front, rest, args.grad_weights ? most_warps(plan.view) : kAnyWarps));
   edges.call.partial = partial_results(args, edges.call.shape, n_grad, more);
+  rows = {edges.call.partial, edges.call.shape.warps};
   return edges.run(stream);
 }
 
-// `mean` as in Call, `more` as above.
+// The kernel chosen as on the way forward; `mean` as in Call, `more` as above.
 template <typename N>
-Failure run_conv_backward(EdgeKernel<N>& edges, const DevicePlan<R>& plan, const ConvArgs<R>& args, bool mean,
-                          int64_t more, void* stream) {
+Failure run_conv_backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, bool mean, int64_t more, void* stream,
+                          GradientRows<R>& rows) {
+  if constexpr (std::is_same_v<N, float>)
+    if (takes_exact<N>(plan, args) && plan.exact.reads_all)
+      return run_exact_backward(plan, args, mean, more, stream, rows);
+  EdgeKernel<N> edges{};
   edges.call.mean = mean;
   return with_sizes<N>(plan, [&](auto sizes, int64_t front) {
     edges.name = sizes.specialised ? "conv_backward_specialised" : "conv_backward",
     edges.kernel = conv_backward<N, decltype(sizes)>;
-    return run_backward(edges, plan, args, {true, true, sizes.specialised}, front, backward_rest(plan), more, stream);
+    return run_backward(edges, plan, args, {true, true, sizes.specialised}, front, backward_rest(plan), more, stream,
+                        rows);
   });
 }
 
 template <typename N>
 Failure backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream) {
-  EdgeKernel<N> edges{};
-  IST_TRY(run_conv_backward(edges, plan, args, false, 0, stream));
-  return sum_results(edges, plan, args, nullptr, stream);
+  GradientRows<R> rows{};
+  IST_TRY(run_conv_backward<N>(plan, args, false, 0, stream, rows));
+  return sum_results(rows, plan, args, nullptr, stream);
 }
 
 Failure unpack(const DevicePlan<R>& plan, const SparseMatrix<R>& transposed, const R* statistics, const R* grad_packed,
@@ -210,12 +223,11 @@ Failure unpack(const DevicePlan<R>& plan, const SparseMatrix<R>& transposed, con
 Failure layer_backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, const Epilogue<R>& epilogue,
                        const SparseMatrix<R>& transposed, const R* statistics, const Pieces<R>& grad_parameters,
                        R* grad_bias, void* stream) {
-  EdgeKernel<R> edges{};
+  GradientRows<R> rows{};
   const int64_t chunks = node_chunks(args), width = plan.view.out_size, more = epilogue.n > 0 ? chunks * width : 0;
-  IST_TRY(run_conv_backward(edges, plan, args, epilogue.mean, more, stream));
-  const int64_t of_weights = args.grad_weights ? int64_t{plan.view.n_grad} * edges.call.shape.warps : 0;
-  R* const of_nodes = more > 0 ? edges.call.partial + of_weights : nullptr;
-  IST_TRY(sum_results(edges, plan, args, of_nodes, stream));
+  IST_TRY(run_conv_backward<R>(plan, args, epilogue.mean, more, stream, rows));
+  R* const of_nodes = more > 0 ? rows.at + (args.grad_weights ? plan.view.n_grad * rows.n : 0) : nullptr;
+  IST_TRY(sum_results(rows, plan, args, of_nodes, stream));
   SparseMatrix<R> used = transposed;
   if (!args.grad_weights) used.n_rows = 0;
   const BiasGradient<R> bias{epilogue.expansion, of_nodes, chunks, width, epilogue.n, grad_bias};
@@ -232,8 +244,9 @@ Failure hidden_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void*
 template <typename N>
 Failure hidden_backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream) {
   EdgeKernel<N> points{"conv_hidden_backward", conv_hidden_backward<N>, {}, 0};
-  IST_TRY(run_backward(points, plan, args, {false, true, false}, 0, 0, 0, stream));
-  return sum_results(points, plan, args, nullptr, stream);
+  GradientRows<R> rows{};
+  IST_TRY(run_backward(points, plan, args, {false, true, false}, 0, 0, 0, stream, rows));
+  return sum_results(rows, plan, args, nullptr, stream);
 }
 
 // Of one batch norm's input after another: sums, [2, size] in double, and what was subtracted, [size].

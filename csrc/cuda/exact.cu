@@ -1,6 +1,7 @@
 // The exact kernels for all sizes that they are compiled for, and their launches.
 
 #include "exact.h"
+#include "exact_backward.cuh"
 #include "exact_forward.cuh"
 #include "launch.h"
 
@@ -19,12 +20,13 @@ Failure with_exact_sizes(const DevicePlan<float>& plan, Run run) {
   return plan.sizes == Sizes::kElu4x8 ? with_slots<Elu>(plan, run) : with_slots<Silu>(plan, run);
 }
 
-// A launch of blocks of kThreads threads that share the edges.
+// A launch of blocks whose warps share the edges.
 struct ExactLaunch {
   const char* name;
   void (*kernel)(ExactCall);
   ExactCall call;
-  int64_t bytes;  // of a block's shared memory
+  int64_t front, of_warp;  // numbers of a block's shared memory: in front of its warps', and of a warp
+  int warps_per_block;
 
   Failure prepare(const DevicePlan<float>& plan, const ConvArgs<float>& args) {
     call.args = args, call.args.plan = nullptr, call.plan = plan.view, call.exact = plan.exact_view;
@@ -34,24 +36,29 @@ struct ExactLaunch {
     Shape& shape = call.shape;
     shape.edges_per_warp = std::max<int64_t>((chunks + most - 1) / most, 1) * 32;
     shape.warps = static_cast<int>((args.n_edges + shape.edges_per_warp - 1) / shape.edges_per_warp);
+    warps_per_block = found.warps_per_block;
     return {};
   }
 
   Failure ask(PreparedKernel& found) const {
     Device device;
     IST_TRY(device.read());
-    if (bytes > device.block_bytes) return {name, "a block's shared memory is too small for the plan"};
+    int& warps = found.warps_per_block = kThreads / 32;
+    while (bytes(warps) > device.block_bytes)
+      if (--warps == 0) return {name, "a block's shared memory is too small for the plan"};
     IST_TRY(
         failure(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.block_bytes)));
     int blocks = 0;
-    IST_TRY(failure(name, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, bytes)));
-    found.resident = int64_t{blocks} * (kThreads / 32) * device.multiprocessors;
+    IST_TRY(failure(name, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, 32 * warps, bytes(warps))));
+    found.resident = int64_t{blocks} * warps * device.multiprocessors;
     return {};
   }
 
+  int64_t bytes(int warps) const { return static_cast<int64_t>(sizeof(float)) * (front + warps * of_warp); }
+  int64_t blocks() const { return (call.shape.warps + warps_per_block - 1) / warps_per_block; }
   Failure run(void* stream) const {
-    const dim3 grid((call.shape.warps + kThreads / 32 - 1) / (kThreads / 32));
-    return launch(name, kernel, grid, dim3(kThreads), bytes, stream, call);
+    return launch(name, kernel, dim3(static_cast<unsigned>(blocks())), dim3(32 * warps_per_block),
+                  bytes(warps_per_block), stream, call);
   }
 };
 
@@ -61,12 +68,33 @@ template <>
 Failure run_exact_forward(const DevicePlan<float>& plan, const ConvArgs<float>& args, void* stream, Call<float>& call) {
   return with_exact_sizes(plan, [&](auto sizes) -> Failure {
     using S = decltype(sizes);
-    const int64_t numbers = ExactMemory<S>::in_front_of_mlp + ExactMlp::size<S>(plan.host);
-    ExactLaunch edges{"exact_forward", exact_forward<S>, {}, static_cast<int64_t>(sizeof(float)) * numbers};
+    const int64_t front = ExactMemory<S>::in_front_of_mlp(0, 0) + ExactMlp::size<S>(plan.host);
+    ExactLaunch edges{"exact_forward", exact_forward<S>, {}, front, kExactForwardSize<S>, 0};
     IST_TRY(edges.prepare(plan, args));
     const int64_t n = int64_t{2} * edges.call.shape.warps * plan.view.out_size;
     edges.call.partial = static_cast<float*>(args.scratch(std::max<int64_t>(n, 1) * sizeof(float)));
     call = edges.call;
+    return edges.run(stream);
+  });
+}
+
+template <>
+Failure run_exact_backward(const DevicePlan<float>& plan, const ConvArgs<float>& args, bool mean, int64_t more,
+                           void* stream, GradientRows<float>& rows) {
+  return with_exact_sizes(plan, [&](auto sizes) -> Failure {
+    using S = decltype(sizes);
+    using Gradients = ExactGradients<S>;
+    const int64_t front = ExactMemory<S>::in_front_of_mlp(0, 0) + ExactMlp::size<S>(plan.host);
+    ExactLaunch edges{"exact_backward", exact_backward<S>, {}, front, exact_backward_size<S>(plan.host), 0};
+    IST_TRY(edges.prepare(plan, args));
+    edges.call.mean = mean;
+    rows.n = edges.blocks();
+    const int64_t of_warp = Gradients::size_of(plan.host) + Gradients::aside;
+    const int64_t of_warps = args.grad_weights ? of_warp * edges.call.shape.warps : 0;
+    const int64_t of_rows = args.grad_weights ? rows.n * plan.view.n_grad : 0;
+    edges.call.sums = static_cast<float*>(
+        args.scratch(std::max<int64_t>(of_warps + of_rows + more, 1) * static_cast<int64_t>(sizeof(float))));
+    rows.at = edges.call.partial = edges.call.sums + of_warps;
     return edges.run(stream);
   });
 }

@@ -11,4 +11,9 @@ namespace implicit_steer::IST_ISA {
 template <typename R>
 Failure run_exact_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream, Call<R>& call);
 
+// The same of a backward pass up to sums over its rows; `mean` as in Call, `more`: numbers of memory behind the rows.
+template <typename R>
+Failure run_exact_backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, bool mean, int64_t more, void* stream,
+                           GradientRows<R>& rows);
+
 }  // namespace implicit_steer::IST_ISA

@@ -29,7 +29,7 @@ struct Exact {
 // Place of c_l among a channel's coefficients.
 __host__ __device__ constexpr int place_of_degree(int l) { return l == 0 ? 0 : l == 1 ? ExactPlan::kEven : 1; }
 
-// log2 e · φ(ln 2 · x)
+// value: log2 e · φ(ln 2 · x); slope: its derivative, φ′(ln 2 · x)
 template <typename F>
 struct Scaled;
 template <>
@@ -38,20 +38,33 @@ struct Scaled<Elu> {
     const float below = exp2_approximate(x) * kLog2e - kLog2e;
     return x > 0 ? x : below;
   }
+  static __device__ __forceinline__ float slope(float x) { return min_or_nan(exp2_approximate(x), 1); }
 };
 template <>
 struct Scaled<Silu> {
-  static __device__ __forceinline__ float value(float x) {
-    return x * reciprocal_approximate(1 + exp2_approximate(-x));
+  static __device__ __forceinline__ float value(float x) { return x * sigmoid(x); }
+  static __device__ __forceinline__ float slope(float x) {
+    const float s = sigmoid(x);
+    return s * (1 + kLn2 * x * (1 - s));
   }
+  static __device__ __forceinline__ float sigmoid(float x) { return reciprocal_approximate(1 + exp2_approximate(-x)); }
+};
+
+// What a backward pass wants of a layer n >= 1: its inputs y and z = W y + b.
+enum Kept : int { kLayerInputs = 0, kLayerSums = 1 };
+// Told of both by evaluate(), of all channels at a time, and by evaluate_near(), of one number.
+struct NothingKept {
+  template <typename Z>
+  __device__ __forceinline__ void operator()(int, Kept, const Z&) const {}
+  __device__ __forceinline__ void put(int, int, Kept, int, int, float) const {}
 };
 
 // Where a block has the MLP in its shared memory; the sizes are the same for all lanes.
 struct ExactMlp {
-  float* samples;        // [pairs, 2, c] A and A⁻, scaled
   float* first;          // [1 + n_inputs, W] the first layer's bias, then its weights by input
   float* hidden;         // [n_layers - 1] the layers that follow: bias [W], weights [c, W, W] by coefficient and row
   float *scale, *shift;  // [W] of the last batch norm, or 1 and 0
+  float* samples;        // [pairs, 2, c] A and A⁻, scaled
   int pairs, n_inputs, n_layers;
 
   template <typename S>
@@ -65,9 +78,8 @@ struct ExactMlp {
   template <typename S>
   __device__ __forceinline__ void place(float* memory, const PlanView<float>& p) {
     pairs = p.layers[0].n_pairs, n_inputs = p.n_inputs, n_layers = p.n_layers;
-    samples = memory, first = samples + 2 * pairs * S::c;
-    hidden = first + (1 + n_inputs) * S::width, scale = hidden + (n_layers - 1) * layer_size<S>;
-    shift = scale + S::width;
+    first = memory, hidden = first + (1 + n_inputs) * S::width;
+    scale = hidden + (n_layers - 1) * layer_size<S>, shift = scale + S::width, samples = shift + S::width;
   }
 
   // By all threads of the block, with barriers.
@@ -89,19 +101,24 @@ struct ExactMlp {
     __syncthreads();
   }
 
-  // c_l of all channels, z[w][place of l], from the inputs: the radius, then the attributes.
-  template <typename S, typename Attribute>
-  __device__ __forceinline__ void evaluate(float radius, Attribute attribute, float (&z)[S::width][S::c]) const {
+  // c_l of all channels, z[w][place of l], from the inputs: the radius, then the attributes. keep(layer, what, values).
+  template <typename S, typename Attribute, typename Keep>
+  __device__ __forceinline__ void evaluate(float radius, Attribute attribute, Keep keep,
+                                           float (&z)[S::width][S::c]) const {
     first_layer<S>(radius, attribute, z);
     if (n_layers == 1) return activation<S, 1, 1, S::even, 1>(z);
     activation<S, 1, 1, S::even, S::c - S::even>(z);
     const float* layer = hidden;
 #pragma unroll 1
-    for (int n = 2; n < n_layers; ++n, layer += layer_size<S>) {
+    for (int n = 1; n < n_layers - 1; ++n, layer += layer_size<S>) {
+      keep(n, kLayerInputs, z);
       linear<S>(layer, z);
+      keep(n, kLayerSums, z);
       activation<S, S::even, S::c - S::even, S::even, S::c - S::even>(z);
     }
+    keep(n_layers - 1, kLayerInputs, z);
     linear<S>(layer, z);
+    keep(n_layers - 1, kLayerSums, z);
     activation<S, S::even, S::c - S::even, S::even, 1>(z);
   }
 
@@ -186,9 +203,10 @@ struct ExactMlp {
   // ---- near the origin: one edge by all lanes of a warp
 
   // As evaluate() with coefficients of l >= 1 divided by the radius on the way (near_forward of edge_mlp.h), then
-  // put(l, w, c_l) once for each. A lane has one channel w and every so-manieth pair of samples; y: [W, c] of the warp.
-  template <typename S, typename Attribute, typename Put>
-  __device__ __forceinline__ void evaluate_near(float radius, Attribute attribute, float* y, Put put) const {
+  // put(l, w, c_l) once for each, keep(layer, what, k, w, value) likewise. A lane has one channel w and every
+  // so-manieth pair of samples; y: [W, c] of the warp.
+  template <typename S, typename Attribute, typename Keep, typename Put>
+  __device__ __forceinline__ void evaluate_near(float radius, Attribute attribute, float* y, Keep keep, Put put) const {
     constexpr int lanes = 32 / S::width;  // of a channel
     const int lane = threadIdx.x % 32, w = lane / lanes, share = lane % lanes;
     float z[S::c] = {first[w], 0, first[S::width + w], 0}, out[S::c];
@@ -200,13 +218,14 @@ struct ExactMlp {
       __syncwarp();
 #pragma unroll
       for (int k = 0; k < S::c; ++k)
-        if (share == 0) y[w * S::c + k] = out[k];
+        if (share == 0) y[w * S::c + k] = out[k], keep(n, kLayerInputs, k, w, out[k]);
       __syncwarp();
 #pragma unroll
       for (int k = 0; k < S::c; ++k) {
         z[k] = k == 0 ? layer[w] : 0;
         for (int i = 0; i < S::width; ++i)
           z[k] += layer[S::width + (k * S::width + w) * S::width + i] * y[i * S::c + k];
+        if (share == 0) keep(n, kLayerSums, k, w, z[k]);
       }
     }
 #pragma unroll
@@ -250,6 +269,12 @@ struct ExactMlp {
     return p.has_norms && p.n_trivial ? packed[p.layers[n].affine + S::width + w] : 0;
   }
 
+  // Group k of a layer's rows has one coefficient of all channels.
+  template <typename S>
+  static __device__ __forceinline__ int coefficient_of(const int32_t* groups, int k) {
+    return groups[k * (2 + 2 * S::width) + 2];
+  }
+
   // Layer n >= 1 at the scale and shift of the batch norm before it: W' = W scale, b' = b + W shift.
   template <typename S>
   __device__ __forceinline__ void copy_layer(const PlanView<float>& p, const float* packed, int n) {
@@ -258,8 +283,7 @@ struct ExactMlp {
     const int32_t* const groups = global_memory(layer.groups);
     const float* const values = packed + layer.weight;
     float* const to = hidden + (n - 1) * layer_size<S>;
-    // Group k of a layer's rows has one coefficient of all channels.
-    const auto coefficient = [&](int k) { return groups[k * (2 + 2 * S::width) + 2]; };
+    const auto coefficient = [&](int k) { return coefficient_of<S>(groups, k); };
     for (int k = threadIdx.x; k < S::c * square; k += blockDim.x)
       to[S::width + coefficient(k / square) * square + k % square] =
           values[k] * norm_scale(p, packed, n - 1, k % S::width);

@@ -26,27 +26,33 @@ struct ExactView {
   const int32_t* first;            // [n_inputs, W] place of the first layer's weight of every input and channel, or -1
   const int32_t *scalar, *vector;  // [V] number of the field's scalar and of its vector's x
   const int32_t* out;              // [V, 4] number of the output (scalar, x, y, z), or -1
-  bool quads;                      // a field is four numbers of the input from a multiple of four on
+  int n_scalars, n_vectors;
+  bool quads;  // a field is four numbers of the input from a multiple of four on
 };
 
 class ExactPlan {
  public:
   static constexpr int kCoefficients = 4, kEven = 2, kMostFields = 8;
-  int fields = 0;  // V; 0: there is no exact kernel for the plan
+  static constexpr int kMostLayers = 8;  // of which a backward pass keeps 8 KB each for a warp, in 99 KB of a block
+  int fields = 0;                        // V; 0: there is no exact kernel for the plan
   bool cross = false;
+  bool reads_all = false;  // of the inputs, every one: the backward kernel writes the gradients of those that it reads
   std::vector<int32_t> numbers;  // what ExactView points to
 
   // Of a plan whose hidden layers are those of Specialised kernels of `width` channels (device_plan.h).
   void make(const Plan<float>& p, int width) {
     *this = ExactPlan();
     width_ = width;
-    if (p.c != kCoefficients || p.n_even != kEven || p.order_zero != 1 || !p.regular || p.n_trivial > 1) return;
+    if (p.c != kCoefficients || p.n_even != kEven || p.order_zero != 1 || !p.regular || p.n_trivial > 1 ||
+        p.n_layers > kMostLayers)
+      return;
     if (!*p.attribute_identity || !read_first_layer(p)) return;
     for (const CouplingView& q : p.coupling_storage)
       if (!read_coupling(p, q)) return;
     const size_t most = std::max({scalars_.size(), vectors_.size(), out_scalars_.size(), out_vectors_.size()});
     const size_t n_out = out_scalars_.size() + 3 * out_vectors_.size();
     if (p.in_size < 3 || most > kMostFields || n_out != static_cast<size_t>(p.out_size)) return;
+    reads_all = scalars_.size() + 3 * vectors_.size() == static_cast<size_t>(p.in_size);
     if (place_all(p, kMostFields)) fields = kMostFields;
   }
 
@@ -55,7 +61,15 @@ class ExactPlan {
     const auto* const weights = reinterpret_cast<const ExactWeight*>(begin);
     const int32_t* const lists = begin + 2 * (paths + 2) * square;
     const int32_t* const of_inputs = lists + static_cast<int64_t>(first_.size());
-    return {weights, weights + paths * square, lists, of_inputs, of_inputs + fields, of_inputs + 2 * fields, quads_};
+    return {weights,
+            weights + paths * square,
+            lists,
+            of_inputs,
+            of_inputs + fields,
+            of_inputs + 2 * fields,
+            static_cast<int>(scalars_.size()),
+            static_cast<int>(vectors_.size()),
+            quads_};
   }
 
  private:
@@ -247,7 +261,7 @@ class ExactPlan {
       return list;
     };
     const std::vector<int> scalars = padded(scalars_), vectors = padded(vectors_);
-    quads_ = p.in_size % 4 == 0;
+    quads_ = p.in_size % 4 == 0 && scalars_.size() == vectors_.size();
     for (int v = 0; v < n; ++v) quads_ = quads_ && scalars[v] % 4 == 0 && vectors[v] == scalars[v] + 1;
     std::vector<int32_t> out(4 * n, -1);
     for (size_t u = 0; u < out_scalars_.size(); ++u) out[4 * u] = out_scalars_[u];

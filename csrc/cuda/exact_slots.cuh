@@ -52,6 +52,30 @@ struct ExactSlots {
       slot[count - 3 + k] = u[k] * dot - f[1 + k] * (1 / 3.0f);
     }
   }
+
+  // The way back from slots of f0 at direction u0, whose product is `dot`: sums of what the slots' gradients add to
+  // that of f, to that of u, which fields share, and to that of the product, which goes to both at the end.
+  struct Reverse {
+    float f[4] = {}, along = 0;
+    IST_INLINE void add(int slot, float d, const float (&f0)[4], const float (&u0)[3], float dot, float (&u)[3]) {
+      const int k = component(slot) - 1, next = (k + 1) % 3, last = (k + 2) % 3;
+      if (slot < 4) {
+        f[slot] += d;
+      } else if (slot == 4) {
+        along += d;
+      } else if (slot < 8) {
+        f[0] += d * u0[k], u[k] += d * f0[0];
+      } else if (slot >= count - 3) {
+        along += d * u0[k], f[1 + k] -= d * (1 / 3.0f), u[k] += d * dot;
+      } else {
+        f[1 + last] += d * u0[next], u[next] += d * f0[1 + last];
+        f[1 + next] -= d * u0[last], u[last] -= d * f0[1 + next];
+      }
+    }
+    IST_INLINE void finish(const float (&f0)[4], const float (&u0)[3], float (&u)[3]) {
+      IST_UNROLLED for (int k = 0; k < 3; ++k) f[1 + k] += along * u0[k], u[k] += along * f0[1 + k];
+    }
+  };
 };
 
 }  // namespace implicit_steer::IST_ISA

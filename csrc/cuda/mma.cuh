@@ -30,4 +30,19 @@ __device__ __forceinline__ void mma_3xtf32(float (&d)[4], const Split<4>& a, con
   mma_m16n8k8(d, a.big, b.big);
 }
 
+// A matrix A of 8 rows as one of 16: the big parts of its elements above the small ones. Its fragment has the elements
+// A[g][t] and A[g][t + 4], in this order.
+struct Stacked {
+  uint32_t of[4];
+  __device__ __forceinline__ void set(int i, float x) {
+    of[2 * i] = __float_as_uint(x) & 0xffffe000u;
+    of[2 * i + 1] = __float_as_uint(x - __uint_as_float(of[2 * i]));
+  }
+};
+// D += A B by 3xTF32 in two instructions: D[g][2 t + i] is the sum of d[i] and d[2 + i].
+__device__ __forceinline__ void mma_stacked(float (&d)[4], const Stacked& a, const Split<2>& b) {
+  mma_m16n8k8(d, a.of, b.small);
+  mma_m16n8k8(d, a.of, b.big);
+}
+
 }  // namespace implicit_steer::IST_ISA

@@ -248,8 +248,9 @@ int check_case(const std::string& name, const Case& file, bool trace, int seeds)
   const bool specialised = name != "cloud-no-edges" && (starts_with("cloud") || starts_with("zonal-specialised"));
   const bool exact = specialised && name != "zonal-specialised-train";  // which has fields of l = 2
   for (const auto& [kernel, runs] : {std::pair{"exact_forward", exact},
+                                     {"exact_backward", exact},
                                      {"conv_forward_specialised", specialised && !exact},
-                                     {"conv_backward_specialised", specialised}})
+                                     {"conv_backward_specialised", specialised && !exact}})
     if ((launched.count(kernel) > 0) != (runs && sizeof(R) == 4))
       failures += print({name + ": " + kernel + " ran, or did not"});
   for (const char* kernel : {"conv_forward", "conv_backward", "conv_statistics", "conv_hidden", "conv_hidden_backward"})

@@ -178,6 +178,7 @@ inline uint32_t to_tf32(float x) {
 inline float exp2_approximate(float x) { return exp2f(x); }
 inline float reciprocal_approximate(float x) { return 1 / x; }
 inline float inverse_root_approximate(float x) { return 1 / sqrtf(x); }
+inline float min_or_nan(float x, float y) { return x < y || std::isnan(x) ? x : y; }
 template <typename T>
 T* opaque(T* pointer) {
   return pointer;

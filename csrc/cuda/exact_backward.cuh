@@ -1,0 +1,410 @@
+// Backward of a layer of scalars and vectors with exact sampling, in one kernel. A warp walks its edges as on the way
+// forward (exact_warp.cuh), once more chunk by chunk:
+//
+//   chunk     the MLP of every edge, whose layers are kept (exact_mlp_backward.cuh)
+//   node      dT[slot, v, w] = Σ_u θ[path, u, v, w] g[u] from the gradient g of the node's output
+//   edges     8 at a time, by the tensor cores: d_c_l[w] = Σ_{slot, v} slot[v] dT[slot, v, w], which takes the place of
+//   c
+//             in the edge's record, and d_slot[v] = Σ_w c_l[w] dT[slot, v, w], from which the gradients of features and
+//             direction follow
+//   T         as on the way forward; dθ[path, u, v, w] += Σ_slot g[u] T[slot, v, w] at the end of the node
+//   reverse   the MLP back from d_c, its weights' gradients, the gradients of positions and attributes
+//
+// Lane 4 g + t has edge g of a step, its fields and channels 2 t and 2 t + 1. Gradients of the features go to memory
+// edge by edge; those of the weights are sums of the warp's own (exact_gradients.cuh).
+#pragma once
+
+#include "exact_gradients.cuh"
+#include "exact_mlp_backward.cuh"
+
+namespace implicit_steer::IST_ISA {
+
+// Of a warp's shared memory: what all kernels have, numbers of the edges, gradients of their geometry (direction, P)
+// and along the radius, g, of the constant hidden feature [v, (scalar, x, y, z)], dT [slot, v, w]; behind it its
+// layers.
+template <typename S>
+constexpr int kExactBackwardSize =
+    ExactMemory<S>::warp + 32 + 128 + 32 + 32 + 32 + S::Slots::count * S::fields * S::width;
+template <typename S>
+IST_HOST_DEVICE int exact_backward_size(const PlanView<float>& p) {
+  return kExactBackwardSize<S> + (p.n_layers - 1) * KeptLayers<S>::of_layer;
+}
+
+template <typename S>
+struct ExactBackward : ExactWarp<S> {
+  using Base = ExactWarp<S>;
+  using Base::a, Base::p, Base::exact, Base::lane, Base::group, Base::pair, Base::number, Base::first, Base::last;
+  using Base::theta, Base::constant, Base::sums, Base::constant_sums, Base::mlp, Base::records, Base::sources;
+  using typename Base::Slots, typename Base::Tiles, typename Base::Memory;
+  static_assert(Tiles::blocks == 1);
+  static constexpr int square = S::fields * S::width;
+  const bool mean, need_weights, need_geometry;
+  int32_t* edges;
+  float *moved, *along, *grad, *of_constant, *d_t;
+  KeptLayers<S> kept;
+  ExactGradients<S> gradients;
+
+  __device__ __forceinline__ explicit ExactBackward(const ExactCall& call)
+      : Base(call, exact_backward_size<S>(call.plan)),
+        mean(call.mean),
+        need_weights(a.grad_weights),
+        need_geometry(a.grad_delta || a.grad_attr),
+        gradients(call.sums, number, p) {
+    edges = reinterpret_cast<int32_t*>(this->rest);
+    moved = this->rest + 32, along = moved + 128, grad = along + 32, of_constant = grad + 32, d_t = of_constant + 32;
+    kept = {records + kExactBackwardSize<S>};
+  }
+
+  // ---- a node
+
+  // Behind it all lanes find g, dT and the gradient of the constant hidden feature's products in the warp's memory.
+  __device__ __forceinline__ void start(int node) {
+    const int output = global_memory(exact.out)[lane];
+    float g = output < 0 ? 0 : a.grad_out[int64_t{node} * p.out_size + output];
+    if (mean) g /= static_cast<float>(this->index(a.rowptr, node + 1) - this->index(a.rowptr, node));
+    grad[lane] = g;
+    __syncwarp();
+    float d[Slots::count][2] = {}, d_constant = 0;
+    const float* const of_lane = theta + group * S::width + 2 * pair;
+#pragma unroll
+    for (int u = 0; u < S::fields; ++u) {
+      const auto of_field = neighbours<4>(grad + 4 * u);
+#pragma unroll
+      for (int path = 0; path < Slots::paths; ++path) {
+        const auto two = neighbours<2>(of_lane + (path * S::fields + u) * square);
+#pragma unroll
+        for (int slot = 0; slot < Slots::count; ++slot)
+#pragma unroll
+          for (int j = 0; j < 2; ++j)
+            if (Slots::path(slot) == path) d[slot][j] += two.at[j] * of_field.at[Slots::component(slot)];
+      }
+      d_constant += constant[((pair > 0) * S::fields + u) * S::fields + group] * grad[4 * u + pair];
+    }
+    of_constant[lane] = d_constant;
+#pragma unroll
+    for (int slot = 0; slot < Slots::count; ++slot)
+      neighbours<2>(d_t + slot * square + group * S::width + 2 * pair) = {d[slot][0], d[slot][1]};
+    __syncwarp();
+  }
+
+  // The sums' part of the edges so far of a node.
+  __device__ __forceinline__ void add_theta() const {
+#pragma unroll
+    for (int two_fields = 0; two_fields < S::fields / 2; ++two_fields) {
+      const Neighbours<float, 4> g[2] = {neighbours<4>(grad + 8 * two_fields),
+                                         neighbours<4>(grad + 8 * two_fields + 4)};
+#pragma unroll
+      for (int path = 0; path < Slots::paths; ++path) {
+        auto& to = gradients.four(ExactGradients<S>::of_theta(path, two_fields));
+        Neighbours<float, 4> sum = to;
+#pragma unroll
+        for (int slot = 0; slot < Slots::count; ++slot) {
+          if (Slots::path(slot) != path) continue;
+          const float* const t = &sums[Tiles::tile(slot, 0)][Tiles::row(slot, 0) % 2 * 2];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sum.at[i] += g[i / 2].at[Slots::component(slot)] * t[i % 2];
+        }
+        to = sum;
+      }
+    }
+    float whole[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) whole[k] = sum_lanes(constant_sums[0][k], 1, 4);
+    Neighbours<float, 4> sum = gradients.four(ExactGradients<S>::constant);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const auto g = neighbours<4>(grad + 8 * pair + 4 * i);
+      sum.at[2 * i] += g.at[0] * whole[0];
+      sum.at[2 * i + 1] += g.at[1] * whole[1] + g.at[2] * whole[2] + g.at[3] * whole[3];
+    }
+    gradients.four(ExactGradients<S>::constant) = sum;
+  }
+
+  // ---- its edges
+
+  // dT as fragments of B: [w, v] to multiply c with, [v, w] to multiply slots with. A row's element t is w or v = 2 t,
+  // element t + 4 the next one.
+  struct Fragments {
+    Split<2> by_channel[Slots::count], by_field[Slots::count];
+  };
+  __device__ __forceinline__ void load(Fragments& b) const {
+#pragma unroll
+    for (int slot = 0; slot < Slots::count; ++slot) {
+      const float* const of_slot = d_t + slot * square;
+      const auto two = neighbours<2>(of_slot + group * S::width + 2 * pair);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        b.by_channel[slot].set(i, two.at[i]);
+        b.by_field[slot].set(i, of_slot[(2 * pair + i) * S::width + group]);
+      }
+    }
+  }
+
+  // Edges at .. at + 7 of the chunk before `stop`, all into one node.
+  __device__ __forceinline__ void step_back(int at, int stop, const Fragments& b) {
+    const int mine = at + group, place = mine < stop ? mine : at;
+    const bool there = mine < stop;
+    float* const record = records + place * Memory::record;
+    const auto geometry = neighbours<4>(record + Slots::degrees * S::width);
+    const float u[3] = {geometry.at[0], geometry.at[1], geometry.at[2]};
+    const float* const x = a.x + int64_t{sources[place]} * p.in_size;
+    float f[2][4], slots[2][Slots::count], d_u[3] = {}, parts[2] = {};  // parts: of l = 0 and of others
+    typename Slots::Reverse back[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      this->field(x, 2 * pair + i, f[i]);
+      Slots::evaluate(f[i], u, slots[i]);
+    }
+#pragma unroll
+    for (int l = 0; l < Slots::degrees; ++l) {
+      float* const of_degree = record + l * S::width + 2 * pair;
+      Neighbours<float, 2> c{};
+      if (there) c = neighbours<2>(of_degree);
+      Stacked by_channel;
+      by_channel.set(0, c.at[0]), by_channel.set(1, c.at[1]);
+      float d_c[4] = {};
+#pragma unroll
+      for (int slot = Slots::first(l); slot < Slots::first(l + 1); ++slot) {
+        Stacked by_field;
+        by_field.set(0, slots[0][slot]), by_field.set(1, slots[1][slot]);
+        mma_stacked(d_c, by_field, b.by_field[slot]);
+        float d[4] = {};
+        mma_stacked(d, by_channel, b.by_channel[slot]);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) back[i].add(slot, d[i] + d[2 + i], f[i], u, slots[i][4], d_u);
+      }
+      const float first_channel = d_c[0] + d_c[2], second_channel = d_c[1] + d_c[3];
+      parts[l > 0] += c.at[0] * first_channel + c.at[1] * second_channel;
+      if (there) neighbours<2>(of_degree) = {first_channel, second_channel};
+    }
+    float of_factor = 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      back[i].finish(f[i], u, d_u);
+      const auto d = neighbours<4>(of_constant + 8 * pair + 4 * i);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) back[i].f[k] += d.at[k] * geometry.at[3], of_factor += d.at[k] * f[i][k];
+      if (there && a.grad_edge) store_field(edges[place], i, back[i].f);
+    }
+    const float product = sum_lanes(parts[0] + parts[1] + geometry.at[3] * of_factor, 1, 4);
+    const float higher = sum_lanes(parts[1], 1, 4);
+#pragma unroll
+    for (int k = 0; k < 3; ++k) d_u[k] = sum_lanes(d_u[k], 1, 4);
+    if (there && pair == 0) neighbours<4>(moved + 4 * mine) = {d_u[0], d_u[1], d_u[2], product}, along[mine] = higher;
+  }
+
+  __device__ __forceinline__ void store_field(int64_t edge, int i, const float (&d_f)[4]) const {
+    float* const to = a.grad_edge + edge * p.in_size;
+    const int v = 2 * pair + i;
+    if (exact.quads) {
+      if (v < exact.n_scalars) neighbours<4>(to + this->scalars[v]) = {d_f[0], d_f[1], d_f[2], d_f[3]};
+      return;
+    }
+    if (v < exact.n_scalars) to[this->scalars[v]] = d_f[0];
+#pragma unroll
+    for (int k = 0; k < 3; ++k)
+      if (v < exact.n_vectors) to[global_memory(exact.vector)[v] + k] = d_f[1 + k];
+  }
+
+  // ---- the MLP and the geometry: a lane has an edge
+
+  __device__ __forceinline__ void reverse(int n) {
+    const ExactMlpBackward<S> back{mlp, kept};
+    const bool there = lane < n;
+    const int64_t edge = edges[lane];
+    const auto g = this->geometry(edge);
+    const bool is_near = there && g.radius < Limits<float>::near;
+    const uint32_t near_edges = __ballot_sync(kWarp, is_near);
+    float* const record = records + lane * Memory::record;
+    const float factor = record[Slots::degrees * S::width + 3];
+    const auto attribute = [&](int j) { return a.attr[edge * p.n_attr + j]; };
+    float d[S::width][S::c];
+#pragma unroll
+    for (int w = 0; w < S::width; w += 4) {
+#pragma unroll
+      for (int l = 0; l < Slots::degrees; ++l) {
+        const auto four = neighbours<4>(record + l * S::width + w);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) d[w + j][place_of_degree(l)] = there ? four.at[j] * factor : 0;
+      }
+    }
+    back.edge(g.radius, attribute, !is_near, d);
+    if (!is_near) {
+#pragma unroll
+      for (int w = 0; w < S::width; w += 4) {
+        neighbours<4>(record + w) = {d[w][0], d[w + 1][0], d[w + 2][0], d[w + 3][0]};
+        neighbours<4>(record + S::width + w) = {d[w][S::even], d[w + 1][S::even], d[w + 2][S::even], d[w + 3][S::even]};
+      }
+    }
+    __syncwarp();
+    for (uint32_t left = near_edges; left != 0; left &= left - 1) near_edge_back(__ffs(left) - 1);
+    if (need_weights) {
+      for (int layer = 1; layer < p.n_layers; ++layer) add_weights(layer);
+      add_first(is_near ? 1 : g.radius, attribute);
+    }
+    if (there) geometry_back(edge, g, is_near);
+  }
+
+  // Of the edge `at` of the chunk, what ExactMlpBackward::edge() gives of others; `along` becomes the radius' gradient.
+  __device__ __forceinline__ void near_edge_back(int at) {
+    const ExactMlpBackward<S> back{mlp, kept};
+    const int64_t edge = edges[at];
+    const auto g = this->geometry(edge);
+    float* const record = records + at * Memory::record;
+    constexpr int lanes = 32 / S::width;
+    const int w = lane / lanes;
+    float d[S::c] = {};
+#pragma unroll
+    for (int l = 0; l < Slots::degrees; ++l)
+      d[place_of_degree(l)] =
+          record[l * S::width + w] * record[Slots::degrees * S::width + 3] * (l == 0 ? 1 : g.radius);
+    const float d_radius =
+        back.near(at, g.radius, [&](int j) { return a.attr[edge * p.n_attr + j]; }, d) + along[at] * g.inverse;
+    __syncwarp();
+    if (lane % lanes == 0) record[w] = d[0], record[S::width + w] = d[S::even];
+    if (lane == 0) along[at] = d_radius;
+    __syncwarp();
+  }
+
+  // Σ d_z yᵀ and Σ d_z over the chunk's edges: row g, columns 2 t and 2 t + 1, of every coefficient.
+  __device__ __forceinline__ void add_weights(int layer) const {
+    float bias = 0;
+#pragma unroll
+    for (int k0 = 0; k0 < S::c; k0 += 2) {
+      auto& to = gradients.four(gradients.of_weights(layer, k0 / 2));
+      Neighbours<float, 4> sum = to;
+#pragma unroll
+      for (int k = k0; k < k0 + 2; ++k) {
+        float d_w[4] = {};
+#pragma unroll
+        for (int at = 2 * pair; at < 32; at += 8) {
+          Stacked d_z;
+          Split<2> y;
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const float z = kept.at(at + i, layer, kLayerSums, k, group);
+            d_z.set(i, z), y.set(i, kept.at(at + i, layer, kLayerInputs, k, group));
+            if (k == 0) bias += z;
+          }
+          mma_stacked(d_w, d_z, y);
+        }
+        sum.at[(k - k0) * 2] += d_w[0] + d_w[2], sum.at[(k - k0) * 2 + 1] += d_w[1] + d_w[3];
+      }
+      to = sum;
+    }
+    gradients.one(gradients.of_bias(layer)) += bias;
+  }
+
+  // The first layer's bias and weights: Σ d_z times 1, `radial`, the attributes; row g, a quarter of the edges.
+  template <typename Attribute>
+  __device__ __forceinline__ void add_first(float radial, Attribute attribute) const {
+    float* const input = this->near;
+    for (int n = 0; n <= p.n_inputs; ++n) {
+      input[lane] = n == 0 ? 1 : n == 1 ? radial : attribute(n - 2);
+      __syncwarp();
+      const float* const d_z = records + (n == 1 ? S::width : 0) + group;
+      float sum = 0;
+#pragma unroll
+      for (int at = pair; at < 32; at += 4) sum += d_z[at * Memory::record] * input[at];
+      gradients.one(ExactGradients<S>::first + 32 * n) += sum;
+      __syncwarp();
+    }
+  }
+
+  // From the gradients d_u of the direction, P = factor · d_factor and those in the record; `along` is of edges near
+  // the origin the radius' gradient.
+  template <typename Geometry>
+  __device__ __forceinline__ void geometry_back(int64_t edge, const Geometry& g, bool is_near) {
+    const float* const record = records + lane * Memory::record;
+    const auto of_direction = neighbours<4>(moved + 4 * lane);
+    const float product = of_direction.at[3];
+    if (need_weights) gradients.one(ExactGradients<S>::shell) += product * g.squared;
+    if (!need_geometry) return;
+    float d_radius = is_near ? along[lane] : 0, d_along = 0, u[3];
+#pragma unroll
+    for (int k = 0; k < 3; ++k) u[k] = g.x[k] * g.inverse, d_along += of_direction.at[k] * u[k];
+    const float* const weights = opaque(mlp.first) + S::width;
+    for (int w = 0; w < S::width && !is_near; ++w) d_radius += record[S::width + w] * weights[w];
+    d_radius -= d_along * g.inverse;
+    const float slope = product * (2 * kLn2 * *this->exponent) + cutoff_slope(product, g.squared);
+#pragma unroll
+    for (int k = 0; k < 3; ++k)
+      if (a.grad_delta)
+        global_memory(a.grad_delta)[3 * edge + k] = of_direction.at[k] * g.inverse + d_radius * u[k] + slope * g.x[k];
+    for (int j = 0; j < p.n_attr && a.grad_attr; ++j) {
+      float sum = 0;
+      for (int w = 0; w < S::width; ++w) sum += record[w] * weights[(1 + j) * S::width + w];
+      global_memory(a.grad_attr)[edge * p.n_attr + j] = sum;
+    }
+  }
+
+  // ∂L/∂(|x|²/2) by way of the cutoff; where the factor is 0, so is its slope.
+  __device__ __forceinline__ float cutoff_slope(float product, float squared) const {
+    if (!p.has_cutoff) return 0;
+    float norm, inverse;
+    safe_norm<float>(squared, norm, inverse);
+    const float t = lane_min(1.0f, norm * (1 / p.cutoff)), left = 1 - t * t * t * (10 - t * (15 - 6 * t));
+    const float quotient = left > 1e-30f ? product / left : 0;
+    return quotient * (-30 * t * t * (1 - t) * (1 - t)) * (1 / p.cutoff) * inverse;
+  }
+
+  // ---- the walk
+
+  __device__ __forceinline__ void walk() {
+    if (need_weights) gradients.clear();
+    int node = this->target(first), end = this->index(a.rowptr, node + 1);
+    bool goes_on = false;  // the node has edges in an earlier chunk
+#pragma unroll 1
+    for (int from = first; from < last; from += 32) {  // loop: chunks
+      const int n = last - from < 32 ? last - from : 32;
+      edges[lane] = this->index(a.order, from + (lane < n ? lane : n - 1));
+      this->chunk(from, n, kept);
+      for (int at = 0; at < n;) {  // loop: nodes
+        const bool ends = end - from <= n;
+        const int stop = ends ? end - from : n;
+        if (!goes_on) start(node);
+        if (need_weights) sum_edges(at, stop, goes_on, ends || from + n == last);
+        __syncwarp();
+        Fragments fragments;
+        load(fragments);
+#pragma unroll 1
+        for (; at < stop; at += 8) step_back(at, stop, fragments);  // loop: edges
+        at = stop, goes_on = !ends;
+        while (from + at < last && end == from + at) end = this->index(a.rowptr, ++node + 1);
+      }
+      __syncwarp();
+      if (need_weights || need_geometry) reverse(n);
+      __syncwarp();
+    }
+  }
+
+  __device__ __forceinline__ void sum_edges(int at, int stop, bool goes_on, bool ends) {
+    float* const aside = gradients.aside_of_lane();
+    this->clear();
+    if (goes_on) this->take_back(aside);
+#pragma unroll 1
+    for (; at < stop; at += 8) this->step(at, stop);  // loop: T
+    if (ends)
+      add_theta();
+    else
+      this->put_aside(aside);
+  }
+};
+
+// With the path u × x there is shared memory for two blocks, and registers for more fragments.
+template <typename S>
+constexpr int kExactBackwardResident = S::Slots::count > 11 ? 2 : kResident<float>;
+
+template <typename S>
+__global__ void __launch_bounds__(kThreads, kExactBackwardResident<S>)
+    exact_backward(const __grid_constant__ ExactCall call) {
+  ExactBackward<S> warp(call);
+  if (warp.number < call.shape.warps) warp.walk();
+  if (!warp.need_weights) return;
+  const int warps = blockDim.x / 32, begin = blockIdx.x * warps, left = call.shape.warps - begin;
+  const ExactGradients<S> of_block(call.sums, begin, warp.p);
+  of_block.add_warps(left < warps ? left : warps);
+  of_block.write(warp.exact, warp.a.weights, warp.mlp, call.partial + int64_t{blockIdx.x} * warp.p.n_grad);
+}
+
+}  // namespace implicit_steer::IST_ISA

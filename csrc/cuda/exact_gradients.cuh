@@ -1,0 +1,177 @@
+// The gradients of the weights in an exact backward pass. Every warp sums them in global memory of its own, lanes side
+// by side, in the form that the kernel computes with: θ, constant, W and b are those that batch norms are folded into.
+// At the end its block adds up its warps' sums in their order, undoes the folding, and writes a row of the packed
+// weights' gradients, which sum_gradients (vectors.cuh) adds up. So every sum has a fixed order.
+#pragma once
+
+#include "exact_warp.cuh"
+
+namespace implicit_steer::IST_ISA {
+
+template <typename S>
+struct ExactGradients {
+  using Slots = typename S::Slots;
+  using Tiles = ExactTiles<S>;
+  static constexpr int square = S::width * S::width;
+  // Where each sum begins: [path, u / 2, lane, (u, w)], [lane, (u, constant)], [lane], [1 + n_inputs, lane]; then layer
+  // by layer [c / 2, lane, (coefficient, column)], [lane]. Lane 4 g + t has v = g and w = 2 t, 2 t + 1, or u = 2 t, 2 t
+  // + 1; of the MLP row g and columns 2 t, 2 t + 1, or of row g, and of the shell, a share.
+  static constexpr int constant = Slots::paths * S::fields / 2 * 128, shell = constant + 128, first = shell + 32;
+  static constexpr int of_layer = S::c * square + 32;
+  static constexpr int aside = 128 * (Tiles::count + Tiles::blocks);  // behind the sums: T of a node that goes on
+
+  const PlanView<float>& p;
+  float* const memory;  // of this warp
+
+  static IST_HOST_DEVICE int size_of(const PlanView<float>& p) {
+    return first + (1 + p.n_inputs) * 32 + (p.n_layers - 1) * of_layer;
+  }
+  __device__ __forceinline__ ExactGradients(float* of_warps, int number, const PlanView<float>& p)
+      : p(p), memory(of_warps + int64_t{number} * (size_of(p) + aside)) {}
+
+  static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+  __device__ __forceinline__ void clear() const {
+    for (int k = 4 * lane(); k < size_of(p); k += 128) neighbours<4>(memory + k) = {};
+  }
+  __device__ __forceinline__ float* aside_of_lane() const { return memory + size_of(p) + 4 * lane(); }
+  // The four sums of this lane at a place of [lane, 4], and one of [lane].
+  __device__ __forceinline__ Neighbours<float, 4>& four(int begin) const {
+    return neighbours<4>(memory + begin + 4 * lane());
+  }
+  __device__ __forceinline__ float& one(int begin) const { return memory[begin + lane()]; }
+  static IST_HOST_DEVICE constexpr int of_theta(int path, int two_fields) {
+    return (path * S::fields / 2 + two_fields) * 128;
+  }
+  __device__ __forceinline__ int of_weights(int layer, int two_coefficients) const {
+    return of_bias(layer) - S::c * square + two_coefficients * 128;
+  }
+  __device__ __forceinline__ int of_bias(int layer) const {
+    return first + (1 + p.n_inputs) * 32 + layer * of_layer - 32;
+  }
+
+  // ---- a block's row of gradients, by all its threads, with barriers
+
+  // `memory`: of the block's first warp, of `warps` with sums.
+  __device__ __forceinline__ void add_warps(int warps) const {
+    const int size = size_of(p);
+    __syncthreads();
+    for (int k = threadIdx.x; k < size; k += blockDim.x) {
+      float sum = memory[k];
+      for (int w = 1; w < warps; ++w) sum += memory[int64_t{w} * (size + aside) + k];
+      memory[k] = sum;
+    }
+    __syncthreads();
+  }
+
+  // Single sums: of θ [path, u, v, w]; of the constant hidden feature [which, u, v]; of b [row] of layer n, or of row
+  // `input` of the first layer's weights; of W [k, row, column].
+  __device__ __forceinline__ float theta_sum(int path, int u, int v, int w) const {
+    return memory[of_theta(path, u / 2) + 4 * (4 * v + w / 2) + u % 2 * 2 + w % 2];
+  }
+  __device__ __forceinline__ float constant_sum(int which, int u, int v) const {
+    return memory[constant + 4 * (4 * v + u / 2) + u % 2 * 2 + which];
+  }
+  __device__ __forceinline__ float lanes_sum(int begin, int row) const {
+    const float* const shares = memory + begin + 4 * row;
+    return shares[0] + shares[1] + shares[2] + shares[3];
+  }
+  __device__ __forceinline__ float weight_sum(int layer, int k, int row, int column) const {
+    return memory[of_weights(layer, k / 2) + 4 * (4 * row + column / 2) + k % 2 * 2 + column % 2];
+  }
+
+  // row: [n_grad]
+  __device__ __forceinline__ void write(const ExactView& exact, const float* packed, const ExactMlp& mlp,
+                                        float* row) const {
+    for (int k = threadIdx.x; k < p.n_grad; k += blockDim.x) row[k] = 0;
+    __syncthreads();
+    write_theta(exact, packed, mlp, row);
+    for (int k = threadIdx.x; k < (1 + p.n_inputs) * S::width; k += blockDim.x) {
+      const int w = k % S::width, at = k < S::width ? p.layers[0].bias + w * S::c : exact.first[k - S::width];
+      if (at >= 0) row[at] = lanes_sum(first + k / S::width * 32, w);
+    }
+    for (int n = 1; n < p.n_layers; ++n) write_layer(packed, n, row);
+    if (p.has_norms) write_norms(exact, packed, row);
+    if (threadIdx.x == 0) {
+      float sum = 0;
+      for (int k = 0; k < 32; ++k) sum += memory[shell + k];
+      const float width = packed[p.shell];
+      row[p.shell] = sum / (width * width * width);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void write_theta(const ExactView& exact, const float* packed, const ExactMlp& mlp,
+                                              float* row) const {
+    constexpr int fields = S::fields * S::fields;
+    for (int k = threadIdx.x; k < Slots::paths * fields * S::width; k += blockDim.x) {
+      const int w = k % S::width, of_path = k / S::width, path = of_path / fields, u = of_path / S::fields % S::fields,
+                v = of_path % S::fields;
+      const ExactWeight weight = global_memory(exact.theta)[of_path];
+      if (weight.at < 0) continue;
+      float sum = theta_sum(path, u, v, w) * mlp.scale[w];
+      if (path < 2) sum += constant_sum(path, u, v) * mlp.shift[w];
+      row[weight.at + w] = weight.ratio * sum;
+    }
+    for (int k = threadIdx.x; k < 2 * fields; k += blockDim.x) {
+      const ExactWeight weight = global_memory(exact.constant)[k];
+      if (weight.at >= 0)
+        row[weight.at] = weight.ratio * constant_sum(k / fields, k / S::fields % S::fields, k % S::fields);
+    }
+  }
+
+  // W = W' / scale and b = b' - W shift of ExactMlp::copy_layer
+  __device__ __forceinline__ void write_layer(const float* packed, int n, float* row) const {
+    const LayerView<float>& layer = p.layers[n];
+    const int32_t* const groups = global_memory(layer.groups);
+    for (int k = threadIdx.x; k < S::c * square; k += blockDim.x) {
+      const int coefficient = ExactMlp::coefficient_of<S>(groups, k / square), r = k / S::width % S::width,
+                i = k % S::width;
+      float sum = weight_sum(n, coefficient, r, i) * ExactMlp::norm_scale(p, packed, n - 1, i);
+      if (coefficient == 0) sum += lanes_sum(of_bias(n), r) * ExactMlp::norm_shift<S>(p, packed, n - 1, i);
+      row[layer.weight + k] = sum;
+    }
+    for (int r = threadIdx.x; r < S::width; r += blockDim.x) row[layer.bias + r * S::c] = lanes_sum(of_bias(n), r);
+  }
+
+  // The gradients of all scales and shifts: what multiplies them in the folded weights, times these weights' gradients.
+  __device__ __forceinline__ void write_norms(const ExactView& exact, const float* packed, float* row) const {
+    for (int at = threadIdx.x; at < p.n_layers * 2 * S::width; at += blockDim.x) {
+      const int n = at / (2 * S::width), w = at % S::width;
+      const bool is_shift = at / S::width % 2;
+      if (is_shift && !p.n_trivial) continue;
+      const float sum =
+          n + 1 < p.n_layers ? of_norm(packed, n + 1, w, is_shift) : of_last_norm(exact, packed, w, is_shift);
+      row[p.layers[n].affine + at % (2 * S::width)] = sum;
+    }
+  }
+  // By layer n, behind the norm, at channel i.
+  __device__ __forceinline__ float of_norm(const float* packed, int n, int i, bool is_shift) const {
+    const int32_t* const groups = global_memory(p.layers[n].groups);
+    float sum = 0;
+    for (int k = 0; k < S::c * S::width; ++k) {
+      const int coefficient = ExactMlp::coefficient_of<S>(groups, k / S::width), r = k % S::width;
+      const float weight = packed[p.layers[n].weight + k * S::width + i];
+      if (!is_shift)
+        sum += weight * weight_sum(n, coefficient, r, i);
+      else if (coefficient == 0)
+        sum += weight * lanes_sum(of_bias(n), r);
+    }
+    return sum;
+  }
+  // By θ, at channel w.
+  __device__ __forceinline__ float of_last_norm(const ExactView& exact, const float* packed, int w,
+                                                bool is_shift) const {
+    constexpr int fields = S::fields * S::fields;
+    const int n = (is_shift ? 2 : Slots::paths) * fields;
+    float sum = 0;
+    for (int k = 0; k < n; ++k) {
+      const ExactWeight weight = global_memory(exact.theta)[k];
+      if (weight.at < 0) continue;
+      const int path = k / fields, u = k / S::fields % S::fields, v = k % S::fields;
+      sum += weight.ratio * packed[weight.at + w] * (is_shift ? constant_sum(path, u, v) : theta_sum(path, u, v, w));
+    }
+    return sum;
+  }
+};
+
+}  // namespace implicit_steer::IST_ISA
