@@ -3,9 +3,8 @@
 //
 //   chunk     the MLP of every edge, whose layers are kept (exact_mlp_backward.cuh)
 //   node      dT[slot, v, w] = Σ_u θ[path, u, v, w] g[u] from the gradient g of the node's output
-//   edges     8 at a time, by the tensor cores: d_c_l[w] = Σ_{slot, v} slot[v] dT[slot, v, w], which takes the place of
-//   c
-//             in the edge's record, and d_slot[v] = Σ_w c_l[w] dT[slot, v, w], from which the gradients of features and
+//   edges     8 at a time, by the tensor cores: d_c_l[w] = Σ_{slot, v} slot[v] dT[slot, v, w], which replaces c in the
+//             edge's record, and d_slot[v] = Σ_w c_l[w] dT[slot, v, w], from which the gradients of features and
 //             direction follow
 //   T         as on the way forward; dθ[path, u, v, w] += Σ_slot g[u] T[slot, v, w] at the end of the node
 //   reverse   the MLP back from d_c, its weights' gradients, the gradients of positions and attributes

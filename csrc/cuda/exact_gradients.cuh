@@ -14,8 +14,8 @@ struct ExactGradients {
   using Tiles = ExactTiles<S>;
   static constexpr int square = S::width * S::width;
   // Where each sum begins: [path, u / 2, lane, (u, w)], [lane, (u, constant)], [lane], [1 + n_inputs, lane]; then layer
-  // by layer [c / 2, lane, (coefficient, column)], [lane]. Lane 4 g + t has v = g and w = 2 t, 2 t + 1, or u = 2 t, 2 t
-  // + 1; of the MLP row g and columns 2 t, 2 t + 1, or of row g, and of the shell, a share.
+  // by layer [c / 2, lane, (coefficient, column)], [lane]. Lane 4 g + t has v = g and w (or u) = 2 t and 2 t + 1; of
+  // the MLP's weights it has row g and columns 2 t and 2 t + 1, of a row's bias and of the shell a share.
   static constexpr int constant = Slots::paths * S::fields / 2 * 128, shell = constant + 128, first = shell + 32;
   static constexpr int of_layer = S::c * square + 32;
   static constexpr int aside = 128 * (Tiles::count + Tiles::blocks);  // behind the sums: T of a node that goes on
@@ -84,7 +84,7 @@ struct ExactGradients {
                                         float* row) const {
     for (int k = threadIdx.x; k < p.n_grad; k += blockDim.x) row[k] = 0;
     __syncthreads();
-    write_theta(exact, packed, mlp, row);
+    write_theta(exact, mlp, row);
     for (int k = threadIdx.x; k < (1 + p.n_inputs) * S::width; k += blockDim.x) {
       const int w = k % S::width, at = k < S::width ? p.layers[0].bias + w * S::c : exact.first[k - S::width];
       if (at >= 0) row[at] = lanes_sum(first + k / S::width * 32, w);
@@ -100,8 +100,7 @@ struct ExactGradients {
   }
 
  private:
-  __device__ __forceinline__ void write_theta(const ExactView& exact, const float* packed, const ExactMlp& mlp,
-                                              float* row) const {
+  __device__ __forceinline__ void write_theta(const ExactView& exact, const ExactMlp& mlp, float* row) const {
     constexpr int fields = S::fields * S::fields;
     for (int k = threadIdx.x; k < Slots::paths * fields * S::width; k += blockDim.x) {
       const int w = k % S::width, of_path = k / S::width, path = of_path / fields, u = of_path / S::fields % S::fields,
