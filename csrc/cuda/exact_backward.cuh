@@ -83,7 +83,6 @@ struct ExactBackward : ExactWarp<S> {
 #pragma unroll
     for (int slot = 0; slot < Slots::count; ++slot)
       neighbours<2>(d_t + slot * square + group * S::width + 2 * pair) = {d[slot][0], d[slot][1]};
-    __syncwarp();
   }
 
   // The sums' part of the edges so far of a node.
@@ -373,7 +372,6 @@ struct ExactBackward : ExactWarp<S> {
       }
       __syncwarp();
       if (need_weights || need_geometry) reverse(n);
-      __syncwarp();
     }
   }
 

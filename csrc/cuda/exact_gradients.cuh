@@ -51,7 +51,7 @@ struct ExactGradients {
 
   // ---- a block's row of gradients, by all its threads, with barriers
 
-  // `memory`: of the block's first warp, of `warps` with sums.
+  // `memory`: of the block's first warp, of `warps` with sums; write() has the barrier behind it.
   __device__ __forceinline__ void add_warps(int warps) const {
     const int size = size_of(p);
     __syncthreads();
@@ -60,7 +60,6 @@ struct ExactGradients {
       for (int w = 1; w < warps; ++w) sum += memory[int64_t{w} * (size + aside) + k];
       memory[k] = sum;
     }
-    __syncthreads();
   }
 
   // Single sums: of θ [path, u, v, w]; of the constant hidden feature [which, u, v]; of b [row] of layer n, or of row
