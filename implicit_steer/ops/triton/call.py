@@ -37,8 +37,11 @@ class Bound:
     """
 
     def __init__(self, plan: Plan, parameters: Parameters) -> None:
-        kept = parameters.cache and parameters.cache.triton
-        self.plan, self.parameters, self.handle = plan, parameters, kept or handle_of(plan)
+        self.plan, self.parameters, cache = plan, parameters, parameters.cache
+        if cache is not None and torch.compiler.is_compiling():  # which cannot make a handle
+            self.handle = cache.triton
+        else:
+            self.handle = handle_of(plan)
         self.learned = learned_tensors(parameters)
         self.kept = [t for norm in parameters.norms for t in (norm.mean, norm.var)]
 
