@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 from implicit_steer._check import load_extra
 from implicit_steer._files import replacing
 from implicit_steer.graph.structures import Structures
+from implicit_steer.potentials import Potential
 from implicit_steer.potentials.data import SYSTEMS, ForceData
 from implicit_steer.training import viz
 
@@ -142,13 +142,12 @@ def _labelled(single: Structures) -> Atoms:
 
 
 def _atom_energies(structures: Sequence[Structures]) -> dict[str, float]:
-    """Energies of single atoms by least squares, eV."""
-    every = np.unique(np.concatenate([single.numbers.numpy() for single in structures]))
-    counts = np.array([(single.numbers.numpy()[:, None] == every).sum(0) for single in structures])
-    energies = np.array([single.energy.item() for single in structures])
-    found = np.linalg.lstsq(counts, energies, rcond=None)[0]
+    """Energies of single atoms, eV, that :meth:`Potential.fit` finds."""
+    joined = Structures.join(structures)
+    potential = Potential(joined.numbers.unique().tolist(), CUTOFF, channels=1, blocks=1)
+    potential.fit(joined)
     symbols = load_extra("ase.data", "ase").chemical_symbols
-    return {symbols[number]: float(energy) for number, energy in zip(every, found, strict=True)}
+    return {symbols[number]: float(energy) for number, energy in zip(potential.species, potential.shift, strict=True)}
 
 
 # ---- one package
