@@ -29,9 +29,11 @@ export IMPLICIT_STEER_CUDA ?= off
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Of all that is installed few modules are imported, and those are compiled then.
+export PIP_COMPILE := 0
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-slow test-slow-python test-slow-native programs test-gpu test-gpu-emulated test-gpu-quick cuda-kernels cuda-gates test-native test-arm native-cases arm-tools wheel test-wheel test-install bench side-by-side docs build lint format clean
+.PHONY: demo test test-slow test-slow-python test-slow-beside test-slow-native test-slow-packages programs test-gpu test-gpu-emulated test-gpu-quick cuda-kernels cuda-gates test-native test-arm native-cases arm-tools wheel test-wheel test-install bench side-by-side docs build lint format clean
 
 demo: build
 	$(BIN)/python -m implicit_steer demo
@@ -56,10 +58,15 @@ test: lint
 
 # Beside the Python tests goes what is compiled and run without Python, much of which keeps one core.
 test-slow: build $(PYG) $(LAMMPS)
-	$(MAKE) --no-print-directory -j 2 --output-sync=target test-slow-python test-slow-native
+	$(MAKE) --no-print-directory -j 2 --output-sync=target test-slow-python test-slow-beside
 
-test-slow-python: build $(PYG) $(LAMMPS)
+test-slow-python: build
 	$(PYTEST) -m slow
+
+# On one core: what takes packages in folders of their own, and the native code.
+test-slow-beside: test-slow-native test-slow-packages
+
+test-slow-packages: build $(PYG) $(LAMMPS)
 	$(WITH_PYG) $(PYTEST) tests/irreps/test_pyg.py tests/docs/test_tutorials.py -k "pyg or irreps"
 	$(WITH_LAMMPS) OMP_NUM_THREADS=1 $(PYTEST) tests/potentials/test_lammps.py || test ! -e $(LAMMPS)
 
