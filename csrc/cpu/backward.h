@@ -29,7 +29,7 @@ struct Backward : Worker<R> {
   int n_prepared = 0, current = 0;
 
   Backward(const ConvArgs<Real<R>>& args, int64_t own_edges)
-      : Base(args, own_edges),
+      : Base(args, own_edges, true),
         need_geometry(a.grad_delta || a.grad_attr),
         need_weights(a.grad_weights),
         need_hidden(need_geometry || need_weights) {

@@ -145,6 +145,12 @@ struct EdgeTile {
     features = hidden;
   }
 
+  // The same of a table's zonal frame, times the radial factor, but as rows of the splines.
+  void evaluate_rows() {
+    enter_frame(false);
+    splines.interpolate(e, e.factor);
+  }
+
   // ---- the reverse sweep
 
   // From d_hidden: gradients of the weights and, with `need_inputs`, of the frame.

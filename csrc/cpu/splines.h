@@ -69,19 +69,22 @@ struct Splines {
     }
   }
 
-  // What the couplings read.
-  const V* hidden(const Edges<R>& e) {
+  // Every edge's row of what the couplings read, times its `scale`.
+  void interpolate(const Edges<R>& e, V scale) {
     locate(e);
+    for (V& weight : weights) weight *= scale;
     for (int l = 0; l < L; ++l) {
       R w[kPieces];
       for (int k = 0; k < kPieces; ++k) w[k] = number(weights[k], l);
-      for (int64_t x = 0; x < row; x += QL) {
-        const R* piece = table + first[l] + x;
-        Q sum = load_row(piece) * w[0];
-        for (int k = 1; k < kPieces; ++k) sum += load_row(piece + k * row) * w[k];
-        store(sum, l, x);
-      }
+      int64_t x = 0;
+      for (; x + L <= row; x += L) store(blend<V>(l, x, w), l, x);
+      for (; x < row; x += QL) store(blend<Q>(l, x, w), l, x);
     }
+  }
+
+  // What the couplings read, in lanes.
+  const V* hidden(const Edges<R>& e) {
+    interpolate(e, V{} + 1);
     for (int k = 0; k < kPlanes<R>; ++k)
       rows_to_lanes<Plain>(
           n_read, [&](int l) { return edge_row(k, l); }, [&](int, int at, int count) { return at + count <= row; },
@@ -117,25 +120,30 @@ struct Splines {
     R w[kPieces];
     for (int k = 0; k < kPieces; ++k) w[k] = number(slopes[k], l);
     Q total{};
-    for (int64_t x = 0; x < row; x += QL) {
-      const R* piece = table + first[l] + x;
-      Q sum = load_row(piece) * w[0];
-      for (int k = 1; k < kPieces; ++k) sum += load_row(piece + k * row) * w[k];
-      total += sum * load(l, x);
-    }
+    for (int64_t x = 0; x < row; x += QL) total += blend<Q>(l, x, w) * load(l, x);
     store_row(d_u + l * QL, total);
   }
+
+  // An edge's row of values or, of dual numbers, of tangents; what fills it up stays 0.
+  Plain* edge_row(int which, int l) const { return rows + (int64_t{which} * L + l) * row; }
 
   void write_gradient(Plain* out) const {
     for (int64_t k = 0; k < n_numbers; ++k) out[p->table + k] = result(d_table[k]);
   }
 
  private:
+  // Σ_k w_k b_k of edge l, a T of them from x on
+  template <typename T>
+  IST_INLINE T blend(int l, int64_t x, const R* w) const {
+    const R* piece = table + first[l] + x;
+    T sum = load_numbers<T>(piece) * w[0];
+    for (int k = 1; k < kPieces; ++k) sum += load_numbers<T>(piece + k * row) * w[k];
+    return sum;
+  }
   // Where the k-th coefficient of a row is among all hidden ones.
   int coefficient(int k) const { return k / p->n_read * p->c + k % p->n_read; }
-  // An edge's row of values or, of dual numbers, of tangents; what fills it up stays 0.
-  Plain* edge_row(int which, int l) const { return rows + (int64_t{which} * L + l) * row; }
-  void store(Q q, int l, int64_t x) {
+  template <typename T>
+  IST_INLINE void store(T q, int l, int64_t x) {
     if constexpr (is_dual<R>)
       store_numbers(edge_row(0, l) + x, q.value), store_numbers(edge_row(1, l) + x, q.tangent);
     else

@@ -52,20 +52,31 @@ struct Worker {
   Products<R> products;
   NearList near;
   V* h;                      // all rows' channels, and last the constant one, times the radial factor
+  const bool by_rows;        // h but for its constant one stays in the splines' rows
   const int ring_size;       // nodes whose T are mixed together
   R* mixed;                  // [ring_size, n_mixed] outputs or their gradients, by field type
   int64_t ring[kMostNodes];  // nodes whose T are complete
   int n_ring = 0;
   bool untouched = true;  // the T of the current node
 
-  Worker(const ConvArgs<Real<R>>& args, int64_t own_edges)
+  // needs_lanes: whether the hidden features are read in lanes, too
+  Worker(const ConvArgs<Real<R>>& args, int64_t own_edges, bool needs_lanes)
       : a(args),
         p(*args.plan),
         weights(reinterpret_cast<const R*>(args.weights)),
         tile(args),
         products(*args.plan),
         near(p.regular ? own_edges : 0),
+        by_rows(!needs_lanes && !is_dual<R> && p.n_knots && p.kind == kZonal && channels_are_equal()),
         ring_size(nodes_at_once()) {}
+
+  // Whether every row of h has the same coefficient of one channel after the other.
+  bool channels_are_equal() const {
+    bool equal = true;
+    for (int r = 0; r < p.n_rows; ++r)
+      for (int k = p.row_start[r] + 1; k < p.row_start[r + 1]; ++k) equal = equal && p.row[k] == p.row[k - 1] + p.c;
+    return equal;
+  }
 
   // Where θ is larger than a part of the cache that stays, all nodes in the ring take each row of it from there at
   // once.
@@ -86,9 +97,9 @@ struct Worker {
 
   // Hidden features times the radial factor, and products.
   void evaluate() {
-    tile.evaluate();
     const int n = p.row_start[p.n_rows];
-    for (int k = 0; k < n; ++k) h[k] = tile.features[p.row[k]] * tile.e.factor;
+    by_rows ? tile.evaluate_rows() : tile.evaluate();
+    for (int k = 0; k < n && !by_rows; ++k) h[k] = tile.features[p.row[k]] * tile.e.factor;
     h[n] = tile.e.factor;
     products.evaluate(tile);
   }
@@ -98,12 +109,22 @@ struct Worker {
     for_bundles(p.couplings, p.n_couplings, [&](const Group& bundle) {
       for (int k = 0; k < bundle.n_blocks; ++k) {
         const int row = bundle.blocks[2 * k], place = bundle.blocks[2 * k + 1];
-        const auto update = [&](auto add) {
-          rank_updates<decltype(add)::value == 1>(bundle.q.n_hidden, node + bundle.sums, bundle.width,
-                                                  lanes_of(h + p.row_start[row]), products.t + place, p.product_size,
-                                                  l0, l1, bundle.width);
+        const auto update = [&](auto add, auto hidden) {
+          rank_updates<decltype(add)::value == 1>(bundle.q.n_hidden, node + bundle.sums, bundle.width, hidden,
+                                                  products.t + place, p.product_size, l0, l1, bundle.width);
         };
-        untouched&& k == 0 ? update(Count<0>{}) : update(Count<1>{});
+        const auto update_with = [&](auto hidden) {
+          untouched&& k == 0 ? update(Count<0>{}, hidden) : update(Count<1>{}, hidden);
+        };
+        if constexpr (!is_dual<R>) {
+          if (by_rows && row < p.n_rows) {
+            const Splines<R>& splines = tile.splines;
+            const R* first = splines.edge_row(0, 0) + p.row[p.row_start[row]];
+            update_with(numbers_at(first, int64_t{p.n_read}, splines.row));
+            continue;
+          }
+        }
+        update_with(lanes_of(h + p.row_start[row]));
       }
     });
     untouched = false;

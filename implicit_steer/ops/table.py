@@ -32,20 +32,25 @@ _NO_SHELL = 1e12  # σ of a shell that is 1 at every knot; its cube is finite in
 
 class _Knots(NamedTuple):
     """Constants of a table: positions of the G + 4 knots on one ray (K, dim); from hidden features there to
-    coefficients c: (d, c); u^(−k) (K, c); what gives values to the left of the first knot (5, 5); the series from
-    values to spline coefficients (7,)."""
+    coefficients c: (d, c); u^(−k) (K, c); what gives values to the left of the first knot (5, 5)."""
 
     positions: Tensor
     coefficients: Tensor
     scale: Tensor
     left: Tensor
-    series: Tensor
 
     def splines(self, values: Tensor) -> Tensor:
-        """(T, K, …) values at the knots → (T, G + 3, …) coefficients b_j, j = −2 … G."""
+        """(T, K, …) values at the knots → (T, G + 3, …) coefficients b_j, j = −2 … G, by the series, whose ends are
+        equal."""
         flat = values.flatten(2)
         extended = torch.cat([self.left @ flat[:, :5], flat], 1)
-        return (extended.unfold(1, 7, 1) @ self.series).view(len(flat), -1, *values.shape[2:])
+        middle = len(SERIES) // 2
+        n = extended.shape[1] - 2 * middle
+        total = extended[:, middle : middle + n] * SERIES[middle]
+        for k in range(middle):
+            ends = extended[:, k : k + n] + extended[:, 2 * middle - k : 2 * middle - k + n]
+            total = torch.add(total, ends, alpha=SERIES[k])
+        return total.view(len(flat), -1, *values.shape[2:])
 
 
 class _Splines(NamedTuple):
@@ -67,7 +72,7 @@ class Tabulation:
         table, frame = cast(Table, plan.table), plan.frame
         direction, coefficients = _ray(frame)
         scale = table.positions[:, None] ** -frame.order.astype(np.float64)
-        self._constants = Constants(table.radii[:, None] * direction, coefficients, scale, table.left, SERIES)
+        self._constants = Constants(table.radii[:, None] * direction, coefficients, scale, table.left)
         self._knots_cache, self._splines = CallCache(), dict[int, _Splines]()
         self._coefficients: tuple[Tensor, Tensor] | None = None  # bytes of what they were made of; they themselves
         self._source: Parameters | None = None  # of the last call, and without the shell
@@ -124,11 +129,13 @@ class Tabulation:
     ) -> tuple[Tensor, Sequence[NormStatistics]]:
         """The splines' coefficients (T · (G + 3) · W · c,) of rows (T, A), and the norms' statistics if measured."""
         knots, types = self.knots(rows), len(rows)
-        delta = knots.positions.repeat(types, 1)
-        attributes = edge_attributes(self.plan, delta, rows.repeat_interleave(len(knots.positions), 0))
+        delta = knots.positions.expand(types, -1, -1).flatten(0, 1)
+        attributes = rows[:, None].expand(-1, len(knots.positions), -1).flatten(0, 1)
+        attributes = edge_attributes(self.plan, delta, attributes)
         h, statistics = backend.hidden(self.at_knots, at, statistics_from, delta, attributes)
-        c = h[:, :-1].unflatten(1, (-1, self.plan.field_size)) @ knots.coefficients  # (T · K, W, c)
-        return knots.splines(c.unflatten(0, (types, -1)) * knots.scale[:, None]).reshape(-1), statistics
+        c = h[:, :-1].reshape(-1, self.plan.field_size) @ knots.coefficients
+        c = c.view(types, len(knots.positions), -1, c.shape[-1])  # (T, K, W, c)
+        return knots.splines(c * knots.scale[:, None]).reshape(-1), statistics
 
 
 def with_splines(parameters: Parameters, coefficients: Tensor, cache: CallCache | None) -> Parameters:

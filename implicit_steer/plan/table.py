@@ -108,4 +108,4 @@ def _series() -> NDArray[Any]:
     return total
 
 
-SERIES = _series()
+SERIES: tuple[float, ...] = tuple(_series().tolist())
