@@ -8,6 +8,7 @@ namespace implicit_steer::IST_ISA {
 template <typename R>
 struct Products {
   using V = typename Lane<R>::V;
+  using Q = typename Lane<R>::Q;
   static constexpr int L = Lane<R>::L, QL = Lane<R>::QL;
 
   const PlanView<Real<R>>& p;
@@ -65,42 +66,48 @@ struct Products {
   template <typename Factor>
   IST_INLINE void sum_terms(int n_edges, const int32_t* sum, const int32_t* from, Factor factor, const R* const* in,
                             R* out, int64_t stride) {
+    int x = 0;
+    for (; L > QL && x + L <= sum[1]; x += L) sum_columns<V>(n_edges, sum, from, factor, in, out, stride, x);
+    for (; x < sum[1]; x += QL) sum_columns<Q>(n_edges, sum, from, factor, in, out, stride, x);
+  }
+  // The same of a T of v, from x on.
+  template <typename T, typename Factor>
+  IST_INLINE void sum_columns(int n_edges, const int32_t* sum, const int32_t* from, Factor factor, const R* const* in,
+                              R* out, int64_t stride, int x) {
     const int first = sum[2], last = sum[3];
-    for (int x = 0; x < sum[1]; x += QL) {
-      R* to = out + sum[0] + x;
-      int k = first;
-      switch ((last - first) % 3) {
-        case 1:
-          add_terms<true, 1>(n_edges, from + k, x, factor(k), nullptr, nullptr, in, to, stride);
-          k += 1;
-          break;
-        case 2:
-          add_terms<true, 2>(n_edges, from + k, x, factor(k), factor(k + 1), nullptr, in, to, stride);
-          k += 2;
-          break;
-        default:
-          if (first == last)
-            add_terms<true, 0>(n_edges, from, x, nullptr, nullptr, nullptr, in, to, stride);
-          else
-            add_terms<true, 3>(n_edges, from + k, x, factor(k), factor(k + 1), factor(k + 2), in, to, stride);
-          k += 3;
-      }
-      for (; k < last; k += 3)
-        add_terms<false, 3>(n_edges, from + k, x, factor(k), factor(k + 1), factor(k + 2), in, to, stride);
+    R* to = out + sum[0] + x;
+    int k = first;
+    switch ((last - first) % 3) {
+      case 1:
+        add_terms<T, true, 1>(n_edges, from + k, x, factor(k), nullptr, nullptr, in, to, stride);
+        k += 1;
+        break;
+      case 2:
+        add_terms<T, true, 2>(n_edges, from + k, x, factor(k), factor(k + 1), nullptr, in, to, stride);
+        k += 2;
+        break;
+      default:
+        if (first == last)
+          add_terms<T, true, 0>(n_edges, from, x, nullptr, nullptr, nullptr, in, to, stride);
+        else
+          add_terms<T, true, 3>(n_edges, from + k, x, factor(k), factor(k + 1), factor(k + 2), in, to, stride);
+        k += 3;
     }
+    for (; k < last; k += 3)
+      add_terms<T, false, 3>(n_edges, from + k, x, factor(k), factor(k + 1), factor(k + 2), in, to, stride);
   }
   // The same of N terms, N <= 3, as many as addresses stay in registers; the first ones, or added to what is there.
-  template <bool kFirst, int N>
+  template <typename T, bool kFirst, int N>
   IST_INLINE void add_terms(int n_edges, const int32_t* from, int x, const V* a0, const V* a1, const V* a2,
                             const R* const* in, R* out, int64_t stride) {
     const V* const factors[] = {a0, a1, a2};
     int64_t at[3] = {};
     for (int k = 0; k < N; ++k) at[k] = from[k] + x;
     for (int l = 0; l < n_edges; ++l, out += stride) {
-      typename Lane<R>::Q total{};
-      if (!kFirst) total = load_row(out);
-      for (int k = 0; k < N; ++k) total += load_row(in[l] + at[k]) * number(*factors[k], l);
-      store_row(out, total);
+      T total{};
+      if (!kFirst) total = load_numbers<T>(out);
+      for (int k = 0; k < N; ++k) total += load_numbers<T>(in[l] + at[k]) * number(*factors[k], l);
+      store_numbers(out, total);
     }
   }
 
@@ -127,7 +134,7 @@ struct Products {
       const R* d = d_t;
       R* to = out;
       for (int l = 0; l < lanes; ++l, to += QL, d += p.product_size) {
-        typename Lane<R>::Q total{};
+        Q total{};
         if (!is_first || x > 0) total = load_row(to);
         for (int k = 0; k < N; ++k) total += load_row(tile.inputs[l] + at[k]) * load_row(d + at_t[k]) * value[k];
         store_row(to, total);
