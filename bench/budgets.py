@@ -24,10 +24,10 @@ class Budget:
 WHOLE = "whole kernel"
 BUDGETS: dict[str, dict[str, Budget]] = {
     "exact_forward<Exact<Elu, 8, 8, false>>": {
-        WHOLE: Budget(125, "edge"),
+        WHOLE: Budget(120, "edge"),
         "chunks": Budget(65, "edge"),  # frame and MLP
         "T": Budget(32, "edge"),  # 25 in a step of 8 edges; steps at the ends of nodes and chunks have fewer edges
-        "nodes": Budget(850, "node"),  # mixing, 550 each time: a node that two warps share is mixed by both
+        "nodes": Budget(600, "node"),  # mixing, 450 each time: a node that two warps share is mixed by both
     },
     "exact_backward<Exact<Elu, 8, 8, false>>": {
         WHOLE: Budget(335, "edge"),

@@ -339,11 +339,8 @@ struct ExactBackward : ExactWarp<S> {
   // ∂L/∂(|x|²/2) by way of the cutoff; where the factor is 0, so is its slope.
   __device__ __forceinline__ float cutoff_slope(float product, float squared) const {
     if (!p.has_cutoff) return 0;
-    float norm, inverse;
-    safe_norm<float>(squared, norm, inverse);
-    const float t = lane_min(1.0f, norm * (1 / p.cutoff)), left = 1 - t * t * t * (10 - t * (15 - 6 * t));
-    const float quotient = left > 1e-30f ? product / left : 0;
-    return quotient * (-30 * t * t * (1 - t) * (1 - t)) * (1 / p.cutoff) * inverse;
+    const auto cutoff = this->cutoff(squared);
+    return cutoff.value > 1e-30f ? product / cutoff.value * cutoff.slope : 0;
   }
 
   // ---- the walk

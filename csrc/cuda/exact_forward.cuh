@@ -28,21 +28,25 @@ struct ExactForward : ExactWarp<S> {
   __device__ __forceinline__ void finish(float* out) {
 #pragma unroll 1
     for (int first_field = 0; first_field < S::fields; first_field += 8) {
-      float shares[16];
+      // Row n of a lane's shares is of field n ^ group, so that all lanes keep and send the same rows.
+      float shares[4][4];
 #pragma unroll
-      for (int u = 0; u < 4; ++u) {
-        float lower[4], upper[4];
-        mix(first_field + u, lower), mix(first_field + 4 + u, upper);
+      for (int n = 0; n < 4; ++n) {
+        float upper[4];
+        mix(first_field + (n ^ group), shares[n]), mix(first_field + ((n + 4) ^ group), upper);
 #pragma unroll
-        for (int k = 0; k < 4; ++k) shares[4 * u + k] = exchange(lower[k], upper[k], 16);
+        for (int k = 0; k < 4; ++k) shares[n][k] += from_lane_xor(upper[k], 16);
       }
 #pragma unroll
-      for (int bit = 8; bit >= 1; bit /= 2)
+      for (int rows = 2; rows >= 1; rows /= 2)
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
-          if (i < bit) shares[i] = exchange(shares[i], shares[i + bit], bit);
+        for (int n = 0; n < rows; ++n)
+#pragma unroll
+          for (int k = 0; k < 4; ++k) shares[n][k] += from_lane_xor(shares[n + rows][k], 4 * rows);
+      const float even = exchange(shares[0][0], shares[0][2], 2), odd = exchange(shares[0][1], shares[0][3], 2);
+      const float sum = exchange(even, odd, 1);
       const int to = global_memory(exact.out)[4 * first_field + lane];
-      if (to >= 0) out[to] = shares[0];
+      if (to >= 0) out[to] = sum;
     }
   }
 
@@ -70,7 +74,8 @@ struct ExactForward : ExactWarp<S> {
         for (int slot = 0; slot < Slots::count; ++slot) {
           if (Slots::path(slot) != path) continue;
           const float* const t = &sums[Tiles::tile(slot, block)][Tiles::row(slot, block) % 2 * 2];
-          out[Slots::component(slot)] += two.at[0] * t[0] + two.at[1] * t[1];
+#pragma unroll
+          for (int i = 0; i < 2; ++i) out[Slots::component(slot)] += two.at[i] * t[i];
         }
       }
     }

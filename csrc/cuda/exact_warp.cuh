@@ -183,15 +183,20 @@ struct ExactWarp {
     __syncwarp();
   }
 
+  // γ times the shell times the cutoff
   __device__ __forceinline__ float radial(float squared) const {
-    float factor = p.gamma * exp2_approximate(squared * *exponent);
-    if (p.has_cutoff) {
-      float norm, inverse;
-      safe_norm<float>(squared, norm, inverse);
-      const float t = lane_min(1.0f, norm * (1 / p.cutoff));
-      factor *= 1 - t * t * t * (10 - t * (15 - 6 * t));
-    }
-    return factor;
+    const float shell = p.gamma * exp2_approximate(squared * *exponent);
+    return p.has_cutoff ? shell * cutoff(squared).value : shell;
+  }
+  // At t = min(|x| / cutoff, 1): 1 - 10 t³ + 15 t⁴ - 6 t⁵, and its derivative by |x|²/2.
+  struct Cutoff {
+    float value, slope;
+  };
+  __device__ __forceinline__ Cutoff cutoff(float squared) const {
+    float norm, inverse;
+    safe_norm<float>(squared, norm, inverse);
+    const float per_length = 1 / p.cutoff, t = lane_min(1.0f, norm * per_length);
+    return {1 - t * t * t * (10 - t * (15 - 6 * t)), -30 * t * t * (1 - t) * (1 - t) * per_length * inverse};
   }
 
   // ---- the sum over a node's edges
