@@ -18,7 +18,13 @@ from implicit_steer.ops.triton.tables import MOST_COEFFICIENTS, tables, unsuppor
 from implicit_steer.testing.cases import SMALL, Case
 
 _ROOT = Path(__file__).parents[2]
-_FILES = ("test_against_reference.py", "test_derivatives.py", "test_operators.py", "test_interpreter.py")
+_FILES = (
+    "test_against_reference.py",
+    "test_derivatives.py",
+    "test_tables.py",
+    "test_operators.py",
+    "test_interpreter.py",
+)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from ...graph import Graph
 from ...plan import Plan
 from ...plan.moments import NormStatistics, StatisticsSource
 from ...plan.packing import Parameters, fold_norm, is_traced, learned_tensors, pack, unflatten
+from ..kernel_mlp import table_summands
 from ..mean_and_bias import mean_and_bias
 from . import dense, operators  # noqa: F401, the second registers them
 from .handle import handle_of
@@ -82,8 +83,12 @@ class Call:
             for n, norm in enumerate(parameters.norms):
                 fold_norm(bound.plan, weights, n, norm, *self.statistics[2 * n : 2 * n + 2])
         p = prepare(bound.plan, x.device, x.dtype)
-        inputs, radius, factor, q = dense.geometry(p.tables, delta, attr, graph.order, weights.shell_width)
-        r = dense.layers(p, inputs, radius, factor, weights.linears)
+        if bound.plan.is_frozen:
+            points = delta, attr, graph.order
+            q, r = dense.splines(p, *points, weights.shell_width, parameters.linears[0][0])
+        else:
+            inputs, radius, factor, q = dense.geometry(p.tables, delta, attr, graph.order, weights.shell_width)
+            r = dense.layers(p, inputs, radius, factor, weights.linears)
         edges = graph.src, graph.order, graph.rowptr, graph.order_by_source, graph.colptr
         theta = dense.pack_theta(p, weights.theta)
         return torch.ops.implicit_steer.triton_contract(bound.handle.key, x, q, r, theta, *edges, True)
@@ -148,6 +153,14 @@ def _measured(
         found.append(NormStatistics(handle.trivial(n, mean), (squares / (count - 1)).mean(0)))
         statistics[2 * n : 2 * n + 2] = found[-1]
     return found
+
+
+def table_sums(plan: Plan, delta: Tensor, attributes: Tensor) -> Tensor:
+    """``kernel_mlp.table_sums``, added up in a fixed order."""
+    at, ways, powers, products = table_summands(plan, delta, attributes)
+    key, first = handle_of(plan).key, at.first.int()
+    terms = (ways, at.weights), *((powers, product) for product in products)
+    return torch.cat([torch.ops.implicit_steer.triton_knot_sums(key, *term, first) for term in terms], 1)
 
 
 def run(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import dense, launch_contract, launch_edges, launch_mlp, launch_pack
+from . import dense, launch_contract, launch_edges, launch_mlp, launch_pack, launch_spline
 from .launch_contract import Edges, Factors
 from .launch_mlp import LayerInputs
 from .launch_pack import PackingOnDevice
@@ -54,6 +54,8 @@ def _frame(p: Prepared, points: Points, shell: Tensor, weights: Tensor) -> tuple
 
 def _hidden(p: Prepared, points: Points, shell: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """q (E, n_harmonics) and r (E, n_columns)."""
+    if p.sizes.n_knots:
+        return launch_spline.forward(p, points, shell, weights)
     if p.sizes.edge_by_edge:
         return launch_edges.forward(p, points, shell, weights, p.sizes.n_layers, True)
     given, q = _frame(p, points, shell, weights)
@@ -78,6 +80,8 @@ def _hidden_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of delta and attr, and parts of that of the shell's width, from those of q and r; those of the weights
     are written to ``d_weights``."""
+    if p.sizes.n_knots:
+        return launch_spline.backward(p, points, shell, weights, d_q, d_r, d_weights)
     if p.sizes.edge_by_edge:
         return launch_edges.backward(p, points, shell, weights, d_q, d_r, d_weights)
     given, _ = _frame(p, points, shell, weights)
