@@ -60,6 +60,7 @@ CANDIDATES = tuple(LaunchConfig(e, w, s) for e in (16, 32, 64) for w in (2, 4, 8
 
 _TUNED = "triton"  # name of the file in the cache folder
 
+changes = 0  # how often this process has changed what choose gives
 _override: dict[str, LaunchConfig] = {}
 
 
@@ -99,11 +100,13 @@ def _key(kernel: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) ->
 @contextmanager
 def using(kernel: str, config: LaunchConfig) -> Iterator[None]:
     """Inside, the kernel runs with this configuration."""
-    _override[kernel] = config
+    global changes
+    _override[kernel], changes = config, changes + 1
     try:
         yield
     finally:
         del _override[kernel]
+        changes += 1
 
 
 def seconds(run: Callable[[], object], device: torch.device, calls: int = 10) -> float:
@@ -135,6 +138,7 @@ def tune(
     """
     from triton.runtime.errors import OutOfResources
 
+    global changes
     found = {}
     for kernel in _TABLE:
         best, least = choose(kernel, sizes, dtype, device), measure(run, device)
@@ -148,4 +152,5 @@ def tune(
                 best, least = candidate, took
         found[kernel] = best
         add_to_tuning_cache(_TUNED, {_key(kernel, sizes, dtype, device): best})
+        changes += 1
     return found

@@ -43,8 +43,11 @@ class Points(NamedTuple):
 
 def packing_of(p: Prepared, learned: Learned) -> PackingOnDevice:
     """How these tensors are packed."""
-    sizes = tuple(t.numel() for t in learned.tensors)
-    return launch_pack.prepare_packing(p.tables.plan, sizes, learned.measured, p.position.device, p.dtype)
+    key = learned.measured, *(t.numel() for t in learned.tensors)
+    if (found := p.made.get(key)) is None:
+        arguments = p.tables.plan, key[1:], learned.measured, p.position.device, p.dtype
+        p.made[key] = found = launch_pack.prepare_packing(*arguments)
+    return found
 
 
 def _frame(p: Prepared, points: Points, shell: Tensor, weights: Tensor) -> tuple[LayerInputs, Tensor]:
@@ -91,7 +94,8 @@ def _hidden_backward(
 
 def _theta(p: Prepared, packed: Tensor, first: int) -> Tensor:
     """Θ (n_t, C_out) among the packed weights, or its gradient among theirs, which begins at ``first``."""
-    return packed[first:].view(p.sizes.n_t, p.sizes.out_size)
+    size = p.sizes.out_size
+    return packed.as_strided((p.sizes.n_t, size), (size, 1), packed.storage_offset() + first)
 
 
 def forward(p: Prepared, x: Tensor, points: Points, edges: Edges, learned: Learned) -> tuple[Tensor, Kept]:

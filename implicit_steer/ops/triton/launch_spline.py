@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..kernel_mlp import SOFTENING, ZERO
 from . import launch, spline
 from .launch_mlp import harmonics_constants
 from .prepared import Prepared
-from .sizes import next_power_of_2
+from .sizes import cdiv, next_power_of_2
 
 _COLUMNS = 64  # of r, or of what knots sum, that a program holds at a time, at most
 _EDGES, _PARTS = 1 << 14, 16  # each part of a knot's sum is of so many edges, of all knots together; how many, at most
@@ -52,7 +51,7 @@ def forward(
     n = len(delta)
     q, r = delta.new_empty(n, p.sizes.n_harmonics), delta.new_empty(n, p.sizes.n_columns)
     arguments = *points, shell, *p.some(_TABLES), weights, r, q, p.sizes.n_knots, n
-    launch.launch(variant, (triton.cdiv(n, variant.edges),), arguments)
+    launch.launch(variant, (cdiv(n, variant.edges),), arguments)
     return q, r
 
 
@@ -69,7 +68,7 @@ def backward(
     Those of the splines' coefficients are written to ``d_weights``."""
     delta, attr, _ = points
     variant, n = p.variant(spline.spline_backward, _backward_constants, d_weights is not None), len(delta)
-    programs, stored = triton.cdiv(n, variant.edges), 0 if d_weights is None else n
+    programs, stored = cdiv(n, variant.edges), 0 if d_weights is None else n
     d_delta, d_shell = torch.empty_like(delta), delta.new_empty(programs)
     first, factors = delta.new_empty(stored, dtype=torch.int32), delta.new_empty(stored, 4)
     gradients = d_r, d_q, d_delta, d_shell, first, factors
@@ -95,6 +94,6 @@ def _sums(p: Prepared, values: Tensor, weights: Tensor, first: Tensor, out: Tens
     knotptr = torch.searchsorted(cells, p["rows"])
     variant = p.variant(spline.knot_sums, _sum_constants, columns, values.shape[1])
     partial = out.new_empty(min(1 + len(first) // _EDGES, _PARTS), n_rows, columns)
-    grid = (n_rows, triton.cdiv(columns, variant.constants["BC"]), len(partial))
+    grid = (n_rows, cdiv(columns, variant.constants["BC"]), len(partial))
     launch.launch(variant, grid, (values, weights, first, by_knot, knotptr, partial, n_rows))
     torch.sum(partial, 0, out=out)

@@ -67,26 +67,42 @@ _SCHEMAS = {
 }
 
 
-def _conv_inputs(plan: str, arguments: Sequence[Any]) -> tuple[Prepared, Tensor, Points, Edges, Learned]:
-    """Of ``triton_conv``, behind the plan."""
-    x, delta, attr, learned, statistics, measured, *graph = arguments
-    x, delta, attr, *graph = _contiguous(x, delta, attr, *graph)
-    edges = Edges(*graph)
-    return _prepared(plan, delta), x, Points(delta, attr, edges.order), edges, Learned(learned, statistics, measured)
-
-
-def _conv(plan: str, *arguments: Any) -> Any:
-    with _on_device(arguments[0]):
-        total, kept = convolution.forward(*_conv_inputs(plan, arguments))
+def forward(p: Prepared, inputs: Sequence[Tensor], learned: Learned, graph: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """``triton_conv`` itself, of x, delta and attr, and of the graph's tensors."""
+    x, delta, attr = _contiguous(*inputs)
+    edges = Edges(*_contiguous(*graph))
+    with _on_device(x):
+        total, kept = convolution.forward(p, x, Points(delta, attr, edges.order), edges, learned)
     return total, *kept
 
 
-def _conv_backward(plan: str, *arguments: Any) -> Any:
-    *inputs, numbers, packed, q, r, gradient, needs = arguments
-    p, x, points, edges, learned = _conv_inputs(plan, inputs)
-    kept = Kept(numbers, packed, q, r)
+def gradients(
+    p: Prepared,
+    inputs: Sequence[Tensor],
+    learned: Learned,
+    graph: Sequence[Tensor],
+    kept: Kept,
+    gradient: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """``triton_conv_backward`` itself."""
+    x, delta, attr = _contiguous(*inputs)
+    edges = Edges(*_contiguous(*graph))
+    points = Points(delta, attr, edges.order)
     with _on_device(gradient):
         return convolution.gradients(p, gradient.contiguous(), x, points, edges, learned, kept, needs)
+
+
+def _conv(plan: str, *arguments: Any) -> Any:
+    *inputs, learned, statistics, measured = arguments[:6]
+    return forward(_prepared(plan, inputs[1]), inputs, Learned(learned, statistics, measured), arguments[6:])
+
+
+def _conv_backward(plan: str, *arguments: Any) -> Any:
+    *inputs, learned, statistics, measured = arguments[:6]
+    graph, kept, (gradient, needs) = arguments[6:11], Kept(*arguments[11:15]), arguments[15:]
+    of_call = inputs, Learned(learned, statistics, measured), graph
+    return gradients(_prepared(plan, gradient), *of_call, kept, gradient, needs)
 
 
 def _moments(plan: str, delta: Tensor, attr: Tensor, *arguments: Any) -> Tensor:
@@ -242,7 +258,7 @@ class _Operator(NamedTuple):
     save: Callable[..., None] = _save
 
 
-_KERNELS = {
+KERNELS = {
     "triton_conv": _Operator(_conv, _conv_fake, _conv_gradient, _save_conv),
     "triton_conv_backward": _Operator(_conv_backward, _conv_backward_fake),
     "triton_moments": _Operator(_moments, _moments_fake),
@@ -256,7 +272,7 @@ _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
 
 def _register() -> None:
     _native.available()  # the native extension defines the namespace first, where there is one
-    for name, operator in _KERNELS.items():
+    for name, operator in KERNELS.items():
         _library.define(name + _SCHEMAS[name])
         for key in ("CPU", "CUDA"):
             _library.impl(name, operator.kernel, key)

@@ -16,6 +16,11 @@ def next_power_of_2(n: int, least: int = 1) -> int:
     return max(least, 1 << max(n - 1, 0).bit_length())
 
 
+def cdiv(n: int, size: int) -> int:
+    """How many blocks of ``size`` hold n entries. The function of this name in triton takes as long as a launch."""
+    return -(-n // size)
+
+
 @dataclass(frozen=True)
 class Sizes:
     """The integers and flags of a plan that kernels take as constants: plans of equal sizes share binaries."""
