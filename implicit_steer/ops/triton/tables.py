@@ -71,6 +71,11 @@ def _mixes_orders(plan: Plan) -> bool:
     return False
 
 
+def runs_edge_by_edge(plan: Plan) -> bool:
+    """Whether edges.py does the hidden layers of a plan that the kernels can do."""
+    return unsupported(plan) is None and _edge_by_edge(plan, Columns(plan))
+
+
 def _edge_by_edge(plan: Plan, columns: Columns) -> bool:
     """Whether edges.py can do the hidden layers: of zonal frames, whose orders do not mix, and narrow."""
     zonal = plan.activations and plan.frame.kind == "zonal" and plan.frame.regular and columns.n_harmonics > 0
