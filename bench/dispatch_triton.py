@@ -89,17 +89,15 @@ def measure(case: Case, sampling: str, norm: str | None, training: bool, seconds
         run = _call(case, sampling, norm, training)
         run()  # makes the tables
         launches.clear()
-        with _Counting(operators._KERNELS) as counted:
+        with _Counting(operators.KERNELS) as counted:
             run()
         names = [entry.kernel.__name__ for entry in launches]
         one = torch.ones(16)
-        with torch.no_grad():
-            added = interleaved({"add": lambda: torch.add(one, one)}, 3, seconds)["add"]
-        timed = interleaved({"call": run}, 3, seconds)["call"]
-        launches.clear()
+        turns = {"call": lambda: (run(), launches.clear()), "add": lambda: torch.add(one, one)}
+        timed = interleaved(turns, 9, seconds)
     kinds = Counter(kind for kind, _ in counted.found.elements())
     operators_found = Counter({name: n for (kind, name), n in counted.found.items() if kind == "operator"})
-    microseconds, of_add = (1e3 * summary(values)["median_ms"] for values in (timed, added))
+    microseconds, of_add = (1e3 * summary(timed[name])["median_ms"] for name in ("call", "add"))
     return HostCost(names, operators_found, kinds["allocation"], kinds["view"], microseconds, of_add)
 
 

@@ -18,9 +18,6 @@ from ..plan.moments import NormStatistics, StatisticsSource
 from ..plan.packing import Parameters
 from .kernel_mlp import normed_features, plain_kernel, table_sums
 
-# Why the GPU's own backends refuse a plan.
-TABLES_ON_GPU = "tables run on a GPU as plain PyTorch, in 'eager'"
-
 
 @runtime_checkable
 class Backend(Protocol):

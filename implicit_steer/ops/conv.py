@@ -86,14 +86,14 @@ def _evaluation(
 
 
 class _Served(NamedTuple):
-    """The native backend of a call that took plan and tensors as they were, and what its choice rested on."""
+    """The backend of a call that took plan and tensors as they were, and what its choice rested on."""
 
     plan: Plan
     parameters: Parameters
     backend: str
     dtype: torch.dtype
     device: torch.device
-    chosen: NativeBackend
+    chosen: NativeBackend | triton.Triton
 
     def serves(
         self, plan: Plan, parameters: Parameters, backend: str, x: Tensor, delta: Tensor, attributes: Tensor | EdgeTypes
@@ -140,7 +140,7 @@ def implicit_conv(
         return served.chosen.forward(plan, parameters, statistics_from, graph, x, delta, attributes)
     dtype = compute_dtype(parameters)
     chosen = (
-        select.choose_in_compiled(backend, parameters, x.device)
+        select.choose_in_compiled(backend, plan, parameters, x.device)
         or select.choose(backend, plan, x.device, dtype, graph.num_edges)[0]
     )
     given = plan, parameters, attributes
@@ -149,7 +149,7 @@ def implicit_conv(
     found = _evaluation(chosen, plan, parameters, delta, attributes, statistics_from)
     plan, parameters, statistics_from, attributes, of_table = found
     as_given = all(map(operator.is_, given, (plan, parameters, attributes)))
-    if cache is not None and as_given and isinstance(chosen, NativeBackend):
+    if cache is not None and as_given and isinstance(chosen, (NativeBackend, triton.Triton)):
         cache.served = _Served(plan, parameters, backend, dtype, x.device, chosen)
     out, statistics = chosen.forward(plan, parameters, statistics_from, graph, x, delta, attributes)
     return out, of_table if len(of_table) else statistics
@@ -167,7 +167,7 @@ def implicit_kernel(
     every batch norm if they were measured."""
     dtype = compute_dtype(parameters)
     chosen = (
-        select.choose_in_compiled("cpu", parameters, delta.device)
+        select.choose_in_compiled("cpu", plan, parameters, delta.device)
         or select.choose_for_kernel(plan, delta.device, dtype)[0]
     )
     parameters = _cast(parameters, dtype)

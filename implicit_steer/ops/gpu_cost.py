@@ -3,10 +3,11 @@ instructions per edge.
 
 `cuda` multiplies only where a matrix is not 0, on the ordinary units. The count is 4 instructions per multiply-add and
 16 per φ, of 32 lanes each; for the benchmark's case ``cloud`` it is within a third of the one in docs/cuda_kernels.md.
-`triton` multiplies whole matrices on tensor cores: three TF32 products, of 1,024 multiply-adds per instruction, at a
-quarter of the peak rate. Its 8 instructions per φ and 0.4 per multiply-add of the coupling were found in the kernels
-compiled for ``cloud`` (docs/gpu-predictions.md). On an H100 (docs/gpu-h100.md) `cuda` was 2.2 times as fast as `triton`
-on eight such clouds, where the counts say 3.8, and 2.3 times on the authors' grid, where they say 2.0.
+`triton` runs narrow layers of zonal frames edge by edge: 0.107 instructions per multiply-add and 2.4 per φ, difference
+quotients near the origin included, are what the kernels for ``cloud`` with 8 and with 4 channels were compiled to,
+548 and 267 per edge on sm_90. Other layers multiply whole matrices on tensor cores: three TF32 products, of 1,024
+multiply-adds per instruction, at a quarter of the peak rate, and 8 instructions per φ. The splines of a table take 104
+per edge, a multiply-add of the coupling 0.4 (docs/gpu-predictions.md).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from statistics import median
 
 from .._files import add_to_tuning_cache, tuning_cache
 from ..plan import Plan
+from .triton.tables import runs_edge_by_edge
 
 BACKENDS = ("cuda", "triton")  # those that run on a GPU and that "auto" compares
 _MEASURED = "gpu"  # name of the tuning cache
@@ -24,20 +26,31 @@ _MEASURED = "gpu"  # name of the tuning cache
 _LANES, _NODE_DEGREE = 32, 16
 _CUDA_PRODUCT, _CUDA_FUNCTION = 4 / _LANES, 16 / _LANES
 _TRITON_PRODUCT, _TRITON_FUNCTION, _TRITON_COUPLING = 4 * 3 / 1024, 8.0, 0.4
+_TRITON_PRODUCT_OF_EDGE, _TRITON_FUNCTION_OF_EDGE, _TRITON_SPLINES = 0.107, 2.4, 104.0
 
 
 @lru_cache(maxsize=256)
 def instructions_per_edge(plan: Plan) -> dict[str, float]:
     """Backend → warp instructions per edge of a forward pass, predicted."""
     cost = plan.cost()
-    coupling, phi = cost["sparse coupling per edge"], cost["φ per edge"]
-    mixing = cost["mixing per node"] / _NODE_DEGREE
+    coupling, mixing = cost["sparse coupling per edge"], cost["mixing per node"] / _NODE_DEGREE
+    mlp = _CUDA_PRODUCT * cost["mlp per edge"] + _CUDA_FUNCTION * cost["φ per edge"]
+    return {
+        "cuda": mlp + _CUDA_PRODUCT * (coupling + mixing),
+        "triton": _hidden_of_triton(plan) + _TRITON_PRODUCT * mixing + _TRITON_COUPLING * coupling,
+    }
+
+
+def _hidden_of_triton(plan: Plan) -> float:
+    """The instructions per edge that `triton` takes for the hidden coefficients."""
+    if plan.table is not None and not plan.table.automatic:
+        return _TRITON_SPLINES
+    cost = plan.cost()
+    if runs_edge_by_edge(plan):
+        return _TRITON_PRODUCT_OF_EDGE * cost["mlp per edge"] + _TRITON_FUNCTION_OF_EDGE * cost["φ per edge"]
     dense = sum(layer.out_size * layer.in_size for layer in plan.linears)
     dense += sum(2 * a.channels * a.samples.size for a in plan.activations)
-    return {
-        "cuda": _CUDA_PRODUCT * (cost["mlp per edge"] + coupling + mixing) + _CUDA_FUNCTION * phi,
-        "triton": _TRITON_PRODUCT * (dense + mixing) + _TRITON_FUNCTION * phi + _TRITON_COUPLING * coupling,
-    }
+    return _TRITON_PRODUCT * dense + _TRITON_FUNCTION * cost["φ per edge"]
 
 
 def keep_times(device: str, times: Iterable[tuple[Plan, int, str, float]]) -> dict[str, float]:

@@ -26,7 +26,7 @@ from ..plan import Activation, Frame, Norm, Plan, Table
 from ..plan.activations import difference_quotient, phi
 from ..plan.moments import NormStatistics, StatisticsSource
 from ..plan.packing import Parameters, Weights, cached, constant, dense_kernel, fold_norm, norm_affine, pack, running
-from .spline import interpolated, interpolation
+from .spline import Interpolation, interpolated, interpolation
 
 # Radii below this take the difference quotient; above it A⁻ φ(u₀ + r w) / r is right to eps / r.
 NEAR = {torch.float32: 0.1, torch.float64: 0.01}
@@ -311,22 +311,36 @@ def plain_kernel(
     return k * radial_factor(plan, weights.shell_width, delta)[:, None, None], statistics
 
 
+class TableSums(NamedTuple):
+    """What :func:`table_sums` adds up, for E edges."""
+
+    at: Interpolation
+    ways: Tensor  # (E, d), in a planar frame (E, 2 d): first and second of EdgeFrame
+    powers: Tensor  # (E, c) u^(2k), k the order of each coefficient
+    products: list[Tensor]  # for q = 0 … 3: B_k B_{k+q} (E, 4)
+
+
+def table_summands(plan: Plan, delta: Tensor, attributes: Tensor) -> TableSums:
+    """The summands of :func:`table_sums`."""
+    order = constant(plan.frame, "order", delta)
+    at = interpolation(plan, delta, attributes, SOFTENING[delta.dtype])
+    edge, padded = table_edge(plan, at.v), torch.nn.functional.pad(at.weights, (0, 3))
+    ways = torch.cat([edge.first, *([edge.second] if plan.frame.kind == "planar" else [])], 1)
+    powers = at.v.square().sum(1, keepdim=True) ** order
+    return TableSums(at, ways, powers, [at.weights * padded[:, q : q + 4] for q in range(4)])
+
+
 def table_sums(plan: Plan, delta: Tensor, attributes: Tensor) -> Tensor:
     """How much the splines of a plan count among the edges, in row j of (T · (G + 3), n) one after the other:
 
     - Σ_e B_j first, in a planar frame also Σ_e B_j second, with the way back of :class:`EdgeFrame`: (d,) each;
     - Σ_e B_j B_{j+q} u^(2k) for q = 0 … 3 and every coefficient, of order k: (4, c).
     """
-    table, order = cast(Table, plan.table), constant(plan.frame, "order", delta)
-    at = interpolation(plan, delta, attributes, SOFTENING[delta.dtype])
-    edge = table_edge(plan, at.v)
-    ways = torch.cat([edge.first, *([edge.second] if plan.frame.kind == "planar" else [])], 1)
-    powers = at.v.square().sum(1, keepdim=True) ** order  # (E, c)
-    padded = torch.nn.functional.pad(at.weights, (0, 3))
+    table, (at, ways, powers, products) = cast(Table, plan.table), table_summands(plan, delta, attributes)
     values = []
     for k in range(4):
-        own = at.weights[:, k, None]
-        values.append(torch.cat([own * ways, *(own * padded[:, k + q, None] * powers for q in range(4))], 1))
+        pairs = (of_q[:, k, None] * powers for of_q in products)
+        values.append(torch.cat([at.weights[:, k, None] * ways, *pairs], 1))
     rows, stacked = at.first[:, None] + torch.arange(4, device=delta.device), torch.stack(values, 1).flatten(0, 1)
     size = table.types * table.n_coefficients, stacked.shape[1]
     return stacked.new_zeros(size).scatter_add(0, rows.reshape(-1, 1).expand(-1, size[1]), stacked)

@@ -116,9 +116,10 @@ def choose_for_kernel(plan: Plan, device: torch.device, dtype: torch.dtype) -> t
     return BACKENDS["reference"], f"reference: plain PyTorch{refused}"
 
 
-def choose_in_compiled(name: str, parameters: Parameters, device: torch.device) -> Backend | None:
+def choose_in_compiled(name: str, plan: Plan, parameters: Parameters, device: torch.device) -> Backend | None:
     """Inside torch.compile the backend for ``name`` if that is `cpu`, `cuda` or `triton`, whose plans are made before;
-    "auto" takes `cuda` before `triton`. Else, and outside of torch.compile, None: :func:`choose` decides.
+    "auto" takes `cuda`, which has no tables, before `triton`. Else, and outside of torch.compile, None:
+    :func:`choose` decides.
 
     Raises:
         RuntimeError: on CUDA tensors "auto" or "triton" where no such plan was made, with the remedy.
@@ -126,12 +127,13 @@ def choose_in_compiled(name: str, parameters: Parameters, device: torch.device) 
     if not torch.compiler.is_compiling() or (cache := parameters.cache) is None:
         return None
     on_gpu, native = device.type == "cuda", cache.native is not None
-    if on_gpu and native and name in ("auto", "cuda") and _native.cuda_usable(device)[0]:
+    in_cuda = native and (plan.table is None or plan.table.automatic)
+    if on_gpu and in_cuda and name in ("auto", "cuda") and _native.cuda_usable(device)[0]:
         return BACKENDS["cuda"]
     if cache.triton is not None and (name == "triton" or (on_gpu and name == "auto")):
         return BACKENDS["triton"]
     if on_gpu and name in ("auto", "triton"):
         expected = "'cuda' or 'triton' inside torch.compile, with a plan that it supports"
-        remedy = "Install triton or the CUDA kernels, or call the layer outside of compiled functions."
+        remedy = "Install triton or the CUDA kernels, freeze a table, or call the layer outside of compiled functions."
         fail("backend", expected, repr(name), remedy, RuntimeError)
     return BACKENDS["cpu"] if native and name in ("auto", "cpu") and device.type == "cpu" else None

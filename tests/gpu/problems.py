@@ -10,6 +10,7 @@ import torch
 from implicit_steer.ops.triton import backend as triton
 from implicit_steer.ops.triton.handle import handle_of
 from implicit_steer.plan.packing import learned_tensors
+from implicit_steer.plan.tabulated import tabulated, with_table
 from implicit_steer.testing.cases import SMALL
 
 INTERPRETED = triton.interpreted()
@@ -69,11 +70,14 @@ def triton_arguments(case, leaves=True):
     packing = convolution.packing_of(prepared, convolution.Learned(learned, statistics, False))
     theta = kept[1][packing.layers_end :].view(-1, plan.out_size)
     sums = *map(leaf, (problem.x, *kept[2:], theta)), *edges, True
-    output = torch.randn_like(total)
+    output, n = torch.randn_like(total), len(problem.delta)
+    values, weights = torch.randn(n, 3, device=DEVICE).double(), torch.randn(n, 4, device=DEVICE).double()
+    first = torch.arange(n, dtype=torch.int32, device=DEVICE) % 5
     return {
         "triton_conv": (key, *map(leaf, inputs), [leaf(t) for t in learned], statistics, False, *edges),
         "triton_conv_backward": (key, *inputs, learned, statistics, False, *edges, *kept, output, [True] * 4),
         "triton_moments": (key, *inputs[1:], learned, statistics, False, graph.order, 0),
+        "triton_knot_sums": (handle_of(tabulated(with_table(plan, 5, 1.0), 1)).key, values, weights, first),
         "triton_contract": (key, *sums),
         "triton_contract_backward": (key, *sums, leaf(output), [True] * 4),
     }

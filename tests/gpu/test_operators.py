@@ -13,7 +13,7 @@ TINY = Case("", "SO(2) on R2", "1 vector", "1 scalar", "1 scalar", 2, 2, nodes=2
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("name", operators._KERNELS)
+@pytest.mark.parametrize("name", operators.KERNELS)
 def test_opcheck(name):
     """torch.compile has no derivatives of gradients: of gradient operators those are not traced."""
     known = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")

@@ -232,7 +232,8 @@ def test_compiled_on_the_native_loops(monkeypatch, configuration):
 @pytest.mark.parametrize("usable", [True, False])
 def test_backend_inside_a_compiled_function(monkeypatch, usable, triton):
     """On a GPU `cuda` or `triton`, or an error that names the remedy."""
-    parameters = layer(SMALL["o3"]).implicit_kernel.parameters_for_op()
+    kernel = layer(SMALL["o3"]).implicit_kernel
+    plan, parameters = kernel.plan, kernel.parameters_for_op()
     parameters.cache.triton = triton
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     monkeypatch.setattr(_native, "cuda_usable", lambda device: (usable, ""))
@@ -241,7 +242,19 @@ def test_backend_inside_a_compiled_function(monkeypatch, usable, triton):
         refused = expected is None and name != "cuda"  # which says why it is not there
         message = "backend: expected 'cuda' or 'triton' inside torch.compile, with a plan that it supports, got"
         with pytest.raises(RuntimeError, match=message) if refused else nullcontext():
-            assert select.choose_in_compiled(name, parameters, GPU) == expected
+            assert select.choose_in_compiled(name, plan, parameters, GPU) == expected
+
+
+def test_tables_inside_a_compiled_function(monkeypatch):
+    """`cuda` has none, and of `triton` they are frozen."""
+    kernel = layer(SMALL["o3"], table=16).implicit_kernel
+    plan, parameters = kernel.plan, kernel.parameters_for_op()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(_native, "cuda_usable", lambda device: (True, ""))
+    with pytest.raises(RuntimeError, match="freeze a table, or call the layer outside of compiled functions"):
+        select.choose_in_compiled("auto", plan, parameters, GPU)
+    parameters.cache.triton = "a plan"
+    assert select.choose_in_compiled("auto", plan, parameters, GPU) is triton
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -18,17 +18,23 @@ from implicit_steer.ops.triton.tables import MOST_COEFFICIENTS, tables, unsuppor
 from implicit_steer.testing.cases import SMALL, Case
 
 _ROOT = Path(__file__).parents[2]
-_FILES = ("test_against_reference.py", "test_derivatives.py", "test_operators.py", "test_interpreter.py")
+_FILES = (
+    "test_against_reference.py",
+    "test_derivatives.py",
+    "test_tables.py test_operators.py",
+    "test_interpreter.py",
+)  # of each process
 
 
 @pytest.fixture(scope="module")
 def checks():
-    """A process per file of tests/gpu, all started at once."""
+    """A process for each entry of files in tests/gpu, all started at once."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", "-p", "no:cacheprovider"]
     options = {"cwd": _ROOT, "env": environment, "text": True}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    running = {file: subprocess.Popen([*command, f"tests/gpu/{file}"], **options, **pipes) for file in _FILES}
+    paths = {files: [f"tests/gpu/{name}" for name in files.split()] for files in _FILES}
+    running = {files: subprocess.Popen([*command, *paths[files]], **options, **pipes) for files in _FILES}
     yield running
     for process in running.values():
         process.kill()
@@ -36,11 +42,11 @@ def checks():
 
 
 @pytest.mark.timeout(3600)  # hundreds of seconds where cores are shared; tests of the file have a limit of their own
-@pytest.mark.parametrize("file", _FILES)
-def test_interpreted(checks, file):
-    """The file's output is shown where it fails."""
-    output, _ = checks[file].communicate()
-    assert checks[file].returncode == 0, output[-5000:]
+@pytest.mark.parametrize("files", _FILES)
+def test_interpreted(checks, files):
+    """Their output is shown where they fail."""
+    output, _ = checks[files].communicate()
+    assert checks[files].returncode == 0, output[-5000:]
 
 
 def test_cpu_tensors_are_refused_without_the_interpreter():

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from bench import gpu, predict
-from implicit_steer.ops.triton import aot, configuration
+from implicit_steer.ops.triton import aot, configuration, spline
 from implicit_steer.ops.triton.tables import tables
+from implicit_steer.plan.tabulated import tabulated, with_table
 from implicit_steer.testing.cases import LARGE, SMALL
 
 
@@ -21,7 +22,10 @@ def _scratch(tmp_path_factory):
 
 
 def plan_of(name):
-    return (SMALL | LARGE)[name].layer(norm=None).implicit_kernel.plan
+    """Of a case without norms; behind a space, "table": with the splines of a table in place of its hidden layers."""
+    case, *table = name.split()
+    plan = (SMALL | LARGE)[case].layer(norm=None).implicit_kernel.plan
+    return tabulated(with_table(plan, 64, width=1.0), types=2) if table else plan
 
 
 # Zonal frames on every architecture; a planar frame, no frame, a finite group on one each. All on all:
@@ -37,6 +41,15 @@ def test_no_kernel_spills_traps_or_outgrows_its_device(name, kernels, architectu
     failures = [text for r in found for text in r.failures(r.kernel.startswith(tensor_cores))]
     assert not failures
     assert all(0 < r.occupancy <= 1 for r in found)
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_kernels_of_tables(architecture):
+    """Those that no other layer has."""
+    entries = [e for e in aot.launches_of(plan_of("cloud table")) if e.kernel.__name__ in vars(spline)]
+    found = [aot.resources(entry, architecture) for entry in entries]
+    assert {r.kernel for r in found} == {"spline_forward", "spline_backward", "knot_sums"}
+    assert not [text for r in found for text in r.failures(False)]
 
 
 def test_gates_see_what_is_wrong():
@@ -96,6 +109,6 @@ def test_command_writes_tables(tmp_path, capsys):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_launches_cover_both_passes(dtype):
-    entries = [entry for name in ("o3", "c4") for entry in aot.launches_of(plan_of(name), dtype)]
+    entries = [entry for name in ("o3", "c4", "o3 table") for entry in aot.launches_of(plan_of(name), dtype)]
     names = {entry.kernel.__name__ for entry in entries}
     assert names == set(configuration._TABLE)

@@ -17,7 +17,6 @@ from torch import Tensor
 from ... import _native
 from ...plan import Plan
 from ...plan.packing import Parameters, cached, parameter_sizes
-from ..backend import TABLES_ON_GPU
 from .arrays import prepare
 from .bound import BoundKernel, KernelEntries, NativePlan, refusal
 from .convolution import NativeBackend
@@ -88,6 +87,8 @@ class Cuda(NativeBackend):
         """CUDA tensors in float32 or float64, with the kernels; every plan that fits into the device's shared
         memory."""
         on_gpu = not _native.ON_PROCESSOR
+        if plan.table is not None and plan.table.automatic:
+            plan = plan.per_edge  # as calls on a GPU take it
         if device.type != ("cuda" if on_gpu else "cpu"):
             return False, f"runs on {'CUDA' if on_gpu else 'CPU'} tensors, these are on {device}"
         there, reason = self.available()
@@ -96,7 +97,7 @@ class Cuda(NativeBackend):
         if there and (refused := refusal(plan, dtype)):
             there, reason = False, refused
         if there and plan.table is not None:
-            there, reason = False, TABLES_ON_GPU
+            there, reason = False, "tables run on a GPU in 'triton' or as plain PyTorch, in 'eager'"
         if there and plan.is_depthwise:
             there, reason = False, "depthwise kernels run on a GPU in 'triton' or as plain PyTorch, in 'eager'"
         if not there or not on_gpu:

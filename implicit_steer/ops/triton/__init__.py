@@ -7,6 +7,8 @@ pack.py      parameters and statistics of batch norms → packed weights of the 
              layers, and Θ
 edges.py     edges → harmonics q, hidden coefficients r; of narrow layers in zonal       q (E, n_harmonics),
              frames. Others take frame.py and layers.py                                  r (E, n_columns)
+spline.py    edges → q and r by the splines of a table in place of the hidden layers;    q, r
+             and sums over the edges near each knot, for the gradients                   (n_rows, C)
 frame.py     edges → inputs of the MLP, radius, factor γ s(|x|), harmonics q             (E, n_inputs), (E,), (E,), q
 layers.py    all hidden layers of a block of edges in one kernel → hidden coefficients   r
              y, written as r = factor · (y, 1)
@@ -16,9 +18,9 @@ contract.py  T_i = Σ_{e: j→i} (C · q_e · f_j) ⊗ r_e per node, on chip; th
 
 A call: ``backend.py`` → ``call.py`` (binds plan and parameters, measures batch statistics, records the call for
 autograd) → ``operators.py`` (schemas, shapes, derivatives; a plan goes by its digest) → ``convolution.py`` (which
-kernels, in which order) → ``launch_pack.py``, ``launch_edges.py``, ``launch_mlp.py``, ``launch_contract.py`` (tensors
-in, tensors out) → ``launch.py`` → the kernels. ``dense.py`` has frame and layers in PyTorch, for the derivatives of
-gradients.
+kernels, in which order) → ``launch_pack.py``, ``launch_edges.py``, ``launch_spline.py``, ``launch_mlp.py``,
+``launch_contract.py`` (tensors in, tensors out) → ``launch.py`` → the kernels. ``dense.py`` has frame, layers and
+splines in PyTorch, for the derivatives of gradients. The MLP at the knots of a table is ``kernel_mlp.py``'s.
 
 From a plan to tables: ``tables.tables(plan)`` asks ``columns.py`` where r holds what the couplings read, and has the
 tables made by ``mlp_tables.py`` and ``contract_tables.py`` (which has a worked example); ``packing.py`` makes the
@@ -78,6 +80,9 @@ STORE_*, NEED_*   whether a result is wanted
 W, C, S           of edges.py: channels, coefficients of a channel, samples; NY: numbers in a row of its y
 HARMONICS, POWERS of edges.py: tables of frame.py, as tuples
 SCALED            of edges.py: whether r is wanted, not y; BITS: of the columns of a block that is stored
+BC                of spline.py also the columns of r that a program holds at a time
+BOUNDED, EVEN     of spline.py: as in ``plan.Table``
+NC                of spline.py: columns of the values that are summed
 BN, ROWS          of pack.py: products of a row and rows at a time; NORMS: whether there are batch norms; EPS: theirs
 BACKWARD          of pack.py: whether the products have the gradient of a packed weight as a factor
 ADD, HAS_ONE      whether to add to what is there; whether q₀ = 1, or 0

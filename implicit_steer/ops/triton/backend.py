@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from ...graph import Graph
 from ...plan import Plan
 from ...plan.moments import NormStatistics, StatisticsSource
 from ...plan.packing import Parameters
-from ..backend import TABLES_ON_GPU, Backend
+from ...plan.tabulated import tabulated
+from ..backend import Backend
 from .handle import Handle, handle_of
 from .tables import unsupported
 
@@ -30,7 +32,12 @@ def interpreted() -> bool:
 
 @lru_cache(maxsize=256)
 def _unsupported(plan: Plan) -> str | None:
-    return unsupported(plan) if plan.table is None else TABLES_ON_GPU
+    """Why the kernels cannot do the plan with its table, if it has one, and where that is automatic also without."""
+    table = plan.table
+    if table is None or plan.is_frozen:
+        return unsupported(plan)
+    splines = unsupported(tabulated(plan, 1))
+    return splines or (unsupported(plan.per_edge) if table.automatic else None)
 
 
 def _missing() -> str | None:
@@ -44,12 +51,16 @@ def _missing() -> str | None:
 
 def handle(plan: Plan) -> Handle | None:
     """What torch.compile needs to be there already; None where the kernels run on no device of this machine, or not
-    for this plan."""
-    return None if _missing() or _unsupported(plan) else handle_of(plan)
+    for this plan; nor where PyTorch evaluates the MLP at the knots of a table, which cannot be traced."""
+    table = plan.table
+    evaluated_at_knots = table is not None and not table.automatic and not plan.is_frozen
+    if _missing() or _unsupported(plan) or evaluated_at_knots:
+        return None
+    return handle_of(plan.per_edge if plan.activations else plan)
 
 
 class Triton(Backend):
-    """Triton kernels: MLP and contraction, edges sorted by target."""
+    """Triton kernels: MLP or the splines of a table, and contraction, edges sorted by target."""
 
     name = "triton"
 
@@ -73,8 +84,14 @@ class Triton(Backend):
             return False, reason
         if dtype not in (torch.float32, torch.float64):
             return False, f"computes in float32 or float64, not {dtype}"
-        refused = _unsupported(plan)
-        return refused is None, refused or "Triton kernels: MLP and contraction, edges sorted by target"
+        refused, hidden = _unsupported(plan), "MLP" if plan.table is None else "splines"
+        return refused is None, refused or f"Triton kernels: {hidden} and contraction, edges sorted by target"
+
+    def table_sums(self, plan: Plan, native: Any, delta: Tensor, attributes: Tensor) -> Tensor:
+        """How much the splines of a plan count among the edges, summed in a fixed order."""
+        from . import call
+
+        return call.table_sums(plan, delta, attributes)
 
     def forward(
         self,

@@ -13,16 +13,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import forward_ad
 
 from ..._transforms import recorder, refuse_derivatives, refuse_tangents, refuse_transforms
 from ...graph import Graph
 from ...plan import Plan
 from ...plan.moments import NormStatistics, StatisticsSource
 from ...plan.packing import Parameters, fold_norm, is_traced, learned_tensors, pack, unflatten
+from ..kernel_mlp import table_summands
 from ..mean_and_bias import mean_and_bias
-from . import dense, operators  # noqa: F401, the second registers them
+from . import dense, operators
+from .convolution import Kept, Learned
 from .handle import handle_of
-from .prepared import prepare
+from .prepared import Prepared, prepare
 
 _NAME = "triton"
 
@@ -44,6 +48,14 @@ class Bound:
             self.handle = handle_of(plan)
         self.learned = learned_tensors(parameters)
         self.kept = [t for norm in parameters.norms for t in (norm.mean, norm.var)]
+        self._prepared: Prepared | None = None
+
+    def prepared(self, like: Tensor) -> Prepared:
+        """The plan on the device and in the dtype of a tensor; that of the last call where they are the same."""
+        found = self._prepared
+        if found is None or found.dtype != like.dtype or found.position.device != like.device:
+            self._prepared = found = prepare(self.plan, like.device, like.dtype)
+        return found
 
 
 def bind(plan: Plan, parameters: Parameters) -> Bound:
@@ -56,6 +68,11 @@ def bind(plan: Plan, parameters: Parameters) -> Bound:
     return cache.bound
 
 
+def _is_watched(tensor: Tensor) -> bool:
+    """Whether torch.compile, a transform, a dispatch mode or the older vmap has to see the operators of a call."""
+    return is_traced() or torch._C._len_torch_dispatch_stack() > 0 or is_legacy_batchedtensor(tensor)
+
+
 @dataclass(eq=False)
 class Call:
     """One call but for x, delta and attributes; ``statistics`` are measured ones, or those that the norms keep."""
@@ -65,12 +82,34 @@ class Call:
     statistics: Sequence[Tensor]
     measured: bool
 
-    def arguments(self, x: Tensor, delta: Tensor, attr: Tensor, learned: Sequence[Tensor], by_source: bool) -> Any:
-        """Of ``triton_conv``; the edges by source, where they are not needed, are those by target."""
+    def edges(self, by_source: bool) -> tuple[Tensor, ...]:
+        """The graph as the operators take it; edges by source, where they are not needed, are those by target."""
         graph = self.graph
         sorted_ = (graph.order_by_source, graph.colptr) if by_source else (graph.order, graph.rowptr)
-        edges = graph.src, graph.order, graph.rowptr, *sorted_
-        return self.bound.handle.key, x, delta, attr, learned, self.statistics, self.measured, *edges
+        return graph.src, graph.order, graph.rowptr, *sorted_
+
+    def forward(self, inputs: Sequence[Tensor], learned: Sequence[Tensor], by_source: bool = False) -> Sequence[Tensor]:
+        """The sums, and what their gradients need; by the operator where something watches. Otherwise the call spares
+        the dispatcher, which takes longer than a launch."""
+        edges, of_learned = self.edges(by_source), Learned(learned, self.statistics, self.measured)
+        if _is_watched(inputs[0]):
+            return torch.ops.implicit_steer.triton_conv(self.bound.handle.key, *inputs, *of_learned, *edges)
+        return operators.forward(self.bound.prepared(inputs[1]), inputs, of_learned, edges)
+
+    def gradients(
+        self,
+        inputs: Sequence[Tensor],
+        learned: Sequence[Tensor],
+        kept: Sequence[Tensor],
+        grad: Tensor,
+        needs: Sequence[bool],
+    ) -> Sequence[Tensor]:
+        """As of ``triton_conv_backward``, likewise."""
+        edges, of_learned = self.edges(needs[0]), Learned(learned, self.statistics, self.measured)
+        if _is_watched(grad):
+            arguments = self.bound.handle.key, *inputs, *of_learned, *edges, *kept, grad, needs
+            return torch.ops.implicit_steer.triton_conv_backward(*arguments)
+        return operators.gradients(self.bound.prepared(grad), inputs, of_learned, edges, Kept(*kept), grad, needs)
 
     def composed(self, x: Tensor, delta: Tensor, attr: Tensor, learned: Sequence[Tensor]) -> Tensor:
         """The sums (N, C_out) by operators that have derivatives of every order."""
@@ -81,9 +120,13 @@ class Call:
         if self.measured:
             for n, norm in enumerate(parameters.norms):
                 fold_norm(bound.plan, weights, n, norm, *self.statistics[2 * n : 2 * n + 2])
-        p = prepare(bound.plan, x.device, x.dtype)
-        inputs, radius, factor, q = dense.geometry(p.tables, delta, attr, graph.order, weights.shell_width)
-        r = dense.layers(p, inputs, radius, factor, weights.linears)
+        p = bound.prepared(x)
+        if bound.plan.is_frozen:
+            points = delta, attr, graph.order
+            q, r = dense.splines(p, *points, weights.shell_width, parameters.linears[0][0])
+        else:
+            inputs, radius, factor, q = dense.geometry(p.tables, delta, attr, graph.order, weights.shell_width)
+            r = dense.layers(p, inputs, radius, factor, weights.linears)
         edges = graph.src, graph.order, graph.rowptr, graph.order_by_source, graph.colptr
         theta = dense.pack_theta(p, weights.theta)
         return torch.ops.implicit_steer.triton_contract(bound.handle.key, x, q, r, theta, *edges, True)
@@ -94,9 +137,8 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor) -> Tensor:
-        x, delta, attr, *learned = tensors
         with torch._C._AutoDispatchBelowAutograd():
-            total, *kept = torch.ops.implicit_steer.triton_conv(*call.arguments(x, delta, attr, learned, False))
+            total, *kept = call.forward(tensors[:3], tensors[3:])
         ctx.save_for_backward(*tensors, *kept)
         ctx.call = call
         return total
@@ -108,11 +150,9 @@ class _Recorded(torch.autograd.Function):
         refuse_derivatives(grad, *tensors)
         if torch.is_grad_enabled():  # create_graph=True
             return None, *_differentiable_gradients(call, tensors, grad, needs)
-        x, delta, attr, *learned = tensors
-        needed = *needs[:3], any(needs[3:])
+        inputs, learned, needed = tensors[:3], tensors[3:], (*needs[:3], any(needs[3:]))
         with torch._C._AutoDispatchBelowAutograd():
-            arguments = call.arguments(x, delta, attr, learned, needs[0])
-            *found, flat = torch.ops.implicit_steer.triton_conv_backward(*arguments, *kept, grad, needed)
+            *found, flat = call.gradients(inputs, learned, kept, grad, needed)
             found += unflatten(flat, learned) if needed[3] else [None] * len(learned)
         return None, *(g if need else None for g, need in zip(found, needs, strict=True))
 
@@ -150,6 +190,14 @@ def _measured(
     return found
 
 
+def table_sums(plan: Plan, delta: Tensor, attributes: Tensor) -> Tensor:
+    """``kernel_mlp.table_sums``, added up in a fixed order."""
+    at, ways, powers, products = table_summands(plan, delta, attributes)
+    key, first = handle_of(plan).key, at.first.int()
+    terms = (ways, at.weights), *((powers, product) for product in products)
+    return torch.cat([torch.ops.implicit_steer.triton_knot_sums(key, *term, first) for term in terms], 1)
+
+
 def run(
     plan: Plan,
     parameters: Parameters,
@@ -162,7 +210,8 @@ def run(
     """bias + Σ_{e: j→i} K(x_e, a_e) f_j (N_dst, C_out), and the batch norms' statistics if they are measured."""
     refuse_transforms(_NAME)
     bound = bind(plan, parameters)
-    refuse_tangents(_NAME, [x, delta, attributes, *bound.learned])
+    if forward_ad._current_level >= 0:
+        refuse_tangents(_NAME, [x, delta, attributes, *bound.learned])
     attr = bound.handle.attributes_in_frame(attributes)
     found: list[NormStatistics] = []
     if statistics_from.measured:
@@ -171,10 +220,10 @@ def run(
     statistics = [t for pair in found for t in pair] if statistics_from.measured else bound.kept
     call = Call(bound, graph, statistics, statistics_from.measured)
     if is_traced():
-        total = torch.ops.implicit_steer.triton_conv(*call.arguments(x, delta, attr, bound.learned, x.requires_grad))[0]
+        total = call.forward((x, delta, attr), bound.learned, x.requires_grad)[0]
     elif torch.is_grad_enabled() and torch._C._any_requires_grad(x, delta, attr, *bound.learned):
         total = _recorded(call, x, delta, attr, *bound.learned)
     else:
         with torch._C._AutoDispatchBelowAutograd():
-            total = torch.ops.implicit_steer.triton_conv(*call.arguments(x, delta, attr, bound.learned, False))[0]
+            total = call.forward((x, delta, attr), bound.learned)[0]
     return mean_and_bias(plan, parameters, graph, total), found

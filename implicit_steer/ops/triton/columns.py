@@ -28,6 +28,7 @@ class Columns:
 
     Attributes:
         d, channels: coordinates of a hidden field, and fields.
+        has_fields: whether there are hidden layers, or splines in their place; else h are the MLP's inputs.
         used: the coordinates of a hidden field that couplings read.
         one: the column of r that holds γ s(|x|) · 1, its last.
         harmonics: zonal frames: the coordinates of order >= 1, whose spherical harmonics q holds.
@@ -36,9 +37,10 @@ class Columns:
 
     def __init__(self, plan: Plan) -> None:
         self.plan, frame = plan, plan.frame
-        self.d, self.channels = plan.field_size, plan.activations[0].channels if plan.activations else 1
+        self.d, self.has_fields = plan.field_size, bool(plan.activations) or plan.is_frozen
+        self.channels = (plan.hidden_size - 1) // self.d if self.has_fields else 1
         self.used = self._used()
-        if not plan.activations:
+        if not self.has_fields:
             self.one = plan.hidden_size - 1
         elif frame.kind == "zonal":
             self.one = self.channels * (1 + max((int(frame.coefficient[m]) for m in self.used), default=0))
@@ -69,7 +71,7 @@ class Columns:
             if m in self.harmonics:
                 return [(rho, 1 + self.harmonics.index(m), 1.0)]
             return [(rho, 0, float(frame.harmonics[m][(frame.powers == 0).all(1)].sum()))]
-        k = int(frame.order[m]) if frame.kind == "planar" and self.plan.activations else 0
+        k = int(frame.order[m]) if frame.kind == "planar" and self.has_fields else 0
         if k == 0:
             return [(m, 0, 1.0)]
         return [(m, 2 * k - 1, 1.0), (int(frame.partner[m]), 2 * k, float(frame.sign[m]))]
@@ -87,7 +89,7 @@ class Columns:
         """(column of r for each hidden field of the coupling, j, H) of coordinate m of those fields."""
         if reads_constant(self.plan, c):
             return [((self.one,), 0, 1.0)]
-        if not self.plan.activations:
+        if not self.has_fields:
             return [(tuple((c.hidden_start + m).tolist()), 0, 1.0)]
         fields, coordinates = np.divmod(c.hidden_start + m, self.d)
         if self.plan.frame.kind == "none":

@@ -36,6 +36,9 @@ _TABLE: dict[str, dict[int, LaunchConfig]] = {
     "layers_forward": {32: LaunchConfig(32, 4), 128: LaunchConfig(16, 4), 512: LaunchConfig(16, 8)},
     "layers_backward_inputs": {32: LaunchConfig(32, 2, 2), 128: LaunchConfig(16, 4), 512: LaunchConfig(16, 8)},
     "layers_backward_weights": {32: LaunchConfig(16, 4), 512: LaunchConfig(16, 8)},
+    "spline_forward": {512: LaunchConfig(32, 4)},
+    "spline_backward": {512: LaunchConfig(32, 4)},
+    "knot_sums": {512: LaunchConfig(32, 4)},
     "contract_forward": {512: LaunchConfig(16, 8)},
     "contract_backward_inputs": {512: LaunchConfig(32, 4)},
     "contract_backward_hidden": {512: LaunchConfig(32, 4)},
@@ -46,6 +49,8 @@ _DOUBLE = {
     "frame": LaunchConfig(32, 4),
     "layers": LaunchConfig(16, 8),
     "edges": LaunchConfig(32, 1),
+    "spline": LaunchConfig(32, 4),
+    "knot": LaunchConfig(32, 4),
     "contract": LaunchConfig(16, 4),
     "sum": LaunchConfig(32, 4),
     "pack": LaunchConfig(1024, 4),
@@ -55,6 +60,7 @@ CANDIDATES = tuple(LaunchConfig(e, w, s) for e in (16, 32, 64) for w in (2, 4, 8
 
 _TUNED = "triton"  # name of the file in the cache folder
 
+changes = 0  # how often this process has changed what choose gives
 _override: dict[str, LaunchConfig] = {}
 
 
@@ -94,11 +100,13 @@ def _key(kernel: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) ->
 @contextmanager
 def using(kernel: str, config: LaunchConfig) -> Iterator[None]:
     """Inside, the kernel runs with this configuration."""
-    _override[kernel] = config
+    global changes
+    _override[kernel], changes = config, changes + 1
     try:
         yield
     finally:
         del _override[kernel]
+        changes += 1
 
 
 def seconds(run: Callable[[], object], device: torch.device, calls: int = 10) -> float:
@@ -130,6 +138,7 @@ def tune(
     """
     from triton.runtime.errors import OutOfResources
 
+    global changes
     found = {}
     for kernel in _TABLE:
         best, least = choose(kernel, sizes, dtype, device), measure(run, device)
@@ -143,4 +152,5 @@ def tune(
                 best, least = candidate, took
         found[kernel] = best
         add_to_tuning_cache(_TUNED, {_key(kernel, sizes, dtype, device): best})
+        changes += 1
     return found

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import dense, launch_contract, launch_edges, launch_mlp, launch_pack
+from . import dense, launch_contract, launch_edges, launch_mlp, launch_pack, launch_spline
 from .launch_contract import Edges, Factors
 from .launch_mlp import LayerInputs
 from .launch_pack import PackingOnDevice
@@ -43,8 +43,11 @@ class Points(NamedTuple):
 
 def packing_of(p: Prepared, learned: Learned) -> PackingOnDevice:
     """How these tensors are packed."""
-    sizes = tuple(t.numel() for t in learned.tensors)
-    return launch_pack.prepare_packing(p.tables.plan, sizes, learned.measured, p.position.device, p.dtype)
+    key = learned.measured, *(t.numel() for t in learned.tensors)
+    if (found := p.made.get(key)) is None:
+        arguments = p.tables.plan, key[1:], learned.measured, p.position.device, p.dtype
+        p.made[key] = found = launch_pack.prepare_packing(*arguments)
+    return found
 
 
 def _frame(p: Prepared, points: Points, shell: Tensor, weights: Tensor) -> tuple[LayerInputs, Tensor]:
@@ -54,6 +57,8 @@ def _frame(p: Prepared, points: Points, shell: Tensor, weights: Tensor) -> tuple
 
 def _hidden(p: Prepared, points: Points, shell: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """q (E, n_harmonics) and r (E, n_columns)."""
+    if p.sizes.n_knots:
+        return launch_spline.forward(p, points, shell, weights)
     if p.sizes.edge_by_edge:
         return launch_edges.forward(p, points, shell, weights, p.sizes.n_layers, True)
     given, q = _frame(p, points, shell, weights)
@@ -78,6 +83,8 @@ def _hidden_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of delta and attr, and parts of that of the shell's width, from those of q and r; those of the weights
     are written to ``d_weights``."""
+    if p.sizes.n_knots:
+        return launch_spline.backward(p, points, shell, weights, d_q, d_r, d_weights)
     if p.sizes.edge_by_edge:
         return launch_edges.backward(p, points, shell, weights, d_q, d_r, d_weights)
     given, _ = _frame(p, points, shell, weights)
@@ -87,7 +94,8 @@ def _hidden_backward(
 
 def _theta(p: Prepared, packed: Tensor, first: int) -> Tensor:
     """Θ (n_t, C_out) among the packed weights, or its gradient among theirs, which begins at ``first``."""
-    return packed[first:].view(p.sizes.n_t, p.sizes.out_size)
+    size = p.sizes.out_size
+    return packed.as_strided((p.sizes.n_t, size), (size, 1), packed.storage_offset() + first)
 
 
 def forward(p: Prepared, x: Tensor, points: Points, edges: Edges, learned: Learned) -> tuple[Tensor, Kept]:

@@ -12,7 +12,16 @@ from torch import Tensor
 from ...plan.activations import phi
 from ...plan.moments import combined, moments
 from ...plan.packing import constant
-from ..kernel_mlp import NEAR, difference_near_origin, edge_frame, radial_factor
+from ..kernel_mlp import (
+    NEAR,
+    SOFTENING,
+    EdgeFrame,
+    difference_near_origin,
+    edge_frame,
+    radial_factor,
+    table_edge,
+)
+from ..spline import interpolation
 from .prepared import Prepared
 from .sizes import KINDS
 from .tables import Tables
@@ -24,21 +33,26 @@ def geometry(
     tables: Tables, delta: Tensor, attr: Tensor, order: Tensor, shell_width: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Inputs, radius, factor and q, as frame.frame_forward writes them; ``attr`` in frame coordinates."""
-    plan, sizes = tables.plan, tables.sizes
+    plan = tables.plan
     delta, attr = delta.index_select(0, order), attr.index_select(0, order)
     edge = edge_frame(plan, delta, attr @ constant(plan.frame, "attribute", attr).T)
-    factor = radial_factor(plan, shell_width, delta)
-    pick = torch.tensor(tables.pick, device=delta.device)
-    if sizes.kind == KINDS["none"]:
-        return edge.inputs, delta.new_empty(0), factor, delta.new_empty(len(delta), 0)
-    if sizes.kind == KINDS["zonal"]:
-        q = edge.first.index_select(1, pick)
-    else:
-        sine = edge.second.index_select(1, pick) * constant(plan.frame, "sign", delta)[pick]
-        q = torch.stack([edge.first.index_select(1, pick), sine], -1).flatten(1)
+    factor, q = radial_factor(plan, shell_width, delta), _harmonics(tables, edge)
     if not plan.frame.regular:
         return edge.inputs, delta.new_empty(0), factor, q
     return edge.inputs[:, 1:], cast(Tensor, edge.radius), factor, q
+
+
+def _harmonics(tables: Tables, edge: EdgeFrame) -> Tensor:
+    """q (E, n_harmonics)."""
+    inputs = edge.inputs
+    if tables.sizes.kind == KINDS["none"]:
+        return inputs.new_empty(len(inputs), 0)
+    pick = torch.tensor(tables.pick, device=inputs.device)
+    first = edge.first.index_select(1, pick)
+    if tables.sizes.kind == KINDS["zonal"]:
+        return first
+    sine = edge.second.index_select(1, pick) * constant(tables.plan.frame, "sign", inputs)[pick]
+    return torch.stack([first, sine], -1).flatten(1)
 
 
 def _pieces(prepared: Prepared, flat: Tensor) -> list[tuple[Tensor, Any, Tensor, Any]]:
@@ -83,6 +97,53 @@ def layers(
         y0, y1 = p @ q0, d @ q1
     y = y0 if y1 is None else torch.cat([y0, y1], 1)
     return torch.cat([y[:, : s.n_columns - 1] * factor[:, None], factor[:, None]], 1)
+
+
+def splines(
+    prepared: Prepared, delta: Tensor, attr: Tensor, order: Tensor, shell_width: Tensor, coefficients: Tensor
+) -> tuple[Tensor, Tensor]:
+    """q and r, as launch_spline.forward writes them, from the splines' own coefficients."""
+    plan, s = prepared.tables.plan, prepared.sizes
+    delta, attr = delta.index_select(0, order), attr.index_select(0, order)
+    at = interpolation(plan, delta, attr, SOFTENING[delta.dtype])
+    rows = coefficients.view(s.n_rows, s.channels, -1).transpose(1, 2).flatten(1)[:, : s.n_columns - 1]
+    y = spline_product(0, plan.digest, at.first, None, at.weights, rows)
+    factor = radial_factor(plan, shell_width, delta)[:, None]
+    return _harmonics(prepared.tables, table_edge(plan, at.v)), torch.cat([y * factor, factor], 1)
+
+
+class _SplineProduct(torch.autograd.Function):
+    """See :func:`spline_product`."""
+
+    @staticmethod
+    def forward(ctx: Any, without: int, key: str, first: Tensor, y: Any, weights: Any, rows: Any) -> Tensor:
+        ctx.call = without, key
+        ctx.save_for_backward(first, y, weights, rows)
+        if without == 2:
+            return torch.ops.implicit_steer.triton_knot_sums(key, y, weights, first.int())
+        read = [rows.index_select(0, first + k) for k in range(4)]
+        if without == 1:
+            return torch.stack([(y * row).sum(1) for row in read], 1)
+        return cast(Tensor, sum(weights[:, k : k + 1] * row for k, row in enumerate(read)))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (without, key), (first, *factors) = ctx.call, ctx.saved_tensors
+        factors[without] = grad
+        found: list[Tensor | None] = [None] * 3
+        for n in range(3):
+            if ctx.needs_input_grad[3 + n]:
+                found[n] = spline_product(n, key, first, *(None if k == n else f for k, f in enumerate(factors)))
+        return None, None, None, *found
+
+
+def spline_product(
+    without: int, key: str, first: Tensor, y: Tensor | None, weights: Tensor | None, rows: Tensor | None
+) -> Tensor:
+    """The derivative of Σ_e Σ_k ⟨y[e], rows[first[e] + k]⟩ weights[e, k] with respect to argument ``without`` of y
+    (E, C), weights (E, 4) and rows (n_rows, C), which is None. Its own derivatives are of the same kind, and sums over
+    edges have a fixed order: those of index_select have none on a GPU. ``key``: of the plan."""
+    return cast(Tensor, _SplineProduct.apply(without, key, first, y, weights, rows))  # type: ignore[no-untyped-call]
 
 
 def _coordinates(prepared: Prepared, y: Tensor, q: Tensor) -> Tensor:

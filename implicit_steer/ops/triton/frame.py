@@ -99,6 +99,36 @@ def monomials(b_u0, b_u1, b_u2, b_n0, b_n1, b_n2, DEGREE: tl.constexpr):
 
 
 @triton.jit
+def harmonics(b_u0, b_u1, b_u2, p_harmonics, p_powers, NM: tl.constexpr, BM: tl.constexpr, NQ: tl.constexpr,
+              BQ: tl.constexpr, DEGREE: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
+    """Y(u) (BE, BQ), for u of any length."""
+    o_m, o_q = tl.arange(0, BM), tl.arange(0, BQ)
+    b_n0, b_n1 = tl.load(p_powers + o_m, o_m < NM, 0), tl.load(p_powers + NM + o_m, o_m < NM, 0)
+    b_n2 = tl.load(p_powers + 2 * NM + o_m, o_m < NM, 0)
+    m_table = (o_m < NM)[:, None] & (o_q < NQ)[None, :]
+    b_table = tl.load(p_harmonics + o_m[:, None] * NQ + o_q[None, :], m_table, 0.0)
+    return activations.dot(monomials(b_u0, b_u1, b_u2, b_n0, b_n1, b_n2, DEGREE), b_table, PREC)
+
+
+@triton.jit
+def harmonics_backward(b_u0, b_u1, b_u2, b_d_q, p_harmonics, p_powers, NM: tl.constexpr, BM: tl.constexpr,
+                       NQ: tl.constexpr, BQ: tl.constexpr, DEGREE: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
+    """From the gradient of Y(u) (BE, BQ) that of u, and its product with Y(u)."""
+    o_m, o_q = tl.arange(0, BM), tl.arange(0, BQ)
+    b_n0, b_n1 = tl.load(p_powers + o_m, o_m < NM, 0), tl.load(p_powers + NM + o_m, o_m < NM, 0)
+    b_n2 = tl.load(p_powers + 2 * NM + o_m, o_m < NM, 0)
+    m_table = (o_m < NM)[None, :] & (o_q < NQ)[:, None]
+    b_table = tl.load(p_harmonics + o_m[None, :] * NQ + o_q[:, None], m_table, 0.0)
+    b_d_m = activations.dot(b_d_q, b_table, PREC)  # (BE, BM) of the monomials
+    b_product = tl.sum(b_d_m * monomials(b_u0, b_u1, b_u2, b_n0, b_n1, b_n2, DEGREE), 1)
+    dtype = b_u0.dtype
+    b_d_u0 = tl.sum(b_d_m * b_n0[None, :].to(dtype) * monomials(b_u0, b_u1, b_u2, b_n0 - 1, b_n1, b_n2, DEGREE), 1)
+    b_d_u1 = tl.sum(b_d_m * b_n1[None, :].to(dtype) * monomials(b_u0, b_u1, b_u2, b_n0, b_n1 - 1, b_n2, DEGREE), 1)
+    b_d_u2 = tl.sum(b_d_m * b_n2[None, :].to(dtype) * monomials(b_u0, b_u1, b_u2, b_n0, b_n1, b_n2 - 1, DEGREE), 1)
+    return b_d_u0, b_d_u1, b_d_u2, b_product
+
+
+@triton.jit
 def multiples(b_cos, b_sin, b_k, MOST: tl.constexpr):
     """(BE, n): cos kφ, sin kφ for the orders k (n,), from cos φ and sin φ; k < 0 counts as 0."""
     b_re = 1.0 + 0.0 * b_cos[:, None] * b_k[None, :].to(b_cos.dtype)
@@ -162,14 +192,8 @@ def frame_forward(
     elif KIND == 1:
         b_radius = tl.sqrt(b_squared + SOFT)
         tl.store(p_radius + o_row, b_radius, m_edge)
-        o_m = tl.arange(0, BM)
-        b_n0, b_n1 = tl.load(p_powers + o_m, o_m < NM, 0), tl.load(p_powers + NM + o_m, o_m < NM, 0)
-        b_n2 = tl.load(p_powers + 2 * NM + o_m, o_m < NM, 0)
-        b_table = tl.load(
-            p_harmonics + o_m[:, None] * NQ + o_q[None, :], (o_m < NM)[:, None] & (o_q < NQ)[None, :], 0.0
-        )
-        b_monomials = monomials(b_x0 / b_radius, b_x1 / b_radius, b_x2 / b_radius, b_n0, b_n1, b_n2, DEGREE)
-        b_y = activations.dot(b_monomials, b_table, PREC)
+        b_u0, b_u1, b_u2 = b_x0 / b_radius, b_x1 / b_radius, b_x2 / b_radius
+        b_y = harmonics(b_u0, b_u1, b_u2, p_harmonics, p_powers, NM, BM, NQ, BQ, DEGREE, PREC)
         tl.store(
             p_q + o_row[:, None] * NQ + o_q[None, :], b_y * b_radius[:, None], m_edge[:, None] & (o_q < NQ)[None, :]
         )
@@ -204,19 +228,11 @@ def zonal_backward(b_x0, b_x1, b_x2, b_radius, b_d_q, b_d_radius, p_harmonics, p
                    BM: tl.constexpr, NQ: tl.constexpr, BQ: tl.constexpr, DEGREE: tl.constexpr,
                    PREC: tl.constexpr):  # fmt: skip
     """Gradients of x from those of q = r Y(x / r) (BE, BQ) and of the radius r."""
-    o_m, o_q = tl.arange(0, BM), tl.arange(0, BQ)
-    b_n0, b_n1 = tl.load(p_powers + o_m, o_m < NM, 0), tl.load(p_powers + NM + o_m, o_m < NM, 0)
-    b_n2 = tl.load(p_powers + 2 * NM + o_m, o_m < NM, 0)
-    m_table = (o_m < NM)[None, :] & (o_q < NQ)[:, None]
-    b_table = tl.load(p_harmonics + o_m[None, :] * NQ + o_q[:, None], m_table, 0.0)
-    b_d_m = activations.dot(b_d_q, b_table, PREC)  # (BE, BM) of r · monomial
     b_u0, b_u1, b_u2 = b_x0 / b_radius, b_x1 / b_radius, b_x2 / b_radius
-    b_d_radius += tl.sum(b_d_m * monomials(b_u0, b_u1, b_u2, b_n0, b_n1, b_n2, DEGREE), 1)
-    # gradients of u = x / r divided by r, the factor r of q taken out
-    dtype = b_radius.dtype
-    b_d_u0 = tl.sum(b_d_m * b_n0[None, :].to(dtype) * monomials(b_u0, b_u1, b_u2, b_n0 - 1, b_n1, b_n2, DEGREE), 1)
-    b_d_u1 = tl.sum(b_d_m * b_n1[None, :].to(dtype) * monomials(b_u0, b_u1, b_u2, b_n0, b_n1 - 1, b_n2, DEGREE), 1)
-    b_d_u2 = tl.sum(b_d_m * b_n2[None, :].to(dtype) * monomials(b_u0, b_u1, b_u2, b_n0, b_n1, b_n2 - 1, DEGREE), 1)
+    # of u divided by r, the factor r of q taken out
+    b_d_u0, b_d_u1, b_d_u2, b_product = harmonics_backward(b_u0, b_u1, b_u2, b_d_q, p_harmonics, p_powers, NM, BM, NQ,
+                                                           BQ, DEGREE, PREC)  # fmt: skip
+    b_d_radius += b_product
     b_d_radius -= b_d_u0 * b_u0 + b_d_u1 * b_u1 + b_d_u2 * b_u2
     return b_d_u0 + b_d_radius * b_u0, b_d_u1 + b_d_radius * b_u1, b_d_u2 + b_d_radius * b_u2
 

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import contract, launch
 from .configuration import precision
 from .prepared import Prepared
-from .sizes import Sizes, next_power_of_2
+from .sizes import Sizes, cdiv, next_power_of_2
 
 _NODES, _NUMBERS = 4096, 1 << 23  # of the workspace for T, at most
 _COLUMNS = 64  # of x that a program of sum_by_source adds up, at most
@@ -77,6 +76,8 @@ class Edges(NamedTuple):
 def _batches(s: Sizes, n: int) -> list[range]:
     """Nodes whose T fits into the workspace."""
     size = max(1, min(_NODES, _NUMBERS // max(s.n_t, 1)))
+    if 0 < n <= size:
+        return [range(n)]
     return [range(node, min(node + size, n)) for node in range(0, n, size)]
 
 
@@ -169,13 +170,13 @@ def _backward_inputs(
 def _backward_hidden(p: Prepared, f: Factors, edges: Edges, nodes: range, d_t: Tensor, d_r: Tensor) -> None:
     graph, tables = (edges.source, edges.order, edges.rowptr), p.some(_HIDDEN_TABLES)
     variant = p.variant(contract.contract_backward_hidden, _constants, f.has_one)
-    grid = (len(nodes), triton.cdiv(p.sizes.n_columns, p.sizes.columns))
+    grid = (len(nodes), cdiv(p.sizes.n_columns, p.sizes.columns))
     launch.launch(variant, grid, (f.x, f.q, *graph, *tables, d_t, d_r, nodes.start))
 
 
 def _sum_by_source(p: Prepared, rows: Tensor, edges: Edges, n: int) -> Tensor:
     """(n, C_in) from the edges' (E, C_in)."""
     out, variant = rows.new_empty(n, p.sizes.in_size), p.variant(contract.sum_by_source, _sum_constants)
-    grid = (n, triton.cdiv(p.sizes.in_size, variant.constants["BC"]))
+    grid = (n, cdiv(p.sizes.in_size, variant.constants["BC"]))
     launch.launch(variant, grid, (rows, edges.by_source, edges.colptr, out))
     return out

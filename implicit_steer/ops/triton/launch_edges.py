@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ...plan.activations import SMALL
 from ..kernel_mlp import NEAR, SOFTENING, ZERO
 from . import edges, launch
 from .prepared import Prepared
+from .sizes import cdiv
 
 _EDGES = 1 << 18  # whose layers' inputs the backward pass holds at a time
 
@@ -64,7 +64,7 @@ def forward(
     n = len(delta)
     q, r = delta.new_empty(n, p.sizes.n_harmonics), delta.new_empty(n, variant.constants["NR"])
     arguments = *points, shell, p["scalars"], weights, p["ways"], r, q, n
-    launch.launch(variant, (triton.cdiv(n, variant.edges),), arguments)
+    launch.launch(variant, (cdiv(n, variant.edges),), arguments)
     return q, r
 
 
@@ -84,7 +84,7 @@ def backward(
     n, (n_layers, n_y, n_z) = len(delta), p.sizes.gradient_shape
     block = -(-_EDGES // variant.edges) * variant.edges
     d_delta, d_attr = torch.empty_like(delta), torch.empty_like(attr)
-    d_shell = delta.new_empty(triton.cdiv(n, variant.edges))
+    d_shell = delta.new_empty(cdiv(n, variant.edges))
     size = 0 if d_weights is None else min(n, block)
     y, d_z = delta.new_empty(n_layers, size, n_y), delta.new_empty(n_layers, size, n_z)
     for first in range(0, n, block):
@@ -94,7 +94,7 @@ def backward(
             y, d_z = delta.new_empty(n_layers, some, n_y), delta.new_empty(n_layers, some, n_z)
         gradients = d_r, d_q, d_delta, d_attr, parts, y, d_z
         arguments = *points, shell, p["scalars"], weights, p["ways"], *gradients, first, some
-        launch.launch(variant, (triton.cdiv(some, variant.edges),), arguments)
+        launch.launch(variant, (cdiv(some, variant.edges),), arguments)
         if d_weights is not None:
             out = d_weights.view(p.sizes.gradient_shape)
             torch.baddbmm(out, y.mT, d_z, beta=int(first > 0), out=out)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ...plan.activations import SMALL
@@ -14,7 +13,7 @@ from ..kernel_mlp import NEAR, SOFTENING, ZERO
 from . import frame, launch, layers
 from .configuration import exact_product, precision
 from .prepared import Prepared
-from .sizes import SAMPLES, next_power_of_2
+from .sizes import SAMPLES, cdiv, next_power_of_2
 
 _EDGES = 1 << 18  # whose hidden coefficients the backward pass holds at a time
 _PROGRAMS = {"cpu": 3, "cuda": 1024}  # partial sums of a weight gradient, at most
@@ -44,26 +43,33 @@ class LayerInputs(NamedTuple):
 # ---- frame
 
 
-def _frame_constants(p: Prepared) -> dict[str, Any]:
+def harmonics_constants(p: Prepared) -> dict[str, Any]:
+    """Those with which kernels make the harmonics of a frame."""
     s, indices = p.sizes, p.tables.indices
     degrees = (indices[name].max(initial=0) for name in ("powers", "attribute_order") if name in indices)
     monomials = indices["powers"].shape[1] if "powers" in indices else 0
     return {
-        "KIND": s.kind,
-        "DIM": s.dim,
-        "NA": s.n_attributes,
-        "BA": next_power_of_2(s.n_attributes),
-        "NI": s.n_inputs,
         "NM": monomials,
         "BM": next_power_of_2(monomials, 16),
         "NQ": s.n_harmonics,
         "BQ": next_power_of_2(s.n_harmonics, 16),
         "DEGREE": int(max(degrees, default=0)),
-        "PAIRS": len(indices["pairs"]),
+        "PREC": "ieee" if p.dtype == torch.float64 else "tf32x3",
+    }
+
+
+def _frame_constants(p: Prepared) -> dict[str, Any]:
+    s = p.sizes
+    return harmonics_constants(p) | {
+        "KIND": s.kind,
+        "DIM": s.dim,
+        "NA": s.n_attributes,
+        "BA": next_power_of_2(s.n_attributes),
+        "NI": s.n_inputs,
+        "PAIRS": len(p.tables.indices["pairs"]),
         "CUTOFF": s.has_cutoff,
         "SOFT": SOFTENING[p.dtype],
         "ZERO": ZERO[p.dtype],
-        "PREC": "ieee" if p.dtype == torch.float64 else "tf32x3",
     }
 
 
@@ -79,7 +85,7 @@ def frame_forward(p: Prepared, delta: Tensor, attr: Tensor, order: Tensor, shell
     )
     variant = p.variant(frame.frame_forward, _frame_constants)
     arguments = delta, attr, order, shell, *p.some(_FRAME_TABLES), *out, n
-    launch.launch(variant, (triton.cdiv(n, variant.edges),), arguments)
+    launch.launch(variant, (cdiv(n, variant.edges),), arguments)
     return out
 
 
@@ -88,7 +94,7 @@ def frame_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of delta and attr, and parts of that of the shell's width, from those of frame_forward's results."""
     n, variant = len(delta), p.variant(frame.frame_backward, _frame_constants)
-    programs = triton.cdiv(n, variant.edges)
+    programs = cdiv(n, variant.edges)
     out = torch.empty_like(delta), torch.empty_like(attr), delta.new_empty(programs)
     arguments = delta, attr, order, shell, *p.some(_FRAME_TABLES), *gradients, *out, n
     launch.launch(variant, (programs,), arguments)
@@ -129,7 +135,7 @@ def _forward(p: Prepared, given: LayerInputs, edges: range, n_layers: int, r: Te
     variant = p.variant(layers.layers_forward, _forward_constants, n_layers, r is not None, y is not None)
     out = (given.factor if t is None else t for t in (r, y))  # a pointer that is not used
     arguments = *given, p["inverse"], *out, edges.start, edges.stop, len(edges)
-    launch.launch(variant, (triton.cdiv(len(edges), variant.edges),), arguments)
+    launch.launch(variant, (cdiv(len(edges), variant.edges),), arguments)
 
 
 def layers_forward(p: Prepared, given: LayerInputs) -> Tensor:
@@ -188,7 +194,7 @@ def _reverse_sweep(
         variant = p.variant(layers.layers_backward_inputs, _inputs_constants, first, n < n_layers - 1)
         d_in = d_inputs if first else torch.empty_like(d_y)
         arguments = (*shared, d_in, d_radius, edges.start, edges.stop, *offsets[n])
-        launch.launch(variant, (triton.cdiv(len(edges), variant.edges),), arguments)
+        launch.launch(variant, (cdiv(len(edges), variant.edges),), arguments)
         d_y = d_in
 
 
@@ -197,7 +203,7 @@ def _add_weights(
 ) -> None:
     """The gradient of one layer's weights, in partial sums of some edges each; added to that of earlier edges."""
     variant = p.variant(layers.layers_backward_weights, _backward_constants, first)
-    programs = min(triton.cdiv(len(edges), variant.edges), _PROGRAMS[out.device.type])
+    programs = min(cdiv(len(edges), variant.edges), _PROGRAMS[out.device.type])
     partial = out.new_empty(programs, len(out))
     arguments = (*shared, partial, edges.start, edges.stop, *offsets, len(out))
     launch.launch(variant, (programs, variant.constants["NU"] // variant.constants["BU"]), arguments)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
 
 from ...plan import Plan
@@ -16,7 +14,7 @@ from ...plan.packing import cached
 from . import launch, pack
 from .packing import Entries, Packing, packing
 from .prepared import Prepared
-from .sizes import next_power_of_2
+from .sizes import cdiv, next_power_of_2
 from .tables import tables
 
 _MOST_ENTRIES = {False: 8, True: 128}  # of a row that are read at a time: forward, and of the transposed matrix
@@ -79,13 +77,13 @@ def _of_variant(_: Prepared, packing: PackingOnDevice, backward: bool) -> dict[s
 
 
 def _grid(variant: launch.Variant, n_rows: int) -> tuple[int]:
-    rows = triton.cdiv(variant.edges, variant.constants["BN"])
-    return (triton.cdiv(n_rows, rows),)
+    rows = cdiv(variant.edges, variant.constants["BN"])
+    return (cdiv(n_rows, rows),)
 
 
-def packed(p: Prepared, packing: PackingOnDevice, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def packed(p: Prepared, packing: PackingOnDevice, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
     """The numbers, and the packed weights (n_rows,), from learned tensors and statistics."""
-    numbers = torch.cat([t if t.dim() == 1 else t.reshape(-1) for t in tensors])
+    numbers = torch._C._nn.flatten_dense_tensors(tensors)
     out, variant = numbers.new_empty(packing.n_rows), p.variant(pack.pack, _of_variant, packing, False)
     grid = _grid(variant, packing.n_rows)
     launch.launch(variant, grid, (numbers, *packing.forward, numbers, out, packing.n_rows))

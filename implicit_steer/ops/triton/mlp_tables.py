@@ -33,8 +33,11 @@ def _azimuth_pairs(plan: Plan) -> NDArray[Any]:
 def frame_tables(plan: Plan, columns: Columns) -> tuple[_Arrays, _Arrays, NDArray[Any]]:
     """Numbers and indices of frame.py, and the coordinates of ``ops/kernel_mlp.py``'s harmonics that q holds."""
     frame = plan.frame
-    numbers = {"scalars": np.array([plan.gamma, 1 / plan.cutoff if plan.cutoff else 0.0])}
-    indices = {"pairs": _azimuth_pairs(plan)}
+    scalars, indices = [plan.gamma, 1 / plan.cutoff if plan.cutoff else 0.0], {"pairs": _azimuth_pairs(plan)}
+    if (table := plan.table) is not None:
+        scalars += [1 / table.length, 1 / table.spacing]
+        indices["rows"] = np.arange(table.types * table.n_coefficients + 1)
+    numbers = {"scalars": np.array(scalars)}
     pick = np.array(columns.harmonics, int)
     if frame.kind == "zonal":
         chosen = frame.harmonics[pick]  # (n_harmonics, n_monomials)

@@ -1,9 +1,10 @@
 """The kernels as operators of torch: schemas, shapes (fake kernels) and derivatives.
 
 ``triton_conv`` is the whole convolution but for mean and bias, ``triton_conv_backward`` its gradient,
-``triton_moments`` what batch norms measure. Their further derivatives are composed, in call.py, of PyTorch's own
-operators and ``triton_contract``: T is linear in x, r and Θ and affine in q, so the derivatives of its gradient are the
-same operators again, with a direction in the place of one argument.
+``triton_moments`` what batch norms measure, ``triton_knot_sums`` adds up the edges near each knot of a table. Further
+derivatives are composed, in call.py, of PyTorch's own operators, ``triton_knot_sums`` and ``triton_contract``: T is
+linear in x, r and Θ and affine in q, so the derivatives of its gradient are the same operators again, with a direction
+in the place of one argument.
 
 Operators take tensors and scalars only, so a plan goes by its digest, see ``handle.py``.
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 from ... import _native
 from ..._transforms import one_by_one
 from ...plan.packing import unflatten
-from . import convolution, launch_contract
+from . import convolution, launch_contract, launch_spline
 from .convolution import Kept, Learned, Points
 from .handle import plan_of
 from .launch_contract import Edges, Factors
@@ -59,32 +60,49 @@ _SCHEMAS = {
         f"({_CONV}, Tensor numbers, Tensor packed, Tensor q, Tensor r, Tensor gradient, bool[] needs)"
         " -> (Tensor, Tensor, Tensor, Tensor)"
     ),
+    "triton_knot_sums": "(str plan, Tensor values, Tensor weights, Tensor first) -> Tensor",
     "triton_moments": f"(str plan, Tensor delta, Tensor attr, {_LEARNED}, Tensor order, int n) -> Tensor",
     "triton_contract": f"({_CONTRACT}) -> Tensor",
     "triton_contract_backward": f"({_CONTRACT}, Tensor gradient, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 
 
-def _conv_inputs(plan: str, arguments: Sequence[Any]) -> tuple[Prepared, Tensor, Points, Edges, Learned]:
-    """Of ``triton_conv``, behind the plan."""
-    x, delta, attr, learned, statistics, measured, *graph = arguments
-    x, delta, attr, *graph = _contiguous(x, delta, attr, *graph)
-    edges = Edges(*graph)
-    return _prepared(plan, delta), x, Points(delta, attr, edges.order), edges, Learned(learned, statistics, measured)
-
-
-def _conv(plan: str, *arguments: Any) -> Any:
-    with _on_device(arguments[0]):
-        total, kept = convolution.forward(*_conv_inputs(plan, arguments))
+def forward(p: Prepared, inputs: Sequence[Tensor], learned: Learned, graph: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """``triton_conv`` itself, of x, delta and attr, and of the graph's tensors."""
+    x, delta, attr = _contiguous(*inputs)
+    edges = Edges(*_contiguous(*graph))
+    with _on_device(x):
+        total, kept = convolution.forward(p, x, Points(delta, attr, edges.order), edges, learned)
     return total, *kept
 
 
-def _conv_backward(plan: str, *arguments: Any) -> Any:
-    *inputs, numbers, packed, q, r, gradient, needs = arguments
-    p, x, points, edges, learned = _conv_inputs(plan, inputs)
-    kept = Kept(numbers, packed, q, r)
+def gradients(
+    p: Prepared,
+    inputs: Sequence[Tensor],
+    learned: Learned,
+    graph: Sequence[Tensor],
+    kept: Kept,
+    gradient: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """``triton_conv_backward`` itself."""
+    x, delta, attr = _contiguous(*inputs)
+    edges = Edges(*_contiguous(*graph))
+    points = Points(delta, attr, edges.order)
     with _on_device(gradient):
         return convolution.gradients(p, gradient.contiguous(), x, points, edges, learned, kept, needs)
+
+
+def _conv(plan: str, *arguments: Any) -> Any:
+    *inputs, learned, statistics, measured = arguments[:6]
+    return forward(_prepared(plan, inputs[1]), inputs, Learned(learned, statistics, measured), arguments[6:])
+
+
+def _conv_backward(plan: str, *arguments: Any) -> Any:
+    *inputs, learned, statistics, measured = arguments[:6]
+    graph, kept, (gradient, needs) = arguments[6:11], Kept(*arguments[11:15]), arguments[15:]
+    of_call = inputs, Learned(learned, statistics, measured), graph
+    return gradients(_prepared(plan, gradient), *of_call, kept, gradient, needs)
 
 
 def _moments(plan: str, delta: Tensor, attr: Tensor, *arguments: Any) -> Tensor:
@@ -92,6 +110,11 @@ def _moments(plan: str, delta: Tensor, attr: Tensor, *arguments: Any) -> Tensor:
     with _on_device(delta):
         points = Points(*_contiguous(delta, attr, order))
         return convolution.moments(_prepared(plan, delta), points, Learned(*learned), n)
+
+
+def _knot_sums(plan: str, values: Tensor, weights: Tensor, first: Tensor) -> Tensor:
+    with _on_device(values):
+        return launch_spline.knot_sums(_prepared(plan, values), *_contiguous(values, weights, first))
 
 
 def _factors_and_edges(arguments: Sequence[Any]) -> tuple[Factors, Edges]:
@@ -142,6 +165,10 @@ def _conv_backward_fake(plan: str, *arguments: Any) -> Any:
 
 def _moments_fake(plan: str, delta: Tensor, *_: Any) -> Tensor:
     return delta.new_empty(2, plan_of(plan).field_size, _sizes(plan).channels)
+
+
+def _knot_sums_fake(plan: str, values: Tensor, *_: Tensor) -> Tensor:
+    return values.new_empty(_sizes(plan).n_rows, values.shape[1])
 
 
 def _contract_fake(plan: str, *arguments: Any) -> Any:
@@ -231,10 +258,11 @@ class _Operator(NamedTuple):
     save: Callable[..., None] = _save
 
 
-_KERNELS = {
+KERNELS = {
     "triton_conv": _Operator(_conv, _conv_fake, _conv_gradient, _save_conv),
     "triton_conv_backward": _Operator(_conv_backward, _conv_backward_fake),
     "triton_moments": _Operator(_moments, _moments_fake),
+    "triton_knot_sums": _Operator(_knot_sums, _knot_sums_fake),
     "triton_contract": _Operator(_contract, _contract_fake, _contract_gradient),
     "triton_contract_backward": _Operator(_contract_backward, _contract_backward_fake, _contract_backward_gradient),
 }
@@ -244,7 +272,7 @@ _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
 
 def _register() -> None:
     _native.available()  # the native extension defines the namespace first, where there is one
-    for name, operator in _KERNELS.items():
+    for name, operator in KERNELS.items():
         _library.define(name + _SCHEMAS[name])
         for key in ("CPU", "CUDA"):
             _library.impl(name, operator.kernel, key)

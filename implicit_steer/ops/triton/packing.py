@@ -19,6 +19,7 @@ from scipy import sparse
 
 from ...plan import Plan
 from ..packing_rows import bias_rows, linear_rows, selection
+from .sizes import Sizes
 from .tables import Tables
 
 _ONE = (-1, -1, -1, -1)
@@ -63,6 +64,7 @@ class _Numbers:
     """Where parameters and statistics begin among the numbers, and the factors of the norms.
 
     Attributes:
+        splines: the first coefficient of the splines, where these stand in place of hidden layers.
         linears: first weight and first bias of every hidden layer.
         last: first weight and first bias of the last layer.
         scale, shift: per norm the factors of its channels (W,) and of their trivial coefficients (W, n_trivial).
@@ -70,6 +72,7 @@ class _Numbers:
 
     def __init__(self, plan: Plan, sizes: Sequence[int], measured: bool) -> None:
         starts = iter(np.cumsum([0, *sizes]).tolist())
+        self.splines = next(starts) if plan.is_frozen else 0
         self.n_parameters, self.factors = sum(sizes), [_ONE]
         self.linears = [(next(starts), next(starts) if layer.bias.shape[1] else 0) for layer in plan.linears]
         norms = [(next(starts), next(starts) if len(norm.trivial) else -1) for norm in plan.norms]
@@ -130,6 +133,14 @@ class _Terms:
             shift = numbers.shift[n - 1][channel[here], t]
             bias = bias + self.matrix(layer.out_size, out[here], w.col[here], shift, w.data[here])
         return self.matrix(size, w.row, w.col, numbers.scale[n - 1][channel], w.data), bias
+
+    def splines(self, sizes: Sizes) -> sparse.csr_matrix:
+        """Rows of the splines' coefficients: of (row, channel w, coefficient c) column c W + w of r, as far as r has
+        it."""
+        row, column = np.ix_(np.arange(sizes.n_rows), np.arange(sizes.n_columns - 1))
+        c, w = np.divmod(column, sizes.channels)
+        of_row = (row * sizes.channels + w) * sizes.coefficients + c
+        return self.matrix(of_row.size, np.arange(of_row.size), self.numbers.splines + of_row.reshape(-1), 0, 1.0)
 
     def theta(self) -> list[sparse.csr_matrix]:
         """Rows of the flat θ (U, V, W, n_b) of every coupling, the last norm folded in."""
@@ -258,6 +269,8 @@ def packing(found: Tables, sizes: Sequence[int], measured: bool) -> Packing:
     plan, numbers = found.plan, _Numbers(found.plan, sizes, measured)
     terms, blocks = _Terms(plan, numbers), []
     layout = _edge_layout if found.sizes.edge_by_edge else _layer_layout
+    if plan.is_frozen:
+        blocks.append(terms.splines(found.sizes))
     for n in range(len(plan.linears)):
         (w, b), (of_w, of_b) = terms.linear(n), layout(found, n)
         blocks.append(of_w @ w + of_b @ b)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...plan import Plan
 from ...plan.packing import cached
-from .configuration import LaunchConfig, choose
+from . import configuration
+from .configuration import LaunchConfig
 from .launch import Variant
 from .sizes import Sizes
 from .tables import Tables, tables
@@ -35,25 +36,29 @@ class Prepared:
         return self.tables.sizes
 
     def config(self, kernel: Any) -> LaunchConfig:
-        """How to launch a kernel."""
-        return choose(kernel.__name__, self.sizes, self.dtype, self.position.device)
+        """How to launch a kernel: asked once for each change of what is chosen."""
+        key = kernel.__name__, configuration.changes
+        if (found := self.made.get(key)) is None:
+            found = configuration.choose(kernel.__name__, self.sizes, self.dtype, self.position.device)
+            self.made[key] = found
+        return found
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name] if name in self.tensors else self.tensors["scalars"]
 
     def some(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
         """These tables."""
-        if names not in self.made:
-            self.made[names] = tuple(self[name] for name in names)
-        return self.made[names]
+        if (found := self.made.get(names)) is None:
+            self.made[names] = found = tuple(self[name] for name in names)
+        return found
 
     def variant(self, kernel: Any, constants: Callable[..., dict[str, Any]], *flags: Any) -> Variant:
         """The kernel with ``constants(self, *flags)``, as :meth:`config` launches it; made once."""
         config = self.config(kernel)
         key = kernel.__name__, flags, config, torch.get_float32_matmul_precision()
-        if key not in self.made:
-            self.made[key] = Variant(kernel, constants(self, *flags), config)
-        return self.made[key]
+        if (found := self.made.get(key)) is None:
+            self.made[key] = found = Variant(kernel, constants(self, *flags), config)
+        return found
 
 
 def _inverse(found: Tables, prepared: Prepared) -> Tensor:

@@ -16,6 +16,11 @@ def next_power_of_2(n: int, least: int = 1) -> int:
     return max(least, 1 << max(n - 1, 0).bit_length())
 
 
+def cdiv(n: int, size: int) -> int:
+    """How many blocks of ``size`` hold n entries. The function of this name in triton takes as long as a launch."""
+    return -(-n // size)
+
+
 @dataclass(frozen=True)
 class Sizes:
     """The integers and flags of a plan that kernels take as constants: plans of equal sizes share binaries."""
@@ -31,6 +36,10 @@ class Sizes:
     n_columns: int  # of r
     n_samples: int  # times channels
     n_layers: int
+    n_knots: int  # of a table of splines that stand in place of the hidden layers; 0 without
+    n_types: int  # rows of attributes that the table has splines for
+    bounded: bool  # as in plan.Table
+    even: bool
     n_harmonics: int  # of q, without the constant q₀ = 1
     function: int  # index in plan.FUNCTIONS
     in_size: int  # columns of x
@@ -68,8 +77,15 @@ class Sizes:
         return (self.n_zero + self.n_rest) // self.channels
 
     @property
+    def n_rows(self) -> int:
+        """Coefficients of each spline of all types."""
+        return self.n_types * (self.n_knots + 3)
+
+    @property
     def n_weights(self) -> int:
-        """Packed weights of all hidden layers."""
+        """Packed weights of all hidden layers, or coefficients of the splines in their place."""
+        if self.n_knots:
+            return self.n_rows * (self.n_columns - 1)
         if not self.edge_by_edge:
             return self.layer_offsets()[-1][0]
         first = (self.n_inputs + self.coefficients) * self.channels

@@ -27,6 +27,8 @@ def unsupported(plan: Plan) -> str | None:
     order, activations = plan.frame.order, plan.activations
     if plan.frame.dim not in (1, 2, 3):
         return f"positions in 1 to 3 dimensions, not {plan.frame.dim}"
+    if plan.is_frozen:
+        return _too_wide(plan.hidden_coefficients) or _scattered(plan)
     if not activations:
         return None if plan.frame.kind == "none" else "without hidden layers, frame 'none'"
     first = activations[0]
@@ -34,14 +36,22 @@ def unsupported(plan: Plan) -> str | None:
         return "one activation function and one number of channels in all layers"
     if any(a.samples.shape != first.samples.shape for a in activations):
         return "equally many samples in all layers"
-    if len(order) * first.channels > MOST_COEFFICIENTS:
-        return f"at most {MOST_COEFFICIENTS} coefficients in a hidden layer, not {len(order) * first.channels}"
+    if refused := _too_wide(len(order) * first.channels):
+        return refused
     if plan.frame.regular and _mixes_orders(plan):
         return "hidden layers that keep coefficients of order 0 apart"
-    if plan.frame.kind != "none":
-        d = plan.field_size
-        if any(len(set(c.hidden_start % d)) > 1 for c in plan.couplings if not reads_constant(plan, c)):
-            return "couplings that read the same coordinates of all hidden fields"
+    return None if plan.frame.kind == "none" else _scattered(plan)
+
+
+def _too_wide(n: int) -> str | None:
+    """The refusal of so many coefficients."""
+    return f"at most {MOST_COEFFICIENTS} coefficients in a hidden layer, not {n}" if n > MOST_COEFFICIENTS else None
+
+
+def _scattered(plan: Plan) -> str | None:
+    """The refusal of couplings that read each hidden field at other coordinates."""
+    if any(len(set(c.hidden_start % plan.field_size)) > 1 for c in plan.couplings if not reads_constant(plan, c)):
+        return "couplings that read the same coordinates of all hidden fields"
     return None
 
 
@@ -59,6 +69,11 @@ def _mixes_orders(plan: Plan) -> bool:
             if ((rows[:, None] == 0) != (columns[None] == 0)).any():
                 return True
     return False
+
+
+def runs_edge_by_edge(plan: Plan) -> bool:
+    """Whether edges.py does the hidden layers of a plan that the kernels can do."""
+    return unsupported(plan) is None and _edge_by_edge(plan, Columns(plan))
 
 
 def _edge_by_edge(plan: Plan, columns: Columns) -> bool:
@@ -102,9 +117,8 @@ def tables(plan: Plan) -> Tables:
 
 
 def _sizes(plan: Plan, columns: Columns, numbers: dict[str, NDArray[Any]], contract: ContractTables) -> Sizes:
-    frame, activations = plan.frame, plan.activations
-    channels = activations[0].channels if activations else 1
-    c = len(frame.order) if activations else 0
+    frame, activations, table, channels = plan.frame, plan.activations, plan.table, columns.channels
+    c = len(frame.order) if activations or table else 0
     zero = int(np.searchsorted(frame.order, 1)) if frame.regular else c
     return Sizes(
         kind=kind_of(plan),
@@ -118,6 +132,10 @@ def _sizes(plan: Plan, columns: Columns, numbers: dict[str, NDArray[Any]], contr
         n_columns=columns.one + 1,
         n_samples=channels * numbers["samples"].shape[1],
         n_layers=len(activations),
+        n_knots=table.knots if table else 0,
+        n_types=table.types if table else 0,
+        bounded=table is not None and table.bounded,
+        even=table is not None and table.even,
         n_harmonics=columns.n_harmonics,
         function=FUNCTIONS.index(activations[0].function) if activations else 0,
         in_size=plan.in_size,
