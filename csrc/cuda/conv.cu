@@ -114,8 +114,8 @@ Failure with_sizes(const DevicePlan<R>& plan, Run run) {
   }
 }
 
-// Whether a plan has exact kernels (exact_plan.h) or a grid kernel (grid_plan.h), and they can count the call's nodes and
-// edges.
+// Whether a plan has exact kernels (exact_plan.h) or a grid kernel (grid_plan.h), and they can count the call's nodes
+// and edges.
 template <typename N>
 bool takes(const FieldPlan& plan, const ConvArgs<R>& args) {
   constexpr int64_t most = std::numeric_limits<int32_t>::max();

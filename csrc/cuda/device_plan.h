@@ -121,8 +121,7 @@ struct DevicePlan {
     place_couplings(host);
     sizes = sizes_of(host);
     lists.make(host, sizes != Sizes::kAny);
-    if constexpr (std::is_same_v<R, float>)
-      make_field_plans();
+    if constexpr (std::is_same_v<R, float>) make_field_plans();
     extent.all_layers = extent.widest = 0;
     for (int n = 0; n < host.n_layers; ++n) {
       extent.all_layers += host.layers[n].out_size;

@@ -52,7 +52,7 @@ struct ExactMemory {
   static constexpr int record =
       S::Slots::degrees * S::width + 4;  // c [l][w], direction, factor: an odd number of quads
   static constexpr int theta = S::Slots::paths * S::fields * S::fields * S::width, constant = 2 * S::fields * S::fields;
-  static constexpr int numbers = S::fields + 4;                    // of the fields' scalars; the shell's exponent
+  static constexpr int numbers = S::fields + 4;  // of the fields' scalars; the shell's exponent
   static constexpr int records = 32 * record;
   static constexpr int warp = records + 32 + S::width * S::c;  // records, sources, one edge near the origin; so far
   static constexpr int aside = 32 * 4 * (ExactTiles<S>::count + ExactTiles<S>::blocks);  // T of a node that goes on
@@ -114,7 +114,8 @@ struct ExactWarp {
     const ExactWeight* const at = global_memory(exact.theta);
     for (int k = threadIdx.x; k < Memory::theta; k += blockDim.x) {
       const ExactWeight weight = at[k / S::width];
-      theta[Tiles::theta_at(k)] = weight.at < 0 ? 0 : weight.ratio * a.weights[weight.at + k % S::width] * mlp.scale[k % S::width];
+      theta[Tiles::theta_at(k)] =
+          weight.at < 0 ? 0 : weight.ratio * a.weights[weight.at + k % S::width] * mlp.scale[k % S::width];
     }
     for (int k = threadIdx.x; k < Memory::constant; k += blockDim.x) {
       const ExactWeight weight = global_memory(exact.constant)[k], shifted = at[k];

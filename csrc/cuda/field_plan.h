@@ -21,8 +21,8 @@ struct ExactWeight {
 // Of the grid kernels: what of a hidden channel's coefficients [c], in the plan's order, has which meaning.
 struct GridCoefficients {
   static constexpr int c = 16, n_even_forms = 7, n_forms = 10;
-  int32_t constant;        // the one that is the same in all samples
-  int32_t position[3];     // that the first layer adds x, y and z to
+  int32_t constant;         // the one that is the same in all samples
+  int32_t position[3];      // that the first layer adds x, y and z to
   float forms[n_forms][c];  // what a coupling reads: h, Q (xx, yy, zz, xy, xz, yz), then, of odd ones, d (x, y, z)
 };
 
@@ -34,7 +34,7 @@ struct ExactView {
   const int32_t *scalar, *vector;  // [V] number of the field's scalar and of its vector's x
   const int32_t* out;              // [V, 4] number of the output (scalar, x, y, z), or -1
   int n_scalars, n_vectors;
-  bool quads;  // a field is four numbers of the input from a multiple of four on
+  bool quads;                    // a field is four numbers of the input from a multiple of four on
   const GridCoefficients* grid;  // of the grid kernels
 };
 

@@ -1,8 +1,7 @@
 // The grid kernels for all functions that they are compiled for, and their launch.
 
-#include "grid.h"
-
 #include "exact_launch.h"
+#include "grid.h"
 #include "grid_forward.cuh"
 
 namespace implicit_steer::IST_ISA {

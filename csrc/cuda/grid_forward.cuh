@@ -61,8 +61,7 @@ struct GridWarp : ExactWarp<S> {
       inputs.x[i] = pair < 3 ? a.delta[3 * edge + pair] : 0;
       inputs.attributes[i] = a.attr + edge * this->p.n_attr;
       inputs.factor[i] = this->radial(sum_lanes(inputs.x[i] * inputs.x[i], 1, 4));
-      if (pair == 0)
-        sources[at] = this->index(a.src, static_cast<int>(edge)), factors()[at] = inputs.factor[i];
+      if (pair == 0) sources[at] = this->index(a.src, static_cast<int>(edge)), factors()[at] = inputs.factor[i];
     }
     mlp.template evaluate<S>(inputs, records);
     __syncwarp();
@@ -83,12 +82,13 @@ struct GridWarp : ExactWarp<S> {
       h.of[e] = first.at[0];
 #pragma unroll
       for (int k = 0; k < 3; ++k) q[k].of[e] = first.at[1 + k], q[3 + k].of[e] = second.at[k], d[k].of[e] = third.at[k];
+      const float factor = factors()[place];
       float field[4];
       this->field(a.x + int64_t{sources[place]} * this->p.in_size, group, field);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         f[k].of[e] = there ? field[k] : 0;
-        constant_sums[0][k] += factors()[place] * f[k].of[e];
+        constant_sums[0][k] += factor * f[k].of[e];
       }
     }
     constexpr int of_x[3][3] = {{0, 3, 4}, {3, 1, 5}, {4, 5, 2}};  // of Q's components
@@ -111,8 +111,7 @@ struct GridWarp : ExactWarp<S> {
     Split<4> rows;
     Split<2> columns;
 #pragma unroll
-    for (int e = 0; e < 2; ++e)
-      rows.set(2 * e, upper.of[e]), rows.set(2 * e + 1, lower.of[e]), columns.set(e, b.of[e]);
+    for (int e = 0; e < 2; ++e) rows.set(2 * e, upper.of[e]), rows.set(2 * e + 1, lower.of[e]), columns.set(e, b.of[e]);
     mma_3xtf32(sum, rows, columns);
   }
 };

@@ -3,7 +3,8 @@
 //
 // Activations are y = A⁻ φ(A z) over pairs of opposite samples, E + O and E − O (LayerView of plan.h). Coefficients
 // stand in slots: the plan's order, but for the constant one, which changes places with the first. Even ones are in the
-// first 8 slots, odd ones in the others. All matrices lie in the block's shared memory as B fragments, split for 3xTF32.
+// first 8 slots, odd ones in the others. All matrices lie in the block's shared memory as B fragments, split for
+// 3xTF32.
 //
 // Lane 4 g + t holds of edges g and g + 8 the slots 2 t, 2 t + 1, 8 + 2 t and 9 + 2 t: what a product gives it is what
 // the next one takes, if columns t and t + 4 of A stand for slots 2 t and 2 t + 1. Between layers the state, [16 edges,
@@ -41,8 +42,9 @@ struct GridMlp {
   static constexpr int of_samples = 0, of_inverse = 6, of_output = 12, of_position = 16, n_fragments = 18;
   static constexpr int kTogether = 2;  // channels
 
-  float* fragments;  // [n_fragments, fragment]: for each half of the pairs E, O, O' of A; of A⁻; E and O of what couplings
-                     // read in place of A⁻; of A, what positions are multiplied with
+  // [n_fragments, fragment]: for each half of the pairs E, then O in either half of the slots, of A; the same of A⁻; E
+  // and O of what couplings read in place of A⁻; of A, what positions are multiplied with
+  float* fragments;
   float* hidden;           // [n_layers - 1] the layers that follow: a fragment of every slot, bias [W]
   float *first, *scalars;  // of the first layer: [W, 4] weights of x, y, z; [1 + n_attr, W] bias, weights of attributes
   float *scale, *shift;    // [W] of the last batch norm, or 1 and 0
@@ -88,7 +90,9 @@ struct GridMlp {
   }
 
   // Slot and coefficient change places with the constant one.
-  static __device__ __forceinline__ int swapped(int k, int constant) { return k == 0 ? constant : k == constant ? 0 : k; }
+  static __device__ __forceinline__ int swapped(int k, int constant) {
+    return k == 0 ? constant : k == constant ? 0 : k;
+  }
 
   static __device__ __forceinline__ void put(float* to, float first_element, float second_element) {
     Split<2> split;
@@ -106,7 +110,8 @@ struct GridMlp {
     const auto number = [&](const float* matrix, int pair, int part, int slot) {
       slot += part == 2 ? 8 : 0;
       return pair < layer.n_pairs && (slot >= p.n_even) == (part > 0)
-                 ? matrix[pair * p.c + swapped(slot, grid.constant)] : 0;
+                 ? matrix[pair * p.c + swapped(slot, grid.constant)]
+                 : 0;
     };
     const auto output = [&](int pair, int form) {
       float sum = 0;
@@ -124,7 +129,8 @@ struct GridMlp {
         const bool odd = n % 2;
         const int pair = (n - of_output) / 2 * 8 + row + i, form = group + (odd ? grid.n_even_forms : 0);
         elements[i] = group < (odd ? grid.n_forms - grid.n_even_forms : grid.n_even_forms) ? output(pair, form) : 0;
-      } else {  // rows t and t + 4 are the same: a number's big part is multiplied with one, its small part with the other
+      } else {  // rows t and t + 4 are the same: a number's big part is multiplied with one, its small part with the
+                // other
         const int pair = (n - of_position) * 8 + group;
         elements[i] = pair < layer.n_pairs && lane % 4 < 3 ? samples[pair * p.c + grid.position[lane % 4]] * kLog2e : 0;
       }
@@ -132,8 +138,8 @@ struct GridMlp {
     put(fragments + n * fragment + 4 * lane, elements[0], elements[1]);
   }
 
-  // Layer n >= 1 at the scale and shift of the batch norm before it, as ExactMlp has it. Column n of B stands for channel
-  // n / 2 + 4 (n % 2): a lane gets the channels that it gives.
+  // Layer n >= 1 at the scale and shift of the batch norm before it, as ExactMlp has it. Column n of B stands for
+  // channel n / 2 + 4 (n % 2): a lane gets the channels that it gives.
   template <typename S>
   __device__ __forceinline__ void copy_layer(const PlanView<float>& p, const float* packed, int n, int constant) {
     constexpr int square = S::width * S::width;
@@ -225,6 +231,8 @@ struct GridMlp {
   template <typename S, bool kFirst, bool kLast>
   __device__ __forceinline__ void activations(const Inputs& inputs, float* state) const {
     const int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+    float* const rows[2] = {state + GridState::of_edge(group) + 2 * pair,
+                            state + GridState::of_edge(group + 8) + 2 * pair};
 #pragma unroll 1
     for (int w = 0; w < S::width; w += kTogether) {
       float* places[kTogether][2];  // of the two edges
@@ -235,7 +243,7 @@ struct GridMlp {
       for (int n = 0; n < kTogether; ++n)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          places[n][i] = state + GridState::of_edge(group + 8 * i) + (w + n) * GridState::channel + 2 * pair;
+          places[n][i] = rows[i] + (w + n) * GridState::channel;
           if constexpr (kFirst) {
             Split<1> x;
             x.set(0, first[4 * (w + n) + pair] * inputs.x[i]);
@@ -288,12 +296,13 @@ struct GridMlp {
 #pragma unroll
       for (int n = 0; n < kTogether; ++n)
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float factor = kLast ? inputs.factor[i] : 1;
+        for (int i = 0; i < 2; ++i)
 #pragma unroll
-          for (int half = 0; half < 2; ++half)
-            neighbours<2>(places[n][i] + 8 * half) = {y[n][half][2 * i] * factor, y[n][half][2 * i + 1] * factor};
-        }
+          for (int half = 0; half < 2; ++half) {
+            Neighbours<float, 2> two = {y[n][half][2 * i], y[n][half][2 * i + 1]};
+            if constexpr (kLast) two.at[0] *= inputs.factor[i], two.at[1] *= inputs.factor[i];
+            neighbours<2>(places[n][i] + 8 * half) = two;
+          }
     }
   }
 };

@@ -1,6 +1,6 @@
-// Whether a plan's layer is what the grid kernels (grid_forward.cuh) compute, and where they find its numbers. Fields are
-// scalars and vectors; a hidden channel is a function on the sphere in 16 coefficients, which activations evaluate at
-// pairs of opposite points.
+// Whether a plan's layer is what the grid kernels (grid_forward.cuh) compute, and where they find its numbers. Fields
+// are scalars and vectors; a hidden channel is a function on the sphere in 16 coefficients, which activations evaluate
+// at pairs of opposite points.
 #pragma once
 
 #include <algorithm>
@@ -160,12 +160,10 @@ class GridPlan : public FieldPlan {
     constexpr int of_vector = GridCoefficients::n_even_forms;
     if (n_in == 3 && n_out == 1) return product.path = kVectorScalar, ratio_to(has_vector_, of_vector, forms[0]);
     if (n_in == 1 && n_out == 3)
-      return product.path = kScalarVector,
-             ratio_to(has_vector_, of_vector, {forms[0][0], forms[1][0], forms[2][0]});
+      return product.path = kScalarVector, ratio_to(has_vector_, of_vector, {forms[0][0], forms[1][0], forms[2][0]});
     if (n_in != 3 || n_out != 3 || !is_symmetric(forms)) return false;
     product.path = kTraceless;
-    return ratio_to(has_traceless_, 1,
-                    {forms[0][0], forms[1][1], forms[2][2], forms[0][1], forms[0][2], forms[1][2]});
+    return ratio_to(has_traceless_, 1, {forms[0][0], forms[1][1], forms[2][2], forms[0][1], forms[0][2], forms[1][2]});
   }
 
   static bool is_diagonal(const std::vector<std::vector<Form>>& forms) {

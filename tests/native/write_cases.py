@@ -243,7 +243,7 @@ def gpu_cases():
     def grid(change, case=cloud, configuration="no norm", activation="elu", **options):
         return made(change, case, configuration, activation, sampling="escnn", **options)
 
-    grid_odd = replace(cloud, into="5 scalar+vector, 2 vector", out="7 scalar, 3 vector", attributes="2 scalar", n_layers=4)
+    odd = replace(cloud, into="5 scalar+vector, 2 vector", out="7 scalar, 3 vector", attributes="2 scalar", n_layers=4)
     scalars = replace(cloud, into="3 scalar, 1 vector", out="4 scalar", attributes=None, n_layers=2)
 
     return {
@@ -251,8 +251,8 @@ def gpu_cases():
         "grid-one-edge": grid(nodes(5, 1)),
         "grid-no-edges": grid(lambda problem: with_edges(problem, slice(0))),
         "grid-isolated-nodes": grid(nodes(300, 90)),
-        "grid-hub": grid(hub),
-        "grid-odd-sizes-train": grid(near_skewed, grid_odd, "train", "silu", cutoff=2.0),
+        "grid-skewed": grid(skewed),
+        "grid-odd-sizes-train": grid(near_skewed, odd, "train", "silu", cutoff=2.0),
         "grid-scalars": grid(skewed, scalars, "eval"),
         "one-edge": made(nodes(5, 1)),
         "1-node": made(nodes(1, 40)),
@@ -287,7 +287,10 @@ def cases():
     specialised_deep = replace(specialised, n_layers=4)
     specialised_odd = replace(specialised_deep, into="5 scalar+vector, 2 vector")
 
+    specialised_grid = replace(specialised, attributes="1 scalar")
+
     return {
+        "grid-odd": made(specialised_grid, "eval", nodes(6, 40), sampling="escnn"),
         "zonal": made("o3"),
         "zonal-wide": made(wide),
         "zonal-specialised": made(specialised, "no norm", skewed),
