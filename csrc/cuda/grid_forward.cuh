@@ -16,6 +16,7 @@ namespace implicit_steer::IST_ISA {
 
 template <typename F, int kWidth, int kFields>
 struct ExactTiles<Grid<F, kWidth, kFields>> {
+  // Tiles: Q x of x and y; of z, and d · x; h s and d s of x; of y and z; three of h x, with 8 rows each
   static constexpr int blocks = 1, count = 7;
   static IST_HOST_DEVICE constexpr int tile(int slot, int) {
     return slot == 0 || slot == 5 ? 2 : slot < 4 ? 3 + slot : slot == 4 || slot == 10 ? 1 : slot < 8 ? 3 : 0;

@@ -129,8 +129,7 @@ struct GridMlp {
         const bool odd = n % 2;
         const int pair = (n - of_output) / 2 * 8 + row + i, form = group + (odd ? grid.n_even_forms : 0);
         elements[i] = group < (odd ? grid.n_forms - grid.n_even_forms : grid.n_even_forms) ? output(pair, form) : 0;
-      } else {  // rows t and t + 4 are the same: a number's big part is multiplied with one, its small part with the
-                // other
+      } else {  // rows t and t + 4 are the same: A has a number's big part in one column, its small part in the other
         const int pair = (n - of_position) * 8 + group;
         elements[i] = pair < layer.n_pairs && lane % 4 < 3 ? samples[pair * p.c + grid.position[lane % 4]] * kLog2e : 0;
       }

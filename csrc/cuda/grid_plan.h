@@ -15,13 +15,14 @@ namespace implicit_steer {
 class GridPlan : public FieldPlan {
  public:
   static constexpr int kMostEven = 8, kMostPairs = 16;
+  static constexpr int kMostLayers = 8;  // of 8 KB each, beside 31 KB of θ, samples and a warp in the 99 KB of a block
 
   // Of a plan whose hidden layers are alike, with `width` channels (device_plan.h).
   void make(const Plan<float>& p, int width) {
     *this = GridPlan();
     constexpr int c = GridCoefficients::c;
     if (p.kind != kNone || p.dim != 3 || p.c != c || p.d != c || p.n_even > kMostEven || p.n_trivial > 1 ||
-        p.layers[0].n_pairs > kMostPairs || !*p.attribute_identity)
+        p.layers[0].n_pairs > kMostPairs || p.n_layers > kMostLayers || !*p.attribute_identity)
       return;
     if (!read_constant(p) || !read_first_layer(p, width)) return;
     for (const CouplingView& q : p.coupling_storage)
