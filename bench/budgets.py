@@ -1,7 +1,8 @@
 """The most instructions that warps may execute in the loops of CUDA kernels: ``make cuda-gates`` holds them on sm_90.
 
-The counts (executed.py) are those of case ``cloud``: 32 edges per node. A loop of this table has the comment
-``// loop: NAME`` where its ``for`` stands in csrc/cuda. What it executes in another loop with a name counts there.
+The counts (executed.py) are those of case ``cloud``, 32 edges per node, and for grid kernels of the same case on the
+authors' grid. A loop of this table has the comment ``// loop: NAME`` where its ``for`` stands in csrc/cuda. What it
+executes in another loop with a name counts there.
 """
 
 from __future__ import annotations
@@ -35,6 +36,12 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         "T": Budget(27, "edge"),
         "edges": Budget(75, "edge"),  # gradients of features and of coefficients
         "nodes": Budget(1075, "node"),  # gradients of T and of theta
+    },
+    "grid_forward<Grid<Elu, 8, 8>>": {
+        WHOLE: Budget(300, "edge"),
+        "chunks": Budget(240, "edge"),  # the MLP of 16 edges; of 25 HMMA 19 are the activations'
+        "T": Budget(34, "edge"),
+        "nodes": Budget(850, "node"),  # mixing, as in the exact kernel
     },
 }
 

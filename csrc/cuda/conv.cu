@@ -7,6 +7,7 @@
 #include "device_plan.h"
 #include "exact.h"
 #include "forward.cuh"
+#include "grid.h"
 #include "hidden.cuh"
 #include "launch.h"
 #include "library.h"
@@ -113,19 +114,22 @@ Failure with_sizes(const DevicePlan<R>& plan, Run run) {
   }
 }
 
-// Whether the plan has exact kernels (exact_plan.h), and they can count the call's nodes and edges.
+// Whether a plan has exact kernels (exact_plan.h) or a grid kernel (grid_plan.h), and they can count the call's nodes
+// and edges.
 template <typename N>
-bool takes_exact(const DevicePlan<R>& plan, const ConvArgs<R>& args) {
+bool takes(const FieldPlan& plan, const ConvArgs<R>& args) {
   constexpr int64_t most = std::numeric_limits<int32_t>::max();
-  return std::is_same_v<N, float> && plan.exact.fields > 0 && args.n_src <= most && args.n_dst <= most &&
+  return std::is_same_v<N, float> && plan.fields > 0 && args.n_src <= most && args.n_dst <= most &&
          args.n_edges <= most;
 }
 
-// The kernel on edges: the plan's exact one where it has one, else one for its sizes.
+// The kernel on edges: the plan's exact or grid one where it has one, else one for its sizes.
 template <typename N>
 Failure run_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream, Call<R>& call) {
-  if constexpr (std::is_same_v<N, float>)
-    if (takes_exact<N>(plan, args)) return run_exact_forward(plan, args, stream, call);
+  if constexpr (std::is_same_v<N, float>) {
+    if (takes<N>(plan.exact, args)) return run_exact_forward(plan, args, stream, call);
+    if (takes<N>(plan.grid, args)) return run_grid_forward(plan, args, stream, call);
+  }
   EdgeKernel<N> edges{};
   IST_TRY(with_sizes<N>(plan, [&](auto sizes, int64_t front) {
     edges.name = sizes.specialised ? "conv_forward_specialised" : "conv_forward",
@@ -195,7 +199,7 @@ template <typename N>
 Failure run_conv_backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, bool mean, int64_t more, void* stream,
                           GradientRows<R>& rows) {
   if constexpr (std::is_same_v<N, float>)
-    if (takes_exact<N>(plan, args) && plan.exact.reads_all)
+    if (takes<N>(plan.exact, args) && plan.exact.reads_all)
       return run_exact_backward(plan, args, mean, more, stream, rows);
   EdgeKernel<N> edges{};
   edges.call.mean = mean;

@@ -12,6 +12,7 @@
 #include "compat.cuh"
 #include "exact_plan.h"
 #include "failure.h"
+#include "grid_plan.h"
 #include "plan_lists.h"
 
 namespace implicit_steer {
@@ -20,11 +21,11 @@ namespace implicit_steer {
 // hidden layers.
 enum class Sizes { kAny, kElu4x8, kElu6x8, kSilu4x8, kSilu6x8 };
 
-// Whether p's hidden layers are what SpecialisedLayers computes with: all of them alike, with samples in pairs and no
-// others, groups that have one coefficient of all channels each, as rows of couplings do.
+// Whether p's hidden layers are all alike, with samples in pairs and no others, groups that have one coefficient of all
+// channels each, as rows of couplings do.
 template <typename R>
-bool is_specialised(const Plan<R>& p, int width) {
-  if (p.kind != kZonal || p.n_layers == 0 || p.n_even != (p.c + 1) / 2) return false;
+bool has_equal_layers(const Plan<R>& p, int width) {
+  if (p.n_layers == 0) return false;
   const auto of_one_coefficient = [&](const int32_t* place, int first) {
     for (int w = 0; w < width; ++w)
       if (place[w] != first + w * p.c) return false;
@@ -52,6 +53,12 @@ bool is_specialised(const Plan<R>& p, int width) {
   }
   const auto reads_all = [&](const CouplingView& q) { return q.constant || q.n_hidden == width; };
   return std::all_of(p.coupling_storage.begin(), p.coupling_storage.end(), reads_all);
+}
+
+// Whether p's hidden layers are what SpecialisedLayers computes with.
+template <typename R>
+bool is_specialised(const Plan<R>& p, int width) {
+  return p.kind == kZonal && p.n_even == (p.c + 1) / 2 && has_equal_layers(p, width);
 }
 
 template <typename R>
@@ -84,6 +91,7 @@ struct DevicePlan {
   Sizes sizes;
   PlanLists<R> lists;
   ExactPlan exact;         // of float
+  GridPlan grid;           // of float; at most one of the two has fields
   ExactView exact_view{};  // of its copy on the device
   Places places{};         // of their copies on the device
   Terms terms{};
@@ -113,8 +121,7 @@ struct DevicePlan {
     place_couplings(host);
     sizes = sizes_of(host);
     lists.make(host, sizes != Sizes::kAny);
-    if constexpr (std::is_same_v<R, float>)
-      if (sizes == Sizes::kElu4x8 || sizes == Sizes::kSilu4x8) exact.make(host, 8);
+    if constexpr (std::is_same_v<R, float>) make_field_plans();
     extent.all_layers = extent.widest = 0;
     for (int n = 0; n < host.n_layers; ++n) {
       extent.all_layers += host.layers[n].out_size;
@@ -125,7 +132,7 @@ struct DevicePlan {
     couplings_at = layers_at + aligned(host.n_layers * sizeof(LayerView<R>));
     lists_at = couplings_at + aligned(host.n_couplings * sizeof(CouplingView));
     exact_at = lists_at + aligned(lists.numbers.size() * sizeof(int32_t));
-    bytes = exact_at + aligned(exact.numbers.size() * sizeof(int32_t));
+    bytes = exact_at + aligned(of_fields().numbers.size() * sizeof(int32_t));
     return true;
   }
 
@@ -141,17 +148,28 @@ struct DevicePlan {
       if (!numbers.empty()) std::memcpy(image.data() + at, numbers.data(), numbers.size() * sizeof(numbers[0]));
     };
     put(0, ints), put(reals_at, reals), put(layers_at, there.layer_storage), put(couplings_at, there.coupling_storage);
-    put(lists_at, lists.numbers), put(exact_at, exact.numbers);
+    put(lists_at, lists.numbers), put(exact_at, of_fields().numbers);
     view = there;
     view.layers = reinterpret_cast<const LayerView<R>*>(to + layers_at);
     view.couplings = reinterpret_cast<CouplingView*>(static_cast<char*>(memory) + couplings_at);
     places = lists.places(ints_at(lists_at)), terms = lists.terms(ints_at(lists_at));
-    exact_view = exact.view(ints_at(exact_at));
+    exact_view = grid.fields ? grid.view(ints_at(exact_at)) : exact.view(ints_at(exact_at));
     const cudaError_t error = cudaMemcpyAsync(memory, image.data(), bytes, cudaMemcpyHostToDevice, stream);
     return error == cudaSuccess ? cudaStreamSynchronize(stream) : error;  // calls on other streams will read it
   }
 
  private:
+  const FieldPlan& of_fields() const {
+    if (grid.fields) return grid;
+    return exact;
+  }
+
+  void make_field_plans() {
+    constexpr int width = 8;
+    if (sizes == Sizes::kElu4x8 || sizes == Sizes::kSilu4x8) exact.make(host, width);
+    if ((host.function == kElu || host.function == kSilu) && has_equal_layers(host, width)) grid.make(host, width);
+  }
+
   // Sets the couplings' positions in T, [slot][v, w] as in the first layout of θ.
   void place_couplings(Plan<R>& p) {
     extent.sums = 0;

@@ -10,9 +10,9 @@ namespace implicit_steer::IST_ISA {
 template <typename S>
 constexpr int kExactForwardSize = ExactMemory<S>::warp + ExactMemory<S>::aside;
 
-template <typename S>
-struct ExactForward : ExactWarp<S> {
-  using Base = ExactWarp<S>;
+// Base: what makes a chunk's records and adds its edges to T.
+template <typename S, typename Base = ExactWarp<S>>
+struct ExactForward : Base {
   using Base::a, Base::p, Base::exact, Base::lane, Base::group, Base::pair, Base::number, Base::first, Base::last;
   using Base::theta, Base::constant, Base::sums, Base::constant_sums;
   using typename Base::Slots, typename Base::Tiles;
@@ -87,11 +87,13 @@ struct ExactForward : ExactWarp<S> {
     const bool begun = this->index(a.rowptr, node) < first;  // some of that one's edges are in an earlier warp
     bool goes_on = false;                                    // the node has edges in an earlier chunk
 #pragma unroll 1
-    for (int from = first; from < last; from += 32) {  // loop: chunks
-      const int n = last - from < 32 ? last - from : 32;
+    for (int from = first; from < last; from += Base::edges) {  // loop: chunks
+      const int n = last - from < Base::edges ? last - from : Base::edges;
       this->chunk(from, n, NothingKept{});
-      this->clear();
-      if (goes_on) this->take_back(aside);
+      if (goes_on)
+        this->take_back(aside);
+      else
+        this->clear();
       for (int at = 0; at < n;) {  // loop: nodes
         const bool ends = end - from <= n;
         const int stop = ends ? end - from : n;

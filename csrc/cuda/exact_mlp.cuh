@@ -19,11 +19,14 @@ namespace implicit_steer::IST_ISA {
 
 constexpr float kLog2e = 1.44269504089f, kLn2 = 0.69314718056f;
 
+struct ExactMlp;
+
 // What an exact kernel is compiled for: φ, W hidden channels, V fields, with the path u × x or without it.
 template <typename F, int kWidth, int kFields, bool kWithCross>
 struct Exact {
   using Function = F;
   using Slots = ExactSlots<kWithCross>;
+  using Mlp = ExactMlp;
   static constexpr int c = ExactPlan::kCoefficients, even = ExactPlan::kEven, width = kWidth, fields = kFields;
 };
 // Place of c_l among a channel's coefficients.

@@ -42,6 +42,8 @@ struct ExactTiles {
     return (slot - Slots::first(degree(slot))) * blocks + block;
   }
   static IST_HOST_DEVICE constexpr int tile(int slot, int block) { return first(degree(slot)) + row(slot, block) / 2; }
+  // Place of number k of θ [path, u, v, w] in the order in which a tile's rows and columns meet it.
+  static IST_HOST_DEVICE constexpr int theta_at(int k) { return k; }
 };
 
 // A block's shared memory: θ, then its warps' pieces, at places that the compiler knows; then the MLP. Sizes in floats.
@@ -50,8 +52,9 @@ struct ExactMemory {
   static constexpr int record =
       S::Slots::degrees * S::width + 4;  // c [l][w], direction, factor: an odd number of quads
   static constexpr int theta = S::Slots::paths * S::fields * S::fields * S::width, constant = 2 * S::fields * S::fields;
-  static constexpr int numbers = S::fields + 4;                    // of the fields' scalars; the shell's exponent
-  static constexpr int warp = 32 * record + 32 + S::width * S::c;  // records, sources, one edge near the origin; so far
+  static constexpr int numbers = S::fields + 4;  // of the fields' scalars; the shell's exponent
+  static constexpr int records = 32 * record;
+  static constexpr int warp = records + 32 + S::width * S::c;  // records, sources, one edge near the origin; so far
   static constexpr int aside = 32 * 4 * (ExactTiles<S>::count + ExactTiles<S>::blocks);  // T of a node that goes on
   static IST_HOST_DEVICE constexpr int in_front_of_mlp(int warps, int of_warp) {
     return theta + constant + numbers + warps * of_warp;
@@ -64,12 +67,13 @@ struct ExactWarp {
   using Slots = typename S::Slots;
   using Tiles = ExactTiles<S>;
   using Memory = ExactMemory<S>;
+  static constexpr int edges = 32;  // of a chunk
   const ConvArgs<float>& a;
   const PlanView<float>& p;
   const ExactView& exact;
   const int lane, group, pair;    // group g and t of mma.cuh
   const int number, first, last;  // of the warp; positions of its edges
-  ExactMlp mlp;
+  typename S::Mlp mlp;
   float *theta, *constant;  // [paths, u, v, w], [2, u, v]
   float *records, *near, *rest;
   int32_t* sources;
@@ -95,13 +99,13 @@ struct ExactWarp {
     scalars = reinterpret_cast<int32_t*>(constant + Memory::constant);
     exponent = constant + Memory::constant + S::fields;
     records = constant + Memory::constant + Memory::numbers + threadIdx.x / 32 * size;
-    sources = reinterpret_cast<int32_t*>(records + 32 * Memory::record);
-    near = records + 32 * Memory::record + 32, rest = records + Memory::warp;
-    mlp.place<S>(memory + Memory::in_front_of_mlp(blockDim.x / 32, size), p);
+    sources = reinterpret_cast<int32_t*>(records + Memory::records);
+    near = records + Memory::records + 32, rest = records + Memory::warp;
+    mlp.template place<S>(memory + Memory::in_front_of_mlp(blockDim.x / 32, size), p);
     const float shell = a.weights[p.shell];
     if (threadIdx.x == 0) *exponent = -0.5f * kLog2e / (shell * shell);
     if (threadIdx.x < S::fields) scalars[threadIdx.x] = global_memory(exact.scalar)[threadIdx.x];
-    mlp.copy<S>(p, exact, a.weights);
+    mlp.template copy<S>(p, exact, a.weights);
     copy_theta();
   }
 
@@ -110,7 +114,8 @@ struct ExactWarp {
     const ExactWeight* const at = global_memory(exact.theta);
     for (int k = threadIdx.x; k < Memory::theta; k += blockDim.x) {
       const ExactWeight weight = at[k / S::width];
-      theta[k] = weight.at < 0 ? 0 : weight.ratio * a.weights[weight.at + k % S::width] * mlp.scale[k % S::width];
+      theta[Tiles::theta_at(k)] =
+          weight.at < 0 ? 0 : weight.ratio * a.weights[weight.at + k % S::width] * mlp.scale[k % S::width];
     }
     for (int k = threadIdx.x; k < Memory::constant; k += blockDim.x) {
       const ExactWeight weight = global_memory(exact.constant)[k], shifted = at[k];
@@ -155,7 +160,7 @@ struct ExactWarp {
                                                          radial(g.squared)};
     sources[lane] = index(a.src, static_cast<int>(edge));
     float c[S::width][S::c];
-    mlp.evaluate<S>(g.radius, [&](int j) { return a.attr[edge * p.n_attr + j]; }, keep, c);
+    mlp.template evaluate<S>(g.radius, [&](int j) { return a.attr[edge * p.n_attr + j]; }, keep, c);
     const float factor = record[Slots::degrees * S::width + 3];
 #pragma unroll
     for (int l = 0; l < Slots::degrees; ++l)
@@ -176,7 +181,7 @@ struct ExactWarp {
     const int64_t edge = index(a.order, begin + at);
     float* const record = records + at * Memory::record;
     const float factor = record[Slots::degrees * S::width + 3];
-    mlp.evaluate_near<S>(
+    mlp.template evaluate_near<S>(
         geometry(edge).radius, [&](int j) { return a.attr[edge * p.n_attr + j]; }, near,
         [&](int layer, Kept what, int k, int w, float value) { keep.put(at, layer, what, k, w, value); },
         [&](int l, int w, float value) { record[l * S::width + w] = value * factor; });

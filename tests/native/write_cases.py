@@ -189,6 +189,11 @@ def near_origin(problem):
     return problem
 
 
+def near_skewed(problem):
+    """Both changes."""
+    return near_origin(skewed(problem))
+
+
 def short_edges(problem):
     """The problem with lengths from 0 to 0.2 side by side, around that at which regular frames change."""
     lengths = torch.linspace(0, 0.2, len(problem.delta), dtype=problem.delta.dtype)
@@ -227,15 +232,28 @@ def radius(r):
 def gpu_cases():
     """More kinds of graph, for the emulated CUDA kernels."""
 
-    def made(change, case="o3", configuration="eval", activation="silu"):
+    def made(change, case="o3", configuration="eval", activation="silu", **options):
         case = SMALL.get(case, case)
-        conv = layer(case, configuration, activation=activation)
+        conv = layer(case, configuration, activation=activation, **options)
         return conv, change(case.inputs(conv))
 
     cloud = Case("cloud", "O(3)", "8 scalar+vector", "8 scalar+vector", "1 scalar", n_layers=3, n_channels=8)
     cloud_so3 = replace(cloud, space="SO(3)", into="7 scalar+vector, 1 vector", out="5 scalar+vector", n_layers=4)
 
+    def grid(change, case=cloud, configuration="no norm", activation="elu", **options):
+        return made(change, case, configuration, activation, sampling="escnn", **options)
+
+    odd = replace(cloud, into="5 scalar+vector, 2 vector", out="7 scalar, 3 vector", attributes="2 scalar", n_layers=4)
+    scalars = replace(cloud, into="3 scalar, 1 vector", out="4 scalar", attributes=None, n_layers=2)
+
     return {
+        "grid": grid(nodes(16, 512)),
+        "grid-one-edge": grid(nodes(5, 1)),
+        "grid-no-edges": grid(lambda problem: with_edges(problem, slice(0))),
+        "grid-isolated-nodes": grid(nodes(300, 90)),
+        "grid-skewed": grid(skewed),
+        "grid-odd-sizes-train": grid(near_skewed, odd, "train", "silu", cutoff=2.0),
+        "grid-scalars": grid(skewed, scalars, "eval"),
         "one-edge": made(nodes(5, 1)),
         "1-node": made(nodes(1, 40)),
         "65-nodes": made(nodes(65, 300)),
@@ -262,9 +280,6 @@ def cases():
         conv = layer(case, configuration, **options)
         return conv, change(case.inputs(conv))
 
-    def near_skewed(problem):
-        return near_origin(skewed(problem))
-
     wide = Case("wide", "O(3)", "9 scalar+vector", "11 scalar, 2 vector", "1 scalar", n_layers=2, n_channels=9)
     sizes = {"n_layers": 3, "n_channels": 8}  # that CUDA kernels are specialised for
     specialised = Case("specialised", "O(3)", "6 scalar+vector", "3 scalar+vector", "2 scalar", **sizes)
@@ -272,7 +287,10 @@ def cases():
     specialised_deep = replace(specialised, n_layers=4)
     specialised_odd = replace(specialised_deep, into="5 scalar+vector, 2 vector")
 
+    specialised_grid = replace(specialised, attributes="1 scalar")
+
     return {
+        "grid-odd": made(specialised_grid, "eval", nodes(6, 40), sampling="escnn"),
         "zonal": made("o3"),
         "zonal-wide": made(wide),
         "zonal-specialised": made(specialised, "no norm", skewed),
