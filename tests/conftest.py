@@ -1,5 +1,6 @@
 """Every test runs on 2 threads, from the same seeds."""
 
+import gc
 import os
 
 # Threads that wait by spinning slow everything down where the cores are shared; read when torch is imported.
@@ -13,6 +14,7 @@ from implicit_steer import _native
 from implicit_steer.ops.native import instruction_set
 
 torch.set_num_threads(2)
+gc.set_threshold(100_000, 50, 1000)  # layers are many objects: looking for garbage took a tenth of the time
 
 
 # Tests that only `make test-slow` runs: they take seconds each, most of them in processes of their own.

