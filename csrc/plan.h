@@ -189,6 +189,12 @@ IST_HOST_DEVICE int64_t hidden_size(const PlanView<R>& p) {
   return int64_t{p.hidden_flat} / p.c * p.d + 1;
 }
 
+// Numbers of a table's row: of each coefficient that couplings read a row of channels.
+template <typename R>
+int64_t table_row(const PlanView<R>& p) {
+  return p.n_read * padded(p.channels);
+}
+
 // Splines of a type, each of one coefficient of all hidden fields: what plan/table.py calls b_j, j = -2 .. G.
 template <typename R>
 IST_HOST_DEVICE int64_t splines_per_type(const PlanView<R>& p) {

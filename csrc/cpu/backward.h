@@ -18,7 +18,7 @@ struct Backward : Worker<R> {
   R* d_sums_t;            // ∂L/∂T of one node, as [w][slot, v]
   R* d_theta;             // θ's gradient, of all couplings one after the other as in the packed weights
   R* grads;               // [ring_size, n_mixed] the output's gradients of the nodes in the ring
-  R* d_rows;              // per row of hidden features [L, padded W]
+  R* d_rows;              // per row of hidden features [L, padded W]; by_rows: [L, the splines' row]
   R* d_one;               // [L, QL] sums over QL are the gradients of the constant one in h
   int64_t* row_at;        // [n_rows] positions in d_rows
   int64_t row_size = 0;   // of all rows together
@@ -29,11 +29,12 @@ struct Backward : Worker<R> {
   int n_prepared = 0, current = 0;
 
   Backward(const ConvArgs<Real<R>>& args, int64_t own_edges)
-      : Base(args, own_edges, true),
+      : Base(args, own_edges),
         need_geometry(a.grad_delta || a.grad_attr),
         need_weights(a.grad_weights),
         need_hidden(need_geometry || need_weights) {
-    for (int r = 0; r < p.n_rows; ++r) row_size += L * padded(p.row_start[r + 1] - p.row_start[r]);
+    for (int r = 0; r < p.n_rows && !this->by_rows; ++r) row_size += L * padded(p.row_start[r + 1] - p.row_start[r]);
+    if (this->by_rows) row_size = L * table_row(p);
     allocate(a, this->near, [&](Arena& arena) { place(arena); });
     products.set_constant_factors();
     list_units();
@@ -51,7 +52,8 @@ struct Backward : Worker<R> {
 
   void list_units() {
     int64_t at = 0;
-    for (int r = 0; r < p.n_rows; ++r) {
+    for (int r = 0; r < p.n_rows && this->by_rows; ++r) row_at[r] = this->column_of(r);
+    for (int r = 0; r < p.n_rows && !this->by_rows; ++r) {
       const int n = p.row_start[r + 1] - p.row_start[r];
       const int64_t pad = padded(n);
       row_at[r] = at;
@@ -174,14 +176,26 @@ struct Backward : Worker<R> {
   IST_INLINE void run_block(const Group& bundle, int row, int place, int l0, int l1) {
     const CouplingView& q = bundle.q;
     const int64_t at = int64_t{l0} * p.product_size + place, pad = q.hidden_stride;
-    rank_updates<false>(l1 - l0, products.d_t + at, p.product_size, lane_by_lane(h + p.row_start[row], l0),
-                        d_sums_t + bundle.sums, bundle.width, 0, q.n_hidden, bundle.width);
+    const auto products_from = [&](auto hidden) {
+      rank_updates<false>(l1 - l0, products.d_t + at, p.product_size, hidden, d_sums_t + bundle.sums, bundle.width, 0,
+                          q.n_hidden, bundle.width);
+    };
+    int64_t stride = pad;  // of d_rows
+    if constexpr (!is_dual<R>) {
+      if (this->by_rows) stride = tile.splines.row;
+      if (this->by_rows && !q.constant)
+        products_from(numbers_at(this->rows_of(row, l0), stride, 1));
+      else
+        products_from(lane_by_lane(h + p.row_start[row], l0));
+    } else {
+      products_from(lane_by_lane(h + p.row_start[row], l0));
+    }
     const R* d = d_sums + current * p.n_slot_sums + bundle.slot_sums;
     if (q.constant)
       dots(l0, l1, products.t + at, d, bundle.width);
     else if (need_hidden)
-      rank_updates(l1 - l0, d_rows + row_at[row] + l0 * pad, pad, numbers_at(products.t + at, p.product_size, 1), d,
-                   pad, 0, static_cast<int>(bundle.width), pad);
+      rank_updates(l1 - l0, d_rows + row_at[row] + l0 * stride, stride, numbers_at(products.t + at, p.product_size, 1),
+                   d, pad, 0, static_cast<int>(bundle.width), pad);
   }
 
   // d_one[l] += products of row l and d
@@ -263,16 +277,20 @@ struct Backward : Worker<R> {
   // From d_rows and d_one, which are 0 in lanes that do not count, and are so again afterwards.
   void sweep_hidden_features() {
     Edges<R>& e = tile.e;
+    e.d_factor = row_sums(d_one);
+    this->by_rows ? tile.sweep_rows(d_rows, need_weights) : sweep_lanes();
+    memset(static_cast<void*>(d_rows), 0, sizeof(R) * row_size);
+    memset(static_cast<void*>(d_one), 0, sizeof(R) * L * QL);
+  }
+  void sweep_lanes() {
+    Edges<R>& e = tile.e;
     V* const d_hidden = tile.d_hidden;
     for (int k = 0; k < p.hidden_flat; ++k) d_hidden[k] = V{};
     units_to_lanes<R>(n_row_units, row_units, d_rows, d_hidden);
-    e.d_factor = row_sums(d_one);
     for (int k = 0; k < p.hidden_flat; ++k) {
       e.d_factor += d_hidden[k] * tile.features[k];
       d_hidden[k] *= e.factor;
     }
-    memset(static_cast<void*>(d_rows), 0, sizeof(R) * row_size);
-    memset(static_cast<void*>(d_one), 0, sizeof(R) * L * QL);
     tile.sweep_hidden(need_weights, need_geometry);
   }
 

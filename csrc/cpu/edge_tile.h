@@ -155,8 +155,7 @@ struct EdgeTile {
 
   // From d_hidden: gradients of the weights and, with `need_inputs`, of the frame.
   void sweep_hidden(bool need_weights, bool need_inputs) {
-    e.d_radius = V{};
-    for (int m = 0; m < p.d; ++m) e.d_first[m] = e.d_second[m] = V{};
+    clear_frame_gradients();
     V* const d_y = p.n_knots ? splines.d_y : p.n_layers ? mlp.d_y : e.d_inputs;
     if (p.kind == kPlanar) {
       const V* y = p.n_knots ? splines.y : mlp.normed + mlp.size_z - p.hidden_flat;
@@ -168,6 +167,17 @@ struct EdgeTile {
       splines.backward(e, n_edges, need_weights, need_inputs);
     else if (p.n_layers)
       mlp.backward(e, need_weights, need_inputs);
+  }
+
+  // The same from the gradients of evaluate_rows()'s rows, and that of the radial factor.
+  void sweep_rows(const R* d_rows, bool need_weights) {
+    clear_frame_gradients();
+    splines.backward_of_rows(e, d_rows, n_edges, need_weights);
+  }
+
+  void clear_frame_gradients() {
+    e.d_radius = V{};
+    for (int m = 0; m < p.d; ++m) e.d_first[m] = e.d_second[m] = V{};
   }
 
   void sweep_frame() {

@@ -16,7 +16,7 @@ struct Forward : Worker<R> {
   using Base::a, Base::p, Base::weights, Base::tile, Base::mixed, Base::ring, Base::ring_size, Base::n_ring;
   R* sums;  // T of ring_size nodes, as [w][slot, v]
 
-  Forward(const ConvArgs<Real<R>>& args, int64_t own_edges) : Base(args, own_edges, false) {
+  Forward(const ConvArgs<Real<R>>& args, int64_t own_edges) : Base(args, own_edges) {
     allocate(a, this->near, [&](Arena& arena) {
       this->place(arena, false);
       arena.take(sums, ring_size * p.n_sums);

@@ -17,22 +17,25 @@ struct Splines {
 
   const PlanView<Plain>* p;
   const R* table;          // [types · splines per type, row]
-  int n_read;              // coefficients of all fields that couplings read: of a row
-  int64_t row, n_numbers;  // padded; of the whole table
+  int64_t pad;             // of a row of channels
+  int64_t row, n_numbers;  // of table_row(); of the whole table
   V *y, *d_y;              // [hidden_flat], y is 0 where nothing reads it
-  V* read;                 // [n_read] of y or d_y
+  V* read;                 // [row] of y or d_y
   Plain* rows;             // [kPlanes, L, row] y or d_y edge by edge
   V weights[kPieces];      // of the four pieces that count
+  V scaled[kPieces];       // the same, times what interpolate() was given
   V slopes[kPieces];       // their derivatives in u; backward alone
   int64_t first[L];        // where these pieces begin in the table
   R *d_table, *d_u;        // as table, summed over all tiles of a block; [L, QL], sums over QL are ∂L/∂u
+  R* d_pieces;             // [kPieces, L, QL] sums over QL are the gradients of the pieces' weights
 
   void place(Arena& arena, const PlanView<Plain>& plan, const R* packed, bool backward) {
-    p = &plan, table = packed + plan.table, n_read = plan.channels * plan.n_read, row = padded(n_read);
+    p = &plan, table = packed + plan.table, pad = padded(plan.channels), row = table_row(plan);
     n_numbers = int64_t{plan.n_types} * splines_per_type(plan) * row;
-    arena.take(y, plan.hidden_flat), arena.take(read, n_read), arena.take(rows, kPlanes<R> * L * row);
+    arena.take(y, plan.hidden_flat), arena.take(read, row), arena.take(rows, kPlanes<R> * L * row);
     if (!backward) return;
     arena.take(d_y, plan.hidden_flat), arena.take(d_table, n_numbers), arena.take(d_u, int64_t{L} * QL);
+    arena.take(d_pieces, int64_t{kPieces} * L * QL);
   }
 
   // The pieces of B around u, and their derivatives. Beyond the last knot, and where u is NaN, the last ones.
@@ -72,10 +75,10 @@ struct Splines {
   // Every edge's row of what the couplings read, times its `scale`.
   void interpolate(const Edges<R>& e, V scale) {
     locate(e);
-    for (V& weight : weights) weight *= scale;
+    for (int k = 0; k < kPieces; ++k) scaled[k] = weights[k] * scale;
     for (int l = 0; l < L; ++l) {
       R w[kPieces];
-      for (int k = 0; k < kPieces; ++k) w[k] = number(weights[k], l);
+      for (int k = 0; k < kPieces; ++k) w[k] = number(scaled[k], l);
       int64_t x = 0;
       for (; x + L <= row; x += L) store(blend<V>(l, x, w), l, x);
       for (; x < row; x += QL) store(blend<Q>(l, x, w), l, x);
@@ -87,23 +90,55 @@ struct Splines {
     interpolate(e, V{} + 1);
     for (int k = 0; k < kPlanes<R>; ++k)
       rows_to_lanes<Plain>(
-          n_read, [&](int l) { return edge_row(k, l); }, [&](int, int at, int count) { return at + count <= row; },
-          plane<R>(read, k), kPlanes<R>);
-    for (int k = 0; k < n_read; ++k) y[coefficient(k)] = read[k];
+          static_cast<int>(row), [&](int l) { return edge_row(k, l); },
+          [&](int, int at, int count) { return at + count <= row; }, plane<R>(read, k), kPlanes<R>);
+    for (int w = 0; w < p->channels; ++w)
+      for (int k = 0; k < p->n_read; ++k) y[w * p->c + k] = read[k * pad + w];
     return y;
   }
 
   // From the gradient of hidden() (in this->d_y), of the first n_edges lanes: d_table and e.d_radius.
   void backward(Edges<R>& e, int n_edges, bool need_weights, bool need_radius) {
     for (int k = 0; k < p->n_inputs; ++k) e.d_inputs[k] = V{};
-    for (int k = 0; k < n_read; ++k) read[k] = d_y[coefficient(k)];
+    for (int w = 0; w < p->channels; ++w)
+      for (int k = 0; k < p->n_read; ++k) read[k * pad + w] = d_y[w * p->c + k];
     for (int k = 0; k < kPlanes<R>; ++k)
-      lanes_to_rows<Plain>(n_read, plane<R>(read, k), kPlanes<R>, [&](int l) { return edge_row(k, l); }, n_edges);
+      lanes_to_rows<Plain>(
+          static_cast<int>(row), plane<R>(read, k), kPlanes<R>, [&](int l) { return edge_row(k, l); }, n_edges);
     for (int l = 0; l < n_edges; ++l) {
       if (need_weights) add_to_table(l);
       if (need_radius) differentiate(l);
     }
     if (need_radius) e.d_radius += row_sums(d_u);
+  }
+
+  // From the gradients of interpolate()'s rows, [n_edges, row]: d_table, e.d_radius, and e.d_factor where the scale was
+  // e.factor.
+  void backward_of_rows(Edges<R>& e, const R* d_rows, int n_edges, bool need_weights) {
+    for (int k = 0; k < p->n_inputs; ++k) e.d_inputs[k] = V{};
+    for (int l = 0; l < n_edges; ++l) need_weights ? reverse_row<true>(l, d_rows) : reverse_row<false>(l, d_rows);
+    for (int l = n_edges; l < L; ++l)
+      for (int k = 0; k < kPieces; ++k) store_row(d_pieces + (k * L + l) * QL, Q{});
+    for (int k = 0; k < kPieces; ++k) {
+      const V d = row_sums(d_pieces + k * L * QL);
+      e.d_factor += weights[k] * d, e.d_radius += slopes[k] * d * e.factor;
+    }
+  }
+  template <bool kNeedWeights>
+  void reverse_row(int l, const R* d_rows) {
+    R w[kPieces];
+    Q sums[kPieces] = {};
+    for (int k = 0; k < kPieces; ++k) w[k] = number(scaled[k], l);
+    for (int64_t x = 0; x < row; x += QL) {
+      const Q d = load_row(d_rows + l * row + x);
+      const R* piece = table + first[l] + x;
+      R* d_piece = d_table + first[l] + x;
+      for (int k = 0; k < kPieces; ++k, piece += row, d_piece += row) {
+        sums[k] += load_row(piece) * d;
+        if (kNeedWeights) store_row(d_piece, load_row(d_piece) + d * w[k]);
+      }
+    }
+    for (int k = 0; k < kPieces; ++k) store_row(d_pieces + (k * L + l) * QL, sums[k]);
   }
 
   void add_to_table(int l) {
@@ -140,8 +175,6 @@ struct Splines {
     for (int k = 1; k < kPieces; ++k) sum += load_numbers<T>(piece + k * row) * w[k];
     return sum;
   }
-  // Where the k-th coefficient of a row is among all hidden ones.
-  int coefficient(int k) const { return k / p->n_read * p->c + k % p->n_read; }
   template <typename T>
   IST_INLINE void store(T q, int l, int64_t x) {
     if constexpr (is_dual<R>)

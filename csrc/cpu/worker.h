@@ -52,22 +52,21 @@ struct Worker {
   Products<R> products;
   NearList near;
   V* h;                      // all rows' channels, and last the constant one, times the radial factor
-  const bool by_rows;        // h but for its constant one stays in the splines' rows
+  const bool by_rows;        // all of h but the constant one stays in the splines' rows
   const int ring_size;       // nodes whose T are mixed together
   R* mixed;                  // [ring_size, n_mixed] outputs or their gradients, by field type
   int64_t ring[kMostNodes];  // nodes whose T are complete
   int n_ring = 0;
   bool untouched = true;  // the T of the current node
 
-  // needs_lanes: whether the hidden features are read in lanes, too
-  Worker(const ConvArgs<Real<R>>& args, int64_t own_edges, bool needs_lanes)
+  Worker(const ConvArgs<Real<R>>& args, int64_t own_edges)
       : a(args),
         p(*args.plan),
         weights(reinterpret_cast<const R*>(args.weights)),
         tile(args),
         products(*args.plan),
         near(p.regular ? own_edges : 0),
-        by_rows(!needs_lanes && !is_dual<R> && p.n_knots && p.kind == kZonal && channels_are_equal()),
+        by_rows(!is_dual<R> && p.n_knots && p.kind == kZonal && channels_are_equal()),
         ring_size(nodes_at_once()) {}
 
   // Whether every row of h has the same coefficient of one channel after the other.
@@ -104,6 +103,10 @@ struct Worker {
     products.evaluate(tile);
   }
 
+  // Where the splines' row of lane l holds a row of h, of all channels.
+  int64_t column_of(int row) const { return p.row[p.row_start[row]] * tile.splines.pad; }
+  const Real<R>* rows_of(int row, int l) const { return tile.splines.edge_row(0, l) + column_of(row); }
+
   // T = h ⊗ t over the lanes l0 .. l1-1, all into one node; added to that of its earlier lanes.
   void accumulate(R* node, int l0, int l1) {
     for_bundles(p.couplings, p.n_couplings, [&](const Group& bundle) {
@@ -117,10 +120,8 @@ struct Worker {
           untouched&& k == 0 ? update(Count<0>{}, hidden) : update(Count<1>{}, hidden);
         };
         if constexpr (!is_dual<R>) {
-          if (by_rows && row < p.n_rows) {
-            const Splines<R>& splines = tile.splines;
-            const R* first = splines.edge_row(0, 0) + p.row[p.row_start[row]];
-            update_with(numbers_at(first, int64_t{p.n_read}, splines.row));
+          if (by_rows && !bundle.q.constant) {
+            update_with(numbers_at(rows_of(row, 0), 1, tile.splines.row));
             continue;
           }
         }

@@ -150,15 +150,13 @@ class _Builder:
     # ---- the packed weights
 
     def pack_table(self) -> None:
-        """Spline by spline, each with one coefficient of all hidden fields, field by field: those that couplings read,
-        side by side and padded."""
+        """Spline by spline, each with the coefficients that couplings read, and of each a row of all channels."""
         self.table = 0
         if self.plan.is_frozen:
             first, channels = next(self.parameter_starts), self.plan.hidden_coefficients // self.n_coefficients
             parameters = np.arange(first, first + self.plan.table_size)
-            read = parameters.reshape(-1, channels, self.n_coefficients)[:, :, : self.terms.used]
-            read = read.reshape(-1, channels * self.terms.used)
-            filled = ((0, 0), (0, padded(read.shape[1]) - read.shape[1]))
+            read = parameters.reshape(-1, channels, self.n_coefficients)[:, :, : self.terms.used].swapaxes(1, 2)
+            filled = ((0, 0), (0, 0), (0, padded(channels) - channels))
             self.table = self.packing.add_copies(np.pad(read, filled, constant_values=-1).reshape(-1))
 
     def pack_hidden_layers(self) -> None:
