@@ -37,9 +37,14 @@ def is_differentiated() -> bool:
     return any(t.key() in (TransformType.Grad, TransformType.Jvp) for t in get_interpreter_stack() or ())
 
 
+def in_forward_mode() -> bool:
+    """Whether forward mode is active, in which tensors may have tangents."""
+    return forward_ad._current_level >= 0
+
+
 def have_tangents(tensors: Sequence[Tensor]) -> bool:
     """Whether forward mode differentiates one of ``tensors``."""
-    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    return in_forward_mode() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def refuse_derivatives(*tensors: Tensor) -> None:

@@ -65,7 +65,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _reproducible():
-    torch.default_generator.manual_seed(0)  # torch.manual_seed formats the stack for every kind of device
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:  # for devices that are not there it would format the stack
+        torch.default_generator.manual_seed(0)
     np.random.seed(0)
 
 

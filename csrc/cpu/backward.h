@@ -9,8 +9,8 @@ template <typename R>
 struct Backward : Worker<R> {
   using Base = Worker<R>;
   using V = typename Lane<R>::V;
-  using Base::a, Base::p, Base::weights, Base::tile, Base::products, Base::h, Base::mixed, Base::ring, Base::ring_size,
-      Base::n_ring;
+  using Base::a, Base::p, Base::weights, Base::tile, Base::products, Base::h, Base::by_rows, Base::mixed, Base::ring,
+      Base::ring_size, Base::n_ring;
   static constexpr int L = Lane<R>::L, QL = Lane<R>::QL;
   const bool need_geometry, need_weights, need_hidden;
   R* sums;                // T of one node, as [w][slot, v]
@@ -33,8 +33,8 @@ struct Backward : Worker<R> {
         need_geometry(a.grad_delta || a.grad_attr),
         need_weights(a.grad_weights),
         need_hidden(need_geometry || need_weights) {
-    for (int r = 0; r < p.n_rows && !this->by_rows; ++r) row_size += L * padded(p.row_start[r + 1] - p.row_start[r]);
-    if (this->by_rows) row_size = L * table_row(p);
+    for (int r = 0; r < p.n_rows; ++r) row_size += L * padded(p.row_start[r + 1] - p.row_start[r]);
+    if (by_rows) row_size = L * table_row(p);
     allocate(a, this->near, [&](Arena& arena) { place(arena); });
     products.set_constant_factors();
     list_units();
@@ -52,8 +52,11 @@ struct Backward : Worker<R> {
 
   void list_units() {
     int64_t at = 0;
-    for (int r = 0; r < p.n_rows && this->by_rows; ++r) row_at[r] = this->column_of(r);
-    for (int r = 0; r < p.n_rows && !this->by_rows; ++r) {
+    for (int r = 0; r < p.n_rows; ++r) {
+      if (by_rows) {
+        row_at[r] = this->column_of(r);
+        continue;
+      }
       const int n = p.row_start[r + 1] - p.row_start[r];
       const int64_t pad = padded(n);
       row_at[r] = at;
@@ -176,20 +179,11 @@ struct Backward : Worker<R> {
   IST_INLINE void run_block(const Group& bundle, int row, int place, int l0, int l1) {
     const CouplingView& q = bundle.q;
     const int64_t at = int64_t{l0} * p.product_size + place, pad = q.hidden_stride;
-    const auto products_from = [&](auto hidden) {
+    this->with_hidden(row, l0, tile.splines.row, 1, lane_by_lane(h + p.row_start[row], l0), [&](auto hidden) {
       rank_updates<false>(l1 - l0, products.d_t + at, p.product_size, hidden, d_sums_t + bundle.sums, bundle.width, 0,
                           q.n_hidden, bundle.width);
-    };
-    int64_t stride = pad;  // of d_rows
-    if constexpr (!is_dual<R>) {
-      if (this->by_rows) stride = tile.splines.row;
-      if (this->by_rows && !q.constant)
-        products_from(numbers_at(this->rows_of(row, l0), stride, 1));
-      else
-        products_from(lane_by_lane(h + p.row_start[row], l0));
-    } else {
-      products_from(lane_by_lane(h + p.row_start[row], l0));
-    }
+    });
+    const int64_t stride = by_rows ? tile.splines.row : pad;  // of d_rows
     const R* d = d_sums + current * p.n_slot_sums + bundle.slot_sums;
     if (q.constant)
       dots(l0, l1, products.t + at, d, bundle.width);
@@ -278,7 +272,7 @@ struct Backward : Worker<R> {
   void sweep_hidden_features() {
     Edges<R>& e = tile.e;
     e.d_factor = row_sums(d_one);
-    this->by_rows ? tile.sweep_rows(d_rows, need_weights) : sweep_lanes();
+    by_rows ? tile.sweep_rows(d_rows, need_weights) : sweep_lanes();
     memset(static_cast<void*>(d_rows), 0, sizeof(R) * row_size);
     memset(static_cast<void*>(d_one), 0, sizeof(R) * L * QL);
   }

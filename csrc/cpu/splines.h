@@ -16,18 +16,19 @@ struct Splines {
   static constexpr int L = Lane<R>::L, QL = Lane<R>::QL, kPieces = 4;
 
   const PlanView<Plain>* p;
-  const R* table;          // [types · splines per type, row]
-  int64_t pad;             // of a row of channels
-  int64_t row, n_numbers;  // of table_row(); of the whole table
-  V *y, *d_y;              // [hidden_flat], y is 0 where nothing reads it
-  V* read;                 // [row] of y or d_y
-  Plain* rows;             // [kPlanes, L, row] y or d_y edge by edge
-  V weights[kPieces];      // of the four pieces that count
-  V scaled[kPieces];       // the same, times what interpolate() was given
-  V slopes[kPieces];       // their derivatives in u; backward alone
-  int64_t first[L];        // where these pieces begin in the table
-  R *d_table, *d_u;        // as table, summed over all tiles of a block; [L, QL], sums over QL are ∂L/∂u
-  R* d_pieces;             // [kPieces, L, QL] sums over QL are the gradients of the pieces' weights
+  const R* table;      // [types · splines per type, row]
+  int64_t pad = 0;     // of a row of channels
+  int64_t row = 0;     // of table_row()
+  int64_t n_numbers;   // of the whole table
+  V *y, *d_y;          // [hidden_flat], y is 0 where nothing reads it
+  V* read;             // [row] of y or d_y
+  Plain* rows;         // [kPlanes, L, row] y or d_y edge by edge
+  V weights[kPieces];  // of the four pieces that count
+  V scaled[kPieces];   // the same, times what interpolate() was given
+  V slopes[kPieces];   // their derivatives in u; backward alone
+  int64_t first[L];    // where these pieces begin in the table
+  R *d_table, *d_u;    // as table, summed over all tiles of a block; [L, QL], sums over QL are ∂L/∂u
+  R* d_pieces;         // [kPieces, L, QL] sums over QL are the gradients of the pieces' weights
 
   void place(Arena& arena, const PlanView<Plain>& plan, const R* packed, bool backward) {
     p = &plan, table = packed + plan.table, pad = padded(plan.channels), row = table_row(plan);

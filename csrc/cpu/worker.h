@@ -107,6 +107,14 @@ struct Worker {
   int64_t column_of(int row) const { return p.row[p.row_start[row]] * tile.splines.pad; }
   const Real<R>* rows_of(int row, int l) const { return tile.splines.edge_row(0, l) + column_of(row); }
 
+  // f(a) with the numbers of a row of h: those in the splines' rows from lane l on, or else `lanes`.
+  template <typename Lanes, typename F>
+  IST_INLINE void with_hidden(int row, int l, int64_t j_step, int64_t k_step, Lanes lanes, F f) {
+    if constexpr (!is_dual<R>)
+      if (by_rows && row < p.n_rows) return f(numbers_at(rows_of(row, l), j_step, k_step));
+    f(lanes);
+  }
+
   // T = h ⊗ t over the lanes l0 .. l1-1, all into one node; added to that of its earlier lanes.
   void accumulate(R* node, int l0, int l1) {
     for_bundles(p.couplings, p.n_couplings, [&](const Group& bundle) {
@@ -116,16 +124,8 @@ struct Worker {
           rank_updates<decltype(add)::value == 1>(bundle.q.n_hidden, node + bundle.sums, bundle.width, hidden,
                                                   products.t + place, p.product_size, l0, l1, bundle.width);
         };
-        const auto update_with = [&](auto hidden) {
-          untouched&& k == 0 ? update(Count<0>{}, hidden) : update(Count<1>{}, hidden);
-        };
-        if constexpr (!is_dual<R>) {
-          if (by_rows && !bundle.q.constant) {
-            update_with(numbers_at(rows_of(row, 0), 1, tile.splines.row));
-            continue;
-          }
-        }
-        update_with(lanes_of(h + p.row_start[row]));
+        with_hidden(row, 0, 1, tile.splines.row, lanes_of(h + p.row_start[row]),
+                    [&](auto hidden) { untouched&& k == 0 ? update(Count<0>{}, hidden) : update(Count<1>{}, hidden); });
       }
     });
     untouched = false;

@@ -37,18 +37,11 @@ class ExactPlan : public FieldPlan {
   bool read_first_layer(const Plan<float>& p) {
     const LayerView<float>& layer = p.layers[0];
     first_.assign(int64_t{p.n_inputs} * width_, -1);
-    const int32_t* group = layer.groups;
-    for (int n = 0, at = layer.weight; n < layer.n_groups; ++n) {
-      const int n_rows = group[0], n_columns = group[1];
-      const int32_t *rows = group + 2, *columns = rows + n_rows;
-      for (int r = 0; r < n_rows; ++r)
-        for (int i = 0; i < n_columns; ++i, ++at) {
-          if (rows[r] % p.c != (columns[i] == 0 ? kEven : 0)) return false;
-          first_[columns[i] * width_ + rows[r] / p.c] = at;
-        }
-      group = columns + n_columns;
-    }
-    return true;
+    return for_weights(layer, [&](int row, int column, int, int at) {
+      if (row % p.c != (column == 0 ? kEven : 0)) return false;
+      first_[column * width_ + row / p.c] = at;
+      return true;
+    });
   }
 
   bool read_coupling(const Plan<float>& p, const CouplingView& q) {

@@ -90,6 +90,21 @@ class FieldPlan {
     if (place_all(p, kMostFields)) fields = kMostFields;
   }
 
+  // Whether f(row, column, columns of its group, place among the packed weights) holds for all weights of a layer.
+  template <typename F>
+  static bool for_weights(const LayerView<float>& layer, F f) {
+    const int32_t* group = layer.groups;
+    for (int n = 0, at = layer.weight; n < layer.n_groups; ++n) {
+      const int n_rows = group[0], n_columns = group[1];
+      const int32_t *rows = group + 2, *columns = rows + n_rows;
+      for (int r = 0; r < n_rows; ++r)
+        for (int i = 0; i < n_columns; ++i, ++at)
+          if (!f(rows[r], columns[i], n_columns, at)) return false;
+      group = columns + n_columns;
+    }
+    return true;
+  }
+
   static std::vector<int> factors_of(const Plan<float>& p, int place) {
     std::vector<int> found;
     for (int n = 0; n < p.n_products; ++n)

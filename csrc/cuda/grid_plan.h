@@ -64,24 +64,18 @@ class GridPlan : public FieldPlan {
     const LayerView<float>& layer = p.layers[0];
     first_.assign(int64_t{p.n_inputs} * width, -1);
     std::fill(grid_.position, grid_.position + 3, -1);
-    const int32_t* group = layer.groups;
-    for (int n = 0, at = layer.weight; n < layer.n_groups; ++n) {
-      const int n_rows = group[0], n_columns = group[1];
-      const int32_t *rows = group + 2, *columns = rows + n_rows;
-      for (int r = 0; r < n_rows; ++r)
-        for (int i = 0; i < n_columns; ++i, ++at) {
-          const int k = rows[r] % p.c;
-          if (columns[i] >= 3 ? k != grid_.constant : k < p.n_even || n_columns != 1) return false;
-          if (columns[i] < 3 && grid_.position[columns[i]] != k) {
-            if (grid_.position[columns[i]] >= 0) return false;
-            grid_.position[columns[i]] = k;
-          }
-          first_[columns[i] * width + rows[r] / p.c] = at;
-        }
-      group = columns + n_columns;
-    }
+    const bool fits = for_weights(layer, [&](int row, int column, int n_columns, int at) {
+      const int k = row % p.c;
+      if (column >= 3 ? k != grid_.constant : k < p.n_even || n_columns != 1) return false;
+      if (column < 3 && grid_.position[column] != k) {
+        if (grid_.position[column] >= 0) return false;
+        grid_.position[column] = k;
+      }
+      first_[column * width + row / p.c] = at;
+      return true;
+    });
     const int32_t* const of = grid_.position;
-    return of[0] >= 0 && of[1] >= 0 && of[2] >= 0 && of[0] != of[1] && of[0] != of[2] && of[1] != of[2];
+    return fits && of[0] >= 0 && of[1] >= 0 && of[2] >= 0 && of[0] != of[1] && of[0] != of[2] && of[1] != of[2];
   }
 
   bool read_coupling(const Plan<float>& p, const CouplingView& q) {

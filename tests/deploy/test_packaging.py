@@ -97,7 +97,7 @@ def test_a_program_without_python(packaged, tmp_path):
 
 
 def test_every_option_frozen_in_float32(tmp_path):
-    whole = potential(torch.float32, blocks=1, depthwise=True, correlation=2, zbl=True)
+    whole = potential(torch.float32, depthwise=True, correlation=2, zbl=True)
     frozen, structures = whole.freeze_table(knots=64), structure("crystal", torch.float32)
     deploy.package(frozen, tmp_path / "frozen.pt2")
     found = torch._inductor.aoti_load_package(str(tmp_path / "frozen.pt2"))(*inputs(structures))

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..._native import Number
-from ..._transforms import recorder, refuse_derivatives, refuse_tangents, refuse_transforms
+from ..._transforms import in_forward_mode, recorder, refuse_derivatives, refuse_tangents, refuse_transforms
 from ...graph import Graph
 from ...plan import Plan
 from ...plan.moments import NormStatistics, StatisticsSource
@@ -247,7 +246,7 @@ def run_bound(
     bound: BoundKernel, layer: Number, graph: Graph, measured: bool, inputs: Sequence[Tensor]
 ) -> tuple[Tensor, Sequence[NormStatistics]]:
     """What :func:`run` gives, of a layer that the native extension has under a number, on x, delta and attributes."""
-    if forward_ad._current_level >= 0:
+    if in_forward_mode():
         refuse_tangents(bound.backend, [*bound.learned, bound.bias, *inputs])
     found: list[Tensor] = []
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs, bound.bias, *bound.learned):

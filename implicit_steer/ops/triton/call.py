@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
-from torch.autograd import forward_ad
 
-from ..._transforms import recorder, refuse_derivatives, refuse_tangents, refuse_transforms
+from ..._transforms import in_forward_mode, recorder, refuse_derivatives, refuse_tangents, refuse_transforms
 from ...graph import Graph
 from ...plan import Plan
 from ...plan.moments import NormStatistics, StatisticsSource
@@ -210,7 +209,7 @@ def run(
     """bias + Σ_{e: j→i} K(x_e, a_e) f_j (N_dst, C_out), and the batch norms' statistics if they are measured."""
     refuse_transforms(_NAME)
     bound = bind(plan, parameters)
-    if forward_ad._current_level >= 0:
+    if in_forward_mode():
         refuse_tangents(_NAME, [x, delta, attributes, *bound.learned])
     attr = bound.handle.attributes_in_frame(attributes)
     found: list[NormStatistics] = []

@@ -43,34 +43,31 @@ class LayerInputs(NamedTuple):
 # ---- frame
 
 
-def harmonics_constants(p: Prepared) -> dict[str, Any]:
-    """Those with which kernels make the harmonics of a frame."""
+def edge_constants(p: Prepared) -> dict[str, Any]:
+    """Those with which kernels read an edge, and make its radial factor and the harmonics of its frame."""
     s, indices = p.sizes, p.tables.indices
     degrees = (indices[name].max(initial=0) for name in ("powers", "attribute_order") if name in indices)
     monomials = indices["powers"].shape[1] if "powers" in indices else 0
     return {
+        "KIND": s.kind,
+        "DIM": s.dim,
+        "NA": s.n_attributes,
         "NM": monomials,
         "BM": next_power_of_2(monomials, 16),
         "NQ": s.n_harmonics,
         "BQ": next_power_of_2(s.n_harmonics, 16),
         "DEGREE": int(max(degrees, default=0)),
+        "CUTOFF": s.has_cutoff,
+        "SOFT": SOFTENING[p.dtype],
+        "ZERO": ZERO[p.dtype],
         "PREC": "ieee" if p.dtype == torch.float64 else "tf32x3",
     }
 
 
 def _frame_constants(p: Prepared) -> dict[str, Any]:
     s = p.sizes
-    return harmonics_constants(p) | {
-        "KIND": s.kind,
-        "DIM": s.dim,
-        "NA": s.n_attributes,
-        "BA": next_power_of_2(s.n_attributes),
-        "NI": s.n_inputs,
-        "PAIRS": len(p.tables.indices["pairs"]),
-        "CUTOFF": s.has_cutoff,
-        "SOFT": SOFTENING[p.dtype],
-        "ZERO": ZERO[p.dtype],
-    }
+    own = {"BA": next_power_of_2(s.n_attributes), "NI": s.n_inputs, "PAIRS": len(p.tables.indices["pairs"])}
+    return edge_constants(p) | own
 
 
 def frame_forward(p: Prepared, delta: Tensor, attr: Tensor, order: Tensor, shell: Tensor) -> tuple[Tensor, ...]:

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernel_mlp import SOFTENING, ZERO
 from . import launch, spline
-from .launch_mlp import harmonics_constants
+from .launch_mlp import edge_constants
 from .prepared import Prepared
 from .sizes import cdiv, next_power_of_2
 
@@ -21,18 +20,8 @@ _TABLES = ("scalars", "harmonics", "powers", "plane")
 
 def _constants(p: Prepared) -> dict[str, Any]:
     s = p.sizes
-    return harmonics_constants(p) | {
-        "KIND": s.kind,
-        "DIM": s.dim,
-        "NA": s.n_attributes,
-        "NR": s.n_columns,
-        "BC": min(next_power_of_2(s.n_columns - 1), _COLUMNS),
-        "CUTOFF": s.has_cutoff,
-        "BOUNDED": s.bounded,
-        "EVEN": s.even,
-        "SOFT": SOFTENING[p.dtype],
-        "ZERO": ZERO[p.dtype],
-    }
+    block = min(next_power_of_2(s.n_columns - 1), _COLUMNS)
+    return edge_constants(p) | {"NR": s.n_columns, "BC": block, "BOUNDED": s.bounded, "EVEN": s.even}
 
 
 def _backward_constants(p: Prepared, store: bool) -> dict[str, Any]:
