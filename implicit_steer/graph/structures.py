@@ -128,9 +128,12 @@ class Structures:
         """(E, 3): ``pos[i] - pos[j] + shift @ cell``, target minus source; computed in float64, then rounded to
         ``dtype``, by default the dtype of ``shift``."""
         source, target = self.edge_index
-        pos, cells = self.pos.double(), self.cell.double()[self.batch[target]]  # [E, 3, 3]
+        pos, cell, shift = self.pos.double(), self.cell.double(), self.shift.double()
         delta = pos.index_select(0, target) - pos.index_select(0, source)
-        delta = delta + torch.einsum("ea,eab->eb", self.shift.double(), cells)
+        if self.num_graphs == 1:  # without a cell of its own for every edge
+            delta = delta + shift @ cell[0]
+        else:
+            delta = delta + torch.einsum("ea,eab->eb", shift, cell[self.batch[target]])
         return delta.to(self.shift.dtype if dtype is None else dtype)
 
     def copied(self) -> Structures:

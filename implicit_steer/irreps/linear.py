@@ -50,17 +50,21 @@ class Linear(NoTorchScript, torch.nn.Module):
         self.in_type = fields_of(self.irreps_in)
         self.out_type = fields_of(self.irreps_out)
         into, out = self.irreps_in.fields, self.irreps_out.fields
-        self._common = [irrep for irrep in out if irrep in into]
-        if not self._common:
+        common = [irrep for irrep in out if irrep in into]
+        if not common:
             fail("irreps_out", f"an irrep of irreps_in = {str(self.irreps_in)!r}", repr(str(self.irreps_out)))
-        self._shapes = [(len(out[irrep]), len(into[irrep]), irrep.size) for irrep in self._common]
+        self._shapes = [(len(out[irrep]), len(into[irrep]), irrep.size) for irrep in common]
         self.weights = torch.nn.Parameter(torch.empty(sum(u * v for u, v, _ in self._shapes)))
         draw(self.weights, np.concatenate([np.full(u * v, 1 / np.sqrt(v)) for u, v, _ in self._shapes]))
         scalars = self.irreps_out.scalars
         self.register_parameter("bias", torch.nn.Parameter(torch.zeros(len(scalars))) if bias and scalars else None)
-        read = np.concatenate([components(np.array(into[irrep]), irrep.size) for irrep in self._common])
-        written = np.concatenate([components(np.array(out[irrep]), irrep.size) for irrep in self._common])
-        self._places = Constants(read, written, np.array(scalars, dtype=int))
+        self._biased = [self.bias is not None and out[irrep] == scalars for irrep in common]
+        read, written = ([components(np.array(side[irrep]), irrep.size) for irrep in common] for side in (into, out))
+        if self.bias is not None and not any(self._biased):  # scalars that x lacks
+            written.append(np.array(scalars))
+        self._starts = [int(places[0]) if np.all(np.diff(places) == 1) else None for places in read]
+        self._in_order = np.array_equal(np.concatenate(written), np.arange(self.irreps_out.size))
+        self._places = Constants(np.concatenate(written), *read)
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of the constructor, by name."""
@@ -72,19 +76,29 @@ class Linear(NoTorchScript, torch.nn.Module):
         check_features(x, self.irreps_in.size)
         check_dtype("x", x, self.weights.dtype)
         given, x = x.dtype, x.to(self.weights.dtype)
-        read, written, scalars = self._places.like(x)
-        of_irreps = x.index_select(1, read).split([v * size for _, v, size in self._shapes], 1)
+        written, *read = self._places.like(x)
         matrices = self.weights.split([u * v for u, v, _ in self._shapes])
-        mixed = [
-            torch.einsum("uv,nvm->num", matrix.view(u, v), part.unflatten(1, (v, size))).flatten(1)
-            for matrix, part, (u, v, size) in zip(matrices, of_irreps, self._shapes, strict=True)
-        ]
-        # x.shape[0]: torch.export takes len(x) for a constant
-        y = x.new_zeros(x.shape[0], self.irreps_out.size).index_copy(1, written, torch.cat(mixed, 1))
-        if self.bias is not None:
-            y = y.index_add(1, scalars, self.bias.expand(x.shape[0], -1))
+        mixed = []
+        for n, (u, v, size) in enumerate(self._shapes):
+            start = self._starts[n]
+            part = x.index_select(1, read[n]) if start is None else x.narrow(1, start, v * size)
+            mixed.append(_mix(matrices[n].view(u, v), self.bias if self._biased[n] else None, part, size))
+        if self.bias is not None and not any(self._biased):
+            mixed.append(self.bias.expand(x.shape[0], -1))  # torch.export takes len(x) for a constant
+        y = torch.cat(mixed, 1)
+        if not self._in_order:
+            y = x.new_zeros(x.shape[0], self.irreps_out.size).index_copy(1, written, y)
         return y.to(given)
 
     def extra_repr(self) -> str:
         """What distinguishes this map."""
         return f"{self.irreps_in} -> {self.irreps_out}, bias={self.bias is not None}"
+
+
+def _mix(matrix: Tensor, bias: Tensor | None, x: Tensor, size: int) -> Tensor:
+    """Σ_v W[u, v] x[v] + b[u] of fields of one size: (N, V · size) → (N, U · size)."""
+    if size > 1:  # one product of matrices for all components, which stand in rows of their own
+        u, v = matrix.shape
+        rows = x.unflatten(1, (v, size)).transpose(1, 2).reshape(-1, v)
+        return (rows @ matrix.t()).view(-1, size, u).transpose(1, 2).flatten(1)
+    return x @ matrix.t() if bias is None else torch.addmm(bias, x, matrix.t())

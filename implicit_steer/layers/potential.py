@@ -340,9 +340,12 @@ def derivatives(
 
 def strain_gradient(delta: Tensor, g: Tensor, structures: Structures) -> Tensor:
     """∂E/∂ε (B, 3, 3) in eV, symmetric, from the edges' vectors ``delta`` (E, 3) and ``g`` = ∂E/∂delta."""
-    outer = 0.5 * (delta[:, :, None] * g[:, None] + g[:, :, None] * delta[:, None])
-    owner = structures.batch[structures.edge_index[1]]
-    return outer.new_zeros(structures.cell.shape).index_add(0, owner, outer)
+    if structures.num_graphs == 1:  # one product of matrices
+        sums = (delta.T @ g)[None]
+    else:
+        owner = structures.batch[structures.edge_index[1]]
+        sums = g.new_zeros(structures.cell.shape).index_add(0, owner, delta[:, :, None] * g[:, None])
+    return 0.5 * (sums + sums.mT)
 
 
 def _lost(structures: Structures) -> Tensor:

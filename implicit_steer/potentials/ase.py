@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 
 from .._check import load_extra, require
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from .potential import Potential
 
 _base = load_extra("ase.calculators.calculator", "ase")
+_COUNTS = ("positions", "numbers", "cell", "pbc")
 _voigt = load_extra("ase.stress", "ase").full_3x3_to_voigt_6_stress
 
 
@@ -62,6 +64,12 @@ class Calculator(_base.Calculator):
         require(not self.parameters, "kwargs", expected, dict(self.parameters), remedy, TypeError)
         self._evaluator = Evaluator(potential, skin)
         self.potential, self.skin = self._evaluator.potential, self._evaluator.skin
+
+    def check_state(self, atoms: Atoms, tol: float = 0) -> list[str]:
+        """What has changed since the last calculation, of what counts; ASE compares more, which takes longer."""
+        if self.atoms is None:
+            return list(_base.all_changes)
+        return [name for name in _COUNTS if not np.array_equal(getattr(atoms, name), getattr(self.atoms, name))]
 
     def calculate(self, atoms: Atoms | None = None, properties=("energy",), system_changes=_base.all_changes) -> None:
         """Fill ``results``, with the stress where the cell has a volume."""
