@@ -2,12 +2,15 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import griffe
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -28,23 +31,18 @@ def code_of(page):
     return "\n".join(lines)
 
 
-def run(*command, cwd=ROOT):
-    """A fresh process of Python that has ended, with what it printed."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
-
-
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if code_of(page)], ids=lambda page: page.stem)
-def test_code_runs(page, tmp_path):
+def test_code_runs(page, tmp_path, monkeypatch, one_thread):
     script = tmp_path / f"{page.stem.replace('-', '_')}.py"
     script.write_text(code_of(page))
-    done = run(script.name, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    # Traced as by default, but no C++ is written and compiled, which takes a minute: test_packaging.py does so.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def test_what_is_supported_is_what_the_code_answers():
@@ -53,7 +51,9 @@ def test_what_is_supported_is_what_the_code_answers():
         "import os, runpy; os.environ['TRITON_INTERPRET'] = '1'; import fast_interpreter; fast_interpreter.install();"
         "runpy.run_path('docs/support.py', run_name='__main__')"
     )
-    done = run("-c", script)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     tables = done.stdout[done.stdout.index("| group |") :]
     for page in (ROOT / "README.md", ROOT / "docs" / "support.md"):

@@ -2,11 +2,9 @@
 
 import importlib.util
 import re
-import signal
 from pathlib import Path
 
 import pytest
-import torch
 
 DOCS = Path(__file__).parents[2] / "docs"
 SPEC = importlib.util.spec_from_file_location("render", DOCS / "render.py")
@@ -15,16 +13,6 @@ SPEC.loader.exec_module(render)
 ALL = sorted(render.TUTORIALS.glob("*.py"))
 PYG = importlib.util.find_spec("torch_geometric") is not None
 TUTORIALS = [path for path in ALL if PYG or path.stem != "irreps"]  # `make test-slow` runs that one beside PyG
-
-
-@pytest.fixture
-def one_thread():
-    """Tutorials set their own seeds, and share a machine and, where they call commands, SIGINT with other tests."""
-    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, handler)
 
 
 def test_the_tutorials_are_there():
