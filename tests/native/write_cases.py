@@ -1,5 +1,5 @@
 """Writes the case files of the native tests: ``PYTHONPATH=.:tests/support python tests/native/write_cases.py DIR``;
-those for the emulated CUDA kernels alone are in DIR/gpu.
+those for the emulated CUDA kernels alone are in DIR/gpu, those for the native loops alone in DIR/cpu.
 
 A case file is a sequence of arrays, each a line of text ``name dtype size size ...\\n`` (one size per axis) followed by
 the numbers, C order, little endian, and nothing else. dtype: int32, int64 or float64.
@@ -14,7 +14,7 @@ from `reference`. Second derivatives are those of the output and of all gradient
 import copy
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,8 @@ import torch
 from helpers import layer, outcome, random_edges, unchanged, with_edges
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from implicit_steer import Graph
+from implicit_steer import EdgeTypes, Graph
+from implicit_steer.layers.fields import values
 from implicit_steer.ops.native.bound import BoundKernel
 from implicit_steer.ops.select import BACKENDS
 from implicit_steer.plan.moments import MEASURED
@@ -33,6 +34,13 @@ warnings.filterwarnings("ignore", message="edge_delta: the kernel's shell")
 
 # No layer is bound under a number: the operators on tensors take everything that a case file holds.
 BoundKernel.number = lambda kernel: None
+
+
+@dataclass
+class TypedProblem(Problem):
+    """A problem whose edges have types in place of attributes."""
+
+    types: EdgeTypes
 
 
 class Recorder(TorchDispatchMode):
@@ -57,7 +65,8 @@ class Recorder(TorchDispatchMode):
 def run(problem, conv):
     """The layer's output; sources and targets may be different sets."""
     x = conv.in_type(problem.x, problem.pos), problem.graph.num_dst
-    return conv(x, problem.graph, problem.delta, problem.attributes).tensor
+    attributes = problem.types if isinstance(problem, TypedProblem) else problem.attributes
+    return values(conv(x, problem.graph, problem.delta, attributes))
 
 
 def flat(tensors):
@@ -92,7 +101,8 @@ def directions(conv, problem, gradients):
 
 def second_order(conv, problem):
     """A direction of the inputs, "tangent_x" …; along it and all directions of the parameters at once, the derivatives
-    of the output and of every gradient: "out_t", "grad_x_t" …, "slope_t"; from `reference`."""
+    of the output and of every gradient: "out_t", "grad_x_t" …, "slope_t"; from `reference`. Nothing depends on the
+    numbers of types."""
     problem, v_parameters = copy.copy(problem), along_parameters(conv)
     inputs = dict(zip(("x", "delta", "attr"), problem.requires_grad(), strict=False))
     leaves = [*inputs.values(), *conv.implicit_kernel.parameters()]
@@ -110,9 +120,6 @@ def second_order(conv, problem):
     arrays = {"out_t": of_out, "slope_t": torch.stack(slopes)}
     arrays |= {f"tangent_{name}": t for name, t in zip(inputs, v_inputs, strict=True)}
     arrays |= {f"grad_{name}_t": g for name, g in zip(inputs, found, strict=False)}
-    if "attr" not in inputs:  # (E, 0)
-        nothing = problem.delta.detach()[:, :0]
-        arrays |= {"tangent_attr": nothing, "grad_attr_t": nothing}
     return arrays
 
 
@@ -140,7 +147,8 @@ def arrays_of(conv, problem):
     else:
         arrays["running"] = running
     arrays |= {"out": expected["out"], "grad_x": expected["grad x"], "grad_delta": expected["grad delta"]}
-    arrays["grad_attr"] = expected.get("grad attributes", call["attr"])  # without attributes (E, 0)
+    nothing = torch.zeros_like(call["attr"])  # where there are no attributes, or types in their place
+    arrays |= {"grad_attr": expected.get("grad attributes", nothing), "tangent_attr": nothing, "grad_attr_t": nothing}
     near = call["delta"].norm(dim=1).min() < 0.1 if len(call["delta"]) else False  # see conv_test.cpp
     arrays["near"] = torch.tensor([int(near)])
     return arrays | directions(conv, problem, expected) | second_order(conv, problem)
@@ -156,6 +164,8 @@ def write(path, arrays):
 
 
 # ---- the cases
+
+WIDE = Case("wide", "O(3)", "9 scalar+vector", "11 scalar, 2 vector", "1 scalar", n_layers=2, n_channels=9)
 
 
 def on(problem, edges, sizes):
@@ -219,6 +229,16 @@ def nodes(n, e):
     return lambda problem: on(problem, random_edges(e, n, n), (n, n))
 
 
+def table(case, change=lambda problem: problem, rows=None, knots=9, **options):
+    """A layer with splines in place of its hidden layers, for each of these rows of attributes, and its problem."""
+    conv = layer(case, "eval", **options)
+    problem = change(case.inputs(conv))
+    if rows is not None:
+        types = EdgeTypes(torch.arange(len(problem.delta)) % len(rows), rows)
+        problem = TypedProblem(**vars(problem) | {"attributes": None}, types=types)
+    return conv.freeze_table(rows, knots), problem
+
+
 def radius(r):
     """The problem with every other edge of that length."""
 
@@ -272,6 +292,18 @@ def gpu_cases():
     }
 
 
+def cpu_cases():
+    """What `cpu` alone computes: splines in place of hidden layers."""
+    plain = {name: replace(SMALL[name], attributes=None) for name in ("o3-l2", "so2")}
+    rows = torch.tensor([[0.3], [-1.2], [0.9]], dtype=torch.float64)
+    return {
+        "table": table(plain["o3-l2"], near_skewed, activation="silu"),
+        "table-planar": table(plain["so2"], skewed),
+        "table-types": table(WIDE, near_skewed, rows, cutoff=2.0),
+        "table-blocks": table(SMALL["o3"], nodes(100, 2500), rows, 4),
+    }
+
+
 def cases():
     """Name → layer, problem: all frames, all activations, with and without batch statistics, kinds of graph."""
 
@@ -280,7 +312,6 @@ def cases():
         conv = layer(case, configuration, **options)
         return conv, change(case.inputs(conv))
 
-    wide = Case("wide", "O(3)", "9 scalar+vector", "11 scalar, 2 vector", "1 scalar", n_layers=2, n_channels=9)
     sizes = {"n_layers": 3, "n_channels": 8}  # that CUDA kernels are specialised for
     specialised = Case("specialised", "O(3)", "6 scalar+vector", "3 scalar+vector", "2 scalar", **sizes)
     specialised_l2 = Case("specialised-l2", "O(3)", "2 scalar+vector+l2", "2 scalar+l2", "1 scalar", **sizes)
@@ -292,7 +323,7 @@ def cases():
     return {
         "grid-odd": made(specialised_grid, "eval", nodes(6, 40), sampling="escnn"),
         "zonal": made("o3"),
-        "zonal-wide": made(wide),
+        "zonal-wide": made(WIDE),
         "zonal-specialised": made(specialised, "no norm", skewed),
         "zonal-specialised-short-edges": made(specialised_deep, "eval", lambda problem: short_edges(skewed(problem))),
         "zonal-specialised-train": made(specialised_l2, "train", near_skewed),
@@ -323,7 +354,8 @@ def cases():
 
 
 def main():
-    for folder, made in ((Path(sys.argv[1]), cases()), (Path(sys.argv[1]) / "gpu", gpu_cases())):
+    for subfolder, made in (("", cases()), ("gpu", gpu_cases()), ("cpu", cpu_cases())):
+        folder = Path(sys.argv[1]) / subfolder
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("*.case"):
             stale.unlink()
