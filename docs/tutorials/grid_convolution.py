@@ -57,7 +57,7 @@ def head(invariants):
 class Steerable(torch.nn.Module):
     """Digits → ten numbers, invariant to the group of ``gspace``."""
 
-    def __init__(self, gspace, width=40, invariants=32):
+    def __init__(self, gspace, width=20, invariants=32):
         super().__init__()
         size = FourierActivation(gspace, 1, 2).in_type.size
         self.activation = FourierActivation(gspace, width // size, 2, sampling="circle-16")
@@ -78,7 +78,7 @@ class Steerable(torch.nn.Module):
         return self.head(self.third(x).tensor)
 
 
-def plain(width=40, invariants=32):
+def plain(width=20, invariants=32):
     """The same with ordinary convolutions."""
     parts, size = [], 1
     for _ in range(2):
