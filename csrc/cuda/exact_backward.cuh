@@ -9,8 +9,9 @@
 //   T         as on the way forward; dθ[path, u, v, w] += Σ_slot g[u] T[slot, v, w] at the end of the node
 //   reverse   the MLP back from d_c, its weights' gradients, the gradients of positions and attributes
 //
-// Lane 4 g + t has edge g of a step, its fields and channels 2 t and 2 t + 1. Gradients of the features go to memory
-// edge by edge; those of the weights are sums of the warp's own (exact_gradients.cuh).
+// Lane 4 g + t has edge g of a step, its fields and channels 2 t and 2 t + 1; of more than 8 fields there are several
+// such blocks, each of which goes through the node's edges. Gradients of the features go to memory edge by edge; those
+// of the weights are sums of the warp's own (exact_gradients.cuh).
 #pragma once
 
 #include "exact_gradients.cuh"
@@ -19,11 +20,13 @@
 namespace implicit_steer::IST_ISA {
 
 // Of a warp's shared memory: what all kernels have, numbers of the edges, gradients of their geometry (direction, P)
-// and along the radius, g, of the constant hidden feature [v, (scalar, x, y, z)], dT [slot, v, w]; behind it its
-// layers.
+// and along the radius, g, of the constant hidden feature [v, (scalar, x, y, z)], dT [slot, v, w], where there are
+// several blocks of fields d_c so far [edge, l, w]; behind it its layers.
+template <typename S>
+constexpr int kUnfinished = ExactTiles<S>::blocks > 1 ? 32 * S::Slots::degrees * S::width : 0;
 template <typename S>
 constexpr int kExactBackwardSize =
-    ExactMemory<S>::warp + 32 + 128 + 32 + 32 + 32 + S::Slots::count * S::fields * S::width;
+    ExactMemory<S>::warp + 32 + 128 + 32 + 8 * S::fields + S::Slots::count * S::fields * S::width + kUnfinished<S>;
 template <typename S>
 IST_HOST_DEVICE int exact_backward_size(const PlanView<float>& p) {
   return kExactBackwardSize<S> + (p.n_layers - 1) * KeptLayers<S>::of_layer;
@@ -35,11 +38,10 @@ struct ExactBackward : ExactWarp<S> {
   using Base::a, Base::p, Base::exact, Base::lane, Base::group, Base::pair, Base::number, Base::first, Base::last;
   using Base::theta, Base::constant, Base::sums, Base::constant_sums, Base::mlp, Base::records, Base::sources;
   using typename Base::Slots, typename Base::Tiles, typename Base::Memory;
-  static_assert(Tiles::blocks == 1);
   static constexpr int square = S::fields * S::width;
   const bool mean, need_weights, need_geometry;
   int32_t* edges;
-  float *moved, *along, *grad, *of_constant, *d_t;
+  float *moved, *along, *grad, *of_constant, *d_t, *unfinished;
   KeptLayers<S> kept;
   ExactGradients<S> gradients;
 
@@ -50,7 +52,8 @@ struct ExactBackward : ExactWarp<S> {
         need_geometry(a.grad_delta || a.grad_attr),
         gradients(call.sums, number, p) {
     edges = reinterpret_cast<int32_t*>(this->rest);
-    moved = this->rest + 32, along = moved + 128, grad = along + 32, of_constant = grad + 32, d_t = of_constant + 32;
+    moved = this->rest + 32, along = moved + 128, grad = along + 32, of_constant = grad + 4 * S::fields;
+    d_t = of_constant + 4 * S::fields, unfinished = d_t + Slots::count * square;
     kept = {records + kExactBackwardSize<S>};
   }
 
@@ -58,13 +61,21 @@ struct ExactBackward : ExactWarp<S> {
 
   // Behind it all lanes find g, dT and the gradient of the constant hidden feature's products in the warp's memory.
   __device__ __forceinline__ void start(int node) {
-    const int output = global_memory(exact.out)[lane];
-    float g = output < 0 ? 0 : a.grad_out[int64_t{node} * p.out_size + output];
-    if (mean) g /= static_cast<float>(this->index(a.rowptr, node + 1) - this->index(a.rowptr, node));
-    grad[lane] = g;
+#pragma unroll
+    for (int at = lane; at < 4 * S::fields; at += 32) {
+      const int output = global_memory(exact.out)[at];
+      float g = output < 0 ? 0 : a.grad_out[int64_t{node} * p.out_size + output];
+      if (mean) g /= static_cast<float>(this->index(a.rowptr, node + 1) - this->index(a.rowptr, node));
+      grad[at] = g;
+    }
     __syncwarp();
+#pragma unroll 1
+    for (int v = group; v < S::fields; v += 8) start_field(v);
+  }
+
+  __device__ __forceinline__ void start_field(int v) const {
     float d[Slots::count][2] = {}, d_constant = 0;
-    const float* const of_lane = theta + group * S::width + 2 * pair;
+    const float* const of_lane = theta + v * S::width + 2 * pair;
 #pragma unroll
     for (int u = 0; u < S::fields; ++u) {
       const auto of_field = neighbours<4>(grad + 4 * u);
@@ -77,28 +88,32 @@ struct ExactBackward : ExactWarp<S> {
           for (int j = 0; j < 2; ++j)
             if (Slots::path(slot) == path) d[slot][j] += two.at[j] * of_field.at[Slots::component(slot)];
       }
-      d_constant += constant[((pair > 0) * S::fields + u) * S::fields + group] * grad[4 * u + pair];
+      d_constant += constant[((pair > 0) * S::fields + u) * S::fields + v] * grad[4 * u + pair];
     }
-    of_constant[lane] = d_constant;
+    of_constant[4 * v + pair] = d_constant;
 #pragma unroll
     for (int slot = 0; slot < Slots::count; ++slot)
-      neighbours<2>(d_t + slot * square + group * S::width + 2 * pair) = {d[slot][0], d[slot][1]};
+      neighbours<2>(d_t + slot * square + v * S::width + 2 * pair) = {d[slot][0], d[slot][1]};
   }
 
   // The sums' part of the edges so far of a node.
   __device__ __forceinline__ void add_theta() const {
 #pragma unroll
+    for (int block = 0; block < Tiles::blocks; ++block) add_theta(block);
+  }
+  __device__ __forceinline__ void add_theta(int block) const {
+#pragma unroll(S::large ? 1 : S::fields / 2)
     for (int two_fields = 0; two_fields < S::fields / 2; ++two_fields) {
       const Neighbours<float, 4> g[2] = {neighbours<4>(grad + 8 * two_fields),
                                          neighbours<4>(grad + 8 * two_fields + 4)};
 #pragma unroll
       for (int path = 0; path < Slots::paths; ++path) {
-        auto& to = gradients.four(ExactGradients<S>::of_theta(path, two_fields));
+        auto& to = gradients.four(ExactGradients<S>::of_theta(path, block, two_fields));
         Neighbours<float, 4> sum = to;
 #pragma unroll
         for (int slot = 0; slot < Slots::count; ++slot) {
           if (Slots::path(slot) != path) continue;
-          const float* const t = &sums[Tiles::tile(slot, 0)][Tiles::row(slot, 0) % 2 * 2];
+          const float* const t = &sums[Tiles::tile(slot, block, 0)][Tiles::row(slot, block) % 2 * 2];
 #pragma unroll
           for (int i = 0; i < 4; ++i) sum.at[i] += g[i / 2].at[Slots::component(slot)] * t[i % 2];
         }
@@ -107,28 +122,32 @@ struct ExactBackward : ExactWarp<S> {
     }
     float whole[4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) whole[k] = sum_lanes(constant_sums[0][k], 1, 4);
-    Neighbours<float, 4> sum = gradients.four(ExactGradients<S>::constant);
+    for (int k = 0; k < 4; ++k) whole[k] = sum_lanes(constant_sums[block][k], 1, 4);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const auto g = neighbours<4>(grad + 8 * pair + 4 * i);
-      sum.at[2 * i] += g.at[0] * whole[0];
-      sum.at[2 * i + 1] += g.at[1] * whole[1] + g.at[2] * whole[2] + g.at[3] * whole[3];
+    for (int out_block = 0; out_block < Tiles::blocks; ++out_block) {
+      auto& to = gradients.four(ExactGradients<S>::of_constant(block, out_block));
+      Neighbours<float, 4> sum = to;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const auto g = neighbours<4>(grad + 32 * out_block + 8 * pair + 4 * i);
+        sum.at[2 * i] += g.at[0] * whole[0];
+        sum.at[2 * i + 1] += g.at[1] * whole[1] + g.at[2] * whole[2] + g.at[3] * whole[3];
+      }
+      to = sum;
     }
-    gradients.four(ExactGradients<S>::constant) = sum;
   }
 
   // ---- its edges
 
-  // dT as fragments of B: [w, v] to multiply c with, [v, w] to multiply slots with. A row's element t is w or v = 2 t,
-  // element t + 4 the next one.
+  // dT of a block of fields as fragments of B: [w, v] to multiply c with, [v, w] to multiply slots with. A row's
+  // element t is w or v = 2 t, element t + 4 the next one.
   struct Fragments {
     Split<2> by_channel[Slots::count], by_field[Slots::count];
   };
-  __device__ __forceinline__ void load(Fragments& b) const {
+  __device__ __forceinline__ void load(Fragments& b, int block) const {
 #pragma unroll
     for (int slot = 0; slot < Slots::count; ++slot) {
-      const float* const of_slot = d_t + slot * square;
+      const float* const of_slot = d_t + slot * square + block * 8 * S::width;
       const auto two = neighbours<2>(of_slot + group * S::width + 2 * pair);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -138,8 +157,9 @@ struct ExactBackward : ExactWarp<S> {
     }
   }
 
-  // Edges at .. at + 7 of the chunk before `stop`, all into one node.
-  __device__ __forceinline__ void step_back(int at, int stop, const Fragments& b) {
+  // Edges at .. at + 7 of the chunk before `stop`, all into one node, and a block of its fields.
+  __device__ __forceinline__ void step_back(int at, int stop, const Fragments& b, int block) {
+    const bool begins = Tiles::blocks == 1 || block == 0, ends = block == Tiles::blocks - 1;
     const int mine = at + group, place = mine < stop ? mine : at;
     const bool there = mine < stop;
     float* const record = records + place * Memory::record;
@@ -150,7 +170,7 @@ struct ExactBackward : ExactWarp<S> {
     typename Slots::Reverse back[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      this->field(x, 2 * pair + i, f[i]);
+      this->field(x, 8 * block + 2 * pair + i, f[i]);
       Slots::evaluate(f[i], u, slots[i]);
     }
 #pragma unroll
@@ -171,29 +191,34 @@ struct ExactBackward : ExactWarp<S> {
 #pragma unroll
         for (int i = 0; i < 2; ++i) back[i].add(slot, d[i] + d[2 + i], f[i], u, slots[i][4], d_u);
       }
-      const float first_channel = d_c[0] + d_c[2], second_channel = d_c[1] + d_c[3];
-      parts[l > 0] += c.at[0] * first_channel + c.at[1] * second_channel;
-      if (there) neighbours<2>(of_degree) = {first_channel, second_channel};
+      Neighbours<float, 2> of_block{d_c[0] + d_c[2], d_c[1] + d_c[3]};
+      parts[l > 0] += c.at[0] * of_block.at[0] + c.at[1] * of_block.at[1];
+      float* const so_far = unfinished + (mine * Slots::degrees + l) * S::width + 2 * pair;
+      if (there && !begins) of_block = sum_of(neighbours<2>(so_far), of_block);
+      if (there) neighbours<2>(ends ? of_degree : so_far) = of_block;
     }
     float of_factor = 0;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       back[i].finish(f[i], u, d_u);
-      const auto d = neighbours<4>(of_constant + 8 * pair + 4 * i);
+      const auto d = neighbours<4>(of_constant + 32 * block + 8 * pair + 4 * i);
 #pragma unroll
       for (int k = 0; k < 4; ++k) back[i].f[k] += d.at[k] * geometry.at[3], of_factor += d.at[k] * f[i][k];
-      if (there && a.grad_edge) store_field(edges[place], i, back[i].f);
+      if (there && a.grad_edge) store_field(edges[place], 8 * block + 2 * pair + i, back[i].f);
     }
     const float product = sum_lanes(parts[0] + parts[1] + geometry.at[3] * of_factor, 1, 4);
     const float higher = sum_lanes(parts[1], 1, 4);
 #pragma unroll
     for (int k = 0; k < 3; ++k) d_u[k] = sum_lanes(d_u[k], 1, 4);
-    if (there && pair == 0) neighbours<4>(moved + 4 * mine) = {d_u[0], d_u[1], d_u[2], product}, along[mine] = higher;
+    if (!there || pair != 0) return;
+    Neighbours<float, 4> sum{d_u[0], d_u[1], d_u[2], product};
+    auto& to = neighbours<4>(moved + 4 * mine);
+    along[mine] = begins ? higher : along[mine] + higher;
+    to = begins ? sum : sum_of(to, sum);
   }
 
-  __device__ __forceinline__ void store_field(int64_t edge, int i, const float (&d_f)[4]) const {
+  __device__ __forceinline__ void store_field(int64_t edge, int v, const float (&d_f)[4]) const {
     float* const to = a.grad_edge + edge * p.in_size;
-    const int v = 2 * pair + i;
     if (exact.quads) {
       if (v < exact.n_scalars) neighbours<4>(to + this->scalars[v]) = {d_f[0], d_f[1], d_f[2], d_f[3]};
       return;
@@ -360,10 +385,13 @@ struct ExactBackward : ExactWarp<S> {
         if (!goes_on) start(node);
         if (need_weights) sum_edges(at, stop, goes_on, ends || from + n == last);
         __syncwarp();
-        Fragments fragments;
-        load(fragments);
 #pragma unroll 1
-        for (; at < stop; at += 8) step_back(at, stop, fragments);  // loop: edges
+        for (int block = 0; block < Tiles::blocks; ++block) {
+          Fragments fragments;
+          load(fragments, block);
+#pragma unroll 1
+          for (int step = at; step < stop; step += 8) step_back(step, stop, fragments, block);  // loop: edges
+        }
         at = stop, goes_on = !ends;
         while (from + at < last && end == from + at) end = this->index(a.rowptr, ++node + 1);
       }
@@ -385,12 +413,16 @@ struct ExactBackward : ExactWarp<S> {
   }
 };
 
-// With the path u × x there is shared memory for two blocks, and registers for more fragments.
+// With the path u × x there is shared memory for two blocks, and registers for more fragments; of large ones for one.
 template <typename S>
-constexpr int kExactBackwardResident = S::Slots::count > 11 ? 2 : kResident<float>;
+constexpr int kExactBackwardThreads = S::large ? 256 : kThreads;
+template <typename S>
+constexpr int kExactBackwardResident = S::large               ? 1
+                                       : S::Slots::count > 11 ? 2
+                                                              : kResident<float>;
 
 template <typename S>
-__global__ void __launch_bounds__(kThreads, kExactBackwardResident<S>)
+__global__ void __launch_bounds__(kExactBackwardThreads<S>, kExactBackwardResident<S>)
     exact_backward(const __grid_constant__ ExactCall call) {
   ExactBackward<S> warp(call);
   if (warp.number < call.shape.warps) warp.walk();

@@ -13,10 +13,12 @@ struct ExactGradients {
   using Slots = typename S::Slots;
   using Tiles = ExactTiles<S>;
   static constexpr int square = S::width * S::width;
-  // Where each sum begins: [path, u / 2, lane, (u, w)], [lane, (u, constant)], [lane], [1 + n_inputs, lane]; then layer
-  // by layer [c / 2, lane, (coefficient, column)], [lane]. Lane 4 g + t has v = g and w (or u) = 2 t and 2 t + 1; of
-  // the MLP's weights it has row g and columns 2 t and 2 t + 1, of a row's bias and of the shell a share.
-  static constexpr int constant = Slots::paths * S::fields / 2 * 128, shell = constant + 128, first = shell + 32;
+  // Where each sum begins: [path, v / 8, u / 2, lane, (u, w)], [v / 8, u / 8, lane, (u, constant)], [lane],
+  // [1 + n_inputs, lane]; then layer by layer [c / 2, lane, (coefficient, column)], [lane]. Lane 4 g + t has v = g and
+  // w (or u) = 2 t and 2 t + 1, of eight; of the MLP's weights it has row g and columns 2 t and 2 t + 1, of a row's
+  // bias and of the shell a share.
+  static constexpr int constant = Slots::paths * Tiles::blocks * S::fields / 2 * 128,
+                       shell = constant + Tiles::blocks * Tiles::blocks * 128, first = shell + 32;
   static constexpr int of_layer = S::c * square + 32;
   static constexpr int aside = 128 * (Tiles::count + Tiles::blocks);  // behind the sums: T of a node that goes on
 
@@ -39,8 +41,12 @@ struct ExactGradients {
     return neighbours<4>(memory + begin + 4 * lane());
   }
   __device__ __forceinline__ float& one(int begin) const { return memory[begin + lane()]; }
-  static IST_HOST_DEVICE constexpr int of_theta(int path, int two_fields) {
-    return (path * S::fields / 2 + two_fields) * 128;
+  // Of a block of fields v, and fields u of outputs.
+  static IST_HOST_DEVICE constexpr int of_theta(int path, int block, int two_fields) {
+    return ((path * Tiles::blocks + block) * (S::fields / 2) + two_fields) * 128;
+  }
+  static IST_HOST_DEVICE constexpr int of_constant(int block, int out_block) {
+    return constant + (block * Tiles::blocks + out_block) * 128;
   }
   __device__ __forceinline__ int of_weights(int layer, int two_coefficients) const {
     return of_bias(layer) - S::c * square + two_coefficients * 128;
@@ -65,10 +71,10 @@ struct ExactGradients {
   // Single sums: of θ [path, u, v, w]; of the constant hidden feature [which, u, v]; of b [row] of layer n, or of row
   // `input` of the first layer's weights; of W [k, row, column].
   __device__ __forceinline__ float theta_sum(int path, int u, int v, int w) const {
-    return memory[of_theta(path, u / 2) + 4 * (4 * v + w / 2) + u % 2 * 2 + w % 2];
+    return memory[of_theta(path, v / 8, u / 2) + 4 * (4 * (v % 8) + w / 2) + u % 2 * 2 + w % 2];
   }
   __device__ __forceinline__ float constant_sum(int which, int u, int v) const {
-    return memory[constant + 4 * (4 * v + u / 2) + u % 2 * 2 + which];
+    return memory[of_constant(v / 8, u / 8) + 4 * (4 * (v % 8) + u % 8 / 2) + u % 2 * 2 + which];
   }
   __device__ __forceinline__ float lanes_sum(int begin, int row) const {
     const float* const shares = memory + begin + 4 * row;
@@ -133,13 +139,16 @@ struct ExactGradients {
 
   // The gradients of all scales and shifts: what multiplies them in the folded weights, times these weights' gradients.
   __device__ __forceinline__ void write_norms(const ExactView& exact, const float* packed, float* row) const {
-    for (int at = threadIdx.x; at < p.n_layers * 2 * S::width; at += blockDim.x) {
+    for (int at = threadIdx.x; at < (p.n_layers - 1) * 2 * S::width; at += blockDim.x) {
       const int n = at / (2 * S::width), w = at % S::width;
       const bool is_shift = at / S::width % 2;
+      if (!is_shift || p.n_trivial) row[p.layers[n].affine + at % (2 * S::width)] = of_norm(packed, n + 1, w, is_shift);
+    }
+    for (int at = threadIdx.x / 32; at < 2 * S::width; at += blockDim.x / 32) {
+      const bool is_shift = at >= S::width;
       if (is_shift && !p.n_trivial) continue;
-      const float sum =
-          n + 1 < p.n_layers ? of_norm(packed, n + 1, w, is_shift) : of_last_norm(exact, packed, w, is_shift);
-      row[p.layers[n].affine + at % (2 * S::width)] = sum;
+      const float sum = of_last_norm(exact, packed, at % S::width, is_shift);
+      if (lane() == 0) row[p.layers[p.n_layers - 1].affine + at] = sum;
     }
   }
   // By layer n, behind the norm, at channel i.
@@ -156,19 +165,19 @@ struct ExactGradients {
     }
     return sum;
   }
-  // By θ, at channel w.
+  // By θ, at channel w, by all lanes of a warp.
   __device__ __forceinline__ float of_last_norm(const ExactView& exact, const float* packed, int w,
                                                 bool is_shift) const {
     constexpr int fields = S::fields * S::fields;
     const int n = (is_shift ? 2 : Slots::paths) * fields;
     float sum = 0;
-    for (int k = 0; k < n; ++k) {
+    for (int k = lane(); k < n; k += 32) {
       const ExactWeight weight = global_memory(exact.theta)[k];
       if (weight.at < 0) continue;
       const int path = k / fields, u = k / S::fields % S::fields, v = k % S::fields;
       sum += weight.ratio * packed[weight.at + w] * (is_shift ? constant_sum(path, u, v) : theta_sum(path, u, v, w));
     }
-    return sum;
+    return sum_lanes(sum, 1, 32);
   }
 };
 

@@ -14,6 +14,7 @@ struct ExactLaunch {
   ExactCall call;
   int64_t front, of_warp;  // numbers of a block's shared memory: in front of its warps', and of a warp
   int warps_per_block;
+  int most_warps = kThreads / 32;  // of a block
 
   Failure prepare(const DevicePlan<float>& plan, const ConvArgs<float>& args) {
     call.args = args, call.args.plan = nullptr, call.plan = plan.view, call.exact = plan.exact_view;
@@ -30,7 +31,7 @@ struct ExactLaunch {
   Failure ask(PreparedKernel& found) const {
     Device device;
     IST_TRY(device.read());
-    int& warps = found.warps_per_block = kThreads / 32;
+    int& warps = found.warps_per_block = most_warps;
     while (bytes(warps) > device.block_bytes)
       if (--warps == 0) return {name, "a block's shared memory is too small for the plan"};
     IST_TRY(
@@ -49,12 +50,18 @@ struct ExactLaunch {
   }
 };
 
+// Numbers of a block's shared memory in front of its warps'.
+template <typename S>
+int64_t front_of_warps(const PlanView<float>& p) {
+  return ExactMemory<S>::in_front_of_mlp(0, 0) + S::Mlp::template size<S>(p);
+}
+
 // The kernel of a forward pass; `call` becomes what it gets.
 template <typename S>
 Failure run_forward_of(const char* name, void (*kernel)(ExactCall), const DevicePlan<float>& plan,
                        const ConvArgs<float>& args, void* stream, Call<float>& call) {
-  const int64_t front = ExactMemory<S>::in_front_of_mlp(0, 0) + S::Mlp::template size<S>(plan.host);
-  ExactLaunch edges{name, kernel, {}, front, kExactForwardSize<S>, 0};
+  ExactLaunch edges{
+      name, kernel, {}, front_of_warps<S>(plan.host), kExactForwardSize<S>, 0, kExactForwardThreads<S> / 32};
   IST_TRY(edges.prepare(plan, args));
   const int64_t n = int64_t{2} * edges.call.shape.warps * plan.view.out_size;
   edges.call.partial = static_cast<float*>(args.scratch(std::max<int64_t>(n, 1) * sizeof(float)));

@@ -28,6 +28,7 @@ struct Exact {
   using Slots = ExactSlots<kWithCross>;
   using Mlp = ExactMlp;
   static constexpr int c = ExactPlan::kCoefficients, even = ExactPlan::kEven, width = kWidth, fields = kFields;
+  static constexpr bool large = kFields > 8 || kWidth > 8;  // θ takes so much shared memory that more warps share it
 };
 // Place of c_l among a channel's coefficients.
 __host__ __device__ constexpr int place_of_degree(int l) { return l == 0 ? 0 : l == 1 ? ExactPlan::kEven : 1; }

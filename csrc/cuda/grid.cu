@@ -12,7 +12,7 @@ Failure run_grid_forward(const DevicePlan<float>& plan, const ConvArgs<float>& a
     using S = decltype(sizes);
     return run_forward_of<S>("grid_forward", grid_forward<S>, plan, args, stream, call);
   };
-  constexpr int fields = GridPlan::kMostFields;
+  constexpr int fields = GridPlan::kFields;
   return plan.host.function == kElu ? run(Grid<Elu, 8, fields>{}) : run(Grid<Silu, 8, fields>{});
 }
 

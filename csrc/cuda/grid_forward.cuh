@@ -17,8 +17,8 @@ namespace implicit_steer::IST_ISA {
 template <typename F, int kWidth, int kFields>
 struct ExactTiles<Grid<F, kWidth, kFields>> {
   // Tiles: Q x of x and y; of z, and d · x; h s and d s of x; of y and z; three of h x, with 8 rows each
-  static constexpr int blocks = 1, count = 7;
-  static IST_HOST_DEVICE constexpr int tile(int slot, int) {
+  static constexpr int blocks = 1, channels = 1, count = 7;
+  static IST_HOST_DEVICE constexpr int tile(int slot, int, int) {
     return slot == 0 || slot == 5 ? 2 : slot < 4 ? 3 + slot : slot == 4 || slot == 10 ? 1 : slot < 8 ? 3 : 0;
   }
   static IST_HOST_DEVICE constexpr int row(int slot, int) { return slot == 4 || slot == 5 || slot == 7 || slot == 9; }
@@ -26,6 +26,7 @@ struct ExactTiles<Grid<F, kWidth, kFields>> {
   static IST_HOST_DEVICE constexpr int theta_at(int k) {
     return k - k % (kFields * kWidth) + k % kWidth * kFields + k / kWidth % kFields;
   }
+  static IST_HOST_DEVICE constexpr int theta_of(int path, int, int) { return path * kFields * kFields * kWidth; }
 };
 
 template <typename F, int kWidth, int kFields>
@@ -33,9 +34,9 @@ struct ExactMemory<Grid<F, kWidth, kFields>> {
   using S = Grid<F, kWidth, kFields>;
   static constexpr int theta = S::Slots::paths * kFields * kFields * kWidth, constant = 2 * kFields * kFields;
   static constexpr int numbers = kFields + 4;
-  static constexpr int records = GridState::size;  // the state
-  static constexpr int warp = records + 32;        // and of 16 edges sources and radial factors
-  static constexpr int aside = 0;                  // T stays in registers
+  static constexpr int records = GridState::size;                          // the state
+  static constexpr int warp = records + 32;                                // and of 16 edges sources and radial factors
+  static constexpr int first_aside = ExactTiles<S>::count + 1, aside = 0;  // T stays in registers
   static IST_HOST_DEVICE constexpr int in_front_of_mlp(int warps, int of_warp) {
     return theta + constant + numbers + warps * of_warp;
   }
@@ -67,9 +68,6 @@ struct GridWarp : ExactWarp<S> {
     mlp.template evaluate<S>(inputs, records);
     __syncwarp();
   }
-
-  __device__ __forceinline__ void put_aside(float*) const {}
-  __device__ __forceinline__ void take_back(const float*) const {}
 
   // T += the sum over edges at .. at + 7 of the chunk before `stop`, all into one node.
   __device__ __forceinline__ void step(int at, int stop) {

@@ -27,6 +27,7 @@ struct Grid {
   using Slots = ExactSlots<false>;
   using Mlp = GridMlp;
   static constexpr int c = GridCoefficients::c, width = kWidth, fields = kFields;
+  static constexpr bool large = false;
   static_assert(kWidth == 8 && kFields == 8);
 };
 
