@@ -9,19 +9,17 @@ namespace implicit_steer::IST_ISA {
 
 namespace {
 
-// run(sizes): those of the plan. There is no backward kernel for 16 channels.
-template <bool kBackward, typename F, typename Run>
+// run(sizes): those of the plan.
+template <typename F, typename Run>
 auto with_fields(const ExactPlan& plan, Run run) {
   constexpr int fields = ExactPlan::kFields;
   if (plan.fields == ExactPlan::kManyFields) return run(Exact<F, 8, ExactPlan::kManyFields, false>{});
-  if constexpr (!kBackward)
-    if (plan.width == 16) return run(Exact<F, 16, fields, false>{});
+  if (plan.width == 16) return run(Exact<F, 16, fields, false>{});
   return plan.cross ? run(Exact<F, 8, fields, true>{}) : run(Exact<F, 8, fields, false>{});
 }
-template <bool kBackward, typename Run>
+template <typename Run>
 auto with_exact_sizes(const DevicePlan<float>& plan, Run run) {
-  return plan.host.function == kElu ? with_fields<kBackward, Elu>(plan.exact, run)
-                                    : with_fields<kBackward, Silu>(plan.exact, run);
+  return plan.host.function == kElu ? with_fields<Elu>(plan.exact, run) : with_fields<Silu>(plan.exact, run);
 }
 
 constexpr int64_t kLeastBlockBytes = 99 << 10;  // of shared memory that a block can have, on sm_86, 89 and 120
@@ -30,21 +28,17 @@ constexpr int64_t kLeastBlockBytes = 99 << 10;  // of shared memory that a block
 
 template <>
 bool has_exact_kernel(const DevicePlan<float>& plan, bool backward) {
-  if (plan.exact.fields == 0) return false;
-  const auto fits = [&](auto sizes, int64_t of_warp) {
-    const int64_t numbers = front_of_warps<decltype(sizes)>(plan.host) + of_warp;
-    return static_cast<int64_t>(sizeof(float)) * numbers <= kLeastBlockBytes;
-  };
-  if (!backward)
-    return with_exact_sizes<false>(plan, [&](auto sizes) { return fits(sizes, kExactForwardSize<decltype(sizes)>); });
-  if (!plan.exact.reads_all || plan.exact.width == 16) return false;
-  return with_exact_sizes<true>(
-      plan, [&](auto sizes) { return fits(sizes, exact_backward_size<decltype(sizes)>(plan.host)); });
+  if (plan.exact.fields == 0 || (backward && !plan.exact.reads_all)) return false;
+  return with_exact_sizes(plan, [&](auto sizes) {
+    using S = decltype(sizes);
+    const int64_t of_warp = backward ? exact_backward_size<S>(plan.host) : kExactForwardSize<S>;
+    return static_cast<int64_t>(sizeof(float)) * (front_of_warps<S>(plan.host) + of_warp) <= kLeastBlockBytes;
+  });
 }
 
 template <>
 Failure run_exact_forward(const DevicePlan<float>& plan, const ConvArgs<float>& args, void* stream, Call<float>& call) {
-  return with_exact_sizes<false>(plan, [&](auto sizes) {
+  return with_exact_sizes(plan, [&](auto sizes) {
     using S = decltype(sizes);
     return run_forward_of<S>("exact_forward", exact_forward<S>, plan, args, stream, call);
   });
@@ -53,7 +47,7 @@ Failure run_exact_forward(const DevicePlan<float>& plan, const ConvArgs<float>& 
 template <>
 Failure run_exact_backward(const DevicePlan<float>& plan, const ConvArgs<float>& args, bool mean, int64_t more,
                            void* stream, GradientRows<float>& rows) {
-  return with_exact_sizes<true>(plan, [&](auto sizes) -> Failure {
+  return with_exact_sizes(plan, [&](auto sizes) -> Failure {
     using S = decltype(sizes);
     using Gradients = ExactGradients<S>;
     ExactLaunch edges{"exact_backward",

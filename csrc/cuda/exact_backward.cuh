@@ -9,9 +9,9 @@
 //   T         as on the way forward; dθ[path, u, v, w] += Σ_slot g[u] T[slot, v, w] at the end of the node
 //   reverse   the MLP back from d_c, its weights' gradients, the gradients of positions and attributes
 //
-// Lane 4 g + t has edge g of a step, its fields and channels 2 t and 2 t + 1; of more than 8 fields there are several
-// such blocks, each of which goes through the node's edges. Gradients of the features go to memory edge by edge; those
-// of the weights are sums of the warp's own (exact_gradients.cuh).
+// Lane 4 g + t has edge g of a step, its fields and channels 2 t and 2 t + 1; of more than 8 fields or channels there
+// are several such blocks, each pair of which goes through the node's edges. Gradients of the features go to memory
+// edge by edge; those of the weights are sums of the warp's own (exact_gradients.cuh).
 #pragma once
 
 #include "exact_gradients.cuh"
@@ -70,12 +70,13 @@ struct ExactBackward : ExactWarp<S> {
     }
     __syncwarp();
 #pragma unroll 1
-    for (int v = group; v < S::fields; v += 8) start_field(v);
+    for (int pass = 0; pass < Tiles::passes; ++pass) start_pass(pass / Tiles::channels, pass % Tiles::channels);
   }
 
-  __device__ __forceinline__ void start_field(int v) const {
+  __device__ __forceinline__ void start_pass(int block, int channel) const {
     float d[Slots::count][2] = {}, d_constant = 0;
-    const float* const of_lane = theta + v * S::width + 2 * pair;
+    const int v = 8 * block + group;
+    const float* const of_lane = theta + Tiles::theta_of(0, block, channel) + 8 * group + 2 * pair;
 #pragma unroll
     for (int u = 0; u < S::fields; ++u) {
       const auto of_field = neighbours<4>(grad + 4 * u);
@@ -93,33 +94,39 @@ struct ExactBackward : ExactWarp<S> {
     of_constant[4 * v + pair] = d_constant;
 #pragma unroll
     for (int slot = 0; slot < Slots::count; ++slot)
-      neighbours<2>(d_t + slot * square + v * S::width + 2 * pair) = {d[slot][0], d[slot][1]};
+      neighbours<2>(d_t + slot * square + v * S::width + 8 * channel + 2 * pair) = {d[slot][0], d[slot][1]};
   }
 
   // The sums' part of the edges so far of a node.
   __device__ __forceinline__ void add_theta() const {
 #pragma unroll
-    for (int block = 0; block < Tiles::blocks; ++block) add_theta(block);
+    for (int block = 0; block < Tiles::blocks; ++block) {
+#pragma unroll
+      for (int channel = 0; channel < Tiles::channels; ++channel) add_theta(block, channel);
+      add_constant(block);
+    }
   }
-  __device__ __forceinline__ void add_theta(int block) const {
+  __device__ __forceinline__ void add_theta(int block, int channel) const {
 #pragma unroll(S::large ? 1 : S::fields / 2)
     for (int two_fields = 0; two_fields < S::fields / 2; ++two_fields) {
       const Neighbours<float, 4> g[2] = {neighbours<4>(grad + 8 * two_fields),
                                          neighbours<4>(grad + 8 * two_fields + 4)};
 #pragma unroll
       for (int path = 0; path < Slots::paths; ++path) {
-        auto& to = gradients.four(ExactGradients<S>::of_theta(path, block, two_fields));
+        auto& to = gradients.four(ExactGradients<S>::of_theta(path, block, channel, two_fields));
         Neighbours<float, 4> sum = to;
 #pragma unroll
         for (int slot = 0; slot < Slots::count; ++slot) {
           if (Slots::path(slot) != path) continue;
-          const float* const t = &sums[Tiles::tile(slot, block, 0)][Tiles::row(slot, block) % 2 * 2];
+          const float* const t = &sums[Tiles::tile(slot, block, channel)][Tiles::row(slot, block) % 2 * 2];
 #pragma unroll
           for (int i = 0; i < 4; ++i) sum.at[i] += g[i / 2].at[Slots::component(slot)] * t[i % 2];
         }
         to = sum;
       }
     }
+  }
+  __device__ __forceinline__ void add_constant(int block) const {
     float whole[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) whole[k] = sum_lanes(constant_sums[block][k], 1, 4);
@@ -139,15 +146,15 @@ struct ExactBackward : ExactWarp<S> {
 
   // ---- its edges
 
-  // dT of a block of fields as fragments of B: [w, v] to multiply c with, [v, w] to multiply slots with. A row's
-  // element t is w or v = 2 t, element t + 4 the next one.
+  // dT of a block of fields and one of channels as fragments of B: [w, v] to multiply c with, [v, w] to multiply slots
+  // with. A row's element t is w or v = 2 t, element t + 4 the next one.
   struct Fragments {
     Split<2> by_channel[Slots::count], by_field[Slots::count];
   };
-  __device__ __forceinline__ void load(Fragments& b, int block) const {
+  __device__ __forceinline__ void load(Fragments& b, int block, int channel) const {
 #pragma unroll
     for (int slot = 0; slot < Slots::count; ++slot) {
-      const float* const of_slot = d_t + slot * square + block * 8 * S::width;
+      const float* const of_slot = d_t + slot * square + 8 * (block * S::width + channel);
       const auto two = neighbours<2>(of_slot + group * S::width + 2 * pair);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -157,9 +164,10 @@ struct ExactBackward : ExactWarp<S> {
     }
   }
 
-  // Edges at .. at + 7 of the chunk before `stop`, all into one node, and a block of its fields.
-  __device__ __forceinline__ void step_back(int at, int stop, const Fragments& b, int block) {
-    const bool begins = Tiles::blocks == 1 || block == 0, ends = block == Tiles::blocks - 1;
+  // Edges at .. at + 7 of the chunk before `stop`, all into one node, and of it a block of fields and one of channels.
+  __device__ __forceinline__ void step_back(int at, int stop, const Fragments& b, int block, int channel) {
+    const bool first_fields = Tiles::blocks == 1 || block == 0, last_fields = block == Tiles::blocks - 1;
+    const bool first_channels = Tiles::channels == 1 || channel == 0;
     const int mine = at + group, place = mine < stop ? mine : at;
     const bool there = mine < stop;
     float* const record = records + place * Memory::record;
@@ -175,7 +183,7 @@ struct ExactBackward : ExactWarp<S> {
     }
 #pragma unroll
     for (int l = 0; l < Slots::degrees; ++l) {
-      float* const of_degree = record + l * S::width + 2 * pair;
+      float* const of_degree = record + l * S::width + 8 * channel + 2 * pair;
       Neighbours<float, 2> c{};
       if (there) c = neighbours<2>(of_degree);
       Stacked by_channel;
@@ -193,18 +201,22 @@ struct ExactBackward : ExactWarp<S> {
       }
       Neighbours<float, 2> of_block{d_c[0] + d_c[2], d_c[1] + d_c[3]};
       parts[l > 0] += c.at[0] * of_block.at[0] + c.at[1] * of_block.at[1];
-      float* const so_far = unfinished + (mine * Slots::degrees + l) * S::width + 2 * pair;
-      if (there && !begins) of_block = sum_of(neighbours<2>(so_far), of_block);
-      if (there) neighbours<2>(ends ? of_degree : so_far) = of_block;
+      float* const so_far = unfinished + (mine * Slots::degrees + l) * S::width + 8 * channel + 2 * pair;
+      if (there && !first_fields) of_block = sum_of(neighbours<2>(so_far), of_block);
+      if (there) neighbours<2>(last_fields ? of_degree : so_far) = of_block;
     }
     float of_factor = 0;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       back[i].finish(f[i], u, d_u);
-      const auto d = neighbours<4>(of_constant + 32 * block + 8 * pair + 4 * i);
+      const int v = 8 * block + 2 * pair + i;
+      const auto d = neighbours<4>(of_constant + 4 * v);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) back[i].f[k] += d.at[k] * geometry.at[3], of_factor += d.at[k] * f[i][k];
-      if (there && a.grad_edge) store_field(edges[place], 8 * block + 2 * pair + i, back[i].f);
+      for (int k = 0; k < 4; ++k) {
+        const float d_k = first_channels ? d.at[k] : 0;
+        back[i].f[k] += d_k * geometry.at[3], of_factor += d_k * f[i][k];
+      }
+      if (there && a.grad_edge) store_field(edges[place], v, back[i].f, first_channels);
     }
     const float product = sum_lanes(parts[0] + parts[1] + geometry.at[3] * of_factor, 1, 4);
     const float higher = sum_lanes(parts[1], 1, 4);
@@ -213,20 +225,25 @@ struct ExactBackward : ExactWarp<S> {
     if (!there || pair != 0) return;
     Neighbours<float, 4> sum{d_u[0], d_u[1], d_u[2], product};
     auto& to = neighbours<4>(moved + 4 * mine);
-    along[mine] = begins ? higher : along[mine] + higher;
-    to = begins ? sum : sum_of(to, sum);
+    const bool is_first = first_fields && first_channels;
+    along[mine] = is_first ? higher : along[mine] + higher;
+    to = is_first ? sum : sum_of(to, sum);
   }
 
-  __device__ __forceinline__ void store_field(int64_t edge, int v, const float (&d_f)[4]) const {
-    float* const to = a.grad_edge + edge * p.in_size;
+  // `is_first`: in place of what is there, else added to it.
+  __device__ __forceinline__ void store_field(int64_t edge, int v, const float (&d_f)[4], bool is_first) const {
+    float* const row = a.grad_edge + edge * p.in_size;
     if (exact.quads) {
-      if (v < exact.n_scalars) neighbours<4>(to + this->scalars[v]) = {d_f[0], d_f[1], d_f[2], d_f[3]};
+      auto& to = neighbours<4>(row + this->scalars[v]);
+      const Neighbours<float, 4> four{d_f[0], d_f[1], d_f[2], d_f[3]};
+      if (v < exact.n_scalars) to = is_first ? four : sum_of(to, four);
       return;
     }
-    if (v < exact.n_scalars) to[this->scalars[v]] = d_f[0];
+    float &scalar = row[this->scalars[v]], *const vector = row + global_memory(exact.vector)[v];
+    if (v < exact.n_scalars) scalar = is_first ? d_f[0] : scalar + d_f[0];
 #pragma unroll
     for (int k = 0; k < 3; ++k)
-      if (v < exact.n_vectors) to[global_memory(exact.vector)[v] + k] = d_f[1 + k];
+      if (v < exact.n_vectors) vector[k] = is_first ? d_f[1 + k] : vector[k] + d_f[1 + k];
   }
 
   // ---- the MLP and the geometry: a lane has an edge
@@ -289,12 +306,18 @@ struct ExactBackward : ExactWarp<S> {
     __syncwarp();
   }
 
-  // Σ d_z yᵀ and Σ d_z over the chunk's edges: row g, columns 2 t and 2 t + 1, of every coefficient.
+  // Σ d_z yᵀ and Σ d_z over the chunk's edges: row g, columns 2 t and 2 t + 1, of every coefficient and every pair of
+  // blocks of 8.
   __device__ __forceinline__ void add_weights(int layer) const {
+#pragma unroll 1
+    for (int pass = 0; pass < Tiles::channels * Tiles::channels; ++pass)
+      add_weights(layer, pass / Tiles::channels, pass % Tiles::channels);
+  }
+  __device__ __forceinline__ void add_weights(int layer, int rows, int columns) const {
     float bias = 0;
 #pragma unroll
     for (int k0 = 0; k0 < S::c; k0 += 2) {
-      auto& to = gradients.four(gradients.of_weights(layer, k0 / 2));
+      auto& to = gradients.four(gradients.of_weights(layer, k0 / 2, rows, columns));
       Neighbours<float, 4> sum = to;
 #pragma unroll
       for (int k = k0; k < k0 + 2; ++k) {
@@ -305,8 +328,8 @@ struct ExactBackward : ExactWarp<S> {
           Split<2> y;
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            const float z = kept.at(at + i, layer, kLayerSums, k, group);
-            d_z.set(i, z), y.set(i, kept.at(at + i, layer, kLayerInputs, k, group));
+            const float z = kept.at(at + i, layer, kLayerSums, k, 8 * rows + group);
+            d_z.set(i, z), y.set(i, kept.at(at + i, layer, kLayerInputs, k, 8 * columns + group));
             if (k == 0) bias += z;
           }
           mma_stacked(d_w, d_z, y);
@@ -315,7 +338,7 @@ struct ExactBackward : ExactWarp<S> {
       }
       to = sum;
     }
-    gradients.one(gradients.of_bias(layer)) += bias;
+    if (columns == 0) gradients.one(gradients.of_bias(layer) + 32 * rows) += bias;
   }
 
   // The first layer's bias and weights: Σ d_z times 1, `radial`, the attributes; row g, a quarter of the edges.
@@ -325,11 +348,14 @@ struct ExactBackward : ExactWarp<S> {
     for (int n = 0; n <= p.n_inputs; ++n) {
       input[lane] = n == 0 ? 1 : n == 1 ? radial : attribute(n - 2);
       __syncwarp();
-      const float* const d_z = records + (n == 1 ? S::width : 0) + group;
-      float sum = 0;
 #pragma unroll
-      for (int at = pair; at < 32; at += 4) sum += d_z[at * Memory::record] * input[at];
-      gradients.one(ExactGradients<S>::first + 32 * n) += sum;
+      for (int rows = 0; rows < Tiles::channels; ++rows) {
+        const float* const d_z = records + (n == 1 ? S::width : 0) + 8 * rows + group;
+        float sum = 0;
+#pragma unroll
+        for (int at = pair; at < 32; at += 4) sum += d_z[at * Memory::record] * input[at];
+        gradients.one(ExactGradients<S>::first + 32 * (n * Tiles::channels + rows)) += sum;
+      }
       __syncwarp();
     }
   }
@@ -386,11 +412,12 @@ struct ExactBackward : ExactWarp<S> {
         if (need_weights) sum_edges(at, stop, goes_on, ends || from + n == last);
         __syncwarp();
 #pragma unroll 1
-        for (int block = 0; block < Tiles::blocks; ++block) {
+        for (int pass = 0; pass < Tiles::passes; ++pass) {
+          const int block = pass / Tiles::channels, channel = pass % Tiles::channels;
           Fragments fragments;
-          load(fragments, block);
+          load(fragments, block, channel);
 #pragma unroll 1
-          for (int step = at; step < stop; step += 8) step_back(step, stop, fragments, block);  // loop: edges
+          for (int step = at; step < stop; step += 8) step_back(step, stop, fragments, block, channel);  // loop: edges
         }
         at = stop, goes_on = !ends;
         while (from + at < last && end == from + at) end = this->index(a.rowptr, ++node + 1);

@@ -12,21 +12,21 @@ template <typename S>
 struct ExactGradients {
   using Slots = typename S::Slots;
   using Tiles = ExactTiles<S>;
-  static constexpr int square = S::width * S::width;
-  // Where each sum begins: [path, v / 8, u / 2, lane, (u, w)], [v / 8, u / 8, lane, (u, constant)], [lane],
-  // [1 + n_inputs, lane]; then layer by layer [c / 2, lane, (coefficient, column)], [lane]. Lane 4 g + t has v = g and
-  // w (or u) = 2 t and 2 t + 1, of eight; of the MLP's weights it has row g and columns 2 t and 2 t + 1, of a row's
-  // bias and of the shell a share.
-  static constexpr int constant = Slots::paths * Tiles::blocks * S::fields / 2 * 128,
+  static constexpr int square = S::width * S::width, of_rows = 4 * S::width;
+  // Where each sum begins: [path, v / 8, w / 8, u / 2, lane, (u, w)], [v / 8, u / 8, lane, (u, constant)], [lane],
+  // [1 + n_inputs, row / 8, lane]; then layer by layer [c / 2, row / 8, column / 8, lane, (coefficient, column)],
+  // [row / 8, lane]. Lane 4 g + t has v = g and w (or u) = 2 t and 2 t + 1, of eight; of the MLP's weights it has row g
+  // and columns 2 t and 2 t + 1, of a row's bias and of the shell a share.
+  static constexpr int constant = Slots::paths * Tiles::passes * S::fields / 2 * 128,
                        shell = constant + Tiles::blocks * Tiles::blocks * 128, first = shell + 32;
-  static constexpr int of_layer = S::c * square + 32;
+  static constexpr int of_layer = S::c * square + of_rows;
   static constexpr int aside = 128 * (Tiles::count + Tiles::blocks);  // behind the sums: T of a node that goes on
 
   const PlanView<float>& p;
   float* const memory;  // of this warp
 
   static IST_HOST_DEVICE int size_of(const PlanView<float>& p) {
-    return first + (1 + p.n_inputs) * 32 + (p.n_layers - 1) * of_layer;
+    return first + (1 + p.n_inputs) * of_rows + (p.n_layers - 1) * of_layer;
   }
   __device__ __forceinline__ ExactGradients(float* of_warps, int number, const PlanView<float>& p)
       : p(p), memory(of_warps + int64_t{number} * (size_of(p) + aside)) {}
@@ -41,18 +41,20 @@ struct ExactGradients {
     return neighbours<4>(memory + begin + 4 * lane());
   }
   __device__ __forceinline__ float& one(int begin) const { return memory[begin + lane()]; }
-  // Of a block of fields v, and fields u of outputs.
-  static IST_HOST_DEVICE constexpr int of_theta(int path, int block, int two_fields) {
-    return ((path * Tiles::blocks + block) * (S::fields / 2) + two_fields) * 128;
+  // Of a block of fields v and one of channels, and fields u of outputs.
+  static IST_HOST_DEVICE constexpr int of_theta(int path, int block, int channel, int two_fields) {
+    return ((path * Tiles::passes + block * Tiles::channels + channel) * (S::fields / 2) + two_fields) * 128;
   }
   static IST_HOST_DEVICE constexpr int of_constant(int block, int out_block) {
     return constant + (block * Tiles::blocks + out_block) * 128;
   }
-  __device__ __forceinline__ int of_weights(int layer, int two_coefficients) const {
-    return of_bias(layer) - S::c * square + two_coefficients * 128;
+  // Of blocks of rows and of columns.
+  __device__ __forceinline__ int of_weights(int layer, int two_coefficients, int rows, int columns) const {
+    const int number = (two_coefficients * Tiles::channels + rows) * Tiles::channels + columns;
+    return of_bias(layer) - S::c * square + number * 128;
   }
   __device__ __forceinline__ int of_bias(int layer) const {
-    return first + (1 + p.n_inputs) * 32 + layer * of_layer - 32;
+    return first + (1 + p.n_inputs) * of_rows + layer * of_layer - of_rows;
   }
 
   // ---- a block's row of gradients, by all its threads, with barriers
@@ -71,7 +73,7 @@ struct ExactGradients {
   // Single sums: of θ [path, u, v, w]; of the constant hidden feature [which, u, v]; of b [row] of layer n, or of row
   // `input` of the first layer's weights; of W [k, row, column].
   __device__ __forceinline__ float theta_sum(int path, int u, int v, int w) const {
-    return memory[of_theta(path, v / 8, u / 2) + 4 * (4 * (v % 8) + w / 2) + u % 2 * 2 + w % 2];
+    return memory[of_theta(path, v / 8, w / 8, u / 2) + 4 * (4 * (v % 8) + w % 8 / 2) + u % 2 * 2 + w % 2];
   }
   __device__ __forceinline__ float constant_sum(int which, int u, int v) const {
     return memory[of_constant(v / 8, u / 8) + 4 * (4 * (v % 8) + u % 8 / 2) + u % 2 * 2 + which];
@@ -81,7 +83,8 @@ struct ExactGradients {
     return shares[0] + shares[1] + shares[2] + shares[3];
   }
   __device__ __forceinline__ float weight_sum(int layer, int k, int row, int column) const {
-    return memory[of_weights(layer, k / 2) + 4 * (4 * row + column / 2) + k % 2 * 2 + column % 2];
+    const int of_blocks = of_weights(layer, k / 2, row / 8, column / 8);
+    return memory[of_blocks + 4 * (4 * (row % 8) + column % 8 / 2) + k % 2 * 2 + column % 2];
   }
 
   // row: [n_grad]
@@ -92,7 +95,7 @@ struct ExactGradients {
     write_theta(exact, mlp, row);
     for (int k = threadIdx.x; k < (1 + p.n_inputs) * S::width; k += blockDim.x) {
       const int w = k % S::width, at = k < S::width ? p.layers[0].bias + w * S::c : exact.first[k - S::width];
-      if (at >= 0) row[at] = lanes_sum(first + k / S::width * 32, w);
+      if (at >= 0) row[at] = lanes_sum(first + k / S::width * of_rows, w);
     }
     for (int n = 1; n < p.n_layers; ++n) write_layer(packed, n, row);
     if (p.has_norms) write_norms(exact, packed, row);

@@ -17,7 +17,7 @@ template <typename S>
 struct KeptLayers {
   float* memory;
   static constexpr int of_edge = S::c * S::width, of_layer = 2 * 32 * of_edge;
-  static_assert(of_edge == 32);
+  static_assert(of_edge % 32 == 0);
 
   __device__ __forceinline__ float* quad(int edge, int layer, Kept what, int number) const {
     return memory + (layer - 1) * of_layer + (32 * what + edge) * of_edge + 4 * (number ^ (edge & 7));

@@ -29,6 +29,7 @@ template <typename S>
 struct ExactTiles {
   using Slots = typename S::Slots;
   static constexpr int blocks = S::fields / 8, channels = S::width / 8;  // of 8 fields, of 8 channels
+  static constexpr int passes = blocks * channels;                       // pairs of them
   static IST_HOST_DEVICE constexpr int rows(int l) { return (Slots::first(l + 1) - Slots::first(l)) * blocks; }
   static IST_HOST_DEVICE constexpr int tiles(int l) { return (rows(l) + 1) / 2; }
   static IST_HOST_DEVICE constexpr int first(int l) { return l == 0 ? 0 : l == 1 ? tiles(0) : tiles(0) + tiles(1); }

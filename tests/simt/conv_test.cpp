@@ -251,7 +251,7 @@ int check_case(const std::string& name, const Case& file, bool trace, int seeds)
   const bool channels = name.find("channels") != std::string::npos;     // 16 of them, forward alone
   const bool grid = name != "grid-no-edges" && starts_with("grid");
   for (const auto& [kernel, runs] : {std::pair{"exact_forward", exact},
-                                     {"exact_backward", exact && !channels},
+                                     {"exact_backward", exact},
                                      {"grid_forward", grid},
                                      {"conv_forward_specialised", specialised && !exact},
                                      {"conv_backward_specialised", specialised && !exact}})

@@ -111,7 +111,7 @@ class Cuda(NativeBackend):
             there, reason = False, "depthwise kernels run on a GPU in 'triton' or as plain PyTorch, in 'eager'"
         if not there:
             return there, reason
-        kernels = f"{kernels_of(plan, dtype)}, compiled ahead of time, a warp for each range of edges"
+        kernels = f"{kernels_of(plan, dtype)}; compiled ahead of time, a warp for each range of edges"
         if not on_gpu:
             return there, kernels
         needed = shared_bytes(plan, dtype)
