@@ -198,9 +198,12 @@ Failure run_backward(EdgeKernel<N>& edges, const DevicePlan<R>& plan, const Conv
 template <typename N>
 Failure run_conv_backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, bool mean, int64_t more, void* stream,
                           GradientRows<R>& rows) {
-  if constexpr (std::is_same_v<N, float>)
+  if constexpr (std::is_same_v<N, float>) {
     if (takes<N>(plan.exact, args) && plan.exact.reads_all)
       return run_exact_backward(plan, args, mean, more, stream, rows);
+    if (takes<N>(plan.grid, args) && has_grid_backward(plan))
+      return run_grid_backward(plan, args, mean, more, stream, rows);
+  }
   EdgeKernel<N> edges{};
   edges.call.mean = mean;
   return with_sizes<N>(plan, [&](auto sizes, int64_t front) {

@@ -35,19 +35,9 @@ Failure run_exact_backward(const DevicePlan<float>& plan, const ConvArgs<float>&
                            void* stream, GradientRows<float>& rows) {
   return with_exact_sizes(plan, [&](auto sizes) -> Failure {
     using S = decltype(sizes);
-    using Gradients = ExactGradients<S>;
     const int64_t front = ExactMemory<S>::in_front_of_mlp(0, 0) + ExactMlp::size<S>(plan.host);
-    ExactLaunch edges{"exact_backward", exact_backward<S>, {}, front, exact_backward_size<S>(plan.host), 0};
-    IST_TRY(edges.prepare(plan, args));
-    edges.call.mean = mean;
-    rows.n = edges.blocks();
-    const int64_t of_warp = Gradients::size_of(plan.host) + Gradients::aside;
-    const int64_t of_warps = args.grad_weights ? of_warp * edges.call.shape.warps : 0;
-    const int64_t of_rows = args.grad_weights ? rows.n * plan.view.n_grad : 0;
-    edges.call.sums = static_cast<float*>(
-        args.scratch(std::max<int64_t>(of_warps + of_rows + more, 1) * static_cast<int64_t>(sizeof(float))));
-    rows.at = edges.call.partial = edges.call.sums + of_warps;
-    return edges.run(stream);
+    const ExactLaunch edges{"exact_backward", exact_backward<S>, {}, front, exact_backward_size<S>(plan.host), 0};
+    return run_backward_of<S>(edges, 0, plan, args, mean, more, stream, rows);
   });
 }
 

@@ -29,9 +29,10 @@ IST_HOST_DEVICE int exact_backward_size(const PlanView<float>& p) {
   return kExactBackwardSize<S> + (p.n_layers - 1) * KeptLayers<S>::of_layer;
 }
 
-template <typename S>
-struct ExactBackward : ExactWarp<S> {
-  using Base = ExactWarp<S>;
+// Warp: what makes a chunk's records and adds its edges to T.
+template <typename S, typename Warp = ExactWarp<S>>
+struct ExactBackward : Warp {
+  using Base = Warp;
   using Base::a, Base::p, Base::exact, Base::lane, Base::group, Base::pair, Base::number, Base::first, Base::last;
   using Base::theta, Base::constant, Base::sums, Base::constant_sums, Base::mlp, Base::records, Base::sources;
   using typename Base::Slots, typename Base::Tiles, typename Base::Memory;
@@ -48,7 +49,7 @@ struct ExactBackward : ExactWarp<S> {
         mean(call.mean),
         need_weights(a.grad_weights),
         need_geometry(a.grad_delta || a.grad_attr),
-        gradients(call.sums, number, p) {
+        gradients(call.sums, number, p, exact) {
     edges = reinterpret_cast<int32_t*>(this->rest);
     moved = this->rest + 32, along = moved + 128, grad = along + 32, of_constant = grad + 32, d_t = of_constant + 32;
     kept = {records + kExactBackwardSize<S>};
@@ -324,7 +325,7 @@ struct ExactBackward : ExactWarp<S> {
     const float* const weights = opaque(mlp.first) + S::width;
     for (int w = 0; w < S::width && !is_near; ++w) d_radius += record[S::width + w] * weights[w];
     d_radius -= d_along * g.inverse;
-    const float slope = product * (2 * kLn2 * *this->exponent) + cutoff_slope(product, g.squared);
+    const float slope = radial_slope(product, g.squared);
 #pragma unroll
     for (int k = 0; k < 3; ++k)
       if (a.grad_delta)
@@ -336,7 +337,11 @@ struct ExactBackward : ExactWarp<S> {
     }
   }
 
-  // ∂L/∂(|x|²/2) by way of the cutoff; where the factor is 0, so is its slope.
+  // ∂L/∂(|x|²/2) by way of the radial factor, from P.
+  __device__ __forceinline__ float radial_slope(float product, float squared) const {
+    return product * (2 * kLn2 * *this->exponent) + cutoff_slope(product, squared);
+  }
+  // Of it that of the cutoff; where the factor is 0, so is its slope.
   __device__ __forceinline__ float cutoff_slope(float product, float squared) const {
     if (!p.has_cutoff) return 0;
     const auto cutoff = this->cutoff(squared);
@@ -345,13 +350,15 @@ struct ExactBackward : ExactWarp<S> {
 
   // ---- the walk
 
-  __device__ __forceinline__ void walk() {
+  // Self: this kernel, or one derived from it with a step_back() and a reverse() of its own.
+  template <typename Self>
+  __device__ __forceinline__ void walk(Self& self) {
     if (need_weights) gradients.clear();
     int node = this->target(first), end = this->index(a.rowptr, node + 1);
     bool goes_on = false;  // the node has edges in an earlier chunk
 #pragma unroll 1
-    for (int from = first; from < last; from += 32) {  // loop: chunks
-      const int n = last - from < 32 ? last - from : 32;
+    for (int from = first; from < last; from += Base::edges) {  // loop: chunks
+      const int n = last - from < Base::edges ? last - from : Base::edges;
       edges[lane] = this->index(a.order, from + (lane < n ? lane : n - 1));
       this->chunk(from, n, kept);
       for (int at = 0; at < n;) {  // loop: nodes
@@ -363,12 +370,12 @@ struct ExactBackward : ExactWarp<S> {
         Fragments fragments;
         load(fragments);
 #pragma unroll 1
-        for (; at < stop; at += 8) step_back(at, stop, fragments);  // loop: edges
+        for (; at < stop; at += 8) self.step_back(at, stop, fragments);  // loop: edges
         at = stop, goes_on = !ends;
         while (from + at < last && end == from + at) end = this->index(a.rowptr, ++node + 1);
       }
       __syncwarp();
-      if (need_weights || need_geometry) reverse(n);
+      if (need_weights || need_geometry) self.reverse(n);
     }
   }
 
@@ -385,6 +392,17 @@ struct ExactBackward : ExactWarp<S> {
   }
 };
 
+// A whole kernel; `warp`: an ExactBackward, or derived from one.
+template <typename S, typename Warp>
+__device__ __forceinline__ void run_warps(Warp& warp, const ExactCall& call) {
+  if (warp.number < call.shape.warps) warp.walk(warp);
+  if (!warp.need_weights) return;
+  const int warps = blockDim.x / 32, begin = blockIdx.x * warps, left = call.shape.warps - begin;
+  const ExactGradients<S> of_block(call.sums, begin, warp.p, warp.exact);
+  of_block.add_warps(left < warps ? left : warps);
+  of_block.write(warp.exact, warp.a.weights, warp.mlp, call.partial + int64_t{blockIdx.x} * warp.p.n_grad);
+}
+
 // With the path u × x there is shared memory for two blocks, and registers for more fragments.
 template <typename S>
 constexpr int kExactBackwardResident = S::Slots::count > 11 ? 2 : kResident<float>;
@@ -393,12 +411,7 @@ template <typename S>
 __global__ void __launch_bounds__(kThreads, kExactBackwardResident<S>)
     exact_backward(const __grid_constant__ ExactCall call) {
   ExactBackward<S> warp(call);
-  if (warp.number < call.shape.warps) warp.walk();
-  if (!warp.need_weights) return;
-  const int warps = blockDim.x / 32, begin = blockIdx.x * warps, left = call.shape.warps - begin;
-  const ExactGradients<S> of_block(call.sums, begin, warp.p);
-  of_block.add_warps(left < warps ? left : warps);
-  of_block.write(warp.exact, warp.a.weights, warp.mlp, call.partial + int64_t{blockIdx.x} * warp.p.n_grad);
+  run_warps<S>(warp, call);
 }
 
 }  // namespace implicit_steer::IST_ISA

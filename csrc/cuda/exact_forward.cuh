@@ -90,10 +90,10 @@ struct ExactForward : Base {
     for (int from = first; from < last; from += Base::edges) {  // loop: chunks
       const int n = last - from < Base::edges ? last - from : Base::edges;
       this->chunk(from, n, NothingKept{});
-      if (goes_on)
-        this->take_back(aside);
-      else
+      if (!goes_on)
         this->clear();
+      else if (ExactMemory<S>::aside > 0)
+        this->take_back(aside);
       for (int at = 0; at < n;) {  // loop: nodes
         const bool ends = end - from <= n;
         const int stop = ends ? end - from : n;
@@ -102,7 +102,7 @@ struct ExactForward : Base {
         at = stop;
         goes_on = !ends && from + n < last;
         if (goes_on) {
-          this->put_aside(aside);
+          if (ExactMemory<S>::aside > 0) this->put_aside(aside);
           break;
         }
         const bool shared = !ends || (leading && begun);

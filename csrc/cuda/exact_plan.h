@@ -14,7 +14,6 @@ class ExactPlan : public FieldPlan {
  public:
   static constexpr int kCoefficients = 4, kEven = 2;
   static constexpr int kMostLayers = 8;  // of which a backward pass keeps 8 KB each for a warp, in 99 KB of a block
-  bool reads_all = false;  // of the inputs, every one: the backward kernel writes the gradients of those that it reads
 
   // Of a plan whose hidden layers are those of Specialised kernels of `width` channels (device_plan.h).
   void make(const Plan<float>& p, int width) {
@@ -26,7 +25,6 @@ class ExactPlan : public FieldPlan {
     if (!*p.attribute_identity || !read_first_layer(p)) return;
     for (const CouplingView& q : p.coupling_storage)
       if (!read_coupling(p, q)) return;
-    reads_all = reads_all_inputs(p);
     place(p);
   }
 

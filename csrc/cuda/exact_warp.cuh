@@ -42,6 +42,7 @@ struct ExactTiles {
     return (slot - Slots::first(degree(slot))) * blocks + block;
   }
   static IST_HOST_DEVICE constexpr int tile(int slot, int block) { return first(degree(slot)) + row(slot, block) / 2; }
+  static constexpr bool rows_are_channels = false;
   // Place of number k of θ [path, u, v, w] in the order in which a tile's rows and columns meet it.
   static IST_HOST_DEVICE constexpr int theta_at(int k) { return k; }
 };

@@ -43,6 +43,7 @@ class FieldPlan {
   static constexpr int kMostFields = 8;
   int fields = 0;  // V; 0: there is no such kernel for the plan
   bool cross = false;
+  bool reads_all = false;  // of the inputs, every one: backward kernels write the gradients of those that they read
   std::vector<int32_t> numbers;  // what ExactView points to
 
   ExactView view(const int32_t* begin) const {
@@ -78,13 +79,10 @@ class FieldPlan {
 
   int n_paths() const { return cross ? IST_ISA::ExactSlots<true>::paths : IST_ISA::ExactSlots<false>::paths; }
 
-  bool reads_all_inputs(const Plan<float>& p) const {
-    return scalars_.size() + 3 * vectors_.size() == static_cast<size_t>(p.in_size);
-  }
-
   // Writes all lists, unless there are too many fields.
   void place(const Plan<float>& p) {
     const size_t most = std::max({scalars_.size(), vectors_.size(), out_scalars_.size(), out_vectors_.size()});
+    reads_all = scalars_.size() + 3 * vectors_.size() == static_cast<size_t>(p.in_size);
     const size_t n_out = out_scalars_.size() + 3 * out_vectors_.size();
     if (p.in_size < 3 || most > kMostFields || n_out != static_cast<size_t>(p.out_size)) return;
     if (place_all(p, kMostFields)) fields = kMostFields;

@@ -18,6 +18,7 @@ template <typename F, int kWidth, int kFields>
 struct ExactTiles<Grid<F, kWidth, kFields>> {
   // Tiles: Q x of x and y; of z, and d · x; h s and d s of x; of y and z; three of h x, with 8 rows each
   static constexpr int blocks = 1, count = 7;
+  static constexpr bool rows_are_channels = true;
   static IST_HOST_DEVICE constexpr int tile(int slot, int) {
     return slot == 0 || slot == 5 ? 2 : slot < 4 ? 3 + slot : slot == 4 || slot == 10 ? 1 : slot < 8 ? 3 : 0;
   }
@@ -51,9 +52,10 @@ struct GridWarp : ExactWarp<S> {
 
   __device__ __forceinline__ float* factors() const { return reinterpret_cast<float*>(sources + edges); }
 
-  // What couplings read of the n edges at positions begin ..; lanes without an edge take the last one.
+  // What couplings read of the n edges at positions begin ..; lanes without an edge take the last one. `keep`: of
+  // GridMlp.
   template <typename Keep>
-  __device__ __forceinline__ void chunk(int begin, int n, Keep) {
+  __device__ __forceinline__ void chunk(int begin, int n, Keep keep) {
     GridMlp::Inputs inputs;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -64,12 +66,9 @@ struct GridWarp : ExactWarp<S> {
       inputs.factor[i] = this->radial(sum_lanes(inputs.x[i] * inputs.x[i], 1, 4));
       if (pair == 0) sources[at] = this->index(a.src, static_cast<int>(edge)), factors()[at] = inputs.factor[i];
     }
-    mlp.template evaluate<S>(inputs, records);
+    mlp.template evaluate<S>(inputs, keep, records);
     __syncwarp();
   }
-
-  __device__ __forceinline__ void put_aside(float*) const {}
-  __device__ __forceinline__ void take_back(const float*) const {}
 
   // T += the sum over edges at .. at + 7 of the chunk before `stop`, all into one node.
   __device__ __forceinline__ void step(int at, int stop) {

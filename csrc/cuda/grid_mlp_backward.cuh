@@ -1,0 +1,146 @@
+// The reverse sweep of the kernel MLP of grid_mlp.cuh: 16 edges by a warp, on tensor cores.
+//
+// Of every layer n >= 1 its inputs y and z = W y + b are kept in the warp's global memory on the way forward. On the
+// way back the state holds gradients: of what couplings read, then in turn of z and of y. Sums over the edges, d_W = Σ
+// d_z yᵀ, are products of matrices, too.
+#pragma once
+
+#include "exact_gradients.cuh"
+#include "exact_mlp_backward.cuh"
+#include "grid_mlp.cuh"
+
+namespace implicit_steer::IST_ISA {
+
+// Layer by layer what Kept names of 16 edges, [2, W, 2, lane, 4]: a lane's slots of its two edges as GridMlp::Part has
+// them. `keep` of GridMlp.
+template <typename F, int kWidth, int kFields>
+struct KeptLayers<Grid<F, kWidth, kFields>> {
+  static constexpr int of_part = 32 * 4, of_kind = kWidth * 2 * of_part;
+  static constexpr int of_layer = 0;  // of shared memory
+
+  float* memory;
+
+  static IST_HOST_DEVICE int size(const PlanView<float>& p) { return (p.n_layers - 1) * 2 * of_kind; }
+
+  // The slots of lane 4 g + t are of edge g + 8 i.
+  __device__ __forceinline__ Neighbours<float, 4>& slots(int layer, Kept what, int w, int i, int lane) const {
+    return neighbours<4>(memory + ((layer - 1) * 2 + what) * of_kind + (2 * w + i) * of_part + 4 * lane);
+  }
+  __device__ __forceinline__ void operator()(int layer, Kept what, const GridMlp::Part& part) const {
+    slots(layer, what, part.w, part.i, threadIdx.x % 32) = part.slots;
+  }
+};
+
+template <typename S>
+struct GridMlpBackward {
+  const GridMlp& mlp;
+  const float* transposed;  // fragments, from GridMlp::transposed on
+  const KeptLayers<S>& kept;
+  using Inputs = GridMlp::Inputs;
+  static constexpr int position = 2 * 3;  // in front of a channel's four sums: x, y and z of its position, every other
+
+  // The state: from the gradient of what couplings read, before the radial factor, to that of the first layer's sums.
+  // Of every edge and channel these are in slots 2 t: for coordinate t its z, in slots 2 t + 1 shares of the sum over
+  // E. d_x: of lane 4 g + t's coordinate t. keep_gradients(layer): called while the state is d_z of that layer.
+  template <typename AddWeights>
+  __device__ __forceinline__ void reverse(const Inputs& inputs, AddWeights add_weights, float* state,
+                                          float (&d_x)[2]) const {
+    int n = mlp.n_layers - 1;
+    if (n == 0) return activations<true, true>(0, inputs, state, d_x);
+    activations<false, true>(n, inputs, state, d_x);
+#pragma unroll 1
+    for (;; activations<false, false>(n, inputs, state, d_x)) {
+      __syncwarp();
+      add_weights(n);
+      __syncwarp();
+      mlp.template linear<S, true>(opaque(mlp.hidden + (n - 1) * GridMlp::layer_size<S>), state);
+      __syncwarp();
+      if (--n == 0) break;
+    }
+    activations<true, false>(0, inputs, state, d_x);
+  }
+
+ private:
+  static __device__ __forceinline__ Split<2> load(const float* fragments, int n) { return GridMlp::load(fragments, n); }
+
+  // d_z = Aᵀ (φ′(A z) · A⁻ᵀ d_y) in the place of d_y, or of the gradient of what couplings read.
+  template <bool kFirst, bool kLast>
+  __device__ __forceinline__ void activations(int layer, const Inputs& inputs, float* state, float (&d_x)[2]) const {
+    constexpr int together = GridMlp::kTogether;
+    float* const rows[2] = {GridMlp::row(state, 0), GridMlp::row(state, 1)};
+#pragma unroll 1
+    for (int w = 0; w < S::width; w += together) {
+      GridMlp::Sums<kFirst> z[together];
+      Split<4> d_y[together][2];
+      float d_z[together][2][4] = {}, d_even[together][2] = {};
+#pragma unroll
+      for (int n = 0; n < together; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if constexpr (kFirst)
+            mlp.first_layer<S>(inputs, w + n, i, z[n]);
+          else
+            z[n].set(i, kept.slots(layer, kLayerSums, w + n, i, threadIdx.x % 32));
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const auto two = neighbours<2>(rows[i] + (w + n) * GridState::channel + 8 * half);
+            const float factor = kLast ? inputs.factor[i] : 1;
+            d_y[n][half].set(i, two.at[0] * factor), d_y[n][half].set(2 + i, two.at[1] * factor);
+          }
+        }
+      const float *const at = opaque(mlp.fragments), *const back = opaque(transposed);
+#pragma unroll 1
+      for (int half = 0; half < 2; ++half) {  // 8 pairs of samples each
+#pragma unroll
+        for (int n = 0; n < together; ++n) {
+          float upper[4], lower[4];
+          z[n].samples(at, half, upper, lower);
+          float plus[4] = {0, 0, 0, 0}, minus[4] = {0, 0, 0, 0};  // A⁻ᵀ d_y of sums and of differences
+          if constexpr (kLast) {
+            mma_3xtf32(plus, d_y[n][0], load(back, GridMlp::of_output + 2 * half));
+            mma_3xtf32(minus, d_y[n][1], load(back, GridMlp::of_output + 2 * half + 1));
+          } else {
+            mma_3xtf32(plus, d_y[n][0], load(back, GridMlp::of_inverse + 3 * half));
+            mma_3xtf32(minus, d_y[n][0], load(back, GridMlp::of_inverse + 3 * half + 1));
+            mma_3xtf32(minus, d_y[n][1], load(back, GridMlp::of_inverse + 3 * half + 2));
+          }
+          Split<4> sum, difference;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float of_upper = (plus[i] + minus[i]) * Scaled<typename S::Function>::slope(upper[i]);
+            const float of_lower = (plus[i] - minus[i]) * Scaled<typename S::Function>::slope(lower[i]);
+            const int to = i / 2 + i % 2 * 2;  // from a result's place to that of an A
+            difference.set(to, of_upper - of_lower);
+            if constexpr (kFirst)
+              d_even[n][i / 2] += of_upper + of_lower;
+            else
+              sum.set(to, of_upper + of_lower);
+          }
+          if constexpr (kFirst) {
+            mma_3xtf32(d_z[n][0], difference, load(back, GridMlp::of_position + half));
+          } else {
+            mma_3xtf32(d_z[n][0], sum, load(back, GridMlp::of_samples + 3 * half));
+            mma_3xtf32(d_z[n][0], difference, load(back, GridMlp::of_samples + 3 * half + 1));
+            mma_3xtf32(d_z[n][1], difference, load(back, GridMlp::of_samples + 3 * half + 2));
+          }
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < together; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float* const to = rows[i] + (w + n) * GridState::channel;
+          if constexpr (kFirst) {
+            neighbours<2>(to) = {d_z[n][0][2 * i], d_even[n][i]};
+            d_x[i] += mlp.first[4 * (w + n) + threadIdx.x % 4] * d_z[n][0][2 * i];
+          } else {
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+              neighbours<2>(to + 8 * half) = {d_z[n][half][2 * i], d_z[n][half][2 * i + 1]};
+          }
+        }
+    }
+  }
+};
+
+}  // namespace implicit_steer::IST_ISA
