@@ -139,7 +139,15 @@ struct ExactBackward : Warp {
     }
   }
 
-  // Edges at .. at + 7 of the chunk before `stop`, all into one node.
+  // Edges at .. of the chunk before `stop`, all into one node.
+  __device__ __forceinline__ void edges_back(int at, int stop) {
+    Fragments fragments;
+    load(fragments);
+#pragma unroll 1
+    for (; at < stop; at += 8) step_back(at, stop, fragments);  // loop: edges
+  }
+
+  // The first 8 of them.
   __device__ __forceinline__ void step_back(int at, int stop, const Fragments& b) {
     const int mine = at + group, place = mine < stop ? mine : at;
     const bool there = mine < stop;
@@ -350,7 +358,7 @@ struct ExactBackward : Warp {
 
   // ---- the walk
 
-  // Self: this kernel, or one derived from it with a step_back() and a reverse() of its own.
+  // Self: this kernel, or one derived from it with an edges_back() and a reverse() of its own.
   template <typename Self>
   __device__ __forceinline__ void walk(Self& self) {
     if (need_weights) gradients.clear();
@@ -367,10 +375,7 @@ struct ExactBackward : Warp {
         if (!goes_on) start(node);
         if (need_weights) sum_edges(at, stop, goes_on, ends || from + n == last);
         __syncwarp();
-        Fragments fragments;
-        load(fragments);
-#pragma unroll 1
-        for (; at < stop; at += 8) self.step_back(at, stop, fragments);  // loop: edges
+        self.edges_back(at, stop);
         at = stop, goes_on = !ends;
         while (from + at < last && end == from + at) end = this->index(a.rowptr, ++node + 1);
       }

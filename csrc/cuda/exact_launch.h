@@ -15,6 +15,7 @@ struct ExactLaunch {
   ExactCall call;
   int64_t front, of_warp;  // numbers of a block's shared memory: in front of its warps', and of a warp
   int warps_per_block;
+  int most_warps = kThreads / 32;  // of a block
 
   Failure prepare(const DevicePlan<float>& plan, const ConvArgs<float>& args) {
     call.args = args, call.args.plan = nullptr, call.plan = plan.view, call.exact = plan.exact_view;
@@ -31,7 +32,7 @@ struct ExactLaunch {
   Failure ask(PreparedKernel& found) const {
     Device device;
     IST_TRY(device.read());
-    int& warps = found.warps_per_block = kThreads / 32;
+    int& warps = found.warps_per_block = most_warps;
     while (bytes(warps) > device.block_bytes)
       if (--warps == 0) return {name, "a block's shared memory is too small for the plan"};
     IST_TRY(

@@ -49,7 +49,8 @@ Failure run_grid_backward(const DevicePlan<float>& plan, const ConvArgs<float>& 
   return with_grid_function(plan, [&](auto sizes) {
     using S = decltype(sizes);
     const int64_t front = front_of_backward<S>(plan.host);
-    const ExactLaunch edges{"grid_backward", grid_backward<S>, {}, front, exact_backward_size<S>(plan.host), 0};
+    const ExactLaunch edges{"grid_backward",          grid_backward<S>, {}, front, exact_backward_size<S>(plan.host), 0,
+                            kGridBackwardThreads / 32};
     return run_backward_of<S>(edges, KeptLayers<S>::size(plan.host), plan, args, mean, more, stream, rows);
   });
 }

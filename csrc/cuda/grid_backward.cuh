@@ -19,7 +19,7 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
   using Base = ExactBackward<S, GridWarp<S>>;
   using Base::a, Base::p, Base::exact, Base::lane, Base::group, Base::pair, Base::mlp, Base::records, Base::sources;
   using Base::edges, Base::moved, Base::of_constant, Base::kept, Base::gradients, Base::need_weights;
-  using typename Base::Fragments;
+  using Base::need_geometry;
   static constexpr int channel = GridState::channel;
   float* const transposed;  // fragments
   const float constant_sample;
@@ -38,37 +38,19 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
 
   // ---- the edges of a node
 
-  // Edges at .. at + 7 of the chunk before `stop`, all into one node.
-  __device__ __forceinline__ void step_back(int at, int stop, const Fragments& b) {
-    const int mine = at + group, place = mine < stop ? mine : at;
-    const bool there = mine < stop;
-    float* const record = records + GridState::of_edge(place) + 2 * pair * channel;
-    const float* const x = a.x + int64_t{sources[place]} * p.in_size;
-    float f[2][4], hidden[2][12] = {};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      this->field(x, 2 * pair + i, f[i]);
-#pragma unroll
-      for (int k = 0; k < 12; k += 4) {
-        if (!there) continue;
-        const auto four = neighbours<4>(record + i * channel + k);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) hidden[i][k + j] = four.at[j];
-      }
+  // Edges at .. of the chunk before `stop`, all into one node: first what needs h, Q and d, then what replaces them.
+  __device__ __forceinline__ void edges_back(int at, int stop) {
+    if (a.grad_edge) {
+      Fragments b;
+      load<true>(b);
+#pragma unroll 1
+      for (int begin = at; begin < stop; begin += 8) fields_back(begin, stop, b);  // loop: fields
     }
-    const float product = hidden_back(f, hidden, b, there, record);
-    float d_f[2][4], of_factor = 0;
-    fields_back(hidden, b, d_f);
-    const float factor = this->factors()[place];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const auto d = neighbours<4>(of_constant + 8 * pair + 4 * i);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) d_f[i][k] += d.at[k] * factor, of_factor += d.at[k] * f[i][k];
-      if (there && a.grad_edge) this->store_field(edges[place], i, d_f[i]);
-    }
-    const float whole = sum_lanes(product + factor * of_factor, 1, 4);
-    if (there && pair == 0) moved[4 * mine + 3] = whole;
+    if (!need_weights && !need_geometry) return;
+    Fragments b;
+    load<false>(b);
+#pragma unroll 1
+    for (; at < stop; at += 8) hidden_back(at, stop, b);  // loop: hidden
   }
 
  private:
@@ -76,13 +58,93 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
   static constexpr int of_d = 8;
   static __device__ __forceinline__ constexpr int of_q(int k, int l) { return k == l ? 1 + k : 3 + k + l; }
 
-  // The gradients of h, Q and d into the record; this lane's share of their products with them.
-  __device__ __forceinline__ float hidden_back(const float (&f)[2][4], const float (&hidden)[2][12], const Fragments& b,
-                                               bool there, float* record) const {
-    Stacked fields[4];
+  // Of each slot dT as a fragment of B: [v, w], or [w, v] to multiply h, Q and d with. A row's element t is v or w =
+  // 2 t, element t + 4 the next one.
+  using Fragments = Split<2>[Base::Slots::count];
+  template <bool kByChannel>
+  __device__ __forceinline__ void load(Fragments& b) const {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) fields[k].set(0, f[0][k]), fields[k].set(1, f[1][k]);
+    for (int slot = 0; slot < Base::Slots::count; ++slot)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = kByChannel ? 2 * pair + i : group, column = kByChannel ? group : 2 * pair + i;
+        b[slot].set(i, this->d_t[slot * Base::square + row * S::width + column]);
+      }
+  }
+
+  // What a lane has of its edge: h, Q and d of channels 2 t and 2 t + 1.
+  struct Mine {
+    int place;
+    bool there;
+    float* record;
+    float hidden[2][12];
+  };
+  __device__ __forceinline__ Mine mine_of(int at, int stop) const {
+    Mine mine{};
+    mine.there = at + group < stop, mine.place = mine.there ? at + group : at;
+    mine.record = records + GridState::of_edge(mine.place) + 2 * pair * channel;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int k = 0; k < 12; k += 4) {
+        if (!mine.there) continue;
+        const auto four = neighbours<4>(mine.record + i * channel + k);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) mine.hidden[i][k + j] = four.at[j];
+      }
+    return mine;
+  }
+
+  // The gradients of the features of edges at .. at + 7.
+  __device__ __forceinline__ void fields_back(int at, int stop, const Fragments& b) const {
+    const Mine mine = mine_of(at, stop);
+    float sums[4][4] = {};
+#pragma unroll
+    for (int n = 0; n < 11; ++n) {
+      if (n == 7) continue;
+      Stacked one;
+      one.set(0, mine.hidden[0][n]), one.set(1, mine.hidden[1][n]);
+      if (n == 0) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) mma_stacked(sums[k], one, b[k]);
+      } else if (n >= of_d) {
+        mma_stacked(sums[1 + n - of_d], one, b[4]);
+        mma_stacked(sums[0], one, b[5 + n - of_d]);
+      } else {
+#pragma unroll
+        for (int k = 0; k < 3; ++k)
+#pragma unroll
+          for (int l = 0; l < 3; ++l)
+            if (of_q(k, l) == n) mma_stacked(sums[1 + l], one, b[8 + k]);
+      }
+    }
+    if (!mine.there) return;
+    const float factor = this->factors()[mine.place];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const auto d = neighbours<4>(of_constant + 8 * pair + 4 * i);
+      float d_f[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) d_f[k] = sums[k][i] + sums[k][2 + i] + d.at[k] * factor;
+      this->store_field(edges[mine.place], i, d_f);
+    }
+  }
+
+  // The gradients of h, Q and d of edges at .. at + 7 into their records, and P.
+  __device__ __forceinline__ void hidden_back(int at, int stop, const Fragments& b) const {
+    const Mine mine = mine_of(at, stop);
+    const float* const x = a.x + int64_t{sources[mine.place]} * p.in_size;
+    Stacked fields[4];
     float product = 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float f[4];
+      this->field(x, 2 * pair + i, f);
+      const auto d = neighbours<4>(of_constant + 8 * pair + 4 * i);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) fields[k].set(i, f[k]), product += d.at[k] * f[k];
+    }
+    product *= this->factors()[mine.place];
 #pragma unroll
     for (int quad = 0; quad < 3; ++quad) {
       Neighbours<float, 4> d[2] = {};
@@ -93,53 +155,26 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
         float sum[4] = {0, 0, 0, 0};
         if (n == 0) {
 #pragma unroll
-          for (int k = 0; k < 4; ++k) mma_stacked(sum, fields[k], b.by_channel[k]);
+          for (int k = 0; k < 4; ++k) mma_stacked(sum, fields[k], b[k]);
         } else if (n >= of_d) {
-          mma_stacked(sum, fields[1 + n - of_d], b.by_channel[4]);
-          mma_stacked(sum, fields[0], b.by_channel[5 + n - of_d]);
+          mma_stacked(sum, fields[1 + n - of_d], b[4]);
+          mma_stacked(sum, fields[0], b[5 + n - of_d]);
         } else {
 #pragma unroll
           for (int k = 0; k < 3; ++k)
 #pragma unroll
             for (int l = 0; l < 3; ++l)
-              if (of_q(k, l) == n) mma_stacked(sum, fields[1 + l], b.by_channel[8 + k]);
+              if (of_q(k, l) == n) mma_stacked(sum, fields[1 + l], b[8 + k]);
         }
 #pragma unroll
-        for (int i = 0; i < 2; ++i) d[i].at[j] = sum[i] + sum[2 + i], product += hidden[i][n] * d[i].at[j];
+        for (int i = 0; i < 2; ++i) d[i].at[j] = sum[i] + sum[2 + i], product += mine.hidden[i][n] * d[i].at[j];
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        if (there) neighbours<4>(record + i * channel + 4 * quad) = d[i];
+        if (mine.there) neighbours<4>(mine.record + i * channel + 4 * quad) = d[i];
     }
-    return product;
-  }
-
-  static __device__ __forceinline__ void fields_back(const float (&hidden)[2][12], const Fragments& b,
-                                                     float (&d_f)[2][4]) {
-    float sums[4][4] = {};
-#pragma unroll
-    for (int n = 0; n < 11; ++n) {
-      if (n == 7) continue;
-      Stacked one;
-      one.set(0, hidden[0][n]), one.set(1, hidden[1][n]);
-      if (n == 0) {
-#pragma unroll
-        for (int k = 0; k < 4; ++k) mma_stacked(sums[k], one, b.by_field[k]);
-      } else if (n >= of_d) {
-        mma_stacked(sums[1 + n - of_d], one, b.by_field[4]);
-        mma_stacked(sums[0], one, b.by_field[5 + n - of_d]);
-      } else {
-#pragma unroll
-        for (int k = 0; k < 3; ++k)
-#pragma unroll
-          for (int l = 0; l < 3; ++l)
-            if (of_q(k, l) == n) mma_stacked(sums[1 + l], one, b.by_field[8 + k]);
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) d_f[i][k] = sums[k][i] + sums[k][2 + i];
+    const float whole = sum_lanes(product, 1, 4);
+    if (mine.there && pair == 0) moved[4 * mine.place + 3] = whole;
   }
 
  public:
@@ -251,8 +286,12 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
   }
 };
 
+// All warps of a multiprocessor are in one block: its 36 fragments and weights are there once, and 10 warps have 204
+// registers for each thread.
+constexpr int kGridBackwardThreads = 384;
+
 template <typename S>
-__global__ void __launch_bounds__(kThreads, kResident<float>) grid_backward(const __grid_constant__ ExactCall call) {
+__global__ void __launch_bounds__(kGridBackwardThreads, 1) grid_backward(const __grid_constant__ ExactCall call) {
   GridBackward<S> warp(call);
   run_warps<S>(warp, call);
 }

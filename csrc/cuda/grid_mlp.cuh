@@ -217,16 +217,17 @@ struct GridMlp {
   }
 
   static __device__ __forceinline__ Split<2> load(const float* fragments, int n) {
-    const auto four = neighbours<4>(fragments + n * fragment + 4 * (threadIdx.x % 32));
-    return {{__float_as_uint(four.at[0]), __float_as_uint(four.at[1])},
-            {__float_as_uint(four.at[2]), __float_as_uint(four.at[3])}};
+    const uint32_t* const lanes = reinterpret_cast<const uint32_t*>(fragments) + n * fragment;
+    const auto four = neighbours<4>(lanes + 4 * (threadIdx.x % 32));
+    return {{four.at[0], four.at[1]}, {four.at[2], four.at[3]}};
   }
 
   // Wᵀ of a slot from the fragment of W.
   static __device__ __forceinline__ Split<2> load_transposed(const float* fragments, int n) {
     const int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
-    const float* const at = fragments + n * fragment + 32 * pair + group / 2 * 4 + group % 2;
-    return {{__float_as_uint(at[0]), __float_as_uint(at[16])}, {__float_as_uint(at[2]), __float_as_uint(at[18])}};
+    const uint32_t* const lanes = reinterpret_cast<const uint32_t*>(fragments) + n * fragment;
+    const uint32_t* const at = lanes + 32 * pair + group / 2 * 4 + group % 2;
+    return {{at[0], at[16]}, {at[2], at[18]}};
   }
 
   // z = W y + b in the place of y, or Wᵀ y, slot by slot; four of them are one load.
@@ -260,50 +261,65 @@ struct GridMlp {
     }
   }
 
-  // z of a channel and a lane's two edges: slots below 8 and from there on; of the first layer the position, in
+  // z of a few channels and a lane's two edges: slots below 8 and from there on; of the first layer the position, in
   // slots[0].big, and E of the two edges.
   template <bool kFirst>
   struct Sums {
-    Split<4> slots[2];
-    float even[2];
+    Split<4> slots[2][kTogether];
+    float even[kTogether][2];
 
-    __device__ __forceinline__ void set(int i, const Neighbours<float, 4>& z) {
+    __device__ __forceinline__ void set(int n, int i, const Neighbours<float, 4>& z) {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        slots[half].set(i, z.at[2 * half]), slots[half].set(2 + i, z.at[2 * half + 1]);
+        slots[half][n].set(i, z.at[2 * half]), slots[half][n].set(2 + i, z.at[2 * half + 1]);
     }
     // Of 8 pairs of samples A z: sums E + O, then differences.
-    __device__ __forceinline__ void samples(const float* fragments, int half, float (&sum)[4],
-                                            float (&difference)[4]) const {
-      float plus[4] = {0, 0, 0, 0}, minus[4] = {0, 0, 0, 0};  // E and O
+    __device__ __forceinline__ void samples(const float* fragments, int half, float (&sum)[kTogether][4],
+                                            float (&difference)[kTogether][4]) const {
+      float plus[kTogether][4] = {}, minus[kTogether][4] = {};  // E and O
       if constexpr (kFirst) {
         const Split<2> b = load(fragments, of_position + half);
-        mma_m16n8k8(minus, slots[0].big, b.small), mma_m16n8k8(minus, slots[0].big, b.big);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) plus[i] = even[i / 2];
+        for (int n = 0; n < kTogether; ++n) mma_m16n8k8(minus[n], slots[0][n].big, b.small);
+#pragma unroll
+        for (int n = 0; n < kTogether; ++n) mma_m16n8k8(minus[n], slots[0][n].big, b.big);
       } else {
         mma_3xtf32(plus, slots[0], load(fragments, of_samples + 3 * half));
         mma_3xtf32(minus, slots[0], load(fragments, of_samples + 3 * half + 1));
         mma_3xtf32(minus, slots[1], load(fragments, of_samples + 3 * half + 2));
       }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sum[i] = plus[i] + minus[i], difference[i] = plus[i] - minus[i];
+      for (int n = 0; n < kTogether; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float e = kFirst ? even[n][i / 2] : plus[n][i];
+          sum[n][i] = e + minus[n][i], difference[n][i] = e - minus[n][i];
+        }
     }
   };
 
   template <typename S>
-  __device__ __forceinline__ void first_layer(const Inputs& inputs, int w, int i, Sums<true>& z) const {
+  __device__ __forceinline__ void first_layer(const Inputs& inputs, int w, int n, int i, Sums<true>& z) const {
     Split<1> x;
-    x.set(0, first[4 * w + threadIdx.x % 4] * inputs.x[i]);
-    z.slots[0].big[i] = x.big[0], z.slots[0].big[2 + i] = x.small[0];
-    z.even[i] = scalars[w];
-    for (int k = 1; k < n_scalars; ++k) z.even[i] += scalars[k * S::width + w] * inputs.attributes[i][k - 1];
+    x.set(0, first[4 * (w + n) + threadIdx.x % 4] * inputs.x[i]);
+    z.slots[0][n].big[i] = x.big[0], z.slots[0][n].big[2 + i] = x.small[0];
+    z.even[n][i] = scalars[w + n];
+    for (int k = 1; k < n_scalars; ++k) z.even[n][i] += scalars[k * S::width + w + n] * inputs.attributes[i][k - 1];
   }
 
   // Where a lane's slots of its two edges and the first channel are.
   static __device__ __forceinline__ float* row(float* state, int i) {
     return state + GridState::of_edge(threadIdx.x % 32 / 4 + 8 * i) + 2 * (threadIdx.x % 4);
   }
+
+  // From numbers of 8 pairs of samples, in a result's places, to their sums and differences in those of an A.
+  struct Pairs {
+    Split<4> sum[kTogether], difference[kTogether];
+    __device__ __forceinline__ void set(int n, int i, float upper, float lower) {
+      const int to = i / 2 + i % 2 * 2;
+      sum[n].set(to, upper + lower), difference[n].set(to, upper - lower);
+    }
+  };
 
   // y = A⁻ φ(A z) in the place of z, or what couplings read of y; of the first layer z is made here.
   template <typename S, bool kFirst, bool kLast, typename Keep>
@@ -312,51 +328,47 @@ struct GridMlp {
 #pragma unroll 1
     for (int w = 0; w < S::width; w += kTogether) {
       float* places[kTogether][2];  // of the two edges
-      Sums<kFirst> z[kTogether];
-      float y[kTogether][2][4] = {};
+      Sums<kFirst> z;
+      float y[2][kTogether][4] = {};
 #pragma unroll
       for (int n = 0; n < kTogether; ++n)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           places[n][i] = rows[i] + (w + n) * GridState::channel;
           if constexpr (kFirst) {
-            first_layer<S>(inputs, w + n, i, z[n]);
+            first_layer<S>(inputs, w, n, i, z);
           } else {
             const auto lower = neighbours<2>(places[n][i]), upper = neighbours<2>(places[n][i] + 8);
             const Part part{w + n, i, {lower.at[0], lower.at[1], upper.at[0], upper.at[1]}};
-            z[n].set(i, part.slots), keep(layer, kLayerSums, part);
+            z.set(n, i, part.slots), keep(layer, kLayerSums, part);
           }
         }
       const float* at = opaque(fragments);
 #pragma unroll 1
       for (int half = 0; half < 2; ++half) {  // 8 pairs of samples each
+        float upper[kTogether][4], lower[kTogether][4];
+        z.samples(at, half, upper, lower);
+        Pairs of;
 #pragma unroll
-        for (int n = 0; n < kTogether; ++n) {
-          float upper[4], lower[4];
-          z[n].samples(at, half, upper, lower);
-          Split<4> sum, difference;
+        for (int n = 0; n < kTogether; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float of_upper = Scaled<typename S::Function>::value(upper[i]);
-            const float of_lower = Scaled<typename S::Function>::value(lower[i]);
-            const int to = i / 2 + i % 2 * 2;  // from a result's place to that of an A
-            sum.set(to, of_upper + of_lower), difference.set(to, of_upper - of_lower);
-          }
-          if constexpr (kLast) {
-            mma_3xtf32(y[n][0], sum, load(at, of_output + 2 * half));
-            mma_3xtf32(y[n][1], difference, load(at, of_output + 2 * half + 1));
-          } else {
-            mma_3xtf32(y[n][0], sum, load(at, of_inverse + 3 * half));
-            mma_3xtf32(y[n][0], difference, load(at, of_inverse + 3 * half + 1));
-            mma_3xtf32(y[n][1], difference, load(at, of_inverse + 3 * half + 2));
-          }
+          for (int i = 0; i < 4; ++i)
+            of.set(n, i, Scaled<typename S::Function>::value(upper[n][i]),
+                   Scaled<typename S::Function>::value(lower[n][i]));
+        if constexpr (kLast) {
+          mma_3xtf32(y[0], of.sum, load(at, of_output + 2 * half));
+          mma_3xtf32(y[1], of.difference, load(at, of_output + 2 * half + 1));
+        } else {
+          mma_3xtf32(y[0], of.sum, load(at, of_inverse + 3 * half));
+          mma_3xtf32(y[0], of.difference, load(at, of_inverse + 3 * half + 1));
+          mma_3xtf32(y[1], of.difference, load(at, of_inverse + 3 * half + 2));
         }
       }
 #pragma unroll
       for (int n = 0; n < kTogether; ++n)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          Part part{w + n, i, {y[n][0][2 * i], y[n][0][2 * i + 1], y[n][1][2 * i], y[n][1][2 * i + 1]}};
+          Part part{w + n, i, {y[0][n][2 * i], y[0][n][2 * i + 1], y[1][n][2 * i], y[1][n][2 * i + 1]}};
           if constexpr (kLast) {
 #pragma unroll
             for (int k = 0; k < 4; ++k) part.slots.at[k] *= inputs.factor[i];

@@ -37,7 +37,6 @@ struct GridMlpBackward {
   const float* transposed;  // fragments, from GridMlp::transposed on
   const KeptLayers<S>& kept;
   using Inputs = GridMlp::Inputs;
-  static constexpr int position = 2 * 3;  // in front of a channel's four sums: x, y and z of its position, every other
 
   // The state: from the gradient of what couplings read, before the radial factor, to that of the first layer's sums.
   // Of every edge and channel these are in slots 2 t: for coordinate t its z, in slots 2 t + 1 shares of the sum over
@@ -61,8 +60,6 @@ struct GridMlpBackward {
   }
 
  private:
-  static __device__ __forceinline__ Split<2> load(const float* fragments, int n) { return GridMlp::load(fragments, n); }
-
   // d_z = Aᵀ (φ′(A z) · A⁻ᵀ d_y) in the place of d_y, or of the gradient of what couplings read.
   template <bool kFirst, bool kLast>
   __device__ __forceinline__ void activations(int layer, const Inputs& inputs, float* state, float (&d_x)[2]) const {
@@ -70,59 +67,54 @@ struct GridMlpBackward {
     float* const rows[2] = {GridMlp::row(state, 0), GridMlp::row(state, 1)};
 #pragma unroll 1
     for (int w = 0; w < S::width; w += together) {
-      GridMlp::Sums<kFirst> z[together];
-      Split<4> d_y[together][2];
-      float d_z[together][2][4] = {}, d_even[together][2] = {};
+      GridMlp::Sums<kFirst> z;
+      Split<4> d_y[2][together];  // slots below 8 and from there on
+      float d_z[2][together][4] = {}, d_even[together][2] = {};
 #pragma unroll
       for (int n = 0; n < together; ++n)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           if constexpr (kFirst)
-            mlp.first_layer<S>(inputs, w + n, i, z[n]);
+            mlp.first_layer<S>(inputs, w, n, i, z);
           else
-            z[n].set(i, kept.slots(layer, kLayerSums, w + n, i, threadIdx.x % 32));
+            z.set(n, i, kept.slots(layer, kLayerSums, w + n, i, threadIdx.x % 32));
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const auto two = neighbours<2>(rows[i] + (w + n) * GridState::channel + 8 * half);
             const float factor = kLast ? inputs.factor[i] : 1;
-            d_y[n][half].set(i, two.at[0] * factor), d_y[n][half].set(2 + i, two.at[1] * factor);
+            d_y[half][n].set(i, two.at[0] * factor), d_y[half][n].set(2 + i, two.at[1] * factor);
           }
         }
       const float *const at = opaque(mlp.fragments), *const back = opaque(transposed);
 #pragma unroll 1
       for (int half = 0; half < 2; ++half) {  // 8 pairs of samples each
+        float upper[together][4], lower[together][4];
+        z.samples(at, half, upper, lower);
+        float plus[together][4] = {}, minus[together][4] = {};  // A⁻ᵀ d_y of sums and of differences
+        if constexpr (kLast) {
+          mma_3xtf32(plus, d_y[0], GridMlp::load(back, GridMlp::of_output + 2 * half));
+          mma_3xtf32(minus, d_y[1], GridMlp::load(back, GridMlp::of_output + 2 * half + 1));
+        } else {
+          mma_3xtf32(plus, d_y[0], GridMlp::load(back, GridMlp::of_inverse + 3 * half));
+          mma_3xtf32(minus, d_y[0], GridMlp::load(back, GridMlp::of_inverse + 3 * half + 1));
+          mma_3xtf32(minus, d_y[1], GridMlp::load(back, GridMlp::of_inverse + 3 * half + 2));
+        }
+        GridMlp::Pairs of;
 #pragma unroll
-        for (int n = 0; n < together; ++n) {
-          float upper[4], lower[4];
-          z[n].samples(at, half, upper, lower);
-          float plus[4] = {0, 0, 0, 0}, minus[4] = {0, 0, 0, 0};  // A⁻ᵀ d_y of sums and of differences
-          if constexpr (kLast) {
-            mma_3xtf32(plus, d_y[n][0], load(back, GridMlp::of_output + 2 * half));
-            mma_3xtf32(minus, d_y[n][1], load(back, GridMlp::of_output + 2 * half + 1));
-          } else {
-            mma_3xtf32(plus, d_y[n][0], load(back, GridMlp::of_inverse + 3 * half));
-            mma_3xtf32(minus, d_y[n][0], load(back, GridMlp::of_inverse + 3 * half + 1));
-            mma_3xtf32(minus, d_y[n][1], load(back, GridMlp::of_inverse + 3 * half + 2));
-          }
-          Split<4> sum, difference;
+        for (int n = 0; n < together; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const float of_upper = (plus[i] + minus[i]) * Scaled<typename S::Function>::slope(upper[i]);
-            const float of_lower = (plus[i] - minus[i]) * Scaled<typename S::Function>::slope(lower[i]);
-            const int to = i / 2 + i % 2 * 2;  // from a result's place to that of an A
-            difference.set(to, of_upper - of_lower);
-            if constexpr (kFirst)
-              d_even[n][i / 2] += of_upper + of_lower;
-            else
-              sum.set(to, of_upper + of_lower);
+            const float of_upper = (plus[n][i] + minus[n][i]) * Scaled<typename S::Function>::slope(upper[n][i]);
+            const float of_lower = (plus[n][i] - minus[n][i]) * Scaled<typename S::Function>::slope(lower[n][i]);
+            of.set(n, i, of_upper, of_lower);
+            if (kFirst) d_even[n][i / 2] += of_upper + of_lower;
           }
-          if constexpr (kFirst) {
-            mma_3xtf32(d_z[n][0], difference, load(back, GridMlp::of_position + half));
-          } else {
-            mma_3xtf32(d_z[n][0], sum, load(back, GridMlp::of_samples + 3 * half));
-            mma_3xtf32(d_z[n][0], difference, load(back, GridMlp::of_samples + 3 * half + 1));
-            mma_3xtf32(d_z[n][1], difference, load(back, GridMlp::of_samples + 3 * half + 2));
-          }
+        if constexpr (kFirst) {
+          mma_3xtf32(d_z[0], of.difference, GridMlp::load(back, GridMlp::of_position + half));
+        } else {
+          mma_3xtf32(d_z[0], of.sum, GridMlp::load(back, GridMlp::of_samples + 3 * half));
+          mma_3xtf32(d_z[0], of.difference, GridMlp::load(back, GridMlp::of_samples + 3 * half + 1));
+          mma_3xtf32(d_z[1], of.difference, GridMlp::load(back, GridMlp::of_samples + 3 * half + 2));
         }
       }
 #pragma unroll
@@ -131,12 +123,12 @@ struct GridMlpBackward {
         for (int i = 0; i < 2; ++i) {
           float* const to = rows[i] + (w + n) * GridState::channel;
           if constexpr (kFirst) {
-            neighbours<2>(to) = {d_z[n][0][2 * i], d_even[n][i]};
-            d_x[i] += mlp.first[4 * (w + n) + threadIdx.x % 4] * d_z[n][0][2 * i];
+            neighbours<2>(to) = {d_z[0][n][2 * i], d_even[n][i]};
+            d_x[i] += mlp.first[4 * (w + n) + threadIdx.x % 4] * d_z[0][n][2 * i];
           } else {
 #pragma unroll
             for (int half = 0; half < 2; ++half)
-              neighbours<2>(to + 8 * half) = {d_z[n][half][2 * i], d_z[n][half][2 * i + 1]};
+              neighbours<2>(to + 8 * half) = {d_z[half][n][2 * i], d_z[half][n][2 * i + 1]};
           }
         }
     }

@@ -30,6 +30,17 @@ __device__ __forceinline__ void mma_3xtf32(float (&d)[4], const Split<4>& a, con
   mma_m16n8k8(d, a.big, b.big);
 }
 
+// The same of several A and one B, in turn: each waits for its own last product only.
+template <int n>
+__device__ __forceinline__ void mma_3xtf32(float (&d)[n][4], const Split<4> (&a)[n], const Split<2>& b) {
+#pragma unroll
+  for (int k = 0; k < n; ++k) mma_m16n8k8(d[k], a[k].small, b.big);
+#pragma unroll
+  for (int k = 0; k < n; ++k) mma_m16n8k8(d[k], a[k].big, b.small);
+#pragma unroll
+  for (int k = 0; k < n; ++k) mma_m16n8k8(d[k], a[k].big, b.big);
+}
+
 // A matrix A of 8 rows as one of 16: the big parts of its elements above the small ones. Its fragment has the elements
 // A[g][t] and A[g][t + 4], in this order.
 struct Stacked {
