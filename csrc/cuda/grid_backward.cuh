@@ -21,18 +21,14 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
   using Base::edges, Base::moved, Base::of_constant, Base::kept, Base::gradients, Base::need_weights;
   using Base::need_geometry;
   static constexpr int channel = GridState::channel;
-  float* const transposed;  // fragments
-  const float constant_sample;
-
   static IST_HOST_DEVICE int size_behind_mlp() { return GridMlp::n_fragments * GridMlp::fragment; }
 
-  __device__ __forceinline__ explicit GridBackward(const ExactCall& call)
-      : Base(call),
-        transposed(mlp.shift + S::width),
-        constant_sample(GridMlp::constant_sample(p, *global_memory(exact.grid))) {
+  __device__ __forceinline__ float* transposed() const { return mlp.shift + S::width; }  // fragments
+
+  __device__ __forceinline__ explicit GridBackward(const ExactCall& call) : Base(call) {
     const int left = call.shape.warps - this->number;  // what is kept of all warps is in front of their sums
     kept = {call.sums - int64_t{left} * KeptLayers<S>::size(p)};
-    GridMlp::copy_fragments(p, *global_memory(exact.grid), GridMlp::transposed, transposed);
+    GridMlp::copy_fragments(p, *global_memory(exact.grid), GridMlp::transposed, transposed());
     __syncthreads();
   }
 
@@ -191,7 +187,7 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
       inputs.attributes[i] = a.attr + edge * p.n_attr;
       inputs.factor[i] = at < n ? this->factors()[at] : 0;
     }
-    const GridMlpBackward<S> back{mlp, transposed, kept};
+    const GridMlpBackward<S> back{mlp, transposed(), kept};
     const auto add = [&](int layer) {
       if (need_weights) add_weights(layer);
     };
@@ -265,11 +261,13 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
       weights[0] += first.at[0] * x.at[0], weights[1] += first.at[2] * x.at[1], weights[2] += second.at[0] * x.at[2];
     }
     const auto sum = [&](int input) -> float& { return gradients.one(ExactGradients<S>::first + 32 * input); };
+    const float constant_sample = GridMlp::constant_sample(p, *global_memory(exact.grid));
     if (need_weights) {
       sum(0) += bias * constant_sample;
 #pragma unroll
       for (int k = 0; k < 3; ++k) sum(1 + k) += weights[k];
     }
+#pragma unroll 1
     for (int j = 0; j < p.n_attr; ++j) {
       const float weight = mlp.scalars[(1 + j) * S::width + group];
       float of_attribute = 0;

@@ -153,6 +153,7 @@ struct GridMlp {
     const int form = number + (odd ? grid.n_even_forms : 0);
     if (form >= (odd ? grid.n_forms : grid.n_even_forms)) return 0;
     float sum = 0;
+#pragma unroll 1
     for (int k = 0; k < c; ++k) sum += grid.forms[form][k] * inverse[k];
     return sum * kLn2;
   }
@@ -304,6 +305,7 @@ struct GridMlp {
     x.set(0, first[4 * (w + n) + threadIdx.x % 4] * inputs.x[i]);
     z.slots[0][n].big[i] = x.big[0], z.slots[0][n].big[2 + i] = x.small[0];
     z.even[n][i] = scalars[w + n];
+#pragma unroll 1
     for (int k = 1; k < n_scalars; ++k) z.even[n][i] += scalars[k * S::width + w + n] * inputs.attributes[i][k - 1];
   }
 
