@@ -204,7 +204,8 @@ struct ExactBackward : Warp {
     float* const to = a.grad_edge + edge * p.in_size;
     const int v = 2 * pair + i;
     if (exact.quads) {
-      if (v < exact.n_scalars) neighbours<4>(to + this->scalars[v]) = {d_f[0], d_f[1], d_f[2], d_f[3]};
+      const Neighbours<float, 4> four{d_f[0], d_f[1], d_f[2], d_f[3]};
+      if (v < exact.n_scalars) neighbours<4>(to + this->scalars[v]) = four;
       return;
     }
     if (v < exact.n_scalars) to[this->scalars[v]] = d_f[0];

@@ -187,11 +187,7 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
       inputs.attributes[i] = a.attr + edge * p.n_attr;
       inputs.factor[i] = at < n ? this->factors()[at] : 0;
     }
-    const GridMlpBackward<S> back{mlp, transposed(), kept};
-    const auto add = [&](int layer) {
-      if (need_weights) add_weights(layer);
-    };
-    back.reverse(inputs, add, records, d_x);
+    layers_back(inputs, d_x);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int at = group + 8 * i;
@@ -208,6 +204,23 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
   }
 
  private:
+  __device__ __forceinline__ void layers_back(const GridMlp::Inputs& inputs, float (&d_x)[2]) const {
+    const GridMlpBackward<S> back{mlp, transposed(), kept};
+    int n = mlp.n_layers - 1;
+    if (n == 0) return back.template activations<true, true>(0, inputs, records, d_x);
+    back.template activations<false, true>(n, inputs, records, d_x);
+#pragma unroll 1
+    for (;; back.template activations<false, false>(n, inputs, records, d_x)) {
+      __syncwarp();
+      if (need_weights) add_weights(n);
+      __syncwarp();
+      back.linear(n, records);
+      __syncwarp();
+      if (--n == 0) break;
+    }
+    back.template activations<true, false>(0, inputs, records, d_x);
+  }
+
   // Σ d_z yᵀ and Σ d_z over the chunk's edges: row g, columns 2 t and 2 t + 1, of every slot.
   __device__ __forceinline__ void add_weights(int layer) const {
     float bias = 0;

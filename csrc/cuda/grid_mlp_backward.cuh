@@ -38,29 +38,14 @@ struct GridMlpBackward {
   const KeptLayers<S>& kept;
   using Inputs = GridMlp::Inputs;
 
-  // The state: from the gradient of what couplings read, before the radial factor, to that of the first layer's sums.
-  // Of every edge and channel these are in slots 2 t: for coordinate t its z, in slots 2 t + 1 shares of the sum over
-  // E. d_x: of lane 4 g + t's coordinate t. keep_gradients(layer): called while the state is d_z of that layer.
-  template <typename AddWeights>
-  __device__ __forceinline__ void reverse(const Inputs& inputs, AddWeights add_weights, float* state,
-                                          float (&d_x)[2]) const {
-    int n = mlp.n_layers - 1;
-    if (n == 0) return activations<true, true>(0, inputs, state, d_x);
-    activations<false, true>(n, inputs, state, d_x);
-#pragma unroll 1
-    for (;; activations<false, false>(n, inputs, state, d_x)) {
-      __syncwarp();
-      add_weights(n);
-      __syncwarp();
-      mlp.template linear<S, true>(opaque(mlp.hidden + (n - 1) * GridMlp::layer_size<S>), state);
-      __syncwarp();
-      if (--n == 0) break;
-    }
-    activations<true, false>(0, inputs, state, d_x);
+  // d_y = Wᵀ d_z in the place of d_z
+  __device__ __forceinline__ void linear(int layer, float* state) const {
+    mlp.template linear<S, true>(opaque(mlp.hidden + (layer - 1) * GridMlp::layer_size<S>), state);
   }
 
- private:
-  // d_z = Aᵀ (φ′(A z) · A⁻ᵀ d_y) in the place of d_y, or of the gradient of what couplings read.
+  // d_z = Aᵀ (φ′(A z) · A⁻ᵀ d_y) in the place of d_y, or of the gradient of what couplings read, before the radial
+  // factor. Of the first layer slots 2 t of an edge and channel become d_z of coordinate t, times whose weight is added
+  // to d_x, and slots 2 t + 1 shares of the gradient of E.
   template <bool kFirst, bool kLast>
   __device__ __forceinline__ void activations(int layer, const Inputs& inputs, float* state, float (&d_x)[2]) const {
     constexpr int together = GridMlp::kTogether;
