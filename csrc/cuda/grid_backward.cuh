@@ -64,7 +64,7 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = kByChannel ? 2 * pair + i : group, column = kByChannel ? group : 2 * pair + i;
-        b[slot].set(i, this->d_t[slot * Base::square + row * S::width + column]);
+        b[slot].place(i, this->d_t[slot * Base::square + row * S::width + column]);
       }
   }
 
@@ -99,7 +99,7 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
     for (int n = 0; n < 11; ++n) {
       if (n == 7) continue;
       Stacked one;
-      one.set(0, mine.hidden[0][n]), one.set(1, mine.hidden[1][n]);
+      one.place(0, mine.hidden[0][n]), one.place(1, mine.hidden[1][n]);
       if (n == 0) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) mma_stacked(sums[k], one, b[k]);
@@ -138,7 +138,7 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
       this->field(x, 2 * pair + i, f);
       const auto d = neighbours<4>(of_constant + 8 * pair + 4 * i);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) fields[k].set(i, f[k]), product += d.at[k] * f[k];
+      for (int k = 0; k < 4; ++k) fields[k].place(i, f[k]), product += d.at[k] * f[k];
     }
     product *= this->factors()[mine.place];
 #pragma unroll
@@ -177,14 +177,14 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
   // ---- the MLP and the positions: lane 4 g + t has edges g and g + 8
 
   __device__ __forceinline__ void reverse(int n) {
-    GridMlp::Inputs inputs;
+    GridMlp::Inputs inputs{};
+    inputs.attributes = a.attr;
     float d_x[2] = {0, 0};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int at = group + 8 * i;
-      const int64_t edge = edges[at];
-      inputs.x[i] = pair < 3 ? a.delta[3 * edge + pair] : 0;
-      inputs.attributes[i] = a.attr + edge * p.n_attr;
+      const int edge = inputs.edge[i] = edges[at];
+      inputs.x[i] = pair < 3 ? a.delta[int64_t{3} * edge + pair] : 0;
       inputs.factor[i] = at < n ? this->factors()[at] : 0;
     }
     layers_back(inputs, d_x);
@@ -250,7 +250,7 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
             Split<2> columns;
 #pragma unroll
             for (int i = 0; i < 2; ++i)
-              rows.set(i, d_z[e + i][2 * half + k]), columns.set(i, y[e + i].at[2 * half + k]);
+              rows.place(i, d_z[e + i][2 * half + k]), columns.place(i, y[e + i].at[2 * half + k]);
             mma_stacked(d_w, rows, columns);
           }
           sum.at[2 * k] = d_w[0] + d_w[2], sum.at[2 * k + 1] = d_w[1] + d_w[3];

@@ -56,15 +56,16 @@ struct GridWarp : ExactWarp<S> {
   // GridMlp.
   template <typename Keep>
   __device__ __forceinline__ void chunk(int begin, int n, Keep keep) {
-    GridMlp::Inputs inputs;
+    GridMlp::Inputs inputs{};
+    inputs.attributes = a.attr;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int at = group + 8 * i;
-      const int64_t edge = this->index(a.order, begin + (at < n ? at : n - 1));
-      inputs.x[i] = pair < 3 ? a.delta[3 * edge + pair] : 0;
-      inputs.attributes[i] = a.attr + edge * this->p.n_attr;
+      const int edge = this->index(a.order, begin + (at < n ? at : n - 1));
+      inputs.x[i] = pair < 3 ? a.delta[int64_t{3} * edge + pair] : 0;
+      inputs.edge[i] = edge;
       inputs.factor[i] = this->radial(sum_lanes(inputs.x[i] * inputs.x[i], 1, 4));
-      if (pair == 0) sources[at] = this->index(a.src, static_cast<int>(edge)), factors()[at] = inputs.factor[i];
+      if (pair == 0) sources[at] = this->index(a.src, edge), factors()[at] = inputs.factor[i];
     }
     mlp.template evaluate<S>(inputs, keep, records);
     __syncwarp();
@@ -111,7 +112,8 @@ struct GridWarp : ExactWarp<S> {
     Split<4> rows;
     Split<2> columns;
 #pragma unroll
-    for (int e = 0; e < 2; ++e) rows.set(2 * e, upper.of[e]), rows.set(2 * e + 1, lower.of[e]), columns.set(e, b.of[e]);
+    for (int e = 0; e < 2; ++e)
+      rows.place(2 * e, upper.of[e]), rows.place(2 * e + 1, lower.of[e]), columns.place(e, b.of[e]);
     mma_3xtf32(sum, rows, columns);
   }
 };

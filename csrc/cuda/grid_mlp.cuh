@@ -185,10 +185,11 @@ struct GridMlp {
 
   // ---- by a warp
 
-  // What a lane has of its two edges: coordinate t of their positions, 0 for t = 3; their attributes.
+  // What a lane has of its two edges: coordinate t of their positions, 0 for t = 3; the rows of all edges' attributes.
   struct Inputs {
     float x[2];
-    const float* attributes[2];
+    int edge[2];
+    const float* attributes;
     float factor[2];  // of what couplings read
   };
 
@@ -250,7 +251,7 @@ struct GridMlp {
       for (int k = 0; k < 4; ++k) {
         Split<4> a;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a.set(i, y[i].at[k]);
+        for (int i = 0; i < 4; ++i) a.place(i, y[i].at[k]);
         float z[4] = {0, 0, 0, 0};
         if (!kTransposed && k == 0 && slot == 0) z[0] = z[2] = bias[pair], z[1] = z[3] = bias[pair + 4];
         mma_3xtf32(z, a, kTransposed ? load_transposed(layer, slot + k) : load(layer, slot + k));
@@ -272,7 +273,7 @@ struct GridMlp {
     __device__ __forceinline__ void set(int n, int i, const Neighbours<float, 4>& z) {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        slots[half][n].set(i, z.at[2 * half]), slots[half][n].set(2 + i, z.at[2 * half + 1]);
+        slots[half][n].place(i, z.at[2 * half]), slots[half][n].place(2 + i, z.at[2 * half + 1]);
     }
     // Of 8 pairs of samples A z: sums E + O, then differences.
     __device__ __forceinline__ void samples(const float* fragments, int half, float (&sum)[kTogether][4],
@@ -302,11 +303,12 @@ struct GridMlp {
   template <typename S>
   __device__ __forceinline__ void first_layer(const Inputs& inputs, int w, int n, int i, Sums<true>& z) const {
     Split<1> x;
-    x.set(0, first[4 * (w + n) + threadIdx.x % 4] * inputs.x[i]);
+    x.place(0, first[4 * (w + n) + threadIdx.x % 4] * inputs.x[i]);
     z.slots[0][n].big[i] = x.big[0], z.slots[0][n].big[2 + i] = x.small[0];
     z.even[n][i] = scalars[w + n];
+    const float* const attributes = inputs.attributes + int64_t{inputs.edge[i]} * (n_scalars - 1);
 #pragma unroll 1
-    for (int k = 1; k < n_scalars; ++k) z.even[n][i] += scalars[k * S::width + w + n] * inputs.attributes[i][k - 1];
+    for (int k = 1; k < n_scalars; ++k) z.even[n][i] += scalars[k * S::width + w + n] * attributes[k - 1];
   }
 
   // Where a lane's slots of its two edges and the first channel are.
@@ -319,7 +321,7 @@ struct GridMlp {
     Split<4> sum[kTogether], difference[kTogether];
     __device__ __forceinline__ void set(int n, int i, float upper, float lower) {
       const int to = i / 2 + i % 2 * 2;
-      sum[n].set(to, upper + lower), difference[n].set(to, upper - lower);
+      sum[n].place(to, upper + lower), difference[n].place(to, upper - lower);
     }
   };
 

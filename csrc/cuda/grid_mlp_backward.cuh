@@ -67,7 +67,7 @@ struct GridMlpBackward {
           for (int half = 0; half < 2; ++half) {
             const auto two = neighbours<2>(rows[i] + (w + n) * GridState::channel + 8 * half);
             const float factor = kLast ? inputs.factor[i] : 1;
-            d_y[half][n].set(i, two.at[0] * factor), d_y[half][n].set(2 + i, two.at[1] * factor);
+            d_y[half][n].place(i, two.at[0] * factor), d_y[half][n].place(2 + i, two.at[1] * factor);
           }
         }
       const float *const at = opaque(mlp.fragments), *const back = opaque(transposed);
