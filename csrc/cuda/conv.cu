@@ -126,7 +126,7 @@ template <typename N>
 Kernels kernels_of(const DevicePlan<R>& plan, bool backward) {
   if constexpr (std::is_same_v<N, float>) {
     if (has_exact_kernel(plan, backward)) return Kernels::kExact;
-    if (plan.grid.fields > 0 && !backward) return Kernels::kGrid;
+    if (backward ? has_grid_backward(plan) : plan.grid.fields > 0) return Kernels::kGrid;
   }
   return std::is_same_v<N, float> && plan.sizes != Sizes::kAny ? Kernels::kSpecialised : Kernels::kGeneric;
 }
@@ -207,9 +207,11 @@ Failure run_backward(EdgeKernel<N>& edges, const DevicePlan<R>& plan, const Conv
 template <typename N>
 Failure run_conv_backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, bool mean, int64_t more, void* stream,
                           GradientRows<R>& rows) {
-  if constexpr (std::is_same_v<N, float>)
-    if (can_count(args) && kernels_of<N>(plan, true) == Kernels::kExact)
-      return run_exact_backward(plan, args, mean, more, stream, rows);
+  if constexpr (std::is_same_v<N, float>) {
+    const Kernels kernels = kernels_of<N>(plan, true);
+    if (can_count(args) && kernels == Kernels::kExact) return run_exact_backward(plan, args, mean, more, stream, rows);
+    if (can_count(args) && kernels == Kernels::kGrid) return run_grid_backward(plan, args, mean, more, stream, rows);
+  }
   EdgeKernel<N> edges{};
   edges.call.mean = mean;
   return with_sizes<N>(plan, [&](auto sizes, int64_t front) {
@@ -347,11 +349,10 @@ KernelKind kernel_kind(const int32_t* ints, int64_t n_ints, const R* reals, int6
   const Kernels kernels = kernels_of<R>(plan, backward);
   KernelKind found{names[static_cast<int>(kernels)], ""};
   if (kernels == Kernels::kExact || kernels == Kernels::kGrid) return found;
-  found.why_not = plan.why_not;
-  if (plan.grid.fields > 0)
-    found.why_not = "a grid, which has a kernel for the forward pass alone";
-  else if (plan.exact.fields > 0)
-    found.why_not = plan.exact.reads_all ? "layers too large for it" : "inputs that no product reads";
+  const FieldPlan& fields = plan.of_fields();
+  found.why_not = fields.fields == 0 ? plan.why_not
+                  : fields.reads_all ? "layers too large for the faster one"
+                                     : "inputs that no product reads";
   return found;
 }
 

@@ -159,12 +159,13 @@ struct DevicePlan {
     return error == cudaSuccess ? cudaStreamSynchronize(stream) : error;  // calls on other streams will read it
   }
 
- private:
+  // The one of the two that has fields, if one has.
   const FieldPlan& of_fields() const {
     if (grid.fields) return grid;
     return exact;
   }
 
+ private:
   void make_field_plans() {
     const int width = host.n_layers == 0 ? 0 : host.layers[0].out_size / host.c;
     if (host.n_layers == 0) {

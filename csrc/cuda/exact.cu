@@ -22,8 +22,6 @@ auto with_exact_sizes(const DevicePlan<float>& plan, Run run) {
   return plan.host.function == kElu ? with_fields<Elu>(plan.exact, run) : with_fields<Silu>(plan.exact, run);
 }
 
-constexpr int64_t kLeastBlockBytes = 99 << 10;  // of shared memory that a block can have, on sm_86, 89 and 120
-
 }  // namespace
 
 template <>
@@ -49,24 +47,14 @@ Failure run_exact_backward(const DevicePlan<float>& plan, const ConvArgs<float>&
                            void* stream, GradientRows<float>& rows) {
   return with_exact_sizes(plan, [&](auto sizes) -> Failure {
     using S = decltype(sizes);
-    using Gradients = ExactGradients<S>;
-    ExactLaunch edges{"exact_backward",
-                      exact_backward<S>,
-                      {},
-                      front_of_warps<S>(plan.host),
-                      exact_backward_size<S>(plan.host),
-                      0,
-                      kExactBackwardThreads<S> / 32};
-    IST_TRY(edges.prepare(plan, args));
-    edges.call.mean = mean;
-    rows.n = edges.blocks();
-    const int64_t of_warp = Gradients::size_of(plan.host) + Gradients::aside;
-    const int64_t of_warps = args.grad_weights ? of_warp * edges.call.shape.warps : 0;
-    const int64_t of_rows = args.grad_weights ? rows.n * plan.view.n_grad : 0;
-    edges.call.sums = static_cast<float*>(
-        args.scratch(std::max<int64_t>(of_warps + of_rows + more, 1) * static_cast<int64_t>(sizeof(float))));
-    rows.at = edges.call.partial = edges.call.sums + of_warps;
-    return edges.run(stream);
+    const ExactLaunch edges{"exact_backward",
+                            exact_backward<S>,
+                            {},
+                            front_of_warps<S>(plan.host),
+                            exact_backward_size<S>(plan.host),
+                            0,
+                            kExactBackwardThreads<S> / 32};
+    return run_backward_of<S>(edges, 0, plan, args, mean, more, stream, rows);
   });
 }
 

@@ -32,9 +32,10 @@ IST_HOST_DEVICE int exact_backward_size(const PlanView<float>& p) {
   return kExactBackwardSize<S> + (p.n_layers - 1) * KeptLayers<S>::of_layer;
 }
 
-template <typename S>
-struct ExactBackward : ExactWarp<S> {
-  using Base = ExactWarp<S>;
+// Warp: what makes a chunk's records and adds its edges to T.
+template <typename S, typename Warp = ExactWarp<S>>
+struct ExactBackward : Warp {
+  using Base = Warp;
   using Base::a, Base::p, Base::exact, Base::lane, Base::group, Base::pair, Base::number, Base::first, Base::last;
   using Base::theta, Base::constant, Base::sums, Base::constant_sums, Base::mlp, Base::records, Base::sources;
   using typename Base::Slots, typename Base::Tiles, typename Base::Memory;
@@ -50,7 +51,7 @@ struct ExactBackward : ExactWarp<S> {
         mean(call.mean),
         need_weights(a.grad_weights),
         need_geometry(a.grad_delta || a.grad_attr),
-        gradients(call.sums, number, p) {
+        gradients(call.sums, number, p, exact) {
     edges = reinterpret_cast<int32_t*>(this->rest);
     moved = this->rest + 32, along = moved + 128, grad = along + 32, of_constant = grad + 4 * S::fields;
     d_t = of_constant + 4 * S::fields, unfinished = d_t + Slots::count * square;
@@ -164,7 +165,19 @@ struct ExactBackward : ExactWarp<S> {
     }
   }
 
-  // Edges at .. at + 7 of the chunk before `stop`, all into one node, and of it a block of fields and one of channels.
+  // Edges at .. of the chunk before `stop`, all into one node.
+  __device__ __forceinline__ void edges_back(int at, int stop) {
+#pragma unroll 1
+    for (int pass = 0; pass < Tiles::passes; ++pass) {
+      const int block = pass / Tiles::channels, channel = pass % Tiles::channels;
+      Fragments fragments;
+      load(fragments, block, channel);
+#pragma unroll 1
+      for (int step = at; step < stop; step += 8) step_back(step, stop, fragments, block, channel);  // loop: edges
+    }
+  }
+
+  // The first 8 of them, and of these a block of fields and one of channels.
   __device__ __forceinline__ void step_back(int at, int stop, const Fragments& b, int block, int channel) {
     const bool first_fields = Tiles::blocks == 1 || block == 0, last_fields = block == Tiles::blocks - 1;
     const bool first_channels = Tiles::channels == 1 || channel == 0;
@@ -375,7 +388,7 @@ struct ExactBackward : ExactWarp<S> {
     const float* const weights = opaque(mlp.first) + S::width;
     for (int w = 0; w < S::width && !is_near; ++w) d_radius += record[S::width + w] * weights[w];
     d_radius -= d_along * g.inverse;
-    const float slope = product * (2 * kLn2 * *this->exponent) + cutoff_slope(product, g.squared);
+    const float slope = radial_slope(product, g.squared);
 #pragma unroll
     for (int k = 0; k < 3; ++k)
       if (a.grad_delta)
@@ -387,7 +400,11 @@ struct ExactBackward : ExactWarp<S> {
     }
   }
 
-  // ∂L/∂(|x|²/2) by way of the cutoff; where the factor is 0, so is its slope.
+  // ∂L/∂(|x|²/2) by way of the radial factor, from P.
+  __device__ __forceinline__ float radial_slope(float product, float squared) const {
+    return product * (2 * kLn2 * *this->exponent) + cutoff_slope(product, squared);
+  }
+  // Of it that of the cutoff; where the factor is 0, so is its slope.
   __device__ __forceinline__ float cutoff_slope(float product, float squared) const {
     if (!p.has_cutoff) return 0;
     const auto cutoff = this->cutoff(squared);
@@ -396,13 +413,15 @@ struct ExactBackward : ExactWarp<S> {
 
   // ---- the walk
 
-  __device__ __forceinline__ void walk() {
+  // Self: this kernel, or one derived from it with an edges_back() and a reverse() of its own.
+  template <typename Self>
+  __device__ __forceinline__ void walk(Self& self) {
     if (need_weights) gradients.clear();
     int node = this->target(first), end = this->index(a.rowptr, node + 1);
     bool goes_on = false;  // the node has edges in an earlier chunk
 #pragma unroll 1
-    for (int from = first; from < last; from += 32) {  // loop: chunks
-      const int n = last - from < 32 ? last - from : 32;
+    for (int from = first; from < last; from += Base::edges) {  // loop: chunks
+      const int n = last - from < Base::edges ? last - from : Base::edges;
       edges[lane] = this->index(a.order, from + (lane < n ? lane : n - 1));
       this->chunk(from, n, kept);
       for (int at = 0; at < n;) {  // loop: nodes
@@ -411,19 +430,12 @@ struct ExactBackward : ExactWarp<S> {
         if (!goes_on) start(node);
         if (need_weights) sum_edges(at, stop, goes_on, ends || from + n == last);
         __syncwarp();
-#pragma unroll 1
-        for (int pass = 0; pass < Tiles::passes; ++pass) {
-          const int block = pass / Tiles::channels, channel = pass % Tiles::channels;
-          Fragments fragments;
-          load(fragments, block, channel);
-#pragma unroll 1
-          for (int step = at; step < stop; step += 8) step_back(step, stop, fragments, block, channel);  // loop: edges
-        }
+        self.edges_back(at, stop);
         at = stop, goes_on = !ends;
         while (from + at < last && end == from + at) end = this->index(a.rowptr, ++node + 1);
       }
       __syncwarp();
-      if (need_weights || need_geometry) reverse(n);
+      if (need_weights || need_geometry) self.reverse(n);
     }
   }
 
@@ -440,6 +452,17 @@ struct ExactBackward : ExactWarp<S> {
   }
 };
 
+// A whole kernel; `warp`: an ExactBackward, or derived from one.
+template <typename S, typename Warp>
+__device__ __forceinline__ void run_warps(Warp& warp, const ExactCall& call) {
+  if (warp.number < call.shape.warps) warp.walk(warp);
+  if (!warp.need_weights) return;
+  const int warps = blockDim.x / 32, begin = blockIdx.x * warps, left = call.shape.warps - begin;
+  const ExactGradients<S> of_block(call.sums, begin, warp.p, warp.exact);
+  of_block.add_warps(left < warps ? left : warps);
+  of_block.write(warp.exact, warp.a.weights, warp.mlp, call.partial + int64_t{blockIdx.x} * warp.p.n_grad);
+}
+
 // With the path u × x there is shared memory for two blocks, and registers for more fragments; of large ones for one.
 template <typename S>
 constexpr int kExactBackwardThreads = S::large ? 256 : kThreads;
@@ -452,12 +475,7 @@ template <typename S>
 __global__ void __launch_bounds__(kExactBackwardThreads<S>, kExactBackwardResident<S>)
     exact_backward(const __grid_constant__ ExactCall call) {
   ExactBackward<S> warp(call);
-  if (warp.number < call.shape.warps) warp.walk();
-  if (!warp.need_weights) return;
-  const int warps = blockDim.x / 32, begin = blockIdx.x * warps, left = call.shape.warps - begin;
-  const ExactGradients<S> of_block(call.sums, begin, warp.p);
-  of_block.add_warps(left < warps ? left : warps);
-  of_block.write(warp.exact, warp.a.weights, warp.mlp, call.partial + int64_t{blockIdx.x} * warp.p.n_grad);
+  run_warps<S>(warp, call);
 }
 
 }  // namespace implicit_steer::IST_ISA

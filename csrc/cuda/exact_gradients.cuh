@@ -23,13 +23,15 @@ struct ExactGradients {
   static constexpr int aside = 128 * (Tiles::count + Tiles::blocks);  // behind the sums: T of a node that goes on
 
   const PlanView<float>& p;
-  float* const memory;  // of this warp
+  float* const memory;    // of this warp
+  const int trivial = 0;  // the coefficient that is the same in all samples, which biases are of
 
   static IST_HOST_DEVICE int size_of(const PlanView<float>& p) {
     return first + (1 + p.n_inputs) * of_rows + (p.n_layers - 1) * of_layer;
   }
-  __device__ __forceinline__ ExactGradients(float* of_warps, int number, const PlanView<float>& p)
-      : p(p), memory(of_warps + int64_t{number} * (size_of(p) + aside)) {}
+  __device__ __forceinline__ ExactGradients(float* of_warps, int number, const PlanView<float>& p,
+                                            const ExactView& exact)
+      : p(p), memory(of_warps + int64_t{number} * (size_of(p) + aside)), trivial(S::Mlp::trivial(exact)) {}
 
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
   __device__ __forceinline__ void clear() const {
@@ -71,9 +73,10 @@ struct ExactGradients {
   }
 
   // Single sums: of θ [path, u, v, w]; of the constant hidden feature [which, u, v]; of b [row] of layer n, or of row
-  // `input` of the first layer's weights; of W [k, row, column].
+  // `input` of the first layer's weights; of W [coefficient k, row, column].
   __device__ __forceinline__ float theta_sum(int path, int u, int v, int w) const {
-    return memory[of_theta(path, v / 8, w / 8, u / 2) + 4 * (4 * (v % 8) + w % 8 / 2) + u % 2 * 2 + w % 2];
+    const int row = Tiles::rows_are_channels ? w : v % 8, column = Tiles::rows_are_channels ? v : w % 8;
+    return memory[of_theta(path, v / 8, w / 8, u / 2) + 4 * (4 * row + column / 2) + u % 2 * 2 + column % 2];
   }
   __device__ __forceinline__ float constant_sum(int which, int u, int v) const {
     return memory[of_constant(v / 8, u / 8) + 4 * (4 * (v % 8) + u % 8 / 2) + u % 2 * 2 + which];
@@ -82,19 +85,20 @@ struct ExactGradients {
     const float* const shares = memory + begin + 4 * row;
     return shares[0] + shares[1] + shares[2] + shares[3];
   }
-  __device__ __forceinline__ float weight_sum(int layer, int k, int row, int column) const {
-    const int of_blocks = of_weights(layer, k / 2, row / 8, column / 8);
+  __device__ __forceinline__ float weight_sum(int layer, int coefficient, int row, int column) const {
+    const int k = ExactMlp::slot_of(coefficient, trivial), of_blocks = of_weights(layer, k / 2, row / 8, column / 8);
     return memory[of_blocks + 4 * (4 * (row % 8) + column % 8 / 2) + k % 2 * 2 + column % 2];
   }
 
   // row: [n_grad]
-  __device__ __forceinline__ void write(const ExactView& exact, const float* packed, const ExactMlp& mlp,
+  __device__ __forceinline__ void write(const ExactView& exact, const float* packed, const typename S::Mlp& mlp,
                                         float* row) const {
     for (int k = threadIdx.x; k < p.n_grad; k += blockDim.x) row[k] = 0;
     __syncthreads();
     write_theta(exact, mlp, row);
     for (int k = threadIdx.x; k < (1 + p.n_inputs) * S::width; k += blockDim.x) {
-      const int w = k % S::width, at = k < S::width ? p.layers[0].bias + w * S::c : exact.first[k - S::width];
+      const int w = k % S::width;
+      const int at = k < S::width ? p.layers[0].bias + w * S::c + trivial : exact.first[k - S::width];
       if (at >= 0) row[at] = lanes_sum(first + k / S::width * of_rows, w);
     }
     for (int n = 1; n < p.n_layers; ++n) write_layer(packed, n, row);
@@ -108,7 +112,7 @@ struct ExactGradients {
   }
 
  private:
-  __device__ __forceinline__ void write_theta(const ExactView& exact, const ExactMlp& mlp, float* row) const {
+  __device__ __forceinline__ void write_theta(const ExactView& exact, const typename S::Mlp& mlp, float* row) const {
     constexpr int fields = S::fields * S::fields;
     for (int k = threadIdx.x; k < Slots::paths * fields * S::width; k += blockDim.x) {
       const int w = k % S::width, of_path = k / S::width, path = of_path / fields, u = of_path / S::fields % S::fields,
@@ -134,10 +138,11 @@ struct ExactGradients {
       const int coefficient = ExactMlp::coefficient_of<S>(groups, k / square), r = k / S::width % S::width,
                 i = k % S::width;
       float sum = weight_sum(n, coefficient, r, i) * ExactMlp::norm_scale(p, packed, n - 1, i);
-      if (coefficient == 0) sum += lanes_sum(of_bias(n), r) * ExactMlp::norm_shift<S>(p, packed, n - 1, i);
+      if (coefficient == trivial) sum += lanes_sum(of_bias(n), r) * ExactMlp::norm_shift<S>(p, packed, n - 1, i);
       row[layer.weight + k] = sum;
     }
-    for (int r = threadIdx.x; r < S::width; r += blockDim.x) row[layer.bias + r * S::c] = lanes_sum(of_bias(n), r);
+    for (int r = threadIdx.x; r < S::width; r += blockDim.x)
+      row[layer.bias + r * S::c + trivial] = lanes_sum(of_bias(n), r);
   }
 
   // The gradients of all scales and shifts: what multiplies them in the folded weights, times these weights' gradients.
@@ -163,7 +168,7 @@ struct ExactGradients {
       const float weight = packed[p.layers[n].weight + k * S::width + i];
       if (!is_shift)
         sum += weight * weight_sum(n, coefficient, r, i);
-      else if (coefficient == 0)
+      else if (coefficient == trivial)
         sum += weight * lanes_sum(of_bias(n), r);
     }
     return sum;

@@ -273,6 +273,12 @@ struct ExactMlp {
     return p.has_norms && p.n_trivial ? packed[p.layers[n].affine + S::width + w] : 0;
   }
 
+  // The coefficient that is the same in all samples; and where sums over edges have coefficient k, that one first.
+  static __device__ __forceinline__ int trivial(const ExactView&) { return 0; }
+  static __device__ __forceinline__ int slot_of(int k, int constant) {
+    return k == 0 ? constant : k == constant ? 0 : k;
+  }
+
   // Group k of a layer's rows has one coefficient of all channels.
   template <typename S>
   static __device__ __forceinline__ int coefficient_of(const int32_t* groups, int k) {

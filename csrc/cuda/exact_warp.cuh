@@ -47,6 +47,7 @@ struct ExactTiles {
   static IST_HOST_DEVICE constexpr int tile(int slot, int block, int channel) {
     return channel * of_channels + first(degree(slot)) + row(slot, block) / 2;
   }
+  static constexpr bool rows_are_channels = false;
   // Place of number k of θ [path, u, v, w] in the order in which tiles meet it, [path, u, w / 8, v, w % 8]; and where a
   // path's numbers of blocks of fields and channels begin, for u = 0.
   static IST_HOST_DEVICE constexpr int theta_at(int k) {

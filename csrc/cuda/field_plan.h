@@ -83,8 +83,8 @@ class FieldPlan {
 
   // Writes all lists for the first of the numbers of fields that is enough, if one is.
   void place(const Plan<float>& p, std::initializer_list<size_t> numbers_of_fields) {
-    reads_all = scalars_.size() + 3 * vectors_.size() == static_cast<size_t>(p.in_size);
     const size_t most = std::max({scalars_.size(), vectors_.size(), out_scalars_.size(), out_vectors_.size()});
+    reads_all = scalars_.size() + 3 * vectors_.size() == static_cast<size_t>(p.in_size);
     const size_t n_out = out_scalars_.size() + 3 * out_vectors_.size();
     const auto* const enough =
         std::find_if(numbers_of_fields.begin(), numbers_of_fields.end(), [&](size_t n) { return n >= most; });

@@ -253,6 +253,7 @@ int check_case(const std::string& name, const Case& file, bool trace, int seeds)
   for (const auto& [kernel, runs] : {std::pair{"exact_forward", exact},
                                      {"exact_backward", exact},
                                      {"grid_forward", grid},
+                                     {"grid_backward", grid},
                                      {"conv_forward_specialised", specialised && !exact},
                                      {"conv_backward_specialised", specialised && !exact}})
     if ((launched.count(kernel) > 0) != (runs && sizeof(R) == 4))
