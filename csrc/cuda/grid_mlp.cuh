@@ -218,18 +218,18 @@ struct GridMlp {
     }
   }
 
-  static __device__ __forceinline__ Split<2> load(const float* fragments, int n) {
-    const uint32_t* const lanes = reinterpret_cast<const uint32_t*>(fragments) + n * fragment;
-    const auto four = neighbours<4>(lanes + 4 * (threadIdx.x % 32));
-    return {{four.at[0], four.at[1]}, {four.at[2], four.at[3]}};
+  // A lane's elements of B.
+  struct alignas(16) Fragment : Split<2> {};
+  static __device__ __forceinline__ const Fragment& load(const float* fragments, int n) {
+    return reinterpret_cast<const Fragment*>(fragments + n * fragment)[threadIdx.x % 32];
   }
 
   // Wᵀ of a slot from the fragment of W.
-  static __device__ __forceinline__ Split<2> load_transposed(const float* fragments, int n) {
+  static __device__ __forceinline__ Fragment load_transposed(const float* fragments, int n) {
     const int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
     const uint32_t* const lanes = reinterpret_cast<const uint32_t*>(fragments) + n * fragment;
     const uint32_t* const at = lanes + 32 * pair + group / 2 * 4 + group % 2;
-    return {{at[0], at[16]}, {at[2], at[18]}};
+    return {{{at[0], at[16]}, {at[2], at[18]}}};
   }
 
   // z = W y + b in the place of y, or Wᵀ y, slot by slot; four of them are one load.
@@ -280,7 +280,7 @@ struct GridMlp {
                                             float (&difference)[kTogether][4]) const {
       float plus[kTogether][4] = {}, minus[kTogether][4] = {};  // E and O
       if constexpr (kFirst) {
-        const Split<2> b = load(fragments, of_position + half);
+        const Fragment b = load(fragments, of_position + half);
 #pragma unroll
         for (int n = 0; n < kTogether; ++n) mma_m16n8k8(minus[n], slots[0][n].big, b.small);
 #pragma unroll

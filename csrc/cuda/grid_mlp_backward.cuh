@@ -18,12 +18,14 @@ struct KeptLayers<Grid<F, kWidth, kFields>> {
   static constexpr int of_part = 32 * 4, of_kind = kWidth * 2 * of_part;
   static constexpr int of_layer = 0;  // of shared memory
 
-  float* memory;
+  float* where;  // in shared memory: the pointer, which would take registers
 
+  __device__ __forceinline__ void place(float* memory) const { *reinterpret_cast<float**>(where) = memory; }
   static IST_HOST_DEVICE int size(const PlanView<float>& p) { return (p.n_layers - 1) * 2 * of_kind; }
 
   // The slots of lane 4 g + t are of edge g + 8 i.
   __device__ __forceinline__ Neighbours<float, 4>& slots(int layer, Kept what, int w, int i, int lane) const {
+    float* const memory = global_memory(*reinterpret_cast<float* const*>(where));
     return neighbours<4>(memory + ((layer - 1) * 2 + what) * of_kind + (2 * w + i) * of_part + 4 * lane);
   }
   __device__ __forceinline__ void operator()(int layer, Kept what, const GridMlp::Part& part) const {
