@@ -88,7 +88,8 @@ struct ExactBackward : Warp {
 
   // The sums' part of the edges so far of a node.
   __device__ __forceinline__ void add_theta() const {
-    constexpr int together = S::c > ExactPlan::kCoefficients ? 1 : S::fields / 2;  // for want of registers
+    [[maybe_unused]] constexpr int together =
+        S::c > ExactPlan::kCoefficients ? 1 : S::fields / 2;  // for want of registers
 #pragma unroll(together)
     for (int two_fields = 0; two_fields < S::fields / 2; ++two_fields) {
       const Neighbours<float, 4> g[2] = {neighbours<4>(grad + 8 * two_fields),

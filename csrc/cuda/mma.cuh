@@ -41,8 +41,8 @@ __device__ __forceinline__ void mma_3xtf32(float (&d)[4], const Split<4>& a, con
 }
 
 // The same of several A and one B, in turn: each waits for its own last product only.
-template <int n, typename B>
-__device__ __forceinline__ void mma_3xtf32(float (&d)[n][4], const Split<4> (&a)[n], B b) {
+template <int n>
+__device__ __forceinline__ void mma_3xtf32(float (&d)[n][4], const Split<4> (&a)[n], const Split<2>& b) {
 #pragma unroll
   for (int k = 0; k < n; ++k) mma_m16n8k8(d[k], a[k].small, b.big);
 #pragma unroll
