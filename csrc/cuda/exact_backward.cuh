@@ -108,7 +108,9 @@ struct ExactBackward : Warp {
     }
   }
   __device__ __forceinline__ void add_theta(int block, int channel) const {
-#pragma unroll(S::large ? 1 : S::fields / 2)
+    [[maybe_unused]] constexpr int together =
+        S::large || S::c > ExactPlan::kCoefficients ? 1 : S::fields / 2;  // for want of registers
+#pragma unroll(together)
     for (int two_fields = 0; two_fields < S::fields / 2; ++two_fields) {
       const Neighbours<float, 4> g[2] = {neighbours<4>(grad + 8 * two_fields),
                                          neighbours<4>(grad + 8 * two_fields + 4)};

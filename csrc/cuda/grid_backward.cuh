@@ -27,7 +27,8 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
 
   __device__ __forceinline__ explicit GridBackward(const ExactCall& call) : Base(call) {
     const int left = call.shape.warps - this->number;  // what is kept of all warps is in front of their sums
-    kept = {call.sums - int64_t{left} * KeptLayers<S>::size(p)};
+    kept = {this->along};
+    if (lane == 0) kept.place(call.sums - int64_t{left} * KeptLayers<S>::size(p));
     GridMlp::copy_fragments(p, *global_memory(exact.grid), GridMlp::transposed, transposed());
     __syncthreads();
   }
@@ -177,17 +178,14 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
   // ---- the MLP and the positions: lane 4 g + t has edges g and g + 8
 
   __device__ __forceinline__ void reverse(int n) {
-    GridMlp::Inputs inputs{};
-    inputs.attributes = a.attr;
+    const GridMlpBackward<S> back{mlp, transposed(), kept};
     float d_x[2] = {0, 0};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int at = group + 8 * i;
-      const int edge = inputs.edge[i] = edges[at];
-      inputs.x[i] = pair < 3 ? a.delta[int64_t{3} * edge + pair] : 0;
-      inputs.factor[i] = at < n ? this->factors()[at] : 0;
-    }
-    layers_back(inputs, d_x);
+    if (mlp.n_layers > 1) layers_back(n, back, d_x);
+    const GridMlp::Inputs inputs = inputs_of(n);
+    if (mlp.n_layers > 1)
+      back.template activations<true, false>(0, inputs, opaque(records), d_x);
+    else
+      back.template activations<true, true>(0, inputs, opaque(records), d_x);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int at = group + 8 * i;
@@ -204,21 +202,32 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
   }
 
  private:
-  __device__ __forceinline__ void layers_back(const GridMlp::Inputs& inputs, float (&d_x)[2]) const {
-    const GridMlpBackward<S> back{mlp, transposed(), kept};
-    int n = mlp.n_layers - 1;
-    if (n == 0) return back.template activations<true, true>(0, inputs, records, d_x);
-    back.template activations<false, true>(n, inputs, records, d_x);
-#pragma unroll 1
-    for (;; back.template activations<false, false>(n, inputs, records, d_x)) {
-      __syncwarp();
-      if (need_weights) add_weights(n);
-      __syncwarp();
-      back.linear(n, records);
-      __syncwarp();
-      if (--n == 0) break;
+  // Read when they are wanted: kept, they would take registers.
+  __device__ __forceinline__ GridMlp::Inputs inputs_of(int n) const {
+    GridMlp::Inputs inputs{};
+    inputs.attributes = a.attr;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int at = group + 8 * i;
+      inputs.edge[i] = edges[at], inputs.factor[i] = at < n ? this->factors()[at] : 0;
+      inputs.x[i] = pair < 3 ? a.delta[int64_t{3} * inputs.edge[i] + pair] : 0;
     }
-    back.template activations<true, false>(0, inputs, records, d_x);
+    return inputs;
+  }
+
+  // All layers but the first one.
+  __device__ __forceinline__ void layers_back(int n, const GridMlpBackward<S>& back, float (&d_x)[2]) const {
+    int layer = mlp.n_layers - 1;
+    back.template activations<false, true>(layer, inputs_of(n), opaque(records), d_x);
+#pragma unroll 1
+    for (;; back.template activations<false, false>(layer, {}, opaque(records), d_x)) {
+      __syncwarp();
+      if (need_weights) add_weights(layer);
+      __syncwarp();
+      back.linear(layer, opaque(records));
+      __syncwarp();
+      if (--layer == 0) break;
+    }
   }
 
   // Σ d_z yᵀ and Σ d_z over the chunk's edges: row g, columns 2 t and 2 t + 1, of every slot.
@@ -231,7 +240,7 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int edge = pair + 4 * e;
-        const float* const row = records + GridState::of_edge(edge) + group * channel + 2 * slots;
+        const float* const row = opaque(records) + GridState::of_edge(edge) + group * channel + 2 * slots;
         const auto lower = neighbours<2>(row), upper = neighbours<2>(row + 8);
         d_z[e][0] = lower.at[0], d_z[e][1] = lower.at[1], d_z[e][2] = upper.at[0], d_z[e][3] = upper.at[1];
         y[e] = kept.slots(layer, kLayerInputs, group, edge / 8, 4 * (edge % 8) + slots);
@@ -267,7 +276,7 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int at = pair + 4 * e;
-      const float* const row = records + GridState::of_edge(at) + group * channel;
+      const float* const row = opaque(records) + GridState::of_edge(at) + group * channel;
       const auto first = neighbours<4>(row), second = neighbours<4>(row + 4), x = neighbours<4>(moved + 4 * at);
       of_constant_sum[e] = (first.at[1] + first.at[3]) + (second.at[1] + second.at[3]);
       bias += of_constant_sum[e];
@@ -297,9 +306,13 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
   }
 };
 
-// All warps of a multiprocessor are in one block: its 36 fragments and weights are there once, and 10 warps have 204
-// registers for each thread.
+// All warps of a multiprocessor are in one block, which has fragments and weights once. Where a block has 99 KB of
+// shared memory, for few warps, there may be more registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kGridBackwardThreads = 256;
+#else
 constexpr int kGridBackwardThreads = 384;
+#endif
 
 template <typename S>
 __global__ void __launch_bounds__(kGridBackwardThreads, 1) grid_backward(const __grid_constant__ ExactCall call) {

@@ -219,18 +219,18 @@ struct GridMlp {
     }
   }
 
-  static __device__ __forceinline__ Split<2> load(const float* fragments, int n) {
-    const uint32_t* const lanes = reinterpret_cast<const uint32_t*>(fragments) + n * fragment;
-    const auto four = neighbours<4>(lanes + 4 * (threadIdx.x % 32));
-    return {{four.at[0], four.at[1]}, {four.at[2], four.at[3]}};
+  // A lane's elements of B. Each load has a line of its own, by which its executions are counted (bench/executed.py).
+  struct alignas(16) Fragment : Split<2> {};
+  static __device__ __forceinline__ const Fragment& load(const float* fragments, int n) {
+    return reinterpret_cast<const Fragment*>(fragments + n * fragment)[threadIdx.x % 32];
   }
 
   // Wᵀ of a slot from the fragment of W.
-  static __device__ __forceinline__ Split<2> load_transposed(const float* fragments, int n) {
+  static __device__ __forceinline__ Fragment load_transposed(const float* fragments, int n) {
     const int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
     const uint32_t* const lanes = reinterpret_cast<const uint32_t*>(fragments) + n * fragment;
     const uint32_t* const at = lanes + 32 * pair + group / 2 * 4 + group % 2;
-    return {{at[0], at[16]}, {at[2], at[18]}};
+    return {{{at[0], at[16]}, {at[2], at[18]}}};
   }
 
   // z = W y + b in the place of y, or Wᵀ y, slot by slot; four of them are one load.
@@ -255,7 +255,8 @@ struct GridMlp {
         for (int i = 0; i < 4; ++i) a.place(i, y[i].at[k]);
         float z[4] = {0, 0, 0, 0};
         if (!kTransposed && k == 0 && slot == 0) z[0] = z[2] = bias[pair], z[1] = z[3] = bias[pair + 4];
-        mma_3xtf32(z, a, kTransposed ? load_transposed(layer, slot + k) : load(layer, slot + k));
+        const Fragment b = kTransposed ? load_transposed(layer, slot + k) : load(layer, slot + k);
+        mma_3xtf32(z, a, b);
 #pragma unroll
         for (int i = 0; i < 4; ++i) y[i].at[k] = z[i / 2 + i % 2 * 2];
       }
@@ -281,15 +282,17 @@ struct GridMlp {
                                             float (&difference)[kTogether][4]) const {
       float plus[kTogether][4] = {}, minus[kTogether][4] = {};  // E and O
       if constexpr (kFirst) {
-        const Split<2> b = load(fragments, of_position + half);
+        const Fragment b = load(fragments, of_position + half);
 #pragma unroll
         for (int n = 0; n < kTogether; ++n) mma_m16n8k8(minus[n], slots[0][n].big, b.small);
 #pragma unroll
         for (int n = 0; n < kTogether; ++n) mma_m16n8k8(minus[n], slots[0][n].big, b.big);
       } else {
-        mma_3xtf32(plus, slots[0], load(fragments, of_samples + 3 * half));
-        mma_3xtf32(minus, slots[0], load(fragments, of_samples + 3 * half + 1));
-        mma_3xtf32(minus, slots[1], load(fragments, of_samples + 3 * half + 2));
+        const Fragment of_even = load(fragments, of_samples + 3 * half);
+        const Fragment of_odd = load(fragments, of_samples + 3 * half + 1);
+        const Fragment of_upper = load(fragments, of_samples + 3 * half + 2);
+        mma_3xtf32(plus, slots[0], of_even);
+        mma_3xtf32(minus, slots[0], of_odd), mma_3xtf32(minus, slots[1], of_upper);
       }
 #pragma unroll
       for (int n = 0; n < kTogether; ++n)
@@ -361,12 +364,15 @@ struct GridMlp {
             of.set(n, i, Scaled<typename S::Function>::value(upper[n][i]),
                    Scaled<typename S::Function>::value(lower[n][i]));
         if constexpr (kLast) {
-          mma_3xtf32(y[0], of.sum, load(at, of_output + 2 * half));
-          mma_3xtf32(y[1], of.difference, load(at, of_output + 2 * half + 1));
+          const Fragment even = load(at, of_output + 2 * half);
+          const Fragment odd = load(at, of_output + 2 * half + 1);
+          mma_3xtf32(y[0], of.sum, even), mma_3xtf32(y[1], of.difference, odd);
         } else {
-          mma_3xtf32(y[0], of.sum, load(at, of_inverse + 3 * half));
-          mma_3xtf32(y[0], of.difference, load(at, of_inverse + 3 * half + 1));
-          mma_3xtf32(y[1], of.difference, load(at, of_inverse + 3 * half + 2));
+          const Fragment even = load(at, of_inverse + 3 * half);
+          const Fragment odd = load(at, of_inverse + 3 * half + 1);
+          const Fragment upper_odd = load(at, of_inverse + 3 * half + 2);
+          mma_3xtf32(y[0], of.sum, even);
+          mma_3xtf32(y[0], of.difference, odd), mma_3xtf32(y[1], of.difference, upper_odd);
         }
       }
 #pragma unroll

@@ -18,12 +18,14 @@ struct KeptLayers<Grid<F, kWidth, kFields>> {
   static constexpr int of_part = 32 * 4, of_kind = kWidth * 2 * of_part;
   static constexpr int of_layer = 0;  // of shared memory
 
-  float* memory;
+  float* where;  // in shared memory: the pointer, which would take registers
 
+  __device__ __forceinline__ void place(float* memory) const { *reinterpret_cast<float**>(where) = memory; }
   static IST_HOST_DEVICE int size(const PlanView<float>& p) { return (p.n_layers - 1) * 2 * of_kind; }
 
   // The slots of lane 4 g + t are of edge g + 8 i.
   __device__ __forceinline__ Neighbours<float, 4>& slots(int layer, Kept what, int w, int i, int lane) const {
+    float* const memory = global_memory(*reinterpret_cast<float* const*>(where));
     return neighbours<4>(memory + ((layer - 1) * 2 + what) * of_kind + (2 * w + i) * of_part + 4 * lane);
   }
   __device__ __forceinline__ void operator()(int layer, Kept what, const GridMlp::Part& part) const {
@@ -37,6 +39,7 @@ struct GridMlpBackward {
   const float* transposed;  // fragments, from GridMlp::transposed on
   const KeptLayers<S>& kept;
   using Inputs = GridMlp::Inputs;
+  using Fragment = GridMlp::Fragment;
 
   // d_y = Wᵀ d_z in the place of d_z
   __device__ __forceinline__ void linear(int layer, float* state) const {
@@ -77,12 +80,15 @@ struct GridMlpBackward {
         z.samples(at, half, upper, lower);
         float plus[together][4] = {}, minus[together][4] = {};  // A⁻ᵀ d_y of sums and of differences
         if constexpr (kLast) {
-          mma_3xtf32(plus, d_y[0], GridMlp::load(back, GridMlp::of_output + 2 * half));
-          mma_3xtf32(minus, d_y[1], GridMlp::load(back, GridMlp::of_output + 2 * half + 1));
+          const Fragment even = GridMlp::load(back, GridMlp::of_output + 2 * half);
+          const Fragment odd = GridMlp::load(back, GridMlp::of_output + 2 * half + 1);
+          mma_3xtf32(plus, d_y[0], even), mma_3xtf32(minus, d_y[1], odd);
         } else {
-          mma_3xtf32(plus, d_y[0], GridMlp::load(back, GridMlp::of_inverse + 3 * half));
-          mma_3xtf32(minus, d_y[0], GridMlp::load(back, GridMlp::of_inverse + 3 * half + 1));
-          mma_3xtf32(minus, d_y[1], GridMlp::load(back, GridMlp::of_inverse + 3 * half + 2));
+          const Fragment even = GridMlp::load(back, GridMlp::of_inverse + 3 * half);
+          const Fragment odd = GridMlp::load(back, GridMlp::of_inverse + 3 * half + 1);
+          const Fragment upper_odd = GridMlp::load(back, GridMlp::of_inverse + 3 * half + 2);
+          mma_3xtf32(plus, d_y[0], even);
+          mma_3xtf32(minus, d_y[0], odd), mma_3xtf32(minus, d_y[1], upper_odd);
         }
         GridMlp::Pairs of;
 #pragma unroll
@@ -95,11 +101,14 @@ struct GridMlpBackward {
             if (kFirst) d_even[n][i / 2] += of_upper + of_lower;
           }
         if constexpr (kFirst) {
-          mma_3xtf32(d_z[0], of.difference, GridMlp::load(back, GridMlp::of_position + half));
+          const Fragment position = GridMlp::load(back, GridMlp::of_position + half);
+          mma_3xtf32(d_z[0], of.difference, position);
         } else {
-          mma_3xtf32(d_z[0], of.sum, GridMlp::load(back, GridMlp::of_samples + 3 * half));
-          mma_3xtf32(d_z[0], of.difference, GridMlp::load(back, GridMlp::of_samples + 3 * half + 1));
-          mma_3xtf32(d_z[1], of.difference, GridMlp::load(back, GridMlp::of_samples + 3 * half + 2));
+          const Fragment even = GridMlp::load(back, GridMlp::of_samples + 3 * half);
+          const Fragment odd = GridMlp::load(back, GridMlp::of_samples + 3 * half + 1);
+          const Fragment upper_odd = GridMlp::load(back, GridMlp::of_samples + 3 * half + 2);
+          mma_3xtf32(d_z[0], of.sum, even);
+          mma_3xtf32(d_z[0], of.difference, odd), mma_3xtf32(d_z[1], of.difference, upper_odd);
         }
       }
 #pragma unroll
