@@ -56,10 +56,11 @@ struct ExactMlpBackward {
     constexpr int odd = S::c - S::even;
     const auto of_sums = [&](int layer) {
       return [=](int first_channel, float (&z)[4][S::c]) {
+        const KeptLayers<S> layers{opaque(kept.memory)};
 #pragma unroll
         for (int k = 0; k < S::c; ++k) {
           const auto four =
-              neighbours<4>(kept.quad(threadIdx.x % 32, layer, kLayerSums, (k * S::width + first_channel) / 4));
+              neighbours<4>(layers.quad(threadIdx.x % 32, layer, kLayerSums, (k * S::width + first_channel) / 4));
 #pragma unroll
           for (int w = 0; w < 4; ++w) z[w][k] = four.at[w];
         }
