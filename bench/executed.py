@@ -3,9 +3,10 @@
 The emulator of tests/simt (``conv_test DIR count CASE``) counts how often warps execute every memory instruction. Its
 debug information and that of the machine code name the same source lines, each with the calls around it. Where n
 memory instructions of a kernel come from one line and the same calls, each gets 1/n of the line's count. A basic block
-is executed as often as the median of its memory instructions; a block that has none as often as the block that
-dominates it, or at the head of a loop as the most executed block of the loop; and never, if the blocks that it
-dominates were counted and never ran. So the copies of a loop's body that the compiler makes share its count evenly.
+is executed as often as the median of its memory instructions, but for those with a guard that never ran; a block that
+has none as often as the block that dominates it, or at the head of a loop as the most executed block of the loop; and
+never, if the blocks that it dominates were counted and never ran. So the copies of a loop's body that the compiler
+makes share its count evenly.
 """
 
 from __future__ import annotations
@@ -84,11 +85,14 @@ def executions(code: Code, launch: Launch, lines: dict[int, Lines]) -> dict[int,
     counted, present = Counter[Lines](), Counter[Lines]()
     for place, n in launch.accesses.items():
         counted[lines[place]] += n
-    memory = {b: [i.lines for i in code.blocks[b] if i.opcode in _MEMORY] for b in code.dominators}
+    memory = {b: [i for i in code.blocks[b] if i.opcode in _MEMORY] for b in code.dominators}
     for of_block in memory.values():
-        present.update(of_block)
-    # of blocks with memory instructions, which were counted
-    known = {b: median(counted[at] / present[at] for at in of_block) for b, of_block in memory.items() if of_block}
+        present.update(i.lines for i in of_block)
+    known = {}  # of blocks with memory instructions, which were counted
+    for b, of_block in memory.items():
+        if of_block:
+            ran = [i for i in of_block if counted[i.lines] or not i.guarded] or of_block
+            known[b] = median(counted[i.lines] / present[i.lines] for i in ran)
     below = dict(known)  # of the most executed block that it dominates, itself included
     for block in reversed(code.dominators):
         if block in below:

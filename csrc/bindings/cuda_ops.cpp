@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <string>
 #include <tuple>
 #include <type_traits>
 
@@ -48,10 +49,23 @@ int64_t cuda_shared_bytes(const Tensor& ints, const Tensor& reals) {
   return bytes;
 }
 
+// The kind of kernels that serve the plan's forward or backward pass, and, behind a line's end, why it is no faster
+// one.
+std::string cuda_kernel_kind(const Tensor& ints, const Tensor& reals, bool backward) {
+  KernelKind kind{};
+  dispatch_real(reals, "plan_reals", [&](auto* tag) {
+    using R = std::remove_pointer_t<decltype(tag)>;
+    kind = kernels<R>().kernel_kind(data<int32_t>(ints), ints.numel(), data<R>(reals), reals.numel(), backward);
+  });
+  STD_TORCH_CHECK(kind.name, "plan_ints, plan_reals: not what ops/native/arrays.py writes.");
+  return std::string(kind.name) + "\n" + kind.why_not;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(implicit_steer, m) {
   m.def("cuda_shared_bytes(" IST_PLAN ") -> int");
+  m.def("cuda_kernel_kind(" IST_PLAN ", bool backward) -> str");
   m.def("cuda_probe(int device) -> ()");
 }
 
@@ -59,5 +73,6 @@ STABLE_TORCH_LIBRARY_IMPL(implicit_steer, CUDA, m) { m.impl("sort_by_key", TORCH
 
 STABLE_TORCH_LIBRARY_IMPL(implicit_steer, CompositeExplicitAutograd, m) {
   m.impl("cuda_shared_bytes", TORCH_BOX(&cuda_shared_bytes));
+  m.impl("cuda_kernel_kind", TORCH_BOX(&cuda_kernel_kind));
   m.impl("cuda_probe", TORCH_BOX(&cuda_probe));
 }

@@ -114,21 +114,30 @@ Failure with_sizes(const DevicePlan<R>& plan, Run run) {
   }
 }
 
-// Whether a plan has exact kernels (exact_plan.h) or a grid kernel (grid_plan.h), and they can count the call's nodes
-// and edges.
-template <typename N>
-bool takes(const FieldPlan& plan, const ConvArgs<R>& args) {
+// Whether the exact and the grid kernels can count the call's nodes and edges.
+bool can_count(const ConvArgs<R>& args) {
   constexpr int64_t most = std::numeric_limits<int32_t>::max();
-  return std::is_same_v<N, float> && plan.fields > 0 && args.n_src <= most && args.n_dst <= most &&
-         args.n_edges <= most;
+  return args.n_src <= most && args.n_dst <= most && args.n_edges <= most;
+}
+
+// Which of them serve a plan, forward or backward, in the order of KernelKind's names.
+enum class Kernels { kExact, kGrid, kSpecialised, kGeneric };
+template <typename N>
+Kernels kernels_of(const DevicePlan<R>& plan, bool backward) {
+  if constexpr (std::is_same_v<N, float>) {
+    if (has_exact_kernel(plan, backward)) return Kernels::kExact;
+    if (backward ? has_grid_backward(plan) : plan.grid.fields > 0) return Kernels::kGrid;
+  }
+  return std::is_same_v<N, float> && plan.sizes != Sizes::kAny ? Kernels::kSpecialised : Kernels::kGeneric;
 }
 
 // The kernel on edges: the plan's exact or grid one where it has one, else one for its sizes.
 template <typename N>
 Failure run_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream, Call<R>& call) {
   if constexpr (std::is_same_v<N, float>) {
-    if (takes<N>(plan.exact, args)) return run_exact_forward(plan, args, stream, call);
-    if (takes<N>(plan.grid, args)) return run_grid_forward(plan, args, stream, call);
+    const Kernels kernels = kernels_of<N>(plan, false);
+    if (can_count(args) && kernels == Kernels::kExact) return run_exact_forward(plan, args, stream, call);
+    if (can_count(args) && kernels == Kernels::kGrid) return run_grid_forward(plan, args, stream, call);
   }
   EdgeKernel<N> edges{};
   IST_TRY(with_sizes<N>(plan, [&](auto sizes, int64_t front) {
@@ -198,9 +207,11 @@ Failure run_backward(EdgeKernel<N>& edges, const DevicePlan<R>& plan, const Conv
 template <typename N>
 Failure run_conv_backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, bool mean, int64_t more, void* stream,
                           GradientRows<R>& rows) {
-  if constexpr (std::is_same_v<N, float>)
-    if (takes<N>(plan.exact, args) && plan.exact.reads_all)
-      return run_exact_backward(plan, args, mean, more, stream, rows);
+  if constexpr (std::is_same_v<N, float>) {
+    const Kernels kernels = kernels_of<N>(plan, true);
+    if (can_count(args) && kernels == Kernels::kExact) return run_exact_backward(plan, args, mean, more, stream, rows);
+    if (can_count(args) && kernels == Kernels::kGrid) return run_grid_backward(plan, args, mean, more, stream, rows);
+  }
   EdgeKernel<N> edges{};
   edges.call.mean = mean;
   return with_sizes<N>(plan, [&](auto sizes, int64_t front) {
@@ -331,6 +342,20 @@ int64_t shared_bytes(const int32_t* ints, int64_t n_ints, const R* reals, int64_
   return std::max(backward, statistics);
 }
 
+KernelKind kernel_kind(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals, bool backward) {
+  constexpr const char* names[] = {"exact", "grid", "specialised", "generic"};
+  DevicePlan<R> plan;
+  if (!plan.read(ints, n_ints, reals, n_reals)) return {nullptr, nullptr};
+  const Kernels kernels = kernels_of<R>(plan, backward);
+  KernelKind found{names[static_cast<int>(kernels)], ""};
+  if (kernels == Kernels::kExact || kernels == Kernels::kGrid) return found;
+  const FieldPlan& fields = plan.of_fields();
+  found.why_not = fields.fields == 0 ? plan.why_not
+                  : fields.reads_all ? "layers too large for the faster one"
+                                     : "inputs that no product reads";
+  return found;
+}
+
 }  // namespace
 
 extern const CudaTable<R> IST_TABLE;
@@ -352,6 +377,7 @@ const CudaTable<R> IST_TABLE{plan_bytes<R>,
                              moments,
                              pack,
                              pack_backward,
-                             pairs_of_weights};
+                             pairs_of_weights,
+                             kernel_kind};
 
 }  // namespace implicit_steer::IST_ISA

@@ -90,10 +90,11 @@ struct DevicePlan {
   Extent extent;
   Sizes sizes;
   PlanLists<R> lists;
-  ExactPlan exact;         // of float
-  GridPlan grid;           // of float; at most one of the two has fields
-  ExactView exact_view{};  // of its copy on the device
-  Places places{};         // of their copies on the device
+  ExactPlan exact;                  // of float
+  GridPlan grid;                    // of float; at most one of the two has fields
+  const char* why_not = "float64";  // where neither of the two has
+  ExactView exact_view{};           // of its copy on the device
+  Places places{};                  // of their copies on the device
   Terms terms{};
   int64_t reals_at, layers_at, couplings_at, lists_at, exact_at,
       bytes;  // offsets of the copies, in one piece of memory
@@ -158,16 +159,30 @@ struct DevicePlan {
     return error == cudaSuccess ? cudaStreamSynchronize(stream) : error;  // calls on other streams will read it
   }
 
- private:
+  // The one of the two that has fields, if one has.
   const FieldPlan& of_fields() const {
     if (grid.fields) return grid;
     return exact;
   }
 
+ private:
   void make_field_plans() {
-    constexpr int width = 8;
-    if (sizes == Sizes::kElu4x8 || sizes == Sizes::kSilu4x8) exact.make(host, width);
-    if ((host.function == kElu || host.function == kSilu) && has_equal_layers(host, width)) grid.make(host, width);
+    const int width = host.n_layers == 0 ? 0 : host.layers[0].out_size / host.c;
+    if (host.n_layers == 0) {
+      why_not = "no hidden layers";
+    } else if (host.function != kElu && host.function != kSilu) {
+      why_not = "an activation other than ELU and SiLU";
+    } else if ((width != 8 && width != 16) || !has_equal_layers(host, width)) {
+      why_not = "hidden layers of other than 8 or 16 channels";
+    } else if (host.kind == kZonal) {
+      exact.make(host, width), why_not = exact.why_not;
+    } else if (host.kind != kNone) {
+      why_not = "a frame that rotates about one axis";
+    } else if (width != 8) {
+      why_not = "a grid with other than 8 hidden channels";
+    } else {
+      grid.make(host, width), why_not = grid.why_not;
+    }
   }
 
   // Sets the couplings' positions in T, [slot][v, w] as in the first layout of θ.

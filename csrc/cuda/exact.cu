@@ -11,16 +11,28 @@ namespace {
 
 // run(sizes): those of the plan.
 template <typename F, typename Run>
-Failure with_slots(const DevicePlan<float>& plan, Run run) {
-  constexpr int fields = ExactPlan::kMostFields;
-  return plan.exact.cross ? run(Exact<F, 8, fields, true>{}) : run(Exact<F, 8, fields, false>{});
+auto with_fields(const ExactPlan& plan, Run run) {
+  constexpr int fields = ExactPlan::kFields;
+  if (plan.fields == ExactPlan::kManyFields) return run(Exact<F, 8, ExactPlan::kManyFields, false>{});
+  if (plan.width == 16) return run(Exact<F, 16, fields, false>{});
+  return plan.cross ? run(Exact<F, 8, fields, true>{}) : run(Exact<F, 8, fields, false>{});
 }
 template <typename Run>
-Failure with_exact_sizes(const DevicePlan<float>& plan, Run run) {
-  return plan.sizes == Sizes::kElu4x8 ? with_slots<Elu>(plan, run) : with_slots<Silu>(plan, run);
+auto with_exact_sizes(const DevicePlan<float>& plan, Run run) {
+  return plan.host.function == kElu ? with_fields<Elu>(plan.exact, run) : with_fields<Silu>(plan.exact, run);
 }
 
 }  // namespace
+
+template <>
+bool has_exact_kernel(const DevicePlan<float>& plan, bool backward) {
+  if (plan.exact.fields == 0 || (backward && !plan.exact.reads_all)) return false;
+  return with_exact_sizes(plan, [&](auto sizes) {
+    using S = decltype(sizes);
+    const int64_t of_warp = backward ? exact_backward_size<S>(plan.host) : kExactForwardSize<S>;
+    return static_cast<int64_t>(sizeof(float)) * (front_of_warps<S>(plan.host) + of_warp) <= kLeastBlockBytes;
+  });
+}
 
 template <>
 Failure run_exact_forward(const DevicePlan<float>& plan, const ConvArgs<float>& args, void* stream, Call<float>& call) {
@@ -35,19 +47,14 @@ Failure run_exact_backward(const DevicePlan<float>& plan, const ConvArgs<float>&
                            void* stream, GradientRows<float>& rows) {
   return with_exact_sizes(plan, [&](auto sizes) -> Failure {
     using S = decltype(sizes);
-    using Gradients = ExactGradients<S>;
-    const int64_t front = ExactMemory<S>::in_front_of_mlp(0, 0) + ExactMlp::size<S>(plan.host);
-    ExactLaunch edges{"exact_backward", exact_backward<S>, {}, front, exact_backward_size<S>(plan.host), 0};
-    IST_TRY(edges.prepare(plan, args));
-    edges.call.mean = mean;
-    rows.n = edges.blocks();
-    const int64_t of_warp = Gradients::size_of(plan.host) + Gradients::aside;
-    const int64_t of_warps = args.grad_weights ? of_warp * edges.call.shape.warps : 0;
-    const int64_t of_rows = args.grad_weights ? rows.n * plan.view.n_grad : 0;
-    edges.call.sums = static_cast<float*>(
-        args.scratch(std::max<int64_t>(of_warps + of_rows + more, 1) * static_cast<int64_t>(sizeof(float))));
-    rows.at = edges.call.partial = edges.call.sums + of_warps;
-    return edges.run(stream);
+    const ExactLaunch edges{"exact_backward",
+                            exact_backward<S>,
+                            {},
+                            front_of_warps<S>(plan.host),
+                            exact_backward_size<S>(plan.host),
+                            0,
+                            kExactBackwardThreads<S> / 32};
+    return run_backward_of<S>(edges, 0, plan, args, mean, more, stream, rows);
   });
 }
 

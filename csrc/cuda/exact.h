@@ -6,7 +6,12 @@
 
 namespace implicit_steer::IST_ISA {
 
-// Launches the forward pass of a plan that has exact kernels; R = float. `call` becomes what conv_forward would get,
+// Whether the plan has an exact kernel for the forward or the backward pass that fits in a block's shared memory on
+// every device; R = float.
+template <typename R>
+bool has_exact_kernel(const DevicePlan<R>& plan, bool backward);
+
+// Launches the forward pass of a plan that has an exact kernel; R = float. `call` becomes what conv_forward would get,
 // for the launch that adds up what several warps have of a node.
 template <typename R>
 Failure run_exact_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream, Call<R>& call);

@@ -9,7 +9,8 @@
 //   T         as on the way forward; dθ[path, u, v, w] += Σ_slot g[u] T[slot, v, w] at the end of the node
 //   reverse   the MLP back from d_c, its weights' gradients, the gradients of positions and attributes
 //
-// Lane 4 g + t has edge g of a step, its fields and channels 2 t and 2 t + 1. Gradients of the features go to memory
+// Lane 4 g + t has edge g of a step, its fields and channels 2 t and 2 t + 1; of more than 8 fields or channels there
+// are several such blocks, each pair of which goes through the node's edges. Gradients of the features go to memory
 // edge by edge; those of the weights are sums of the warp's own (exact_gradients.cuh).
 #pragma once
 
@@ -19,27 +20,29 @@
 namespace implicit_steer::IST_ISA {
 
 // Of a warp's shared memory: what all kernels have, numbers of the edges, gradients of their geometry (direction, P)
-// and along the radius, g, of the constant hidden feature [v, (scalar, x, y, z)], dT [slot, v, w]; behind it its
-// layers.
+// and along the radius, g, of the constant hidden feature [v, (scalar, x, y, z)], dT [slot, v, w], where there are
+// several blocks of fields d_c so far [edge, l, w]; behind it its layers.
+template <typename S>
+constexpr int kUnfinished = ExactTiles<S>::blocks > 1 ? 32 * S::Slots::degrees * S::width : 0;
 template <typename S>
 constexpr int kExactBackwardSize =
-    ExactMemory<S>::warp + 32 + 128 + 32 + 32 + 32 + S::Slots::count * S::fields * S::width;
+    ExactMemory<S>::warp + 32 + 128 + 32 + 8 * S::fields + S::Slots::count * S::fields * S::width + kUnfinished<S>;
 template <typename S>
 IST_HOST_DEVICE int exact_backward_size(const PlanView<float>& p) {
   return kExactBackwardSize<S> + (p.n_layers - 1) * KeptLayers<S>::of_layer;
 }
 
-template <typename S>
-struct ExactBackward : ExactWarp<S> {
-  using Base = ExactWarp<S>;
+// Warp: what makes a chunk's records and adds its edges to T.
+template <typename S, typename Warp = ExactWarp<S>>
+struct ExactBackward : Warp {
+  using Base = Warp;
   using Base::a, Base::p, Base::exact, Base::lane, Base::group, Base::pair, Base::number, Base::first, Base::last;
   using Base::theta, Base::constant, Base::sums, Base::constant_sums, Base::mlp, Base::records, Base::sources;
   using typename Base::Slots, typename Base::Tiles, typename Base::Memory;
-  static_assert(Tiles::blocks == 1);
   static constexpr int square = S::fields * S::width;
   const bool mean, need_weights, need_geometry;
   int32_t* edges;
-  float *moved, *along, *grad, *of_constant, *d_t;
+  float *moved, *along, *grad, *of_constant, *d_t, *unfinished;
   KeptLayers<S> kept;
   ExactGradients<S> gradients;
 
@@ -48,9 +51,10 @@ struct ExactBackward : ExactWarp<S> {
         mean(call.mean),
         need_weights(a.grad_weights),
         need_geometry(a.grad_delta || a.grad_attr),
-        gradients(call.sums, number, p) {
+        gradients(call.sums, number, p, exact) {
     edges = reinterpret_cast<int32_t*>(this->rest);
-    moved = this->rest + 32, along = moved + 128, grad = along + 32, of_constant = grad + 32, d_t = of_constant + 32;
+    moved = this->rest + 32, along = moved + 128, grad = along + 32, of_constant = grad + 4 * S::fields;
+    d_t = of_constant + 4 * S::fields, unfinished = d_t + Slots::count * square;
     kept = {records + kExactBackwardSize<S>};
   }
 
@@ -58,13 +62,22 @@ struct ExactBackward : ExactWarp<S> {
 
   // Behind it all lanes find g, dT and the gradient of the constant hidden feature's products in the warp's memory.
   __device__ __forceinline__ void start(int node) {
-    const int output = global_memory(exact.out)[lane];
-    float g = output < 0 ? 0 : a.grad_out[int64_t{node} * p.out_size + output];
-    if (mean) g /= static_cast<float>(this->index(a.rowptr, node + 1) - this->index(a.rowptr, node));
-    grad[lane] = g;
+#pragma unroll
+    for (int at = lane; at < 4 * S::fields; at += 32) {
+      const int output = global_memory(exact.out)[at];
+      float g = output < 0 ? 0 : a.grad_out[int64_t{node} * p.out_size + output];
+      if (mean) g /= static_cast<float>(this->index(a.rowptr, node + 1) - this->index(a.rowptr, node));
+      grad[at] = g;
+    }
     __syncwarp();
+#pragma unroll 1
+    for (int pass = 0; pass < Tiles::passes; ++pass) start_pass(pass / Tiles::channels, pass % Tiles::channels);
+  }
+
+  __device__ __forceinline__ void start_pass(int block, int channel) const {
     float d[Slots::count][2] = {}, d_constant = 0;
-    const float* const of_lane = theta + group * S::width + 2 * pair;
+    const int v = 8 * block + group;
+    const float* const of_lane = theta + Tiles::theta_of(0, block, channel) + 8 * group + 2 * pair;
 #pragma unroll
     for (int u = 0; u < S::fields; ++u) {
       const auto of_field = neighbours<4>(grad + 4 * u);
@@ -77,58 +90,74 @@ struct ExactBackward : ExactWarp<S> {
           for (int j = 0; j < 2; ++j)
             if (Slots::path(slot) == path) d[slot][j] += two.at[j] * of_field.at[Slots::component(slot)];
       }
-      d_constant += constant[((pair > 0) * S::fields + u) * S::fields + group] * grad[4 * u + pair];
+      d_constant += constant[((pair > 0) * S::fields + u) * S::fields + v] * grad[4 * u + pair];
     }
-    of_constant[lane] = d_constant;
+    of_constant[4 * v + pair] = d_constant;
 #pragma unroll
     for (int slot = 0; slot < Slots::count; ++slot)
-      neighbours<2>(d_t + slot * square + group * S::width + 2 * pair) = {d[slot][0], d[slot][1]};
+      neighbours<2>(d_t + slot * square + v * S::width + 8 * channel + 2 * pair) = {d[slot][0], d[slot][1]};
   }
 
   // The sums' part of the edges so far of a node.
   __device__ __forceinline__ void add_theta() const {
 #pragma unroll
+    for (int block = 0; block < Tiles::blocks; ++block) {
+#pragma unroll
+      for (int channel = 0; channel < Tiles::channels; ++channel) add_theta(block, channel);
+      add_constant(block);
+    }
+  }
+  __device__ __forceinline__ void add_theta(int block, int channel) const {
+    [[maybe_unused]] constexpr int together =
+        S::large || S::c > ExactPlan::kCoefficients ? 1 : S::fields / 2;  // for want of registers
+#pragma unroll(together)
     for (int two_fields = 0; two_fields < S::fields / 2; ++two_fields) {
       const Neighbours<float, 4> g[2] = {neighbours<4>(grad + 8 * two_fields),
                                          neighbours<4>(grad + 8 * two_fields + 4)};
 #pragma unroll
       for (int path = 0; path < Slots::paths; ++path) {
-        auto& to = gradients.four(ExactGradients<S>::of_theta(path, two_fields));
+        auto& to = gradients.four(ExactGradients<S>::of_theta(path, block, channel, two_fields));
         Neighbours<float, 4> sum = to;
 #pragma unroll
         for (int slot = 0; slot < Slots::count; ++slot) {
           if (Slots::path(slot) != path) continue;
-          const float* const t = &sums[Tiles::tile(slot, 0)][Tiles::row(slot, 0) % 2 * 2];
+          const float* const t = &sums[Tiles::tile(slot, block, channel)][Tiles::row(slot, block) % 2 * 2];
 #pragma unroll
           for (int i = 0; i < 4; ++i) sum.at[i] += g[i / 2].at[Slots::component(slot)] * t[i % 2];
         }
         to = sum;
       }
     }
+  }
+  __device__ __forceinline__ void add_constant(int block) const {
     float whole[4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) whole[k] = sum_lanes(constant_sums[0][k], 1, 4);
-    Neighbours<float, 4> sum = gradients.four(ExactGradients<S>::constant);
+    for (int k = 0; k < 4; ++k) whole[k] = sum_lanes(constant_sums[block][k], 1, 4);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const auto g = neighbours<4>(grad + 8 * pair + 4 * i);
-      sum.at[2 * i] += g.at[0] * whole[0];
-      sum.at[2 * i + 1] += g.at[1] * whole[1] + g.at[2] * whole[2] + g.at[3] * whole[3];
+    for (int out_block = 0; out_block < Tiles::blocks; ++out_block) {
+      auto& to = gradients.four(ExactGradients<S>::of_constant(block, out_block));
+      Neighbours<float, 4> sum = to;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const auto g = neighbours<4>(grad + 32 * out_block + 8 * pair + 4 * i);
+        sum.at[2 * i] += g.at[0] * whole[0];
+        sum.at[2 * i + 1] += g.at[1] * whole[1] + g.at[2] * whole[2] + g.at[3] * whole[3];
+      }
+      to = sum;
     }
-    gradients.four(ExactGradients<S>::constant) = sum;
   }
 
   // ---- its edges
 
-  // dT as fragments of B: [w, v] to multiply c with, [v, w] to multiply slots with. A row's element t is w or v = 2 t,
-  // element t + 4 the next one.
+  // dT of a block of fields and one of channels as fragments of B: [w, v] to multiply c with, [v, w] to multiply slots
+  // with. A row's element t is w or v = 2 t, element t + 4 the next one.
   struct Fragments {
     Split<2> by_channel[Slots::count], by_field[Slots::count];
   };
-  __device__ __forceinline__ void load(Fragments& b) const {
+  __device__ __forceinline__ void load(Fragments& b, int block, int channel) const {
 #pragma unroll
     for (int slot = 0; slot < Slots::count; ++slot) {
-      const float* const of_slot = d_t + slot * square;
+      const float* const of_slot = d_t + slot * square + 8 * (block * S::width + channel);
       const auto two = neighbours<2>(of_slot + group * S::width + 2 * pair);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -138,8 +167,22 @@ struct ExactBackward : ExactWarp<S> {
     }
   }
 
-  // Edges at .. at + 7 of the chunk before `stop`, all into one node.
-  __device__ __forceinline__ void step_back(int at, int stop, const Fragments& b) {
+  // Edges at .. of the chunk before `stop`, all into one node.
+  __device__ __forceinline__ void edges_back(int at, int stop) {
+#pragma unroll 1
+    for (int pass = 0; pass < Tiles::passes; ++pass) {
+      const int block = pass / Tiles::channels, channel = pass % Tiles::channels;
+      Fragments fragments;
+      load(fragments, block, channel);
+#pragma unroll 1
+      for (int step = at; step < stop; step += 8) step_back(step, stop, fragments, block, channel);  // loop: edges
+    }
+  }
+
+  // The first 8 of them, and of these a block of fields and one of channels.
+  __device__ __forceinline__ void step_back(int at, int stop, const Fragments& b, int block, int channel) {
+    const bool first_fields = Tiles::blocks == 1 || block == 0, last_fields = block == Tiles::blocks - 1;
+    const bool first_channels = Tiles::channels == 1 || channel == 0;
     const int mine = at + group, place = mine < stop ? mine : at;
     const bool there = mine < stop;
     float* const record = records + place * Memory::record;
@@ -150,12 +193,12 @@ struct ExactBackward : ExactWarp<S> {
     typename Slots::Reverse back[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      this->field(x, 2 * pair + i, f[i]);
+      this->field(x, 8 * block + 2 * pair + i, f[i]);
       Slots::evaluate(f[i], u, slots[i]);
     }
 #pragma unroll
     for (int l = 0; l < Slots::degrees; ++l) {
-      float* const of_degree = record + l * S::width + 2 * pair;
+      float* const of_degree = record + l * S::width + 8 * channel + 2 * pair;
       Neighbours<float, 2> c{};
       if (there) c = neighbours<2>(of_degree);
       Stacked by_channel;
@@ -171,37 +214,51 @@ struct ExactBackward : ExactWarp<S> {
 #pragma unroll
         for (int i = 0; i < 2; ++i) back[i].add(slot, d[i] + d[2 + i], f[i], u, slots[i][4], d_u);
       }
-      const float first_channel = d_c[0] + d_c[2], second_channel = d_c[1] + d_c[3];
-      parts[l > 0] += c.at[0] * first_channel + c.at[1] * second_channel;
-      if (there) neighbours<2>(of_degree) = {first_channel, second_channel};
+      Neighbours<float, 2> of_block{d_c[0] + d_c[2], d_c[1] + d_c[3]};
+      parts[l > 0] += c.at[0] * of_block.at[0] + c.at[1] * of_block.at[1];
+      float* const so_far = unfinished + (mine * Slots::degrees + l) * S::width + 8 * channel + 2 * pair;
+      if (there && !first_fields) of_block = sum_of(neighbours<2>(so_far), of_block);
+      if (there) neighbours<2>(last_fields ? of_degree : so_far) = of_block;
     }
     float of_factor = 0;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       back[i].finish(f[i], u, d_u);
-      const auto d = neighbours<4>(of_constant + 8 * pair + 4 * i);
+      const int v = 8 * block + 2 * pair + i;
+      const auto d = neighbours<4>(of_constant + 4 * v);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) back[i].f[k] += d.at[k] * geometry.at[3], of_factor += d.at[k] * f[i][k];
-      if (there && a.grad_edge) store_field(edges[place], i, back[i].f);
+      for (int k = 0; k < 4; ++k) {
+        const float d_k = first_channels ? d.at[k] : 0;
+        back[i].f[k] += d_k * geometry.at[3], of_factor += d_k * f[i][k];
+      }
+      if (there && a.grad_edge) store_field(edges[place], v, back[i].f, first_channels);
     }
     const float product = sum_lanes(parts[0] + parts[1] + geometry.at[3] * of_factor, 1, 4);
     const float higher = sum_lanes(parts[1], 1, 4);
 #pragma unroll
     for (int k = 0; k < 3; ++k) d_u[k] = sum_lanes(d_u[k], 1, 4);
-    if (there && pair == 0) neighbours<4>(moved + 4 * mine) = {d_u[0], d_u[1], d_u[2], product}, along[mine] = higher;
+    if (!there || pair != 0) return;
+    Neighbours<float, 4> sum{d_u[0], d_u[1], d_u[2], product};
+    auto& to = neighbours<4>(moved + 4 * mine);
+    const bool is_first = first_fields && first_channels;
+    along[mine] = is_first ? higher : along[mine] + higher;
+    to = is_first ? sum : sum_of(to, sum);
   }
 
-  __device__ __forceinline__ void store_field(int64_t edge, int i, const float (&d_f)[4]) const {
-    float* const to = a.grad_edge + edge * p.in_size;
-    const int v = 2 * pair + i;
+  // `is_first`: in place of what is there, else added to it.
+  __device__ __forceinline__ void store_field(int64_t edge, int v, const float (&d_f)[4], bool is_first) const {
+    float* const row = a.grad_edge + edge * p.in_size;
     if (exact.quads) {
-      if (v < exact.n_scalars) neighbours<4>(to + this->scalars[v]) = {d_f[0], d_f[1], d_f[2], d_f[3]};
+      auto& to = neighbours<4>(row + this->scalars[v]);
+      const Neighbours<float, 4> four{d_f[0], d_f[1], d_f[2], d_f[3]};
+      if (v < exact.n_scalars) to = is_first ? four : sum_of(to, four);
       return;
     }
-    if (v < exact.n_scalars) to[this->scalars[v]] = d_f[0];
+    float &scalar = row[this->scalars[v]], *const vector = row + global_memory(exact.vector)[v];
+    if (v < exact.n_scalars) scalar = is_first ? d_f[0] : scalar + d_f[0];
 #pragma unroll
     for (int k = 0; k < 3; ++k)
-      if (v < exact.n_vectors) to[global_memory(exact.vector)[v] + k] = d_f[1 + k];
+      if (v < exact.n_vectors) vector[k] = is_first ? d_f[1 + k] : vector[k] + d_f[1 + k];
   }
 
   // ---- the MLP and the geometry: a lane has an edge
@@ -264,12 +321,18 @@ struct ExactBackward : ExactWarp<S> {
     __syncwarp();
   }
 
-  // Σ d_z yᵀ and Σ d_z over the chunk's edges: row g, columns 2 t and 2 t + 1, of every coefficient.
+  // Σ d_z yᵀ and Σ d_z over the chunk's edges: row g, columns 2 t and 2 t + 1, of every coefficient and every pair of
+  // blocks of 8.
   __device__ __forceinline__ void add_weights(int layer) const {
+#pragma unroll 1
+    for (int pass = 0; pass < Tiles::channels * Tiles::channels; ++pass)
+      add_weights(layer, pass / Tiles::channels, pass % Tiles::channels);
+  }
+  __device__ __forceinline__ void add_weights(int layer, int rows, int columns) const {
     float bias = 0;
 #pragma unroll
     for (int k0 = 0; k0 < S::c; k0 += 2) {
-      auto& to = gradients.four(gradients.of_weights(layer, k0 / 2));
+      auto& to = gradients.four(gradients.of_weights(layer, k0 / 2, rows, columns));
       Neighbours<float, 4> sum = to;
 #pragma unroll
       for (int k = k0; k < k0 + 2; ++k) {
@@ -280,8 +343,8 @@ struct ExactBackward : ExactWarp<S> {
           Split<2> y;
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            const float z = kept.at(at + i, layer, kLayerSums, k, group);
-            d_z.set(i, z), y.set(i, kept.at(at + i, layer, kLayerInputs, k, group));
+            const float z = kept.at(at + i, layer, kLayerSums, k, 8 * rows + group);
+            d_z.set(i, z), y.set(i, kept.at(at + i, layer, kLayerInputs, k, 8 * columns + group));
             if (k == 0) bias += z;
           }
           mma_stacked(d_w, d_z, y);
@@ -290,7 +353,7 @@ struct ExactBackward : ExactWarp<S> {
       }
       to = sum;
     }
-    gradients.one(gradients.of_bias(layer)) += bias;
+    if (columns == 0) gradients.one(gradients.of_bias(layer) + 32 * rows) += bias;
   }
 
   // The first layer's bias and weights: Σ d_z times 1, `radial`, the attributes; row g, a quarter of the edges.
@@ -300,11 +363,14 @@ struct ExactBackward : ExactWarp<S> {
     for (int n = 0; n <= p.n_inputs; ++n) {
       input[lane] = n == 0 ? 1 : n == 1 ? radial : attribute(n - 2);
       __syncwarp();
-      const float* const d_z = records + (n == 1 ? S::width : 0) + group;
-      float sum = 0;
 #pragma unroll
-      for (int at = pair; at < 32; at += 4) sum += d_z[at * Memory::record] * input[at];
-      gradients.one(ExactGradients<S>::first + 32 * n) += sum;
+      for (int rows = 0; rows < Tiles::channels; ++rows) {
+        const float* const d_z = records + (n == 1 ? S::width : 0) + 8 * rows + group;
+        float sum = 0;
+#pragma unroll
+        for (int at = pair; at < 32; at += 4) sum += d_z[at * Memory::record] * input[at];
+        gradients.one(ExactGradients<S>::first + 32 * (n * Tiles::channels + rows)) += sum;
+      }
       __syncwarp();
     }
   }
@@ -324,7 +390,7 @@ struct ExactBackward : ExactWarp<S> {
     const float* const weights = opaque(mlp.first) + S::width;
     for (int w = 0; w < S::width && !is_near; ++w) d_radius += record[S::width + w] * weights[w];
     d_radius -= d_along * g.inverse;
-    const float slope = product * (2 * kLn2 * *this->exponent) + cutoff_slope(product, g.squared);
+    const float slope = radial_slope(product, g.squared);
 #pragma unroll
     for (int k = 0; k < 3; ++k)
       if (a.grad_delta)
@@ -336,7 +402,11 @@ struct ExactBackward : ExactWarp<S> {
     }
   }
 
-  // ∂L/∂(|x|²/2) by way of the cutoff; where the factor is 0, so is its slope.
+  // ∂L/∂(|x|²/2) by way of the radial factor, from P.
+  __device__ __forceinline__ float radial_slope(float product, float squared) const {
+    return product * (2 * kLn2 * *this->exponent) + cutoff_slope(product, squared);
+  }
+  // Of it that of the cutoff; where the factor is 0, so is its slope.
   __device__ __forceinline__ float cutoff_slope(float product, float squared) const {
     if (!p.has_cutoff) return 0;
     const auto cutoff = this->cutoff(squared);
@@ -345,13 +415,15 @@ struct ExactBackward : ExactWarp<S> {
 
   // ---- the walk
 
-  __device__ __forceinline__ void walk() {
+  // Self: this kernel, or one derived from it with an edges_back() and a reverse() of its own.
+  template <typename Self>
+  __device__ __forceinline__ void walk(Self& self) {
     if (need_weights) gradients.clear();
     int node = this->target(first), end = this->index(a.rowptr, node + 1);
     bool goes_on = false;  // the node has edges in an earlier chunk
 #pragma unroll 1
-    for (int from = first; from < last; from += 32) {  // loop: chunks
-      const int n = last - from < 32 ? last - from : 32;
+    for (int from = first; from < last; from += Base::edges) {  // loop: chunks
+      const int n = last - from < Base::edges ? last - from : Base::edges;
       edges[lane] = this->index(a.order, from + (lane < n ? lane : n - 1));
       this->chunk(from, n, kept);
       for (int at = 0; at < n;) {  // loop: nodes
@@ -360,15 +432,12 @@ struct ExactBackward : ExactWarp<S> {
         if (!goes_on) start(node);
         if (need_weights) sum_edges(at, stop, goes_on, ends || from + n == last);
         __syncwarp();
-        Fragments fragments;
-        load(fragments);
-#pragma unroll 1
-        for (; at < stop; at += 8) step_back(at, stop, fragments);  // loop: edges
+        self.edges_back(at, stop);
         at = stop, goes_on = !ends;
         while (from + at < last && end == from + at) end = this->index(a.rowptr, ++node + 1);
       }
       __syncwarp();
-      if (need_weights || need_geometry) reverse(n);
+      if (need_weights || need_geometry) self.reverse(n);
     }
   }
 
@@ -385,20 +454,30 @@ struct ExactBackward : ExactWarp<S> {
   }
 };
 
-// With the path u × x there is shared memory for two blocks, and registers for more fragments.
-template <typename S>
-constexpr int kExactBackwardResident = S::Slots::count > 11 ? 2 : kResident<float>;
-
-template <typename S>
-__global__ void __launch_bounds__(kThreads, kExactBackwardResident<S>)
-    exact_backward(const __grid_constant__ ExactCall call) {
-  ExactBackward<S> warp(call);
-  if (warp.number < call.shape.warps) warp.walk();
+// A whole kernel; `warp`: an ExactBackward, or derived from one.
+template <typename S, typename Warp>
+__device__ __forceinline__ void run_warps(Warp& warp, const ExactCall& call) {
+  if (warp.number < call.shape.warps) warp.walk(warp);
   if (!warp.need_weights) return;
   const int warps = blockDim.x / 32, begin = blockIdx.x * warps, left = call.shape.warps - begin;
-  const ExactGradients<S> of_block(call.sums, begin, warp.p);
+  const ExactGradients<S> of_block(call.sums, begin, warp.p, warp.exact);
   of_block.add_warps(left < warps ? left : warps);
   of_block.write(warp.exact, warp.a.weights, warp.mlp, call.partial + int64_t{blockIdx.x} * warp.p.n_grad);
+}
+
+// With the path u × x there is shared memory for two blocks, and registers for more fragments; of large ones for one.
+template <typename S>
+constexpr int kExactBackwardThreads = S::large ? 256 : kThreads;
+template <typename S>
+constexpr int kExactBackwardResident = S::large               ? 1
+                                       : S::Slots::count > 11 ? 2
+                                                              : kResident<float>;
+
+template <typename S>
+__global__ void __launch_bounds__(kExactBackwardThreads<S>, kExactBackwardResident<S>)
+    exact_backward(const __grid_constant__ ExactCall call) {
+  ExactBackward<S> warp(call);
+  run_warps<S>(warp, call);
 }
 
 }  // namespace implicit_steer::IST_ISA

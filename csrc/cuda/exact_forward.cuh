@@ -16,6 +16,7 @@ struct ExactForward : Base {
   using Base::a, Base::p, Base::exact, Base::lane, Base::group, Base::pair, Base::number, Base::first, Base::last;
   using Base::theta, Base::constant, Base::sums, Base::constant_sums;
   using typename Base::Slots, typename Base::Tiles;
+  static constexpr int kFirstAside = ExactMemory<S>::first_aside;
   float* const partial;
   float* const aside;  // this lane's place
 
@@ -58,7 +59,7 @@ struct ExactForward : Base {
 
   // This lane's share of the outputs (scalar, x, y, z) of field u.
   __device__ __forceinline__ void mix(int u, float* out) const {
-    const float* const of_u = theta + (u * S::fields + group) * S::width + 2 * pair;
+    const float* const of_u = theta + u * S::fields * S::width + 8 * group + 2 * pair;
 #pragma unroll
     for (int block = 0; block < Tiles::blocks; ++block) {
       const float* const one = constant + u * S::fields + 8 * block + group;
@@ -69,13 +70,16 @@ struct ExactForward : Base {
       }
 #pragma unroll
       for (int path = 0; path < Slots::paths; ++path) {
-        const auto two = neighbours<2>(of_u + path * S::fields * S::fields * S::width + 8 * block * S::width);
 #pragma unroll
-        for (int slot = 0; slot < Slots::count; ++slot) {
-          if (Slots::path(slot) != path) continue;
-          const float* const t = &sums[Tiles::tile(slot, block)][Tiles::row(slot, block) % 2 * 2];
+        for (int channel = 0; channel < Tiles::channels; ++channel) {
+          const auto two = neighbours<2>(of_u + Tiles::theta_of(path, block, channel));
 #pragma unroll
-          for (int i = 0; i < 2; ++i) out[Slots::component(slot)] += two.at[i] * t[i];
+          for (int slot = 0; slot < Slots::count; ++slot) {
+            if (Slots::path(slot) != path) continue;
+            const float* const t = &sums[Tiles::tile(slot, block, channel)][Tiles::row(slot, block) % 2 * 2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) out[Slots::component(slot)] += two.at[i] * t[i];
+          }
         }
       }
     }
@@ -91,7 +95,7 @@ struct ExactForward : Base {
       const int n = last - from < Base::edges ? last - from : Base::edges;
       this->chunk(from, n, NothingKept{});
       if (goes_on)
-        this->take_back(aside);
+        this->template take_back<kFirstAside>(aside);
       else
         this->clear();
       for (int at = 0; at < n;) {  // loop: nodes
@@ -102,7 +106,7 @@ struct ExactForward : Base {
         at = stop;
         goes_on = !ends && from + n < last;
         if (goes_on) {
-          this->put_aside(aside);
+          this->template put_aside<kFirstAside>(aside);
           break;
         }
         const bool shared = !ends || (leading && begun);
@@ -115,8 +119,18 @@ struct ExactForward : Base {
   }
 };
 
+// Threads of a block and blocks of a multiprocessor: of large ones all in one, with 168 registers for each thread, of
+// many channels with 255.
 template <typename S>
-__global__ void __launch_bounds__(kThreads, kResident<float>) exact_forward(const __grid_constant__ ExactCall call) {
+constexpr int kExactForwardThreads = S::width > 8 ? 256
+                                     : S::large   ? 384
+                                                  : kThreads;
+template <typename S>
+constexpr int kExactForwardResident = S::large ? 1 : kResident<float>;
+
+template <typename S>
+__global__ void __launch_bounds__(kExactForwardThreads<S>, kExactForwardResident<S>)
+    exact_forward(const __grid_constant__ ExactCall call) {
   ExactForward<S> warp(call);
   if (warp.number < call.shape.warps) warp.walk();
 }

@@ -12,22 +12,26 @@ template <typename S>
 struct ExactGradients {
   using Slots = typename S::Slots;
   using Tiles = ExactTiles<S>;
-  static constexpr int square = S::width * S::width;
-  // Where each sum begins: [path, u / 2, lane, (u, w)], [lane, (u, constant)], [lane], [1 + n_inputs, lane]; then layer
-  // by layer [c / 2, lane, (coefficient, column)], [lane]. Lane 4 g + t has v = g and w (or u) = 2 t and 2 t + 1; of
-  // the MLP's weights it has row g and columns 2 t and 2 t + 1, of a row's bias and of the shell a share.
-  static constexpr int constant = Slots::paths * S::fields / 2 * 128, shell = constant + 128, first = shell + 32;
-  static constexpr int of_layer = S::c * square + 32;
+  static constexpr int square = S::width * S::width, of_rows = 4 * S::width;
+  // Where each sum begins: [path, v / 8, w / 8, u / 2, lane, (u, w)], [v / 8, u / 8, lane, (u, constant)], [lane],
+  // [1 + n_inputs, row / 8, lane]; then layer by layer [c / 2, row / 8, column / 8, lane, (coefficient, column)],
+  // [row / 8, lane]. Lane 4 g + t has v = g and w (or u) = 2 t and 2 t + 1, of eight; of the MLP's weights it has row g
+  // and columns 2 t and 2 t + 1, of a row's bias and of the shell a share.
+  static constexpr int constant = Slots::paths * Tiles::passes * S::fields / 2 * 128,
+                       shell = constant + Tiles::blocks * Tiles::blocks * 128, first = shell + 32;
+  static constexpr int of_layer = S::c * square + of_rows;
   static constexpr int aside = 128 * (Tiles::count + Tiles::blocks);  // behind the sums: T of a node that goes on
 
   const PlanView<float>& p;
-  float* const memory;  // of this warp
+  float* const memory;    // of this warp
+  const int trivial = 0;  // the coefficient that is the same in all samples, which biases are of
 
   static IST_HOST_DEVICE int size_of(const PlanView<float>& p) {
-    return first + (1 + p.n_inputs) * 32 + (p.n_layers - 1) * of_layer;
+    return first + (1 + p.n_inputs) * of_rows + (p.n_layers - 1) * of_layer;
   }
-  __device__ __forceinline__ ExactGradients(float* of_warps, int number, const PlanView<float>& p)
-      : p(p), memory(of_warps + int64_t{number} * (size_of(p) + aside)) {}
+  __device__ __forceinline__ ExactGradients(float* of_warps, int number, const PlanView<float>& p,
+                                            const ExactView& exact)
+      : p(p), memory(of_warps + int64_t{number} * (size_of(p) + aside)), trivial(S::Mlp::trivial(exact)) {}
 
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
   __device__ __forceinline__ void clear() const {
@@ -39,14 +43,20 @@ struct ExactGradients {
     return neighbours<4>(memory + begin + 4 * lane());
   }
   __device__ __forceinline__ float& one(int begin) const { return memory[begin + lane()]; }
-  static IST_HOST_DEVICE constexpr int of_theta(int path, int two_fields) {
-    return (path * S::fields / 2 + two_fields) * 128;
+  // Of a block of fields v and one of channels, and fields u of outputs.
+  static IST_HOST_DEVICE constexpr int of_theta(int path, int block, int channel, int two_fields) {
+    return ((path * Tiles::passes + block * Tiles::channels + channel) * (S::fields / 2) + two_fields) * 128;
   }
-  __device__ __forceinline__ int of_weights(int layer, int two_coefficients) const {
-    return of_bias(layer) - S::c * square + two_coefficients * 128;
+  static IST_HOST_DEVICE constexpr int of_constant(int block, int out_block) {
+    return constant + (block * Tiles::blocks + out_block) * 128;
+  }
+  // Of blocks of rows and of columns.
+  __device__ __forceinline__ int of_weights(int layer, int two_coefficients, int rows, int columns) const {
+    const int number = (two_coefficients * Tiles::channels + rows) * Tiles::channels + columns;
+    return of_bias(layer) - S::c * square + number * 128;
   }
   __device__ __forceinline__ int of_bias(int layer) const {
-    return first + (1 + p.n_inputs) * 32 + layer * of_layer - 32;
+    return first + (1 + p.n_inputs) * of_rows + layer * of_layer - of_rows;
   }
 
   // ---- a block's row of gradients, by all its threads, with barriers
@@ -63,30 +73,33 @@ struct ExactGradients {
   }
 
   // Single sums: of θ [path, u, v, w]; of the constant hidden feature [which, u, v]; of b [row] of layer n, or of row
-  // `input` of the first layer's weights; of W [k, row, column].
+  // `input` of the first layer's weights; of W [coefficient k, row, column].
   __device__ __forceinline__ float theta_sum(int path, int u, int v, int w) const {
-    return memory[of_theta(path, u / 2) + 4 * (4 * v + w / 2) + u % 2 * 2 + w % 2];
+    const int row = Tiles::rows_are_channels ? w : v % 8, column = Tiles::rows_are_channels ? v : w % 8;
+    return memory[of_theta(path, v / 8, w / 8, u / 2) + 4 * (4 * row + column / 2) + u % 2 * 2 + column % 2];
   }
   __device__ __forceinline__ float constant_sum(int which, int u, int v) const {
-    return memory[constant + 4 * (4 * v + u / 2) + u % 2 * 2 + which];
+    return memory[of_constant(v / 8, u / 8) + 4 * (4 * (v % 8) + u % 8 / 2) + u % 2 * 2 + which];
   }
   __device__ __forceinline__ float lanes_sum(int begin, int row) const {
     const float* const shares = memory + begin + 4 * row;
     return shares[0] + shares[1] + shares[2] + shares[3];
   }
-  __device__ __forceinline__ float weight_sum(int layer, int k, int row, int column) const {
-    return memory[of_weights(layer, k / 2) + 4 * (4 * row + column / 2) + k % 2 * 2 + column % 2];
+  __device__ __forceinline__ float weight_sum(int layer, int coefficient, int row, int column) const {
+    const int k = ExactMlp::slot_of(coefficient, trivial), of_blocks = of_weights(layer, k / 2, row / 8, column / 8);
+    return memory[of_blocks + 4 * (4 * (row % 8) + column % 8 / 2) + k % 2 * 2 + column % 2];
   }
 
   // row: [n_grad]
-  __device__ __forceinline__ void write(const ExactView& exact, const float* packed, const ExactMlp& mlp,
+  __device__ __forceinline__ void write(const ExactView& exact, const float* packed, const typename S::Mlp& mlp,
                                         float* row) const {
     for (int k = threadIdx.x; k < p.n_grad; k += blockDim.x) row[k] = 0;
     __syncthreads();
     write_theta(exact, mlp, row);
     for (int k = threadIdx.x; k < (1 + p.n_inputs) * S::width; k += blockDim.x) {
-      const int w = k % S::width, at = k < S::width ? p.layers[0].bias + w * S::c : exact.first[k - S::width];
-      if (at >= 0) row[at] = lanes_sum(first + k / S::width * 32, w);
+      const int w = k % S::width;
+      const int at = k < S::width ? p.layers[0].bias + w * S::c + trivial : exact.first[k - S::width];
+      if (at >= 0) row[at] = lanes_sum(first + k / S::width * of_rows, w);
     }
     for (int n = 1; n < p.n_layers; ++n) write_layer(packed, n, row);
     if (p.has_norms) write_norms(exact, packed, row);
@@ -99,7 +112,7 @@ struct ExactGradients {
   }
 
  private:
-  __device__ __forceinline__ void write_theta(const ExactView& exact, const ExactMlp& mlp, float* row) const {
+  __device__ __forceinline__ void write_theta(const ExactView& exact, const typename S::Mlp& mlp, float* row) const {
     constexpr int fields = S::fields * S::fields;
     for (int k = threadIdx.x; k < Slots::paths * fields * S::width; k += blockDim.x) {
       const int w = k % S::width, of_path = k / S::width, path = of_path / fields, u = of_path / S::fields % S::fields,
@@ -125,21 +138,25 @@ struct ExactGradients {
       const int coefficient = ExactMlp::coefficient_of<S>(groups, k / square), r = k / S::width % S::width,
                 i = k % S::width;
       float sum = weight_sum(n, coefficient, r, i) * ExactMlp::norm_scale(p, packed, n - 1, i);
-      if (coefficient == 0) sum += lanes_sum(of_bias(n), r) * ExactMlp::norm_shift<S>(p, packed, n - 1, i);
+      if (coefficient == trivial) sum += lanes_sum(of_bias(n), r) * ExactMlp::norm_shift<S>(p, packed, n - 1, i);
       row[layer.weight + k] = sum;
     }
-    for (int r = threadIdx.x; r < S::width; r += blockDim.x) row[layer.bias + r * S::c] = lanes_sum(of_bias(n), r);
+    for (int r = threadIdx.x; r < S::width; r += blockDim.x)
+      row[layer.bias + r * S::c + trivial] = lanes_sum(of_bias(n), r);
   }
 
   // The gradients of all scales and shifts: what multiplies them in the folded weights, times these weights' gradients.
   __device__ __forceinline__ void write_norms(const ExactView& exact, const float* packed, float* row) const {
-    for (int at = threadIdx.x; at < p.n_layers * 2 * S::width; at += blockDim.x) {
+    for (int at = threadIdx.x; at < (p.n_layers - 1) * 2 * S::width; at += blockDim.x) {
       const int n = at / (2 * S::width), w = at % S::width;
       const bool is_shift = at / S::width % 2;
+      if (!is_shift || p.n_trivial) row[p.layers[n].affine + at % (2 * S::width)] = of_norm(packed, n + 1, w, is_shift);
+    }
+    for (int at = threadIdx.x / 32; at < 2 * S::width; at += blockDim.x / 32) {
+      const bool is_shift = at >= S::width;
       if (is_shift && !p.n_trivial) continue;
-      const float sum =
-          n + 1 < p.n_layers ? of_norm(packed, n + 1, w, is_shift) : of_last_norm(exact, packed, w, is_shift);
-      row[p.layers[n].affine + at % (2 * S::width)] = sum;
+      const float sum = of_last_norm(exact, packed, at % S::width, is_shift);
+      if (lane() == 0) row[p.layers[p.n_layers - 1].affine + at] = sum;
     }
   }
   // By layer n, behind the norm, at channel i.
@@ -151,24 +168,24 @@ struct ExactGradients {
       const float weight = packed[p.layers[n].weight + k * S::width + i];
       if (!is_shift)
         sum += weight * weight_sum(n, coefficient, r, i);
-      else if (coefficient == 0)
+      else if (coefficient == trivial)
         sum += weight * lanes_sum(of_bias(n), r);
     }
     return sum;
   }
-  // By θ, at channel w.
+  // By θ, at channel w, by all lanes of a warp.
   __device__ __forceinline__ float of_last_norm(const ExactView& exact, const float* packed, int w,
                                                 bool is_shift) const {
     constexpr int fields = S::fields * S::fields;
     const int n = (is_shift ? 2 : Slots::paths) * fields;
     float sum = 0;
-    for (int k = 0; k < n; ++k) {
+    for (int k = lane(); k < n; k += 32) {
       const ExactWeight weight = global_memory(exact.theta)[k];
       if (weight.at < 0) continue;
       const int path = k / fields, u = k / S::fields % S::fields, v = k % S::fields;
       sum += weight.ratio * packed[weight.at + w] * (is_shift ? constant_sum(path, u, v) : theta_sum(path, u, v, w));
     }
-    return sum;
+    return sum_lanes(sum, 1, 32);
   }
 };
 

@@ -28,6 +28,7 @@ struct Exact {
   using Slots = ExactSlots<kWithCross>;
   using Mlp = ExactMlp;
   static constexpr int c = ExactPlan::kCoefficients, even = ExactPlan::kEven, width = kWidth, fields = kFields;
+  static constexpr bool large = kFields > 8 || kWidth > 8;  // θ takes so much shared memory that more warps share it
 };
 // Place of c_l among a channel's coefficients.
 __host__ __device__ constexpr int place_of_degree(int l) { return l == 0 ? 0 : l == 1 ? ExactPlan::kEven : 1; }
@@ -270,6 +271,12 @@ struct ExactMlp {
   template <typename S>
   static __device__ __forceinline__ float norm_shift(const PlanView<float>& p, const float* packed, int n, int w) {
     return p.has_norms && p.n_trivial ? packed[p.layers[n].affine + S::width + w] : 0;
+  }
+
+  // The coefficient that is the same in all samples; and where sums over edges have coefficient k, that one first.
+  static __device__ __forceinline__ int trivial(const ExactView&) { return 0; }
+  static __device__ __forceinline__ int slot_of(int k, int constant) {
+    return k == 0 ? constant : k == constant ? 0 : k;
   }
 
   // Group k of a layer's rows has one coefficient of all channels.

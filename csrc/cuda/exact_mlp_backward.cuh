@@ -17,7 +17,7 @@ template <typename S>
 struct KeptLayers {
   float* memory;
   static constexpr int of_edge = S::c * S::width, of_layer = 2 * 32 * of_edge;
-  static_assert(of_edge == 32);
+  static_assert(of_edge % 32 == 0);
 
   __device__ __forceinline__ float* quad(int edge, int layer, Kept what, int number) const {
     return memory + (layer - 1) * of_layer + (32 * what + edge) * of_edge + 4 * (number ^ (edge & 7));
@@ -56,10 +56,11 @@ struct ExactMlpBackward {
     constexpr int odd = S::c - S::even;
     const auto of_sums = [&](int layer) {
       return [=](int first_channel, float (&z)[4][S::c]) {
+        const KeptLayers<S> layers{opaque(kept.memory)};
 #pragma unroll
         for (int k = 0; k < S::c; ++k) {
           const auto four =
-              neighbours<4>(kept.quad(threadIdx.x % 32, layer, kLayerSums, (k * S::width + first_channel) / 4));
+              neighbours<4>(layers.quad(threadIdx.x % 32, layer, kLayerSums, (k * S::width + first_channel) / 4));
 #pragma unroll
           for (int w = 0; w < 4; ++w) z[w][k] = four.at[w];
         }

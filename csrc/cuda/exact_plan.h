@@ -13,33 +13,32 @@ namespace implicit_steer {
 class ExactPlan : public FieldPlan {
  public:
   static constexpr int kCoefficients = 4, kEven = 2;
-  static constexpr int kMostLayers = 8;  // of which a backward pass keeps 8 KB each for a warp, in 99 KB of a block
-  bool reads_all = false;  // of the inputs, every one: the backward kernel writes the gradients of those that it reads
+  int width = 0;  // hidden channels
 
-  // Of a plan whose hidden layers are those of Specialised kernels of `width` channels (device_plan.h).
-  void make(const Plan<float>& p, int width) {
+  // Of a plan with a zonal frame whose hidden layers are alike, with so many channels (device_plan.h).
+  void make(const Plan<float>& p, int channels) {
     *this = ExactPlan();
-    width_ = width;
-    if (p.c != kCoefficients || p.n_even != kEven || p.order_zero != 1 || !p.regular || p.n_trivial > 1 ||
-        p.n_layers > kMostLayers)
-      return;
-    if (!*p.attribute_identity || !read_first_layer(p)) return;
+    width = channels;
+    if (p.c != kCoefficients || p.n_even != kEven) return refuse("hidden features other than those of l = 0 to 3");
+    if (p.order_zero != 1 || !p.regular || p.n_trivial > 1 || !*p.attribute_identity || !read_first_layer(p))
+      return refuse("edge attributes that are no scalars");
     for (const CouplingView& q : p.coupling_storage)
-      if (!read_coupling(p, q)) return;
-    reads_all = reads_all_inputs(p);
-    place(p);
+      if (!read_coupling(p, q)) return refuse("fields other than scalars and vectors");
+    if (cross && width > 8) return refuse("16 hidden channels with the product u x x");
+    if (cross || width > 8)
+      place(p, {kFields});
+    else
+      place(p, {kFields, kManyFields});
   }
 
  private:
-  int width_ = 0;
-
   // The radius is a vector in the frame: it goes into coefficients of degree 1, the scalar attributes into those of 0.
   bool read_first_layer(const Plan<float>& p) {
     const LayerView<float>& layer = p.layers[0];
-    first_.assign(int64_t{p.n_inputs} * width_, -1);
+    first_.assign(int64_t{p.n_inputs} * width, -1);
     return for_weights(layer, [&](int row, int column, int, int at) {
       if (row % p.c != (column == 0 ? kEven : 0)) return false;
-      first_[column * width_ + row / p.c] = at;
+      first_[column * width + row / p.c] = at;
       return true;
     });
   }

@@ -9,8 +9,8 @@
 //   T[slot, v, w] += Σ_edges slot[v] c_l[w],   A[(slot, v), edge] = slot[v],   B[edge, w] = c_l[w]
 //
 // Lane 4 g + t computes the slots of input field v = g for edges 2 t and 2 t + 1 of the step, in the place where A's
-// fragment has them. A tile is two rows of A of 8 fields each, of slots of one degree; its T stays in four registers of
-// every lane until the node ends.
+// fragment has them. A tile is two rows of A of 8 fields each, of slots of one degree, and 8 channels w; its T stays in
+// four registers of every lane until the node ends.
 #pragma once
 
 #include "exact_mlp.cuh"
@@ -23,27 +23,40 @@ struct ExactCall : Call<float> {
   float* sums;  // backward: of warps, [warps, size]: see exact_gradients.cuh
 };
 
-// Rows of 8 fields of one degree's slots, two to a tile; the last one may stand alone.
+// Rows of 8 fields of one degree's slots, two to a tile; the last one may stand alone. Then the same of 8 channels
+// more.
 template <typename S>
 struct ExactTiles {
   using Slots = typename S::Slots;
-  static constexpr int blocks = S::fields / 8;  // of 8 fields
+  static constexpr int blocks = S::fields / 8, channels = S::width / 8;  // of 8 fields, of 8 channels
+  static constexpr int passes = blocks * channels;                       // pairs of them
   static IST_HOST_DEVICE constexpr int rows(int l) { return (Slots::first(l + 1) - Slots::first(l)) * blocks; }
   static IST_HOST_DEVICE constexpr int tiles(int l) { return (rows(l) + 1) / 2; }
   static IST_HOST_DEVICE constexpr int first(int l) { return l == 0 ? 0 : l == 1 ? tiles(0) : tiles(0) + tiles(1); }
-  static constexpr int count = (Slots::first(1) * blocks + 1) / 2 +
-                               ((Slots::first(2) - Slots::first(1)) * blocks + 1) / 2 +
-                               ((Slots::count - Slots::first(2)) * blocks + 1) / 2;
+  static constexpr int of_channels = (Slots::first(1) * blocks + 1) / 2 +
+                                     ((Slots::first(2) - Slots::first(1)) * blocks + 1) / 2 +
+                                     ((Slots::count - Slots::first(2)) * blocks + 1) / 2;
+  static constexpr int count = channels * of_channels;
   static IST_HOST_DEVICE constexpr int degree(int slot) {
     return slot < Slots::first(1) ? 0 : slot < Slots::first(2) ? 1 : 2;
   }
-  // Where T of a slot and a block of fields is: its tile, and which of the tile's rows.
+  // Where T of a slot, a block of fields and a block of channels is: its tile, and which of the tile's rows.
   static IST_HOST_DEVICE constexpr int row(int slot, int block) {
     return (slot - Slots::first(degree(slot))) * blocks + block;
   }
-  static IST_HOST_DEVICE constexpr int tile(int slot, int block) { return first(degree(slot)) + row(slot, block) / 2; }
-  // Place of number k of θ [path, u, v, w] in the order in which a tile's rows and columns meet it.
-  static IST_HOST_DEVICE constexpr int theta_at(int k) { return k; }
+  static IST_HOST_DEVICE constexpr int tile(int slot, int block, int channel) {
+    return channel * of_channels + first(degree(slot)) + row(slot, block) / 2;
+  }
+  static constexpr bool rows_are_channels = false;
+  // Place of number k of θ [path, u, v, w] in the order in which tiles meet it, [path, u, w / 8, v, w % 8]; and where a
+  // path's numbers of blocks of fields and channels begin, for u = 0.
+  static IST_HOST_DEVICE constexpr int theta_at(int k) {
+    constexpr int square = S::fields * S::width;
+    return k - k % square + k % S::width / 8 * 8 * S::fields + k % square / S::width * 8 + k % 8;
+  }
+  static IST_HOST_DEVICE constexpr int theta_of(int path, int block, int channel) {
+    return path * S::fields * S::fields * S::width + 8 * (channel * S::fields + 8 * block);
+  }
 };
 
 // A block's shared memory: θ, then its warps' pieces, at places that the compiler knows; then the MLP. Sizes in floats.
@@ -55,7 +68,11 @@ struct ExactMemory {
   static constexpr int numbers = S::fields + 4;  // of the fields' scalars; the shell's exponent
   static constexpr int records = 32 * record;
   static constexpr int warp = records + 32 + S::width * S::c;  // records, sources, one edge near the origin; so far
-  static constexpr int aside = 32 * 4 * (ExactTiles<S>::count + ExactTiles<S>::blocks);  // T of a node that goes on
+  // What is put aside in shared memory of T of a node that goes on: the tiles from this one on. In kernels of many
+  // channels all stay in registers.
+  static constexpr int tiles = ExactTiles<S>::count + ExactTiles<S>::blocks;
+  static constexpr int first_aside = S::width > 8 ? tiles : 0;
+  static constexpr int aside = 32 * 4 * (tiles - first_aside);
   static IST_HOST_DEVICE constexpr int in_front_of_mlp(int warps, int of_warp) {
     return theta + constant + numbers + warps * of_warp;
   }
@@ -217,20 +234,21 @@ struct ExactWarp {
       for (int i = 0; i < 4; ++i) constant_sums[m][i] = 0;
   }
 
-  // T to this lane's place in memory and back, so that the MLP of the next chunk has the registers.
+  // T's tiles from `kFrom` on to this lane's place in memory and back, so that the MLP of the next chunk has the
+  // registers.
+  template <int kFrom = 0>
   __device__ __forceinline__ void put_aside(float* aside) const {
 #pragma unroll
-    for (int m = 0; m < Tiles::count; ++m)
-      neighbours<4>(aside + 128 * m) = {sums[m][0], sums[m][1], sums[m][2], sums[m][3]};
-#pragma unroll
-    for (int m = 0; m < Tiles::blocks; ++m)
-      neighbours<4>(aside + 128 * (Tiles::count + m)) = {constant_sums[m][0], constant_sums[m][1], constant_sums[m][2],
-                                                         constant_sums[m][3]};
+    for (int m = kFrom; m < Tiles::count + Tiles::blocks; ++m) {
+      const float* const four = m < Tiles::count ? sums[m] : constant_sums[m - Tiles::count];
+      neighbours<4>(aside + 128 * (m - kFrom)) = {four[0], four[1], four[2], four[3]};
+    }
   }
+  template <int kFrom = 0>
   __device__ __forceinline__ void take_back(const float* aside) {
 #pragma unroll
-    for (int m = 0; m < Tiles::count + Tiles::blocks; ++m) {
-      const auto four = neighbours<4>(aside + 128 * m);
+    for (int m = kFrom; m < Tiles::count + Tiles::blocks; ++m) {
+      const auto four = neighbours<4>(aside + 128 * (m - kFrom));
 #pragma unroll
       for (int i = 0; i < 4; ++i) (m < Tiles::count ? sums[m] : constant_sums[m - Tiles::count])[i] = four.at[i];
     }
@@ -289,12 +307,14 @@ struct ExactWarp {
   __device__ __forceinline__ void add_degree(const Edge (&edges)[2],
                                              const float (&slots)[2][Tiles::blocks][Slots::count]) {
     constexpr int rows = Tiles::rows(l);
-    Split<2> c;
+    Split<2> c[Tiles::channels];
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const float value = edges[e].record[l * S::width + group];
-      c.set(e, edges[e].there ? value : 0);
-    }
+    for (int channel = 0; channel < Tiles::channels; ++channel)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float value = edges[e].record[l * S::width + 8 * channel + group];
+        c[channel].set(e, edges[e].there ? value : 0);
+      }
 #pragma unroll
     for (int row = 0; row < rows; row += 2) {
       Split<4> tile;
@@ -303,7 +323,9 @@ struct ExactWarp {
         const int r = row + i % 2, slot = Slots::first(l) + r / Tiles::blocks;
         tile.set(i, r < rows ? slots[i / 2][r % Tiles::blocks][slot] : 0);
       }
-      mma_3xtf32(sums[Tiles::first(l) + row / 2], tile, c);
+#pragma unroll
+      for (int channel = 0; channel < Tiles::channels; ++channel)
+        mma_3xtf32(sums[channel * Tiles::of_channels + Tiles::first(l) + row / 2], tile, c[channel]);
     }
   }
 

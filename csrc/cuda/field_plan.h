@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <initializer_list>
 #include <vector>
 
 #include "../plan.h"
@@ -40,9 +41,11 @@ struct ExactView {
 
 class FieldPlan {
  public:
-  static constexpr int kMostFields = 8;
-  int fields = 0;  // V; 0: there is no such kernel for the plan
+  static constexpr int kFields = 8, kManyFields = 16;  // that there are kernels for
+  int fields = 0;                                      // V; 0: there is no such kernel for the plan
   bool cross = false;
+  bool reads_all = false;    // of the inputs, every one: backward kernels write the gradients of those that they read
+  const char* why_not = "";  // where there is none
   std::vector<int32_t> numbers;  // what ExactView points to
 
   ExactView view(const int32_t* begin) const {
@@ -78,17 +81,21 @@ class FieldPlan {
 
   int n_paths() const { return cross ? IST_ISA::ExactSlots<true>::paths : IST_ISA::ExactSlots<false>::paths; }
 
-  bool reads_all_inputs(const Plan<float>& p) const {
-    return scalars_.size() + 3 * vectors_.size() == static_cast<size_t>(p.in_size);
-  }
-
-  // Writes all lists, unless there are too many fields.
-  void place(const Plan<float>& p) {
+  // Writes all lists for the first of the numbers of fields that is enough, if one is.
+  void place(const Plan<float>& p, std::initializer_list<size_t> numbers_of_fields) {
     const size_t most = std::max({scalars_.size(), vectors_.size(), out_scalars_.size(), out_vectors_.size()});
+    reads_all = scalars_.size() + 3 * vectors_.size() == static_cast<size_t>(p.in_size);
     const size_t n_out = out_scalars_.size() + 3 * out_vectors_.size();
-    if (p.in_size < 3 || most > kMostFields || n_out != static_cast<size_t>(p.out_size)) return;
-    if (place_all(p, kMostFields)) fields = kMostFields;
+    const auto* const enough =
+        std::find_if(numbers_of_fields.begin(), numbers_of_fields.end(), [&](size_t n) { return n >= most; });
+    if (p.in_size < 3) return refuse("fewer than 3 inputs");
+    if (n_out != static_cast<size_t>(p.out_size)) return refuse("an output that no product adds to");
+    if (enough == numbers_of_fields.end()) return refuse("too many scalars or vectors");
+    const int n = static_cast<int>(*enough);
+    if (!place_all(p, n)) return refuse("products that share a weight");
+    fields = n;
   }
+  void refuse(const char* reason) { why_not = reason; }
 
   // Whether f(row, column, columns of its group, place among the packed weights) holds for all weights of a layer.
   template <typename F>

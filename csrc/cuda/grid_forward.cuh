@@ -17,8 +17,9 @@ namespace implicit_steer::IST_ISA {
 template <typename F, int kWidth, int kFields>
 struct ExactTiles<Grid<F, kWidth, kFields>> {
   // Tiles: Q x of x and y; of z, and d · x; h s and d s of x; of y and z; three of h x, with 8 rows each
-  static constexpr int blocks = 1, count = 7;
-  static IST_HOST_DEVICE constexpr int tile(int slot, int) {
+  static constexpr int blocks = 1, channels = 1, passes = 1, count = 7;
+  static constexpr bool rows_are_channels = true;
+  static IST_HOST_DEVICE constexpr int tile(int slot, int, int) {
     return slot == 0 || slot == 5 ? 2 : slot < 4 ? 3 + slot : slot == 4 || slot == 10 ? 1 : slot < 8 ? 3 : 0;
   }
   static IST_HOST_DEVICE constexpr int row(int slot, int) { return slot == 4 || slot == 5 || slot == 7 || slot == 9; }
@@ -26,6 +27,7 @@ struct ExactTiles<Grid<F, kWidth, kFields>> {
   static IST_HOST_DEVICE constexpr int theta_at(int k) {
     return k - k % (kFields * kWidth) + k % kWidth * kFields + k / kWidth % kFields;
   }
+  static IST_HOST_DEVICE constexpr int theta_of(int path, int, int) { return path * kFields * kFields * kWidth; }
 };
 
 template <typename F, int kWidth, int kFields>
@@ -33,9 +35,9 @@ struct ExactMemory<Grid<F, kWidth, kFields>> {
   using S = Grid<F, kWidth, kFields>;
   static constexpr int theta = S::Slots::paths * kFields * kFields * kWidth, constant = 2 * kFields * kFields;
   static constexpr int numbers = kFields + 4;
-  static constexpr int records = GridState::size;  // the state
-  static constexpr int warp = records + 32;        // and of 16 edges sources and radial factors
-  static constexpr int aside = 0;                  // T stays in registers
+  static constexpr int records = GridState::size;                          // the state
+  static constexpr int warp = records + 32;                                // and of 16 edges sources and radial factors
+  static constexpr int first_aside = ExactTiles<S>::count + 1, aside = 0;  // T stays in registers
   static IST_HOST_DEVICE constexpr int in_front_of_mlp(int warps, int of_warp) {
     return theta + constant + numbers + warps * of_warp;
   }
@@ -51,25 +53,24 @@ struct GridWarp : ExactWarp<S> {
 
   __device__ __forceinline__ float* factors() const { return reinterpret_cast<float*>(sources + edges); }
 
-  // What couplings read of the n edges at positions begin ..; lanes without an edge take the last one.
+  // What couplings read of the n edges at positions begin ..; lanes without an edge take the last one. `keep`: of
+  // GridMlp.
   template <typename Keep>
-  __device__ __forceinline__ void chunk(int begin, int n, Keep) {
-    GridMlp::Inputs inputs;
+  __device__ __forceinline__ void chunk(int begin, int n, Keep keep) {
+    GridMlp::Inputs inputs{};
+    inputs.attributes = a.attr;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int at = group + 8 * i;
-      const int64_t edge = this->index(a.order, begin + (at < n ? at : n - 1));
-      inputs.x[i] = pair < 3 ? a.delta[3 * edge + pair] : 0;
-      inputs.attributes[i] = a.attr + edge * this->p.n_attr;
+      const int edge = this->index(a.order, begin + (at < n ? at : n - 1));
+      inputs.x[i] = pair < 3 ? a.delta[int64_t{3} * edge + pair] : 0;
+      inputs.edge[i] = edge;
       inputs.factor[i] = this->radial(sum_lanes(inputs.x[i] * inputs.x[i], 1, 4));
-      if (pair == 0) sources[at] = this->index(a.src, static_cast<int>(edge)), factors()[at] = inputs.factor[i];
+      if (pair == 0) sources[at] = this->index(a.src, edge), factors()[at] = inputs.factor[i];
     }
-    mlp.template evaluate<S>(inputs, records);
+    mlp.template evaluate<S>(inputs, keep, records);
     __syncwarp();
   }
-
-  __device__ __forceinline__ void put_aside(float*) const {}
-  __device__ __forceinline__ void take_back(const float*) const {}
 
   // T += the sum over edges at .. at + 7 of the chunk before `stop`, all into one node.
   __device__ __forceinline__ void step(int at, int stop) {
@@ -112,7 +113,8 @@ struct GridWarp : ExactWarp<S> {
     Split<4> rows;
     Split<2> columns;
 #pragma unroll
-    for (int e = 0; e < 2; ++e) rows.set(2 * e, upper.of[e]), rows.set(2 * e + 1, lower.of[e]), columns.set(e, b.of[e]);
+    for (int e = 0; e < 2; ++e)
+      rows.place(2 * e, upper.of[e]), rows.place(2 * e + 1, lower.of[e]), columns.place(e, b.of[e]);
     mma_3xtf32(sum, rows, columns);
   }
 };

@@ -27,6 +27,7 @@ struct Grid {
   using Slots = ExactSlots<false>;
   using Mlp = GridMlp;
   static constexpr int c = GridCoefficients::c, width = kWidth, fields = kFields;
+  static constexpr bool large = false;
   static_assert(kWidth == 8 && kFields == 8);
 };
 
@@ -40,7 +41,8 @@ struct GridState {
 struct GridMlp {
   static constexpr int fragment = 4 * 32;  // numbers: of every lane two elements of B, big parts, then small ones
   static constexpr int of_samples = 0, of_inverse = 6, of_output = 12, of_position = 16, n_fragments = 18;
-  static constexpr int kTogether = 2;  // channels
+  static constexpr int transposed = n_fragments;  // where those of the way back begin, grid_mlp_backward.cuh
+  static constexpr int kTogether = 2;             // channels
 
   // [n_fragments, fragment]: for each half of the pairs E, then O in either half of the slots, of A; the same of A⁻; E
   // and O of what couplings read in place of A⁻; of A, what positions are multiplied with
@@ -71,8 +73,8 @@ struct GridMlp {
   __device__ __forceinline__ void copy(const PlanView<float>& p, const ExactView& view, const float* packed) {
     const GridCoefficients& grid = *global_memory(view.grid);
     const LayerView<float>& layer = p.layers[0];
-    const float of_constant = global_memory(layer.pair_samples)[grid.constant] * kLog2e;
-    for (int k = threadIdx.x; k < 32 * n_fragments; k += blockDim.x) copy_fragment(p, layer, grid, k / 32, k % 32);
+    const float of_constant = constant_sample(p, grid);
+    copy_fragments(p, grid, 0, fragments);
     for (int k = threadIdx.x; k < 4 * S::width; k += blockDim.x) {
       const int at = k % 4 < 3 ? view.first[k % 4 * S::width + k / 4] : -1;
       first[k] = at < 0 ? 0 : packed[at];
@@ -89,10 +91,18 @@ struct GridMlp {
     __syncthreads();
   }
 
-  // Slot and coefficient change places with the constant one.
-  static __device__ __forceinline__ int swapped(int k, int constant) {
-    return k == 0 ? constant : k == constant ? 0 : k;
+  static __device__ __forceinline__ float constant_sample(const PlanView<float>& p, const GridCoefficients& grid) {
+    return global_memory(p.layers[0].pair_samples)[grid.constant] * kLog2e;
   }
+
+  // n_fragments from number `begin` on.
+  static __device__ __forceinline__ void copy_fragments(const PlanView<float>& p, const GridCoefficients& grid,
+                                                        int begin, float* to) {
+    for (int k = threadIdx.x; k < 32 * n_fragments; k += blockDim.x)
+      copy_fragment(p, grid, begin + k / 32, k % 32, to + 4 * k);
+  }
+
+  static __device__ __forceinline__ int trivial(const ExactView& view) { return global_memory(view.grid)->constant; }
 
   static __device__ __forceinline__ void put(float* to, float first_element, float second_element) {
     Split<2> split;
@@ -101,40 +111,52 @@ struct GridMlp {
                          __uint_as_float(split.small[1])};
   }
 
-  // A lane's part of fragment n of those of samples.
-  __device__ __forceinline__ void copy_fragment(const PlanView<float>& p, const LayerView<float>& layer,
-                                                const GridCoefficients& grid, int n, int lane) {
+  // A lane's part of fragment n of those of samples; from `transposed` on of the transposed matrices.
+  static __device__ __forceinline__ void copy_fragment(const PlanView<float>& p, const GridCoefficients& grid, int n,
+                                                       int lane, float* to) {
+    const LayerView<float>& layer = p.layers[0];
     const int group = lane / 4, row = lane % 4 * 2;  // of elements B[row][group] and B[row + 1][group]
     const float *const samples = global_memory(layer.pair_samples), *const inverse = global_memory(layer.pair_inverse);
-    // part 0: of even coefficients, 1 and 2: of odd ones in the slots below 8 and from there on
-    const auto number = [&](const float* matrix, int pair, int part, int slot) {
-      slot += part == 2 ? 8 : 0;
-      return pair < layer.n_pairs && (slot >= p.n_even) == (part > 0)
-                 ? matrix[pair * p.c + swapped(slot, grid.constant)]
-                 : 0;
-    };
-    const auto output = [&](int pair, int form) {
-      float sum = 0;
-      for (int k = 0; k < p.c && pair < layer.n_pairs; ++k) sum += grid.forms[form][k] * inverse[pair * p.c + k];
-      return sum * kLn2;
-    };
+    const bool back = n >= transposed;
+    if (back) n -= transposed;
+    const bool rows_are_pairs = back != (n >= of_inverse && n < of_position);
     float elements[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (n < of_inverse) {
-        elements[i] = number(samples, n / 3 * 8 + group, n % 3, row + i) * kLog2e;
+      const int other = rows_are_pairs ? group : row + i;
+      const int pair = (rows_are_pairs ? row + i : group) + 8 * half_of(n);
+      if (pair >= layer.n_pairs) {
+        elements[i] = 0;
       } else if (n < of_output) {
-        elements[i] = number(inverse, (n - of_inverse) / 3 * 8 + row + i, n % 3, group) * kLn2;
+        // part 0: of even coefficients, 1 and 2: of odd ones in the slots below 8 and from there on
+        const int part = n % 3, slot = other + (part == 2 ? 8 : 0),
+                  at = pair * p.c + ExactMlp::slot_of(slot, grid.constant);
+        const float value = n < of_inverse ? samples[at] * kLog2e : inverse[at] * kLn2;
+        elements[i] = (slot >= p.n_even) == (part > 0) ? value : 0;
       } else if (n < of_position) {
-        const bool odd = n % 2;
-        const int pair = (n - of_output) / 2 * 8 + row + i, form = group + (odd ? grid.n_even_forms : 0);
-        elements[i] = group < (odd ? grid.n_forms - grid.n_even_forms : grid.n_even_forms) ? output(pair, form) : 0;
-      } else {  // rows t and t + 4 are the same: A has a number's big part in one column, its small part in the other
-        const int pair = (n - of_position) * 8 + group;
-        elements[i] = pair < layer.n_pairs && lane % 4 < 3 ? samples[pair * p.c + grid.position[lane % 4]] * kLog2e : 0;
+        elements[i] = output(grid, inverse + pair * p.c, p.c, n % 2, other);
+      } else {
+        // On the way forward rows t and t + 4 are coordinate t: A has a number's big part in one column, its small part
+        // in the other. On the way back every other column is a coordinate.
+        const int coordinate = back ? group / 2 : lane % 4;
+        const bool none = coordinate == 3 || (back && group % 2);
+        elements[i] = none ? 0 : samples[pair * p.c + grid.position[coordinate]] * kLog2e;
       }
     }
-    put(fragments + n * fragment + 4 * lane, elements[0], elements[1]);
+    put(to, elements[0], elements[1]);
+  }
+  static __device__ __forceinline__ int half_of(int n) {
+    return n < of_output ? n / 3 % 2 : n < of_position ? (n - of_output) / 2 : n - of_position;
+  }
+  // What even or odd numbers that couplings read take of a pair with this row of A⁻.
+  static __device__ __forceinline__ float output(const GridCoefficients& grid, const float* inverse, int c, bool odd,
+                                                 int number) {
+    const int form = number + (odd ? grid.n_even_forms : 0);
+    if (form >= (odd ? grid.n_forms : grid.n_even_forms)) return 0;
+    float sum = 0;
+#pragma unroll 1
+    for (int k = 0; k < c; ++k) sum += grid.forms[form][k] * inverse[k];
+    return sum * kLn2;
   }
 
   // Layer n >= 1 at the scale and shift of the batch norm before it, as ExactMlp has it. Column n of B stands for
@@ -149,7 +171,7 @@ struct GridMlp {
     for (int k = threadIdx.x; k < 32 * S::c; k += blockDim.x) {
       const int lane = k % 32, out = lane / 8 + lane / 4 % 2 * 4, in = lane % 4;
       const float* const row = values + k / 32 * square + out * S::width;
-      const int slot = swapped(ExactMlp::coefficient_of<S>(groups, k / 32), constant);
+      const int slot = ExactMlp::slot_of(ExactMlp::coefficient_of<S>(groups, k / 32), constant);
       put(to + slot * fragment + 4 * lane, row[in] * ExactMlp::norm_scale(p, packed, n - 1, in),
           row[in + 4] * ExactMlp::norm_scale(p, packed, n - 1, in + 4));
     }
@@ -164,39 +186,55 @@ struct GridMlp {
 
   // ---- by a warp
 
-  // What a lane has of its two edges: coordinate t of their positions, 0 for t = 3; their attributes.
+  // What a lane has of its two edges: coordinate t of their positions, 0 for t = 3; the rows of all edges' attributes.
   struct Inputs {
     float x[2];
-    const float* attributes[2];
+    int edge[2];
+    const float* attributes;
     float factor[2];  // of what couplings read
   };
 
+  // What a lane has of one of its edges, i, and channel w: slots 2 t, 2 t + 1, 8 + 2 t and 9 + 2 t.
+  struct Part {
+    int w, i;
+    Neighbours<float, 4> slots;
+  };
+
   // What couplings read of all channels, in place of the state: in the first 8 slots h, Q and a zero, then d (x, y, z).
-  template <typename S>
-  __device__ __forceinline__ void evaluate(const Inputs& inputs, float* state) const {
-    if (n_layers == 1) return activations<S, true, true>(inputs, state);
-    activations<S, true, false>(inputs, state);
+  // keep(layer, what, part): see Kept.
+  template <typename S, typename Keep>
+  __device__ __forceinline__ void evaluate(const Inputs& inputs, Keep keep, float* state) const {
+    if (n_layers == 1) return activations<S, true, true>(0, inputs, keep, state);
+    activations<S, true, false>(0, inputs, keep, state);
     const float* layer = hidden;
 #pragma unroll 1
     for (int n = 1; n < n_layers; ++n, layer += layer_size<S>) {
       __syncwarp();
-      linear<S>(opaque(layer), state);
+      linear<S, false>(opaque(layer), state);
       __syncwarp();
       if (n < n_layers - 1)
-        activations<S, false, false>(inputs, state);
+        activations<S, false, false>(n, inputs, keep, state);
       else
-        activations<S, false, true>(inputs, state);
+        activations<S, false, true>(n, inputs, keep, state);
     }
   }
 
-  static __device__ __forceinline__ Split<2> load(const float* fragments, int n) {
-    const auto four = neighbours<4>(fragments + n * fragment + 4 * (threadIdx.x % 32));
-    return {{__float_as_uint(four.at[0]), __float_as_uint(four.at[1])},
-            {__float_as_uint(four.at[2]), __float_as_uint(four.at[3])}};
+  // A lane's elements of B. Each load has a line of its own, by which its executions are counted (bench/executed.py).
+  struct alignas(16) Fragment : Split<2> {};
+  static __device__ __forceinline__ const Fragment& load(const float* fragments, int n) {
+    return reinterpret_cast<const Fragment*>(fragments + n * fragment)[threadIdx.x % 32];
   }
 
-  // z = W y + b in the place of y, slot by slot; four of them are one load.
-  template <typename S>
+  // Wᵀ of a slot from the fragment of W.
+  static __device__ __forceinline__ Fragment load_transposed(const float* fragments, int n) {
+    const int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+    const uint32_t* const lanes = reinterpret_cast<const uint32_t*>(fragments) + n * fragment;
+    const uint32_t* const at = lanes + 32 * pair + group / 2 * 4 + group % 2;
+    return {{{at[0], at[16]}, {at[2], at[18]}}};
+  }
+
+  // z = W y + b in the place of y, or Wᵀ y, slot by slot; four of them are one load.
+  template <typename S, bool kTransposed>
   static __device__ __forceinline__ void linear(const float* layer, float* state) {
     const int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
     const float* const bias = layer + S::c * fragment;
@@ -214,10 +252,11 @@ struct GridMlp {
       for (int k = 0; k < 4; ++k) {
         Split<4> a;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a.set(i, y[i].at[k]);
+        for (int i = 0; i < 4; ++i) a.place(i, y[i].at[k]);
         float z[4] = {0, 0, 0, 0};
-        if (k == 0 && slot == 0) z[0] = z[2] = bias[pair], z[1] = z[3] = bias[pair + 4];
-        mma_3xtf32(z, a, load(layer, slot + k));
+        if (!kTransposed && k == 0 && slot == 0) z[0] = z[2] = bias[pair], z[1] = z[3] = bias[pair + 4];
+        const Fragment b = kTransposed ? load_transposed(layer, slot + k) : load(layer, slot + k);
+        mma_3xtf32(z, a, b);
 #pragma unroll
         for (int i = 0; i < 4; ++i) y[i].at[k] = z[i / 2 + i % 2 * 2];
       }
@@ -226,82 +265,130 @@ struct GridMlp {
     }
   }
 
+  // z of a few channels and a lane's two edges: slots below 8 and from there on; of the first layer the position, in
+  // slots[0].big, and E of the two edges.
+  template <bool kFirst>
+  struct Sums {
+    Split<4> slots[2][kTogether];
+    float even[kTogether][2];
+
+    __device__ __forceinline__ void set(int n, int i, const Neighbours<float, 4>& z) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        slots[half][n].place(i, z.at[2 * half]), slots[half][n].place(2 + i, z.at[2 * half + 1]);
+    }
+    // Of 8 pairs of samples A z: sums E + O, then differences.
+    __device__ __forceinline__ void samples(const float* fragments, int half, float (&sum)[kTogether][4],
+                                            float (&difference)[kTogether][4]) const {
+      float plus[kTogether][4] = {}, minus[kTogether][4] = {};  // E and O
+      if constexpr (kFirst) {
+        const Fragment b = load(fragments, of_position + half);
+#pragma unroll
+        for (int n = 0; n < kTogether; ++n) mma_m16n8k8(minus[n], slots[0][n].big, b.small);
+#pragma unroll
+        for (int n = 0; n < kTogether; ++n) mma_m16n8k8(minus[n], slots[0][n].big, b.big);
+      } else {
+        const Fragment of_even = load(fragments, of_samples + 3 * half);
+        const Fragment of_odd = load(fragments, of_samples + 3 * half + 1);
+        const Fragment of_upper = load(fragments, of_samples + 3 * half + 2);
+        mma_3xtf32(plus, slots[0], of_even);
+        mma_3xtf32(minus, slots[0], of_odd), mma_3xtf32(minus, slots[1], of_upper);
+      }
+#pragma unroll
+      for (int n = 0; n < kTogether; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float e = kFirst ? even[n][i / 2] : plus[n][i];
+          sum[n][i] = e + minus[n][i], difference[n][i] = e - minus[n][i];
+        }
+    }
+  };
+
+  template <typename S>
+  __device__ __forceinline__ void first_layer(const Inputs& inputs, int w, int n, int i, Sums<true>& z) const {
+    Split<1> x;
+    x.place(0, first[4 * (w + n) + threadIdx.x % 4] * inputs.x[i]);
+    z.slots[0][n].big[i] = x.big[0], z.slots[0][n].big[2 + i] = x.small[0];
+    z.even[n][i] = scalars[w + n];
+    const float* const attributes = inputs.attributes + int64_t{inputs.edge[i]} * (n_scalars - 1);
+#pragma unroll 1
+    for (int k = 1; k < n_scalars; ++k) z.even[n][i] += scalars[k * S::width + w + n] * attributes[k - 1];
+  }
+
+  // Where a lane's slots of its two edges and the first channel are.
+  static __device__ __forceinline__ float* row(float* state, int i) {
+    return state + GridState::of_edge(threadIdx.x % 32 / 4 + 8 * i) + 2 * (threadIdx.x % 4);
+  }
+
+  // From numbers of 8 pairs of samples, in a result's places, to their sums and differences in those of an A.
+  struct Pairs {
+    Split<4> sum[kTogether], difference[kTogether];
+    __device__ __forceinline__ void set(int n, int i, float upper, float lower) {
+      const int to = i / 2 + i % 2 * 2;
+      sum[n].place(to, upper + lower), difference[n].place(to, upper - lower);
+    }
+  };
+
   // y = A⁻ φ(A z) in the place of z, or what couplings read of y; of the first layer z is made here.
-  template <typename S, bool kFirst, bool kLast>
-  __device__ __forceinline__ void activations(const Inputs& inputs, float* state) const {
-    const int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
-    float* const rows[2] = {state + GridState::of_edge(group) + 2 * pair,
-                            state + GridState::of_edge(group + 8) + 2 * pair};
+  template <typename S, bool kFirst, bool kLast, typename Keep>
+  __device__ __forceinline__ void activations(int layer, const Inputs& inputs, Keep keep, float* state) const {
+    float* const rows[2] = {row(state, 0), row(state, 1)};
 #pragma unroll 1
     for (int w = 0; w < S::width; w += kTogether) {
       float* places[kTogether][2];  // of the two edges
-      Split<4> z[kTogether][2];     // slots below 8 and from there on; of the first layer the position, in z[w][0].big
-      float even[kTogether][2];     // of the first layer: E of the two edges
-      float y[kTogether][2][4] = {};
+      Sums<kFirst> z;
+      float y[2][kTogether][4] = {};
 #pragma unroll
       for (int n = 0; n < kTogether; ++n)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           places[n][i] = rows[i] + (w + n) * GridState::channel;
           if constexpr (kFirst) {
-            Split<1> x;
-            x.set(0, first[4 * (w + n) + pair] * inputs.x[i]);
-            z[n][0].big[i] = x.big[0], z[n][0].big[2 + i] = x.small[0];
-            even[n][i] = scalars[w + n];
-            for (int k = 1; k < n_scalars; ++k)
-              even[n][i] += scalars[k * S::width + w + n] * inputs.attributes[i][k - 1];
+            first_layer<S>(inputs, w, n, i, z);
           } else {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const auto two = neighbours<2>(places[n][i] + 8 * half);
-              z[n][half].set(i, two.at[0]), z[n][half].set(2 + i, two.at[1]);
-            }
+            const auto lower = neighbours<2>(places[n][i]), upper = neighbours<2>(places[n][i] + 8);
+            const Part part{w + n, i, {lower.at[0], lower.at[1], upper.at[0], upper.at[1]}};
+            z.set(n, i, part.slots), keep(layer, kLayerSums, part);
           }
         }
       const float* at = opaque(fragments);
 #pragma unroll 1
       for (int half = 0; half < 2; ++half) {  // 8 pairs of samples each
+        float upper[kTogether][4], lower[kTogether][4];
+        z.samples(at, half, upper, lower);
+        Pairs of;
 #pragma unroll
-        for (int n = 0; n < kTogether; ++n) {
-          float plus[4] = {0, 0, 0, 0}, minus[4] = {0, 0, 0, 0};  // E and O, then the samples, then sum and difference
-          if constexpr (kFirst) {
-            const Split<2> b = load(at, of_position + half);
-            mma_m16n8k8(minus, z[n][0].big, b.small), mma_m16n8k8(minus, z[n][0].big, b.big);
+        for (int n = 0; n < kTogether; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) plus[i] = even[n][i / 2];
-          } else {
-            mma_3xtf32(plus, z[n][0], load(at, of_samples + 3 * half));
-            mma_3xtf32(minus, z[n][0], load(at, of_samples + 3 * half + 1));
-            mma_3xtf32(minus, z[n][1], load(at, of_samples + 3 * half + 2));
-          }
-          Split<4> sum, difference;
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float upper = Scaled<typename S::Function>::value(plus[i] + minus[i]);
-            const float lower = Scaled<typename S::Function>::value(plus[i] - minus[i]);
-            const int to = i / 2 + i % 2 * 2;  // from a result's place to that of an A
-            sum.set(to, upper + lower), difference.set(to, upper - lower);
-          }
-          if constexpr (kLast) {
-            mma_3xtf32(y[n][0], sum, load(at, of_output + 2 * half));
-            mma_3xtf32(y[n][1], difference, load(at, of_output + 2 * half + 1));
-          } else {
-            mma_3xtf32(y[n][0], sum, load(at, of_inverse + 3 * half));
-            mma_3xtf32(y[n][0], difference, load(at, of_inverse + 3 * half + 1));
-            mma_3xtf32(y[n][1], difference, load(at, of_inverse + 3 * half + 2));
-          }
+          for (int i = 0; i < 4; ++i)
+            of.set(n, i, Scaled<typename S::Function>::value(upper[n][i]),
+                   Scaled<typename S::Function>::value(lower[n][i]));
+        if constexpr (kLast) {
+          const Fragment even = load(at, of_output + 2 * half);
+          const Fragment odd = load(at, of_output + 2 * half + 1);
+          mma_3xtf32(y[0], of.sum, even), mma_3xtf32(y[1], of.difference, odd);
+        } else {
+          const Fragment even = load(at, of_inverse + 3 * half);
+          const Fragment odd = load(at, of_inverse + 3 * half + 1);
+          const Fragment upper_odd = load(at, of_inverse + 3 * half + 2);
+          mma_3xtf32(y[0], of.sum, even);
+          mma_3xtf32(y[0], of.difference, odd), mma_3xtf32(y[1], of.difference, upper_odd);
         }
       }
 #pragma unroll
       for (int n = 0; n < kTogether; ++n)
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
+        for (int i = 0; i < 2; ++i) {
+          Part part{w + n, i, {y[0][n][2 * i], y[0][n][2 * i + 1], y[1][n][2 * i], y[1][n][2 * i + 1]}};
+          if constexpr (kLast) {
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            Neighbours<float, 2> two = {y[n][half][2 * i], y[n][half][2 * i + 1]};
-            if constexpr (kLast) two.at[0] *= inputs.factor[i], two.at[1] *= inputs.factor[i];
-            neighbours<2>(places[n][i] + 8 * half) = two;
+            for (int k = 0; k < 4; ++k) part.slots.at[k] *= inputs.factor[i];
+          } else {
+            keep(layer + 1, kLayerInputs, part);
           }
+          neighbours<2>(places[n][i]) = {part.slots.at[0], part.slots.at[1]};
+          neighbours<2>(places[n][i] + 8) = {part.slots.at[2], part.slots.at[3]};
+        }
     }
   }
 };

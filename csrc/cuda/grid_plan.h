@@ -21,16 +21,17 @@ class GridPlan : public FieldPlan {
   void make(const Plan<float>& p, int width) {
     *this = GridPlan();
     constexpr int c = GridCoefficients::c;
-    if (p.kind != kNone || p.dim != 3 || p.c != c || p.d != c || p.n_even > kMostEven || p.n_trivial > 1 ||
-        p.layers[0].n_pairs > kMostPairs || p.n_layers > kMostLayers || !*p.attribute_identity)
-      return;
-    if (!read_constant(p) || !read_first_layer(p, width)) return;
+    if (p.dim != 3 || p.c != c || p.d != c || p.n_even > kMostEven || p.layers[0].n_pairs > kMostPairs)
+      return refuse("a grid other than that of 30 points of the sphere for l = 0 to 3");
+    if (p.n_layers > kMostLayers) return refuse("too many layers");
+    if (p.n_trivial > 1 || !*p.attribute_identity || !read_constant(p) || !read_first_layer(p, width))
+      return refuse("edge attributes that are no scalars");
     for (const CouplingView& q : p.coupling_storage)
-      if (!read_coupling(p, q)) return;
+      if (!read_coupling(p, q)) return refuse("fields other than scalars and vectors");
     if (!(are_zero(0, GridCoefficients::n_even_forms, p.n_even, c) &&
           are_zero(GridCoefficients::n_even_forms, GridCoefficients::n_forms, 0, p.n_even)))
-      return;
-    place(p);
+      return refuse("fields of other parities than scalars and vectors");
+    place(p, {kFields});
     const auto* const begin = reinterpret_cast<const int32_t*>(&grid_);
     numbers.insert(numbers.end(), begin, begin + sizeof grid_ / sizeof(int32_t));
   }

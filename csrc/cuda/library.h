@@ -27,6 +27,12 @@ struct Epilogue {
   bool mean;
 };
 
+// The kind of kernels that serve a plan: exact, grid, specialised or generic; of the last two, what keeps the plan from
+// the first two.
+struct KernelKind {
+  const char *name, *why_not;
+};
+
 template <typename R>
 struct CudaTable {
   // Bytes of device memory that the plan needs; -1 when the arrays are not what ops/native/arrays.py writes.
@@ -69,6 +75,8 @@ struct CudaTable {
                            const R* grad_packed, const Pieces<R>& grad_parameters, void* stream);
   // [n_weights, 2] weights and tangents
   Failure (*pair_weights)(const DevicePlan<R>&, const R* weights, const R* tangent, R* pairs, void* stream);
+  // Of the forward or the backward pass; name null where plan_bytes is -1. Needs no device.
+  KernelKind (*kernel_kind)(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals, bool backward);
 };
 
 struct CudaLibrary {

@@ -12,6 +12,11 @@
 
 namespace implicit_steer::IST_ISA {
 
+// The mask of TF32 numbers, unknown to the compiler. Where it knows that tensor cores do not read what is cut off, it
+// passes x itself, and moves it into the fragment's registers before each product; with this mask the big part is made
+// there, which takes registers for both.
+__device__ __forceinline__ uint32_t opaque_mask() { return 0 - (uint32_t{blockDim.z} << 13); }
+
 // The elements of a fragment of n as sums of two TF32 numbers. Cutting the last 13 bits takes 2 instructions where two
 // roundings take 7, and loses less than 2^-21 of x. An infinite x becomes NaN.
 template <int n>
@@ -19,6 +24,11 @@ struct Split {
   uint32_t big[n], small[n];
   __device__ __forceinline__ void set(int i, float x) {
     big[i] = __float_as_uint(x) & 0xffffe000u;
+    small[i] = __float_as_uint(x - __uint_as_float(big[i]));
+  }
+  // For fragments of several products.
+  __device__ __forceinline__ void place(int i, float x) {
+    big[i] = __float_as_uint(x) & opaque_mask();
     small[i] = __float_as_uint(x - __uint_as_float(big[i]));
   }
 };
@@ -30,12 +40,27 @@ __device__ __forceinline__ void mma_3xtf32(float (&d)[4], const Split<4>& a, con
   mma_m16n8k8(d, a.big, b.big);
 }
 
+// The same of several A and one B, in turn: each waits for its own last product only.
+template <int n>
+__device__ __forceinline__ void mma_3xtf32(float (&d)[n][4], const Split<4> (&a)[n], const Split<2>& b) {
+#pragma unroll
+  for (int k = 0; k < n; ++k) mma_m16n8k8(d[k], a[k].small, b.big);
+#pragma unroll
+  for (int k = 0; k < n; ++k) mma_m16n8k8(d[k], a[k].big, b.small);
+#pragma unroll
+  for (int k = 0; k < n; ++k) mma_m16n8k8(d[k], a[k].big, b.big);
+}
+
 // A matrix A of 8 rows as one of 16: the big parts of its elements above the small ones. Its fragment has the elements
 // A[g][t] and A[g][t + 4], in this order.
 struct Stacked {
   uint32_t of[4];
   __device__ __forceinline__ void set(int i, float x) {
     of[2 * i] = __float_as_uint(x) & 0xffffe000u;
+    of[2 * i + 1] = __float_as_uint(x - __uint_as_float(of[2 * i]));
+  }
+  __device__ __forceinline__ void place(int i, float x) {
+    of[2 * i] = __float_as_uint(x) & opaque_mask();
     of[2 * i + 1] = __float_as_uint(x - __uint_as_float(of[2 * i]));
   }
 };

@@ -31,6 +31,12 @@ __device__ __forceinline__ void add_multiple(Neighbours<T, N>& sum, T factor, Ne
   for (int k = 0; k < N; ++k) sum.at[k] += factor * x.at[k];
 }
 template <typename T, int N>
+__device__ __forceinline__ Neighbours<T, N> sum_of(Neighbours<T, N> x, Neighbours<T, N> y) {
+#pragma unroll
+  for (int k = 0; k < N; ++k) x.at[k] += y.at[k];
+  return x;
+}
+template <typename T, int N>
 __device__ __forceinline__ T dot(Neighbours<T, N> x, Neighbours<T, N> y) {
   T sum{};
 #pragma unroll

@@ -258,6 +258,8 @@ def gpu_cases():
         return conv, change(case.inputs(conv))
 
     cloud = Case("cloud", "O(3)", "8 scalar+vector", "8 scalar+vector", "1 scalar", n_layers=3, n_channels=8)
+    cloud_fields = replace(cloud, into="16 scalar+vector", out="16 scalar+vector")
+    cloud_channels = replace(cloud, n_channels=16)
     cloud_so3 = replace(cloud, space="SO(3)", into="7 scalar+vector, 1 vector", out="5 scalar+vector", n_layers=4)
 
     def grid(change, case=cloud, configuration="no norm", activation="elu", **options):
@@ -285,6 +287,10 @@ def gpu_cases():
         "cloud-isolated-nodes": made(nodes(300, 90), cloud, "no norm", "elu"),
         "cloud-hub": made(hub, cloud, "no norm", "elu"),
         "cloud-short-edges-train": made(lambda problem: short_edges(skewed(problem)), cloud, "train"),
+        "cloud-channels": made(nodes(16, 512), cloud_channels, "no norm", "elu"),
+        "cloud-channels-short-edges-train": made(lambda problem: short_edges(skewed(problem)), cloud_channels, "train"),
+        "cloud-fields": made(nodes(16, 512), cloud_fields, "no norm", "elu"),
+        "cloud-fields-short-edges-train": made(lambda problem: short_edges(skewed(problem)), cloud_fields, "train"),
         "cloud-so3": made(near_origin, cloud_so3, "train", "elu"),
         "cloud-one-layer": made(skewed, replace(cloud, into="4 scalar+vector", out="3 scalar, 2 vector", n_layers=2)),
         "radius-0": made(radius(0), "o3-l2"),
@@ -317,6 +323,8 @@ def cases():
     specialised_l2 = Case("specialised-l2", "O(3)", "2 scalar+vector+l2", "2 scalar+l2", "1 scalar", **sizes)
     specialised_deep = replace(specialised, n_layers=4)
     specialised_odd = replace(specialised_deep, into="5 scalar+vector, 2 vector")
+    many_channels = replace(specialised, into="5 scalar+vector", n_channels=16)
+    many_fields = replace(specialised, into="9 scalar+vector", out="1 scalar, 9 vector", attributes=None)
 
     specialised_grid = replace(specialised, attributes="1 scalar")
 
@@ -327,6 +335,8 @@ def cases():
         "zonal-specialised": made(specialised, "no norm", skewed),
         "zonal-specialised-short-edges": made(specialised_deep, "eval", lambda problem: short_edges(skewed(problem))),
         "zonal-specialised-train": made(specialised_l2, "train", near_skewed),
+        "zonal-specialised-channels": made(many_channels, "eval", lambda problem: short_edges(nodes(3, 12)(problem))),
+        "zonal-specialised-fields": made(many_fields, "eval", lambda problem: short_edges(nodes(3, 12)(problem))),
         "zonal-specialised-odd": made(specialised_odd, activation="silu", cutoff=2.0),
         "zonal-odd-sizes-train": made("o3-mixed", "train", activation="gelu"),
         "zonal-cutoff": made("o3-l2", activation="silu", cutoff=1.5),

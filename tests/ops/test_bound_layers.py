@@ -306,6 +306,31 @@ def test_opcheck():
     del number
 
 
+@pytest.mark.skipif(BACKEND != "cuda", reason="of CUDA kernels alone")
+@pytest.mark.parametrize(
+    ("irreps", "options", "expected"),
+    [
+        ("8x0e + 8x1o", {}, "exact kernels"),
+        ("16x0e + 16x1o", {}, "exact kernels"),
+        ("8x0e + 8x1o", {"n_channels": 16}, "exact kernels"),
+        (
+            "8x0e + 8x1o",
+            {"n_channels": 16, "n_layers": 6},
+            "forward exact kernels, backward generic kernels",
+        ),
+        ("17x0e + 17x1o", {}, "specialised kernels because of too many scalars or vectors"),
+        ("4x0e + 4x2e", {}, "kernels because of hidden features other than those of l = 0 to 3"),
+        ("4x0e + 4x1o", {"activation": "tanh"}, "generic kernels because of an activation other than ELU and SiLU"),
+        ("4x0e + 4x1o", {"n_channels": 12}, "generic kernels because of hidden layers of other than 8 or 16 channels"),
+    ],
+)
+def test_explain_names_the_kernels(irreps, options, expected):
+    options = {"n_layers": 3, "n_channels": 8} | options
+    conv = ImplicitPointConv(irreps, irreps, 1, backend=BACKEND, **options)
+    assert expected in conv.explain()
+    assert "cuda: generic kernels because of float64" in conv.double().explain()
+
+
 @of_cpu
 def test_packed_weights_are_kept():
     number, _, arguments = bound_call()

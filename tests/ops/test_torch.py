@@ -37,9 +37,9 @@ def test_every_operator_is_checked():
         name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "implicit_steer" in name
     }
     # Triton's, where a test has imported them, are those of tests/gpu/test_operators.py; instruments of the tests and
-    # the bench; a number of a plan; a question to a device; those of test_bound_layers.py
+    # the bench; facts of a plan; a question to a device; those of test_bound_layers.py
     names = {name for name in names if not name.startswith("triton_")}
-    others = {"fma_peak", "lane_function", "cuda_shared_bytes", "cuda_probe"}
+    others = {"fma_peak", "lane_function", "cuda_shared_bytes", "cuda_kernel_kind", "cuda_probe"}
     bound = {"bind_layer", "release_layer", "bind_graph", "release_graph"}
     bound |= {"layer_forward", "layer_forward_recorded", "layer_backward"}
     assert set(operator_arguments()) == names - others - bound

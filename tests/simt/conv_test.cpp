@@ -6,6 +6,7 @@
 // compared, but what a forward and a backward pass in float execute is printed.
 
 #include <chrono>
+#include <cstring>
 #include <filesystem>
 #include <functional>
 
@@ -247,14 +248,26 @@ int check_case(const std::string& name, const Case& file, bool trace, int seeds)
   const auto starts_with = [&](const char* what) { return name.rfind(what, 0) == 0; };
   const bool specialised = name != "cloud-no-edges" && (starts_with("cloud") || starts_with("zonal-specialised"));
   const bool exact = specialised && name != "zonal-specialised-train";  // which has fields of l = 2
+  const bool channels = name.find("channels") != std::string::npos;     // 16 of them, forward alone
   const bool grid = name != "grid-no-edges" && starts_with("grid");
   for (const auto& [kernel, runs] : {std::pair{"exact_forward", exact},
                                      {"exact_backward", exact},
                                      {"grid_forward", grid},
+                                     {"grid_backward", grid},
                                      {"conv_forward_specialised", specialised && !exact},
                                      {"conv_backward_specialised", specialised && !exact}})
     if ((launched.count(kernel) > 0) != (runs && sizeof(R) == 4))
       failures += print({name + ": " + kernel + " ran, or did not"});
+  for (const bool backward : {false, true}) {
+    const auto [kind, why_not] = Emulated<R>::kernel_kind(file, backward);
+    const bool fused = !std::strcmp(kind, "exact") || !std::strcmp(kind, "grid");
+    const std::string pass = backward ? "backward" : "forward",
+                      suffix = std::strcmp(kind, "generic") ? "_specialised" : "";
+    const std::string kernel = fused ? std::string(kind) + "_" + pass : "conv_" + pass + suffix;
+    if (file["src"].size() > 0 && !launched.count(kernel))
+      failures += print({name + ": no " + kernel + ", as is said"});
+    if (fused != !*why_not) failures += print({name + ": " + kind + " because of '" + why_not + "'"});
+  }
   for (const char* kernel : {"conv_forward", "conv_backward", "conv_statistics", "conv_hidden", "conv_hidden_backward"})
     if (name == "zonal-odd-sizes-train" && launched.at(kernel).blocks < 2)
       failures += print({name + ": one block of " + kernel});

@@ -79,6 +79,12 @@ class Emulated {
     return table<R>().shared_bytes(ints.data(), ints.size(), reals.data(), reals.size());
   }
 
+  static KernelKind kernel_kind(const native_test::Case& file, bool backward) {
+    const auto ints = numbers<int32_t>(file["plan_ints"]);
+    const auto reals = numbers<R>(file["plan_reals"]);
+    return table<R>().kernel_kind(ints.data(), ints.size(), reals.data(), reals.size(), backward);
+  }
+
   void pack(Problem<R>& p, Results& results) {
     p.packed = unwritten<R>(p.plan.n_weights);
     const bool running = p.file.has("running");

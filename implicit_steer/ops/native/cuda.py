@@ -71,6 +71,15 @@ def shared_bytes(plan: Plan, dtype: torch.dtype) -> int:
     return torch.ops.implicit_steer.cuda_shared_bytes(*prepare(plan, parameter_sizes(plan)).tensors(dtype))
 
 
+@lru_cache(maxsize=256)
+def kernels_of(plan: Plan, dtype: torch.dtype) -> str:
+    """Which kind of kernels serves the plan forward and backward, and what keeps it from a faster one."""
+    arrays = prepare(plan, parameter_sizes(plan)).tensors(dtype)
+    kinds = [torch.ops.implicit_steer.cuda_kernel_kind(*arrays, backward).split("\n") for backward in (False, True)]
+    forward, backward = (f"{name} kernels{reason and f' because of {reason}'}" for name, reason in kinds)
+    return forward if forward == backward else f"forward {forward}, backward {backward}"
+
+
 class Cuda(NativeBackend):
     """The CUDA kernels, a warp for each range of edges."""
 
@@ -100,11 +109,14 @@ class Cuda(NativeBackend):
             there, reason = False, "tables run on a GPU in 'triton' or as plain PyTorch, in 'eager'"
         if there and plan.is_depthwise:
             there, reason = False, "depthwise kernels run on a GPU in 'triton' or as plain PyTorch, in 'eager'"
-        if not there or not on_gpu:
+        if not there:
             return there, reason
+        kernels = f"{kernels_of(plan, dtype)}; compiled ahead of time, a warp for each range of edges"
+        if not on_gpu:
+            return there, kernels
         needed = shared_bytes(plan, dtype)
         properties: Any = torch.cuda.get_device_properties(device)  # whose type lacks this attribute
         found = properties.shared_memory_per_block_optin
         if needed > found:
             return False, f"needs {needed} bytes of shared memory per block, {device} has {found}"
-        return True, "compiled ahead of time, fused, a warp for each range of edges"
+        return True, kernels
