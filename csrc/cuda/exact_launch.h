@@ -32,7 +32,9 @@ struct ExactLaunch {
   Failure ask(PreparedKernel& found) const {
     Device device;
     IST_TRY(device.read());
-    int& warps = found.warps_per_block = most_warps;
+    cudaFuncAttributes attributes{};
+    IST_TRY(failure(name, cudaFuncGetAttributes(&attributes, kernel)));
+    int& warps = found.warps_per_block = std::min(most_warps, attributes.maxThreadsPerBlock / 32);
     while (bytes(warps) > device.block_bytes)
       if (--warps == 0) return {name, "a block's shared memory is too small for the plan"};
     IST_TRY(

@@ -183,9 +183,9 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
     if (mlp.n_layers > 1) layers_back(n, back, d_x);
     const GridMlp::Inputs inputs = inputs_of(n);
     if (mlp.n_layers > 1)
-      back.template activations<true, false>(0, inputs, opaque(records), d_x);
+      back.template activations<true, false>(0, inputs, records, d_x);
     else
-      back.template activations<true, true>(0, inputs, opaque(records), d_x);
+      back.template activations<true, true>(0, inputs, records, d_x);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int at = group + 8 * i;
@@ -218,13 +218,13 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
   // All layers but the first one.
   __device__ __forceinline__ void layers_back(int n, const GridMlpBackward<S>& back, float (&d_x)[2]) const {
     int layer = mlp.n_layers - 1;
-    back.template activations<false, true>(layer, inputs_of(n), opaque(records), d_x);
+    back.template activations<false, true>(layer, inputs_of(n), records, d_x);
 #pragma unroll 1
-    for (;; back.template activations<false, false>(layer, {}, opaque(records), d_x)) {
+    for (;; back.template activations<false, false>(layer, {}, records, d_x)) {
       __syncwarp();
       if (need_weights) add_weights(layer);
       __syncwarp();
-      back.linear(layer, opaque(records));
+      back.linear(layer, records);
       __syncwarp();
       if (--layer == 0) break;
     }
@@ -240,7 +240,7 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int edge = pair + 4 * e;
-        const float* const row = opaque(records) + GridState::of_edge(edge) + group * channel + 2 * slots;
+        const float* const row = records + GridState::of_edge(edge) + group * channel + 2 * slots;
         const auto lower = neighbours<2>(row), upper = neighbours<2>(row + 8);
         d_z[e][0] = lower.at[0], d_z[e][1] = lower.at[1], d_z[e][2] = upper.at[0], d_z[e][3] = upper.at[1];
         y[e] = kept.slots(layer, kLayerInputs, group, edge / 8, 4 * (edge % 8) + slots);
@@ -276,7 +276,7 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int at = pair + 4 * e;
-      const float* const row = opaque(records) + GridState::of_edge(at) + group * channel;
+      const float* const row = records + GridState::of_edge(at) + group * channel;
       const auto first = neighbours<4>(row), second = neighbours<4>(row + 4), x = neighbours<4>(moved + 4 * at);
       of_constant_sum[e] = (first.at[1] + first.at[3]) + (second.at[1] + second.at[3]);
       bias += of_constant_sum[e];
@@ -306,9 +306,9 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
   }
 };
 
-// All warps of a multiprocessor are in one block, which has fragments and weights once. Where a block has 99 KB of
-// shared memory, for few warps, there may be more registers.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+// All warps of a multiprocessor are in one block, which has fragments and weights once. From sm_100 on the code needs
+// more registers than 12 warps leave to each.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kGridBackwardThreads = 256;
 #else
 constexpr int kGridBackwardThreads = 384;

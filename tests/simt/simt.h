@@ -209,10 +209,12 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
   return memcpy(to, from, bytes), cudaSuccess;
 }
-struct cudaFuncAttributes {};
+struct cudaFuncAttributes {
+  int maxThreadsPerBlock;
+};
 template <typename Kernel>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
-  return cudaSuccess;
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
+  return attributes->maxThreadsPerBlock = 1024, cudaSuccess;
 }
 namespace simt {
 cudaError_t allow_shared(const void* kernel, int bytes);
