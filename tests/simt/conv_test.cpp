@@ -248,7 +248,6 @@ int check_case(const std::string& name, const Case& file, bool trace, int seeds)
   const auto starts_with = [&](const char* what) { return name.rfind(what, 0) == 0; };
   const bool specialised = name != "cloud-no-edges" && (starts_with("cloud") || starts_with("zonal-specialised"));
   const bool exact = specialised && name != "zonal-specialised-train";  // which has fields of l = 2
-  const bool channels = name.find("channels") != std::string::npos;     // 16 of them, forward alone
   const bool grid = name != "grid-no-edges" && starts_with("grid");
   for (const auto& [kernel, runs] : {std::pair{"exact_forward", exact},
                                      {"exact_backward", exact},
