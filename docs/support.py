@@ -99,6 +99,7 @@ def cuda_kernels() -> Iterator[None]:
         mock.patch.multiple(_native, cuda_available=lambda: (True, ""), cuda_usable=lambda device: (True, "")),
         mock.patch.multiple(torch.cuda, is_available=lambda: True, get_device_properties=lambda device: gpu),
         mock.patch.object(torch.ops.implicit_steer, "cuda_shared_bytes", return_value=0),
+        mock.patch.object(torch.ops.implicit_steer, "cuda_kernel_kind", return_value="generic\n"),
     ):
         yield
 

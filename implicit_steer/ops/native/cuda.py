@@ -111,12 +111,10 @@ class Cuda(NativeBackend):
             there, reason = False, "depthwise kernels run on a GPU in 'triton' or as plain PyTorch, in 'eager'"
         if not there:
             return there, reason
-        kernels = f"{kernels_of(plan, dtype)}; compiled ahead of time, a warp for each range of edges"
-        if not on_gpu:
-            return there, kernels
-        needed = shared_bytes(plan, dtype)
-        properties: Any = torch.cuda.get_device_properties(device)  # whose type lacks this attribute
-        found = properties.shared_memory_per_block_optin
-        if needed > found:
-            return False, f"needs {needed} bytes of shared memory per block, {device} has {found}"
-        return True, kernels
+        if on_gpu:
+            needed = shared_bytes(plan, dtype)
+            properties: Any = torch.cuda.get_device_properties(device)  # whose type lacks this attribute
+            found = properties.shared_memory_per_block_optin
+            if needed > found:
+                return False, f"needs {needed} bytes of shared memory per block, {device} has {found}"
+        return True, f"{kernels_of(plan, dtype)}; compiled ahead of time, a warp for each range of edges"
