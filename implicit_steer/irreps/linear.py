@@ -60,7 +60,8 @@ class Linear(NoTorchScript, torch.nn.Module):
         self.register_parameter("bias", torch.nn.Parameter(torch.zeros(len(scalars))) if bias and scalars else None)
         self._biased = [self.bias is not None and out[irrep] == scalars for irrep in common]
         read, written = ([components(np.array(side[irrep]), irrep.size) for irrep in common] for side in (into, out))
-        if self.bias is not None and not any(self._biased):  # scalars that x lacks
+        self._lone_bias = self.bias is not None and not any(self._biased)  # of scalars that x lacks
+        if self._lone_bias:
             written.append(np.array(scalars))
         self._starts = [int(places[0]) if np.all(np.diff(places) == 1) else None for places in read]
         self._in_order = np.array_equal(np.concatenate(written), np.arange(self.irreps_out.size))
@@ -83,7 +84,7 @@ class Linear(NoTorchScript, torch.nn.Module):
             start = self._starts[n]
             part = x.index_select(1, read[n]) if start is None else x.narrow(1, start, v * size)
             mixed.append(_mix(matrices[n].view(u, v), self.bias if self._biased[n] else None, part, size))
-        if self.bias is not None and not any(self._biased):
+        if self.bias is not None and self._lone_bias:
             mixed.append(self.bias.expand(x.shape[0], -1))  # torch.export takes len(x) for a constant
         y = torch.cat(mixed, 1)
         if not self._in_order:
