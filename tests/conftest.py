@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from implicit_steer import _native
+from implicit_steer.deploy import kinds
 from implicit_steer.ops.native import instruction_set
 
 torch.set_num_threads(2)
@@ -91,6 +92,17 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def registrations():
+    """Forgets what a test registers with ``implicit_steer.register``, which holds for the whole process."""
+    tables = kinds._BY_CLASS, kinds.REGISTERED
+    before = [dict(table) for table in tables]
+    yield
+    for table, content in zip(tables, before, strict=True):
+        table.clear()
+        table.update(content)
 
 
 @pytest.fixture(params=["native", "torch"])

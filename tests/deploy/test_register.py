@@ -66,16 +66,9 @@ class Network(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def _registered():
-    """Both are registered; whatever else a test registers is forgotten."""
-    tables = kinds._BY_CLASS, kinds.REGISTERED
-    before = [dict(table) for table in tables]
+def _registered(registrations):
     ist.register(Network)
     ist.register(Block, name="block of a test")
-    yield
-    for table, content in zip(tables, before, strict=True):
-        table.clear()
-        table.update(content)
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def test_readme_is_short():
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if code_of(page)], ids=lambda page: page.stem)
-def test_code_runs(page, tmp_path, monkeypatch, one_thread):
+def test_code_runs(page, tmp_path, monkeypatch, one_thread, registrations):
     script = tmp_path / f"{page.stem.replace('-', '_')}.py"
     script.write_text(code_of(page))
     monkeypatch.chdir(tmp_path)

@@ -22,7 +22,7 @@ def test_the_tutorials_are_there():
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
-def test_a_tutorial_runs(path, tmp_path, one_thread):
+def test_a_tutorial_runs(path, tmp_path, one_thread, registrations):
     text = render.page(path, tmp_path)
     assert render.without_outputs(text) == render.page(path)
     pictures = re.findall(r"!\[.*?\]\(pictures/(.*?)\)", text)
