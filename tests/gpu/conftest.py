@@ -5,6 +5,8 @@ import pytest
 import torch
 from problems import BACKENDS, INTERPRETED
 
+from implicit_steer.ops.triton import configuration
+
 if INTERPRETED:
     collect_ignore = ["test_device.py"]
 elif torch.cuda.is_available():
@@ -20,11 +22,16 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(autouse=True, scope="session")
 def guarded():
-    """Interpreted, every launch under the guard."""
-    if INTERPRETED:
-        import interpreter
+    """Interpreted, every launch under the guard, and parameters packed in a few large blocks: a program takes the same
+    time for each."""
+    if not INTERPRETED:
+        yield
+        return
+    import interpreter
 
-        interpreter.install()
+    interpreter.install()
+    with configuration.using("pack", configuration.LaunchConfig(1 << 14, 4)):
+        yield
 
 
 @pytest.fixture(autouse=True)
