@@ -324,18 +324,14 @@ IST_LANES void activation_forward(const PlanView<Real<R>>& p, const LayerView<Re
   }
 }
 
-// d_z from d_y; near the origin d_r += the radius' gradient.
-template <typename F, typename R>
-IST_LANES void activation_backward(const PlanView<Real<R>>& p, const LayerView<Real<R>>& layer, Edges<R>& e,
-                                   const typename Lane<R>::V* z, const typename Lane<R>::V* d_y,
-                                   const typename Lane<R>::V* slopes, typename Lane<R>::V* d_z) {
+// d_z from d_y and the slopes, whatever φ is
+template <typename R>
+IST_LANES void activation_backward(const PlanView<Real<R>>& p, const LayerView<Real<R>>& layer,
+                                   const typename Lane<R>::V* d_y, const typename Lane<R>::V* slopes,
+                                   typename Lane<R>::V* d_z) {
   using V = typename Lane<R>::V;
   const int c = p.c, rows = layer.n_samples - layer.n_pairs;
-  for (int w = 0; w < layer.out_size; w += c, z += c, d_y += c, d_z += c, slopes += layer.n_samples) {
-    if (e.near_origin) {
-      near_backward<F>(layer, c, p.order_zero, e.radius, z, d_y, d_z, e.d_radius);
-      continue;
-    }
+  for (int w = 0; w < layer.out_size; w += c, d_y += c, d_z += c, slopes += layer.n_samples) {
     clear_unused(p, layer.in_even, layer.in_odd, d_z);
     row_blocks<V>(0, layer.n_pairs, [&](auto n, int row) {
       pairs_backward<decltype(n)::value>(layer, row, c, p.n_even, slopes + 2 * row, d_y, d_z);
@@ -453,6 +449,13 @@ struct Mlp {
     return out;
   }
 
+  // d_z from d_y of a layer's channels near the origin; the radius' gradient is added to e.d_radius.
+  template <typename F>
+  void activation_near_backward(const LayerView<Real<R>>& layer, Edges<R>& e, const V* z_n) const {
+    for (int k = 0; k < layer.out_size; k += p->c)
+      near_backward<F>(layer, p->c, p->order_zero, e.radius, z_n + k, d_y + k, d_z + k, e.d_radius);
+  }
+
   // From the gradient of hidden() (in this->d_y): d_w, d_b, d_affine, and with `need_inputs` e.d_inputs and e.d_radius.
   void backward(Edges<R>& e, bool need_weights, bool need_inputs) {
     V *z_n = z + size_z, *y_n = y + size_z, *normed_n = normed + size_z;
@@ -465,8 +468,10 @@ struct Mlp {
       if (p->has_norms)
         norm_backward(*p, weights + layer.affine, layer.out_size / p->c, y_n, d_y,
                       need_weights ? d_affine + n * affine_size() : nullptr);
-      with_function<R>(p->function,
-                       [&](auto f) { activation_backward<decltype(f)>(*p, layer, e, z_n, d_y, slopes_n, d_z); });
+      if (e.near_origin)
+        with_function<R>(p->function, [&](auto f) { activation_near_backward<decltype(f)>(layer, e, z_n); });
+      else
+        activation_backward<R>(*p, layer, d_y, slopes_n, d_z);
       const V* in = n > 0 ? normed_n - p->layers[n - 1].out_size : e.inputs;
       V* d_in = n > 0 ? d_y : need_inputs ? e.d_inputs : nullptr;
       if (d_in)

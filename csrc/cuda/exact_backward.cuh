@@ -40,7 +40,7 @@ struct ExactBackward : Warp {
   using Base::theta, Base::constant, Base::sums, Base::constant_sums, Base::mlp, Base::records, Base::sources;
   using typename Base::Slots, typename Base::Tiles, typename Base::Memory;
   static constexpr int square = S::fields * S::width;
-  const bool mean, need_weights, need_geometry;
+  const bool mean, need_weights;
   int32_t* edges;
   float *moved, *along, *grad, *of_constant, *d_t, *unfinished;
   KeptLayers<S> kept;
@@ -50,13 +50,15 @@ struct ExactBackward : Warp {
       : Base(call, exact_backward_size<S>(call.plan)),
         mean(call.mean),
         need_weights(a.grad_weights),
-        need_geometry(a.grad_delta || a.grad_attr),
         gradients(call.sums, number, p, exact) {
     edges = reinterpret_cast<int32_t*>(this->rest);
     moved = this->rest + 32, along = moved + 128, grad = along + 32, of_constant = grad + 4 * S::fields;
     d_t = of_constant + 4 * S::fields, unfinished = d_t + Slots::count * square;
     kept = {records + kExactBackwardSize<S>};
   }
+
+  // Asked of the call each time: kept, it would take a register.
+  __device__ __forceinline__ bool need_geometry() const { return opaque(a.grad_delta) || opaque(a.grad_attr); }
 
   // ---- a node
 
@@ -383,7 +385,7 @@ struct ExactBackward : Warp {
     const auto of_direction = neighbours<4>(moved + 4 * lane);
     const float product = of_direction.at[3];
     if (need_weights) gradients.one(ExactGradients<S>::shell) += product * g.squared;
-    if (!need_geometry) return;
+    if (!need_geometry()) return;
     float d_radius = is_near ? along[lane] : 0, d_along = 0, u[3];
 #pragma unroll
     for (int k = 0; k < 3; ++k) u[k] = g.x[k] * g.inverse, d_along += of_direction.at[k] * u[k];
@@ -437,7 +439,7 @@ struct ExactBackward : Warp {
         while (from + at < last && end == from + at) end = this->index(a.rowptr, ++node + 1);
       }
       __syncwarp();
-      if (need_weights || need_geometry) self.reverse(n);
+      if (need_weights || need_geometry()) self.reverse(n);
     }
   }
 

@@ -114,6 +114,7 @@ struct ExactGradients {
  private:
   __device__ __forceinline__ void write_theta(const ExactView& exact, const typename S::Mlp& mlp, float* row) const {
     constexpr int fields = S::fields * S::fields;
+#pragma unroll 1  // several at a time would need the number of turns, in a register since copy_theta()
     for (int k = threadIdx.x; k < Slots::paths * fields * S::width; k += blockDim.x) {
       const int w = k % S::width, of_path = k / S::width, path = of_path / fields, u = of_path / S::fields % S::fields,
                 v = of_path % S::fields;

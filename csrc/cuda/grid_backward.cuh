@@ -43,7 +43,7 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
 #pragma unroll 1
       for (int begin = at; begin < stop; begin += 8) fields_back(begin, stop, b);  // loop: fields
     }
-    if (!need_weights && !need_geometry) return;
+    if (!need_weights && !need_geometry()) return;
     Fragments b;
     load<false>(b);
 #pragma unroll 1
