@@ -99,14 +99,14 @@ def _key(kernel: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) ->
 
 @contextmanager
 def using(kernel: str, config: LaunchConfig) -> Iterator[None]:
-    """Inside, the kernel runs with this configuration."""
-    global changes
-    _override[kernel], changes = config, changes + 1
+    """Inside, the kernel runs with this configuration; behind it with that of before."""
+    global changes, _override
+    before, changes = _override, changes + 1
+    _override = before | {kernel: config}
     try:
         yield
     finally:
-        del _override[kernel]
-        changes += 1
+        _override, changes = before, changes + 1
 
 
 def seconds(run: Callable[[], object], device: torch.device, calls: int = 10) -> float:
