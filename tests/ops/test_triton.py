@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import implicit_steer as ist
 from implicit_steer.ops.triton import backend as triton
+from implicit_steer.ops.triton import configuration
 from implicit_steer.ops.triton.tables import MOST_COEFFICIENTS, tables, unsupported
 from implicit_steer.testing.cases import SMALL, Case
 
@@ -127,6 +128,20 @@ def test_narrow_zonal_layers_run_edge_by_edge():
     )
     for case, expected in ((SMALL["o3"], True), (wide, False), (scalars, False), (SMALL["so2"], False)):
         assert tables(layer(case, "no norm").implicit_kernel.plan).sizes.edge_by_edge == expected
+
+
+def test_configurations_for_a_while_can_be_nested():
+    sizes, outer, inner = tables(layer(SMALL["c4"]).implicit_kernel.plan).sizes, *configuration.CANDIDATES[:2]
+
+    def chosen():
+        return configuration.choose("pack", sizes, torch.float64, torch.device("cpu"))
+
+    usual = chosen()
+    with configuration.using("pack", outer):
+        with configuration.using("pack", inner):
+            assert chosen() == inner
+        assert chosen() == outer
+    assert chosen() == usual
 
 
 def test_accumulators_hold_every_entry_of_t_once():
