@@ -468,12 +468,18 @@ __device__ __forceinline__ void run_warps(Warp& warp, const ExactCall& call) {
 }
 
 // With the path u × x there is shared memory for two blocks, and registers for more fragments; of large ones for one.
+// On sm_120 the registers of three blocks are too few.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kMostExactBackward = 2;
+#else
+constexpr int kMostExactBackward = kResident<float>;
+#endif
 template <typename S>
 constexpr int kExactBackwardThreads = S::large ? 256 : kThreads;
 template <typename S>
 constexpr int kExactBackwardResident = S::large               ? 1
                                        : S::Slots::count > 11 ? 2
-                                                              : kResident<float>;
+                                                              : kMostExactBackward;
 
 template <typename S>
 __global__ void __launch_bounds__(kExactBackwardThreads<S>, kExactBackwardResident<S>)
