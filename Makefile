@@ -86,7 +86,7 @@ test-gpu: build
 
 # Programs without torch and Python (tests/native), on inputs and expected results that native-cases writes.
 NATIVE_TESTS := build/native-tests
-OPTIONS_address := -DSANITIZE=address
+OPTIONS_address := -DSANITIZE=address,undefined
 OPTIONS_thread := -DSANITIZE=thread
 OPTIONS_arm := -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
   -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
