@@ -59,8 +59,8 @@ def _nequip(python: str, files: Files, epochs: int, folder: Path) -> list[str]:
 
 def _nequip_export(python: str, folder: Path) -> list[str]:
     compile_ = str(Path(python).with_name("nequip-compile"))
-    paths = [str(folder / "run" / "best.ckpt"), str(folder / MODELS["nequip"])]
-    return [compile_, *paths, "--mode=aotinductor", "--target=ase", "--device=cpu"]
+    compiled, trained = (str(folder / name) for name in MODELS["nequip"])
+    return [compile_, trained, compiled, "--mode=aotinductor", "--target=ase", "--device=cpu"]
 
 
 def _nequip_config(files: Files, epochs: int) -> dict:
@@ -114,7 +114,12 @@ def _nequip_config(files: Files, epochs: int) -> dict:
     return {"run": ["train"], "data": data, "trainer": trainer, "training_module": module}
 
 
-MODELS = {"implicit_steer": "run/potential.pt", "mace": "model.model", "nequip": "model.nequip.pt2"}
+# The forms of a trained model: the first one gives the errors, the fastest one the time of a step.
+MODELS = {
+    "implicit_steer": ["run/potential.pt"],
+    "mace": ["model.model"],
+    "nequip": ["model.nequip.pt2", "run/best.ckpt"],
+}
 _TRAIN: dict[str, Callable[[str, Files, int, Path], list[str]]] = {
     "implicit_steer": _ours,
     "mace": _mace,
@@ -137,12 +142,12 @@ class Trainer:
         return _TRAIN[self.kind](self.python, files, epochs, folder)
 
     def export(self, folder: Path) -> list[str] | None:
-        """The command that makes :meth:`model` of a training in ``folder``; None where the training does."""
+        """The command that makes :meth:`models` of a training in ``folder``; None where the training does."""
         return _EXPORT[self.kind](self.python, folder) if self.kind in _EXPORT else None
 
-    def model(self, folder: Path) -> Path:
-        """Where the trained model is, as ``standalone/evaluate.py`` reads it."""
-        return folder / MODELS[self.kind]
+    def models(self, folder: Path) -> list[Path]:
+        """Where the trained model is, in each of its forms, as ``standalone/evaluate.py`` reads it."""
+        return [folder / name for name in MODELS[self.kind]]
 
     def version(self) -> str | None:
         """Of the package in this environment; None where it, or the interpreter, is missing."""

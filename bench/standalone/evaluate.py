@@ -44,13 +44,15 @@ def _mace(path):
 def _nequip(path):
     from nequip.integrations.ase import NequIPCalculator
 
+    compiled = path.endswith(".pt2")
+
     def module():
         from nequip.model.saved_models.load_utils import load_saved_model
 
-        return load_saved_model(str(pathlib.Path(path).with_name("run") / "best.ckpt"))
+        return load_saved_model(str(pathlib.Path(path).with_name("run") / "best.ckpt") if compiled else path)
 
-    symbols = {"chemical_species_to_atom_type_map": True}
-    return NequIPCalculator.from_compiled_model(path, device="cpu", **symbols), module
+    load = NequIPCalculator.from_compiled_model if compiled else NequIPCalculator._from_saved_model
+    return load(path, device="cpu", chemical_species_to_atom_type_map=True), module
 
 
 # The calculator of a model, and a function that gives the module with its parameters, which a compiled model lacks.
