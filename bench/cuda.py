@@ -148,12 +148,16 @@ def resources(kernels: Sequence[Kernel]) -> str:
 
 
 def occupancy(kernel: Kernel, launch: Launch) -> float:
-    """Share of a multiprocessor's warps that can be resident."""
+    """Share of a multiprocessor's warps that can be resident: as many blocks as fit, of as many warps as were counted;
+    where none fits, one of fewer warps, with memory in proportion to them, although not all of it is the warps'."""
     warps = launch.threads // 32
     of_registers = _REGISTERS // (-(-kernel.registers // 8) * 8 * launch.threads)
     architecture = int(kernel.architecture[3:])
     of_system = 1024 if architecture < 90 else 0  # from sm_90 on cuobjdump counts it among the kernel's
-    of_memory = _SHARED[architecture] * 1024 // (launch.shared + kernel.shared + of_system)
+    memory, needed = _SHARED[architecture] * 1024, launch.shared + kernel.shared + of_system
+    of_memory = memory // needed
+    if of_memory == 0:
+        return warps * memory // needed / _WARPS
     return min(of_registers, of_memory, _WARPS // warps) * warps / _WARPS
 
 

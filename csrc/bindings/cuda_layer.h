@@ -41,17 +41,16 @@ class CudaLayer final : public Layer {
       STD_TORCH_CHECK(call.args.n_edges > 1, "delta: expected at least 2 edges, one has no variance.");
       statistics = call.device.zeros(in.delta, {view_->n_layers, statistics_size(*view_)});
       call.device.statistics(call.args, *matrix_, parameters_, mutable_data<R>(packed), mutable_data<R>(statistics));
-    } else {
-      R* kept = nullptr;
-      if (recorded) {
-        statistics = new_empty(in.delta, {view_->has_norms ? view_->n_layers : 0, statistics_size(*view_)});
-        kept = mutable_data<R>(statistics);
-      }
-      call.device.pack(*matrix_, parameters_, norms_, mutable_data<R>(packed), kept);
+    } else if (recorded) {
+      statistics = new_empty(in.delta, {view_->has_norms ? view_->n_layers : 0, statistics_size(*view_)});
     }
     call.weights(packed), call.graph(in.x, graph.src, graph.order, graph.rowptr);
     Tensor out = call.output(in.x, call.args.n_dst, view_->out_size);
-    call.device.forward(call.args, data<R>(expansion_), bias_.at, bias_.size, mean_);
+    if (measured)
+      call.device.forward(call.args, data<R>(expansion_), bias_.at, bias_.size, mean_);
+    else
+      call.device.layer_forward(call.args, epilogue(), *matrix_, parameters_, norms_, mutable_data<R>(packed),
+                                recorded ? mutable_data<R>(statistics) : nullptr);
     return {out, packed, statistics};
   }
 
@@ -71,12 +70,13 @@ class CudaLayer final : public Layer {
       Tensor& made = of_parameters.emplace_back(new_empty(in.x, shape_of(p), dtype_of(in.x)));
       pieces.add(mutable_data<R>(made), p.size);
     }
-    call.device.layer_backward(call.args, {data<R>(expansion_), bias_.at, bias_.size, mean_}, *matrix_,
-                               data<R>(statistics), pieces, mutable_data<R>(of_bias));
+    call.device.layer_backward(call.args, epilogue(), *matrix_, data<R>(statistics), pieces, mutable_data<R>(of_bias));
     return {grads.x, grads.delta, grads.attr, of_bias, of_parameters};
   }
 
  private:
+  Epilogue<R> epilogue() const { return {data<R>(expansion_), bias_.at, bias_.size, mean_}; }
+
   const std::vector<Piece<R>> learned_;
   const Piece<R> bias_;
   const Tensor expansion_;

@@ -47,6 +47,12 @@ __device__ __forceinline__ T* opaque(T* pointer) {
   asm volatile("" : "+r"(zero));
   return pointer + zero;
 }
+// blockDim.x, read anew: the compiler cannot keep what it makes of it in a register.
+__device__ __forceinline__ unsigned block_threads() {
+  unsigned n;
+  asm volatile("mov.u32 %0, %%ntid.x;" : "=r"(n));
+  return n;
+}
 // x rounded to TF32, 11 bits of mantissa (ties away from 0), in the place of a float whose last 13 bits are 0
 __device__ __forceinline__ uint32_t to_tf32(float x) {
   uint32_t y;

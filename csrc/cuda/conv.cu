@@ -131,14 +131,21 @@ Kernels kernels_of(const DevicePlan<R>& plan, bool backward) {
   return std::is_same_v<N, float> && plan.sizes != Sizes::kAny ? Kernels::kSpecialised : Kernels::kGeneric;
 }
 
-// The kernel on edges: the plan's exact or grid one where it has one, else one for its sizes.
+// The launch of the plan's exact or grid kernel; `found`: whether one serves the call.
 template <typename N>
-Failure run_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream, Call<R>& call) {
+Failure prepare_fused_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, ExactLaunch& launch, bool& found) {
   if constexpr (std::is_same_v<N, float>) {
     const Kernels kernels = kernels_of<N>(plan, false);
-    if (can_count(args) && kernels == Kernels::kExact) return run_exact_forward(plan, args, stream, call);
-    if (can_count(args) && kernels == Kernels::kGrid) return run_grid_forward(plan, args, stream, call);
+    found = can_count(args) && (kernels == Kernels::kExact || kernels == Kernels::kGrid);
+    if (found && kernels == Kernels::kExact) return prepare_exact_forward(plan, args, launch);
+    if (found) return prepare_grid_forward(plan, args, launch);
   }
+  return {};
+}
+
+// The kernel on edges for the plan's sizes.
+template <typename N>
+Failure run_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream, Call<R>& call) {
   EdgeKernel<N> edges{};
   IST_TRY(with_sizes<N>(plan, [&](auto sizes, int64_t front) {
     edges.name = sizes.specialised ? "conv_forward_specialised" : "conv_forward",
@@ -152,8 +159,12 @@ Failure run_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* st
 
 template <typename N>
 Failure forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, const Epilogue<R>& epilogue, void* stream) {
-  Call<R> call{};
-  IST_TRY(run_forward<N>(plan, args, stream, call));
+  Call<Real<N>> call{};
+  ExactLaunch fused{};
+  bool found = false;
+  IST_TRY(prepare_fused_forward<N>(plan, args, fused, found));
+  if constexpr (std::is_same_v<N, float>) call = fused.call;
+  IST_TRY(found ? fused.run(stream) : run_forward<N>(plan, args, stream, call));
   return launch_threads("finish_nodes", finish_nodes<R>, args.n_dst * plan.view.out_size, stream, call, epilogue);
 }
 Failure forward_tangent(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream) {
@@ -311,11 +322,37 @@ Failure moments(const DevicePlan<R>& plan, const ConvArgs<R>& args, R* moments, 
                         found.shift, static_cast<double>(args.n_edges), moments);
 }
 
+Failure run_pack(const DevicePlan<R>& plan, const SparseMatrix<R>& matrix, const Pieces<const R>& parameters,
+                 const NormStatistics<R>& norms, R* packed, R* statistics, const NodeStart<R>& start, void* stream) {
+  const int64_t more = (statistics ? plan.view.n_layers * statistics_size(plan.host) : 0) + start.size();
+  return launch_threads("pack_weights", pack_weights<R>, matrix.n_rows + more, stream, plan.view, matrix, parameters,
+                        norms, packed, statistics, start);
+}
 Failure pack(const DevicePlan<R>& plan, const SparseMatrix<R>& matrix, const Pieces<const R>& parameters,
              const NormStatistics<R>& norms, R* packed, R* statistics, void* stream) {
-  const int64_t more = statistics ? plan.view.n_layers * statistics_size(plan.host) : 0;
-  return launch_threads("pack_weights", pack_weights<R>, matrix.n_rows + more, stream, plan.view, matrix, parameters,
-                        norms, packed, statistics);
+  return run_pack(plan, matrix, parameters, norms, packed, statistics, {}, stream);
+}
+
+template <typename N>
+Failure layer_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, const Epilogue<R>& epilogue,
+                      const SparseMatrix<R>& matrix, const Pieces<const R>& parameters, const NormStatistics<R>& norms,
+                      R* packed, R* statistics, void* stream) {
+  if constexpr (std::is_same_v<N, float>) {
+    ExactLaunch edges{};
+    bool found = false;
+    if (args.n_edges > 0) IST_TRY(prepare_fused_forward<N>(plan, args, edges, found));
+    if (found) {
+      const int64_t warps = edges.call.shape.warps, width = plan.view.out_size;
+      float* const bias = edges.call.partial + 2 * warps * width;
+      edges.call.bias = bias, edges.call.arrivals = reinterpret_cast<int32_t*>(bias + width);
+      edges.call.mean = epilogue.mean;
+      const NodeStart<N> start{epilogue, bias, width, edges.call.arrivals, warps};
+      IST_TRY(run_pack(plan, matrix, parameters, norms, packed, statistics, start, stream));
+      return edges.run(stream);
+    }
+  }
+  IST_TRY(pack(plan, matrix, parameters, norms, packed, statistics, stream));
+  return forward<N>(plan, args, epilogue, stream);
 }
 
 Failure pack_backward(const DevicePlan<R>& plan, const SparseMatrix<R>& transposed, const R* statistics,
@@ -366,6 +403,7 @@ const CudaTable<R> IST_TABLE{plan_bytes<R>,
                              shared_bytes,
                              forward<R>,
                              backward<R>,
+                             layer_forward<R>,
                              layer_backward,
                              forward_tangent,
                              backward<Dual<R>>,

@@ -3,7 +3,7 @@
 #include "exact.h"
 #include "exact_backward.cuh"
 #include "exact_forward.cuh"
-#include "exact_launch.h"
+#include "exact_passes.h"
 
 namespace implicit_steer::IST_ISA {
 
@@ -35,10 +35,10 @@ bool has_exact_kernel(const DevicePlan<float>& plan, bool backward) {
 }
 
 template <>
-Failure run_exact_forward(const DevicePlan<float>& plan, const ConvArgs<float>& args, void* stream, Call<float>& call) {
+Failure prepare_exact_forward(const DevicePlan<float>& plan, const ConvArgs<float>& args, ExactLaunch& launch) {
   return with_exact_sizes(plan, [&](auto sizes) {
     using S = decltype(sizes);
-    return run_forward_of<S>("exact_forward", exact_forward<S>, plan, args, stream, call);
+    return prepare_forward_of<S>("exact_forward", exact_forward<S>, plan, args, launch);
   });
 }
 

@@ -1,7 +1,7 @@
 // The exact kernels' entry points (exact.cu), which are for float alone.
 #pragma once
 
-#include "device_plan.h"
+#include "exact_launch.h"
 #include "library.h"
 
 namespace implicit_steer::IST_ISA {
@@ -11,12 +11,11 @@ namespace implicit_steer::IST_ISA {
 template <typename R>
 bool has_exact_kernel(const DevicePlan<R>& plan, bool backward);
 
-// Launches the forward pass of a plan that has an exact kernel; R = float. `call` becomes what conv_forward would get,
-// for the launch that adds up what several warps have of a node.
+// `launch` becomes that of the forward pass of a plan that has an exact kernel; R = float.
 template <typename R>
-Failure run_exact_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream, Call<R>& call);
+Failure prepare_exact_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, ExactLaunch& launch);
 
-// The same of a backward pass up to sums over its rows; `mean` as in Call, `more`: numbers of memory behind the rows.
+// Launches the backward pass up to sums over its rows; `mean` as in Call, `more`: numbers of memory behind the rows.
 template <typename R>
 Failure run_exact_backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, bool mean, int64_t more, void* stream,
                            GradientRows<R>& rows);

@@ -1,5 +1,6 @@
 // Forward of a layer of scalars and vectors with exact sampling, in one kernel: out_i = Σ_path θ_path T_i[path], T as
 // in exact_warp.cuh. A node whose edges several warps share gets a row of outputs from each of them, as in forward.cuh.
+// Mean and bias follow, and the sum of such rows, here where the call says what for, else in finish_nodes.
 #pragma once
 
 #include "exact_warp.cuh"
@@ -17,16 +18,18 @@ struct ExactForward : Base {
   using Base::theta, Base::constant, Base::sums, Base::constant_sums;
   using typename Base::Slots, typename Base::Tiles;
   static constexpr int kFirstAside = ExactMemory<S>::first_aside;
-  float* const partial;
+  const ExactCall& call;
   float* const aside;  // this lane's place
 
   __device__ __forceinline__ explicit ExactForward(const ExactCall& call)
-      : Base(call, kExactForwardSize<S>), partial(call.partial), aside(this->rest + 4 * lane) {}
+      : Base(call, kExactForwardSize<S>), call(call), aside(this->rest + 4 * lane) {}
 
   // ---- the node's outputs
 
-  // Σ θ T, and all lanes' shares of it: 8 fields of 4 outputs at a time. Lane 4 u + k ends with output k of field u.
-  __device__ __forceinline__ void finish(float* out) {
+  // Σ θ T, and all lanes' shares of it: 8 fields of 4 outputs at a time. Lane 4 u + k ends with output k of field u,
+  // which goes to the node's row of the output or, of a node that several warps share, to one of this warp's.
+  __device__ __forceinline__ void finish(int node, int degree, bool shared, bool leading) {
+    float* const out = shared ? call.partial + int64_t{2 * number + !leading} * p.out_size : row(node);
 #pragma unroll 1
     for (int first_field = 0; first_field < S::fields; first_field += 8) {
       // Row n of a lane's shares is of field n ^ group, so that all lanes keep and send the same rows.
@@ -47,7 +50,49 @@ struct ExactForward : Base {
       const float even = exchange(shares[0][0], shares[0][2], 2), odd = exchange(shares[0][1], shares[0][3], 2);
       const float sum = exchange(even, odd, 1);
       const int to = global_memory(exact.out)[4 * first_field + lane];
-      if (to >= 0) out[to] = sum;
+      if (to >= 0) out[to] = shared || !call.bias ? sum : finished(sum, degree, to);
+    }
+  }
+
+  __device__ __forceinline__ float* row(int node) const { return a.out + int64_t{node} * p.out_size; }
+  __device__ __forceinline__ int begin_of(int node) const { return this->index(a.rowptr, node); }
+
+  // Output k of a node from its sum over so many edges.
+  __device__ __forceinline__ float finished(float sum, int degree, int k) const {
+    return (call.mean ? sum * reciprocal_approximate(static_cast<float>(degree)) : sum) + call.bias[k];
+  }
+
+  // Of the warps that share the node, the last one to have its row there adds all of them up, in their order. This one
+  // has the row of n edges.
+  __device__ __forceinline__ void add_rows(int node, int n) const {
+    const int begin = begin_of(node), end = begin_of(node + 1);
+    const int per_warp = static_cast<int>(call.shape.edges_per_warp);
+    int from = number, others = 0;
+    while (from * per_warp > begin) --from;
+    __syncwarp();
+    if (lane == 0) {
+      __threadfence();
+      others = atomicAdd(call.arrivals + from, n);
+      __threadfence();
+    }
+    others = from_lane(others, 0);
+    __syncwarp();
+    if (others + n < end - begin) return;
+    for (int k = lane; k < p.out_size; k += 32) {
+      float sum = 0;
+      for (int warp = from; warp * per_warp < end; ++warp)
+        sum += call.partial[int64_t{2 * warp + (begin > warp * per_warp)} * p.out_size + k];
+      row(node)[k] = finished(sum, end - begin, k);
+    }
+  }
+
+  // The outputs of nodes without edges: all warps together have them, one for each lane at a time.
+  __device__ __forceinline__ void write_bare_nodes() const {
+    const int64_t step = int64_t{32} * call.shape.warps;
+    for (int64_t at = 32 * number + lane; at < a.n_dst; at += step) {
+      const int node = static_cast<int>(at);
+      if (begin_of(node) != begin_of(node + 1)) continue;
+      for (int k = 0; k < p.out_size; ++k) row(node)[k] = call.bias[k];
     }
   }
 
@@ -87,6 +132,7 @@ struct ExactForward : Base {
 
   __device__ __forceinline__ void walk() {
     int node = this->target(first), end = this->index(a.rowptr, node + 1);
+    int begin = first;                                       // of the node, or of what the warp has of it
     bool leading = true;                                     // the node is the warp's first one, and
     const bool begun = this->index(a.rowptr, node) < first;  // some of that one's edges are in an earlier warp
     bool goes_on = false;                                    // the node has edges in an earlier chunk
@@ -110,12 +156,14 @@ struct ExactForward : Base {
           break;
         }
         const bool shared = !ends || (leading && begun);
-        finish(shared ? partial + int64_t{2 * number + !leading} * p.out_size : a.out + int64_t{node} * p.out_size);
-        this->clear(), leading = false;
+        finish(node, end - begin, shared, leading);
+        if (shared && call.bias) add_rows(node, (ends ? end : last) - begin);
+        this->clear(), leading = false, begin = end;
         while (from + at < last && end == from + at) end = this->index(a.rowptr, ++node + 1);
       }
       __syncwarp();
     }
+    if (call.bias) write_bare_nodes();
   }
 };
 

@@ -153,7 +153,7 @@ struct ExactGradients {
       const bool is_shift = at / S::width % 2;
       if (!is_shift || p.n_trivial) row[p.layers[n].affine + at % (2 * S::width)] = of_norm(packed, n + 1, w, is_shift);
     }
-    for (int at = threadIdx.x / 32; at < 2 * S::width; at += blockDim.x / 32) {
+    for (int at = threadIdx.x / 32; at < 2 * S::width; at += block_threads() / 32) {
       const bool is_shift = at >= S::width;
       if (is_shift && !p.n_trivial) continue;
       const float sum = of_last_norm(exact, packed, at % S::width, is_shift);

@@ -13,15 +13,11 @@
 // four registers of every lane until the node ends.
 #pragma once
 
+#include "exact_call.h"
 #include "exact_mlp.cuh"
 #include "mma.cuh"
 
 namespace implicit_steer::IST_ISA {
-
-struct ExactCall : Call<float> {
-  ExactView exact;
-  float* sums;  // backward: of warps, [warps, size]: see exact_gradients.cuh
-};
 
 // Rows of 8 fields of one degree's slots, two to a tile; the last one may stand alone. Then the same of 8 channels
 // more.

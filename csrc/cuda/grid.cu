@@ -1,6 +1,6 @@
 // The grid kernels for all functions that they are compiled for, and their launches.
 
-#include "exact_launch.h"
+#include "exact_passes.h"
 #include "grid.h"
 #include "grid_backward.cuh"
 #include "grid_forward.cuh"
@@ -34,10 +34,10 @@ bool has_grid_backward(const DevicePlan<float>& plan) {
 }
 
 template <>
-Failure run_grid_forward(const DevicePlan<float>& plan, const ConvArgs<float>& args, void* stream, Call<float>& call) {
+Failure prepare_grid_forward(const DevicePlan<float>& plan, const ConvArgs<float>& args, ExactLaunch& launch) {
   return with_grid_function(plan, [&](auto sizes) {
     using S = decltype(sizes);
-    return run_forward_of<S>("grid_forward", grid_forward<S>, plan, args, stream, call);
+    return prepare_forward_of<S>("grid_forward", grid_forward<S>, plan, args, launch);
   });
 }
 

@@ -1,14 +1,14 @@
 // The grid kernels' entry points (grid.cu), which are for float alone.
 #pragma once
 
-#include "device_plan.h"
+#include "exact_launch.h"
 #include "library.h"
 
 namespace implicit_steer::IST_ISA {
 
-// Launches the forward pass of a plan that has a grid kernel, as run_exact_forward() does.
+// `launch` becomes that of the forward pass of a plan that has a grid kernel.
 template <typename R>
-Failure run_grid_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream, Call<R>& call);
+Failure prepare_grid_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, ExactLaunch& launch);
 
 // Whether such a plan has a grid kernel for the backward pass, too: one that fits in a block's shared memory on every
 // device.

@@ -49,6 +49,11 @@ struct CudaTable {
   // [E, C_in].
   Failure (*forward)(const DevicePlan<R>&, const ConvArgs<R>&, const Epilogue<R>&, void* stream);
   Failure (*backward)(const DevicePlan<R>&, const ConvArgs<R>&, void* stream);
+  // The forward pass of a whole layer: `pack`, whose result is args.weights, and `forward`. Two launches where an exact
+  // or a grid kernel serves the plan.
+  Failure (*layer_forward)(const DevicePlan<R>&, const ConvArgs<R>&, const Epilogue<R>&, const SparseMatrix<R>& matrix,
+                           const Pieces<const R>& parameters, const NormStatistics<R>&, R* packed, R* statistics,
+                           void* stream);
   // The backward pass of a whole layer, where args.grad_out is the gradient of what `forward` gives: as `backward`, and
   // the gradients of the parameters, as pack_backward, and of the bias [n]. args.grad_weights may be null: of these
   // then only that of the bias.

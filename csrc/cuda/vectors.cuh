@@ -4,6 +4,7 @@
 #include "../packing.h"
 #include "call.h"
 #include "compat.cuh"
+#include "library.h"
 
 namespace implicit_steer::IST_ISA {
 
@@ -76,17 +77,46 @@ __global__ void sum_gradients(const __grid_constant__ RowSums<R, R> weights,
   features.run(block - nodes_blocks);
 }
 
-// ---- packing: one thread for each packed weight, and for each of the norms' statistics where they are wanted
+// What the kernel of a forward pass finds in place when it finishes its nodes itself (exact_call.h): the bias of every
+// output, expansion · bias, and counters at 0.
+template <typename R>
+struct NodeStart {
+  Epilogue<R> epilogue;
+  R* bias;
+  int64_t width;
+  int32_t* arrivals;
+  int64_t n_arrivals;
+
+  int64_t size() const { return width + n_arrivals; }
+  __device__ __forceinline__ void run(int64_t i) const {
+    if (i < n_arrivals) arrivals[i] = 0;
+    const int64_t k = i - n_arrivals;
+    if (k < 0 || k >= width) return;
+    R sum{};
+    for (int64_t m = 0; m < epilogue.n; ++m) sum += epilogue.expansion[k * epilogue.n + m] * epilogue.bias[m];
+    bias[k] = sum;
+  }
+};
+
+// ---- packing: one thread for each packed weight, for each of the norms' statistics where they are wanted, and for
+// each number of `start`
 
 template <typename R>
 __global__ void pack_weights(const __grid_constant__ PlanView<R> plan, const __grid_constant__ SparseMatrix<R> matrix,
                              const __grid_constant__ Pieces<const R> parameters,
-                             const __grid_constant__ NormStatistics<R> norms, R* packed, R* statistics) {
-  const int64_t i = thread_number();
-  if (i < matrix.n_rows)
+                             const __grid_constant__ NormStatistics<R> norms, R* packed, R* statistics,
+                             const __grid_constant__ NodeStart<R> start) {
+  int64_t i = thread_number();
+  if (i < matrix.n_rows) {
     packed[i] = packed_weight(plan, matrix, i, parameters, norms);
-  else if (statistics && i - matrix.n_rows < plan.n_layers * statistics_size(plan))
-    statistics[i - matrix.n_rows] = norm_statistic(plan, norms, i - matrix.n_rows);
+    return;
+  }
+  i -= matrix.n_rows;
+  const int64_t n_statistics = statistics ? plan.n_layers * statistics_size(plan) : 0;
+  if (i < n_statistics)
+    statistics[i] = norm_statistic(plan, norms, i);
+  else
+    start.run(i - n_statistics);
 }
 
 // of_bias[m] = Σ expansion[k, m] · sums[c, k] over the chunks c of nodes and the outputs k

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from bench import budgets, cuda_times
+from bench.cuda import Kernel, occupancy
 from bench.executed import Launch, by_loop, executions, launches_of
 from bench.predict import DEVICES
 from bench.sass import parse
@@ -124,6 +125,15 @@ def test_budgets_that_do_not_hold_say_so(monkeypatch):
     assert whole == "sm_90 kernel: 21 instructions per edge in 'whole kernel', expected at most 20"
     (missing,) = budgets.failures("kernel", {"edges": Counter(), None: Counter()}, sizes)
     assert "no loop 'nodes'" in missing
+
+
+@pytest.mark.parametrize(
+    ("architecture", "shared", "warps"),
+    [("sm_90", 50 << 10, 4 * 4), ("sm_90", 200 << 10, 4), ("sm_80", 200 << 10, 3), ("sm_120", 200 << 10, 2)],
+)
+def test_blocks_have_fewer_warps_where_their_memory_does_not_fit(architecture, shared, warps):
+    kernel = Kernel("kernel", "kernel", architecture, registers=64, stack=0, shared=0)
+    assert 64 * occupancy(kernel, Launch("kernel", 512, 16, 4, 128, shared)) == warps
 
 
 def test_the_measured_kernel_takes_the_measured_time():

@@ -135,15 +135,18 @@ std::vector<std::string> run_layer(const Case& file, Emulated<R>& engine) {
   auto grad_weights = unwritten<R>(p.plan.n_weights), grad_delta = unwritten<R>(p.delta.size());
   const std::vector<R> grad_out = p.grad_out;
   for (bool mean : {false, true}) {
-    std::vector<R> actual = unwritten<R>(nodes * width), of_bias(n), sizes(n), scaled = grad_out;
+    std::vector<R> actual = unwritten<R>(nodes * width), whole = actual, of_bias(n), sizes(n), scaled = grad_out;
     const Epilogue<R> epilogue{expansion.data(), bias.data(), n, mean};
     a = p.arguments(), a.out = actual.data();
     engine.forward(p, a, epilogue);
+    a.out = whole.data();
+    engine.layer_forward(p, a, epilogue);
     for (int64_t k = 0; k < nodes * width; ++k) {
       const R edges = mean ? edges_of(p, k / width) : R{1}, *row = expansion.data() + k % width * n;
       const R expected = sums[k] / edges + (row[0] - 2 * row[1] + 3 * row[2]);
-      if (!(std::abs(actual[k] - expected) <= 1e-5 * (1 + std::abs(expected))))
-        return {"mean and bias: wrong at " + std::to_string(k)};
+      for (const R found : {actual[k], whole[k]})
+        if (!(std::abs(found - expected) <= 1e-5 * (1 + std::abs(expected))))
+          return {"mean and bias: wrong at " + std::to_string(k)};
       scaled[k] /= edges;
       for (int64_t m = 0; m < n; ++m) of_bias[m] += row[m] * grad_out[k], sizes[m] += std::abs(row[m] * grad_out[k]);
     }

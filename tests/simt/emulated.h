@@ -178,6 +178,20 @@ class Emulated {
       return table<R>().forward(plan, args, epilogue, stream);
     });
   }
+  // The whole forward pass of a layer; packs its weights anew, to the same bits as `pack`.
+  void layer_forward(Problem<R>& p, ConvArgs<R> a, const Epilogue<R>& epilogue) {
+    const Parts<R> parameters(p.parameters);
+    auto packed = unwritten<R>(p.plan.n_weights);
+    run(p, a, [&](const DevicePlan<R>& plan, ConvArgs<R> args, void* stream) {
+      numbers_at(epilogue.expansion, p.plan.out_size * epilogue.n, "expansion");
+      numbers_at(epilogue.bias, epilogue.n, "bias");
+      writes(packed), args.weights = packed.data();
+      reads(p.rowptr), reads(p.column), reads(p.value), reads(p.statistics);
+      for (const auto& part : parameters.parts) reads(part);
+      return table<R>().layer_forward(plan, args, epilogue, p.matrix, parameters.template pieces<const R>(),
+                                      {p.statistics.data(), nullptr, {}}, packed.data(), nullptr, stream);
+    });
+  }
   void backward(Problem<R>& p, ConvArgs<R> a) { run(p, a, table<R>().backward); }
   void forward_tangent(Problem<R>& p, ConvArgs<R> a) { run(p, a, table<R>().forward_tangent); }
   void backward_tangent(Problem<R>& p, ConvArgs<R> a) { run(p, a, table<R>().backward_tangent); }

@@ -332,6 +332,10 @@ void collective(uint32_t mask, Site site, Operand operand, size_t bytes, WarpOpe
   if (random_number() & 1) wake(self->warp, mine), to_scheduler(false);
 }
 
+void fence(Site site) {
+  if (!is_skipped(site)) trace_fence();
+}
+
 void warp_barrier(uint32_t mask, Site site) {
   if (!is_skipped(site)) collective(mask, site, {nullptr, nullptr, 0}, 0, no_operation);
 }

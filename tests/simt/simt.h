@@ -62,6 +62,7 @@ struct Site {
 };
 
 void block_barrier(Site site);
+void fence(Site site);
 void warp_barrier(uint32_t mask, Site site);
 void collective(uint32_t mask, Site site, Operand operand, size_t bytes, WarpOperation operation);
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -160,6 +161,7 @@ SIMT_UNTRACED __attribute__((noinline)) T atomic_add(T* address, T value) {
 #define __shfl_sync(mask, value, lane) simt::shuffled(mask, value, lane, SIMT_SITE("__shfl_sync"))
 #define __shfl_xor_sync(mask, value, bits) \
   simt::shuffled(mask, value, static_cast<int>(simt::self->lane ^ (bits)), SIMT_SITE("__shfl_xor_sync"))
+#define __threadfence() simt::fence(SIMT_SITE("__threadfence"))
 #define __ballot_sync(mask, set) simt::balloted(mask, set, SIMT_SITE("__ballot_sync"))
 #define mma_m16n8k8(d, a, b) simt::multiplied(d, a, b, SIMT_SITE("mma_m16n8k8"))
 #define LAUNCH(kernel, grid, block, bytes, stream, ...) \
@@ -172,6 +174,7 @@ inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline int atomicAdd(int* address, int value) { return simt::atomic_add(address, value); }
 inline float __uint_as_float(uint32_t bits) { return simt::float_of(bits); }
 inline uint32_t __float_as_uint(float x) { return simt::bits_of(x); }
+inline unsigned block_threads() { return blockDim.x; }
 inline uint32_t to_tf32(float x) {
   return std::isfinite(x) ? (simt::bits_of(x) + 0x1000u) & 0xffffe000u : simt::bits_of(x);
 }

@@ -18,6 +18,7 @@ void count_access(const void* instruction);       // of the thread that runs
 std::map<std::string, uint64_t> touched_bytes();  // of the launch, by array
 
 void trace_reset(bool on);
+void trace_fence();                      // by the thread that runs
 const void* traced_instruction();        // of the last access; null without trace
 void trace_launch(const void* context);  // the launch's arguments lie around it
 void trace_block(size_t dynamic_bytes);

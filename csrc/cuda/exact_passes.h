@@ -1,0 +1,49 @@
+// The launches of forward and backward passes by the kernels of exact_warp.cuh.
+#pragma once
+
+#include "exact_forward.cuh"
+#include "exact_gradients.cuh"
+#include "exact_launch.h"
+
+namespace implicit_steer::IST_ISA {
+
+constexpr int64_t kLeastBlockBytes = 99 << 10;  // of shared memory that a block can have, on sm_86, 89 and 120
+
+// Numbers of a block's shared memory in front of its warps'.
+template <typename S>
+int64_t front_of_warps(const PlanView<float>& p) {
+  return ExactMemory<S>::in_front_of_mlp(0, 0) + S::Mlp::template size<S>(p);
+}
+
+// The kernel of a forward pass, prepared, with memory for its partial rows and for what it finishes nodes with.
+template <typename S>
+Failure prepare_forward_of(const char* name, void (*kernel)(ExactCall), const DevicePlan<float>& plan,
+                           const ConvArgs<float>& args, ExactLaunch& edges) {
+  edges = {name, kernel, {}, front_of_warps<S>(plan.host), kExactForwardSize<S>, 0, kExactForwardThreads<S> / 32};
+  IST_TRY(edges.prepare(plan, args));
+  const int64_t warps = edges.call.shape.warps, width = plan.view.out_size;
+  edges.call.partial = static_cast<float*>(args.scratch((2 * warps * width + width + warps + 1) * sizeof(float)));
+  return {};
+}
+
+// The kernel of a backward pass; `edges`: the launch before prepare(), `kept`: numbers that a warp keeps in global
+// memory, in front of the warps' sums. `rows` and `more` as in run_exact_backward.
+template <typename S>
+Failure run_backward_of(ExactLaunch edges, int64_t kept, const DevicePlan<float>& plan, const ConvArgs<float>& args,
+                        bool mean, int64_t more, void* stream, GradientRows<float>& rows) {
+  using Gradients = ExactGradients<S>;
+  IST_TRY(edges.prepare(plan, args));
+  edges.call.mean = mean;
+  rows.n = edges.blocks();
+  const int64_t warps = edges.call.shape.warps, of_warp = Gradients::size_of(plan.host) + Gradients::aside;
+  const int64_t of_warps = args.grad_weights ? of_warp * warps : 0;
+  const int64_t of_rows = args.grad_weights ? rows.n * plan.view.n_grad : 0;
+  const int64_t n = kept * warps + of_warps + of_rows + more;
+  float* const memory =
+      static_cast<float*>(args.scratch(std::max<int64_t>(n, 1) * static_cast<int64_t>(sizeof(float))));
+  edges.call.sums = memory + kept * warps;
+  rows.at = edges.call.partial = edges.call.sums + of_warps;
+  return edges.run(stream);
+}
+
+}  // namespace implicit_steer::IST_ISA
