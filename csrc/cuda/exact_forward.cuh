@@ -28,7 +28,7 @@ struct ExactForward : Base {
 
   // Σ θ T, and all lanes' shares of it: 8 fields of 4 outputs at a time. Lane 4 u + k ends with output k of field u,
   // which goes to the node's row of the output or, of a node that several warps share, to one of this warp's.
-  __device__ __forceinline__ void finish(int node, int degree, bool shared, bool leading) {
+  __device__ __forceinline__ void finish(int node, int end, bool shared, bool leading) {
     float* const out = shared ? call.partial + int64_t{2 * number + !leading} * p.out_size : row(node);
 #pragma unroll 1
     for (int first_field = 0; first_field < S::fields; first_field += 8) {
@@ -50,23 +50,23 @@ struct ExactForward : Base {
       const float even = exchange(shares[0][0], shares[0][2], 2), odd = exchange(shares[0][1], shares[0][3], 2);
       const float sum = exchange(even, odd, 1);
       const int to = global_memory(exact.out)[4 * first_field + lane];
-      if (to >= 0) out[to] = shared || !call.bias ? sum : finished(sum, degree, to);
+      if (to >= 0) out[to] = shared || !call.bias ? sum : finished(sum, node, end, to);
     }
   }
 
   __device__ __forceinline__ float* row(int node) const { return a.out + int64_t{node} * p.out_size; }
   __device__ __forceinline__ int begin_of(int node) const { return this->index(a.rowptr, node); }
 
-  // Output k of a node from its sum over so many edges.
-  __device__ __forceinline__ float finished(float sum, int degree, int k) const {
-    return (call.mean ? sum * reciprocal_approximate(static_cast<float>(degree)) : sum) + call.bias[k];
+  // Output k of a node from its sum over the edges before position `end`.
+  __device__ __forceinline__ float finished(float sum, int node, int end, int k) const {
+    if (call.mean) sum *= reciprocal_approximate(static_cast<float>(end - begin_of(node)));
+    return sum + call.bias[k];
   }
 
-  // Of the warps that share the node, the last one to have its row there adds all of them up, in their order. This one
-  // has the row of n edges.
-  __device__ __forceinline__ void add_rows(int node, int n) const {
-    const int begin = begin_of(node), end = begin_of(node + 1);
-    const int per_warp = static_cast<int>(call.shape.edges_per_warp);
+  // Of the warps that share the node, the last one to have its row there adds all of them up, in their order.
+  __device__ __forceinline__ void add_rows(int node, int end) const {
+    const int begin = begin_of(node), per_warp = static_cast<int>(call.shape.edges_per_warp);
+    const int n = (end < last ? end : last) - (begin > first ? begin : first);  // edges of this warp's row
     int from = number, others = 0;
     while (from * per_warp > begin) --from;
     __syncwarp();
@@ -82,7 +82,7 @@ struct ExactForward : Base {
       float sum = 0;
       for (int warp = from; warp * per_warp < end; ++warp)
         sum += call.partial[int64_t{2 * warp + (begin > warp * per_warp)} * p.out_size + k];
-      row(node)[k] = finished(sum, end - begin, k);
+      row(node)[k] = finished(sum, node, end, k);
     }
   }
 
@@ -132,7 +132,6 @@ struct ExactForward : Base {
 
   __device__ __forceinline__ void walk() {
     int node = this->target(first), end = this->index(a.rowptr, node + 1);
-    int begin = first;                                       // of the node, or of what the warp has of it
     bool leading = true;                                     // the node is the warp's first one, and
     const bool begun = this->index(a.rowptr, node) < first;  // some of that one's edges are in an earlier warp
     bool goes_on = false;                                    // the node has edges in an earlier chunk
@@ -156,9 +155,9 @@ struct ExactForward : Base {
           break;
         }
         const bool shared = !ends || (leading && begun);
-        finish(node, end - begin, shared, leading);
-        if (shared && call.bias) add_rows(node, (ends ? end : last) - begin);
-        this->clear(), leading = false, begin = end;
+        finish(node, end, shared, leading);
+        if (shared && call.bias) add_rows(node, end);
+        this->clear(), leading = false;
         while (from + at < last && end == from + at) end = this->index(a.rowptr, ++node + 1);
       }
       __syncwarp();
