@@ -66,12 +66,12 @@ class Interaction(torch.nn.Module):
         self,
         x: Tensor,
         edge_index: Tensor | Graph,
-        edge_vec: Tensor,
+        edge_delta: Tensor,
         edge_attr: Tensor | EdgeTypes | None = None,
         node_attr: Tensor | None = None,
     ) -> Tensor:
         """(N, irreps_in.size) → (N, irreps_out.size); the edges are given as to :meth:`ImplicitPointConv.forward`."""
-        message = self.conv(self.linear(x), edge_index, edge_vec, edge_attr) / math.sqrt(self.degree)
+        message = self.conv(self.linear(x), edge_index, edge_delta, edge_attr) / math.sqrt(self.degree)
         return self.gate((message + self.self_connection(self._with_attributes(x, node_attr))) / math.sqrt(2))
 
     def _with_attributes(self, x: Tensor, node_attr: Tensor | None) -> Tensor:
@@ -113,7 +113,7 @@ class InteractionBlock(Interaction):
         n_layers, n_channels, activation, norm, cutoff, width, depthwise, table, radial, backend: as in
             :class:`ImplicitPointConv`. The convolution has no bias, since the self-connection has one.
 
-    Shape: x (N, irreps_in.size), edge_vec (E, 3), edge_attr (E, A) or :class:`~implicit_steer.EdgeTypes`, node_attr
+    Shape: x (N, irreps_in.size), edge_delta (E, 3), edge_attr (E, A) or :class:`~implicit_steer.EdgeTypes`, node_attr
     (N, B); y (N, irreps_out.size).
 
     Raises:

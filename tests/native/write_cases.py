@@ -276,6 +276,7 @@ def gpu_cases():
         "grid-isolated-nodes": grid(nodes(300, 90)),
         "grid-skewed": grid(skewed),
         "grid-odd-sizes-train": grid(near_skewed, odd, "train", "silu", cutoff=2.0),
+        "grid-short-edges-train": grid(lambda problem: short_edges(skewed(problem)), cloud, "train", "silu"),
         "grid-one-layer": grid(skewed, one_layer, "eval", width=1.0),
         "one-edge": made(nodes(5, 1), width=1.0),
         "1-node": made(nodes(1, 40)),
