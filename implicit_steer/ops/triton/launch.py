@@ -4,24 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .configuration import LaunchConfig
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One launch: positional arguments by name, constants, options of the compiler."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    constants: dict[str, Any]
-    options: dict[str, int]
 
 
 class Variant:
@@ -55,6 +43,32 @@ class Variant:
             compiled[(*grid, 1, 1)[:3]](*arguments, *self._values)
 
 
+class Launch(NamedTuple):
+    """One launch; ``values`` are the positional arguments."""
+
+    variant: Variant
+    grid: tuple[int, ...]
+    values: Sequence[Any]
+
+    @property
+    def kernel(self) -> Any:
+        return self.variant.kernel
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The positional arguments by name."""
+        return dict(zip(self.kernel.arg_names, self.values, strict=False))
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        return self.variant.constants
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Of the compiler."""
+        return self.variant.options
+
+
 _recorded: list[Launch] | None = None
 
 
@@ -72,7 +86,6 @@ def recording() -> Iterator[list[Launch]]:
 def launch(variant: Variant, grid: tuple[int, ...], arguments: Sequence[Any]) -> None:
     """Launch a variant; nothing for an empty grid. What is assumed of the tensors is checked in operators.py."""
     if _recorded is not None:
-        named = dict(zip(variant.kernel.arg_names, arguments, strict=False))
-        _recorded.append(Launch(variant.kernel, grid, named, variant.constants, variant.options))
+        _recorded.append(Launch(variant, grid, arguments))
     elif all(grid):
         variant.run(grid, arguments)
