@@ -223,10 +223,13 @@ class FileData:
 def _read(path: str, name: str) -> list[Atoms]:
     io = load_extra("ase.io", "ase")
     require(Path(path).is_file(), name, "a file that ASE reads", repr(path))
+    frames: list[Atoms] = []
     try:
-        frames = io.read(path, ":")
+        frames.extend(io.iread(path, ":"))  # frame by frame, to know which one cannot be read
     except (*_OF_READERS, load_extra("ase.io.formats", "ase").UnknownFileTypeError) as error:
-        fail(path, "a file that ASE reads", f"{type(error).__name__}: {error}")
+        where = f"frame {len(frames)} of {path}" if frames else path
+        remedy = "Copy the file again if it was cut short, or mend the frame." if frames else ""
+        fail(where, "a file that ASE reads", f"{type(error).__name__}: {error}", remedy)
     require(len(frames) > 0, path, "at least one frame", "none")
     return frames
 

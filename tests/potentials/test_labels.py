@@ -198,6 +198,15 @@ def test_files_that_cannot_be_read(tmp_path, content, message):
         FileData(str(path), cutoff=CUTOFF, progress=False)
 
 
+def test_the_frame_at_which_a_file_ends_is_named(frames, tmp_path):
+    path = tmp_path / "cut.extxyz"
+    write(path, frames[:3])
+    content = path.read_text()
+    path.write_text(content[: content.rindex("Lattice") + 20])
+    with pytest.raises(ValueError, match=r"frame 2 of .*cut.extxyz: expected a file that ASE reads, got .* cut short"):
+        FileData(str(path), cutoff=CUTOFF, progress=False)
+
+
 def test_a_frame_without_labels_is_named(frames, tmp_path):
     write(tmp_path / "f.extxyz", [*frames[:2], plain(frames[2])])
     with pytest.raises(ValueError, match=r"frame 2 of .*f.extxyz: energy: expected"):
