@@ -109,7 +109,7 @@ native-%: native-program-% native-cases
 EMULATED := build/emulated
 CASES := $(NATIVE_TESTS)/cases
 MUTATED := grid-odd zonal linear planar-axis-train zonal-odd-sizes-train none-grid-cutoff planar zonal-specialised zonal-specialised-short-edges
-TRACED := $(MUTATED) zonal-specialised-channels zonal-specialised-fields
+TRACED := $(MUTATED) zonal-specialised-channels zonal-specialised-fields depthwise depthwise-specialised-train depthwise-exact
 test-gpu-emulated: test-gpu-quick emulated-fast emulated-address native-cases
 	$(EMULATED)/fast/conv_test $(CASES) 3
 	$(EMULATED)/fast/conv_test $(CASES)/gpu 1

@@ -40,19 +40,29 @@ struct Backward : Reverse<N, true, S> {
     for (int k = 0; k < p.n_couplings; ++k) {  // loop: gradient of T
       const CouplingView q = this->coupling_view(k);
       for (int slot = 0; slot < q.n_slots; ++slot) {
-        const N* const weight = weights + q.theta + int64_t{q.slots[2 * slot]} * q.n_out * q.theta_size;
+        const N* const weight = weights + q.theta + int64_t{q.slots[2 * slot]} * q.theta_rows * q.theta_size;
         const N* const grad = mixed + q.out_at + q.slots[2 * slot + 1] * q.out_stride;
         for (int64_t x = lane; x < q.theta_size; x += 32) {
           N sum{};
+          if (q.depthwise) {
+            if (x < channels_end(q)) sum = weight[x] * grad[x / q.hidden_stride];
+          } else {
 #pragma unroll 2
-          for (int u = 0; u < q.n_out; ++u) sum += weight[u * q.theta_size + x] * grad[u];
+            for (int u = 0; u < q.n_out; ++u) sum += weight[u * q.theta_size + x] * grad[u];
+          }
           d_sums[q.at_sums + slot * q.theta_size + x] = sum;
         }
       }
     }
   }
 
-  // dθ[b][u][v, w] += Σ_o g[u, o] T[b, o][v, w]; the slots of one b follow each other
+  // Where the numbers [v, w] of θ or T end, before their padding.
+  static __device__ __forceinline__ int64_t channels_end(const CouplingView& q) {
+    return int64_t{q.n_in} * q.hidden_stride;
+  }
+
+  // dθ[b][u][v, w] += Σ_o g[u, o] T[b, o][v, w], of a depthwise coupling only u = v; the slots of one b follow each
+  // other
   __device__ __forceinline__ void finish(int64_t) {
     if (!need_weights) return;
     for (int k = 0; k < p.n_couplings; ++k) {  // loop: gradient of theta
@@ -61,7 +71,11 @@ struct Backward : Reverse<N, true, S> {
         const int b = q.slots[2 * slot];
         for (end = slot + 1; end < q.n_slots && q.slots[2 * end] == b; ++end) {
         }
-        R* const out = grad_weights + q.theta + int64_t{b} * q.n_out * q.theta_size;
+        R* const out = grad_weights + q.theta + int64_t{b} * q.theta_rows * q.theta_size;
+        if (q.depthwise) {
+          add_channels(q, slot, end, out);
+          continue;
+        }
         if constexpr (S::specialised) {
           add_outputs_specialised(q, slot, end, out);
           continue;
@@ -77,6 +91,16 @@ struct Backward : Reverse<N, true, S> {
       }
     }
     __syncwarp();
+  }
+
+  __device__ __forceinline__ void add_channels(const CouplingView& q, int slot, int end, R* out) {
+    for (int64_t x = lane; x < channels_end(q); x += 32) {
+      const int64_t v = x / q.hidden_stride;
+      N sum{};
+      for (int s = slot; s < end; ++s)
+        sum += sums[q.at_sums + s * q.theta_size + x] * mixed[q.out_at + q.slots[2 * s + 1] * q.out_stride + v];
+      out[x] += result(sum);
+    }
   }
 
   // The sums of finish() over the slots slot .. end-1, four outputs at a time: their loads are on the way together.

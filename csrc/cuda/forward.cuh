@@ -32,7 +32,7 @@ struct Forward : Warp<N, true, false, S> {
     __syncwarp();
     for (int k = 0; k < p.n_couplings; ++k) {  // loop: mixing
       const CouplingView q = this->coupling_view(k);
-      for (int slot = 0; slot < q.n_slots; ++slot) mix(q, slot);
+      for (int slot = 0; slot < q.n_slots; ++slot) q.depthwise ? mix_channels(q, slot) : mix(q, slot);
     }
     __syncwarp();
     R* const out = row_of(node);
@@ -44,6 +44,18 @@ struct Forward : Warp<N, true, false, S> {
     const int64_t begin = this->index(a.rowptr, node), end = this->index(a.rowptr, node + 1);
     if (first <= begin && end <= last) return a.out + node * p.out_size;
     return partial + (2 * number + (begin <= first ? 0 : 1)) * p.out_size;
+  }
+
+  // mixed[o, u] += Σ_w θ[b, w, u] T[slot, u, w] of a depthwise coupling
+  __device__ __forceinline__ void mix_channels(const CouplingView& q, int slot) {
+    const N* const weight = weights + q.theta_forward + int64_t{q.slots[2 * slot]} * q.n_hidden * q.out_stride;
+    const N* const of_slot = sums + q.at_sums + slot * q.theta_size;
+    N* const out = mixed + q.out_at + q.slots[2 * slot + 1] * q.out_stride;
+    for (int u = lane; u < q.n_out; u += 32) {
+      N sum = out[u];
+      for (int w = 0; w < q.n_hidden; ++w) sum += weight[w * q.out_stride + u] * of_slot[u * q.hidden_stride + w];
+      out[u] = sum;
+    }
   }
 
   // mixed[o, u] += Σ_{v, w} θ[b, v, w, u] T[slot, v, w]: a lane for each u, and the sum divided among those left over

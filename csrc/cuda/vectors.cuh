@@ -162,9 +162,11 @@ __global__ void pair_weights(const __grid_constant__ PlanView<R> plan, const R* 
   const CouplingView* q = plan.couplings;
   for (int n = 1; n < plan.n_couplings && plan.couplings[n].theta_forward <= k; ++n) q = plan.couplings + n;
   const int64_t at = k - q->theta_forward, u = at % q->out_stride, w = at / q->out_stride % q->n_hidden;
-  const int64_t v = at / q->out_stride / q->n_hidden % q->n_in, b = at / q->out_stride / q->n_hidden / q->n_in;
-  if (u < q->n_out)
-    pairs[2 * k + 1] = tangent[q->theta + (b * q->n_out + u) * q->theta_size + v * q->hidden_stride + w];
+  const int64_t row = at / q->out_stride / q->n_hidden;  // [b][v]; depthwise: [b]
+  const int64_t b = q->depthwise ? row : row / q->n_in, v = q->depthwise ? u : row % q->n_in;
+  if (u >= q->n_out) return;
+  const int64_t of_u = b * q->theta_rows + (q->depthwise ? 0 : u);
+  pairs[2 * k + 1] = tangent[q->theta + of_u * q->theta_size + v * q->hidden_stride + w];
 }
 
 }  // namespace implicit_steer::IST_ISA

@@ -118,8 +118,8 @@ def choose_for_kernel(plan: Plan, device: torch.device, dtype: torch.dtype) -> t
 
 def choose_in_compiled(name: str, plan: Plan, parameters: Parameters, device: torch.device) -> Backend | None:
     """Inside torch.compile the backend for ``name`` if that is `cpu`, `cuda` or `triton`, whose plans are made before;
-    "auto" takes `cuda`, which has no tables, before `triton`. Else, and outside of torch.compile, None:
-    :func:`choose` decides.
+    "auto" takes `cuda` before `triton`, but not for tables, which it lacks, nor for depthwise kernels, which are slower
+    there. Else, and outside of torch.compile, None: :func:`choose` decides.
 
     Raises:
         RuntimeError: on CUDA tensors "auto" or "triton" where no such plan was made, with the remedy.
@@ -128,7 +128,8 @@ def choose_in_compiled(name: str, plan: Plan, parameters: Parameters, device: to
         return None
     on_gpu, native = device.type == "cuda", cache.native is not None
     in_cuda = native and (plan.table is None or plan.table.automatic)
-    if on_gpu and in_cuda and name in ("auto", "cuda") and _native.cuda_usable(device)[0]:
+    wanted = name == "cuda" or (name == "auto" and (cache.triton is None or not plan.is_depthwise))
+    if on_gpu and in_cuda and wanted and _native.cuda_usable(device)[0]:
         return BACKENDS["cuda"]
     if cache.triton is not None and (name == "triton" or (on_gpu and name == "auto")):
         return BACKENDS["triton"]

@@ -71,7 +71,7 @@ def test_options(options, backend):
 
 
 def test_depthwise(backend):
-    """Values, first and second derivatives; `cuda` says that it has no such kernels."""
+    """Values, first and second derivatives."""
     text, generator = "2x0e + 2x1o", torch.Generator().manual_seed(0)
     conv = irreps.ImplicitPointConv(text, text, n_layers=2, n_channels=2, width=1.0, norm="batch", depthwise=True)
     conv = conv.double().to(DEVICE)
@@ -85,10 +85,6 @@ def test_depthwise(backend):
         first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
         return [out, *first, *torch.autograd.grad(sum(t.square().sum() for t in first), leaves)]
 
-    if backend == "cuda":
-        with pytest.raises(RuntimeError, match="depthwise kernels run on a GPU in 'triton'"):
-            run(backend)
-        return
     known = run("reference")
     scale = max(float(t.detach().norm()) for t in known)
     for ours, theirs in zip(run(backend), known, strict=True):

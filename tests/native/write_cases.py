@@ -22,7 +22,7 @@ import torch
 from helpers import layer, outcome, random_edges, unchanged, with_edges
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from implicit_steer import EdgeTypes, Graph
+from implicit_steer import EdgeTypes, Graph, irreps
 from implicit_steer.layers.fields import values
 from implicit_steer.ops.native.bound import BoundKernel
 from implicit_steer.ops.select import BACKENDS
@@ -240,6 +240,17 @@ def table(case, change=lambda problem: problem, rows=None, knots=9, **options):
     return conv.freeze_table(rows, knots), problem
 
 
+def depthwise(irreps_in, irreps_out, edges, configuration, **options):
+    """A layer whose kernel acts channel by channel, without the map that mixes its outputs, and its problem."""
+    generator, n = torch.Generator().manual_seed(0), int(edges.max()) + 1
+    conv = irreps.ImplicitPointConv(irreps_in, irreps_out, 1, norm="batch", width=1.0, depthwise=True, **options)
+    conv = conv.double().train(configuration == "train")
+    conv.linear = None
+    sizes = (n, conv.irreps_in.size), (n, 3), (edges.shape[1], 3), (edges.shape[1], 1)
+    x, pos, delta, attributes = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
+    return conv, Problem(x, pos, Graph(edges, n), delta, attributes)
+
+
 def radius(r):
     """The problem with every other edge of that length."""
 
@@ -345,6 +356,11 @@ def cases():
         "zonal-near-origin": made("o3-l2", "no norm", near_origin),
         "zonal-near-origin-train": made("o3", "train", near_skewed, activation="gelu"),
         "zonal-all-near-origin": made("o3", "eval", all_near_origin, activation="silu"),
+        "depthwise": depthwise(
+            "5x0e + 3x1o + 2x2e", "1x0e + 1x1o + 1x1e", skewed_edges(), "eval", n_layers=2, n_channels=3
+        ),
+        "depthwise-specialised-train": depthwise("9x0e + 9x1o", "1x0e + 1x1o", random_edges(60, 9, 9), "train"),
+        "depthwise-exact": depthwise("4x0e + 3x1o", "1x0e + 1x1o", random_edges(60, 9, 9), "eval"),
         "planar": made("o2", activation="tanh"),
         "planar-axis-train": made("so2-r3", "train", activation="silu"),
         "planar-dense-train": made("so2-mixed", "train"),

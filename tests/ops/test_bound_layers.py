@@ -11,16 +11,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import arguments_of, assert_close, function_of, layer, outcome
+from helpers import arguments_of, assert_close, function_of, layer, outcome, random_edges
 from torch.func import functional_call
 from torch.library import opcheck
 from torch.nn.utils import parametrize
 
-from implicit_steer import _native
+from implicit_steer import Graph, _native
 from implicit_steer.irreps import ImplicitPointConv
 from implicit_steer.ops.native.bound import BoundKernel
 from implicit_steer.ops.select import BACKENDS
-from implicit_steer.testing.cases import SMALL
+from implicit_steer.testing.cases import SMALL, Problem
 
 BACKEND = "cuda" if _native.ON_PROCESSOR else "cpu"
 of_cpu = pytest.mark.skipif(BACKEND != "cpu", reason="of CPU tensors alone")
@@ -213,6 +213,28 @@ def test_frozen_and_tabulated(table):
         conv.backend = BACKEND
         torch.testing.assert_close(conv(x, *arguments), expected, rtol=0, atol=1e-10)
         optimizer_step(conv)
+
+
+@pytest.mark.parametrize("aggr", ["sum", "mean"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_layers_on_irreps(depthwise, dtype, bound, aggr):
+    """Nodes without edges, nodes that many warps share, a bias: what kernels finish themselves."""
+    conv = ImplicitPointConv("4x0e + 3x1o", "2x0e + 1x1o", 1, aggr=aggr, width=1.0, depthwise=depthwise).to(dtype)
+    if not depthwise:
+        torch.nn.init.normal_(conv.bias)
+    edges = random_edges(300, 40, 40)
+    edges[1] = edges[1] % 30
+    edges[1, 100:] = 7
+    sizes = (40, conv.irreps_in.size), (300, 3), (300, 1)
+    x, delta, attributes = (torch.randn(size, dtype=dtype) for size in sizes)
+    problem = Problem(x, x, Graph(edges, 40), delta, attributes)
+
+    def run(problem, conv):
+        return conv(problem.x, problem.graph, problem.delta, problem.attributes)
+
+    found, known = (outcome(conv, problem, backend, run) for backend in (BACKEND, "reference"))
+    assert_close(found, known, bound)
 
 
 # ---- between a call and its backward pass

@@ -10,19 +10,20 @@ from types import SimpleNamespace
 import fake_cuda
 import pytest
 import torch
-from helpers import arguments_of, assert_close, function_of, layer, outcome
+from helpers import arguments_of, assert_close, function_of, layer, outcome, random_edges
 from operators import operator_arguments
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from implicit_steer import _files, _native
-from implicit_steer.graph import graph
+from implicit_steer.graph import Graph, graph
+from implicit_steer.irreps import ImplicitPointConv
 from implicit_steer.ops import gpu_cost, select
 from implicit_steer.ops.gpu_cost import instructions_per_edge
 from implicit_steer.ops.native import cuda as module
 from implicit_steer.plan.moments import RUNNING
 from implicit_steer.plan.packing import learned_tensors, parameter_sizes
-from implicit_steer.testing.cases import SMALL, Case
+from implicit_steer.testing.cases import SMALL, Case, Problem
 
 GPU = torch.device("cuda")
 reference, cuda, triton = (select.BACKENDS[name] for name in ("reference", "cuda", "triton"))
@@ -208,6 +209,25 @@ def test_on_the_native_loops_it_is_reference(monkeypatch, name, options, configu
     assert_close(outcome(conv, problem, "cuda"), outcome(conv, problem, "reference"), 1e-12)
 
 
+def depthwise(**options):
+    """A layer whose kernel acts channel by channel."""
+    conv = ImplicitPointConv("3x0e + 2x1o", "2x0e + 1x1o", 1, n_layers=2, n_channels=3, depthwise=True, **options)
+    return conv.double()
+
+
+def test_depthwise_kernels_on_the_native_loops(monkeypatch):
+    monkeypatch.setattr(cuda, "supports", lambda plan, device, dtype: (True, ""))
+    conv, edges = depthwise(norm="batch", width=1.0), random_edges(40, 7, 7)
+    x, delta, attributes = (torch.randn(size, dtype=torch.float64) for size in ((7, 9), (40, 3), (40, 1)))
+    problem = Problem(x, x, Graph(edges, 7), delta, attributes)
+
+    def run(problem, conv):
+        return conv(problem.x, problem.graph, problem.delta, problem.attributes)
+
+    found, known = (outcome(conv, problem, backend, run) for backend in ("cuda", "reference"))
+    assert_close(found, known, 1e-12)
+
+
 def test_kernel_values_on_the_native_loops():
     conv = layer(SMALL["o3"])
     kernel, problem = conv.implicit_kernel, SMALL["o3"].inputs(conv)
@@ -243,6 +263,18 @@ def test_backend_inside_a_compiled_function(monkeypatch, usable, triton):
         message = "backend: expected 'cuda' or 'triton' inside torch.compile, with a plan that it supports, got"
         with pytest.raises(RuntimeError, match=message) if refused else nullcontext():
             assert select.choose_in_compiled(name, plan, parameters, GPU) == expected
+
+
+def test_depthwise_kernels_inside_a_compiled_function(monkeypatch):
+    """`triton` if it is there, else `cuda`."""
+    kernel = depthwise().implicit_kernel
+    plan, parameters = kernel.plan, kernel.parameters_for_op()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(_native, "cuda_usable", lambda device: (True, ""))
+    for there, expected in ((None, cuda), ("a plan", triton)):
+        parameters.cache.triton = there
+        assert select.choose_in_compiled("auto", plan, parameters, GPU) is expected
+        assert select.choose_in_compiled("cuda", plan, parameters, GPU) is cuda
 
 
 def test_tables_inside_a_compiled_function(monkeypatch):

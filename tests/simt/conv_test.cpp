@@ -249,8 +249,10 @@ int check_case(const std::string& name, const Case& file, bool trace, int seeds)
   simt::use_device(simt::kDevices[0]);
   const auto launched = simt::take_counts();
   const auto starts_with = [&](const char* what) { return name.rfind(what, 0) == 0; };
-  const bool specialised = name != "cloud-no-edges" && (starts_with("cloud") || starts_with("zonal-specialised"));
-  const bool exact = specialised && name != "zonal-specialised-train";  // which has fields of l = 2
+  const bool many = name == "depthwise-specialised-train";  // outputs of a product
+  const bool specialised = name != "cloud-no-edges" && (starts_with("cloud") || starts_with("zonal-specialised") ||
+                                                        many || name == "depthwise-exact");
+  const bool exact = specialised && !many && name != "zonal-specialised-train";  // which has fields of l = 2
   const bool grid = name != "grid-no-edges" && starts_with("grid");
   for (const auto& [kernel, runs] : {std::pair{"exact_forward", exact},
                                      {"exact_backward", exact},

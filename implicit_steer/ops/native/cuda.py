@@ -107,8 +107,6 @@ class Cuda(NativeBackend):
             there, reason = False, refused
         if there and plan.table is not None:
             there, reason = False, "tables run on a GPU in 'triton' or as plain PyTorch, in 'eager'"
-        if there and plan.is_depthwise:
-            there, reason = False, "depthwise kernels run on a GPU in 'triton' or as plain PyTorch, in 'eager'"
         if not there:
             return there, reason
         if on_gpu:
