@@ -128,9 +128,11 @@ def choose_in_compiled(name: str, plan: Plan, parameters: Parameters, device: to
         return None
     on_gpu, native = device.type == "cuda", cache.native is not None
     in_cuda = native and (plan.table is None or plan.table.automatic)
-    wanted = name == "cuda" or (name == "auto" and (cache.triton is None or not plan.is_depthwise))
-    if on_gpu and in_cuda and wanted and _native.cuda_usable(device)[0]:
-        return BACKENDS["cuda"]
+    if on_gpu and in_cuda and name in ("auto", "cuda") and _native.cuda_usable(device)[0]:
+        # Tracing cannot ask for a cached property.
+        slower = name == "auto" and cache.triton is not None and any(c.depthwise for c in plan.couplings)
+        if not slower:
+            return BACKENDS["cuda"]
     if cache.triton is not None and (name == "triton" or (on_gpu and name == "auto")):
         return BACKENDS["triton"]
     if on_gpu and name in ("auto", "triton"):
