@@ -162,9 +162,7 @@ def _train(trainer: Trainer, sets: _Sets, count: int, minutes: float, folder: Pa
 
     def made() -> dict[str, Any]:
         seconds = _timed(trainer, sets.full, epochs, folder)
-        if (export := trainer.export(folder)) is not None:
-            trainer.run(export, folder)
-        command = [trainer.python, str(_EVALUATE), "errors", trainer.kind, str(trainer.models(folder)[0]), sets.test]
+        command = [trainer.python, str(_EVALUATE), "errors", trainer.kind, str(trainer.model(folder)), sets.test]
         return {"epochs": epochs, "seconds": seconds, "folder": str(folder)} | _answer(trainer, command, folder)
 
     return _stage(_beside(folder), [*made_of, count, sets.tested], made)
@@ -200,18 +198,11 @@ def _dynamics(trainer: Trainer, folder: Path, cells: int, out: Path) -> dict[str
     start = SYSTEMS[DYNAMICS_SYSTEM].start()[:4]
     start.set_cell(SYSTEMS[DYNAMICS_SYSTEM].start().cell / 2)
     load_extra("ase.io", "ase").write(frame, start.repeat(cells), format="extxyz")
-    models, seconds = trainer.models(folder), str(DYNAMICS_SECONDS)
-
-    def made() -> dict[str, Any]:
-        forms = []
-        for model in models:
-            command = [trainer.python, str(_EVALUATE), "dynamics", trainer.kind, str(model), str(frame), seconds]
-            forms.append({"model": model.name} | _answer(trainer, command, folder))
-        return min(forms, key=lambda found: found["seconds"])
-
+    model, seconds = str(trainer.model(folder)), str(DYNAMICS_SECONDS)
+    command = [trainer.python, str(_EVALUATE), "dynamics", trainer.kind, model, str(frame), seconds]
     path = out / f"dynamics-{trainer.kind}-{4 * cells**3}.json"
-    made_of = [trainer.version(), CUTOFF, CHANNELS, DEGREE, LAYERS, seconds, [model.name for model in models]]
-    return _stage(path, made_of, made)
+    made_of = [trainer.version(), CUTOFF, CHANNELS, DEGREE, LAYERS, seconds]
+    return _stage(path, made_of, lambda: _answer(trainer, command, folder))
 
 
 def _answer(trainer: Trainer, command: list[str], folder: Path) -> dict[str, Any]:

@@ -57,12 +57,6 @@ def _nequip(python: str, files: Files, epochs: int, folder: Path) -> list[str]:
     return [train, "--config-dir", str(folder), "--config-name", "config", f"hydra.run.dir={folder / 'run'}"]
 
 
-def _nequip_export(python: str, folder: Path) -> list[str]:
-    compile_ = str(Path(python).with_name("nequip-compile"))
-    compiled, trained = (str(folder / name) for name in MODELS["nequip"])
-    return [compile_, trained, compiled, "--mode=aotinductor", "--target=ase", "--device=cpu"]
-
-
 def _nequip_config(files: Files, epochs: int) -> dict:
     symbols, nequip = list(files.e0), "nequip.data.transforms"
     loader = {"_target_": "torch.utils.data.DataLoader", "batch_size": BATCH}
@@ -114,18 +108,14 @@ def _nequip_config(files: Files, epochs: int) -> dict:
     return {"run": ["train"], "data": data, "trainer": trainer, "training_module": module}
 
 
-# The forms of a trained model: the first one gives the errors, the fastest one the time of a step.
-MODELS = {
-    "implicit_steer": ["run/potential.pt"],
-    "mace": ["model.model"],
-    "nequip": ["model.nequip.pt2", "run/best.ckpt"],
-}
+# NequIP's as it is trained: compiled by nequip-compile it takes 12 to 20 times as long for a step on a processor, and a
+# model of molecules, which have no cell, does not pass that command's check of the stress.
+MODELS = {"implicit_steer": "run/potential.pt", "mace": "model.model", "nequip": "run/best.ckpt"}
 _TRAIN: dict[str, Callable[[str, Files, int, Path], list[str]]] = {
     "implicit_steer": _ours,
     "mace": _mace,
     "nequip": _nequip,
 }
-_EXPORT: dict[str, Callable[[str, Path], list[str]]] = {"nequip": _nequip_export}
 _DISTRIBUTIONS = {"implicit_steer": "implicit_steer", "mace": "mace-torch", "nequip": "nequip"}
 
 
@@ -141,13 +131,9 @@ class Trainer:
         """The command that trains for ``epochs`` in ``folder``, an absolute path."""
         return _TRAIN[self.kind](self.python, files, epochs, folder)
 
-    def export(self, folder: Path) -> list[str] | None:
-        """The command that makes :meth:`models` of a training in ``folder``; None where the training does."""
-        return _EXPORT[self.kind](self.python, folder) if self.kind in _EXPORT else None
-
-    def models(self, folder: Path) -> list[Path]:
-        """Where the trained model is, in each of its forms, as ``standalone/evaluate.py`` reads it."""
-        return [folder / name for name in MODELS[self.kind]]
+    def model(self, folder: Path) -> Path:
+        """Where the trained model is, as ``standalone/evaluate.py`` reads it."""
+        return folder / MODELS[self.kind]
 
     def version(self) -> str | None:
         """Of the package in this environment; None where it, or the interpreter, is missing."""

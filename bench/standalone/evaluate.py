@@ -10,7 +10,6 @@ This file runs in the environment of any package of ``LOADERS``: it imports ASE,
 
 import json
 import os
-import pathlib
 import resource
 import sys
 import time
@@ -44,18 +43,15 @@ def _mace(path):
 def _nequip(path):
     from nequip.integrations.ase import NequIPCalculator
 
-    compiled = path.endswith(".pt2")
-
     def module():
         from nequip.model.saved_models.load_utils import load_saved_model
 
-        return load_saved_model(str(pathlib.Path(path).with_name("run") / "best.ckpt") if compiled else path)
+        return load_saved_model(path)
 
-    load = NequIPCalculator.from_compiled_model if compiled else NequIPCalculator._from_saved_model
-    return load(path, device="cpu", chemical_species_to_atom_type_map=True), module
+    return NequIPCalculator._from_saved_model(path, device="cpu", chemical_species_to_atom_type_map=True), module
 
 
-# The calculator of a model, and a function that gives the module with its parameters, which a compiled model lacks.
+# The calculator of a model, and a function that gives the module with its parameters.
 LOADERS = {"implicit_steer": _implicit_steer, "mace": _mace, "nequip": _nequip}
 
 

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 import ase.io
 import pytest
@@ -94,17 +93,6 @@ def test_a_stage_is_made_again_where_its_settings_changed(tmp_path):
 
     assert [potentials._stage(path, [5.0], make)["count"] for _ in range(2)] == [1, 1]
     assert potentials._stage(path, [4.0], make)["count"] == 2
-
-
-def test_steps_are_those_of_the_fastest_form_of_a_model(tmp_path, monkeypatch):
-    times = {"model.nequip.pt2": 0.5, "best.ckpt": 0.2}
-
-    def run(trainer, command, folder):
-        return json.dumps({"seconds": times[Path(command[4]).name], "peak_mb": 1.0})
-
-    monkeypatch.setattr(Trainer, "run", run)
-    found = potentials._dynamics(Trainer("nequip", sys.executable, 1), tmp_path, 2, tmp_path)
-    assert found == {"model": "best.ckpt", "seconds": 0.2, "peak_mb": 1.0}
 
 
 def test_files_have_energies_and_forces_under_names_that_everyone_reads(tmp_path):
