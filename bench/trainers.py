@@ -34,6 +34,7 @@ class Files(NamedTuple):
 def _ours(python: str, files: Files, epochs: int, folder: Path) -> list[str]:
     options = {"data": files.train, "valid": files.valid, "epochs": epochs, "batch-size": BATCH, "cutoff": CUTOFF}
     options |= {"channels": CHANNELS, "max-frequency": DEGREE, "blocks": LAYERS, "out": folder / "run"}
+    options |= {"lr": 0.005, "ema": 0.99, "correlation": 2, "energy-weight": 0.1}  # by the molecules' validation files
     options["e0"] = ",".join(f"{symbol}={energy!r}" for symbol, energy in files.e0.items())
     flags = [f"--{name}={value}" for name, value in options.items()]
     return [python, "-m", "implicit_steer", "train", "forces", *flags, "--overwrite", "--no-progress"]
