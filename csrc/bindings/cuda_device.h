@@ -264,12 +264,8 @@ class Cuda {
     return device_matrix(context_, view_, rowptr, column, value);
   }
   void pack(const HeldMatrix<R>& held, const Pieces<const R>& parameters, const R* statistics, R* packed) const {
-    pack(held, parameters, NormStatistics<R>{statistics, nullptr, {}}, packed, nullptr);
-  }
-  void pack(const HeldMatrix<R>& held, const Pieces<const R>& parameters, const NormStatistics<R>& norms, R* packed,
-            R* statistics) const {
-    implicit_steer::check(
-        kernels<R>().pack(plan_, held.matrix, parameters, norms, packed, statistics, context_.stream));
+    const NormStatistics<R> norms{statistics, nullptr, {}};
+    implicit_steer::check(kernels<R>().pack(plan_, held.matrix, parameters, norms, packed, nullptr, context_.stream));
   }
   void pack_backward(const HeldMatrix<R>& held, const R* statistics, const R* grad_packed, R* grad) const {
     Pieces<R> pieces{};
