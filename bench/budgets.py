@@ -69,7 +69,7 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         WHOLE: Budget(300, "edge"),
         "chunks": Budget(250, "edge"),  # the MLP of 16 edges; of 29 HMMA 26 are the activations'
         "T": Budget(34, "edge"),
-        "nodes": Budget(660, "node"),  # mixing, as in the exact kernel
+        "nodes": Budget(660, "node"),  # mixing and shared nodes, as in the exact kernel
     },
     "grid_backward<Grid<Elu, 8, 8>>": {
         WHOLE: Budget(840, "edge"),  # of which 65 are a block's beginning and end, for 512 edges here
