@@ -109,8 +109,8 @@ def _nequip_config(files: Files, epochs: int) -> dict:
     return {"run": ["train"], "data": data, "trainer": trainer, "training_module": module}
 
 
-# NequIP's as it is trained: compiled by nequip-compile it was slower for 32, 108 and 500 atoms on a processor, and a model
-# of molecules, which have no cell, does not pass that command's check of the stress.
+# NequIP's as it is trained: compiled by nequip-compile it was slower for 32, 108 and 500 atoms on a processor, and a
+# model of molecules, which have no cell, does not pass that command's check of the stress.
 MODELS = {"implicit_steer": "run/potential.pt", "mace": "model.model", "nequip": "run/best.ckpt"}
 _TRAIN: dict[str, Callable[[str, Files, int, Path], list[str]]] = {
     "implicit_steer": _ours,
