@@ -38,7 +38,7 @@ def turned(images: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 examples = pixels[test][:10]
-viz.images({"upright": examples[:, 0].numpy(), "turned": turned(examples, 1)[:, 0].numpy()})
+viz.images({"upright": examples[:, 0].numpy(), "rotated": turned(examples, 1)[:, 0].numpy()})
 
 # %% [markdown]
 # ## Networks
