@@ -6,13 +6,12 @@ tensor cores; to evaluate functions (MUFU), 16 in a cycle; to move each array th
 once. How many instructions warps execute is found from the machine code and the emulator (`bench/executed.py`).
 
 The two ends of a range assume a good and an ordinary share of each throughput. Two kernels measured on an H100 set the
-ordinary shares: a warp of the forward kernel issued an instruction in 10.2 cycles, a sum over the edges of each source
-moved its arrays at 53 % of the data sheet's bandwidth. Good are 80 % of the issue slots, and the bandwidth of a copy,
-which was measured there, too. For tensor cores and MUFU nothing was measured: 85 % is taken as good, 45 % and 50 % as
-ordinary. A last table compares what was measured of the forward kernel with what is predicted, as long as it is
-compiled. The prediction leaves out bank conflicts, L2 misses of gathered features, warps that wait for the last one,
-and kernels whose work is not proportional to the graph. Launches and counts are those for the shared memory of sm_90;
-where there is less, a warp takes fewer edges at a time.
+ordinary shares: a warp of the specialised forward kernel issued an instruction in 10.2 cycles, a sum over the edges of
+each source moved its arrays at 53 % of the data sheet's bandwidth. Good are 80 % of the issue slots, and the bandwidth
+of a copy, which was measured there, too. For tensor cores and MUFU nothing was measured: 85 % is taken as good, 45 %
+and 50 % as ordinary. The prediction leaves out bank conflicts, L2 misses of gathered features, warps that wait for the
+last one, and kernels whose work is not proportional to the graph. Launches and counts are those for the shared memory
+of sm_90; where there is less, a warp takes fewer edges at a time.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""These are PREDICTIONS, never measurements, of the Triton kernels' times. On an H100 the kernels of a forward pass
-took what is predicted, and those of a backward pass 1.5 times the upper end of the range (docs/gpu-h100.md).
+"""These are PREDICTIONS, never measurements, of the Triton kernels' times. An H100 has run the case `cloud-batch` with
+kernels that `edges_forward` and `edges_backward` have replaced there, `layers_forward` and `layers_backward_weights`
+among them: their forward pass took what was predicted, their backward pass 1.5 times the upper end of the range
+([gpu-h100.md](gpu-h100.md)).
 
 The prediction for a launch is the least time that three throughputs allow: DRAM (each tensor that the kernel is given
 crosses it once), instructions issued, and tensor cores. Instructions and tensor-core operations are counted in the

@@ -1,9 +1,11 @@
 # %% [markdown]
 # # Forces
 #
+# You will train a small potential on energies and forces, and check that its forces are derivatives of its energy.
+#
 # A potential is an invariant energy per atom; forces are its exact derivatives, and training on them takes
-# derivatives of derivatives, which the native operator has. Here an alloy of copper and gold, labelled on this
-# machine with ASE's effective medium theory.
+# derivatives of derivatives, which the native operator has. The structures are those of an alloy of copper and gold,
+# labelled on this machine with ASE's effective medium theory.
 
 # %%
 import tempfile

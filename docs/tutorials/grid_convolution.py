@@ -1,9 +1,11 @@
 # %% [markdown]
 # # Grid convolution: rotated digits
 #
+# You will train networks with kernels on a grid of pixels and see what equivariance to rotations does for them.
+#
 # `ImplicitConv` is the same implicit kernel on the points of a pixel or voxel grid: it is evaluated once per call, on
 # `kernel_size²` positions, and then convolved with as usual. Here networks learn from upright handwritten digits and
-# are tested on digits that are turned by any angle, which a network that is equivariant to rotations does not have to
+# are tested on digits that are rotated by any angle, which a network that is equivariant to rotations does not have to
 # learn.
 #
 # The data set is scikit-learn's: 1,797 digits of 8 × 8 pixels, here enlarged to 17 × 17 and framed.
@@ -36,26 +38,26 @@ def turned(images: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 examples = pixels[test][:10]
-viz.images({"upright": examples[:, 0].numpy(), "turned": turned(examples, 1)[:, 0].numpy()})
+viz.images({"upright": examples[:, 0].numpy(), "rotated": turned(examples, 1)[:, 0].numpy()})
 
 # %% [markdown]
 # ## Networks
 #
-# Three convolutions, two poolings, and the mean over all pixels of numbers that are invariant. Hidden fields are
-# functions on the group up to frequency 2, five numbers per field for SO(2) and ten for O(2), so that all networks
-# have the same width; 16 samples of them are enough. The plain network has ordinary convolutions of the same width
-# and kernel size.
+# A network has three convolutions, two poolings, and the mean over all pixels of channels that are invariant. Hidden
+# fields are functions on the group up to frequency 2, five components per field for SO(2) and ten for O(2), so that all
+# networks have the same width; 16 samples of them are enough. The plain network has ordinary convolutions of the same
+# width and kernel size.
 
 
 # %%
 def head(invariants):
-    """Invariant numbers of every pixel → one number per digit."""
+    """Invariant channels of every pixel → one score per digit."""
     pool = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
     return torch.nn.Sequential(torch.nn.BatchNorm2d(invariants), torch.nn.ELU(), *pool, torch.nn.Linear(invariants, 10))
 
 
 class Steerable(torch.nn.Module):
-    """Digits → ten numbers, invariant to the group of ``gspace``."""
+    """Digits → ten scores, invariant to the group of ``gspace``."""
 
     def __init__(self, gspace, width=20, invariants=32):
         super().__init__()
@@ -92,13 +94,13 @@ def plain(width=20, invariants=32):
 # %% [markdown]
 # ## Training on upright digits
 #
-# Everybody gets the same 600 upright digits; the plain network is trained a second time on digits that are turned
+# All networks get the same 600 upright digits; the plain network is trained a second time on digits that are rotated
 # anew in every epoch.
 
 
 # %%
 def fit(net, augment=False, epochs=24, batch=30):
-    """Train; accuracies on upright and on turned test digits."""
+    """Train; accuracies on upright and on rotated test digits."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     generator = torch.Generator().manual_seed(0)
@@ -118,12 +120,12 @@ def fit(net, augment=False, epochs=24, batch=30):
 
 networks = {
     "plain": (plain, False),
-    "plain, trained on turned digits": (plain, True),
+    "plain, trained on rotated digits": (plain, True),
     "SO(2)": (lambda: Steerable(escnn.gspaces.rot2dOnR2()), False),
     "O(2)": (lambda: Steerable(escnn.gspaces.flipRot2dOnR2()), False),
 }
 trained, accuracy = {}, {}
-print("| network | parameters | upright, % | turned, % |\n|---|---:|---:|---:|")
+print("| network | parameters | upright, % | rotated, % |\n|---|---:|---:|---:|")
 for name, (make, augment) in networks.items():
     torch.manual_seed(0)
     np.random.seed(0)
@@ -135,12 +137,12 @@ for name, (make, augment) in networks.items():
 assert accuracy["SO(2)"][1] > accuracy["plain"][1] + 0.2
 
 # %% [markdown]
-# One seed, and sizes and epochs were chosen on these turned digits for the steerable networks: read the gap to the
-# plain network trained upright as the effect of equivariance, not the points that lie between the others.
+# The table has one seed, and sizes and epochs were chosen on these rotated digits for the steerable networks: read the
+# gap to the plain network trained upright as the effect of equivariance, not the points that lie between the others.
 #
-# Turned digits are seen through the pixels of the grid, so no network is invariant exactly: a 6 that is turned by
-# 180° is a 9, and every other angle blurs. For quarter turns the grid maps to itself, and the invariance of SO(2) is
-# that of rounding and of the samples of its activations.
+# Rotated digits are seen through the pixels of the grid, so no network is exactly invariant: every angle but quarter
+# turns blurs a digit, and a 6 that is rotated by 180° is a 9. A quarter turn maps the grid to itself; under it SO(2) is
+# invariant up to rounding and the samples of its activations.
 
 # %%
 with torch.no_grad():
@@ -151,8 +153,8 @@ with torch.no_grad():
 # %% [markdown]
 # ## What it has learned
 #
-# Kernels of the first layer of SO(2), from the picture to the first field: four of the five coefficients of a function
-# on the circle, in escnn's order, each turning with its own frequency 0, 1 or 2.
+# The picture shows kernels of the first layer of SO(2), from the image to the first field: four of the five
+# coefficients of a function on the circle, in escnn's order, each rotating with its own frequency 0, 1 or 2.
 
 # %%
 kernel = trained["SO(2)"].first.implicit_kernel

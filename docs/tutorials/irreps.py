@@ -1,8 +1,10 @@
 # %% [markdown]
 # # Irreps and PyG
 #
-# `implicit_steer.irreps` holds layers between plain tensors. What a row of such a tensor consists of is said in one
-# line: `"16x0e + 8x1o"` is 16 scalars and 8 vectors, in this order, 40 numbers per point.
+# You will train a network on plain tensors and PyG's data, without escnn, measure its equivariance, and save it.
+#
+# `implicit_steer.irreps` holds layers between plain tensors. A string says what a row of such a tensor consists of:
+# `"16x0e + 8x1o"` is 16 scalars and 8 vectors, in this order, 40 components per point.
 
 # %%
 import tempfile
@@ -17,7 +19,7 @@ from implicit_steer.irreps import ImplicitPointConv, InteractionBlock, Irreps, L
 from implicit_steer.training import viz
 
 torch.manual_seed(0)
-print(Irreps.of("16x0e + 8x1o").size, "numbers")
+print(Irreps.of("16x0e + 8x1o").size, "components")
 
 conv = ImplicitPointConv("16x0e + 8x1o", "4x0e + 2x2e", width=1.0)
 pos, x = torch.randn(50, 3), torch.randn(50, 40)
@@ -42,8 +44,9 @@ print(tuple(y.shape), "from", tuple(x.shape))
 #
 # ## Data
 #
-# Clouds of points with a mass and a velocity each. To be found is the angular momentum about the centre of mass,
-# `Σ m (x − x̄) × (v − v̄)`: an axial vector, `1e`. Clouds are PyG's `Data`, and a `DataLoader` joins them.
+# The data are clouds of points with a mass and a velocity each. The network has to find the angular momentum about the
+# centre of mass, `Σ m (x − x̄) × (v − v̄)`: an axial vector, `1e`. Clouds are PyG's `Data`, and a `DataLoader` joins
+# them.
 
 # %%
 POINTS = 8
@@ -122,10 +125,10 @@ assert error < 0.1 * scale
 viz.parity(test.y.numpy(), {"network": predicted.numpy()}, label="component of L", title="200 clouds not seen")
 
 # %% [markdown]
-# ## Turned and mirrored clouds
+# ## Rotated and mirrored clouds
 #
-# The network is equivariant whatever its weights are. Positions and velocities turn with a matrix of O(3); an axial
-# vector turns, too, but an inversion leaves it as it is: it takes the determinant as a factor.
+# The network is equivariant whatever its weights are. Positions and velocities rotate with a matrix of O(3); an axial
+# vector rotates, too, but an inversion leaves it as it is: it takes the determinant as a factor.
 
 # %%
 errors = {"rotations": [], "rotations and inversion": []}

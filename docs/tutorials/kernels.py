@@ -1,6 +1,8 @@
 # %% [markdown]
 # # Kernels and what they look like
 #
+# You will build kernels for several groups, draw them, and measure how equivariant they are.
+#
 # A steerable convolution needs a kernel `K(x)`, a matrix at every relative position `x`, with `K(g x) = ρ_out(g) K(x)
 # ρ_in(g)⁻¹` for every symmetry `g`. Classical steerable networks solve this equation and parametrise its solutions.
 # Here the kernel is the value of a network that is equivariant itself: `vec K(x) = MLP(x)`, a map from the
@@ -44,7 +46,7 @@ viz.kernel_slice(swirl, entries=entries, title="SO(2): scalar to vector")
 #
 # The network may see more than the position: properties of an edge, scalars or tensors, each with its own way to
 # transform. Below, a kernel between scalars with a vector attribute along x: it is equivariant if position *and*
-# attribute are turned together, so its picture need not be round.
+# attribute are rotated together, so its picture need not be round.
 
 # %%
 dot, arrow = plane.type(plane.trivial_repr), plane.type(plane.irrep(1))

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # A model
 #
-# A network that is built from the layers: points with charges in, a vector out. The task is to find the dipole moment
-# of a cloud about its centre, `Σ q_i (x_i − x̄)`: the answer turns with the cloud, and so does that of the network,
-# before any training.
+# You will build a network from the layers, train it, and save one of its layers. It takes points with charges and gives
+# one vector: the dipole moment of a cloud about its centre, `Σ q_i (x_i − x̄)`. The true answer rotates with the cloud,
+# and so does that of the network, even before training.
 
 # %%
 import tempfile
@@ -90,7 +90,7 @@ assert error < 0.5 * float(dipole.square().mean())
 viz.parity(dipole.numpy(), {"network": predicted.numpy()}, label="component of the dipole", title="200 clouds not seen")
 
 # %% [markdown]
-# ## Turned clouds, turned answers
+# ## Rotated clouds, rotated answers
 
 # %%
 g = gspace.fibergroup.sample()
@@ -106,7 +106,7 @@ print(f"relative equivariance error: {float(difference.norm() / predicted.norm()
 # ## Saving
 #
 # Layers are saved as what they compute, in a file that loads without escnn: plain tensors in, plain tensors out, the
-# same numbers. The text of `implicit_steer/deploy/__init__.py` says how to make a whole network saveable.
+# same results. The text of `implicit_steer/deploy/__init__.py` says how to make a whole network saveable.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:

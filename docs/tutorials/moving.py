@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Moving from other code
 #
-# From the authors' implementation, from escnn's `R3PointConv`, from e3nn, NequIP and MACE, from PyG, and from codes
-# with other rows and signs.
+# You will see what to change in code that was written for the authors' implementation, for escnn's `R3PointConv`, for
+# e3nn, NequIP and MACE, for PyG, or with other rows and signs of edges.
 
 # %%
 import escnn
@@ -202,9 +202,10 @@ for name, layer in (("NequIP", as_in_nequip), ("here", block)):
 # ## From MACE
 #
 # Its layer has two steps. The interaction sums messages of the neighbours, as in NequIP: here it is a depthwise
-# convolution. The second step, the symmetric contractions, has no counterpart here: they multiply the sums of one atom
-# with each other, channel by channel, so that one layer sees several neighbours at once. Keep MACE's own for this step;
-# or stack `InteractionBlock`s, whose gates and layers bring in more and more neighbours, as in NequIP.
+# convolution. The second step, the symmetric contractions, multiplies the sums of one atom with each other, channel by
+# channel, so that one layer sees several neighbours at once. The counterpart of its second order is
+# [`irreps.TensorSquare`](../api/irreps.md), the product of a feature with itself; higher orders have none. Keep MACE's
+# own for these; or stack `InteractionBlock`s, whose gates and layers bring in more and more neighbours, as in NequIP.
 
 
 # %%
@@ -266,7 +267,7 @@ for interaction in (InteractionAsInMACE(hidden, message, degree=8), Interaction(
 # | `radius_graph(x, r)`: 32 arbitrary ones of more neighbours | all; `max_num_neighbors=32`: the 32 nearest |
 # | `knn(x, y, k)`, `radius(x, y, r)`: row 0 counts y, row 1 x | the same; `.flip(0)` is the `edge_index` from x to y |
 # | `Batch.from_data_list` | `Graph.join(graphs)` |
-# | `global_mean_pool(x, batch)` | the same, on `y.tensor`: every channel of a scalar field is an ordinary number |
+# | `global_mean_pool(x, batch)` | the same, on `y.tensor`: every channel of a scalar field is an ordinary scalar |
 #
 # Invariant channels go into any layer of PyG, and any of its outputs comes back as scalars.
 

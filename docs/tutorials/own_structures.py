@@ -2,13 +2,14 @@
 # # From a file of structures to molecular dynamics
 #
 # You have structures with energies and forces, in any file that ASE reads, and want to run dynamics. This page trains a
-# potential on such a file, certifies it, and runs it in ASE and in LAMMPS. All of it are commands; they are called from
-# Python here. The structures are few and the training is short, so that the page runs in half a minute.
+# potential on such a file, certifies it, and runs it in ASE and in LAMMPS. Training and certificate are commands, which
+# the page calls from Python. The structures are few and the training is short, so that the page runs in half a minute.
 #
 # ## The file
 #
-# An extended XYZ file with energies in eV and forces in eV/Å, and if you like stresses in eV/Å³. Here an alloy of
-# copper and gold, labelled with ASE's effective medium theory; yours comes from your electronic-structure code.
+# An extended XYZ file holds energies in eV and forces in eV/Å, and if you like stresses in eV/Å³. The one below holds
+# an alloy of copper and gold, labelled with ASE's effective medium theory; yours comes from your electronic-structure
+# code.
 
 # %%
 import importlib.util

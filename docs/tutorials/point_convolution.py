@@ -1,6 +1,8 @@
 # %% [markdown]
 # # Point convolution
 #
+# You will run one layer on a cloud of points, measure its equivariance, and compare the memory of its backends.
+#
 # `ImplicitPointConv` maps features on points to features on points, `out_i = bias + Σ_{j→i} γ s(|x|) K(x, a) f_j`,
 # with `x` the position of the target minus that of the source. The matrices `K` are never formed: the last layer of
 # the kernel's network is applied once per point, not once per edge.
@@ -15,7 +17,7 @@ from implicit_steer.training import viz
 
 torch.manual_seed(0)
 gspace = escnn.gspaces.flipRot3dOnR3()  # O(3)
-fields = gspace.type(*[gspace.trivial_repr] * 4, *[gspace.irrep(1, 1)] * 4)  # 4 scalars, 4 vectors: 16 numbers
+fields = gspace.type(*[gspace.trivial_repr] * 4, *[gspace.irrep(1, 1)] * 4)  # 4 scalars, 4 vectors: 16 components
 conv = ImplicitPointConv(fields, fields, None, n_layers=3, n_channels=8)
 print(conv.explain())
 
@@ -43,8 +45,9 @@ print(tuple(y.tensor.shape), y.type)
 # %% [markdown]
 # ## Equivariance, measured
 #
-# Turn the points and the features, convolve; or convolve, then turn the result. Take random elements of the group:
-# escnn's `testing_elements` are those of the icosahedron, under which the sample grids are closed, and hide errors.
+# Transform the points and the features, then convolve; or convolve, then transform the result. Take random elements
+# of the group: escnn's `testing_elements` are those of the icosahedron, under which the sample grids are closed, and
+# hide errors.
 
 # %%
 conv.eval()
@@ -71,8 +74,8 @@ assert max(errors) < 1e-5
 # %% [markdown]
 # ## Memory
 #
-# What autograd keeps for a training step, per edge: the matrices `K` and what computes them, against the fused
-# operator. Bytes of saved tensors, counted with `saved_tensors_hooks`.
+# For a training step autograd keeps the matrices `K` of all edges and what computes them; with the fused operator it
+# keeps far less. `saved_tensors_hooks` sees every tensor that is kept, so that its bytes can be counted.
 
 
 # %%

@@ -153,12 +153,12 @@ class Graph:
 
     @cached_property
     def number(self) -> int:
-        """Under which the native extension has the graph, sorted by target."""
+        """The number under which the native extension has the graph, sorted by target."""
         return self._bound(self.rowptr[:0], self.rowptr[:0])
 
     @cached_property
     def number_by_source(self) -> int:
-        """Under which the native extension has the graph, sorted by target and by source."""
+        """The number under which the native extension has the graph, sorted by target and by source."""
         return self._bound(*self._by_source)
 
     def _bound(self, order_by_source: Tensor, colptr: Tensor) -> int:

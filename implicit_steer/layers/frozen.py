@@ -66,7 +66,7 @@ class FrozenKernel(BasisFingerprint, KernelBase):
         self.n_attributes = self.rows.shape[1]  # users give these; the plan's attribute is the number of a row
 
     def choose_knots(self, attributes: Tensor | EdgeTypes) -> None:
-        """The knots of splines are where they were."""
+        """Do nothing: the knots of splines are fixed."""
 
     def check_points(
         self, prefix: str, delta: Tensor, attributes: Tensor | EdgeTypes | None, n: int | None

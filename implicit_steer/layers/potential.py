@@ -79,8 +79,8 @@ class PotentialNet(torch.nn.Module):
     Args:
         species: atomic numbers that occur.
         cutoff: the largest distance between interacting atoms, in Å.
-        radial: how many cosines of the distance the kernels see. Convolutions of earlier versions, which do not compute
-            them, are made to.
+        radial: how many cosines of the distance the kernels see. Convolutions of a file that take them as attributes
+            are made to compute them.
         embedding: species → scalars.
         convolutions, gates: one of each per layer.
         head: the MLP, (N, C) → (N, 1).
@@ -182,7 +182,7 @@ class PotentialNet(torch.nn.Module):
             x = _with_scalars(y, x, cast(Gate, gate).channels) if x.shape != y.shape else x + y
         scalars = x.unflatten(1, (self.embedding.embedding_dim, -1))[..., 0]
         interaction = self.scale[species] * self.head(scalars).squeeze(1)
-        # float32 rounds the energies of free atoms, 10⁴ eV, to 10⁻³ eV. Files of earlier versions have a float32 shift.
+        # float32 rounds the energies of free atoms, 10⁴ eV, to 10⁻³ eV. Some files have a float32 shift.
         energies = self.shift.double()[species] + interaction.double()
         if self.zbl is not None:
             energies = energies.scatter_add(0, graph.dst, 0.5 * self.zbl(pairs.index, edge_delta).double())
@@ -319,8 +319,8 @@ def _graph(structures: Structures) -> Graph:
 
 
 def _compute_cosines(convolutions: torch.nn.ModuleList, count: int) -> None:
-    """Let the kernels compute the cosines themselves: in files of earlier versions these are the first ``count`` of the
-    attributes that a convolution is given."""
+    """Let the kernels compute the cosines themselves: in some files these are the first ``count`` of the attributes
+    that a convolution is given."""
     for conv in convolutions:
         kernel = cast(KernelBase, conv.implicit_kernel)
         if count and kernel.plan.radial is None and not kernel.plan.is_frozen:

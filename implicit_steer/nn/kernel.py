@@ -100,7 +100,7 @@ class ImplicitKernel(KernelBase):
         width: initial σ, in the unit of the positions: about the length of an edge, since the kernel of far longer
             edges is almost 0.
         table: None, a number of knots or ``"auto"``: the MLP is evaluated at so many radii and interpolated; see
-            :class:`implicit_steer.irreps.ImplicitPointConv`. It takes an exact sampling and invariant attributes.
+            :class:`implicit_steer.irreps.ImplicitPointConv`. It requires an exact sampling and invariant attributes.
         radial: further invariants, functions of |x|: :class:`Distance`, :class:`Cosines`, :class:`Bessel`, or None.
 
     Attributes:

@@ -1,8 +1,10 @@
 """How "auto" chooses between the GPU backends: by times that were measured on the device, else by a count of warp
 instructions per edge.
 
-`cuda` multiplies only where a matrix is not 0, on the ordinary units. The count is 4 instructions per multiply-add and
-16 per φ, of 32 lanes each; for the benchmark's case ``cloud`` it is within a third of the one in docs/cuda_kernels.md.
+`cuda` multiplies only where a matrix is not 0. The count is that of its generic kernels, on the ordinary units: 4
+instructions per multiply-add and 16 per φ, of 32 lanes each. The exact and the grid kernels execute fewer
+(docs/cuda_kernels.md).
+
 `triton` runs narrow layers of zonal frames edge by edge: 0.107 instructions per multiply-add and 2.4 per φ, difference
 quotients near the origin included, are what the kernels for ``cloud`` with 8 and with 4 channels were compiled to,
 548 and 267 per edge on sm_90. Other layers multiply whole matrices on tensor cores: three TF32 products, of 1,024

@@ -1,7 +1,7 @@
 """Evaluation through a table: the MLP at the knots, then its splines in place of the hidden layers.
 
 Both halves are calls of a backend: hidden features at G radii for each of T rows of attributes, and the operator of a
-plan with splines (:func:`~implicit_steer.plan.table.tabulated`), whose parameters the splines' coefficients are. So
+plan with splines (:func:`~implicit_steer.plan.tabulated.tabulated`), whose parameters the splines' coefficients are. So
 autograd composes the derivatives, second ones included, of what both know.
 """
 

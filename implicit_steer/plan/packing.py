@@ -278,7 +278,7 @@ def learned_tensors(parameters: Parameters) -> list[Tensor]:
 
 
 def parameter_sizes(plan: Plan) -> tuple[int, ...]:
-    """Numbers in each of :func:`learned_tensors`, as far as the plan reads them."""
+    """How many entries each of :func:`learned_tensors` has, as far as the plan reads them."""
     sizes = [plan.table_size] if plan.is_frozen else []
     for layer in plan.linears:
         sizes += [layer.n_weights, *filter(None, [layer.bias.shape[1]])]

@@ -1,4 +1,4 @@
-"""Files of potentials whose convolutions had escnn's field types, as earlier versions wrote them. Needs escnn."""
+"""Files of potentials whose convolutions have escnn's field types. Needs escnn."""
 
 from __future__ import annotations
 

@@ -32,12 +32,12 @@ def attach(
 
     The energy counts in LAMMPS's potential energy, that of each atom in ``compute pe/atom``, and the virial in the
     pressure, as those of a pair style do; pair styles beside it add to them. There is no virial per atom. On several
-    MPI ranks each of them evaluates the potential for all atoms and keeps the forces of its own, so that the trajectory
-    is that of one rank, in its time. The atoms need consecutive IDs, which ``reset_atoms id`` gives them. LAMMPS's
-    ``unfix`` with the name of ``fix`` detaches the potential.
+    MPI ranks each of them evaluates the potential for all atoms and keeps the forces of its own: the trajectory is that
+    of one rank, and the potential takes as long. The atoms need consecutive IDs, which ``reset_atoms id`` gives them.
+    LAMMPS's ``unfix`` with the name of ``fix`` detaches the potential.
 
     Where the potential raises an error in a run, LAMMPS's command raises an ``Exception`` with its message; later runs
-    take the command ``timer timeout off``.
+    require the command ``timer timeout off``.
 
     Args:
         lmp: a simulation in units ``metal`` (eV, Å) whose box exists.

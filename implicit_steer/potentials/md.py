@@ -35,8 +35,8 @@ RELAX_STEPS = 200  # at most
 class MDOptions:
     """A run. ``potential``: a file of :func:`implicit_steer.save` or ``Potential.save``. ``structure``: a name of
     :data:`~implicit_steer.potentials.data.SYSTEMS`, a file that ASE reads, or None for the first system whose
-    species the potential knows. ``dt`` in fs; ``temperature`` in K, at which ``seed`` draws the initial velocities
-    and of which about half remains in the run."""
+    species the potential knows. ``dt`` in fs. ``temperature`` in K: that of the initial velocities, which ``seed``
+    draws; the run has about half of it."""
 
     potential: str
     structure: str | None = None
@@ -81,8 +81,8 @@ class Trajectory(NamedTuple):
 def read_potential(path: str | Path) -> PotentialNet:
     """The potential of a file that :func:`implicit_steer.save` or ``Potential.save`` wrote.
 
-    Raises ``ValueError`` for a file without a potential, ``RuntimeError`` for a damaged one, and where a file of an
-    earlier version takes escnn, which is missing.
+    Raises ``ValueError`` for a file without a potential, ``RuntimeError`` for a damaged one, and where a file with
+    escnn's convolutions requires escnn, which is missing.
     """
     expected = "a potential that implicit_steer.save or Potential.save wrote"
     require(Path(path).is_file(), str(path), expected, "no file")

@@ -37,8 +37,8 @@ class Potential(PotentialNet):
         species: atomic numbers that occur, for example ``[1, 6, 8]``.
         cutoff: Å, the largest distance between interacting atoms.
         channels, max_frequency, blocks: fields per layer, each with l = 0 … max_frequency; number of layers.
-        radial, radial_basis: how many functions of the distance r the kernels see, and which: "cosine",
-            :class:`~implicit_steer.Cosines`, or "bessel", :class:`~implicit_steer.Bessel`, both of r / cutoff.
+        radial, radial_basis: how many functions of the distance r the kernels see, and which, both of r / cutoff:
+            "cosine", :class:`~implicit_steer.irreps.Cosines`, or "bessel", :class:`~implicit_steer.irreps.Bessel`.
         kernel_layers, kernel_channels: size of the kernels' MLPs.
         activation: of the kernels' MLPs; a smooth one ("silu", "gelu", "tanh").
         depthwise: whether the kernels act channel by channel; it takes far fewer weights at many channels.
@@ -141,7 +141,7 @@ class Potential(PotentialNet):
 def load_potential(path: str | Path) -> Potential:
     """The potential that :meth:`Potential.save` wrote, in its dtype, in evaluation mode.
 
-    A file written before convolutions had irreps takes escnn to be converted; save the result to be rid of it.
+    A file with escnn's convolutions requires escnn to be converted; save the result to be rid of it.
 
     Raises ``ValueError`` where the file is no such file, ``RuntimeError`` where escnn is needed and missing.
     """

@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 
 HELP = "a potential of your own structures, or of built-in metals or molecules"
 DESCRIPTION = "Fit a potential to energies, forces and stress; print the mean absolute errors on the test set."
-EVALUATION = 100  # configurations each for validation and test, of a built-in system,
-TRAINING = 400  # and by default for training
+EVALUATION = 100  # configurations of a built-in system for validation, and as many for the test
+TRAINING = 400  # configurations of a built-in system for training, by default
 SCHEDULES = ("cosine", "plateau", "constant")
 _KEYS = ("energy", "forces", "stress", "virial")
 
