@@ -209,8 +209,8 @@ def loops_text(found: Sequence[Counted]) -> str:
 
 
 def predictions_text(found: Sequence[Counted]) -> str:
-    """The predictions, and that for the kernel that was measured beside what was measured."""
-    rows, compared = [], []
+    """The predictions."""
+    rows = []
     for label, device in DEVICES.items():
         for c in found:
             if c.kernel.architecture != f"sm_{device.architecture}":
@@ -220,26 +220,8 @@ def predictions_text(found: Sequence[Counted]) -> str:
             executed, (low, high) = sum(of_edge.values()), prediction.microseconds
             counts = f"{executed:,.0f}", f"{c.launch.bytes_per_edge:,.0f}", f"{100 * share:.0f} %"
             rows.append([f"`{c.kernel.name}`", label, *counts, prediction.bound, f"{low:.0f} – {high:.0f}"])
-            if label == cuda_times.ON:
-                compared += _compared(c.kernel.name, executed, prediction)
     head = ["kernel", "device", "warp instructions per edge", "bytes per edge", "occupancy", "bound", "µs, PREDICTED"]
-    parts = ["## Predicted times", (cuda_times.__doc__ or "").strip(), table(head, rows)]
-    if compared:
-        parts.append(f"`{cuda_times.FORWARD.kernel}` on the {cuda_times.ON}, upper end:")
-        parts.append(table(["", "PREDICTED", "measured"], compared))
-    return "\n\n".join(parts)
-
-
-def _compared(kernel: str, executed: float, prediction: cuda_times.Prediction) -> list[list[str]]:
-    """Rows of what was predicted and measured of the kernel, if it was."""
-    measured, cycles = cuda_times.FORWARD, prediction.cycles[1]
-    if kernel != measured.kernel:
-        return []
-    return [
-        ["warp instructions per edge", f"{executed:,.0f}", f"{measured.instructions:,.0f}"],
-        ["cycles", f"{cycles:,.0f}", f"{measured.cycles:,}"],
-        [f"µs at {measured.clock} GHz", f"{cycles / measured.clock / 1e3:,.0f}", f"{measured.microseconds:g}"],
-    ]
+    return "\n\n".join(["## Predicted times", (cuda_times.__doc__ or "").strip(), table(head, rows)])
 
 
 def products_failures(compiled: Path) -> list[str]:

@@ -25,30 +25,18 @@ from .predict import DEVICES, FLOP_OF_HMMA, SHARES, Device
 EDGES = 262_144
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Of a kernel on an H100 (docs/gpu-h100.md): warp instructions per edge, cycles, clock in GHz, resident warps."""
-
-    kernel: str
-    instructions: float
-    cycles: int
-    clock: float
-    microseconds: float
-    warps: int
-
-
-ON = "H100-SXM"
-FORWARD = Measured("conv_forward<float, Specialised<Elu, 4, 8>>", 657, 831_002, 1.6, 518, 16)
+_ON = DEVICES["H100-SXM"]  # where the following was measured (docs/gpu-h100.md)
 _COPY = 2953.3  # GB/s
 _SUM = EDGES * 140.3 / 20.8e3  # GB/s: a sum by source of so many bytes per edge took 20.8 µs
 
 _ISSUE = 0.8  # of the slots, at best
-# Between two instructions of a warp of that forward kernel.
-CYCLES = FORWARD.cycles * FORWARD.warps * DEVICES[ON].multiprocessors / (FORWARD.instructions * EDGES)
+# Between two instructions of a warp. The forward kernel took so many cycles with 16 resident warps, and 657
+# instructions per edge.
+CYCLES = 831_002 * 16 * _ON.multiprocessors / (657 * EDGES)
 _SHARES = {
     "tensor": SHARES["tensor"],
     "MUFU": SHARES["issue"],
-    "DRAM": tuple(gb_per_s / DEVICES[ON].bandwidth for gb_per_s in (_COPY, _SUM)),
+    "DRAM": tuple(gb_per_s / _ON.bandwidth for gb_per_s in (_COPY, _SUM)),
 }
 
 
