@@ -112,8 +112,8 @@ class BoundKernel:
         self.parameters, self.learned = parameters, learned_tensors(parameters)
         self.dtype, self.device = parameters.shell_width.dtype, parameters.shell_width.device
         self.arrays, self.matrix = native.arrays[self.dtype], native.matrix[self.dtype]
-        self._kept = [t for norm in parameters.norms for t in (norm.mean, norm.var)]
-        self._sources = [*self.learned, *self._kept]
+        self._running = [t for norm in parameters.norms for t in (norm.mean, norm.var)]
+        self._sources = [*self.learned, *self._running]
         nothing = parameters.shell_width.new_empty(0)
         self.bias, self.expansion = parameters.bias or (nothing, nothing.view(plan.out_size, 0))
         self._tensors = [*self._sources, self.expansion, self.bias]
@@ -130,7 +130,7 @@ class BoundKernel:
         if places != known:
             operators, bound = torch.ops.implicit_steer, None
             if all(t.is_contiguous() for t in self._tensors):
-                plan, learned = (*self.arrays, *self.matrix, self.native.columns), (self.learned, self._kept)
+                plan, learned = (*self.arrays, *self.matrix, self.native.columns), (self.learned, self._running)
                 others = self.expansion, self.bias, self.mean, instruction_set(), self.backend == "cuda"
                 number = operators.bind_layer(*plan, *learned, *others)
                 bound = _native.Number(number, operators.release_layer.default) if number else None

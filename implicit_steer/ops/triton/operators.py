@@ -21,7 +21,7 @@ from ... import _native
 from ..._transforms import one_by_one
 from ...plan.packing import unflatten
 from . import convolution, launch_contract, launch_spline
-from .convolution import Kept, Learned, Points
+from .convolution import Learned, Points, Saved
 from .handle import plan_of
 from .launch_contract import Edges, Factors
 from .prepared import Prepared, prepare
@@ -72,8 +72,8 @@ def forward(p: Prepared, inputs: Sequence[Tensor], learned: Learned, graph: Sequ
     x, delta, attr = _contiguous(*inputs)
     edges = Edges(*_contiguous(*graph))
     with _on_device(x):
-        total, kept = convolution.forward(p, x, Points(delta, attr, edges.order), edges, learned)
-    return total, *kept
+        total, saved = convolution.forward(p, x, Points(delta, attr, edges.order), edges, learned)
+    return total, *saved
 
 
 def gradients(
@@ -81,7 +81,7 @@ def gradients(
     inputs: Sequence[Tensor],
     learned: Learned,
     graph: Sequence[Tensor],
-    kept: Kept,
+    saved: Saved,
     gradient: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
@@ -90,7 +90,7 @@ def gradients(
     edges = Edges(*_contiguous(*graph))
     points = Points(delta, attr, edges.order)
     with _on_device(gradient):
-        return convolution.gradients(p, gradient.contiguous(), x, points, edges, learned, kept, needs)
+        return convolution.gradients(p, gradient.contiguous(), x, points, edges, learned, saved, needs)
 
 
 def _conv(plan: str, *arguments: Any) -> Any:
