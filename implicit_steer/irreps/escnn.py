@@ -335,14 +335,13 @@ def _linear_weights(layer: LinearMap, matrix: Tensor) -> Tensor:
 
 def _coupling_weights(coupling: Coupling, kernel: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Positions and values of the parameters from which ``coupling`` makes its part of the kernel (C_out, C_in, H)."""
-    n_b, o, i, m = coupling.basis.shape
+    _, o, i, m = coupling.basis.shape
     starts = coupling.out_start, coupling.in_start, coupling.hidden_start
     rows, columns, hidden = (components(start, size).tolist() for start, size in zip(starts, (o, i, m), strict=True))
     part = kernel[rows][:, columns][..., hidden]
     part = part.view(len(starts[0]), o, len(starts[1]), i, len(starts[2]), m)
     theta = torch.einsum("uoviwm,boim->uvwb", part, torch.from_numpy(_dual(coupling.basis)))
-    places = coupling.row[..., None] + np.arange(theta.shape[2] * n_b)
-    return torch.from_numpy(places.reshape(-1)), theta.reshape(-1).to(dtype)
+    return torch.from_numpy(coupling.theta_positions.reshape(-1)), theta.reshape(-1).to(dtype)
 
 
 def _dual(basis: NDArray[np.float64]) -> NDArray[np.float64]:

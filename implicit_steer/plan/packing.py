@@ -177,9 +177,8 @@ def _expansion(layer: Linear) -> Expansion:
 
 @cached
 def _theta_index(coupling: Coupling, device: torch.device) -> Tensor:
-    """(U·V·W·n_b,) the position of every θ[u, v, w, b] in the parameter."""
-    per_row = len(coupling.hidden_start) * coupling.basis.shape[0]
-    return (torch.tensor(coupling.row)[..., None] + torch.arange(per_row)).reshape(-1).to(device)
+    """(U·V·W·n_b,) :attr:`Coupling.theta_positions`."""
+    return torch.tensor(coupling.theta_positions.reshape(-1)).to(device)
 
 
 def mixing_weights(coupling: Coupling, weights: Tensor, bias: Tensor | None) -> Tensor:

@@ -66,6 +66,12 @@ class Coupling(FrozenArrays):
         """One past the last value of its parameter that it reads."""
         return int(self.row.max(initial=0)) + len(self.hidden_start) * len(self.basis)
 
+    @property
+    def theta_positions(self) -> NDArray[Any]:
+        """(U, V, W, n_b) the position of every θ[u, v, w, b] in the parameter; V = 1 where depthwise."""
+        n_w, n_b = len(self.hidden_start), len(self.basis)
+        return self.row[:, :, None, None] + np.arange(n_w * n_b).reshape(n_w, n_b)
+
     @cached_property
     def nonzeros(self) -> tuple[tuple[int, int, int, int, float], ...]:
         """(b, o, i, m, value) of every nonzero of B."""

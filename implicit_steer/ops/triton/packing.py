@@ -145,18 +145,14 @@ class _Terms:
     def theta(self) -> list[sparse.csr_matrix]:
         """Rows of the flat θ (U, V, W, n_b) of every coupling, the last norm folded in."""
         plan, numbers, found = self.plan, self.numbers, []
-        parameters = []  # of every coupling
-        for c in plan.couplings:
-            n_w, n_b = len(c.hidden_start), len(c.basis)
-            per_row = np.arange(n_w * n_b).reshape(n_w, n_b)
-            parameters.append(numbers.last[c.parameter] + c.row[:, :, None, None] + per_row)
+        parameters = [numbers.last[c.parameter] + c.theta_positions for c in plan.couplings]
         for c, p in zip(plan.couplings, parameters, strict=True):
             folded = plan.norms and c.parameter == "weights"
             factor = numbers.scale[-1][:, None] if folded else 0
             found.append(self.matrix(p.size, np.arange(p.size).reshape(p.shape), p, factor, 1.0))
         for c, p in zip(plan.couplings, parameters, strict=True):
             if plan.norms and c.fold_into >= 0:
-                n_b, n_t, n_s = c.fold.shape
+                _, n_t, n_s = c.fold.shape
                 u, v, w, b, t, s = np.ix_(*map(np.arange, (*p.shape, n_t, n_s)))
                 row = (u * p.shape[1] + v) * n_s + s
                 moved = self.matrix(
