@@ -286,6 +286,28 @@ def parameter_sizes(plan: Plan) -> tuple[int, ...]:
     return *sizes, 1, *filter(None, plan.n_last)  # 1: the shell's width
 
 
+class ParameterStarts(NamedTuple):
+    """Where the :func:`learned_tensors` begin in one vector of them all."""
+
+    splines: int  # of a plan without hidden layers, else 0
+    linears: list[tuple[int, int]]  # weights and bias of every hidden layer; 0: no bias
+    norms: list[tuple[int, int]]  # weight and bias of every batch norm; −1: no bias
+    shell: int
+    last: dict[str, int]  # the last layer's "weights" and "bias"; without a bias the end of them all
+
+
+def parameter_starts(plan: Plan, sizes: Sequence[int]) -> ParameterStarts:
+    """``sizes``: numbers in each of :func:`learned_tensors`."""
+    starts = iter(np.cumsum([0, *sizes]).tolist())
+    return ParameterStarts(
+        splines=next(starts) if plan.is_frozen else 0,
+        linears=[(next(starts), next(starts) if layer.bias.shape[1] else 0) for layer in plan.linears],
+        norms=[(next(starts), next(starts) if len(norm.trivial) else -1) for norm in plan.norms],
+        shell=next(starts),
+        last=dict(zip(("weights", "bias"), starts, strict=False)),
+    )
+
+
 def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """The vector in pieces of these tensors' shapes, views of it."""
     return [piece.view(t.shape) for piece, t in zip(flat.split([t.numel() for t in like]), like, strict=True)]
