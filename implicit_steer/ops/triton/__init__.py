@@ -55,7 +55,7 @@ of two, at least 16 where the block is a factor of a product. *Padded* means fil
 
 ================  ===============================================================================================
 BE                edges of a block
-DIM, KIND         coordinates of x; kind of frame, as in ``sizes.KINDS``
+DIM, KIND         coordinates of x; kind of frame, as in ``sizes.FRAME_KINDS``
 NA, BA            attributes of an edge
 NI, BI            inputs of the first layer (in the backward kernels BI is of the layer at hand)
 NM, BM; DEGREE    monomials of the spherical harmonics; their highest exponent, or the highest order of attributes

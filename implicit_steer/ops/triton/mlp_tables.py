@@ -9,22 +9,22 @@ from numpy.typing import NDArray
 
 from ...plan import Plan
 from .columns import Columns
-from .sizes import KINDS
+from .sizes import FRAME_KINDS
 
 _Arrays = dict[str, NDArray[Any]]
 
 
 def kind_of(plan: Plan) -> int:
-    """The frame's place in KINDS."""
+    """The frame's place in FRAME_KINDS."""
     frame = plan.frame
-    return KINDS["regular planar" if frame.kind == "planar" and frame.regular else frame.kind]
+    return FRAME_KINDS["regular planar" if frame.kind == "planar" and frame.regular else frame.kind]
 
 
 def _azimuth_pairs(plan: Plan) -> NDArray[Any]:
     """(pairs, 2): column and partner of the attributes of order 1, of which the first nonzero one gives the azimuth of
     an edge on the axis. The kernel goes through all and keeps the last, so the first comes last."""
     frame = plan.frame
-    if kind_of(plan) != KINDS["planar"]:
+    if kind_of(plan) != FRAME_KINDS["planar"]:
         return np.zeros((0, 2), int)
     first = np.flatnonzero((frame.attribute_order == 1) & (frame.attribute_sign < 0))[::-1]
     return np.stack([first, frame.attribute_partner[first]], 1)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from . import frame
+from .frame import ZONAL
 
 
 @triton.jit
@@ -80,7 +81,7 @@ def solid_harmonics(b_v0, b_v1, b_v2, p_harmonics, p_powers, p_plane, KIND: tl.c
                     NM: tl.constexpr, BM: tl.constexpr, NQ: tl.constexpr, BQ: tl.constexpr, DEGREE: tl.constexpr,
                     PREC: tl.constexpr):  # fmt: skip
     """q (BE, BQ): of a zonal frame Y(v); of a planar one real and imaginary part of (v₀ + i v₁)^k, k >= 1."""
-    if KIND == 1:
+    if KIND == ZONAL:
         return frame.harmonics(b_v0, b_v1, b_v2, p_harmonics, p_powers, NM, BM, NQ, BQ, DEGREE, PREC)
     else:
         o_q = tl.arange(0, BQ)
@@ -94,7 +95,7 @@ def solid_harmonics_backward(b_v0, b_v1, b_v2, b_d_q, p_harmonics, p_powers, p_p
                              DIM: tl.constexpr, NM: tl.constexpr, BM: tl.constexpr, NQ: tl.constexpr, BQ: tl.constexpr,
                              DEGREE: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
     """The gradient of v from that of q."""
-    if KIND == 1:
+    if KIND == ZONAL:
         b_d_v0, b_d_v1, b_d_v2, _ = frame.harmonics_backward(b_v0, b_v1, b_v2, b_d_q, p_harmonics, p_powers, NM, BM, NQ,
                                                              BQ, DEGREE, PREC)  # fmt: skip
         return b_d_v0, b_d_v1, b_d_v2
