@@ -54,15 +54,14 @@ def frame_tables(plan: Plan, columns: Columns) -> tuple[_Arrays, _Arrays, NDArra
 
 
 def layer_tables(plan: Plan, columns: Columns) -> tuple[_Arrays, _Arrays]:
-    """Numbers and indices for the hidden layers: samples (layers, S, c), inverse (layers, c, S), and
-    per sample both, ways (layers, S, 2 c); with batch norms the
-    ways back of all hidden coordinates, for the statistics."""
+    """Numbers and indices for the hidden layers: samples (layers, S, c), inverse (layers, c, S) and, sample by sample,
+    both, sample_rows (layers, S, 2 c); with batch norms the ways back of all hidden coordinates, for the statistics."""
     activations = plan.activations
     numbers, indices = {"samples": np.zeros((0, 1, 1)), "inverse": np.zeros((0, 1, 1))}, {}
     if activations:
         numbers["samples"] = np.stack([a.samples for a in activations])
         numbers["inverse"] = np.stack([a.inverse for a in activations])
-        numbers["ways"] = np.concatenate([numbers["samples"], numbers["inverse"].swapaxes(1, 2)], 2)
+        numbers["sample_rows"] = np.concatenate([numbers["samples"], numbers["inverse"].swapaxes(1, 2)], 2)
     if plan.norms:
         indices["way_back"], numbers["way_back_value"] = columns.all_ways_back()
     return numbers, indices

@@ -94,7 +94,7 @@ class Sizes:
     @property
     def gradient_shape(self) -> tuple[int, int, int]:
         """Of the gradients of all hidden layers' weights as edges.py leads to them: layers, a layer's inputs and behind
-        them 1, its coefficients w C + c."""
+        them 1, its coefficients w NC + c."""
         n_z = self.channels * self.coefficients
         return self.n_layers, max(self.n_inputs, n_z) + 1, n_z
 

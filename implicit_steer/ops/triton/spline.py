@@ -207,9 +207,9 @@ def spline_backward(
 @triton.jit(do_not_specialize=["n_rows"])
 def knot_sums(
     p_values, p_spline, p_first, p_by_knot, p_knotptr, p_out, n_rows,
-    NC: tl.constexpr, NR: tl.constexpr, BC: tl.constexpr, BE: tl.constexpr,
+    NK: tl.constexpr, NV: tl.constexpr, BC: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """out[part, j] = Σ_e spline[e, j − first[e]] values[e] (parts, n_rows, NC), from values (E, NR) and spline (E, 4).
+    """out[part, j] = Σ_e spline[e, j − first[e]] values[e] (parts, n_rows, NK), from values (E, NV) and spline (E, 4).
 
     Edges ``by_knot`` are sorted by first, those with first = j begin at knotptr[j]: what row j = program_id(0) adds up
     lies side by side. Program_id(2) adds one of equal parts of it, and program_id(1) takes BC columns."""
@@ -225,8 +225,8 @@ def knot_sums(
         o_edge = tl.load(p_by_knot + o_n, m_edge, 0).to(tl.int64)
         o_spline = 4 * o_edge + i_row - tl.load(p_first + o_edge, m_edge, 0)
         b_weight = tl.load(p_spline + o_spline, m_edge, 0.0)
-        m_block = m_edge[:, None] & (o_column < NC)[None, :]
-        b_values = tl.load(p_values + o_edge[:, None] * NR + o_column[None, :], m_block, 0.0)
+        m_block = m_edge[:, None] & (o_column < NK)[None, :]
+        b_values = tl.load(p_values + o_edge[:, None] * NV + o_column[None, :], m_block, 0.0)
         b_out += tl.sum(b_weight[:, None] * b_values, 0)
-    p_row = p_out + (i_part.to(tl.int64) * n_rows + i_row) * NC
-    tl.store(p_row + o_column, b_out, o_column < NC)
+    p_row = p_out + (i_part.to(tl.int64) * n_rows + i_row) * NK
+    tl.store(p_row + o_column, b_out, o_column < NK)
