@@ -303,6 +303,25 @@ def linear_backward(b_d_z, p_weights, NW: tl.constexpr, NC: tl.constexpr):
     return b_d_y
 
 
+@triton.jit
+def attributes_backward(p_attr, p_weights, p_d_attr, p_y, o_edge, o_column, m_edge, b_d_z, b_one, NI: tl.constexpr,
+                        NW: tl.constexpr, NC: tl.constexpr, NY: tl.constexpr, STORE_FACTORS: tl.constexpr,
+                        BITS_I: tl.constexpr, BE: tl.constexpr):  # fmt: skip
+    """The gradients of the attributes, from those of the first layer's z, and what STORE_FACTORS stores of its inputs,
+    are written."""
+    b_inputs, b_d_attr = (), ()
+    for i in tl.static_range(NI):
+        b_d_a = b_d_z[0] * tl.load(p_weights + i * NW)
+        for u in tl.static_range(1, NW):
+            b_d_a += b_d_z[u * NC] * tl.load(p_weights + i * NW + u)
+        b_d_attr = b_d_attr + (b_d_a,)  # noqa: RUF005
+        b_inputs = b_inputs + (tl.load(p_attr + o_edge * NI + i, m_edge, 0.0),)  # noqa: RUF005
+    if NI > 0:
+        store_rows(p_d_attr, o_edge, m_edge, b_d_attr, NI, NI, BITS_I, BE)
+    if STORE_FACTORS:
+        store_rows(p_y, o_column, m_edge, b_inputs + (b_one,), NI + 1, NY, BITS_I, BE)  # noqa: RUF005
+
+
 @triton.jit(do_not_specialize=["first", "n_edges"])
 def edges_backward(
     p_delta, p_attr, p_order, p_shell, p_scalars, p_weights, p_sample_rows, p_d_r, p_d_q, p_d_delta, p_d_attr,
@@ -368,17 +387,8 @@ def edges_backward(
     # read again: held through the layers they would spill
     o_edge = tl.load(p_order + o_row, m_edge, 0).to(tl.int64)
     b_x0, b_x1, b_x2, b_squared = frame.positions(p_delta, o_edge, m_edge, 3)
-    b_inputs, b_d_attr = (), ()
-    for i in tl.static_range(NI):
-        b_d_a = b_d_z[0] * tl.load(p_weights + i * NW)
-        for u in tl.static_range(1, NW):
-            b_d_a += b_d_z[u * NC] * tl.load(p_weights + i * NW + u)
-        b_d_attr = b_d_attr + (b_d_a,)  # noqa: RUF005
-        b_inputs = b_inputs + (tl.load(p_attr + o_edge * NI + i, m_edge, 0.0),)  # noqa: RUF005
-    if NI > 0:
-        store_rows(p_d_attr, o_edge, m_edge, b_d_attr, NI, NI, BITS_I, BE)
-    if STORE_FACTORS:
-        store_rows(p_y, o_column, m_edge, b_inputs + (b_one,), NI + 1, NY, BITS_I, BE)  # noqa: RUF005
+    attributes_backward(p_attr, p_weights, p_d_attr, p_y, o_edge, o_column, m_edge, b_d_z, b_one, NI, NW, NC, NY,
+                        STORE_FACTORS, BITS_I, BE)  # fmt: skip
     b_slope, b_d_sigma = frame.radial_factor_backward(b_squared, b_d_factor, p_shell, p_scalars, CUTOFF, ZERO)
     tl.store(p_d_shell + tl.program_id(0), tl.sum(b_d_sigma, 0))
     b_d_x0, b_d_x1, b_d_x2 = harmonics_backward(p_d_q, o_row, m_edge, b_x0, b_x1, b_x2, b_radius, b_d_radius, HARMONICS,
