@@ -137,14 +137,14 @@ def _planar_edge(frame: Frame, delta: Tensor, attributes: Tensor) -> EdgeFrame:
     else:  # (ρ, 0); on the axis x itself in the constant frame, which keeps its derivative there
         turned_p = torch.stack([c * p[:, 0] + s * p[:, 1], c * p[:, 1] - s * p[:, 0]], 1)
     inputs = torch.cat([turned_p, delta @ constant(frame, "axis", delta), turned], 1)
-    cosine, sine = _multiples(c, s, frame.order)
+    first, second = _multiples(c, s, frame.order)
     if frame.regular:  # order 0 as it is; order 1 linear in x; above, radius times the unit vector's
         order = torch.tensor(frame.order, device=delta.device)
-        first_order = order == 1
-        scale = torch.where(order == 0, torch.ones_like(cosine), radius[:, None])
-        cosine = torch.where(first_order, p[:, :1], scale * cosine)
-        sine = torch.where(first_order, p[:, 1:], scale * sine)
-    return EdgeFrame(inputs, radius if frame.regular else None, cosine, sine * constant(frame, "sign", delta))
+        linear = order == 1
+        scale = torch.where(order == 0, torch.ones_like(first), radius[:, None])
+        first = torch.where(linear, p[:, :1], scale * first)
+        second = torch.where(linear, p[:, 1:], scale * second)
+    return EdgeFrame(inputs, radius if frame.regular else None, first, second * constant(frame, "sign", delta))
 
 
 def _attribute_direction(frame: Frame, attributes: Tensor) -> Tensor:
@@ -176,8 +176,8 @@ def table_edge(plan: Plan, v: Tensor) -> EdgeFrame:
     if frame.kind == "zonal":
         return EdgeFrame(v, None, _monomials(v, frame.powers) @ constant(frame, "harmonics", v).T)
     p = v @ constant(frame, "plane", v)
-    cosine, sine = _multiples(p[:, 0], p[:, 1], frame.order)
-    return EdgeFrame(v, None, cosine, sine * constant(frame, "sign", v))
+    first, second = _multiples(p[:, 0], p[:, 1], frame.order)
+    return EdgeFrame(v, None, first, second * constant(frame, "sign", v))
 
 
 def _from_table(plan: Plan, parameters: Parameters, delta: Tensor, attributes: Tensor) -> Tensor:
