@@ -21,7 +21,6 @@ from ...plan.packing import Parameters, cached, constant, is_traced, learned_ten
 from .arrays import prepare
 from .instruction_set import instruction_set
 from .packing_matrix import kernel_entries
-from .terms import reads_one
 
 
 def refusal(plan: Plan, dtype: torch.dtype) -> str | None:
@@ -47,7 +46,7 @@ def _unsupported(plan: Plan) -> str | None:
         return None if plan.frame.kind == "none" else "without hidden layers, frame 'none'"
     if plan.frame.kind == "zonal":
         d = plan.field_size
-        if any((c.hidden_start % d).any() for c in plan.couplings if not reads_one(plan, c)):
+        if any((c.hidden_start % d).any() for c in plan.couplings if not plan.reads_one(c)):
             return "couplings that read whole hidden fields"
     return None
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...plan import FUNCTIONS, Plan
-from .columns import Columns, reads_constant
+from .columns import Columns
 from .contract_tables import ContractTables, accumulators_of, extents_of, positions_of, row_extents, slots_of
 from .mlp_tables import frame_tables, kind_of, layer_tables
 from .sizes import Sizes
@@ -50,7 +50,7 @@ def _too_wide(n: int) -> str | None:
 
 def _scattered(plan: Plan) -> str | None:
     """The refusal of couplings that read each hidden field at other coordinates."""
-    if any(len(set(c.hidden_start % plan.field_size)) > 1 for c in plan.couplings if not reads_constant(plan, c)):
+    if any(len(set(c.hidden_start % plan.field_size)) > 1 for c in plan.couplings if not plan.reads_one(c)):
         return "couplings that read the same coordinates of all hidden fields"
     return None
 
