@@ -308,7 +308,7 @@ def _last_layer(source: Plan, weights: Weights, target: Plan, into: Tensor, out:
 def _hidden_basis(source: Plan, target: Plan) -> NDArray[np.float64]:
     """T (d, d) of a hidden field: h_source = T h_target."""
     frames = source.frame, target.frame
-    degrees = [frame.order[frame.coefficient] for frame in frames]
+    degrees = [frame.degrees for frame in frames]
     turn = np.zeros((len(degrees[0]), len(degrees[1])))
     for degree in source.frame.order:
         parts = [_change(f.powers, f.harmonics[d == degree], int(degree)) for f, d in zip(frames, degrees, strict=True)]

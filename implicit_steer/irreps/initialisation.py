@@ -101,5 +101,5 @@ def _degree(plan: Plan, intertwiner: NDArray[np.float64]) -> int:
     """The degree of the hidden components that B (o, i, m) reads."""
     read = int(np.flatnonzero(intertwiner.any((0, 1)))[0])
     if plan.linears:
-        return 0 if intertwiner.shape[2] == 1 else int(plan.frame.order[plan.frame.coefficient[read]])
+        return 0 if intertwiner.shape[2] == 1 else int(plan.frame.degrees[read])
     return int(intertwiner.shape[2] == 3)  # the position; else an attribute or the constant

@@ -86,7 +86,7 @@ def _monomials(u: Tensor, powers: NDArray[Any]) -> Tensor:
 def _zonal_edge(frame: Frame, delta: Tensor, attributes: Tensor) -> EdgeFrame:
     radius = _soft_norm(delta)
     harmonics = constant(frame, "harmonics", delta)  # (d, n_monomials)
-    degree = torch.tensor(frame.order[frame.coefficient], device=delta.device)
+    degree = torch.tensor(frame.degrees, device=delta.device)
     y = _monomials(delta / radius[:, None], frame.powers) @ harmonics.T
     linear = delta @ harmonics[:, torch.tensor(_linear_monomials(frame), device=delta.device)].T
     # order 0: Y; order 1: r Y(x̂) = Y(x), exactly linear; above: r Y(x̂)
@@ -228,7 +228,7 @@ def _activate(plan: Plan, act: Activation, edge: EdgeFrame, z: Tensor, merged: b
         return phi(act.function, z @ samples.T) @ inverse.T
     near = edge.radius < NEAR[z.dtype]
     rows = near.nonzero().squeeze(1)
-    n = int(np.searchsorted(plan.frame.order, 1))  # coefficients of order 0 come first
+    n = plan.frame.n_zero
     r = torch.where(near, torch.ones_like(edge.radius), edge.radius)[:, None, None]
     scale = torch.cat([torch.ones_like(r).expand(-1, -1, n), r.expand(-1, -1, z.shape[2] - n)], -1)
     y = phi(act.function, (z * scale) @ samples.T) @ inverse.T / scale

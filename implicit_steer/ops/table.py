@@ -188,7 +188,7 @@ class _WeightsOfSplines:
         else:
             own = constant(frame, "coefficient", h)
             sums = torch.einsum("tjd,tjwd->wd", ways, b[..., own])
-            squares = squares[:, own] / (2 * constant(frame, "order", h)[own] + 1)
+            squares = squares[:, own] / (2 * constant(frame, "degrees", h) + 1)
         mean = sums / self.n_edges
         squares = squares - self.n_edges * mean.square()
         return self.n_edges, mean.to(h.dtype), squares.to(h.dtype)

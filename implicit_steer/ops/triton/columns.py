@@ -40,10 +40,10 @@ class Columns:
             self.one = self.channels * (1 + max((int(frame.coefficient[m]) for m in self.used), default=0))
         else:
             self.one = self.channels * len(frame.order)
-        order = frame.order[frame.coefficient] if frame.kind == "zonal" else frame.order
+        degrees = frame.degrees
         rotated = list(range(self.d)) if plan.norms else self.used  # batch statistics are of all coordinates
-        self.harmonics = [m for m in rotated if frame.kind == "zonal" and order[m] > 0]
-        self.most = max((int(order[m]) for m in rotated), default=0) if frame.kind == "planar" else 0
+        self.harmonics = [m for m in rotated if frame.kind == "zonal" and degrees[m] > 0]
+        self.most = max((int(degrees[m]) for m in rotated), default=0) if frame.kind == "planar" else 0
 
     def _used(self) -> list[int]:
         found = set()

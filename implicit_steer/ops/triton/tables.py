@@ -119,7 +119,7 @@ def tables(plan: Plan) -> Tables:
 def _sizes(plan: Plan, columns: Columns, numbers: dict[str, NDArray[Any]], contract: ContractTables) -> Sizes:
     frame, activations, table, channels = plan.frame, plan.activations, plan.table, columns.channels
     c = len(frame.order) if activations or table else 0
-    zero = int(np.searchsorted(frame.order, 1)) if frame.regular else c
+    zero = frame.n_zero if frame.regular else c
     return Sizes(
         kind=kind_of(plan),
         dim=frame.dim,
