@@ -141,7 +141,9 @@ class BoundKernel:
         return self.native.kernel_entries()
 
     def dense_kernel(self) -> Tensor:
-        """(C_out, C_in, H), as :func:`~implicit_steer.plan.packing.dense_kernel`, from the learned parameters."""
+        """(C_out, C_in, H), as :func:`~implicit_steer.plan.packing.dense_kernel`, from the learned parameters; but from
+        tensors that were made before, since torch.compile cannot trace the plan's arrays, and from nonzeros of B alone.
+        """
         position, column, value = self.kernel_entries()
         last = torch.cat([t.reshape(-1) for t in self.parameters.linears[-1] if t is not None])
         plan, value = self.plan, value.to(last.dtype) * self.repeated(last, column)
