@@ -324,10 +324,10 @@ def table_summands(plan: Plan, delta: Tensor, attributes: Tensor) -> TableSums:
     """The summands of :func:`table_sums`."""
     order = constant(plan.frame, "order", delta)
     at = interpolation(plan, delta, attributes, SOFTENING[delta.dtype])
-    edge, padded = table_edge(plan, at.v), torch.nn.functional.pad(at.weights, (0, 3))
+    edge, weights = table_edge(plan, at.v), torch.nn.functional.pad(at.weights, (0, 3))  # B_4 … B_6 = 0
     ways = torch.cat([edge.first, *([edge.second] if plan.frame.kind == "planar" else [])], 1)
     powers = at.v.square().sum(1, keepdim=True) ** order
-    return TableSums(at, ways, powers, [at.weights * padded[:, q : q + 4] for q in range(4)])
+    return TableSums(at, ways, powers, [at.weights * weights[:, q : q + 4] for q in range(4)])
 
 
 def table_sums(plan: Plan, delta: Tensor, attributes: Tensor) -> Tensor:
