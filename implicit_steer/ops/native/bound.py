@@ -18,6 +18,7 @@ from ... import _native
 from ...plan import Plan
 from ...plan.moments import NormStatistics, Pool
 from ...plan.packing import Parameters, cached, constant, is_traced, learned_tensors, running, unflatten
+from ..backend import refused_dtype
 from .arrays import prepare
 from .instruction_set import instruction_set
 from .packing_matrix import kernel_entries
@@ -28,16 +29,12 @@ def refusal(plan: Plan, dtype: torch.dtype) -> str | None:
     available, reason = _native.available()
     if not available:
         return f"the native extension is missing: {reason}"
-    if dtype not in (torch.float32, torch.float64):
-        return f"computes in float32 or float64, not {dtype}"
-    return _unsupported(plan)
+    return refused_dtype(dtype) or _unsupported(plan)
 
 
 @lru_cache(maxsize=256)
 def _unsupported(plan: Plan) -> str | None:
     coefficients = len(plan.frame.order)
-    if plan.frame.dim not in (1, 2, 3):
-        return f"positions in 1 to 3 dimensions, not {plan.frame.dim}"
     if len({act.function for act in plan.activations}) > 1:
         return "one activation function in all layers"
     if any(act.samples.shape[1] != coefficients for act in plan.activations):

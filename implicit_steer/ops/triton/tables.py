@@ -25,8 +25,6 @@ _MOST_OF_AN_EDGE = 48  # coefficients of a hidden layer that a thread holds; mor
 def unsupported(plan: Plan) -> str | None:
     """Why the kernels cannot do this plan, or None."""
     order, activations = plan.frame.order, plan.activations
-    if plan.frame.dim not in (1, 2, 3):
-        return f"positions in 1 to 3 dimensions, not {plan.frame.dim}"
     if plan.is_frozen:
         return _too_wide(plan.hidden_coefficients) or _scattered(plan)
     if not activations:
