@@ -59,7 +59,7 @@ class _Counting(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if name in self.kernels:
             with self:
-                return self.kernels[name][0](*args, **(kwargs or {}))
+                return self.kernels[name](*args, **(kwargs or {}))
         kind = "allocation" if name in _ALLOCATIONS else "view" if func.is_view else "operator"
         self.found[kind, name] += 1
         return func(*args, **(kwargs or {}))

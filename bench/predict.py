@@ -70,7 +70,7 @@ def _trips(entry: Launch, degree: int) -> float:
     an accumulator, a slice of x or a window of r, on average."""
     constants, name = entry.constants, entry.kernel.__name__
     if name.startswith("edges"):
-        return constants["S"]
+        return constants["NS"]
     if name.startswith("layers"):
         return 1 if name.endswith("weights") else constants["NU"] / constants["BU"]
     if not name.startswith("contract"):

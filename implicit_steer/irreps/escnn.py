@@ -308,7 +308,7 @@ def _last_layer(source: Plan, weights: Weights, target: Plan, into: Tensor, out:
 def _hidden_basis(source: Plan, target: Plan) -> NDArray[np.float64]:
     """T (d, d) of a hidden field: h_source = T h_target."""
     frames = source.frame, target.frame
-    degrees = [frame.order[frame.coefficient] for frame in frames]
+    degrees = [frame.degrees for frame in frames]
     turn = np.zeros((len(degrees[0]), len(degrees[1])))
     for degree in source.frame.order:
         parts = [_change(f.powers, f.harmonics[d == degree], int(degree)) for f, d in zip(frames, degrees, strict=True)]
@@ -335,14 +335,13 @@ def _linear_weights(layer: LinearMap, matrix: Tensor) -> Tensor:
 
 def _coupling_weights(coupling: Coupling, kernel: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Positions and values of the parameters from which ``coupling`` makes its part of the kernel (C_out, C_in, H)."""
-    n_b, o, i, m = coupling.basis.shape
+    _, o, i, m = coupling.basis.shape
     starts = coupling.out_start, coupling.in_start, coupling.hidden_start
     rows, columns, hidden = (components(start, size).tolist() for start, size in zip(starts, (o, i, m), strict=True))
     part = kernel[rows][:, columns][..., hidden]
     part = part.view(len(starts[0]), o, len(starts[1]), i, len(starts[2]), m)
     theta = torch.einsum("uoviwm,boim->uvwb", part, torch.from_numpy(_dual(coupling.basis)))
-    places = coupling.row[..., None] + np.arange(theta.shape[2] * n_b)
-    return torch.from_numpy(places.reshape(-1)), theta.reshape(-1).to(dtype)
+    return torch.from_numpy(coupling.theta_positions.reshape(-1)), theta.reshape(-1).to(dtype)
 
 
 def _dual(basis: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -92,9 +92,8 @@ def _last_deviations(plan: Plan, parameter: str, moments: NDArray[np.float64]) -
     for c in plan.couplings:
         if c.parameter == parameter:
             per_path = np.array([1 / np.sqrt(moments[_degree(plan, b)]) for b in c.basis])
-            block = np.tile(per_path, len(c.hidden_start))  # [w, b]
-            index = c.row[..., None] + np.arange(len(block))
-            deviations[index] = (block * np.sqrt(1 / elements[c.out_start])[:, None])[:, None]
+            of_field = np.sqrt(1 / elements[c.out_start])
+            deviations[c.theta_positions] = per_path * of_field[:, None, None, None]  # [u, v, w, b]
     return deviations
 
 
@@ -102,5 +101,5 @@ def _degree(plan: Plan, intertwiner: NDArray[np.float64]) -> int:
     """The degree of the hidden components that B (o, i, m) reads."""
     read = int(np.flatnonzero(intertwiner.any((0, 1)))[0])
     if plan.linears:
-        return 0 if intertwiner.shape[2] == 1 else int(plan.frame.order[plan.frame.coefficient[read]])
+        return 0 if intertwiner.shape[2] == 1 else int(plan.frame.degrees[read])
     return int(intertwiner.shape[2] == 3)  # the position; else an attribute or the constant

@@ -143,6 +143,18 @@ class PointConvBase(Biased):
         return out
 
 
+def source_and_target(x: Any, features: str) -> tuple[Any, Any]:
+    """A pair (source, target), or ``x`` as both.
+
+    Raises:
+        ValueError: another number of entries; the message adds ``features``, which the caller takes as well.
+    """
+    if not isinstance(x, tuple):
+        return x, x
+    require(len(x) == 2, "x", f"{features} or a pair (source, target)", f"{len(x)} entries")
+    return x
+
+
 def number_of_targets(target: Any, edge_index: Any, features: str) -> int:
     """How many nodes ``target``, the second of a pair (source, target), stands for: itself, or None for the graph's.
 
@@ -211,10 +223,7 @@ class PlainPointConv(PointConvBase):
     linear: torch.nn.Module | None
 
     def _nodes(self, x: Any, edge_index: Any) -> tuple[Tensor, None, int]:
-        target = x
-        if isinstance(x, tuple):
-            require(len(x) == 2, "x", "a tensor or a pair (source, target)", f"{len(x)} entries")
-            x, target = x
+        x, target = source_and_target(x, "a tensor")
         kernel = self.implicit_kernel
         width = kernel.shell_width
         check_tensor("x", x, (None, kernel.plan.in_size), width.dtype, width.device)

@@ -56,7 +56,6 @@ def without_rounding(basis: np.ndarray) -> np.ndarray:
 class Pair:
     """One (input representation, output representation) of an escnn Linear: its fields, weights and basis."""
 
-    rep_in: Representation
     rep_out: Representation
     in_fields: np.ndarray  # positions in the list of input fields
     out_fields: np.ndarray
@@ -99,7 +98,7 @@ def pairs_of(linear: escnn.nn.Linear) -> list[Pair]:
     for pair, basis in polished_blocks(linear.basisexpansion).items():
         ins, outs = in_fields[pair[0]], out_fields[pair[1]]
         offset = linear.basisexpansion._weights_ranges[pair][0]
-        pairs.append(Pair(in_reprs[ins[0]], out_reprs[outs[0]], ins, outs, offset, basis))
+        pairs.append(Pair(out_reprs[outs[0]], ins, outs, offset, basis))
     return pairs
 
 

@@ -13,7 +13,7 @@ from .._check import fail, require
 from ..graph import Graph
 from ..graph.neighbours import knn_graph
 from ..layers.fields import check_tensor
-from ..layers.point_conv import DownsamplingBase, PointConvBase, number_of_targets
+from ..layers.point_conv import DownsamplingBase, PointConvBase, number_of_targets, source_and_target
 from ..ops import select
 from ..plan import Radial
 from .building import built_by_escnn
@@ -113,10 +113,7 @@ class ImplicitPointConv(CheckedBias, PointConvBase, Steerable):
         select.check(backend, self.implicit_kernel.plan, width.device, width.dtype)
 
     def _nodes(self, x: Any, edge_index: Any) -> tuple[Tensor, Tensor, int]:
-        target = x
-        if isinstance(x, tuple):
-            require(len(x) == 2, "x", "a GeometricTensor or a pair (source, target)", f"{len(x)} entries")
-            x, target = x
+        x, target = source_and_target(x, "a GeometricTensor")
         dim = self.in_type.gspace.dimensionality
         if not (isinstance(x, GeometricTensor) and (x.type is self.in_type or x.type == self.in_type)):
             got = x.type if isinstance(x, GeometricTensor) else type(x).__name__

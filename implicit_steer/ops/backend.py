@@ -19,6 +19,11 @@ from ..plan.packing import Parameters
 from .kernel_mlp import normed_features, plain_kernel, table_sums
 
 
+def refused_dtype(dtype: torch.dtype) -> str | None:
+    """Why kernels do not compute in this dtype; None where they do."""
+    return None if dtype in (torch.float32, torch.float64) else f"computes in float32 or float64, not {dtype}"
+
+
 @runtime_checkable
 class Backend(Protocol):
     """One way to compute the operator. ``ops/select.py`` holds one object of each and decides which of them runs.

@@ -34,7 +34,7 @@ def prepared(plan: Plan, parameters: Parameters, *, values: bool) -> tuple[bound
     torch.compile, which finds them in ``parameters.cache``. ``values``: also prepare it for the kernel's values."""
     handle = triton.handle(plan)
     if plan.table is not None and not plan.is_frozen and parameters.cache is not None:
-        plan = table.tabulation(plan, parameters).per_edge
+        plan = table.tabulation_of(plan, parameters).per_edge
     if bound.refusal(plan, torch.float32):
         return None, handle
     native = bound.native_plan(plan, parameters)
@@ -81,7 +81,7 @@ def _evaluation(
         return table.evaluation(chosen, plan, parameters, delta, attributes, statistics_from)
     attributes = edge_attributes(plan, delta, attributes)
     if plan.table is not None and not plan.is_frozen:
-        plan = table.tabulation(plan, parameters).per_edge
+        plan = table.tabulation_of(plan, parameters).per_edge
     return table.Evaluation(plan, parameters, statistics_from, attributes, ())
 
 
@@ -188,8 +188,8 @@ def frozen(plan: Plan, parameters: Parameters, rows: Tensor) -> tuple[Plan, Tens
     with torch.no_grad():
         if cast(Table, plan.table).automatic and cast(Table, plan.table).error is None:
             plan = table_error.choose_knots(select.for_comparison(plan), plan, parameters, rows)
-        backend, kept = select.choose("auto", plan, rows.device, dtype)[0], table.Tabulation(plan, parameters)
-        coefficients, _ = kept.tabulate(backend, kept.knot_parameters(parameters), rows, RUNNING)
+        backend, tabulation = select.choose("auto", plan, rows.device, dtype)[0], table.Tabulation(plan, parameters)
+        coefficients, _ = tabulation.tabulate(backend, tabulation.knot_parameters(parameters), rows, RUNNING)
         error = table_error.table_error(select.for_comparison(plan), plan, parameters, rows)
     found = replace(cast(Table, plan.table), error=error)
     return tabulated(replace(plan, table=found), len(rows)), coefficients

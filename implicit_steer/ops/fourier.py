@@ -21,11 +21,11 @@ from .autocast import without_autocast
 from .native.instruction_set import instruction_set
 
 
-def fourier(activation: str, x: Tensor, samples: Tensor, inverse_t: Tensor) -> Tensor:
+def fourier(function: str, x: Tensor, samples: Tensor, inverse_t: Tensor) -> Tensor:
     """y = A⁻ φ(A x) of every field.
 
     Args:
-        activation: φ, one of ``FUNCTIONS``.
+        function: φ, one of ``FUNCTIONS``.
         x: (N, C · d, ...), floating point: C fields of d coefficients at every point of any trailing dimensions.
         samples, inverse_t: A and the transposed A⁻, (S, d) each, contiguous, of x's dtype and device; constants.
 
@@ -33,8 +33,8 @@ def fourier(activation: str, x: Tensor, samples: Tensor, inverse_t: Tensor) -> T
         y, in the shape of x.
     """
     if not has_kernel(x) or is_transformed():
-        return _plain(activation, x, samples, inverse_t)
-    arguments = x.contiguous(), samples, inverse_t, FUNCTIONS.index(activation), instruction_set()
+        return _plain(function, x, samples, inverse_t)
+    arguments = x.contiguous(), samples, inverse_t, FUNCTIONS.index(function), instruction_set()
     if torch.compiler.is_compiling():
         return torch.ops.implicit_steer.fourier_forward(*arguments)
     apply: Callable[..., Tensor] = _Fourier.apply if is_traced() else _recorded
@@ -58,13 +58,13 @@ def _through(x: Tensor, into: Tensor, change: Callable[[Tensor], Tensor], out: T
     return y.movedim(-1, 2).reshape(x.shape)
 
 
-def _plain(activation: str, x: Tensor, samples: Tensor, inverse_t: Tensor) -> Tensor:
-    return _through(x, samples, lambda u: phi(activation, u), inverse_t)
+def _plain(function: str, x: Tensor, samples: Tensor, inverse_t: Tensor) -> Tensor:
+    return _through(x, samples, lambda u: phi(function, u), inverse_t)
 
 
-def _differential(activation: str, x: Tensor, v: Tensor, samples: Tensor, inverse_t: Tensor) -> Tensor:
+def _differential(function: str, x: Tensor, v: Tensor, samples: Tensor, inverse_t: Tensor) -> Tensor:
     """A⁻ (φ′(A x) · A v): the derivative of y along v."""
-    slopes = phi_prime(activation, _fields(x, samples.shape[1]) @ samples.T)
+    slopes = phi_prime(function, _fields(x, samples.shape[1]) @ samples.T)
     return _through(v, samples, lambda u: slopes * u, inverse_t)
 
 
@@ -75,7 +75,7 @@ _IGNORED = (None,) * 4  # samples, inverse_t, number of φ, instruction set
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, number, ctx.isa = inputs
-    ctx.activation = FUNCTIONS[number]
+    ctx.function = FUNCTIONS[number]
     ctx.save_for_backward(*tensors)
 
 
@@ -84,7 +84,7 @@ def _forward_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _by_operator(ctx: Any, *tensors: Tensor) -> tuple[Tensor | None, ...]:
-    grad_x = torch.ops.implicit_steer.fourier_backward(*tensors, FUNCTIONS.index(ctx.activation), ctx.isa)
+    grad_x = torch.ops.implicit_steer.fourier_backward(*tensors, FUNCTIONS.index(ctx.function), ctx.isa)
     return grad_x, *_IGNORED
 
 
@@ -93,9 +93,9 @@ def _backward_gradient(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
     grad, x, samples, inverse_t = ctx.saved_tensors
     d = samples.shape[1]
     with without_autocast(x):
-        bends = phi_second(ctx.activation, _fields(x, d) @ samples.T) * (_fields(grad, d) @ inverse_t.T)
+        bends = phi_second(ctx.function, _fields(x, d) @ samples.T) * (_fields(grad, d) @ inverse_t.T)
         d_x = _through(v, samples, lambda u: bends * u, samples)
-        return _differential(ctx.activation, x, v, samples, inverse_t), d_x, *_IGNORED
+        return _differential(ctx.function, x, v, samples, inverse_t), d_x, *_IGNORED
 
 
 class _Fourier(torch.autograd.Function):
@@ -123,17 +123,17 @@ class _Fourier(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, v: Tensor, *_: Any) -> Tensor:
         x, samples, inverse_t = ctx.saved_tensors
-        return _differential(ctx.activation, x, v, samples, inverse_t)
+        return _differential(ctx.function, x, v, samples, inverse_t)
 
 
 _recorded = recorder(_Fourier)
 
 
-def _forward_fake(x: Tensor, samples: Tensor, inverse_t: Tensor, activation: int, isa: int) -> Tensor:
+def _forward_fake(x: Tensor, samples: Tensor, inverse_t: Tensor, function: int, isa: int) -> Tensor:
     return torch.empty_like(x)
 
 
-def _backward_fake(grad: Tensor, x: Tensor, samples: Tensor, inverse_t: Tensor, activation: int, isa: int) -> Tensor:
+def _backward_fake(grad: Tensor, x: Tensor, samples: Tensor, inverse_t: Tensor, function: int, isa: int) -> Tensor:
     return torch.empty_like(x)
 
 

@@ -86,7 +86,7 @@ def _monomials(u: Tensor, powers: NDArray[Any]) -> Tensor:
 def _zonal_edge(frame: Frame, delta: Tensor, attributes: Tensor) -> EdgeFrame:
     radius = _soft_norm(delta)
     harmonics = constant(frame, "harmonics", delta)  # (d, n_monomials)
-    degree = torch.tensor(frame.order[frame.coefficient], device=delta.device)
+    degree = torch.tensor(frame.degrees, device=delta.device)
     y = _monomials(delta / radius[:, None], frame.powers) @ harmonics.T
     linear = delta @ harmonics[:, torch.tensor(_linear_monomials(frame), device=delta.device)].T
     # order 0: Y; order 1: r Y(x̂) = Y(x), exactly linear; above: r Y(x̂)
@@ -137,14 +137,14 @@ def _planar_edge(frame: Frame, delta: Tensor, attributes: Tensor) -> EdgeFrame:
     else:  # (ρ, 0); on the axis x itself in the constant frame, which keeps its derivative there
         turned_p = torch.stack([c * p[:, 0] + s * p[:, 1], c * p[:, 1] - s * p[:, 0]], 1)
     inputs = torch.cat([turned_p, delta @ constant(frame, "axis", delta), turned], 1)
-    cosine, sine = _multiples(c, s, frame.order)
+    first, second = _multiples(c, s, frame.order)
     if frame.regular:  # order 0 as it is; order 1 linear in x; above, radius times the unit vector's
         order = torch.tensor(frame.order, device=delta.device)
-        first_order = order == 1
-        scale = torch.where(order == 0, torch.ones_like(cosine), radius[:, None])
-        cosine = torch.where(first_order, p[:, :1], scale * cosine)
-        sine = torch.where(first_order, p[:, 1:], scale * sine)
-    return EdgeFrame(inputs, radius if frame.regular else None, cosine, sine * constant(frame, "sign", delta))
+        linear = order == 1
+        scale = torch.where(order == 0, torch.ones_like(first), radius[:, None])
+        first = torch.where(linear, p[:, :1], scale * first)
+        second = torch.where(linear, p[:, 1:], scale * second)
+    return EdgeFrame(inputs, radius if frame.regular else None, first, second * constant(frame, "sign", delta))
 
 
 def _attribute_direction(frame: Frame, attributes: Tensor) -> Tensor:
@@ -176,8 +176,8 @@ def table_edge(plan: Plan, v: Tensor) -> EdgeFrame:
     if frame.kind == "zonal":
         return EdgeFrame(v, None, _monomials(v, frame.powers) @ constant(frame, "harmonics", v).T)
     p = v @ constant(frame, "plane", v)
-    cosine, sine = _multiples(p[:, 0], p[:, 1], frame.order)
-    return EdgeFrame(v, None, cosine, sine * constant(frame, "sign", v))
+    first, second = _multiples(p[:, 0], p[:, 1], frame.order)
+    return EdgeFrame(v, None, first, second * constant(frame, "sign", v))
 
 
 def _from_table(plan: Plan, parameters: Parameters, delta: Tensor, attributes: Tensor) -> Tensor:
@@ -228,7 +228,7 @@ def _activate(plan: Plan, act: Activation, edge: EdgeFrame, z: Tensor, merged: b
         return phi(act.function, z @ samples.T) @ inverse.T
     near = edge.radius < NEAR[z.dtype]
     rows = near.nonzero().squeeze(1)
-    n = int(np.searchsorted(plan.frame.order, 1))  # coefficients of order 0 come first
+    n = plan.frame.n_zero
     r = torch.where(near, torch.ones_like(edge.radius), edge.radius)[:, None, None]
     scale = torch.cat([torch.ones_like(r).expand(-1, -1, n), r.expand(-1, -1, z.shape[2] - n)], -1)
     y = phi(act.function, (z * scale) @ samples.T) @ inverse.T / scale
@@ -324,10 +324,10 @@ def table_summands(plan: Plan, delta: Tensor, attributes: Tensor) -> TableSums:
     """The summands of :func:`table_sums`."""
     order = constant(plan.frame, "order", delta)
     at = interpolation(plan, delta, attributes, SOFTENING[delta.dtype])
-    edge, padded = table_edge(plan, at.v), torch.nn.functional.pad(at.weights, (0, 3))
+    edge, weights = table_edge(plan, at.v), torch.nn.functional.pad(at.weights, (0, 3))  # B_4 … B_6 = 0
     ways = torch.cat([edge.first, *([edge.second] if plan.frame.kind == "planar" else [])], 1)
     powers = at.v.square().sum(1, keepdim=True) ** order
-    return TableSums(at, ways, powers, [at.weights * padded[:, q : q + 4] for q in range(4)])
+    return TableSums(at, ways, powers, [at.weights * weights[:, q : q + 4] for q in range(4)])
 
 
 def table_sums(plan: Plan, delta: Tensor, attributes: Tensor) -> Tensor:

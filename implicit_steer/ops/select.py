@@ -26,7 +26,7 @@ from .triton import backend as triton
 BACKENDS: dict[str, Backend] = {b.name: b for b in (Reference(), Eager(), Cpu(), Cuda(), triton.BACKEND)}
 NAMES = ("auto", *BACKENDS)
 
-_PREFERENCE = ("cpu", "cuda", "triton", "eager")  # of "auto": the first that supports the plan
+_PREFERENCE: tuple[str, ...] = ("cpu", "cuda", "triton", "eager")  # of "auto": the first that supports the plan
 _SHARE = 0.5  # of the free memory of a GPU that `reference` may take
 _OF_KERNEL = ("cpu", "cuda")  # of the kernel alone, else `reference`
 
@@ -53,14 +53,14 @@ def choose(
         RuntimeError: a backend asked for by name that is not there or does not support the plan, with its reason.
     """
     if name == "auto":
+        preferred, why = _PREFERENCE, ""
         if device.type == "cpu":
             _native.found()
-        refused, (preferred, why) = "", _by_preference(plan, device, dtype, edges)
-        for candidate in preferred:
-            ok, reason = BACKENDS[candidate].supports(plan, device, dtype)
-            if ok:
-                return BACKENDS[candidate], f"{candidate}: {reason}{why if candidate == preferred[0] else refused}"
-            refused += f"; not {candidate}: {reason}"
+        elif device.type == "cuda":
+            preferred, why = _by_predicted_time(plan, device, dtype, edges)
+        found, reason, refused = _first_that_supports(preferred, plan, device, dtype)
+        if found is not None:
+            return found, f"{found.name}: {reason}{refused or why}"
         fail("backend", "one that supports the plan", f"none{refused}", "See implicit_steer.info().", RuntimeError)
     if name not in BACKENDS:
         fail("backend", f"one of {NAMES}", repr(name), "See implicit_steer.info().")
@@ -75,12 +75,23 @@ def for_comparison(plan: Plan) -> Backend:
     return choose("auto", plan, torch.device("cpu"), torch.float64)[0]
 
 
-def _by_preference(
+def _first_that_supports(
+    names: tuple[str, ...], plan: Plan, device: torch.device, dtype: torch.dtype
+) -> tuple[Backend | None, str, str]:
+    """The first of these backends that supports the plan, and its reason; and the refusals of those before it."""
+    refused = ""
+    for name in names:
+        ok, reason = BACKENDS[name].supports(plan, device, dtype)
+        if ok:
+            return BACKENDS[name], reason, refused
+        refused += f"; not {name}: {reason}"
+    return None, "", refused
+
+
+def _by_predicted_time(
     plan: Plan, device: torch.device, dtype: torch.dtype, edges: int | None
 ) -> tuple[tuple[str, ...], str]:
-    """The backends in order of preference, and on a GPU the reason for the order."""
-    if device.type != "cuda":
-        return _PREFERENCE, ""
+    """The backends in order of preference on a GPU, and the reason for the order."""
     name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else ""
     if cost := nanoseconds_per_edge(plan, name):
         what, where = "ns per edge", f", by what was measured on {name}"
@@ -107,12 +118,9 @@ def choose_for_kernel(plan: Plan, device: torch.device, dtype: torch.dtype) -> t
     """The backend that evaluates the kernel alone, and the reason for the choice."""
     if device.type == "cpu":
         _native.found()
-    refused = ""
-    for name in _OF_KERNEL:
-        ok, reason = BACKENDS[name].supports(plan, device, dtype)
-        if ok:
-            return BACKENDS[name], f"{name}: {reason}"
-        refused += f"; not {name}: {reason}"
+    found, reason, refused = _first_that_supports(_OF_KERNEL, plan, device, dtype)
+    if found is not None:
+        return found, f"{found.name}: {reason}"
     return BACKENDS["reference"], f"reference: plain PyTorch{refused}"
 
 

@@ -188,7 +188,7 @@ class _WeightsOfSplines:
         else:
             own = constant(frame, "coefficient", h)
             sums = torch.einsum("tjd,tjwd->wd", ways, b[..., own])
-            squares = squares[:, own] / (2 * constant(frame, "order", h)[own] + 1)
+            squares = squares[:, own] / (2 * constant(frame, "degrees", h) + 1)
         mean = sums / self.n_edges
         squares = squares - self.n_edges * mean.square()
         return self.n_edges, mean.to(h.dtype), squares.to(h.dtype)
@@ -222,21 +222,22 @@ def evaluation(
         ValueError: attributes (E, A) that require gradients, which rows that edges share do not give edge by edge.
     """
     rows, numbers = _types(delta, attributes)
-    kept = tabulation(plan, parameters)
-    splines = kept.splines(len(rows), parameters)
+    tabulation = tabulation_of(plan, parameters)
+    splines = tabulation.splines(len(rows), parameters)
     statistics: Sequence[NormStatistics] = ()
     if statistics_from.measured:
         sums = backend.table_sums(splines.plan, splines.cache.native, delta.detach(), numbers)
-        weighted = _WeightsOfSplines(plan, len(delta), sums.unflatten(0, (len(rows), -1)), kept.knots(rows))
+        weighted = _WeightsOfSplines(plan, len(delta), sums.unflatten(0, (len(rows), -1)), tabulation.knots(rows))
         statistics_from = StatisticsSource(measured=True, pool=statistics_from.pool, weighted=weighted)
-        coefficients, statistics = kept.tabulate(backend, kept.knot_parameters(parameters), rows, statistics_from)
+        at = tabulation.knot_parameters(parameters)
+        coefficients, statistics = tabulation.tabulate(backend, at, rows, statistics_from)
     else:
-        coefficients = kept.coefficients(backend, parameters, rows)
+        coefficients = tabulation.coefficients(backend, parameters, rows)
     parameters = with_splines(parameters, coefficients, splines.cache)
     return Evaluation(splines.plan, parameters, RUNNING, numbers, statistics)
 
 
-def tabulation(plan: Plan, parameters: Parameters) -> Tabulation:
+def tabulation_of(plan: Plan, parameters: Parameters) -> Tabulation:
     """What a layer keeps for its plan with a table, in its cache; made anew for another plan."""
     cache = parameters.cache
     if cache is None:

@@ -88,6 +88,16 @@ class Frame(FrozenArrays):
         return self.attribute.shape[0]
 
     @property
+    def degrees(self) -> NDArray[Any]:
+        """(d,) the degree or order of each coordinate of a hidden field."""
+        return self.order[self.coefficient] if self.kind == "zonal" else self.order
+
+    @property
+    def n_zero(self) -> int:
+        """How many hidden coefficients are of order 0: the first ones."""
+        return int(np.searchsorted(self.order, 1))
+
+    @property
     def n_position(self) -> int:
         """How many values the position contributes to the MLP's input: all of x; (r,); (ρ, axis); or, in a planar
         frame that is not regular, (ρ, 0, axis), where the 0 has a derivative at ρ = 0."""

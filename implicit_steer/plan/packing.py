@@ -177,9 +177,8 @@ def _expansion(layer: Linear) -> Expansion:
 
 @cached
 def _theta_index(coupling: Coupling, device: torch.device) -> Tensor:
-    """(U·V·W·n_b,) the position of every θ[u, v, w, b] in the parameter."""
-    per_row = len(coupling.hidden_start) * coupling.basis.shape[0]
-    return (torch.tensor(coupling.row)[..., None] + torch.arange(per_row)).reshape(-1).to(device)
+    """(U·V·W·n_b,) :attr:`Coupling.theta_positions`."""
+    return torch.tensor(coupling.theta_positions.reshape(-1)).to(device)
 
 
 def mixing_weights(coupling: Coupling, weights: Tensor, bias: Tensor | None) -> Tensor:
@@ -285,6 +284,28 @@ def parameter_sizes(plan: Plan) -> tuple[int, ...]:
     for norm in plan.norms:
         sizes += [norm.channels, *filter(None, [norm.channels * len(norm.trivial)])]
     return *sizes, 1, *filter(None, plan.n_last)  # 1: the shell's width
+
+
+class ParameterStarts(NamedTuple):
+    """Where the :func:`learned_tensors` begin in one vector of them all."""
+
+    splines: int  # of a plan without hidden layers, else 0
+    linears: list[tuple[int, int]]  # weights and bias of every hidden layer; 0: no bias
+    norms: list[tuple[int, int]]  # weight and bias of every batch norm; −1: no bias
+    shell: int
+    last: dict[str, int]  # the last layer's "weights" and "bias"; without a bias the end of them all
+
+
+def parameter_starts(plan: Plan, sizes: Sequence[int]) -> ParameterStarts:
+    """``sizes``: numbers in each of :func:`learned_tensors`."""
+    starts = iter(np.cumsum([0, *sizes]).tolist())
+    return ParameterStarts(
+        splines=next(starts) if plan.is_frozen else 0,
+        linears=[(next(starts), next(starts) if layer.bias.shape[1] else 0) for layer in plan.linears],
+        norms=[(next(starts), next(starts) if len(norm.trivial) else -1) for norm in plan.norms],
+        shell=next(starts),
+        last=dict(zip(("weights", "bias"), starts, strict=False)),
+    )
 
 
 def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

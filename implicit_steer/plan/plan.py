@@ -66,6 +66,12 @@ class Coupling(FrozenArrays):
         """One past the last value of its parameter that it reads."""
         return int(self.row.max(initial=0)) + len(self.hidden_start) * len(self.basis)
 
+    @property
+    def theta_positions(self) -> NDArray[Any]:
+        """(U, V, W, n_b) the position of every θ[u, v, w, b] in the parameter; V = 1 where depthwise."""
+        n_w, n_b = len(self.hidden_start), len(self.basis)
+        return self.row[:, :, None, None] + np.arange(n_w * n_b).reshape(n_w, n_b)
+
     @cached_property
     def nonzeros(self) -> tuple[tuple[int, int, int, int, float], ...]:
         """(b, o, i, m, value) of every nonzero of B."""
@@ -128,8 +134,7 @@ class Plan(FrozenArrays):
             require(c.parameter in ("weights", "bias"), "parameter", "'weights' or 'bias'", repr(c.parameter))
             require_indices("out_start", c.out_start, self.out_size - o + 1)
             require_indices("in_start", c.in_start, self.in_size - i + 1)
-            one = m == 1 and c.hidden_start.tolist() == [self.hidden_size - 1]
-            require_indices("hidden_start", c.hidden_start, self.hidden_size - m + one)
+            require_indices("hidden_start", c.hidden_start, self.hidden_size - m + self.reads_one(c))
             into = self.couplings[c.fold_into] if 0 <= c.fold_into < len(self.couplings) else None
             ok = c.fold_into == -1 or (into is not None and into.parameter == "bias" and c.parameter == "weights")
             require(ok, "fold_into", "the position of a bias coupling or -1", (n, c.fold_into))
@@ -166,6 +171,10 @@ class Plan(FrozenArrays):
             require(norm.channels == act.channels, "channels", f"{act.channels}, as its activation has", norm.channels)
             require_indices("trivial", norm.trivial, coefficients)
             require_indices("measured", norm.measured, full // norm.channels)
+
+    def reads_one(self, coupling: Coupling) -> bool:
+        """Whether the coupling reads the constant hidden feature, the last column of h, and nothing else."""
+        return coupling.basis.shape[3] == 1 and coupling.hidden_start.tolist() == [self.hidden_size - 1]
 
     @property
     def table_refusal(self) -> str | None:

@@ -66,16 +66,16 @@ def triton_arguments(case, leaves=True):
     statistics = [t for norm in parameters.norms for t in (norm.mean, norm.var)]
     inputs = problem.x, problem.delta, problem.attributes
     with torch.no_grad():
-        total, *kept = torch.ops.implicit_steer.triton_conv(key, *inputs, learned, statistics, False, *edges)
+        total, *saved = torch.ops.implicit_steer.triton_conv(key, *inputs, learned, statistics, False, *edges)
     packing = convolution.packing_of(prepared, convolution.Learned(learned, statistics, False))
-    theta = kept[1][packing.layers_end :].view(-1, plan.out_size)
-    sums = *map(leaf, (problem.x, *kept[2:], theta)), *edges, True
+    theta = saved[1][packing.layers_end :].view(-1, plan.out_size)
+    sums = *map(leaf, (problem.x, *saved[2:], theta)), *edges, True
     output, n = torch.randn_like(total), len(problem.delta)
     values, weights = torch.randn(n, 3, device=DEVICE).double(), torch.randn(n, 4, device=DEVICE).double()
     first = torch.arange(n, dtype=torch.int32, device=DEVICE) % 5
     return {
         "triton_conv": (key, *map(leaf, inputs), [leaf(t) for t in learned], statistics, False, *edges),
-        "triton_conv_backward": (key, *inputs, learned, statistics, False, *edges, *kept, output, [True] * 4),
+        "triton_conv_backward": (key, *inputs, learned, statistics, False, *edges, *saved, output, [True] * 4),
         "triton_moments": (key, *inputs[1:], learned, statistics, False, graph.order, 0),
         "triton_knot_sums": (handle_of(tabulated(with_table(plan, 5, 1.0), 1)).key, values, weights, first),
         "triton_contract": (key, *sums),

@@ -4,12 +4,17 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from implicit_steer.ops import kernel_mlp
 from implicit_steer.ops.native import headers, terms
 from implicit_steer.ops.native.arrays import FRAME_KINDS
+from implicit_steer.ops.triton.sizes import FRAME_KINDS as TRITON_FRAME_KINDS
 from implicit_steer.plan import FUNCTIONS
+from implicit_steer.plan.activations import SMALL
 
-PLAN_H = (Path(__file__).parents[2] / "csrc" / "plan.h").read_text(encoding="utf-8")
+CSRC = Path(__file__).parents[2] / "csrc"
+PLAN_H, EDGE_FRAME_H = ((CSRC / name).read_text(encoding="utf-8") for name in ("plan.h", "edge_frame.h"))
 
 
 def fields(macro):
@@ -39,6 +44,25 @@ def test_headers_have_the_fields_that_cpp_reads(macro, header):
 @pytest.mark.parametrize(("enum", "names"), [("FrameKind", FRAME_KINDS), ("Function", FUNCTIONS)])
 def test_kinds_have_the_numbers_of_cpp(enum, names):
     assert members(enum) == dict(enumerate(names))
+
+
+def test_triton_knows_the_kinds_of_the_plan():
+    """A planar frame counts twice there: regular ones have a kind of their own."""
+    assert set(TRITON_FRAME_KINDS) == {*FRAME_KINDS, "regular planar"}
+    assert sorted(TRITON_FRAME_KINDS.values()) == list(range(len(TRITON_FRAME_KINDS)))
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("float", torch.float32), ("double", torch.float64)])
+def test_limits_have_the_values_of_cpp(kind, dtype):
+    (text,) = re.findall(rf"struct Limits<{kind}> {{\s*static constexpr {kind} (.*?);", EDGE_FRAME_H)
+    found = {name: float(value) for name, value in re.findall(r"(\w+) = ([\d.e-]+)", text)}
+    limits = {
+        "near": kernel_mlp.NEAR,
+        "softening": kernel_mlp.SOFTENING,
+        "zero": kernel_mlp.ZERO,
+        "quotient": SMALL,
+    }
+    assert found == {name: limit[dtype] for name, limit in limits.items()}
 
 
 def test_rows_of_channels_have_the_size_of_cpp():

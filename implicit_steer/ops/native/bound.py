@@ -18,10 +18,10 @@ from ... import _native
 from ...plan import Plan
 from ...plan.moments import NormStatistics, Pool
 from ...plan.packing import Parameters, cached, constant, is_traced, learned_tensors, running, unflatten
+from ..backend import refused_dtype
 from .arrays import prepare
 from .instruction_set import instruction_set
 from .packing_matrix import kernel_entries
-from .terms import reads_one
 
 
 def refusal(plan: Plan, dtype: torch.dtype) -> str | None:
@@ -29,16 +29,12 @@ def refusal(plan: Plan, dtype: torch.dtype) -> str | None:
     available, reason = _native.available()
     if not available:
         return f"the native extension is missing: {reason}"
-    if dtype not in (torch.float32, torch.float64):
-        return f"computes in float32 or float64, not {dtype}"
-    return _unsupported(plan)
+    return refused_dtype(dtype) or _unsupported(plan)
 
 
 @lru_cache(maxsize=256)
 def _unsupported(plan: Plan) -> str | None:
     coefficients = len(plan.frame.order)
-    if plan.frame.dim not in (1, 2, 3):
-        return f"positions in 1 to 3 dimensions, not {plan.frame.dim}"
     if len({act.function for act in plan.activations}) > 1:
         return "one activation function in all layers"
     if any(act.samples.shape[1] != coefficients for act in plan.activations):
@@ -47,7 +43,7 @@ def _unsupported(plan: Plan) -> str | None:
         return None if plan.frame.kind == "none" else "without hidden layers, frame 'none'"
     if plan.frame.kind == "zonal":
         d = plan.field_size
-        if any((c.hidden_start % d).any() for c in plan.couplings if not reads_one(plan, c)):
+        if any((c.hidden_start % d).any() for c in plan.couplings if not plan.reads_one(c)):
             return "couplings that read whole hidden fields"
     return None
 
@@ -112,8 +108,8 @@ class BoundKernel:
         self.parameters, self.learned = parameters, learned_tensors(parameters)
         self.dtype, self.device = parameters.shell_width.dtype, parameters.shell_width.device
         self.arrays, self.matrix = native.arrays[self.dtype], native.matrix[self.dtype]
-        self._kept = [t for norm in parameters.norms for t in (norm.mean, norm.var)]
-        self._sources = [*self.learned, *self._kept]
+        self._running = [t for norm in parameters.norms for t in (norm.mean, norm.var)]
+        self._sources = [*self.learned, *self._running]
         nothing = parameters.shell_width.new_empty(0)
         self.bias, self.expansion = parameters.bias or (nothing, nothing.view(plan.out_size, 0))
         self._tensors = [*self._sources, self.expansion, self.bias]
@@ -130,7 +126,7 @@ class BoundKernel:
         if places != known:
             operators, bound = torch.ops.implicit_steer, None
             if all(t.is_contiguous() for t in self._tensors):
-                plan, learned = (*self.arrays, *self.matrix, self.native.columns), (self.learned, self._kept)
+                plan, learned = (*self.arrays, *self.matrix, self.native.columns), (self.learned, self._running)
                 others = self.expansion, self.bias, self.mean, instruction_set(), self.backend == "cuda"
                 number = operators.bind_layer(*plan, *learned, *others)
                 bound = _native.Number(number, operators.release_layer.default) if number else None
@@ -142,7 +138,9 @@ class BoundKernel:
         return self.native.kernel_entries()
 
     def dense_kernel(self) -> Tensor:
-        """(C_out, C_in, H), as :func:`~implicit_steer.plan.packing.dense_kernel`, from the learned parameters."""
+        """(C_out, C_in, H), as :func:`~implicit_steer.plan.packing.dense_kernel`, from the learned parameters; but from
+        tensors that were made before, since torch.compile cannot trace the plan's arrays, and from nonzeros of B alone.
+        """
         position, column, value = self.kernel_entries()
         last = torch.cat([t.reshape(-1) for t in self.parameters.linears[-1] if t is not None])
         plan, value = self.plan, value.to(last.dtype) * self.repeated(last, column)

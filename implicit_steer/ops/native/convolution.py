@@ -104,11 +104,13 @@ class Convolution:
 
     def backward(self, needs: Sequence[bool], grad: Tensor, packed: Tensor, *inputs: Tensor) -> Sequence[Tensor]:
         """The gradients of the inputs and of ``packed``; empty where not needed, but for the bias."""
-        bound, needs = self.bound, (*needs[:3], needs[4])
+        bound, (need_x, need_delta, need_attributes, _, need_packed) = self.bound, needs
         of_sums = of_sums_backward(self.graph.rowptr, bound.mean, grad)
         of_bias = of_bias_backward(bound.expansion, grad)
-        tensors = *bound.arrays, packed, *inputs[:3], *self._edges(needs[0], of_sums)
-        *found, of_packed = torch.ops.implicit_steer.conv_backward(*tensors, *needs, instruction_set())
+        x, delta, attributes, _ = inputs
+        tensors = *bound.arrays, packed, x, delta, attributes, *self._edges(need_x, of_sums)
+        needed = need_x, need_delta, need_attributes, need_packed
+        *found, of_packed = torch.ops.implicit_steer.conv_backward(*tensors, *needed, instruction_set())
         return *found, of_bias, of_packed
 
     def gradients(
@@ -123,9 +125,11 @@ class Convolution:
         """The gradients of the inputs and the parameters, not differentiable."""
         if not self.bound.joint_gradients:
             return composed_gradients(self, needs, grad, packed, statistics, inputs, learned)
-        bound = self.bound
-        tensors = *bound.arrays, *bound.matrix, learned, statistics, packed, *inputs[:3], *self._edges(needs[0], grad)
-        arguments = *tensors, bound.expansion.contiguous(), bound.mean, *needs[:3], needs[4], instruction_set()
+        bound, (x, delta, attributes, _) = self.bound, inputs
+        need_x, need_delta, need_attributes, _, need_learned = needs
+        given = *bound.arrays, *bound.matrix, learned, statistics, packed, x, delta, attributes
+        finish, needed = (bound.expansion.contiguous(), bound.mean), (need_x, need_delta, need_attributes, need_learned)
+        arguments = *given, *self._edges(need_x, grad), *finish, *needed, instruction_set()
         *found, of_learned = torch.ops.implicit_steer.conv_gradients(*arguments)
         return [*found, *of_learned]
 
@@ -167,8 +171,9 @@ def composed_gradients(
     learned: Sequence[Tensor],
 ) -> list[Tensor]:
     """The gradients of the inputs and the parameters by operators that know their derivatives."""
+    *_, need_learned = needs
     *found, of_packed = call.backward(needs, grad, packed, *inputs)
-    return [*found, *call.bound.unpack_gradient(of_packed, learned, statistics)] if needs[-1] else found
+    return [*found, *call.bound.unpack_gradient(of_packed, learned, statistics)] if need_learned else found
 
 
 # ---- level 2: how it is evaluated
@@ -191,9 +196,9 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        call, needs, (packed, statistics, *tensors) = ctx.call, ctx.needs_input_grad[3:], ctx.saved_tensors
+        call, (packed, statistics, *tensors) = ctx.call, ctx.saved_tensors
+        needs, n = ctx.needs_input_grad[-len(tensors) :], call.n_inputs
         refuse_derivatives(grad, *tensors)
-        n = call.n_inputs
         inputs, learned, needed = tensors[:n], tensors[n:], (*needs[:n], any(needs[n:]))
         if torch.is_grad_enabled():  # create_graph=True
             packed = call.bound.pack(learned, statistics)
@@ -214,8 +219,9 @@ class _RecordedLayer(torch.autograd.Function):
     def forward(
         ctx: Any, bound: BoundKernel, layer: Number, graph: Graph, measured: bool, found: list[Tensor], *tensors: Tensor
     ) -> Tensor:
-        numbers, inputs = (layer.number, graph.number), tensors[:3]
-        out, packed, statistics = torch.ops.implicit_steer.layer_forward_recorded(*numbers, *inputs, measured)
+        numbers, (x, delta, attributes, *_) = (layer.number, graph.number), tensors
+        operator = torch.ops.implicit_steer.layer_forward_recorded
+        out, packed, statistics = operator(*numbers, x, delta, attributes, measured)
         ctx.save_for_backward(packed, statistics, *tensors)
         ctx.bound, ctx.layer, ctx.graph = bound, layer, graph
         found.append(statistics)
@@ -224,19 +230,22 @@ class _RecordedLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         bound, graph, (packed, statistics, *tensors) = ctx.bound, ctx.graph, ctx.saved_tensors
-        needs, inputs, learned = ctx.needs_input_grad[5:], tensors[:4], tensors[4:]
+        needs, (x, delta, attributes, bias, *learned) = ctx.needs_input_grad[-len(tensors) :], tensors
         refuse_derivatives(grad, *tensors)
-        need_learned = any(needs[4:])
+        need_x, need_delta, need_attributes, need_bias, *need_each = needs
+        need_learned = any(need_each)
         if torch.is_grad_enabled():  # create_graph=True
             call, packed = Convolution(bound, graph), bound.pack(learned, statistics)
-            needed = *needs[:4], need_learned
+            inputs = x, delta, attributes, bias
+            needed = need_x, need_delta, need_attributes, need_bias, need_learned
             found = composed_gradients(call, needed, grad, packed, statistics, inputs, learned)
         else:
-            numbers = ctx.layer.number, graph.number_by_source if needs[0] else graph.number
-            arguments = *numbers, *inputs[:3], packed, statistics, grad.contiguous(), *needs[:3], need_learned
+            numbers = ctx.layer.number, graph.number_by_source if need_x else graph.number
+            given = x, delta, attributes, packed, statistics, grad.contiguous()
+            arguments = *numbers, *given, need_x, need_delta, need_attributes, need_learned
             *found, of_learned = torch.ops.implicit_steer.layer_backward(*arguments)
             found += of_learned
-        return *[None] * 5, *(g if need else None for g, need in zip_longest(found, needs))
+        return None, None, None, None, None, *(g if need else None for g, need in zip_longest(found, needs))
 
 
 _recorded, _recorded_layer = map(recorder, (_Recorded, _RecordedLayer))  # run has ruled out that torch.func looks on

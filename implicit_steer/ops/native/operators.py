@@ -6,7 +6,6 @@ product of a Hessian with a vector, which the native code takes as the backward 
 
 from __future__ import annotations
 
-from collections import namedtuple
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from ... import _native
 from ..._transforms import one_by_one, recorder, refuse_derivatives
 from ...plan.packing import unflatten
+from ..by_name import by_name, positional
 
 _NAMESPACE = "implicit_steer"
 
@@ -149,17 +149,16 @@ def _conv_pack_fake(a: Any) -> Any:
 
 
 def _save_pack(ctx: Any, inputs: Any, output: Any) -> None:
-    *arrays, parameters, statistics = inputs
-    ctx.save_for_backward(*arrays, statistics, *parameters)
+    *packing, parameters, statistics = inputs
+    ctx.save_for_backward(*packing, statistics, *parameters)
 
 
-def _conv_pack_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors  # asked for once: torch.utils.checkpoint insists
-    *arrays, statistics = saved[:6]
-    parameters = saved[6:]
-    n = sum(t.numel() for t in parameters)
-    flat = torch.ops.implicit_steer.conv_pack_backward(*arrays, statistics, grad.contiguous(), n)
-    return *[None] * 5, unflatten(flat, parameters), None
+def _conv_pack_gradient(ctx: Any, grad: Tensor) -> dict[str, list[Tensor]]:
+    # asked for once: torch.utils.checkpoint insists
+    plan_ints, plan_reals, pack_rowptr, pack_column, pack_value, statistics, *parameters = ctx.saved_tensors
+    packing, n = (plan_ints, plan_reals, pack_rowptr, pack_column, pack_value), sum(t.numel() for t in parameters)
+    flat = torch.ops.implicit_steer.conv_pack_backward(*packing, statistics, grad.contiguous(), n)
+    return {"parameters": unflatten(flat, parameters)}
 
 
 def _conv_pack_backward_fake(a: Any) -> Any:
@@ -221,24 +220,13 @@ _GRADIENTS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _by_name(name: str) -> Any:
-    """A named tuple with a place for each of the operator's arguments, None where none is given."""
-    names = [a.name for a in getattr(torch.ops.implicit_steer, name).default._schema.arguments]
-    return namedtuple(name, names, defaults=[None] * len(names))
-
-
-def _fake_kernel(name: str, fake: Callable[[Any], Any]) -> Callable[..., Any]:
-    arguments_of = _by_name(name)
-    return lambda *arguments: fake(arguments_of(*arguments))
-
-
 def _differentiable(name: str, gradient: Callable[..., Any]) -> Callable[..., Any]:
     """The operator as autograd sees it: what ``torch.library.register_autograd`` makes, at a quarter of its cost.
 
     No transform of torch.func is looking on by then, which :func:`~implicit_steer._transforms.recorder` asks for: the
     dispatcher has dealt with those before it calls a kernel for autograd.
     """
-    operator, arguments_of = getattr(torch.ops.implicit_steer, name).default, _by_name(name)
+    operator, arguments_of = getattr(torch.ops.implicit_steer, name).default, by_name(name)
     n_tensors = sum(str(a.type) == "Tensor" for a in operator._schema.arguments)  # the first ones
 
     def call(arguments: Any, keys: Any) -> Any:
@@ -273,13 +261,22 @@ def _differentiable(name: str, gradient: Callable[..., Any]) -> Callable[..., An
     return kernel
 
 
+def _register_pack() -> None:
+    """``conv_pack`` takes a list of tensors, which torch.library alone differentiates."""
+    arguments_of = by_name("conv_pack")
+
+    def gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return tuple(arguments_of(**_conv_pack_gradient(ctx, grad)))
+
+    torch.library.register_autograd(f"{_NAMESPACE}::conv_pack", gradient, setup_context=_save_pack)
+
+
 if _native.available()[0]:
     _LIBRARY = torch.library.Library(_NAMESPACE, "IMPL")  # what it registers lives as long as it does
     for name, fake in _FAKES.items():
-        torch.library.register_fake(f"{_NAMESPACE}::{name}", _fake_kernel(name, fake))
+        torch.library.register_fake(f"{_NAMESPACE}::{name}", positional(name, fake))
         one_by_one(name)
     one_by_one("layer_backward")
     for name, gradient in _GRADIENTS.items():
         _LIBRARY.impl(name, _differentiable(name, gradient), "Autograd", with_keyset=True)
-    # this one takes a list of tensors
-    torch.library.register_autograd(f"{_NAMESPACE}::conv_pack", _conv_pack_gradient, setup_context=_save_pack)
+    _register_pack()

@@ -54,9 +54,7 @@ class ThetaLayouts(NamedTuple):
 
 def theta_layouts(coupling: Coupling, start: int, constant: bool) -> ThetaLayouts:
     """``start``: of the coupling's parameter; ``constant``: it reads the constant hidden feature."""
-    n_hidden, n_basis = len(coupling.hidden_start), coupling.basis.shape[0]
-    per_row = np.arange(n_hidden * n_basis).reshape(n_hidden, n_basis)
-    parameters = start + coupling.row[:, :, None, None] + per_row  # (U, V, W, b); V = 1 where depthwise
+    parameters = start + coupling.theta_positions  # (U, V, W, b); V = 1 where depthwise
     theta = parameters.transpose((3, 1, 0, 2) if coupling.depthwise else (3, 0, 1, 2))
     theta = theta[..., 0] if constant else _padded_rows(theta).reshape(*theta.shape[:2], -1)
     theta_forward = _padded_rows(parameters.transpose(3, 1, 2, 0))
@@ -101,7 +99,7 @@ def kernel_entries(plan: Plan, n_weights: int) -> tuple[NDArray[Any], NDArray[An
         b, o, i, m = np.nonzero(c.basis)
         u, v, w, _ = np.ogrid[: n[0], : n[1], : n[2], :1]
         kernel_positions(plan, c, (u, v, w), (o, i, m), out=position[end - count : end].reshape(*n, len(b)))
-        here = column[end - count : end].reshape(*n, len(b))
+        here = column[end - count : end].reshape(*n, len(b))  # theta_positions of the nonzeros, in place
         here[...] = c.row[u, v] + w * len(c.basis) + (0 if c.parameter == "weights" else n_weights)
         here += b
         value[end - count : end].reshape(*n, len(b))[...] = c.basis[b, o, i, m]

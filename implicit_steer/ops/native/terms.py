@@ -25,8 +25,8 @@ def padded(n: int) -> int:
 
 
 def reads_one(plan: Plan, c: Coupling) -> bool:
-    """Whether the coupling reads the constant hidden feature, the last column of h, and nothing else."""
-    return len(c.hidden_start) == 1 and c.basis.shape[3] == 1 and c.hidden_start[0] == plan.hidden_size - 1
+    """:meth:`Plan.reads_one`."""
+    return plan.reads_one(c)
 
 
 class Gathered:
@@ -143,7 +143,7 @@ class Terms:
 
     def _read(self, c: Coupling, m: int) -> tuple[int, int]:
         """Row (−1: the constant one) and harmonic (−1: none) of coordinate m of the coupling's hidden fields."""
-        if reads_one(self.plan, c):
+        if self.plan.reads_one(c):
             return -1, -1
         channel, coefficient = np.divmod(c.hidden_start + m, self.plan.field_size)
         harmonic = -1

@@ -55,7 +55,7 @@ of two, at least 16 where the block is a factor of a product. *Padded* means fil
 
 ================  ===============================================================================================
 BE                edges of a block
-DIM, KIND         coordinates of x; kind of frame, as in ``sizes.KINDS``
+DIM, KIND         coordinates of x; kind of frame, as in ``sizes.FRAME_KINDS``
 NA, BA            attributes of an edge
 NI, BI            inputs of the first layer (in the backward kernels BI is of the layer at hand)
 NM, BM; DEGREE    monomials of the spherical harmonics; their highest exponent, or the highest order of attributes
@@ -67,7 +67,7 @@ N0, B0; N1, B1    coefficients of a hidden layer of order 0; of orders >= 1; bot
 NU, BU            samples u of an activation times channels, in whole tiles; samples of a tile
 NR                columns of r
 NT                entries of T per node
-C_IN; C, BC       columns of x; of the rows that are summed by source, and those of a program
+C_IN; C, BC       columns of x; of the rows that are summed by source; those that a program holds at a time
 S, V, W           slots, fields and columns of an accumulator of T
 D, D_ALL          components of an input field that are read at a time; of a field, in whole chunks
 FN                the activation function's place in ``plan.FUNCTIONS``
@@ -77,12 +77,11 @@ SOFT, ZERO        ε² under the root of a radius; squared lengths that count as
 PREC              ``input_precision`` of tl.dot
 REGULAR, FIRST    whether the frame is regular; whether the layer is the first
 STORE_*, NEED_*   whether a result is wanted
-W, C, S           of edges.py: channels, coefficients of a channel, samples; NY: numbers in a row of its y
+NW, NC, NS        of edges.py: channels, coefficients of a channel, samples; NY: numbers in a row of its y
 HARMONICS, POWERS of edges.py: tables of frame.py, as tuples
 SCALED            of edges.py: whether r is wanted, not y; BITS: of the columns of a block that is stored
-BC                of spline.py also the columns of r that a program holds at a time
 BOUNDED, EVEN     of spline.py: as in ``plan.Table``
-NC                of spline.py: columns of the values that are summed
+NV, NK            of spline.py: columns of the values that knots sum, and how many of these are summed
 BN, ROWS          of pack.py: products of a row and rows at a time; NORMS: whether there are batch norms; EPS: theirs
 BACKWARD          of pack.py: whether the products have the gradient of a packed weight as a factor
 ADD, HAS_ONE      whether to add to what is there; whether q₀ = 1, or 0

@@ -101,8 +101,8 @@ def launches_of(plan: Plan, dtype: torch.dtype = torch.float32, nodes: int = 64,
     offsets = zeros(nodes + 1, kind=torch.int64)
     points = zeros(nodes, s.in_size), zeros(edges, s.dim), zeros(edges, s.n_attributes)
     learned = [zeros(n) for n in parameter_sizes(plan)]
-    kept = [t for norm in plan.norms for t in (zeros(norm.channels, plan.field_size), zeros(norm.channels))]
-    call = key, *points, learned, kept, False, source, order, offsets, order, offsets
+    running = [t for norm in plan.norms for t in (zeros(norm.channels, plan.field_size), zeros(norm.channels))]
+    call = key, *points, learned, running, False, source, order, offsets, order, offsets
     with recording() as found, torch.no_grad():
         total, *saved = ops.triton_conv(*call)
         ops.triton_conv_backward(*call, *saved, total, [True] * 4)

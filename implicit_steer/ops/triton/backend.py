@@ -20,7 +20,7 @@ from ...plan import Plan
 from ...plan.moments import NormStatistics, StatisticsSource
 from ...plan.packing import Parameters
 from ...plan.tabulated import tabulated
-from ..backend import Backend
+from ..backend import Backend, refused_dtype
 from .handle import Handle, handle_of
 from .tables import unsupported
 
@@ -82,9 +82,7 @@ class Triton(Backend):
         ok, reason = self.available()
         if not ok:
             return False, reason
-        if dtype not in (torch.float32, torch.float64):
-            return False, f"computes in float32 or float64, not {dtype}"
-        refused, hidden = _unsupported(plan), "MLP" if plan.table is None else "splines"
+        refused, hidden = refused_dtype(dtype) or _unsupported(plan), "MLP" if plan.table is None else "splines"
         return refused is None, refused or f"Triton kernels: {hidden} and contraction, edges sorted by target"
 
     def table_sums(self, plan: Plan, native: Any, delta: Tensor, attributes: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from ...plan.packing import Parameters, fold_norm, is_traced, learned_tensors, p
 from ..kernel_mlp import table_summands
 from ..mean_and_bias import mean_and_bias
 from . import dense, operators
-from .convolution import Kept, Learned
+from .convolution import Learned, Saved
 from .handle import handle_of
 from .prepared import Prepared, prepare
 
@@ -36,7 +36,7 @@ class Bound:
     Attributes:
         handle: of the plan, by which the operators find it.
         learned: ``learned_tensors(parameters)``.
-        kept: the statistics that the batch norms keep, mean and variance of each.
+        running: the statistics that the batch norms keep, mean and variance of each.
     """
 
     def __init__(self, plan: Plan, parameters: Parameters) -> None:
@@ -46,7 +46,7 @@ class Bound:
         else:
             self.handle = handle_of(plan)
         self.learned = learned_tensors(parameters)
-        self.kept = [t for norm in parameters.norms for t in (norm.mean, norm.var)]
+        self.running = [t for norm in parameters.norms for t in (norm.mean, norm.var)]
         self._prepared: Prepared | None = None
 
     def prepared(self, like: Tensor) -> Prepared:
@@ -99,16 +99,16 @@ class Call:
         self,
         inputs: Sequence[Tensor],
         learned: Sequence[Tensor],
-        kept: Sequence[Tensor],
+        saved: Sequence[Tensor],
         grad: Tensor,
         needs: Sequence[bool],
     ) -> Sequence[Tensor]:
         """As of ``triton_conv_backward``, likewise."""
         edges, of_learned = self.edges(needs[0]), Learned(learned, self.statistics, self.measured)
         if _is_watched(grad):
-            arguments = self.bound.handle.key, *inputs, *of_learned, *edges, *kept, grad, needs
+            arguments = self.bound.handle.key, *inputs, *of_learned, *edges, *saved, grad, needs
             return torch.ops.implicit_steer.triton_conv_backward(*arguments)
-        return operators.gradients(self.bound.prepared(grad), inputs, of_learned, edges, Kept(*kept), grad, needs)
+        return operators.gradients(self.bound.prepared(grad), inputs, of_learned, edges, Saved(*saved), grad, needs)
 
     def composed(self, x: Tensor, delta: Tensor, attr: Tensor, learned: Sequence[Tensor]) -> Tensor:
         """The sums (N, C_out) by operators that have derivatives of every order."""
@@ -137,21 +137,21 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            total, *kept = call.forward(tensors[:3], tensors[3:])
-        ctx.save_for_backward(*tensors, *kept)
+            total, *saved = call.forward(tensors[:3], tensors[3:])
+        ctx.save_for_backward(*tensors, *saved)
         ctx.call = call
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        call, needs, saved = ctx.call, ctx.needs_input_grad[1:], ctx.saved_tensors
-        tensors, kept = saved[: len(needs)], saved[len(needs) :]
+        call, needs, tensors = ctx.call, ctx.needs_input_grad[1:], ctx.saved_tensors
+        tensors, saved = tensors[: len(needs)], tensors[len(needs) :]
         refuse_derivatives(grad, *tensors)
         if torch.is_grad_enabled():  # create_graph=True
             return None, *_differentiable_gradients(call, tensors, grad, needs)
         inputs, learned, needed = tensors[:3], tensors[3:], (*needs[:3], any(needs[3:]))
         with torch._C._AutoDispatchBelowAutograd():
-            *found, flat = call.gradients(inputs, learned, kept, grad, needed)
+            *found, flat = call.gradients(inputs, learned, saved, grad, needed)
             found += unflatten(flat, learned) if needed[3] else [None] * len(learned)
         return None, *(g if need else None for g, need in zip(found, needs, strict=True))
 
@@ -216,7 +216,7 @@ def run(
     if statistics_from.measured:
         with torch.no_grad():
             found = _measured(bound, statistics_from, graph, delta, attr)
-    statistics = [t for pair in found for t in pair] if statistics_from.measured else bound.kept
+    statistics = [t for pair in found for t in pair] if statistics_from.measured else bound.running
     call = Call(bound, graph, statistics, statistics_from.measured)
     if is_traced():
         total = call.forward((x, delta, attr), bound.learned, x.requires_grad)[0]

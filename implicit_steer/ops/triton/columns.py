@@ -17,12 +17,6 @@ from numpy.typing import NDArray
 from ...plan import Coupling, Plan
 
 
-def reads_constant(plan: Plan, coupling: Coupling) -> bool:
-    """Whether the coupling reads the constant one behind the hidden features: it belongs to the bias."""
-    start = coupling.hidden_start
-    return len(start) == 1 and coupling.basis.shape[3] == 1 and start[0] == plan.hidden_size - 1
-
-
 class Columns:
     """The columns of r of every coordinate of the hidden features, and the harmonics that go with them.
 
@@ -46,15 +40,15 @@ class Columns:
             self.one = self.channels * (1 + max((int(frame.coefficient[m]) for m in self.used), default=0))
         else:
             self.one = self.channels * len(frame.order)
-        order = frame.order[frame.coefficient] if frame.kind == "zonal" else frame.order
+        degrees = frame.degrees
         rotated = list(range(self.d)) if plan.norms else self.used  # batch statistics are of all coordinates
-        self.harmonics = [m for m in rotated if frame.kind == "zonal" and order[m] > 0]
-        self.most = max((int(order[m]) for m in rotated), default=0) if frame.kind == "planar" else 0
+        self.harmonics = [m for m in rotated if frame.kind == "zonal" and degrees[m] > 0]
+        self.most = max((int(degrees[m]) for m in rotated), default=0) if frame.kind == "planar" else 0
 
     def _used(self) -> list[int]:
         found = set()
         for c in self.plan.couplings:
-            if not reads_constant(self.plan, c):
+            if not self.plan.reads_one(c):
                 for m in np.flatnonzero(np.abs(c.basis).sum((0, 1, 2))):
                     found |= set(((c.hidden_start + m) % self.d).tolist())
         return sorted(found)
@@ -87,7 +81,7 @@ class Columns:
 
     def of(self, c: Coupling, m: int) -> list[tuple[tuple[int, ...], int, float]]:
         """(column of r for each hidden field of the coupling, j, H) of coordinate m of those fields."""
-        if reads_constant(self.plan, c):
+        if self.plan.reads_one(c):
             return [((self.one,), 0, 1.0)]
         if not self.has_fields:
             return [(tuple((c.hidden_start + m).tolist()), 0, 1.0)]

@@ -24,8 +24,8 @@ class Learned(NamedTuple):
     measured: bool  # whether a call measured the statistics: means (W, n_trivial); else norms keep them: (W, d)
 
 
-class Kept(NamedTuple):
-    """What the forward pass keeps for the gradients, rows being edges sorted by target."""
+class Saved(NamedTuple):
+    """What the forward pass saves for the gradients, rows being edges sorted by target."""
 
     numbers: Tensor  # parameters and statistics
     packed: Tensor  # weights of the hidden layers, and behind them Θ
@@ -98,13 +98,13 @@ def _theta(p: Prepared, packed: Tensor, first: int) -> Tensor:
     return packed.as_strided((p.sizes.n_t, size), (size, 1), packed.storage_offset() + first)
 
 
-def forward(p: Prepared, x: Tensor, points: Points, edges: Edges, learned: Learned) -> tuple[Tensor, Kept]:
+def forward(p: Prepared, x: Tensor, points: Points, edges: Edges, learned: Learned) -> tuple[Tensor, Saved]:
     """Σ_{e: j→i} K(x_e, a_e) f_j (N, C_out), and what its gradients need."""
     packing = packing_of(p, learned)
     numbers, packed = launch_pack.packed(p, packing, [*learned.tensors, *learned.statistics])
     q, r = _hidden(p, points, learned.tensors[packing.shell[0]], packed)
     total = launch_contract.contract_forward(p, Factors(True, x, q, r, _theta(p, packed, packing.layers_end)), edges)
-    return total, Kept(numbers, packed, q, r)
+    return total, Saved(numbers, packed, q, r)
 
 
 def gradients(
@@ -114,7 +114,7 @@ def gradients(
     points: Points,
     edges: Edges,
     learned: Learned,
-    kept: Kept,
+    saved: Saved,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """From the gradient of the sums those of x, delta, attr and all learned tensors (n_parameters,); where ``needs``
@@ -125,15 +125,15 @@ def gradients(
     if need_learned:
         d_packed = grad.new_empty(packing.gradients_end + p.sizes.n_t * p.sizes.out_size)
         d_weights, d_theta = d_packed[: packing.gradients_end], _theta(p, d_packed, packing.gradients_end)
-    factors = Factors(True, x, kept.q, kept.r, _theta(p, kept.packed, packing.layers_end))
+    factors = Factors(True, x, saved.q, saved.r, _theta(p, saved.packed, packing.layers_end))
     need = (need_x, need_geometry and p.sizes.n_harmonics > 0, need_geometry)
     d_x, d_q, d_r = launch_contract.contract_backward(p, grad, factors, edges, need, d_theta)
     d_delta = d_attr = d_learned = grad.new_empty(0)
     if need_geometry:
-        shell, d_q = learned.tensors[packing.shell[0]], d_q if p.sizes.n_harmonics else kept.q
-        d_delta, d_attr, d_shell = _hidden_backward(p, points, shell, kept.packed, d_q, d_r, d_weights)
+        shell, d_q = learned.tensors[packing.shell[0]], d_q if p.sizes.n_harmonics else saved.q
+        d_delta, d_attr, d_shell = _hidden_backward(p, points, shell, saved.packed, d_q, d_r, d_weights)
     if d_packed is not None:
-        d_learned = launch_pack.parameter_gradients(p, packing, kept.numbers, d_packed)
+        d_learned = launch_pack.parameter_gradients(p, packing, saved.numbers, d_packed)
         torch.sum(d_shell, 0, keepdim=True, out=d_learned[packing.shell[1] : packing.shell[1] + 1])
     return d_x, d_delta, d_attr, d_learned
 

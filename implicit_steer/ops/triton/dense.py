@@ -23,7 +23,7 @@ from ..kernel_mlp import (
 )
 from ..spline import interpolation
 from .prepared import Prepared
-from .sizes import KINDS
+from .sizes import FRAME_KINDS
 from .tables import Tables
 
 _EDGES = 1 << 16  # whose full hidden features exist at a time
@@ -45,11 +45,11 @@ def geometry(
 def _harmonics(tables: Tables, edge: EdgeFrame) -> Tensor:
     """q (E, n_harmonics)."""
     inputs = edge.inputs
-    if tables.sizes.kind == KINDS["none"]:
+    if tables.sizes.kind == FRAME_KINDS["none"]:
         return inputs.new_empty(len(inputs), 0)
     pick = torch.tensor(tables.pick, device=inputs.device)
     first = edge.first.index_select(1, pick)
-    if tables.sizes.kind == KINDS["zonal"]:
+    if tables.sizes.kind == FRAME_KINDS["zonal"]:
         return first
     sine = edge.second.index_select(1, pick) * constant(tables.plan.frame, "sign", inputs)[pick]
     return torch.stack([first, sine], -1).flatten(1)
@@ -148,7 +148,7 @@ def spline_product(
 
 def _coordinates(prepared: Prepared, y: Tensor, q: Tensor) -> Tensor:
     """Full hidden features (E, d, channels) from coefficients y (E, c, channels)."""
-    if prepared.sizes.kind == KINDS["none"]:
+    if prepared.sizes.kind == FRAME_KINDS["none"]:
         return y
     (rho, j), value = prepared["way_back"].long(), prepared["way_back_value"]
     q = torch.cat([torch.ones_like(q[:, :1]), q], 1)

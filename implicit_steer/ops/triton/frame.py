@@ -1,8 +1,8 @@
 """Edges into their own frames: the MLP's inputs, the radius, γ s(|x|), the harmonics q; and the reverse sweep.
 
 Formulas and names are those of ``ops/kernel_mlp.py``, prefixes and constants those of the package's glossary. Edge
-``order[n]`` becomes row n of what is written. KIND is a value of ``sizes.KINDS``. Regular frames carry what vanishes at
-the origin divided by the radius: their harmonics of order k > 0 have one factor of the radius.
+``order[n]`` becomes row n of what is written. KIND is a value of ``sizes.FRAME_KINDS``. Regular frames carry what
+vanishes at the origin divided by the radius: their harmonics of order k > 0 have one factor of the radius.
 
 Values of edges are (BE,) unless a shape is given: b_x0, b_x1, b_x2 the coordinates of x (0 beyond DIM), b_plane0 and
 b_plane1 those in the plane of a planar frame, b_cos and b_sin of the azimuth φ. The tables of the frame are
@@ -23,6 +23,9 @@ import triton
 import triton.language as tl
 
 from . import activations
+from .sizes import FRAME_KINDS
+
+NONE, ZONAL, REGULAR_PLANAR = (tl.constexpr(FRAME_KINDS[kind]) for kind in ("none", "zonal", "regular planar"))
 
 
 @triton.jit
@@ -186,10 +189,10 @@ def frame_forward(
     o_a, o_q = tl.arange(0, BA), tl.arange(0, BQ)
     m_attr = m_edge[:, None] & (o_a < NA)[None, :]
     b_attr = tl.load(p_attr + o_edge[:, None] * NA + o_a[None, :], m_attr, 0.0)
-    if KIND == 0:
+    if KIND == NONE:
         for k in tl.static_range(DIM):
             tl.store(p_inputs + o_row * NI + k, position(p_delta, o_edge, m_edge, k, DIM), m_edge)
-    elif KIND == 1:
+    elif KIND == ZONAL:
         b_radius = tl.sqrt(b_squared + SOFT)
         tl.store(p_radius + o_row, b_radius, m_edge)
         b_u0, b_u1, b_u2 = b_x0 / b_radius, b_x1 / b_radius, b_x2 / b_radius
@@ -200,7 +203,7 @@ def frame_forward(
     else:
         b_plane0, b_plane1 = planar_axes(b_x0, b_x1, b_x2, p_plane, DIM)
         b_scale = 1.0 + 0.0 * b_plane0
-        if KIND == 2:
+        if KIND == REGULAR_PLANAR:
             b_radius = tl.sqrt(b_plane0 * b_plane0 + b_plane1 * b_plane1 + SOFT)
             tl.store(p_radius + o_row, b_radius, m_edge)
             b_cos, b_sin, b_scale = b_plane0 / b_radius, b_plane1 / b_radius, b_radius
@@ -289,13 +292,13 @@ def frame_backward(
     o_a, o_q = tl.arange(0, BA), tl.arange(0, BQ)
     m_attr = m_edge[:, None] & (o_a < NA)[None, :]
     b_d_attr = tl.load(p_d_inputs + o_row[:, None] * NI + (NI - NA) + o_a[None, :], m_attr, 0.0)
-    if KIND == 0:
+    if KIND == NONE:
         b_d_x0 += tl.load(p_d_inputs + o_row * NI, m_edge, 0.0)
         if DIM > 1:
             b_d_x1 += tl.load(p_d_inputs + o_row * NI + 1, m_edge, 0.0)
         if DIM > 2:
             b_d_x2 += tl.load(p_d_inputs + o_row * NI + 2, m_edge, 0.0)
-    elif KIND == 1:
+    elif KIND == ZONAL:
         b_d_q = tl.load(p_d_q + o_row[:, None] * NQ + o_q[None, :], m_edge[:, None] & (o_q < NQ)[None, :], 0.0)
         b_d_radius = tl.load(p_d_radius + o_row, m_edge, 0.0)
         b_radius = tl.sqrt(b_squared + SOFT)
@@ -307,7 +310,7 @@ def frame_backward(
         b_d_cos_k = tl.where((o_q % 2 == 0)[None, :], b_d_q, 0.0)
         b_d_sin_k = tl.where((o_q % 2 == 1)[None, :], b_d_q, 0.0)
         b_plane0, b_plane1 = planar_axes(b_x0, b_x1, b_x2, p_plane, DIM)
-        if KIND == 2:
+        if KIND == REGULAR_PLANAR:
             b_radius = tl.sqrt(b_plane0 * b_plane0 + b_plane1 * b_plane1 + SOFT)
             b_cos, b_sin = b_plane0 / b_radius, b_plane1 / b_radius
             b_d_cos, b_d_sin = turn_backward(b_cos, b_sin, o_q // 2 + 1, b_d_cos_k, b_d_sin_k, NQ // 2)

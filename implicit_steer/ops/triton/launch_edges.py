@@ -30,9 +30,9 @@ def _constants(p: Prepared, n_layers: int) -> dict[str, Any]:
         "NM": len(harmonics),
         "NQ": s.n_harmonics,
         "NI": s.n_inputs,
-        "W": s.channels,
-        "C": s.coefficients,
-        "S": s.n_samples // s.channels,
+        "NW": s.channels,
+        "NC": s.coefficients,
+        "NS": s.n_samples // s.channels,
         "NL": n_layers,
         "CUTOFF": s.has_cutoff,
         "FN": s.function,
@@ -63,7 +63,7 @@ def forward(
     delta, variant = points[0], p.variant(edges.edges_forward, _forward_constants, n_layers, scaled)
     n = len(delta)
     q, r = delta.new_empty(n, p.sizes.n_harmonics), delta.new_empty(n, variant.constants["NR"])
-    arguments = *points, shell, p["scalars"], weights, p["ways"], r, q, n
+    arguments = *points, shell, p["scalars"], weights, p["sample_rows"], r, q, n
     launch.launch(variant, (cdiv(n, variant.edges),), arguments)
     return q, r
 
@@ -93,7 +93,7 @@ def backward(
         if some < size:
             y, d_z = delta.new_empty(n_layers, some, n_y), delta.new_empty(n_layers, some, n_z)
         gradients = d_r, d_q, d_delta, d_attr, parts, y, d_z
-        arguments = *points, shell, p["scalars"], weights, p["ways"], *gradients, first, some
+        arguments = *points, shell, p["scalars"], weights, p["sample_rows"], *gradients, first, some
         launch.launch(variant, (cdiv(some, variant.edges),), arguments)
         if d_weights is not None:
             out = d_weights.view(p.sizes.gradient_shape)

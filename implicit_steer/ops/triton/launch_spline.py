@@ -29,7 +29,7 @@ def _backward_constants(p: Prepared, store: bool) -> dict[str, Any]:
 
 
 def _sum_constants(_: Prepared, columns: int, width: int) -> dict[str, Any]:
-    return {"NC": columns, "NR": width, "BC": min(next_power_of_2(columns), _COLUMNS)}
+    return {"NK": columns, "NV": width, "BC": min(next_power_of_2(columns), _COLUMNS)}
 
 
 def forward(

@@ -9,22 +9,22 @@ from numpy.typing import NDArray
 
 from ...plan import Plan
 from .columns import Columns
-from .sizes import KINDS
+from .sizes import FRAME_KINDS
 
 _Arrays = dict[str, NDArray[Any]]
 
 
 def kind_of(plan: Plan) -> int:
-    """The frame's place in KINDS."""
+    """The frame's place in FRAME_KINDS."""
     frame = plan.frame
-    return KINDS["regular planar" if frame.kind == "planar" and frame.regular else frame.kind]
+    return FRAME_KINDS["regular planar" if frame.kind == "planar" and frame.regular else frame.kind]
 
 
 def _azimuth_pairs(plan: Plan) -> NDArray[Any]:
     """(pairs, 2): column and partner of the attributes of order 1, of which the first nonzero one gives the azimuth of
     an edge on the axis. The kernel goes through all and keeps the last, so the first comes last."""
     frame = plan.frame
-    if kind_of(plan) != KINDS["planar"]:
+    if kind_of(plan) != FRAME_KINDS["planar"]:
         return np.zeros((0, 2), int)
     first = np.flatnonzero((frame.attribute_order == 1) & (frame.attribute_sign < 0))[::-1]
     return np.stack([first, frame.attribute_partner[first]], 1)
@@ -54,15 +54,14 @@ def frame_tables(plan: Plan, columns: Columns) -> tuple[_Arrays, _Arrays, NDArra
 
 
 def layer_tables(plan: Plan, columns: Columns) -> tuple[_Arrays, _Arrays]:
-    """Numbers and indices for the hidden layers: samples (layers, S, c), inverse (layers, c, S), and
-    per sample both, ways (layers, S, 2 c); with batch norms the
-    ways back of all hidden coordinates, for the statistics."""
+    """Numbers and indices for the hidden layers: samples (layers, S, c), inverse (layers, c, S) and, sample by sample,
+    both, sample_rows (layers, S, 2 c); with batch norms the ways back of all hidden coordinates, for the statistics."""
     activations = plan.activations
     numbers, indices = {"samples": np.zeros((0, 1, 1)), "inverse": np.zeros((0, 1, 1))}, {}
     if activations:
         numbers["samples"] = np.stack([a.samples for a in activations])
         numbers["inverse"] = np.stack([a.inverse for a in activations])
-        numbers["ways"] = np.concatenate([numbers["samples"], numbers["inverse"].swapaxes(1, 2)], 2)
+        numbers["sample_rows"] = np.concatenate([numbers["samples"], numbers["inverse"].swapaxes(1, 2)], 2)
     if plan.norms:
         indices["way_back"], numbers["way_back_value"] = columns.all_ways_back()
     return numbers, indices

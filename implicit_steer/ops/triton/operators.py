@@ -11,7 +11,8 @@ Operators take tensors and scalars only, so a plan goes by its digest, see ``han
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +21,9 @@ from torch import Tensor
 from ... import _native
 from ..._transforms import one_by_one
 from ...plan.packing import unflatten
+from ..by_name import by_name, positional
 from . import convolution, launch_contract, launch_spline
-from .convolution import Kept, Learned, Points
+from .convolution import Learned, Points, Saved
 from .handle import plan_of
 from .launch_contract import Edges, Factors
 from .prepared import Prepared, prepare
@@ -48,7 +50,7 @@ def _contiguous(*tensors: Tensor) -> list[Tensor]:
     return [t.contiguous() for t in tensors]
 
 
-# ---- schemas and kernels
+# ---- schemas; kernels, of arguments `a` that have the names of the schemas
 
 _GRAPH = "Tensor source, Tensor order, Tensor rowptr, Tensor by_source, Tensor colptr"
 _LEARNED = "Tensor[] learned, Tensor[] statistics, bool measured"
@@ -72,8 +74,8 @@ def forward(p: Prepared, inputs: Sequence[Tensor], learned: Learned, graph: Sequ
     x, delta, attr = _contiguous(*inputs)
     edges = Edges(*_contiguous(*graph))
     with _on_device(x):
-        total, kept = convolution.forward(p, x, Points(delta, attr, edges.order), edges, learned)
-    return total, *kept
+        total, saved = convolution.forward(p, x, Points(delta, attr, edges.order), edges, learned)
+    return total, *saved
 
 
 def gradients(
@@ -81,7 +83,7 @@ def gradients(
     inputs: Sequence[Tensor],
     learned: Learned,
     graph: Sequence[Tensor],
-    kept: Kept,
+    saved: Saved,
     gradient: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
@@ -90,54 +92,55 @@ def gradients(
     edges = Edges(*_contiguous(*graph))
     points = Points(delta, attr, edges.order)
     with _on_device(gradient):
-        return convolution.gradients(p, gradient.contiguous(), x, points, edges, learned, kept, needs)
+        return convolution.gradients(p, gradient.contiguous(), x, points, edges, learned, saved, needs)
 
 
-def _conv(plan: str, *arguments: Any) -> Any:
-    *inputs, learned, statistics, measured = arguments[:6]
-    return forward(_prepared(plan, inputs[1]), inputs, Learned(learned, statistics, measured), arguments[6:])
+def _graph(a: Any) -> tuple[Tensor, ...]:
+    return a.source, a.order, a.rowptr, a.by_source, a.colptr
 
 
-def _conv_backward(plan: str, *arguments: Any) -> Any:
-    *inputs, learned, statistics, measured = arguments[:6]
-    graph, kept, (gradient, needs) = arguments[6:11], Kept(*arguments[11:15]), arguments[15:]
-    of_call = inputs, Learned(learned, statistics, measured), graph
-    return gradients(_prepared(plan, gradient), *of_call, kept, gradient, needs)
+def _learned(a: Any) -> Learned:
+    return Learned(a.learned, a.statistics, a.measured)
 
 
-def _moments(plan: str, delta: Tensor, attr: Tensor, *arguments: Any) -> Tensor:
-    *learned, order, n = arguments
-    with _on_device(delta):
-        points = Points(*_contiguous(delta, attr, order))
-        return convolution.moments(_prepared(plan, delta), points, Learned(*learned), n)
+def _conv(a: Any) -> Any:
+    return forward(_prepared(a.plan, a.delta), (a.x, a.delta, a.attr), _learned(a), _graph(a))
 
 
-def _knot_sums(plan: str, values: Tensor, weights: Tensor, first: Tensor) -> Tensor:
-    with _on_device(values):
-        return launch_spline.knot_sums(_prepared(plan, values), *_contiguous(values, weights, first))
+def _conv_backward(a: Any) -> Any:
+    of_call = (a.x, a.delta, a.attr), _learned(a), _graph(a), Saved(a.numbers, a.packed, a.q, a.r)
+    return gradients(_prepared(a.plan, a.gradient), *of_call, a.gradient, a.needs)
 
 
-def _factors_and_edges(arguments: Sequence[Any]) -> tuple[Factors, Edges]:
-    """Of ``triton_contract``, behind the plan."""
-    *tensors, has_one = arguments
-    return Factors(has_one, *_contiguous(*tensors[:4])), Edges(*_contiguous(*tensors[4:]))
+def _moments(a: Any) -> Tensor:
+    with _on_device(a.delta):
+        points = Points(*_contiguous(a.delta, a.attr, a.order))
+        return convolution.moments(_prepared(a.plan, a.delta), points, _learned(a), a.n)
 
 
-def _contract(plan: str, *arguments: Any) -> Any:
-    factors, edges = _factors_and_edges(arguments)
-    with _on_device(factors.x):
-        return launch_contract.contract_forward(_prepared(plan, factors.r), factors, edges)
+def _knot_sums(a: Any) -> Tensor:
+    with _on_device(a.values):
+        return launch_spline.knot_sums(_prepared(a.plan, a.values), *_contiguous(a.values, a.weights, a.first))
 
 
-def _contract_backward(plan: str, *arguments: Any) -> Any:
-    *inputs, gradient, needs = arguments
-    factors, edges = _factors_and_edges(inputs)
-    *of_factors, need_theta = needs
+def _factors_and_edges(a: Any) -> tuple[Factors, Edges]:
+    return Factors(a.has_one, *_contiguous(a.x, a.q, a.r, a.theta)), Edges(*_contiguous(*_graph(a)))
+
+
+def _contract(a: Any) -> Any:
+    factors, edges = _factors_and_edges(a)
+    with _on_device(a.x):
+        return launch_contract.contract_forward(_prepared(a.plan, a.r), factors, edges)
+
+
+def _contract_backward(a: Any) -> Any:
+    factors, edges = _factors_and_edges(a)
+    *of_factors, need_theta = a.needs
     d_theta = torch.zeros_like(factors.theta) if need_theta else None
-    with _on_device(factors.x):
-        prepared = _prepared(plan, factors.r)
-        found = launch_contract.contract_backward(prepared, gradient.contiguous(), factors, edges, of_factors, d_theta)
-    return *found, factors.theta.new_empty(0) if d_theta is None else d_theta
+    with _on_device(a.x):
+        prepared, gradient = _prepared(a.plan, a.r), a.gradient.contiguous()
+        found = launch_contract.contract_backward(prepared, gradient, factors, edges, of_factors, d_theta)
+    return *found, a.theta.new_empty(0) if d_theta is None else d_theta
 
 
 # ---- shapes
@@ -148,117 +151,124 @@ def _wanted(tensors: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, .
     return tuple(t.new_empty(t.shape if need else (0,)) for t, need in zip(tensors, needs, strict=True))
 
 
-def _conv_fake(plan: str, *arguments: Any) -> Any:
-    x, _, _, learned, statistics, _, source, _, rowptr, *_ = arguments
-    s, n_edges = _sizes(plan), source.shape[0]
-    n_numbers = sum(t.numel() for t in (*learned, *statistics))
+def _conv_fake(a: Any) -> Any:
+    s, n_edges = _sizes(a.plan), a.source.shape[0]
+    n_numbers = sum(t.numel() for t in (*a.learned, *a.statistics))
     n_packed = s.n_weights + s.n_t * s.out_size
-    kept = (n_numbers,), (n_packed,), (n_edges, s.n_harmonics), (n_edges, s.n_columns)
-    return tuple(x.new_empty(shape) for shape in ((rowptr.shape[0] - 1, s.out_size), *kept))
+    saved = (n_numbers,), (n_packed,), (n_edges, s.n_harmonics), (n_edges, s.n_columns)
+    return tuple(a.x.new_empty(shape) for shape in ((a.rowptr.shape[0] - 1, s.out_size), *saved))
 
 
-def _conv_backward_fake(plan: str, *arguments: Any) -> Any:
-    x, delta, attr, learned, *_, needs = arguments
-    geometry, n_learned = any(needs[1:]), sum(t.numel() for t in learned) if needs[3] else 0
-    return *_wanted((x, delta, attr), (needs[0], geometry, geometry)), x.new_empty(n_learned)
+def _conv_backward_fake(a: Any) -> Any:
+    need_x, *of_geometry, need_learned = a.needs
+    need_geometry = any(of_geometry) or need_learned
+    n_learned = sum(t.numel() for t in a.learned) if need_learned else 0
+    found = _wanted((a.x, a.delta, a.attr), (need_x, need_geometry, need_geometry))
+    return *found, a.x.new_empty(n_learned)
 
 
-def _moments_fake(plan: str, delta: Tensor, *_: Any) -> Tensor:
-    return delta.new_empty(2, plan_of(plan).field_size, _sizes(plan).channels)
+def _moments_fake(a: Any) -> Tensor:
+    return a.delta.new_empty(2, plan_of(a.plan).field_size, _sizes(a.plan).channels)
 
 
-def _knot_sums_fake(plan: str, values: Tensor, *_: Tensor) -> Tensor:
-    return values.new_empty(_sizes(plan).n_rows, values.shape[1])
+def _knot_sums_fake(a: Any) -> Tensor:
+    return a.values.new_empty(_sizes(a.plan).n_rows, a.values.shape[1])
 
 
-def _contract_fake(plan: str, *arguments: Any) -> Any:
-    factors, edges = _factors_and_edges(arguments)
-    return factors.x.new_empty(edges.rowptr.shape[0] - 1, factors.theta.shape[1])
+def _contract_fake(a: Any) -> Any:
+    return a.x.new_empty(a.rowptr.shape[0] - 1, a.theta.shape[1])
 
 
-def _contract_backward_fake(plan: str, *arguments: Any) -> Any:
-    *inputs, _, needs = arguments
-    return _wanted(inputs[:4], needs)
+def _contract_backward_fake(a: Any) -> Any:
+    return _wanted((a.x, a.q, a.r, a.theta), a.needs)
 
 
 # ---- derivatives
 
 
-def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*(t for t in inputs if isinstance(t, Tensor)))
-    ctx.plan, ctx.others = inputs[0], [v for v in inputs[1:] if not isinstance(v, Tensor)]
+def _save(ctx: Any, a: Any, output: Any, more: Sequence[Tensor] = ()) -> None:
+    """The arguments, by name, and more tensors."""
+    ctx.save_for_backward(*(v for v in a if isinstance(v, Tensor)), *more)
+    ctx.given = a._make(None if isinstance(v, Tensor) else v for v in a)
 
 
-def _save_conv(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.plan, x, delta, attr, learned, statistics, ctx.measured, *graph = inputs
-    ctx.n_learned, ctx.n_statistics, kept = len(learned), len(statistics), output[1:]
-    ctx.mark_non_differentiable(*kept)
-    ctx.save_for_backward(x, delta, attr, *learned, *statistics, *graph, *kept)
+def _saved(ctx: Any) -> tuple[Any, Iterator[Tensor]]:
+    """The same."""
+    tensors = iter(ctx.saved_tensors)
+    return ctx.given._make([next(tensors) if v is None else v for v in ctx.given]), tensors
+
+
+def _save_conv(ctx: Any, a: Any, output: Any) -> None:
+    """In place of its lists of tensors how many there are of each."""
+    _, *saved = output
+    ctx.mark_non_differentiable(*saved)
+    counts = a._replace(learned=len(a.learned), statistics=len(a.statistics))
+    _save(ctx, counts, output, (*a.learned, *a.statistics, *saved))
 
 
 def _masked(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
     return [g if need else None for g, need in zip(gradients, needs, strict=True)]
 
 
-def _conv_gradient(ctx: Any, gradient: Tensor, *_: Any) -> Any:
-    x, delta, attr, *rest = ctx.saved_tensors
-    n, end = ctx.n_learned, ctx.n_learned + ctx.n_statistics
-    learned, statistics, graph, kept = rest[:n], rest[n:end], rest[end:-4], rest[-4:]
-    needs = *ctx.needs_input_grad[1:4], any(ctx.needs_input_grad[4])
-    arguments = ctx.plan, x, delta, attr, learned, statistics, ctx.measured, *graph, *kept, gradient, needs
-    *found, flat = torch.ops.implicit_steer.triton_conv_backward(*arguments)
-    of_learned = unflatten(flat, learned) if needs[3] else [None] * n
-    return None, *_masked(found, needs[:3]), of_learned, [None] * ctx.n_statistics, *[None] * 6
+def _conv_gradient(ctx: Any, needs: Any, gradient: Tensor, *_: Any) -> dict[str, Any]:
+    counts, tensors = _saved(ctx)
+    learned, statistics = ([*islice(tensors, n)] for n in (counts.learned, counts.statistics))
+    a, need_learned = counts._replace(learned=learned, statistics=statistics), any(needs.learned)
+    needed = needs.x, needs.delta, needs.attr
+    *found, flat = torch.ops.implicit_steer.triton_conv_backward(*a, *tensors, gradient, (*needed, need_learned))
+    of_inputs = dict(zip(("x", "delta", "attr"), _masked(found, needed), strict=True))
+    of_learned = unflatten(flat, learned) if need_learned else [None] * len(learned)
+    return of_inputs | {"learned": of_learned, "statistics": [None] * len(statistics)}
 
 
-def _contract_gradient(ctx: Any, gradient: Tensor) -> Any:
-    needs = ctx.needs_input_grad[1:5]
-    arguments = ctx.plan, *ctx.saved_tensors, *ctx.others, gradient, needs
-    found = torch.ops.implicit_steer.triton_contract_backward(*arguments)
-    return None, *_masked(found, needs), *[None] * 6
+_FACTORS = ("x", "q", "r", "theta")
 
 
-def _contract_backward_gradient(ctx: Any, *directions: Tensor) -> Any:
-    *inputs, source, order, rowptr, by_source, colptr, gradient = ctx.saved_tensors
-    (has_one, given), graph = ctx.others, (source, order, rowptr, by_source, colptr)
-    needs, of_gradient = ctx.needs_input_grad[1:5], ctx.needs_input_grad[11]
-    totals: list[Tensor | None] = [None] * 5
+def _contract_gradient(ctx: Any, needs: Any, gradient: Tensor) -> dict[str, Tensor | None]:
+    a, _ = _saved(ctx)
+    needed = [getattr(needs, name) for name in _FACTORS]
+    found = torch.ops.implicit_steer.triton_contract_backward(*a, gradient, needed)
+    return dict(zip(_FACTORS, _masked(found, needed), strict=True))
 
-    def add(n: int, more: Tensor) -> None:
-        before = totals[n]
-        totals[n] = more if before is None else before + more
 
-    operators = torch.ops.implicit_steer
-    for n, (direction, was_given) in enumerate(zip(directions, given, strict=True)):
+def _contract_backward_gradient(ctx: Any, needs: Any, *directions: Tensor | None) -> dict[str, Tensor]:
+    a, _ = _saved(ctx)
+    operators, totals = torch.ops.implicit_steer, dict[str, Tensor]()
+
+    def add(name: str, more: Tensor) -> None:
+        totals[name] = totals[name] + more if name in totals else more
+
+    for name, direction, was_given in zip(_FACTORS, directions, a.needs, strict=True):
         if direction is None or not was_given:
             continue
         # T is affine in q: along a direction of q its constant counts as 0
-        moved = [direction if k == n else t for k, t in enumerate(inputs)]
-        one = has_one and n != 1
-        if of_gradient:
-            add(4, operators.triton_contract(ctx.plan, *moved, *graph, one))
-        others = [need and k != n for k, need in enumerate(needs)]
+        *moved, gradient, _ = a._replace(**{name: direction, "has_one": a.has_one and name != "q"})
+        if needs.gradient:
+            add("gradient", operators.triton_contract(*moved))
+        others = [getattr(needs, other) and other != name for other in _FACTORS]
         if any(others):
-            found = operators.triton_contract_backward(ctx.plan, *moved, *graph, one, gradient, others)
-            for k in range(4):
-                if others[k]:
-                    add(k, found[k])
-    return None, *totals[:4], *[None] * 6, totals[4], None
+            found = operators.triton_contract_backward(*moved, gradient, others)
+            for other, need, more in zip(_FACTORS, others, found, strict=True):
+                if need:
+                    add(other, more)
+    return totals
 
 
 # ---- registration
 
 
 class _Operator(NamedTuple):
-    """Kernel, shapes, gradient and what it saves; operators without a gradient are not differentiable."""
+    """Kernel and shapes, of arguments ``a`` by name. Its gradient gets, likewise by name, which arguments need one, and
+    the gradients of the results; it returns, by name, those that it found. Operators without one are not
+    differentiable."""
 
-    kernel: Callable[..., Any]
-    fake: Callable[..., Any]
+    kernel: Callable[[Any], Any]
+    fake: Callable[[Any], Any]
     gradient: Callable[..., Any] | None = None
     save: Callable[..., None] = _save
 
 
-KERNELS = {
+_OPERATORS = {
     "triton_conv": _Operator(_conv, _conv_fake, _conv_gradient, _save_conv),
     "triton_conv_backward": _Operator(_conv_backward, _conv_backward_fake),
     "triton_moments": _Operator(_moments, _moments_fake),
@@ -270,17 +280,35 @@ KERNELS = {
 _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
 
 
-def _register() -> None:
-    _native.available()  # the native extension defines the namespace first, where there is one
-    for name, operator in KERNELS.items():
-        _library.define(name + _SCHEMAS[name])
-        for key in ("CPU", "CUDA"):
-            _library.impl(name, operator.kernel, key)
-        qualified = f"{_NAMESPACE}::{name}"
-        torch.library.register_fake(qualified, operator.fake, lib=_library)
-        one_by_one(name)
-        if operator.gradient is not None:
-            torch.library.register_autograd(qualified, operator.gradient, setup_context=operator.save, lib=_library)
+def _register(name: str, operator: _Operator) -> Callable[..., Any]:
+    """The operator's kernel, which takes the arguments by position."""
+    _library.define(name + _SCHEMAS[name])
+    kernel = positional(name, operator.kernel)
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, kernel, key)
+    qualified = f"{_NAMESPACE}::{name}"
+    torch.library.register_fake(qualified, positional(name, operator.fake), lib=_library)
+    one_by_one(name)
+    if operator.gradient is not None:
+        save, backward = _differentiable(name, operator.gradient, operator.save)
+        torch.library.register_autograd(qualified, backward, setup_context=save, lib=_library)
+    return kernel
 
 
-_register()
+def _differentiable(
+    name: str, gradient: Callable[..., Any], save: Callable[..., None]
+) -> tuple[Callable[..., None], Callable[..., Any]]:
+    """What saves for the gradient, and the gradient, as torch.library takes them."""
+    arguments_of = by_name(name)
+
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        save(ctx, arguments_of(*inputs), output)
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return tuple(arguments_of(**gradient(ctx, arguments_of(*ctx.needs_input_grad), *grads)))
+
+    return setup_context, backward
+
+
+_native.available()  # the native extension defines the namespace first, where there is one
+KERNELS = {name: _register(name, operator) for name, operator in _OPERATORS.items()}

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from ...plan import Plan
+from ...plan.packing import parameter_starts
 from ..packing_rows import bias_rows, linear_rows, selection
 from .sizes import Sizes
 from .tables import Tables
@@ -64,23 +65,16 @@ class _Numbers:
     """Where parameters and statistics begin among the numbers, and the factors of the norms.
 
     Attributes:
-        splines: the first coefficient of the splines, where these stand in place of hidden layers.
-        linears: first weight and first bias of every hidden layer.
-        last: first weight and first bias of the last layer.
+        starts: of the parameters.
         scale, shift: per norm the factors of its channels (W,) and of their trivial coefficients (W, n_trivial).
     """
 
     def __init__(self, plan: Plan, sizes: Sequence[int], measured: bool) -> None:
-        starts = iter(np.cumsum([0, *sizes]).tolist())
-        self.splines = next(starts) if plan.is_frozen else 0
+        self.starts = parameter_starts(plan, sizes)
         self.n_parameters, self.factors = sum(sizes), [_ONE]
-        self.linears = [(next(starts), next(starts) if layer.bias.shape[1] else 0) for layer in plan.linears]
-        norms = [(next(starts), next(starts) if len(norm.trivial) else -1) for norm in plan.norms]
-        self.shell = next(starts)
-        self.last = dict(zip(("weights", "bias"), starts, strict=False))
         self.scale, self.shift = [], []
         mean = self.n_parameters
-        for norm, (weight, bias) in zip(plan.norms, norms, strict=True):
+        for norm, (weight, bias) in zip(plan.norms, self.starts.norms, strict=True):
             n_trivial = len(norm.trivial)
             # calls measure means of the trivial coefficients alone, norms keep those of all coordinates
             width, picked = (n_trivial, range(n_trivial)) if measured else (plan.field_size, norm.full_trivial)
@@ -120,7 +114,7 @@ class _Terms:
     def linear(self, n: int) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
         """Rows of the flat W (out, in) and of b (out,) of a hidden layer, the norm before it folded in."""
         numbers, layer = self.numbers, self.plan.linears[n]
-        (first, first_bias), size = numbers.linears[n], layer.out_size * layer.in_size
+        (first, first_bias), size = numbers.starts.linears[n], layer.out_size * layer.in_size
         w = linear_rows(layer, np.arange(size), first, numbers.n_parameters).tocoo()
         b = bias_rows(layer, np.arange(layer.out_size), first_bias, numbers.n_parameters).tocoo()
         bias = self.matrix(layer.out_size, b.row, b.col, 0, b.data)
@@ -139,24 +133,20 @@ class _Terms:
         it."""
         row, column = np.ix_(np.arange(sizes.n_rows), np.arange(sizes.n_columns - 1))
         c, w = np.divmod(column, sizes.channels)
-        of_row = (row * sizes.channels + w) * sizes.coefficients + c
-        return self.matrix(of_row.size, np.arange(of_row.size), self.numbers.splines + of_row.reshape(-1), 0, 1.0)
+        parameter = self.numbers.starts.splines + (row * sizes.channels + w) * sizes.coefficients + c
+        return self.matrix(parameter.size, np.arange(parameter.size), parameter.reshape(-1), 0, 1.0)
 
     def theta(self) -> list[sparse.csr_matrix]:
         """Rows of the flat θ (U, V, W, n_b) of every coupling, the last norm folded in."""
         plan, numbers, found = self.plan, self.numbers, []
-        parameters = []  # of every coupling
-        for c in plan.couplings:
-            n_w, n_b = len(c.hidden_start), len(c.basis)
-            per_row = np.arange(n_w * n_b).reshape(n_w, n_b)
-            parameters.append(numbers.last[c.parameter] + c.row[:, :, None, None] + per_row)
+        parameters = [numbers.starts.last[c.parameter] + c.theta_positions for c in plan.couplings]
         for c, p in zip(plan.couplings, parameters, strict=True):
             folded = plan.norms and c.parameter == "weights"
             factor = numbers.scale[-1][:, None] if folded else 0
             found.append(self.matrix(p.size, np.arange(p.size).reshape(p.shape), p, factor, 1.0))
         for c, p in zip(plan.couplings, parameters, strict=True):
             if plan.norms and c.fold_into >= 0:
-                n_b, n_t, n_s = c.fold.shape
+                _, n_t, n_s = c.fold.shape
                 u, v, w, b, t, s = np.ix_(*map(np.arange, (*p.shape, n_t, n_s)))
                 row = (u * p.shape[1] + v) * n_s + s
                 moved = self.matrix(
@@ -297,4 +287,4 @@ def packing(found: Tables, sizes: Sequence[int], measured: bool) -> Packing:
     places = np.concatenate([places, gradients_end + np.arange(size)])
     transposed = _entries(numbers.n_parameters, of_parameters, columns, of_factors, values, places[source])
     eps = plan.norms[0].eps if plan.norms else 0.0
-    return Packing(forward, transposed, factors, eps, layers_end, gradients_end, numbers.shell)
+    return Packing(forward, transposed, factors, eps, layers_end, gradients_end, numbers.starts.shell)

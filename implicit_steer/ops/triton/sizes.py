@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 SAMPLES = 16  # that layers.py makes at a time
 _LEAST = 16  # rows and columns of a product on tensor cores
-KINDS = {"none": 0, "zonal": 1, "regular planar": 2, "planar": 3}  # of frames
+FRAME_KINDS = {"none": 0, "zonal": 1, "regular planar": 2, "planar": 3}  # of frames
 
 
 def next_power_of_2(n: int, least: int = 1) -> int:
@@ -25,7 +25,7 @@ def cdiv(n: int, size: int) -> int:
 class Sizes:
     """The integers and flags of a plan that kernels take as constants: plans of equal sizes share binaries."""
 
-    kind: int  # of the frame, one of KINDS
+    kind: int  # of the frame, one of FRAME_KINDS
     dim: int  # of the positions
     n_attributes: int
     n_inputs: int  # of the first layer, without the constant one of regular frames
@@ -94,7 +94,7 @@ class Sizes:
     @property
     def gradient_shape(self) -> tuple[int, int, int]:
         """Of the gradients of all hidden layers' weights as edges.py leads to them: layers, a layer's inputs and behind
-        them 1, its coefficients w C + c."""
+        them 1, its coefficients w NC + c."""
         n_z = self.channels * self.coefficients
         return self.n_layers, max(self.n_inputs, n_z) + 1, n_z
 

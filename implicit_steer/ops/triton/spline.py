@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from . import frame
+from .frame import ZONAL
 
 
 @triton.jit
@@ -80,7 +81,7 @@ def solid_harmonics(b_v0, b_v1, b_v2, p_harmonics, p_powers, p_plane, KIND: tl.c
                     NM: tl.constexpr, BM: tl.constexpr, NQ: tl.constexpr, BQ: tl.constexpr, DEGREE: tl.constexpr,
                     PREC: tl.constexpr):  # fmt: skip
     """q (BE, BQ): of a zonal frame Y(v); of a planar one real and imaginary part of (v₀ + i v₁)^k, k >= 1."""
-    if KIND == 1:
+    if KIND == ZONAL:
         return frame.harmonics(b_v0, b_v1, b_v2, p_harmonics, p_powers, NM, BM, NQ, BQ, DEGREE, PREC)
     else:
         o_q = tl.arange(0, BQ)
@@ -94,7 +95,7 @@ def solid_harmonics_backward(b_v0, b_v1, b_v2, b_d_q, p_harmonics, p_powers, p_p
                              DIM: tl.constexpr, NM: tl.constexpr, BM: tl.constexpr, NQ: tl.constexpr, BQ: tl.constexpr,
                              DEGREE: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
     """The gradient of v from that of q."""
-    if KIND == 1:
+    if KIND == ZONAL:
         b_d_v0, b_d_v1, b_d_v2, _ = frame.harmonics_backward(b_v0, b_v1, b_v2, b_d_q, p_harmonics, p_powers, NM, BM, NQ,
                                                              BQ, DEGREE, PREC)  # fmt: skip
         return b_d_v0, b_d_v1, b_d_v2
@@ -206,9 +207,9 @@ def spline_backward(
 @triton.jit(do_not_specialize=["n_rows"])
 def knot_sums(
     p_values, p_spline, p_first, p_by_knot, p_knotptr, p_out, n_rows,
-    NC: tl.constexpr, NR: tl.constexpr, BC: tl.constexpr, BE: tl.constexpr,
+    NK: tl.constexpr, NV: tl.constexpr, BC: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """out[part, j] = Σ_e spline[e, j − first[e]] values[e] (parts, n_rows, NC), from values (E, NR) and spline (E, 4).
+    """out[part, j] = Σ_e spline[e, j − first[e]] values[e] (parts, n_rows, NK), from values (E, NV) and spline (E, 4).
 
     Edges ``by_knot`` are sorted by first, those with first = j begin at knotptr[j]: what row j = program_id(0) adds up
     lies side by side. Program_id(2) adds one of equal parts of it, and program_id(1) takes BC columns."""
@@ -224,8 +225,8 @@ def knot_sums(
         o_edge = tl.load(p_by_knot + o_n, m_edge, 0).to(tl.int64)
         o_spline = 4 * o_edge + i_row - tl.load(p_first + o_edge, m_edge, 0)
         b_weight = tl.load(p_spline + o_spline, m_edge, 0.0)
-        m_block = m_edge[:, None] & (o_column < NC)[None, :]
-        b_values = tl.load(p_values + o_edge[:, None] * NR + o_column[None, :], m_block, 0.0)
+        m_block = m_edge[:, None] & (o_column < NK)[None, :]
+        b_values = tl.load(p_values + o_edge[:, None] * NV + o_column[None, :], m_block, 0.0)
         b_out += tl.sum(b_weight[:, None] * b_values, 0)
-    p_row = p_out + (i_part.to(tl.int64) * n_rows + i_row) * NC
-    tl.store(p_row + o_column, b_out, o_column < NC)
+    p_row = p_out + (i_part.to(tl.int64) * n_rows + i_row) * NK
+    tl.store(p_row + o_column, b_out, o_column < NK)

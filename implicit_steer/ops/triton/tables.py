@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...plan import FUNCTIONS, Plan
-from .columns import Columns, reads_constant
+from .columns import Columns
 from .contract_tables import ContractTables, accumulators_of, extents_of, positions_of, row_extents, slots_of
 from .mlp_tables import frame_tables, kind_of, layer_tables
 from .sizes import Sizes
@@ -25,8 +25,6 @@ _MOST_OF_AN_EDGE = 48  # coefficients of a hidden layer that a thread holds; mor
 def unsupported(plan: Plan) -> str | None:
     """Why the kernels cannot do this plan, or None."""
     order, activations = plan.frame.order, plan.activations
-    if plan.frame.dim not in (1, 2, 3):
-        return f"positions in 1 to 3 dimensions, not {plan.frame.dim}"
     if plan.is_frozen:
         return _too_wide(plan.hidden_coefficients) or _scattered(plan)
     if not activations:
@@ -50,7 +48,7 @@ def _too_wide(n: int) -> str | None:
 
 def _scattered(plan: Plan) -> str | None:
     """The refusal of couplings that read each hidden field at other coordinates."""
-    if any(len(set(c.hidden_start % plan.field_size)) > 1 for c in plan.couplings if not reads_constant(plan, c)):
+    if any(len(set(c.hidden_start % plan.field_size)) > 1 for c in plan.couplings if not plan.reads_one(c)):
         return "couplings that read the same coordinates of all hidden fields"
     return None
 
@@ -119,7 +117,7 @@ def tables(plan: Plan) -> Tables:
 def _sizes(plan: Plan, columns: Columns, numbers: dict[str, NDArray[Any]], contract: ContractTables) -> Sizes:
     frame, activations, table, channels = plan.frame, plan.activations, plan.table, columns.channels
     c = len(frame.order) if activations or table else 0
-    zero = int(np.searchsorted(frame.order, 1)) if frame.regular else c
+    zero = frame.n_zero if frame.regular else c
     return Sizes(
         kind=kind_of(plan),
         dim=frame.dim,

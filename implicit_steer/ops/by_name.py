@@ -1,0 +1,21 @@
+"""Operators of torch with their arguments by the names that their schemas give them."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def by_name(operator: str) -> Any:
+    """A named tuple with a place for each of the operator's arguments, None where none is given."""
+    names = [a.name for a in getattr(torch.ops.implicit_steer, operator).default._schema.arguments]
+    return namedtuple(operator, names, defaults=[None] * len(names))
+
+
+def positional(operator: str, function: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A function of the operator's arguments by name, as torch calls it: with all of them by position."""
+    arguments_of = by_name(operator)
+    return lambda *arguments: function(arguments_of(*arguments))
