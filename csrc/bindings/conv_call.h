@@ -99,7 +99,7 @@ class Call {
   void run(Pass pass) const {
     device.run(pass, args);
   }
-  void finish(Gradients& made) const { made.weights = device.summed_weight_gradient(made.of_weights); }
+  void collect(Gradients& made) const { made.weights = device.summed_weight_gradient(made.of_weights); }
   // Sums over the edges, or the mean over them if `mean`, + expansion [C_out, n] · bias [n].
   void forward(const Tensor& expansion, const Tensor& bias, bool mean) const {
     const int64_t n = bias.numel();

@@ -16,7 +16,8 @@ namespace implicit_steer {
 
 // The gradients of the sums over the edges, and of the bias [n]; see Cpu::forward(). expansion: [C_out, n].
 template <typename R>
-void finish_backward(ConvArgs<R>& a, const R* expansion, int64_t n, bool mean, std::vector<R>& of_sums, R* of_bias) {
+void mean_and_bias_backward(ConvArgs<R>& a, const R* expansion, int64_t n, bool mean, std::vector<R>& of_sums,
+                            R* of_bias) {
   const int64_t width = a.plan->out_size;
   std::vector<R> total(width);
   if (mean) of_sums.resize(a.n_dst * width);
@@ -40,7 +41,7 @@ LayerGradients layer_gradients(Call<Cpu<R>>& call, const Tensor& like, const Spa
   Gradients grads = call.gradients(like, {needs.x, needs.delta, needs.attr, needs.parameters});
   Tensor of_bias = new_empty(like, {n_bias});
   std::vector<R> of_sums;
-  finish_backward(call.args, expansion, n_bias, mean, of_sums, mutable_data<R>(of_bias));
+  mean_and_bias_backward(call.args, expansion, n_bias, mean, of_sums, mutable_data<R>(of_bias));
   call.run(call.device.table().backward);
   std::vector<Tensor> of_parameters;
   if (needs.parameters) {

@@ -49,7 +49,7 @@ class CudaLayer final : public Layer {
     if (measured)
       call.device.forward(call.args, data<R>(expansion_), bias_.at, bias_.size, mean_);
     else
-      call.device.layer_forward(call.args, epilogue(), *matrix_, parameters_, norms_, mutable_data<R>(packed),
+      call.device.layer_forward(call.args, mean_and_bias(), *matrix_, parameters_, norms_, mutable_data<R>(packed),
                                 recorded ? mutable_data<R>(statistics) : nullptr);
     return {out, packed, statistics};
   }
@@ -70,12 +70,13 @@ class CudaLayer final : public Layer {
       Tensor& made = of_parameters.emplace_back(new_empty(in.x, shape_of(p), dtype_of(in.x)));
       pieces.add(mutable_data<R>(made), p.size);
     }
-    call.device.layer_backward(call.args, epilogue(), *matrix_, data<R>(statistics), pieces, mutable_data<R>(of_bias));
+    call.device.layer_backward(call.args, mean_and_bias(), *matrix_, data<R>(statistics), pieces,
+                               mutable_data<R>(of_bias));
     return {grads.x, grads.delta, grads.attr, of_bias, of_parameters};
   }
 
  private:
-  Epilogue<R> epilogue() const { return {data<R>(expansion_), bias_.at, bias_.size, mean_}; }
+  MeanAndBias<R> mean_and_bias() const { return {data<R>(expansion_), bias_.at, bias_.size, mean_}; }
 
   const std::vector<Piece<R>> learned_;
   const Piece<R> bias_;

@@ -1,6 +1,6 @@
 // Forward of a layer of scalars and vectors with exact sampling, in one kernel: out_i = Σ_path θ_path T_i[path], T as
 // in exact_warp.cuh. A node whose edges several warps share gets a row of outputs from each of them, as in forward.cuh.
-// Mean and bias follow, and the sum of such rows, here where the call says what for, else in finish_nodes.
+// Mean and bias follow, and the sum of such rows, here where the call says what for, else in mean_and_bias.
 #pragma once
 
 #include "exact_warp.cuh"

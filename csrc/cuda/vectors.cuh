@@ -81,7 +81,7 @@ __global__ void sum_gradients(const __grid_constant__ RowSums<R, R> weights,
 // output, expansion · bias, and counters at 0.
 template <typename R>
 struct NodeStart {
-  Epilogue<R> epilogue;
+  MeanAndBias<R> after;
   R* bias;
   int64_t width;
   int32_t* arrivals;
@@ -93,7 +93,7 @@ struct NodeStart {
     const int64_t k = i - n_arrivals;
     if (k < 0 || k >= width) return;
     R sum{};
-    for (int64_t m = 0; m < epilogue.n; ++m) sum += epilogue.expansion[k * epilogue.n + m] * epilogue.bias[m];
+    for (int64_t m = 0; m < after.n; ++m) sum += after.expansion[k * after.n + m] * after.bias[m];
     bias[k] = sum;
   }
 };

@@ -136,11 +136,11 @@ std::vector<std::string> run_layer(const Case& file, Emulated<R>& engine) {
   const std::vector<R> grad_out = p.grad_out;
   for (bool mean : {false, true}) {
     std::vector<R> actual = unwritten<R>(nodes * width), whole = actual, of_bias(n), sizes(n), scaled = grad_out;
-    const Epilogue<R> epilogue{expansion.data(), bias.data(), n, mean};
+    const MeanAndBias<R> after{expansion.data(), bias.data(), n, mean};
     a = p.arguments(), a.out = actual.data();
-    engine.forward(p, a, epilogue);
+    engine.forward(p, a, after);
     a.out = whole.data();
-    engine.layer_forward(p, a, epilogue);
+    engine.layer_forward(p, a, after);
     for (int64_t k = 0; k < nodes * width; ++k) {
       const R edges = mean ? edges_of(p, k / width) : R{1}, *row = expansion.data() + k % width * n;
       const R expected = sums[k] / edges + (row[0] - 2 * row[1] + 3 * row[2]);
@@ -156,7 +156,7 @@ std::vector<std::string> run_layer(const Case& file, Emulated<R>& engine) {
     std::vector<R> expected = engine.unpack(p, grad_weights);
     const auto expected_delta = widened(grad_delta);
     p.grad_out = grad_out, a.grad_out = p.grad_out.data();
-    std::vector<R> found = engine.layer_backward(p, a, epilogue);
+    std::vector<R> found = engine.layer_backward(p, a, after);
     const auto deviates = [&](const std::vector<R>& x, const std::vector<R>& y) {
       return !(native_test::deviation(widened(x), widened(y)) <= kBound<R>);
     };
