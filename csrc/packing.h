@@ -177,23 +177,23 @@ void pack_affine_backward(const PlanView<R>& plan, int n, const R* statistics, c
 
 // ---- one packed weight, or the gradient of one parameter, after the other: for a thread each
 
-// The statistics of all batch norms: `given`, statistics_size() numbers of each; or where that is null, what the norms
-// keep: pieces 2 n and 2 n + 1 are the means [W, d] and the variances [W] of norm n, and of the means the columns
+// The statistics of all batch norms: `given`, statistics_size() numbers of each; or where that is null, the running
+// ones: pieces 2 n and 2 n + 1 are the means [W, d] and the variances [W] of norm n, and of the means the columns
 // trivial [n_layers, n_trivial] can differ from 0.
 template <typename R>
 struct NormStatistics {
   const R* given;
   const int64_t* trivial;
-  Pieces<const R> kept;
+  Pieces<const R> running;
 
   // Number k of [W, n_trivial].
   IST_HOST_DEVICE R mean(const PlanView<R>& plan, int channels, int n, int k) const {
     if (given) return given[n * statistics_size(plan) + k];
-    const int w = k / plan.n_trivial, width = (kept.first[2 * n + 1] - kept.first[2 * n]) / channels;
-    return kept.at[2 * n][w * width + trivial[n * plan.n_trivial + k % plan.n_trivial]];
+    const int w = k / plan.n_trivial, width = (running.first[2 * n + 1] - running.first[2 * n]) / channels;
+    return running.at[2 * n][w * width + trivial[n * plan.n_trivial + k % plan.n_trivial]];
   }
   IST_HOST_DEVICE R variance(const PlanView<R>& plan, int channels, int n, int w) const {
-    return given ? given[n * statistics_size(plan) + channels * plan.n_trivial + w] : kept.at[2 * n + 1][w];
+    return given ? given[n * statistics_size(plan) + channels * plan.n_trivial + w] : running.at[2 * n + 1][w];
   }
 };
 

@@ -16,7 +16,7 @@ template <typename R>
 class CudaLayer final : public Layer {
  public:
   static bool takes(const LayerTensors& t) {
-    return std::max(t.learned.size(), t.kept.size()) <= static_cast<size_t>(Pieces<R>::kMost);
+    return std::max(t.learned.size(), t.running.size()) <= static_cast<size_t>(Pieces<R>::kMost);
   }
 
   explicit CudaLayer(const LayerTensors& t)
@@ -27,9 +27,9 @@ class CudaLayer final : public Layer {
     for (const Piece<R>& p : learned_) parameters_.add(p.at, p.size);
     check_size(view_->n_parameters, parameters_.first[parameters_.n], "parameters");
     check(expansion_, "expansion", real_type<R>, view_->out_size * bias_.size);
-    const auto kept = pieces_of<R>(t.kept, "running statistics");
-    check_kept(*view_, t, kept);
-    for (const Piece<R>& p : kept) norms_.kept.add(p.at, p.size);
+    const auto running = pieces_of<R>(t.running, "running statistics");
+    check_running(*view_, t, running);
+    for (const Piece<R>& p : running) norms_.running.add(p.at, p.size);
     norms_.trivial = device_columns(context, t.trivial);
   }
 

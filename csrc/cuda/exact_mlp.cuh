@@ -55,12 +55,12 @@ struct Scaled<Silu> {
 };
 
 // What a backward pass wants of a layer n >= 1: its inputs y and z = W y + b.
-enum Kept : int { kLayerInputs = 0, kLayerSums = 1 };
+enum LayerValue : int { kLayerInputs = 0, kLayerSums = 1 };
 // Told of both by evaluate(), of all channels at a time, and by evaluate_near(), of one number.
 struct NothingKept {
   template <typename Z>
-  __device__ __forceinline__ void operator()(int, Kept, const Z&) const {}
-  __device__ __forceinline__ void put(int, int, Kept, int, int, float) const {}
+  __device__ __forceinline__ void operator()(int, LayerValue, const Z&) const {}
+  __device__ __forceinline__ void put(int, int, LayerValue, int, int, float) const {}
 };
 
 // Where a block has the MLP in its shared memory; the sizes are the same for all lanes.

@@ -196,7 +196,7 @@ struct ExactWarp {
     const float factor = record[Slots::degrees * S::width + 3];
     mlp.template evaluate_near<S>(
         geometry(edge).radius, [&](int j) { return a.attr[edge * p.n_attr + j]; }, near,
-        [&](int layer, Kept what, int k, int w, float value) { keep.put(at, layer, what, k, w, value); },
+        [&](int layer, LayerValue what, int k, int w, float value) { keep.put(at, layer, what, k, w, value); },
         [&](int l, int w, float value) { record[l * S::width + w] = value * factor; });
     __syncwarp();
   }

@@ -201,7 +201,7 @@ struct GridMlp {
   };
 
   // What couplings read of all channels, in place of the state: in the first 8 slots h, Q and a zero, then d (x, y, z).
-  // keep(layer, what, part): see Kept.
+  // keep(layer, what, part): see LayerValue.
   template <typename S, typename Keep>
   __device__ __forceinline__ void evaluate(const Inputs& inputs, Keep keep, float* state) const {
     if (n_layers == 1) return activations<S, true, true>(0, inputs, keep, state);

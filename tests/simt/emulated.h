@@ -106,15 +106,15 @@ class Emulated {
   }
   // What `pack` makes of statistics that lie as batch norms keep them, [W, d] with `trivial` columns and [W]: packed
   // weights, and the statistics one after the other.
-  std::pair<std::vector<R>, std::vector<R>> pack_kept(Problem<R>& p, const std::vector<std::vector<R>>& kept,
-                                                      const std::vector<int64_t>& trivial) {
+  std::pair<std::vector<R>, std::vector<R>> pack_running(Problem<R>& p, const std::vector<std::vector<R>>& running,
+                                                         const std::vector<int64_t>& trivial) {
     const Parts<R> parameters(p.parameters);
     auto packed = unwritten<R>(p.plan.n_weights), statistics = unwritten<R>(p.statistics.size());
     NormStatistics<R> norms{nullptr, trivial.data(), {}};
     begin();
     reads(p.rowptr), reads(p.column), reads(p.value), reads(trivial), writes(packed), writes(statistics);
     for (const auto& part : parameters.parts) reads(part);
-    for (const auto& values : kept) reads(values), norms.kept.add(values.data(), values.size());
+    for (const auto& values : running) reads(values), norms.running.add(values.data(), values.size());
     check(table<R>().pack(*plan_, p.matrix, parameters.template pieces<const R>(), norms, packed.data(),
                           statistics.data(), nullptr));
     return {packed, statistics};
