@@ -177,10 +177,16 @@ struct Plan : PlanView<R> {
   std::vector<CouplingView> coupling_storage;
 };
 
-// Coordinates [W, d] of the full hidden field that goes into batch norm n.
+// Channels W of every batch norm, and so of every hidden layer; 0 without them.
 template <typename R>
-IST_HOST_DEVICE int norm_input_size(const PlanView<R>& p, int n) {
-  return p.layers[n].out_size / p.c * p.d;
+IST_HOST_DEVICE int norm_channels(const PlanView<R>& p) {
+  return p.has_norms ? p.layers[0].out_size / p.c : 0;
+}
+
+// Coordinates [W, d] of the full hidden field that goes into a batch norm.
+template <typename R>
+IST_HOST_DEVICE int norm_input_size(const PlanView<R>& p) {
+  return norm_channels(p) * p.d;
 }
 
 // H: numbers of one edge's hidden features, the constant one included.

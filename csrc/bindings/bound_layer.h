@@ -83,7 +83,7 @@ std::vector<Piece<R>> pieces_of(const std::vector<Tensor>& tensors, const char* 
 // Raises unless the running statistics are those of the plan's batch norms.
 template <typename R>
 void check_running(const PlanView<R>& plan, const LayerTensors& t, const std::vector<Piece<R>>& running) {
-  const int64_t norms = plan.has_norms ? plan.n_layers : 0, channels = norms ? plan.layers[0].out_size / plan.c : 0;
+  const int64_t norms = plan.has_norms ? plan.n_layers : 0, channels = norm_channels(plan);
   check_size(2 * norms, static_cast<int64_t>(running.size()), "running");
   check(t.trivial, "trivial", ScalarType::Long, norms * plan.n_trivial);
   for (int64_t n = 0; n < norms; ++n) {

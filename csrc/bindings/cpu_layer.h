@@ -116,7 +116,6 @@ class CpuLayer final : public Layer {
   bool is_packed_ = false, was_recorded_ = false;
 
   const Tensor& reals() const { return held_[1]; }
-  int64_t channels() const { return plan_.layers[0].out_size / plan_.c; }
 
   Tensor empty_statistics() const {
     return new_empty(reals(), {plan_.has_norms ? plan_.n_layers : 0, statistics_size(plan_)});
@@ -143,13 +142,14 @@ class CpuLayer final : public Layer {
     weights_.statistics = empty_statistics(), weights_.packed = new_empty(reals(), {plan_.n_weights});
     R* out = mutable_data<R>(weights_.statistics);
     const R* running = copy_.data() + plan_.n_parameters;
+    const int64_t channels = norm_channels(plan_);
     for (size_t n = 0; 2 * n < running_.size(); ++n) {
-      const int64_t width = running_[2 * n].size / channels();
+      const int64_t width = running_[2 * n].size / channels;
       const int64_t* column = data<int64_t>(held_[5]) + n * plan_.n_trivial;
-      for (int64_t w = 0; w < channels(); ++w)
+      for (int64_t w = 0; w < channels; ++w)
         for (int64_t k = 0; k < plan_.n_trivial; ++k) *out++ = running[w * width + column[k]];
-      out = std::copy_n(running + running_[2 * n].size, channels(), out);
-      running += running_[2 * n].size + channels();
+      out = std::copy_n(running + running_[2 * n].size, channels, out);
+      running += running_[2 * n].size + channels;
     }
     call.device.pack(matrix_, copy_.data(), data<R>(weights_.statistics), mutable_data<R>(weights_.packed));
     is_packed_ = true, was_recorded_ = recorded;

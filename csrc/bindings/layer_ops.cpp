@@ -50,7 +50,7 @@ Tensor conv_moments(const Tensor& ints, const Tensor& reals, const Tensor& weigh
     using R = typename std::decay_t<decltype(call)>::R;
     STD_TORCH_CHECK(call.plan.has_norms && layer >= 0 && layer < call.plan.n_layers,
                     "layer: expected a batch norm's number.");
-    check_size(norm_input_size(call.plan, static_cast<int>(layer)), size, "size");
+    check_size(norm_input_size(call.plan), size, "size");
     call.weights(weights), call.args.layer = static_cast<int>(layer);
     moments = call.device.zeros(delta, {2, size});
     if (call.args.n_edges > 0) call.device.moments(call.args, size, mutable_data<R>(moments));

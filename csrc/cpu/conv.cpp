@@ -149,7 +149,7 @@ void backward(const ConvArgs<R>& given) {
 
 template <typename R>
 void statistics(const ConvArgs<R>& a) {
-  const int n = norm_input_size(*a.plan, a.layer), blocks = statistics_blocks(a);
+  const int n = norm_input_size(*a.plan), blocks = statistics_blocks(a);
   for_blocks(a.threads, blocks, [&](int b) {
     const int64_t begin = first_of_block(a.n_edges, b, blocks), end = first_of_block(a.n_edges, b + 1, blocks);
     Statistics<R>(a, n, end - begin).run(begin, end, a.sums + 2 * n * b);

@@ -283,7 +283,7 @@ struct NormSums {
   R* shift = nullptr;
 
   Failure prepare(const DevicePlan<R>& plan, const ConvArgs<R>& args, const R* packed) {
-    channels = plan.host.layers[0].out_size / plan.view.c, size = channels * plan.view.d;
+    channels = norm_channels(plan.host), size = norm_input_size(plan.host);
     IST_TRY(points.prepare(plan, args, {false, false, false}, 0, statistics_rest(plan), kAnyWarps));
     const int64_t warps = points.call.shape.warps, doubles = 2 * size * (sizeof(double) / sizeof(R));
     sums = reinterpret_cast<double*>(partial_results(args, points.call.shape, 2 * size, size + doubles));

@@ -95,7 +95,7 @@ double moments_deviation(const Case& file, Emulated<R>& engine) {
   engine.pack(p, unused);
   double largest = 0;
   for (int n = 0; n < p.n_norms() && p.arguments().n_edges > 0; ++n) {
-    const int size = p.plan.layers[n].out_size / p.plan.c * p.plan.d;
+    const int size = norm_input_size(p.plan);
     const std::vector<R> actual = engine.moments(p, n, size);
     ConvArgs<R> a = p.arguments();
     a.threads = 1, a.scratch = host_scratch;
@@ -176,7 +176,7 @@ std::vector<std::string> run_pack_running(const Case& file, Emulated<R>& engine)
   Problem<R> p(file);
   Results unused;
   engine.pack(p, unused);
-  const int64_t trivial = p.plan.n_trivial, channels = p.n_norms() ? p.plan.layers[0].out_size / p.plan.c : 0;
+  const int64_t trivial = p.plan.n_trivial, channels = norm_channels(p.plan);
   std::vector<std::vector<R>> running;
   std::vector<int64_t> columns;
   const R* next = p.statistics.data();
