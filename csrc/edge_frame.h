@@ -111,7 +111,7 @@ IST_LANES void radial_backward(const PlanView<Real<R>>& p, R shell, Edges<R>& e)
 template <typename R>
 IST_LANES void attributes_forward(const PlanView<Real<R>>& p, Edges<R>& e) {
   for (int j = 0; j < p.n_attr; ++j) {
-    if (*p.attribute_identity) {
+    if (p.attribute_identity) {
       e.rotated[j] = e.attr[j];
       continue;
     }
@@ -123,7 +123,7 @@ IST_LANES void attributes_forward(const PlanView<Real<R>>& p, Edges<R>& e) {
 template <typename R>
 IST_LANES void attributes_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
   for (int i = 0; i < p.n_attr; ++i) {
-    if (*p.attribute_identity) {
+    if (p.attribute_identity) {
       e.d_attr[i] = e.d_rotated[i];
       continue;
     }

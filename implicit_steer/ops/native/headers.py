@@ -44,6 +44,16 @@ class PlanHeader(NamedTuple):
     table: int
     bounded: bool
     even: bool
+    attribute_identity: bool
+    n_harmonics: int
+    n_monomials: int
+    used_harmonics: int
+    used_monomials: int
+    max_power: int
+    n_products: int
+    product_size: int
+    n_adjoint: int
+    n_harmonic_terms: int
 
 
 class LayerHeader(NamedTuple):
