@@ -133,7 +133,7 @@ Kernels kernels_of(const DevicePlan<R>& plan, bool backward) {
 
 // The launch of the plan's exact or grid kernel; `found`: whether one serves the call.
 template <typename N>
-Failure prepare_fused_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, ExactLaunch& launch, bool& found) {
+Failure prepare_fused_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, FieldLaunch& launch, bool& found) {
   if constexpr (std::is_same_v<N, float>) {
     const Kernels kernels = kernels_of<N>(plan, false);
     found = can_count(args) && (kernels == Kernels::kExact || kernels == Kernels::kGrid);
@@ -160,7 +160,7 @@ Failure run_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* st
 template <typename N>
 Failure forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, const MeanAndBias<R>& after, void* stream) {
   Call<Real<N>> call{};
-  ExactLaunch fused{};
+  FieldLaunch fused{};
   bool found = false;
   IST_TRY(prepare_fused_forward<N>(plan, args, fused, found));
   if constexpr (std::is_same_v<N, float>) call = fused.call;
@@ -338,7 +338,7 @@ Failure layer_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, const 
                       const SparseMatrix<R>& matrix, const Pieces<const R>& parameters, const NormStatistics<R>& norms,
                       R* packed, R* statistics, void* stream) {
   if constexpr (std::is_same_v<N, float>) {
-    ExactLaunch edges{};
+    FieldLaunch edges{};
     bool found = false;
     if (args.n_edges > 0) IST_TRY(prepare_fused_forward<N>(plan, args, edges, found));
     if (found) {

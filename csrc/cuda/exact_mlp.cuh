@@ -88,7 +88,7 @@ struct ExactMlp {
 
   // By all threads of the block, with barriers.
   template <typename S>
-  __device__ __forceinline__ void copy(const PlanView<float>& p, const ExactView& exact, const float* packed) {
+  __device__ __forceinline__ void copy(const PlanView<float>& p, const FieldView& view, const float* packed) {
     const LayerView<float>& layer = p.layers[0];
     const float *const a = global_memory(layer.pair_samples), *const b = global_memory(layer.pair_inverse);
     for (int k = threadIdx.x; k < pairs * S::c; k += blockDim.x) {
@@ -96,7 +96,7 @@ struct ExactMlp {
       to[0] = a[k] * kLog2e, to[S::c] = b[k] * kLn2;
     }
     for (int k = threadIdx.x; k < (1 + n_inputs) * S::width; k += blockDim.x) {
-      const int w = k % S::width, at = k < S::width ? layer.bias + w * S::c : exact.first[k - S::width];
+      const int w = k % S::width, at = k < S::width ? layer.bias + w * S::c : view.first[k - S::width];
       first[k] = at < 0 ? 0 : packed[at];
     }
     for (int w = threadIdx.x; w < S::width; w += blockDim.x)
@@ -274,7 +274,7 @@ struct ExactMlp {
   }
 
   // The coefficient that is the same in all samples; and where sums over edges have coefficient k, that one first.
-  static __device__ __forceinline__ int trivial(const ExactView&) { return 0; }
+  static __device__ __forceinline__ int trivial(const FieldView&) { return 0; }
   static __device__ __forceinline__ int slot_of(int k, int constant) {
     return k == 0 ? constant : k == constant ? 0 : k;
   }

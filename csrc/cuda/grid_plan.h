@@ -36,8 +36,8 @@ class GridPlan : public FieldPlan {
     numbers.insert(numbers.end(), begin, begin + sizeof grid_ / sizeof(int32_t));
   }
 
-  ExactView view(const int32_t* begin) const {
-    ExactView found = FieldPlan::view(begin);
+  FieldView view(const int32_t* begin) const {
+    FieldView found = FieldPlan::view(begin);
     found.grid = reinterpret_cast<const GridCoefficients*>(begin + numbers.size() - sizeof grid_ / sizeof(int32_t));
     return found;
   }

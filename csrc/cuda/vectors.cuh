@@ -77,7 +77,7 @@ __global__ void sum_gradients(const __grid_constant__ RowSums<R, R> weights,
   features.run(block - nodes_blocks);
 }
 
-// What the kernel of a forward pass finds in place when it finishes its nodes itself (exact_call.h): the bias of every
+// What the kernel of a forward pass finds in place when it finishes its nodes itself (field_call.h): the bias of every
 // output, expansion · bias, and counters at 0.
 template <typename R>
 struct NodeStart {

@@ -6,8 +6,8 @@
 
 namespace implicit_steer::IST_ISA {
 
-struct ExactCall : Call<float> {
-  ExactView exact;
+struct FieldCall : Call<float> {
+  FieldView view;
   float* sums;  // backward: of warps, [warps, size]: see exact_gradients.cuh
   // Of a forward pass that finishes its nodes itself; null where mean_and_bias follows:
   const float* bias;  // [C_out], what the output of every node gets
