@@ -96,8 +96,8 @@ struct DevicePlan {
   FieldView fields_view{};          // of its copy on the device
   Places places{};                  // of their copies on the device
   Terms terms{};
-  int64_t bytes;  // of the piece of memory with the copies, and where they are in it:
-  int64_t reals_at, layers_at, couplings_at, lists_at, fields_at;
+  int64_t bytes;                                                   // of the one piece of memory that has the copies
+  int64_t reals_at, layers_at, couplings_at, lists_at, fields_at;  // offsets of these in it
 
   // Of the kernels that ran before; a plan has few.
   mutable std::mutex mutex;

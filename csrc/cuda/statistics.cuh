@@ -23,7 +23,7 @@ struct Statistics : Warp<R, false, false> {
     y = this->of_edge(y + k / p.d * p.c, l);
     const R *const first = this->of_edge(e.first, l), *const second = this->of_edge(e.second, l);
     if (p.kind == kZonal) return y[p.coordinate[m]] * first[m];
-    if (p.kind == kPlanar) return first[m] * y[m] + second[m] * y[p.partner[m]];
+    if (p.kind == kPlanar) return turned(p, first, second, y, m);
     return y[m];
   }
 

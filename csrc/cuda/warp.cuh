@@ -342,7 +342,7 @@ struct Warp : EdgeArrays<N> {
         for (int k = 0; k < S::c; ++k) by_coefficient[k * S::width + w] = features[w * S::c + k];
     if (p.kind != kPlanar) return;
     for (int w = sub; w < p.channels && active; w += lanes)
-      for (int m = 0; m < p.c; ++m) hidden[w * p.c + m] = turned(p, e, coefficients + w * p.c, m);
+      for (int m = 0; m < p.c; ++m) hidden[w * p.c + m] = turned(p, e.first, e.second, coefficients + w * p.c, m);
     features = hidden;
     __syncwarp();
   }
