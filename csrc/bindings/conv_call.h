@@ -67,6 +67,11 @@ class Call {
     device.check(colptr, "colptr", index, args.n_src + 1);
     args.order_by_source = order.const_data_ptr(), args.colptr = colptr.const_data_ptr();
   }
+  // Raises unless there are batch norms, and a variance over the edges.
+  void check_measurable() const {
+    STD_TORCH_CHECK(plan.has_norms, "plan: expected one with batch norms.");
+    STD_TORCH_CHECK(args.n_edges > 1, "delta: expected at least 2 edges, one has no variance.");
+  }
   // The direction along which the call takes derivatives; after weights().
   void direction(const Tensor& weights, const Tensor& delta, const Tensor& attr) {
     const R* tangent = read(weights, "tangent_weights", plan.n_weights);

@@ -157,8 +157,7 @@ class CpuLayer final : public Layer {
   }
 
   Weights measure(Call<Cpu<R>>& call, const Tensor& delta) {
-    STD_TORCH_CHECK(plan_.has_norms, "plan: expected one with batch norms.");
-    STD_TORCH_CHECK(call.args.n_edges > 1, "delta: expected at least 2 edges, one has no variance.");
+    call.check_measurable();
     std::vector<R> parameters(plan_.n_parameters);
     R* next = parameters.data();
     for (const Piece<R>& p : learned_) next = std::copy_n(p.at, p.size, next);

@@ -37,8 +37,7 @@ class CudaLayer final : public Layer {
     Call<Cuda<R>> call(in.delta, in.attr, *plan_, in.delta);
     Tensor packed = new_empty(in.delta, {view_->n_weights}), statistics = packed;
     if (measured) {
-      STD_TORCH_CHECK(view_->has_norms, "plan: expected one with batch norms.");
-      STD_TORCH_CHECK(call.args.n_edges > 1, "delta: expected at least 2 edges, one has no variance.");
+      call.check_measurable();
       statistics = call.device.zeros(in.delta, {view_->n_layers, statistics_size(*view_)});
       call.device.statistics(call.args, *matrix_, parameters_, mutable_data<R>(packed), mutable_data<R>(statistics));
     } else if (recorded) {

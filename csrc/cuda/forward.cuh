@@ -109,8 +109,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t warp = from; warp <= to && begin < end && !whole; ++warp)
     sum += call.partial[(2 * warp + (begin <= warp * per_warp ? 0 : 1)) * n + k];
   if (after.mean && end - begin > 1) sum /= static_cast<R>(end - begin);
-  for (int64_t m = 0; m < after.n; ++m) sum += after.expansion[k * after.n + m] * after.bias[m];
-  a.out[at] = sum;
+  a.out[at] = after.with_bias(sum, k);
 }
 
 }  // namespace implicit_steer::IST_ISA

@@ -25,6 +25,12 @@ struct MeanAndBias {
   const R *expansion, *bias;
   int64_t n;
   bool mean;
+
+  // sum + (expansion · bias)[k]
+  IST_HOST_DEVICE R with_bias(R sum, int64_t k) const {
+    for (int64_t m = 0; m < n; ++m) sum += expansion[k * n + m] * bias[m];
+    return sum;
+  }
 };
 
 // The kind of kernels that serve a plan: exact, grid, specialised or generic; of the last two, what keeps the plan from

@@ -91,10 +91,7 @@ struct NodeStart {
   __device__ __forceinline__ void run(int64_t i) const {
     if (i < n_arrivals) arrivals[i] = 0;
     const int64_t k = i - n_arrivals;
-    if (k < 0 || k >= width) return;
-    R sum{};
-    for (int64_t m = 0; m < after.n; ++m) sum += after.expansion[k * after.n + m] * after.bias[m];
-    bias[k] = sum;
+    if (k >= 0 && k < width) bias[k] = after.with_bias(R{}, k);
   }
 };
 
