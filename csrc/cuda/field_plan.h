@@ -181,11 +181,11 @@ class FieldPlan {
 
   // Fields that are not there read some input; nothing multiplies it but zeros.
   void place_fields(const Plan<float>& p, int n) {
-    const auto padded = [&](std::vector<int> list) {
+    const auto filled = [&](std::vector<int> list) {
       list.resize(n, list.empty() ? 0 : list[0]);
       return list;
     };
-    const std::vector<int> scalars = padded(scalars_), vectors = padded(vectors_);
+    const std::vector<int> scalars = filled(scalars_), vectors = filled(vectors_);
     quads_ = p.in_size % 4 == 0 && scalars_.size() == vectors_.size();
     for (int v = 0; v < n; ++v) quads_ = quads_ && scalars[v] % 4 == 0 && vectors[v] == scalars[v] + 1;
     std::vector<int32_t> out(4 * n, -1);
