@@ -143,8 +143,8 @@ template <typename R>
 struct PlanView {
   IST_PLAN_HEADER(IST_MEMBER)
   // Inputs and outputs are gathered by field type, component by component: all channels of one side by side, padded.
-  const int32_t* input;  // [n_gathered] number of the input, or -1: padding
-  const int32_t* place;  // [C_out] place of the output, or -1: always 0
+  const int32_t* gathered_from;  // [n_gathered] number of the input, or -1: padding
+  const int32_t* mixed_place;    // [C_out] place of the output, or -1: always 0
 
   R gamma, cutoff, eps;               // eps: of the batch norms
   R length, spacing;                  // of a table: the scale of radii; the distance of its knots in u
@@ -225,7 +225,7 @@ int64_t table_sums_size(const PlanView<R>& p) {
 template <typename R>
 bool gathered_as_given(const PlanView<R>& p) {
   bool same = p.n_gathered == p.in_size;
-  for (int32_t k = 0; k < p.n_gathered && same; ++k) same = p.input[k] == k;
+  for (int32_t k = 0; k < p.n_gathered && same; ++k) same = p.gathered_from[k] == k;
   return same;
 }
 
@@ -328,7 +328,7 @@ bool plan_view(Plan<R>& p, const int32_t* ints_begin, int64_t n_ints, const R* r
   p.length = reals.one(), p.spacing = reals.one();
   p.coordinate = ints.take(p.d);
   p.trivial = ints.take(p.n_trivial), p.measured = ints.take(p.n_trivial);
-  p.input = ints.take(p.n_gathered), p.place = ints.take(p.out_size);
+  p.gathered_from = ints.take(p.n_gathered), p.mixed_place = ints.take(p.out_size);
   read_frame(p, ints, reals);
   for (int n = 0; n < p.n_layers && ints.valid; ++n) read_layer(p, ints, reals);
   p.row_start = ints.take(p.n_rows + 1);

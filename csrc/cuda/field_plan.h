@@ -130,7 +130,7 @@ class FieldPlan {
 
   // The number of the output at a place among the gathered ones.
   static int output_at(const Plan<float>& p, int place) {
-    return static_cast<int>(std::find(p.place, p.place + p.out_size, place) - p.place);
+    return static_cast<int>(std::find(p.mixed_place, p.mixed_place + p.out_size, place) - p.mixed_place);
   }
   static int output_of(const Plan<float>& p, const Product& product, int u, int component) {
     return output_at(p, product.q->out_at + product.outputs[component] * product.q->out_stride + u);
@@ -139,9 +139,9 @@ class FieldPlan {
   // Registers the product's input and output fields; false where a vector's components are not side by side.
   bool add_fields(const Plan<float>& p, const Product& product) {
     for (int v = 0; v < product.q->n_in; ++v) {
-      const int number = p.input[product.inputs[0] + v];
+      const int number = p.gathered_from[product.inputs[0] + v];
       for (size_t k = 0; k < product.inputs.size(); ++k)
-        if (p.input[product.inputs[k] + v] != number + static_cast<int>(k)) return false;
+        if (p.gathered_from[product.inputs[k] + v] != number + static_cast<int>(k)) return false;
       add(product.inputs.size() == 1 ? scalars_ : vectors_, number);
     }
     for (int u = 0; u < product.q->n_out; ++u) {
@@ -165,7 +165,7 @@ class FieldPlan {
         for (int v = 0; v < q.n_in; ++v) {
           if (q.depthwise && u != v) continue;
           const int path = product.constant ? n_paths() + product.path : product.path;
-          const int to = add(out, output_of(p, product, u, 0)), from = add(in, p.input[product.inputs[0] + v]);
+          const int to = add(out, output_of(p, product, u, 0)), from = add(in, p.gathered_from[product.inputs[0] + v]);
           FieldWeight& weight = weights[path * square + to * n + from];
           if (weight.at >= 0) return false;
           const int64_t row = int64_t{product.b} * q.theta_rows + (q.depthwise ? 0 : u);

@@ -36,7 +36,7 @@ struct Forward : Warp<N, true, false, S> {
     }
     __syncwarp();
     R* const out = row_of(node);
-    for (int k = lane; k < p.out_size; k += 32) out[k] = p.place[k] < 0 ? R{} : result(mixed[p.place[k]]);
+    for (int k = lane; k < p.out_size; k += 32) out[k] = p.mixed_place[k] < 0 ? R{} : result(mixed[p.mixed_place[k]]);
   }
 
   // The node's row of the output, or of the warp's partial ones: the first where the node began in an earlier warp.

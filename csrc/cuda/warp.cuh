@@ -202,7 +202,7 @@ struct Warp : EdgeArrays<N> {
     if (!kFeatures) return;
     const int64_t source = index(a.src, edge) * p.in_size;
     for (int k = sub; k < p.n_gathered; k += lanes)
-      f[k] = p.input[k] < 0 ? N{} : input(a.x, a.x_tangent, source + p.input[k]);
+      f[k] = p.gathered_from[k] < 0 ? N{} : input(a.x, a.x_tangent, source + p.gathered_from[k]);
     node = target(begin + slot);
   }
 
