@@ -2,11 +2,11 @@
 # make test     build everything, then lint and test what a contributor waits for: 4 minutes on 2 cores
 # make test-slow     the rest: sanitizers, emulated CUDA kernels, gates on their machine code, tutorials, other processes
 # make test-native   the native code alone: plain, and under AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer
+# make test-arm      the same for 64-bit ARM, with a cross compiler and an emulator
 # make test-gpu-emulated   the CUDA kernels on the processor: results, memory errors, races, barriers; make test-gpu-quick:
 #                    the part of it that test-slow runs
 # make test-gpu      where there is a GPU: its backends against reference; needs nvcc
 # make cuda-kernels  compile them with nvcc, hold their machine code to its gates, write docs/cuda_kernels.md
-# make test-arm      the same for 64-bit ARM, with a cross compiler and an emulator
 # make wheel    one manylinux_2_28 wheel for Python >= 3.10 and torch >= 2.10, in dist/
 # make test-wheel    install it without escnn, with NumPy 2, on each Python here, and compare saved models;
 #                    TORCH=torch==2.10.0 for another
