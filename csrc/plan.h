@@ -46,7 +46,7 @@ enum Function : int32_t { kElu = 0, kRelu = 1, kSilu = 2, kGelu = 3, kTanh = 4 }
   FIELD(n_g)       /* factors G of all products */                                         \
   FIELD(n_weights) /* packed */                                                            \
   FIELD(n_grad)    /* the first ones, of which a backward pass gives the gradient */       \
-  FIELD(shell)     /* position of the shell's width in the packed weights */               \
+  FIELD(shell_at)  /* position of the shell's width in the packed weights */               \
   FIELD(has_cutoff)                                                                        \
   FIELD(hidden_flat) /* coefficients of all channels of the last hidden layer */           \
   FIELD(has_norms)   /* a batch norm behind every hidden layer */                          \
@@ -60,7 +60,7 @@ enum Function : int32_t { kElu = 0, kRelu = 1, kSilu = 2, kGelu = 3, kTanh = 4 }
   FIELD(n_read)             /* first coefficients of a channel, all that couplings read */ \
   FIELD(n_knots)            /* of a table in place of the hidden layers, or 0 */           \
   FIELD(n_types)            /* rows of attributes that the table has splines for */        \
-  FIELD(table)              /* position of the splines in the packed weights */            \
+  FIELD(table_at)           /* position of the splines in the packed weights */            \
   FIELD(bounded)            /* u = r / length; else see edge_frame.h */                    \
   FIELD(even)               /* splines are even functions of u */                          \
   FIELD(attribute_identity) /* the frame leaves attributes as they are */                  \

@@ -106,8 +106,8 @@ struct ExactGradients {
     if (threadIdx.x == 0) {
       float sum = 0;
       for (int k = 0; k < 32; ++k) sum += memory[shell + k];
-      const float width = packed[p.shell];
-      row[p.shell] = sum / (width * width * width);
+      const float width = packed[p.shell_at];
+      row[p.shell_at] = sum / (width * width * width);
     }
   }
 

@@ -115,7 +115,7 @@ struct ExactWarp {
     sources = reinterpret_cast<int32_t*>(records + Memory::records);
     near = records + Memory::records + 32, rest = records + Memory::warp;
     mlp.template place<S>(memory + Memory::in_front_of_mlp(blockDim.x / 32, size), p);
-    const float shell = a.weights[p.shell];
+    const float shell = a.weights[p.shell_at];
     if (threadIdx.x == 0) *exponent = -0.5f * kLog2e / (shell * shell);
     if (threadIdx.x < S::fields) scalars[threadIdx.x] = global_memory(view.scalar)[threadIdx.x];
     mlp.template copy<S>(p, view, a.weights);

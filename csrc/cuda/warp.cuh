@@ -155,7 +155,7 @@ struct Warp : EdgeArrays<N> {
     Slice<N> slice{edges + slot * edge_size};
     this->place(slice, p, call.extent, Needs{kFeatures, kBackward, S::specialised});
     rest = edges + whole_quads(tile * edge_size);
-    shell = weights[p.shell];
+    shell = weights[p.shell_at];
     e.d_shell = N{};
   }
 

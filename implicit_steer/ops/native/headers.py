@@ -27,7 +27,7 @@ class PlanHeader(NamedTuple):
     n_g: int
     n_weights: int
     n_grad: int
-    shell: int
+    shell_at: int
     has_cutoff: bool
     hidden_flat: int
     has_norms: bool
@@ -41,7 +41,7 @@ class PlanHeader(NamedTuple):
     n_read: int
     n_knots: int
     n_types: int
-    table: int
+    table_at: int
     bounded: bool
     even: bool
     attribute_identity: bool
