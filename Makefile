@@ -126,10 +126,10 @@ emulated-%: $(VENV)/.tools
 	cmake -S tests/simt -B $(EMULATED)/$* -G Ninja -DMODE=$*
 	cmake --build $(EMULATED)/$*
 
-# The library opens without a driver. cuda-kernels compiles for every architecture and writes the page; cuda-gates only
-# holds the kernels of one to the gates.
+# The library opens without a driver. cuda-kernels compiles for every architecture that csrc/cuda/CMakeLists.txt lists
+# and writes the page; cuda-gates only holds the kernels of one to the gates.
 NVCC := $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
-cuda-kernels: CUDA_OPTIONS := "-DCUDA_ARCHITECTURES=80;90;100;120"
+cuda-kernels: CUDA_OPTIONS := -UCUDA_ARCHITECTURES
 cuda-kernels: CUDA_PAGE := docs/cuda_kernels.md
 cuda-gates: CUDA_OPTIONS := -DCUDA_ARCHITECTURES=90
 cuda-gates: CUDA_PAGE := build/cuda-gates/cuda_kernels.md
