@@ -2,11 +2,11 @@
 # make test     build everything, then lint and test what a contributor waits for: 4 minutes on 2 cores
 # make test-slow     the rest: sanitizers, emulated CUDA kernels, gates on their machine code, tutorials, other processes
 # make test-native   the native code alone: plain, and under AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer
+# make test-arm      the same for 64-bit ARM, with a cross compiler and an emulator
 # make test-gpu-emulated   the CUDA kernels on the processor: results, memory errors, races, barriers; make test-gpu-quick:
 #                    the part of it that test-slow runs
 # make test-gpu      where there is a GPU: its backends against reference; needs nvcc
 # make cuda-kernels  compile them with nvcc, hold their machine code to its gates, write docs/cuda_kernels.md
-# make test-arm      the same for 64-bit ARM, with a cross compiler and an emulator
 # make wheel    one manylinux_2_28 wheel for Python >= 3.10 and torch >= 2.10, in dist/
 # make test-wheel    install it without escnn, with NumPy 2, on each Python here, and compare saved models;
 #                    TORCH=torch==2.10.0 for another
@@ -126,10 +126,10 @@ emulated-%: $(VENV)/.tools
 	cmake -S tests/simt -B $(EMULATED)/$* -G Ninja -DMODE=$*
 	cmake --build $(EMULATED)/$*
 
-# The library opens without a driver. cuda-kernels compiles for every architecture and writes the page; cuda-gates only
-# holds the kernels of one to the gates.
+# The library opens without a driver. cuda-kernels compiles for every architecture that csrc/cuda/CMakeLists.txt lists
+# and writes the page; cuda-gates only holds the kernels of one to the gates.
 NVCC := $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
-cuda-kernels: CUDA_OPTIONS := "-DCUDA_ARCHITECTURES=80;90;100;120"
+cuda-kernels: CUDA_OPTIONS := -UCUDA_ARCHITECTURES
 cuda-kernels: CUDA_PAGE := docs/cuda_kernels.md
 cuda-gates: CUDA_OPTIONS := -DCUDA_ARCHITECTURES=90
 cuda-gates: CUDA_PAGE := build/cuda-gates/cuda_kernels.md

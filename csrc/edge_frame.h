@@ -111,7 +111,7 @@ IST_LANES void radial_backward(const PlanView<Real<R>>& p, R shell, Edges<R>& e)
 template <typename R>
 IST_LANES void attributes_forward(const PlanView<Real<R>>& p, Edges<R>& e) {
   for (int j = 0; j < p.n_attr; ++j) {
-    if (*p.attribute_identity) {
+    if (p.attribute_identity) {
       e.rotated[j] = e.attr[j];
       continue;
     }
@@ -123,7 +123,7 @@ IST_LANES void attributes_forward(const PlanView<Real<R>>& p, Edges<R>& e) {
 template <typename R>
 IST_LANES void attributes_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
   for (int i = 0; i < p.n_attr; ++i) {
-    if (*p.attribute_identity) {
+    if (p.attribute_identity) {
       e.d_attr[i] = e.d_rotated[i];
       continue;
     }
@@ -411,11 +411,10 @@ IST_LANES void frame_backward(const PlanView<Real<R>>& p, R shell, Edges<R>& e) 
   attributes_backward(p, e);
 }
 
-// Planar: hidden coordinate m of a channel with coefficients y [c].
-template <typename R>
-IST_INLINE typename Lane<R>::V turned(const PlanView<Real<R>>& p, const Edges<R>& e, const typename Lane<R>::V* y,
-                                      int m) {
-  return e.first[m] * y[m] + e.second[m] * y[p.partner[m]];
+// Planar: hidden coordinate m of a channel with coefficients y [c] at an edge with `first` and `second`.
+template <typename R, typename V>
+IST_INLINE V turned(const PlanView<R>& p, const V* first, const V* second, const V* y, int m) {
+  return first[m] * y[m] + second[m] * y[p.partner[m]];
 }
 
 // h[w, m] of all channels
@@ -423,7 +422,7 @@ template <typename R>
 IST_LANES void expand_forward(const PlanView<Real<R>>& p, const Edges<R>& e, const typename Lane<R>::V* y,
                               typename Lane<R>::V* h) {
   for (int w = 0; w < p.channels; ++w)
-    for (int m = 0; m < p.c; ++m) h[w * p.c + m] = turned(p, e, y + w * p.c, m);
+    for (int m = 0; m < p.c; ++m) h[w * p.c + m] = turned(p, e.first, e.second, y + w * p.c, m);
 }
 
 template <typename R>

@@ -217,8 +217,8 @@ IST_INLINE Quotient<V> elu_mean(V b, V k) {
   return {select(b < 0, value, V{} + 1), select(b < 0, value, V{}), select(b < 0, slope, V{})};
 }
 
-// The mean of φ′ over [b, b + k] by 4-point Gauss quadrature: two pairs of points, each at one distance from the
-// middle.
+// The mean of φ′ over [b, b + k] by 4-point Gauss–Legendre quadrature on [0, 1]: two pairs of points, each at one
+// distance from the middle, 1/2 sqrt(3/7 ± 2/7 sqrt(6/5)), and with one weight, (18 ∓ sqrt(30)) / 72.
 template <typename F, bool kDerivatives, typename V>
 IST_INLINE Quotient<V> quadrature_mean(V b, V k) {
   using R = Real<V>;
@@ -399,7 +399,7 @@ struct Mlp {
   V *d_z, *d_y;             // one layer each, the widest
   V *d_w, *d_b, *d_affine;  // per layer, summed over all tiles of a block
   V* slopes;                // per layer [channels, n_samples]; null in the forward direction
-  int64_t size_z, size_w, size_slopes, size_affine;
+  int64_t size_z, size_w, size_slopes;
 
   void place(Arena& arena, const PlanView<Real<R>>& plan, const R* packed, bool backward) {
     p = &plan, weights = packed, size_z = size_w = size_slopes = 0, slopes = nullptr;
@@ -410,18 +410,17 @@ struct Mlp {
       size_slopes += out / p->c * p->layers[n].n_samples;
       widest = out > widest ? out : widest;
     }
-    size_affine = p->n_layers ? int64_t{p->n_layers} * affine_size() : 0;
     arena.take(z, size_z), arena.take(y, size_z);
     normed = y;
     if (p->has_norms) arena.take(normed, size_z);
     if (!backward) return;
     arena.take(d_z, widest), arena.take(d_y, widest), arena.take(d_w, size_w), arena.take(d_b, size_z);
     arena.take(slopes, size_slopes);
-    if (p->has_norms) arena.take(d_affine, size_affine);
+    if (p->has_norms) arena.take(d_affine, int64_t{p->n_layers} * affine_size());
   }
 
-  // Numbers of one batch norm; every hidden layer has the same channels.
-  int affine_size() const { return p->layers[0].out_size / p->c * (1 + p->n_trivial); }
+  // Numbers of one batch norm.
+  int affine_size() const { return norm_channels(*p) * (1 + p->n_trivial); }
 
   // Layers 0 .. last: the last one's activations, before its batch norm if it has one.
   const V* forward(const Edges<R>& e, int last) {

@@ -101,7 +101,7 @@ void for_theta(const PlanView<R>& plan, F f) {
 // Statistics of one batch norm: mean [W, n_trivial], variance [W].
 template <typename R>
 IST_HOST_DEVICE int64_t statistics_size(const PlanView<R>& p) {
-  return p.has_norms ? int64_t{p.layers[0].out_size / p.c} * (p.n_trivial + 1) : 0;
+  return int64_t{norm_channels(p)} * (p.n_trivial + 1);
 }
 
 // The sum of squared deviations from the mean of coordinate k, from sums [2, size] of h - shift and of its square.
@@ -135,65 +135,69 @@ IST_HOST_DEVICE void channel_statistics(const PlanView<R>& plan, int channels, i
   }
 }
 
-// scale = weight / sqrt(variance + eps), shift = bias - mean * scale of channel w of batch norm n
+// scale = weight / sqrt(variance + eps) of channel w of batch norm n, shift = bias - mean * scale of its number k of
+// [W, n_trivial]
 template <typename R, typename P>
 IST_HOST_DEVICE R norm_scale(const PlanView<R>& plan, int n, int w, const P& p, R variance) {
   return p[plan.layers[n].norm_weight + w] / std::sqrt(variance + plan.eps);
 }
 template <typename R, typename P>
+IST_HOST_DEVICE R norm_shift(const PlanView<R>& plan, int n, int k, const P& p, R mean, R scale) {
+  return p[plan.layers[n].norm_bias + k] - mean * scale;
+}
+template <typename R, typename P>
 IST_HOST_DEVICE void pack_channel(const PlanView<R>& plan, int n, int w, const P& p, const R* statistics, R* packed) {
-  const LayerView<R>& layer = plan.layers[n];
-  const int channels = layer.out_size / plan.c, trivial = plan.n_trivial;
+  const int channels = norm_channels(plan), trivial = plan.n_trivial;
   const R *mean = statistics + n * statistics_size(plan), *variance = mean + channels * trivial;
-  R *scale = packed + layer.affine, *shift = scale + channels;
+  R *scale = packed + plan.layers[n].affine, *shift = scale + channels;
   scale[w] = norm_scale(plan, n, w, p, variance[w]);
-  for (int k = w * trivial; k < (w + 1) * trivial; ++k) shift[k] = p[layer.norm_bias + k] - mean[k] * scale[w];
+  for (int k = w * trivial; k < (w + 1) * trivial; ++k) shift[k] = norm_shift(plan, n, k, p, mean[k], scale[w]);
 }
 template <typename R>
 void pack_affine(const PlanView<R>& plan, int n, const R* p, const R* statistics, R* packed) {
-  for (int w = 0; w < plan.layers[n].out_size / plan.c; ++w) pack_channel(plan, n, w, p, statistics, packed);
+  for (int w = 0; w < norm_channels(plan); ++w) pack_channel(plan, n, w, p, statistics, packed);
 }
 
-// Its reverse; the statistics are constants, as in escnn.
+// Their reverse, the statistics being constants, as in escnn: what scale and shift add to the gradient of the weight of
+// channel w. That of a bias is its shift's.
 template <typename R>
-IST_HOST_DEVICE void pack_channel_backward(const PlanView<R>& plan, int n, int w, const R* statistics, const R* grad,
-                                           R* grad_p) {
-  const LayerView<R>& layer = plan.layers[n];
-  const int channels = layer.out_size / plan.c, trivial = plan.n_trivial;
+IST_HOST_DEVICE R norm_weight_gradient(const PlanView<R>& plan, int n, int w, const R* statistics, const R* grad) {
+  const int channels = norm_channels(plan), trivial = plan.n_trivial;
   const R *mean = statistics + n * statistics_size(plan), *variance = mean + channels * trivial;
-  const R *d_scale = grad + layer.affine, *d_shift = d_scale + channels;
+  const R *d_scale = grad + plan.layers[n].affine, *d_shift = d_scale + channels;
   R d = d_scale[w];
-  for (int k = w * trivial; k < (w + 1) * trivial; ++k) {
-    grad_p[layer.norm_bias + k] += d_shift[k];
-    d -= d_shift[k] * mean[k];
-  }
-  grad_p[layer.norm_weight + w] += d / std::sqrt(variance[w] + plan.eps);
+  for (int k = w * trivial; k < (w + 1) * trivial; ++k) d -= d_shift[k] * mean[k];
+  return d / std::sqrt(variance[w] + plan.eps);
 }
 template <typename R>
 void pack_affine_backward(const PlanView<R>& plan, int n, const R* statistics, const R* grad, R* grad_p) {
-  for (int w = 0; w < plan.layers[n].out_size / plan.c; ++w)
-    pack_channel_backward(plan, n, w, statistics, grad, grad_p);
+  const LayerView<R>& layer = plan.layers[n];
+  const int channels = norm_channels(plan);
+  const R* d_shift = grad + layer.affine + channels;
+  for (int w = 0; w < channels; ++w)
+    grad_p[layer.norm_weight + w] += norm_weight_gradient(plan, n, w, statistics, grad);
+  for (int k = 0; k < channels * plan.n_trivial; ++k) grad_p[layer.norm_bias + k] += d_shift[k];
 }
 
 // ---- one packed weight, or the gradient of one parameter, after the other: for a thread each
 
-// The statistics of all batch norms: `given`, statistics_size() numbers of each; or where that is null, what the norms
-// keep: pieces 2 n and 2 n + 1 are the means [W, d] and the variances [W] of norm n, and of the means the columns
+// The statistics of all batch norms: `given`, statistics_size() numbers of each; or where that is null, the running
+// ones: pieces 2 n and 2 n + 1 are the means [W, d] and the variances [W] of norm n, and of the means the columns
 // trivial [n_layers, n_trivial] can differ from 0.
 template <typename R>
 struct NormStatistics {
   const R* given;
   const int64_t* trivial;
-  Pieces<const R> kept;
+  Pieces<const R> running;
 
   // Number k of [W, n_trivial].
   IST_HOST_DEVICE R mean(const PlanView<R>& plan, int channels, int n, int k) const {
     if (given) return given[n * statistics_size(plan) + k];
-    const int w = k / plan.n_trivial, width = (kept.first[2 * n + 1] - kept.first[2 * n]) / channels;
-    return kept.at[2 * n][w * width + trivial[n * plan.n_trivial + k % plan.n_trivial]];
+    const int w = k / plan.n_trivial, width = (running.first[2 * n + 1] - running.first[2 * n]) / channels;
+    return running.at[2 * n][w * width + trivial[n * plan.n_trivial + k % plan.n_trivial]];
   }
   IST_HOST_DEVICE R variance(const PlanView<R>& plan, int channels, int n, int w) const {
-    return given ? given[n * statistics_size(plan) + channels * plan.n_trivial + w] : kept.at[2 * n + 1][w];
+    return given ? given[n * statistics_size(plan) + channels * plan.n_trivial + w] : running.at[2 * n + 1][w];
   }
 };
 
@@ -201,13 +205,13 @@ struct NormStatistics {
 template <typename R, typename P>
 IST_HOST_DEVICE R packed_weight(const PlanView<R>& plan, const SparseMatrix<R>& matrix, int64_t i, const P& p,
                                 const NormStatistics<R>& statistics) {
-  const int channels = plan.has_norms ? plan.layers[0].out_size / plan.c : 0, trivial = plan.n_trivial;
+  const int channels = norm_channels(plan), trivial = plan.n_trivial;
   for (int n = 0; n < plan.n_layers && plan.has_norms; ++n) {
     const int64_t at = i - plan.layers[n].affine;
     if (at < 0 || at >= channels * (1 + trivial)) continue;
     const int k = static_cast<int>(at) - channels, w = k < 0 ? static_cast<int>(at) : k / trivial;
     const R scale = norm_scale(plan, n, w, p, statistics.variance(plan, channels, n, w));
-    return k < 0 ? scale : p[plan.layers[n].norm_bias + k] - statistics.mean(plan, channels, n, k) * scale;
+    return k < 0 ? scale : norm_shift(plan, n, k, p, statistics.mean(plan, channels, n, k), scale);
   }
   return matrix.multiply_row(i, p);
 }
@@ -215,7 +219,7 @@ IST_HOST_DEVICE R packed_weight(const PlanView<R>& plan, const SparseMatrix<R>& 
 // Number i of the statistics, as NormStatistics::given.
 template <typename R>
 IST_HOST_DEVICE R norm_statistic(const PlanView<R>& plan, const NormStatistics<R>& statistics, int64_t i) {
-  const int channels = plan.layers[0].out_size / plan.c, means = channels * plan.n_trivial;
+  const int channels = norm_channels(plan), means = channels * plan.n_trivial;
   const int n = static_cast<int>(i / statistics_size(plan)), k = static_cast<int>(i % statistics_size(plan));
   return k < means ? statistics.mean(plan, channels, n, k) : statistics.variance(plan, channels, n, k - means);
 }
@@ -223,17 +227,12 @@ IST_HOST_DEVICE R norm_statistic(const PlanView<R>& plan, const NormStatistics<R
 // What batch norms at given statistics add to the gradient of parameter j.
 template <typename R>
 IST_HOST_DEVICE R norm_gradient(const PlanView<R>& plan, int64_t j, const R* statistics, const R* grad) {
-  const int channels = plan.has_norms ? plan.layers[0].out_size / plan.c : 0, trivial = plan.n_trivial;
+  const int channels = norm_channels(plan), trivial = plan.n_trivial;
   for (int n = 0; n < plan.n_layers && plan.has_norms; ++n) {
     const LayerView<R>& layer = plan.layers[n];
-    const R *d_scale = grad + layer.affine, *d_shift = d_scale + channels;
-    if (const int64_t k = j - layer.norm_bias; trivial && k >= 0 && k < channels * trivial) return d_shift[k];
-    const int64_t w = j - layer.norm_weight;
-    if (w < 0 || w >= channels) continue;
-    const R *mean = statistics + n * statistics_size(plan), *variance = mean + channels * trivial;
-    R d = d_scale[w];
-    for (int64_t k = w * trivial; k < (w + 1) * trivial; ++k) d -= d_shift[k] * mean[k];
-    return d / std::sqrt(variance[w] + plan.eps);
+    const int64_t k = j - layer.norm_bias, w = j - layer.norm_weight;
+    if (trivial && k >= 0 && k < channels * trivial) return grad[layer.affine + channels + k];
+    if (w >= 0 && w < channels) return norm_weight_gradient(plan, n, static_cast<int>(w), statistics, grad);
   }
   return 0;
 }

@@ -27,42 +27,52 @@ enum Function : int32_t { kElu = 0, kRelu = 1, kSilu = 2, kGelu = 3, kTanh = 4 }
 // ---- the scalars of a plan, of a hidden layer and of a coupling, in the order in which they stand in the array of
 // integers. ops/native/headers.py has the same names in the same order, which tests/ops/test_headers.py compares.
 
-#define IST_PLAN_HEADER(FIELD)                                                       \
-  FIELD(kind)       /* FrameKind */                                                  \
-  FIELD(dim)        /* of positions */                                               \
-  FIELD(n_attr)     /* A */                                                          \
-  FIELD(regular)    /* near the origin coefficients are divided by the radius */     \
-  FIELD(n_inputs)   /* of the MLP */                                                 \
-  FIELD(in_size)    /* C_in */                                                       \
-  FIELD(out_size)   /* C_out */                                                      \
-  FIELD(n_layers)   /* hidden ones */                                                \
-  FIELD(d)          /* coordinates of a hidden field */                              \
-  FIELD(c)          /* coefficients of a channel */                                  \
-  FIELD(channels)   /* W of the last hidden layer */                                 \
-  FIELD(order_zero) /* coefficients of order 0, which come first */                  \
-  FIELD(function)   /* Function */                                                   \
-  FIELD(n_couplings)                                                                 \
-  FIELD(n_rows)    /* of hidden features, see CouplingView */                        \
-  FIELD(n_g)       /* factors G of all products */                                   \
-  FIELD(n_weights) /* packed */                                                      \
-  FIELD(n_grad)    /* the first ones, of which a backward pass gives the gradient */ \
-  FIELD(shell)     /* position of the shell's width in the packed weights */         \
-  FIELD(has_cutoff)                                                                  \
-  FIELD(hidden_flat) /* coefficients of all channels of the last hidden layer */     \
-  FIELD(has_norms)   /* a batch norm behind every hidden layer */                    \
-  FIELD(n_trivial)   /* trivial coefficients of a channel */                         \
-  FIELD(n_parameters)                                                                \
-  FIELD(n_even)      /* coefficients of a channel that come first, see LayerView */  \
-  FIELD(n_gathered)  /* places for inputs, */                                        \
-  FIELD(n_mixed)     /* and for outputs: by field type, component by component */    \
-  FIELD(n_sums)      /* of a node's T: bundle by bundle as [w][slot, v], */          \
-  FIELD(n_slot_sums) /* and as [slot, v][w]; rows are padded */                      \
-  FIELD(n_read)      /* first coefficients of a channel, all that couplings read */  \
-  FIELD(n_knots)     /* of a table in place of the hidden layers, or 0 */            \
-  FIELD(n_types)     /* rows of attributes that the table has splines for */         \
-  FIELD(table)       /* position of the splines in the packed weights */             \
-  FIELD(bounded)     /* u = r / length; else see edge_frame.h */                     \
-  FIELD(even)        /* splines are even functions of u */
+#define IST_PLAN_HEADER(FIELD)                                                             \
+  FIELD(kind)       /* FrameKind */                                                        \
+  FIELD(dim)        /* of positions */                                                     \
+  FIELD(n_attr)     /* A */                                                                \
+  FIELD(regular)    /* near the origin coefficients are divided by the radius */           \
+  FIELD(n_inputs)   /* of the MLP */                                                       \
+  FIELD(in_size)    /* C_in */                                                             \
+  FIELD(out_size)   /* C_out */                                                            \
+  FIELD(n_layers)   /* hidden ones */                                                      \
+  FIELD(d)          /* coordinates of a hidden field */                                    \
+  FIELD(c)          /* coefficients of a channel */                                        \
+  FIELD(channels)   /* W of the last hidden layer */                                       \
+  FIELD(order_zero) /* coefficients of order 0, which come first */                        \
+  FIELD(function)   /* Function */                                                         \
+  FIELD(n_couplings)                                                                       \
+  FIELD(n_rows)    /* of hidden features, see CouplingView */                              \
+  FIELD(n_g)       /* factors G of all products */                                         \
+  FIELD(n_weights) /* packed */                                                            \
+  FIELD(n_grad)    /* the first ones, of which a backward pass gives the gradient */       \
+  FIELD(shell_at)  /* position of the shell's width in the packed weights */               \
+  FIELD(has_cutoff)                                                                        \
+  FIELD(hidden_flat) /* coefficients of all channels of the last hidden layer */           \
+  FIELD(has_norms)   /* a batch norm behind every hidden layer */                          \
+  FIELD(n_trivial)   /* trivial coefficients of a channel */                               \
+  FIELD(n_parameters)                                                                      \
+  FIELD(n_even)             /* coefficients of a channel that come first, see LayerView */ \
+  FIELD(n_gathered)         /* places for inputs, */                                       \
+  FIELD(n_mixed)            /* and for outputs: by field type, component by component */   \
+  FIELD(n_sums)             /* of a node's T: bundle by bundle as [w][slot, v], */         \
+  FIELD(n_slot_sums)        /* and as [slot, v][w]; rows are padded */                     \
+  FIELD(n_read)             /* first coefficients of a channel, all that couplings read */ \
+  FIELD(n_knots)            /* of a table in place of the hidden layers, or 0 */           \
+  FIELD(n_types)            /* rows of attributes that the table has splines for */        \
+  FIELD(table_at)           /* position of the splines in the packed weights */            \
+  FIELD(bounded)            /* u = r / length; else see edge_frame.h */                    \
+  FIELD(even)               /* splines are even functions of u */                          \
+  FIELD(attribute_identity) /* the frame leaves attributes as they are */                  \
+  FIELD(n_harmonics)        /* zonal frames: terms of all Y, */                            \
+  FIELD(n_monomials)        /* monomials in them; */                                       \
+  FIELD(used_harmonics)     /* those that the couplings read come first */                 \
+  FIELD(used_monomials)     /* likewise */                                                 \
+  FIELD(max_power)          /* planar frames: the largest order */                         \
+  FIELD(n_products)                                                                        \
+  FIELD(product_size) /* numbers of all products t */                                      \
+  FIELD(n_adjoint)    /* rows of inputs */                                                 \
+  FIELD(n_harmonic_terms)
 
 #define IST_LAYER_HEADER(FIELD)                                                          \
   FIELD(in_size)                                                                         \
@@ -133,36 +143,30 @@ template <typename R>
 struct PlanView {
   IST_PLAN_HEADER(IST_MEMBER)
   // Inputs and outputs are gathered by field type, component by component: all channels of one side by side, padded.
-  const int32_t* input;  // [n_gathered] number of the input, or -1: padding
-  const int32_t* place;  // [C_out] place of the output, or -1: always 0
+  const int32_t* gathered_from;  // [n_gathered] number of the input, or -1: padding
+  const int32_t* mixed_place;    // [C_out] place of the output, or -1: always 0
 
   R gamma, cutoff, eps;               // eps: of the batch norms
   R length, spacing;                  // of a table: the scale of radii; the distance of its knots in u
   const int32_t* coordinate;          // [d] coefficient that makes coordinate m of a hidden field
   const int32_t *trivial, *measured;  // [n_trivial] trivial coefficients; the same among the d coordinates of h
   // frame
-  const int32_t* attribute_identity;  // [1]
-  const R* attribute;                 // [A, A]
-  int32_t n_harmonics, n_monomials, max_power;
-  int32_t used_harmonics, used_monomials;       // those that the couplings read come first
+  const R* attribute;                           // [A, A]
   const int32_t *degree, *monomial, *harmonic;  // [d]; [n_monomials, 2] an earlier one and the coordinate that it is
                                                 // multiplied with, the first is 1; [n_harmonics, 2] m and monomial
   const R* harmonic_value;
   const R *plane, *axis, *sign, *attribute_sign;  // [dim, 2], [dim, dim-2], [c], [A]
   const int32_t *order, *partner, *attribute_order, *attribute_partner;
   // rows: W channels' positions among the flat hidden coefficients; coupling structure
-  const int32_t* row_start;  // [n_rows + 1]
-  const int32_t* row;        // positions
-  int32_t n_products, product_size;
+  const int32_t* row_start;    // [n_rows + 1]
+  const int32_t* row;          // positions
   const int32_t* products;     // [n_products, 4] place in t, padded V, first g, one past the last
   const int32_t* g_from;       // [n_g] place of the input's component
   const int32_t* g_first;      // [n_g + 1] nonzeros of G_g
   const int32_t* nz_harmonic;  // [n_nz] m, -1 without a factor Y
   const R* nz_value;
-  int32_t n_adjoint;       // rows of inputs
   const int32_t* adjoint;  // [n_adjoint, 4] place among the inputs, padded V, first term, one past the last
   const int32_t *adjoint_from, *adjoint_g;  // per term: place in t, g
-  int32_t n_harmonic_terms;
   const int32_t* harmonic_terms;  // [n_harmonic_terms, 4] m, ascending; places of the input and in t; padded V
   const R* harmonic_term_value;
   const LayerView<R>* layers;
@@ -177,10 +181,16 @@ struct Plan : PlanView<R> {
   std::vector<CouplingView> coupling_storage;
 };
 
-// Coordinates [W, d] of the full hidden field that goes into batch norm n.
+// Channels W of every batch norm, and so of every hidden layer; 0 without them.
 template <typename R>
-IST_HOST_DEVICE int norm_input_size(const PlanView<R>& p, int n) {
-  return p.layers[n].out_size / p.c * p.d;
+IST_HOST_DEVICE int norm_channels(const PlanView<R>& p) {
+  return p.has_norms ? p.layers[0].out_size / p.c : 0;
+}
+
+// Coordinates [W, d] of the full hidden field that goes into a batch norm.
+template <typename R>
+IST_HOST_DEVICE int norm_input_size(const PlanView<R>& p) {
+  return norm_channels(p) * p.d;
 }
 
 // H: numbers of one edge's hidden features, the constant one included.
@@ -215,7 +225,7 @@ int64_t table_sums_size(const PlanView<R>& p) {
 template <typename R>
 bool gathered_as_given(const PlanView<R>& p) {
   bool same = p.n_gathered == p.in_size;
-  for (int32_t k = 0; k < p.n_gathered && same; ++k) same = p.input[k] == k;
+  for (int32_t k = 0; k < p.n_gathered && same; ++k) same = p.gathered_from[k] == k;
   return same;
 }
 
@@ -253,16 +263,12 @@ inline void read_header(CouplingView& view, Reader<int32_t>& ints) { IST_COUPLIN
 
 template <typename R>
 void read_frame(PlanView<R>& p, Reader<int32_t>& ints, Reader<R>& reals) {
-  p.attribute_identity = ints.take(1);
   p.attribute = reals.take(int64_t{p.n_attr} * p.n_attr);
   if (p.kind == kZonal) {
-    p.n_harmonics = ints.one(), p.n_monomials = ints.one();
-    p.used_harmonics = ints.one(), p.used_monomials = ints.one();
     p.degree = ints.take(p.d);
     p.monomial = ints.take(int64_t{2} * p.n_monomials), p.harmonic = ints.take(int64_t{2} * p.n_harmonics);
     p.harmonic_value = reals.take(p.n_harmonics);
   } else if (p.kind == kPlanar) {
-    p.max_power = ints.one();
     p.order = ints.take(p.c), p.partner = ints.take(p.c);
     p.attribute_order = ints.take(p.n_attr), p.attribute_partner = ints.take(p.n_attr);
     p.plane = reals.take(int64_t{2} * p.dim), p.axis = reals.take(int64_t{p.dim} * (p.dim - 2));
@@ -296,16 +302,16 @@ inline CouplingView read_coupling(Reader<int32_t>& ints) {
 
 template <typename R>
 bool read_products(PlanView<R>& p, Reader<int32_t>& ints, Reader<R>& reals) {
-  p.n_products = ints.one(), p.product_size = ints.one(), p.products = ints.take(int64_t{4} * p.n_products);
+  p.products = ints.take(int64_t{4} * p.n_products);
   p.g_from = ints.take(p.n_g), p.g_first = ints.take(p.n_g + 1);
   if (!ints.valid) return false;
   const int32_t n_nz = ints.next[-1];
   p.nz_harmonic = ints.take(n_nz), p.nz_value = reals.take(n_nz);
-  p.n_adjoint = ints.one(), p.adjoint = ints.take(int64_t{4} * p.n_adjoint);
+  p.adjoint = ints.take(int64_t{4} * p.n_adjoint);
   if (!ints.valid) return false;
   const int32_t n_terms = p.n_adjoint ? ints.next[-1] : 0;
   p.adjoint_from = ints.take(n_terms), p.adjoint_g = ints.take(n_terms);
-  p.n_harmonic_terms = ints.one(), p.harmonic_terms = ints.take(int64_t{4} * p.n_harmonic_terms);
+  p.harmonic_terms = ints.take(int64_t{4} * p.n_harmonic_terms);
   p.harmonic_term_value = reals.take(p.n_harmonic_terms);
   return ints.valid;
 }
@@ -322,7 +328,7 @@ bool plan_view(Plan<R>& p, const int32_t* ints_begin, int64_t n_ints, const R* r
   p.length = reals.one(), p.spacing = reals.one();
   p.coordinate = ints.take(p.d);
   p.trivial = ints.take(p.n_trivial), p.measured = ints.take(p.n_trivial);
-  p.input = ints.take(p.n_gathered), p.place = ints.take(p.out_size);
+  p.gathered_from = ints.take(p.n_gathered), p.mixed_place = ints.take(p.out_size);
   read_frame(p, ints, reals);
   for (int n = 0; n < p.n_layers && ints.valid; ++n) read_layer(p, ints, reals);
   p.row_start = ints.take(p.n_rows + 1);

@@ -47,7 +47,7 @@ class Layer {
 struct LayerTensors {
   const Tensor &ints, &reals, &rowptr, &column, &value;  // the plan and its packing matrix, CPU tensors
   const Tensor& trivial;                                 // [n_layers, n_trivial] columns of the means that are not 0
-  const std::vector<Tensor>&learned, &kept;              // kept: means [W, d] and variances [W] of each batch norm
+  const std::vector<Tensor>&learned, &running;           // running: means [W, d] and variances [W] of each batch norm
   const Tensor &expansion, &bias;                        // [C_out, n], [n]
   bool mean;
   int64_t isa;
@@ -82,15 +82,16 @@ std::vector<Piece<R>> pieces_of(const std::vector<Tensor>& tensors, const char* 
 
 // Raises unless the running statistics are those of the plan's batch norms.
 template <typename R>
-void check_kept(const PlanView<R>& plan, const LayerTensors& t, const std::vector<Piece<R>>& kept) {
-  const int64_t norms = plan.has_norms ? plan.n_layers : 0, channels = norms ? plan.layers[0].out_size / plan.c : 0;
-  check_size(2 * norms, static_cast<int64_t>(kept.size()), "kept");
+void check_running(const PlanView<R>& plan, const LayerTensors& t, const std::vector<Piece<R>>& running) {
+  const int64_t norms = plan.has_norms ? plan.n_layers : 0, channels = norm_channels(plan);
+  check_size(2 * norms, static_cast<int64_t>(running.size()), "running");
   check(t.trivial, "trivial", ScalarType::Long, norms * plan.n_trivial);
   for (int64_t n = 0; n < norms; ++n) {
-    check_size(channels, kept[2 * n + 1].size, "running variances");
+    check_size(channels, running[2 * n + 1].size, "running variances");
     for (int64_t k = 0; k < plan.n_trivial; ++k) {
       const int64_t column = data<int64_t>(t.trivial)[n * plan.n_trivial + k];
-      STD_TORCH_CHECK(column >= 0 && column < kept[2 * n].size / channels, "trivial: expected columns of the means.");
+      STD_TORCH_CHECK(column >= 0 && column < running[2 * n].size / channels,
+                      "trivial: expected columns of the means.");
     }
   }
 }

@@ -29,9 +29,9 @@ Numbered<BoundGraph>& graphs() {
 // -> its number, or 0: the CUDA kernels cannot read from so many tensors
 int64_t bind_layer(const Tensor& ints, const Tensor& reals, const Tensor& rowptr, const Tensor& column,
                    const Tensor& value, const Tensor& trivial, const std::vector<Tensor>& learned,
-                   const std::vector<Tensor>& kept, const Tensor& expansion, const Tensor& bias, bool mean, int64_t isa,
-                   bool cuda) {
-  const LayerTensors tensors{ints, reals, rowptr, column, value, trivial, learned, kept, expansion, bias, mean, isa};
+                   const std::vector<Tensor>& running, const Tensor& expansion, const Tensor& bias, bool mean,
+                   int64_t isa, bool cuda) {
+  const LayerTensors tensors{ints, reals, rowptr, column, value, trivial, learned, running, expansion, bias, mean, isa};
   std::shared_ptr<Layer> made;
   dispatch_real(reals, "plan_reals", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
@@ -73,7 +73,7 @@ LayerGradients layer_backward(int64_t layer, int64_t graph, const Tensor& x, con
 
 STABLE_TORCH_LIBRARY_FRAGMENT(implicit_steer, m) {
   m.def("bind_layer(" IST_PLAN ", " IST_PACKING
-        ", Tensor trivial, Tensor[] learned, Tensor[] kept, Tensor expansion, Tensor bias, bool mean, int isa, "
+        ", Tensor trivial, Tensor[] learned, Tensor[] running, Tensor expansion, Tensor bias, bool mean, int isa, "
         "bool cuda) -> int");
   m.def("release_layer(int layer) -> ()");
   m.def("bind_graph(Tensor src, Tensor order, Tensor rowptr, Tensor order_by_source, Tensor colptr) -> int");

@@ -67,6 +67,11 @@ class Call {
     device.check(colptr, "colptr", index, args.n_src + 1);
     args.order_by_source = order.const_data_ptr(), args.colptr = colptr.const_data_ptr();
   }
+  // Raises unless there are batch norms, and a variance over the edges.
+  void check_measurable() const {
+    STD_TORCH_CHECK(plan.has_norms, "plan: expected one with batch norms.");
+    STD_TORCH_CHECK(args.n_edges > 1, "delta: expected at least 2 edges, one has no variance.");
+  }
   // The direction along which the call takes derivatives; after weights().
   void direction(const Tensor& weights, const Tensor& delta, const Tensor& attr) {
     const R* tangent = read(weights, "tangent_weights", plan.n_weights);
@@ -99,7 +104,7 @@ class Call {
   void run(Pass pass) const {
     device.run(pass, args);
   }
-  void finish(Gradients& made) const { made.weights = device.summed_weight_gradient(made.of_weights); }
+  void collect(Gradients& made) const { made.weights = device.summed_weight_gradient(made.of_weights); }
   // Sums over the edges, or the mean over them if `mean`, + expansion [C_out, n] · bias [n].
   void forward(const Tensor& expansion, const Tensor& bias, bool mean) const {
     const int64_t n = bias.numel();

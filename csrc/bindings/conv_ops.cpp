@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& ints, con
     if (need_x) call.by_source(order_by_source, colptr);
     grads = call.gradients(x, {need_x, need_delta, need_attr, need_weights});
     call.run(call.device.table().backward);
-    call.finish(grads);
+    call.collect(grads);
   });
   return {grads.x, grads.delta, grads.attr, grads.weights};
 }
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_double_backward(
     if (need_out) call.run(call.device.table().forward_tangent);
     grads = call.gradients(x, {need_x, need_delta, need_attr, need_weights});
     if (need_x || need_delta || need_attr || need_weights) call.run(call.device.table().backward_tangent);
-    call.finish(grads);
+    call.collect(grads);
   });
   return {out, grads.x, grads.delta, grads.attr, grads.weights};
 }
@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_hidden_backward(const Tensor& ints, cons
     call.weights(weights), call.grad_of_hidden(grad_out);
     grads = call.gradients(delta, kOfHidden);
     call.run(call.device.table().hidden_backward);
-    call.finish(grads);
+    call.collect(grads);
   });
   return {grads.delta, grads.attr, grads.weights};
 }
@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_hidden_double_backward(const Ten
     call.run(call.device.table().hidden_forward_tangent);
     grads = call.gradients(delta, kOfHidden);
     call.run(call.device.table().hidden_backward_tangent);
-    call.finish(grads);
+    call.collect(grads);
   });
   return {out, grads.delta, grads.attr, grads.weights};
 }

@@ -16,7 +16,8 @@ namespace implicit_steer {
 
 // The gradients of the sums over the edges, and of the bias [n]; see Cpu::forward(). expansion: [C_out, n].
 template <typename R>
-void finish_backward(ConvArgs<R>& a, const R* expansion, int64_t n, bool mean, std::vector<R>& of_sums, R* of_bias) {
+void mean_and_bias_backward(ConvArgs<R>& a, const R* expansion, int64_t n, bool mean, std::vector<R>& of_sums,
+                            R* of_bias) {
   const int64_t width = a.plan->out_size;
   std::vector<R> total(width);
   if (mean) of_sums.resize(a.n_dst * width);
@@ -40,7 +41,7 @@ LayerGradients layer_gradients(Call<Cpu<R>>& call, const Tensor& like, const Spa
   Gradients grads = call.gradients(like, {needs.x, needs.delta, needs.attr, needs.parameters});
   Tensor of_bias = new_empty(like, {n_bias});
   std::vector<R> of_sums;
-  finish_backward(call.args, expansion, n_bias, mean, of_sums, mutable_data<R>(of_bias));
+  mean_and_bias_backward(call.args, expansion, n_bias, mean, of_sums, mutable_data<R>(of_bias));
   call.run(call.device.table().backward);
   std::vector<Tensor> of_parameters;
   if (needs.parameters) {
@@ -63,7 +64,7 @@ class CpuLayer final : public Layer {
   explicit CpuLayer(const LayerTensors& t)
       : held_{t.ints, t.reals, t.rowptr, t.column, t.value, t.trivial, t.expansion},
         learned_(pieces_of<R>(t.learned, "parameters")),
-        kept_(pieces_of<R>(t.kept, "running statistics")),
+        running_(pieces_of<R>(t.running, "running statistics")),
         expansion_(t.expansion, "expansion"),
         bias_(t.bias, "bias"),
         mean_(t.mean),
@@ -74,14 +75,14 @@ class CpuLayer final : public Layer {
     for (const Piece<R>& p : learned_) n += p.size;
     check_size(plan_.n_parameters, n, "parameters");
     check_size(plan_.out_size * bias_.size, expansion_.size, "expansion");
-    check_kept(plan_, t, kept_);
-    for (const Piece<R>& p : kept_) n += p.size;
+    check_running(plan_, t, running_);
+    for (const Piece<R>& p : running_) n += p.size;
     copy_.resize(n);
   }
 
   LayerOutput forward(const BoundGraph& graph, const LayerInputs& in, bool measured, bool recorded) override {
     Call<Cpu<R>> call(in.delta, in.attr, plan_, isa_);
-    const Weights used = measured ? measure(call, in.delta) : running(call, recorded);
+    const Weights used = measured ? measure(call, in.delta) : weights(call, recorded);
     call.args.weights = data<R>(used.packed);
     call.graph(in.x, graph.src, graph.order, graph.rowptr);
     Tensor out = call.output(in.x, call.args.n_dst, plan_.out_size);
@@ -105,17 +106,16 @@ class CpuLayer final : public Layer {
   const std::vector<Tensor> held_;  // what plan_, matrix_ and expansion_ view
   Plan<R> plan_{};
   SparseMatrix<R> matrix_{};
-  const std::vector<Piece<R>> learned_, kept_;
+  const std::vector<Piece<R>> learned_, running_;
   const Piece<R> expansion_, bias_;
   const bool mean_;
   const int64_t isa_;
   std::mutex mutex_;     // of what follows
   std::vector<R> copy_;  // the parameters, then the running statistics
-  Weights running_;      // at these
+  Weights weights_;      // at these
   bool is_packed_ = false, was_recorded_ = false;
 
   const Tensor& reals() const { return held_[1]; }
-  int64_t channels() const { return plan_.layers[0].out_size / plan_.c; }
 
   Tensor empty_statistics() const {
     return new_empty(reals(), {plan_.has_norms ? plan_.n_layers : 0, statistics_size(plan_)});
@@ -125,7 +125,7 @@ class CpuLayer final : public Layer {
   template <typename F>
   bool for_pieces(F f) {
     R* next = copy_.data();
-    for (const auto* pieces : {&learned_, &kept_})
+    for (const auto* pieces : {&learned_, &running_})
       for (const Piece<R>& p : *pieces) {
         if (p.size && !f(p, next)) return false;
         next += p.size;
@@ -134,30 +134,30 @@ class CpuLayer final : public Layer {
   }
 
   // What a call in inference mode packed, a call that autograd records cannot keep: it packs again.
-  Weights running(const Call<Cpu<R>>& call, bool recorded) {
+  Weights weights(const Call<Cpu<R>>& call, bool recorded) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto is_same = [](const Piece<R>& p, const R* copy) { return !std::memcmp(p.at, copy, p.size * sizeof(R)); };
-    if (is_packed_ && (was_recorded_ || !recorded) && for_pieces(is_same)) return running_;
+    if (is_packed_ && (was_recorded_ || !recorded) && for_pieces(is_same)) return weights_;
     for_pieces([](const Piece<R>& p, R* copy) { return std::copy_n(p.at, p.size, copy), true; });
-    running_.statistics = empty_statistics(), running_.packed = new_empty(reals(), {plan_.n_weights});
-    R* out = mutable_data<R>(running_.statistics);
-    const R* kept = copy_.data() + plan_.n_parameters;
-    for (size_t n = 0; 2 * n < kept_.size(); ++n) {
-      const int64_t width = kept_[2 * n].size / channels();
+    weights_.statistics = empty_statistics(), weights_.packed = new_empty(reals(), {plan_.n_weights});
+    R* out = mutable_data<R>(weights_.statistics);
+    const R* running = copy_.data() + plan_.n_parameters;
+    const int64_t channels = norm_channels(plan_);
+    for (size_t n = 0; 2 * n < running_.size(); ++n) {
+      const int64_t width = running_[2 * n].size / channels;
       const int64_t* column = data<int64_t>(held_[5]) + n * plan_.n_trivial;
-      for (int64_t w = 0; w < channels(); ++w)
-        for (int64_t k = 0; k < plan_.n_trivial; ++k) *out++ = kept[w * width + column[k]];
-      out = std::copy_n(kept + kept_[2 * n].size, channels(), out);
-      kept += kept_[2 * n].size + channels();
+      for (int64_t w = 0; w < channels; ++w)
+        for (int64_t k = 0; k < plan_.n_trivial; ++k) *out++ = running[w * width + column[k]];
+      out = std::copy_n(running + running_[2 * n].size, channels, out);
+      running += running_[2 * n].size + channels;
     }
-    call.device.pack(matrix_, copy_.data(), data<R>(running_.statistics), mutable_data<R>(running_.packed));
+    call.device.pack(matrix_, copy_.data(), data<R>(weights_.statistics), mutable_data<R>(weights_.packed));
     is_packed_ = true, was_recorded_ = recorded;
-    return running_;
+    return weights_;
   }
 
   Weights measure(Call<Cpu<R>>& call, const Tensor& delta) {
-    STD_TORCH_CHECK(plan_.has_norms, "plan: expected one with batch norms.");
-    STD_TORCH_CHECK(call.args.n_edges > 1, "delta: expected at least 2 edges, one has no variance.");
+    call.check_measurable();
     std::vector<R> parameters(plan_.n_parameters);
     R* next = parameters.data();
     for (const Piece<R>& p : learned_) next = std::copy_n(p.at, p.size, next);

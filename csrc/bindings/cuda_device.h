@@ -273,15 +273,15 @@ class Cuda {
     implicit_steer::check(
         kernels<R>().pack_backward(plan_, held.transposed, statistics, grad_packed, pieces, context_.stream));
   }
-  void layer_forward(const ConvArgs<R>& a, const Epilogue<R>& epilogue, const HeldMatrix<R>& held,
+  void layer_forward(const ConvArgs<R>& a, const MeanAndBias<R>& after, const HeldMatrix<R>& held,
                      const Pieces<const R>& parameters, const NormStatistics<R>& norms, R* packed,
                      R* statistics) const {
-    implicit_steer::check(kernels<R>().layer_forward(plan_, a, epilogue, held.matrix, parameters, norms, packed,
+    implicit_steer::check(kernels<R>().layer_forward(plan_, a, after, held.matrix, parameters, norms, packed,
                                                      statistics, context_.stream));
   }
-  void layer_backward(const ConvArgs<R>& a, const Epilogue<R>& epilogue, const HeldMatrix<R>& held, const R* statistics,
+  void layer_backward(const ConvArgs<R>& a, const MeanAndBias<R>& after, const HeldMatrix<R>& held, const R* statistics,
                       const Pieces<R>& grad_parameters, R* grad_bias) const {
-    implicit_steer::check(kernels<R>().layer_backward(plan_, a, epilogue, held.transposed, statistics, grad_parameters,
+    implicit_steer::check(kernels<R>().layer_backward(plan_, a, after, held.transposed, statistics, grad_parameters,
                                                       grad_bias, context_.stream));
   }
 

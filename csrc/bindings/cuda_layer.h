@@ -16,7 +16,7 @@ template <typename R>
 class CudaLayer final : public Layer {
  public:
   static bool takes(const LayerTensors& t) {
-    return std::max(t.learned.size(), t.kept.size()) <= static_cast<size_t>(Pieces<R>::kMost);
+    return std::max(t.learned.size(), t.running.size()) <= static_cast<size_t>(Pieces<R>::kMost);
   }
 
   explicit CudaLayer(const LayerTensors& t)
@@ -27,9 +27,9 @@ class CudaLayer final : public Layer {
     for (const Piece<R>& p : learned_) parameters_.add(p.at, p.size);
     check_size(view_->n_parameters, parameters_.first[parameters_.n], "parameters");
     check(expansion_, "expansion", real_type<R>, view_->out_size * bias_.size);
-    const auto kept = pieces_of<R>(t.kept, "running statistics");
-    check_kept(*view_, t, kept);
-    for (const Piece<R>& p : kept) norms_.kept.add(p.at, p.size);
+    const auto running = pieces_of<R>(t.running, "running statistics");
+    check_running(*view_, t, running);
+    for (const Piece<R>& p : running) norms_.running.add(p.at, p.size);
     norms_.trivial = device_columns(context, t.trivial);
   }
 
@@ -37,8 +37,7 @@ class CudaLayer final : public Layer {
     Call<Cuda<R>> call(in.delta, in.attr, *plan_, in.delta);
     Tensor packed = new_empty(in.delta, {view_->n_weights}), statistics = packed;
     if (measured) {
-      STD_TORCH_CHECK(view_->has_norms, "plan: expected one with batch norms.");
-      STD_TORCH_CHECK(call.args.n_edges > 1, "delta: expected at least 2 edges, one has no variance.");
+      call.check_measurable();
       statistics = call.device.zeros(in.delta, {view_->n_layers, statistics_size(*view_)});
       call.device.statistics(call.args, *matrix_, parameters_, mutable_data<R>(packed), mutable_data<R>(statistics));
     } else if (recorded) {
@@ -49,7 +48,7 @@ class CudaLayer final : public Layer {
     if (measured)
       call.device.forward(call.args, data<R>(expansion_), bias_.at, bias_.size, mean_);
     else
-      call.device.layer_forward(call.args, epilogue(), *matrix_, parameters_, norms_, mutable_data<R>(packed),
+      call.device.layer_forward(call.args, mean_and_bias(), *matrix_, parameters_, norms_, mutable_data<R>(packed),
                                 recorded ? mutable_data<R>(statistics) : nullptr);
     return {out, packed, statistics};
   }
@@ -70,12 +69,13 @@ class CudaLayer final : public Layer {
       Tensor& made = of_parameters.emplace_back(new_empty(in.x, shape_of(p), dtype_of(in.x)));
       pieces.add(mutable_data<R>(made), p.size);
     }
-    call.device.layer_backward(call.args, epilogue(), *matrix_, data<R>(statistics), pieces, mutable_data<R>(of_bias));
+    call.device.layer_backward(call.args, mean_and_bias(), *matrix_, data<R>(statistics), pieces,
+                               mutable_data<R>(of_bias));
     return {grads.x, grads.delta, grads.attr, of_bias, of_parameters};
   }
 
  private:
-  Epilogue<R> epilogue() const { return {data<R>(expansion_), bias_.at, bias_.size, mean_}; }
+  MeanAndBias<R> mean_and_bias() const { return {data<R>(expansion_), bias_.at, bias_.size, mean_}; }
 
   const std::vector<Piece<R>> learned_;
   const Piece<R> bias_;

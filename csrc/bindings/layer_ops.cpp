@@ -29,8 +29,7 @@ std::tuple<Tensor, Tensor> conv_statistics(const Tensor& ints, const Tensor& rea
   with_call<Device>(ints, reals, delta, attr, isa, [&](auto& call) {
     using R = typename std::decay_t<decltype(call)>::R;
     check_size(call.plan.n_layers, n_layers, "n_layers"), check_size(statistics_size(call.plan), size, "size");
-    STD_TORCH_CHECK(call.plan.has_norms, "plan: expected one with batch norms.");
-    STD_TORCH_CHECK(call.args.n_edges > 1, "delta: expected at least 2 edges, one has no variance.");
+    call.check_measurable();
     const auto& matrix = call.device.matrix(rowptr, column, value);
     const auto p = call.device.gathered(parameters);
     packed = new_empty(delta, {call.plan.n_weights});
@@ -50,7 +49,7 @@ Tensor conv_moments(const Tensor& ints, const Tensor& reals, const Tensor& weigh
     using R = typename std::decay_t<decltype(call)>::R;
     STD_TORCH_CHECK(call.plan.has_norms && layer >= 0 && layer < call.plan.n_layers,
                     "layer: expected a batch norm's number.");
-    check_size(norm_input_size(call.plan, static_cast<int>(layer)), size, "size");
+    check_size(norm_input_size(call.plan), size, "size");
     call.weights(weights), call.args.layer = static_cast<int>(layer);
     moments = call.device.zeros(delta, {2, size});
     if (call.args.n_edges > 0) call.device.moments(call.args, size, mutable_data<R>(moments));

@@ -112,8 +112,8 @@ struct Backward : Worker<R> {
       if (a.index(a.rowptr, i) < a.index(a.rowptr, i + 1)) prepared[n_prepared++] = i;
     for (int n = 0; n < n_prepared; ++n)
       for (int k = 0; k < p.out_size; ++k)
-        if (p.place[k] >= 0)
-          mixed[n * p.n_mixed + p.place[k]] = constant_number<R>(a.grad_out[prepared[n] * p.out_size + k]);
+        if (p.mixed_place[k] >= 0)
+          mixed[n * p.n_mixed + p.mixed_place[k]] = constant_number<R>(a.grad_out[prepared[n] * p.out_size + k]);
     for_slots([&](const Group& group, int slot) {
       group.q.depthwise ? scale_channels(group, slot) : sum_outputs(group, slot);
     });

@@ -37,7 +37,7 @@ int backward_blocks(const ConvArgs<R>& a) {
 // Of the edges over which a batch norm's input is averaged.
 template <typename R>
 int statistics_blocks(const ConvArgs<R>& a) {
-  return block_count(a.n_edges, 2 * norm_input_size(*a.plan, a.layer));
+  return block_count(a.n_edges, 2 * norm_input_size(*a.plan));
 }
 
 // Of the edges that are counted for a table.

@@ -45,11 +45,11 @@ struct Features {
       N* out = static_cast<N*>(memory) + first * p.n_gathered;
       for (int64_t j = first; j < last; ++j, out += p.n_gathered)
         for (int k = 0; k < p.n_gathered; ++k) {
-          const int64_t at = j * p.in_size + p.input[k];
+          const int64_t at = j * p.in_size + p.gathered_from[k];
           if constexpr (is_dual<N>)
-            out[k] = p.input[k] < 0 ? N{} : N{a.x[at], a.x_tangent[at]};
+            out[k] = p.gathered_from[k] < 0 ? N{} : N{a.x[at], a.x_tangent[at]};
           else
-            out[k] = p.input[k] < 0 ? N{} : a.x[at];
+            out[k] = p.gathered_from[k] < 0 ? N{} : a.x[at];
         }
     });
   }
@@ -94,7 +94,7 @@ void sum_into_node(const ConvArgs<R>& a, int64_t j, int64_t count, Row row, R* s
   R* out = a.grad_x + j * p.in_size;
   for (int64_t k = 0; k < p.in_size; ++k) out[k] = 0;  // also of inputs that no coupling reads
   for (int64_t k = 0; k < n; ++k)
-    if (p.input[k] >= 0) out[p.input[k]] += sum[k];
+    if (p.gathered_from[k] >= 0) out[p.gathered_from[k]] += sum[k];
 }
 
 // grad_x of the nodes first .. last-1, from the edges out of each or, by node, from the sums of every block
@@ -149,7 +149,7 @@ void backward(const ConvArgs<R>& given) {
 
 template <typename R>
 void statistics(const ConvArgs<R>& a) {
-  const int n = norm_input_size(*a.plan, a.layer), blocks = statistics_blocks(a);
+  const int n = norm_input_size(*a.plan), blocks = statistics_blocks(a);
   for_blocks(a.threads, blocks, [&](int b) {
     const int64_t begin = first_of_block(a.n_edges, b, blocks), end = first_of_block(a.n_edges, b + 1, blocks);
     Statistics<R>(a, n, end - begin).run(begin, end, a.sums + 2 * n * b);

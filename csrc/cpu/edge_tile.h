@@ -31,7 +31,7 @@ struct EdgeTile {
   V *hidden, *d_hidden;  // memory for them in frames with a way back; their gradient
 
   explicit EdgeTile(const ConvArgs<Real<R>>& args)
-      : a(args), p(*args.plan), weights(reinterpret_cast<const R*>(args.weights)), shell(weights[p.shell]) {}
+      : a(args), p(*args.plan), weights(reinterpret_cast<const R*>(args.weights)), shell(weights[p.shell_at]) {}
 
   void place(Arena& arena, bool backward) {
     e.place(arena, p, backward);
@@ -188,7 +188,7 @@ struct EdgeTile {
 
   // The gradients of all weights but the mixing ones, summed over all tiles since e.d_shell was set to 0.
   void write_mlp_weights(Real<R>* out) {
-    out[p.shell] = result(lane_sum(e.d_shell) / (shell * shell * shell));
+    out[p.shell_at] = result(lane_sum(e.d_shell) / (shell * shell * shell));
     if (p.n_knots) return splines.write_gradient(out);
     const V *d_w = mlp.d_w, *d_b = mlp.d_b, *d_affine = mlp.d_affine;
     for (int n = 0; n < p.n_layers; ++n) {

@@ -28,7 +28,7 @@ struct Sums {
 
 template <typename R>
 Sums batch_sums(const ConvTable<R>& table, ConvArgs<R>& a, int n) {
-  const int size = norm_input_size(*a.plan, n);
+  const int size = norm_input_size(*a.plan);
   a.layer = n;
   Sums found{std::vector<double>(int64_t{2} * size * statistics_blocks(a)), std::vector<double>(size)};
   a.sums = found.sums.data(), a.shift = found.shift.data();
@@ -42,8 +42,8 @@ Sums batch_sums(const ConvTable<R>& table, ConvArgs<R>& a, int n) {
 template <typename R>
 void batch_statistics(const ConvTable<R>& table, ConvArgs<R>& a, const R* p, R* packed, R* statistics) {
   const PlanView<R>& plan = *a.plan;
+  const int channels = norm_channels(plan);
   for (int n = 0; n < plan.n_layers; ++n) {
-    const int channels = plan.layers[n].out_size / plan.c;
     R *mean = statistics + n * statistics_size(plan), *variance = mean + channels * plan.n_trivial;
     const Sums found = batch_sums(table, a, n);
     for (int w = 0; w < channels; ++w)

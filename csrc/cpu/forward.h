@@ -82,7 +82,7 @@ struct Forward : Worker<R> {
       const R* in = mixed + n * p.n_mixed;
       Real<R>* out = a.out + ring[n] * p.out_size;
       for (int k = 0; k < p.out_size; ++k) {
-        const Real<R> value = p.place[k] < 0 ? 0 : result(in[p.place[k]]);
+        const Real<R> value = p.mixed_place[k] < 0 ? 0 : result(in[p.mixed_place[k]]);
         out[k] = tile.e.near_origin ? out[k] + value : value;  // in the near list's walk nodes come once more
       }
     }

@@ -31,7 +31,7 @@ struct Splines {
   R* d_pieces;         // [kPieces, L, QL] sums over QL are the gradients of the pieces' weights
 
   void place(Arena& arena, const PlanView<Plain>& plan, const R* packed, bool backward) {
-    p = &plan, table = packed + plan.table, pad = padded(plan.channels), row = table_row(plan);
+    p = &plan, table = packed + plan.table_at, pad = padded(plan.channels), row = table_row(plan);
     n_numbers = int64_t{plan.n_types} * splines_per_type(plan) * row;
     arena.take(y, plan.hidden_flat), arena.take(read, row), arena.take(rows, kPlanes<R> * L * row);
     if (!backward) return;
@@ -164,7 +164,7 @@ struct Splines {
   Plain* edge_row(int which, int l) const { return rows + (int64_t{which} * L + l) * row; }
 
   void write_gradient(Plain* out) const {
-    for (int64_t k = 0; k < n_numbers; ++k) out[p->table + k] = result(d_table[k]);
+    for (int64_t k = 0; k < n_numbers; ++k) out[p->table_at + k] = result(d_table[k]);
   }
 
  private:

@@ -27,7 +27,7 @@ struct Statistics : Points<R> {
   V coordinate(const V* y, int w, int m) const {
     const Edges<R>& e = tile.e;
     if (p.kind == kZonal) return y[w * p.c + p.coordinate[m]] * e.first[m];
-    if (p.kind == kPlanar) return e.first[m] * y[w * p.c + m] + e.second[m] * y[w * p.c + p.partner[m]];
+    if (p.kind == kPlanar) return turned(p, e.first, e.second, y + w * p.c, m);
     return y[w * p.c + m];
   }
 

@@ -17,17 +17,22 @@ struct Group {
   const int32_t* blocks;
   int n_blocks;
   bool leads;  // the first of its bundle
+
+  // Group `number` of a coupling.
+  IST_INLINE Group(const CouplingView& coupling, int number) : q(coupling) {
+    const int32_t *group = q.groups + 4 * number, *place = q.places + 4 * number;
+    first = group[0], n_slots = group[1];
+    blocks = q.blocks + 2 * group[2], n_blocks = group[3];
+    sums = place[0], stride = place[1], slot_sums = place[2], leads = place[3] != 0;
+    width = int64_t{n_slots} * q.in_stride;
+  }
 };
 // f(group) for all groups of all couplings
 template <typename F>
 IST_INLINE void for_groups(const CouplingView* couplings, int n, F f) {
   for (int k = 0; k < n; ++k) {
     const CouplingView& q = couplings[k];
-    for (int g = 0; g < q.n_groups; ++g) {
-      const int32_t *group = q.groups + 4 * g, *place = q.places + 4 * g;
-      f(Group{q, group[0], group[1], int64_t{group[1]} * q.in_stride, place[1], place[0], place[2],
-              q.blocks + 2 * group[2], group[3], place[3] != 0});
-    }
+    for (int g = 0; g < q.n_groups; ++g) f(Group(q, g));
   }
 }
 // f(bundle): the group that leads it, as wide as all of them
@@ -120,12 +125,13 @@ struct Worker {
     for_bundles(p.couplings, p.n_couplings, [&](const Group& bundle) {
       for (int k = 0; k < bundle.n_blocks; ++k) {
         const int row = bundle.blocks[2 * k], place = bundle.blocks[2 * k + 1];
+        const bool is_first = untouched && k == 0;
         const auto update = [&](auto add, auto hidden) {
           rank_updates<decltype(add)::value == 1>(bundle.q.n_hidden, node + bundle.sums, bundle.width, hidden,
                                                   products.t + place, p.product_size, l0, l1, bundle.width);
         };
         with_hidden(row, 0, 1, tile.splines.row, lanes_of(h + p.row_start[row]),
-                    [&](auto hidden) { untouched&& k == 0 ? update(Count<0>{}, hidden) : update(Count<1>{}, hidden); });
+                    [&](auto hidden) { is_first ? update(Count<0>{}, hidden) : update(Count<1>{}, hidden); });
       }
     });
     untouched = false;

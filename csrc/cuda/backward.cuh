@@ -34,7 +34,8 @@ struct Backward : Reverse<N, true, S> {
     R edges = 1;
     if (mean) edges = static_cast<R>(this->index(a.rowptr, node + 1) - this->index(a.rowptr, node));
     for (int k = lane; k < p.out_size; k += 32)
-      if (p.place[k] >= 0) mixed[p.place[k]] = constant_number<N>(a.grad_out[node * p.out_size + k] / edges);
+      if (p.mixed_place[k] >= 0)
+        mixed[p.mixed_place[k]] = constant_number<N>(a.grad_out[node * p.out_size + k] / edges);
     if (need_weights) this->clear(sums, n_sums);
     __syncwarp();
     for (int k = 0; k < p.n_couplings; ++k) {  // loop: gradient of T

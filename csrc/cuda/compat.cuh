@@ -53,12 +53,6 @@ __device__ __forceinline__ unsigned block_threads() {
   asm volatile("mov.u32 %0, %%ntid.x;" : "=r"(n));
   return n;
 }
-// x rounded to TF32, 11 bits of mantissa (ties away from 0), in the place of a float whose last 13 bits are 0
-__device__ __forceinline__ uint32_t to_tf32(float x) {
-  uint32_t y;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-  return y;
-}
 // D += A B by a warp, all of whose lanes are here; mma.cuh says which lane holds what. The last 13 bits of the elements
 // of A and B are not read.
 __device__ __forceinline__ void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

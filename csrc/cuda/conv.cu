@@ -133,7 +133,7 @@ Kernels kernels_of(const DevicePlan<R>& plan, bool backward) {
 
 // The launch of the plan's exact or grid kernel; `found`: whether one serves the call.
 template <typename N>
-Failure prepare_fused_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, ExactLaunch& launch, bool& found) {
+Failure prepare_fused_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, FieldLaunch& launch, bool& found) {
   if constexpr (std::is_same_v<N, float>) {
     const Kernels kernels = kernels_of<N>(plan, false);
     found = can_count(args) && (kernels == Kernels::kExact || kernels == Kernels::kGrid);
@@ -158,14 +158,14 @@ Failure run_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* st
 }
 
 template <typename N>
-Failure forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, const Epilogue<R>& epilogue, void* stream) {
+Failure forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, const MeanAndBias<R>& after, void* stream) {
   Call<Real<N>> call{};
-  ExactLaunch fused{};
+  FieldLaunch fused{};
   bool found = false;
   IST_TRY(prepare_fused_forward<N>(plan, args, fused, found));
   if constexpr (std::is_same_v<N, float>) call = fused.call;
   IST_TRY(found ? fused.run(stream) : run_forward<N>(plan, args, stream, call));
-  return launch_threads("finish_nodes", finish_nodes<R>, args.n_dst * plan.view.out_size, stream, call, epilogue);
+  return launch_threads("mean_and_bias", mean_and_bias<R>, args.n_dst * plan.view.out_size, stream, call, after);
 }
 Failure forward_tangent(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream) {
   return forward<Dual<R>>(plan, args, {}, stream);
@@ -246,17 +246,17 @@ Failure unpack(const DevicePlan<R>& plan, const SparseMatrix<R>& transposed, con
                         transposed, statistics, grad_packed, grad_parameters, bias);
 }
 
-Failure layer_backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, const Epilogue<R>& epilogue,
+Failure layer_backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, const MeanAndBias<R>& after,
                        const SparseMatrix<R>& transposed, const R* statistics, const Pieces<R>& grad_parameters,
                        R* grad_bias, void* stream) {
   GradientRows<R> rows{};
-  const int64_t chunks = node_chunks(args), width = plan.view.out_size, more = epilogue.n > 0 ? chunks * width : 0;
-  IST_TRY(run_conv_backward<R>(plan, args, epilogue.mean, more, stream, rows));
+  const int64_t chunks = node_chunks(args), width = plan.view.out_size, more = after.n > 0 ? chunks * width : 0;
+  IST_TRY(run_conv_backward<R>(plan, args, after.mean, more, stream, rows));
   R* const of_nodes = more > 0 ? rows.at + (args.grad_weights ? plan.view.n_grad * rows.n : 0) : nullptr;
   IST_TRY(sum_results(rows, plan, args, of_nodes, stream));
   SparseMatrix<R> used = transposed;
   if (!args.grad_weights) used.n_rows = 0;
-  const BiasGradient<R> bias{epilogue.expansion, of_nodes, chunks, width, epilogue.n, grad_bias};
+  const BiasGradient<R> bias{after.expansion, of_nodes, chunks, width, after.n, grad_bias};
   return unpack(plan, used, statistics, args.grad_weights, grad_parameters, bias, stream);
 }
 
@@ -283,7 +283,7 @@ struct NormSums {
   R* shift = nullptr;
 
   Failure prepare(const DevicePlan<R>& plan, const ConvArgs<R>& args, const R* packed) {
-    channels = plan.host.layers[0].out_size / plan.view.c, size = channels * plan.view.d;
+    channels = norm_channels(plan.host), size = norm_input_size(plan.host);
     IST_TRY(points.prepare(plan, args, {false, false, false}, 0, statistics_rest(plan), kAnyWarps));
     const int64_t warps = points.call.shape.warps, doubles = 2 * size * (sizeof(double) / sizeof(R));
     sums = reinterpret_cast<double*>(partial_results(args, points.call.shape, 2 * size, size + doubles));
@@ -334,25 +334,25 @@ Failure pack(const DevicePlan<R>& plan, const SparseMatrix<R>& matrix, const Pie
 }
 
 template <typename N>
-Failure layer_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, const Epilogue<R>& epilogue,
+Failure layer_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, const MeanAndBias<R>& after,
                       const SparseMatrix<R>& matrix, const Pieces<const R>& parameters, const NormStatistics<R>& norms,
                       R* packed, R* statistics, void* stream) {
   if constexpr (std::is_same_v<N, float>) {
-    ExactLaunch edges{};
+    FieldLaunch edges{};
     bool found = false;
     if (args.n_edges > 0) IST_TRY(prepare_fused_forward<N>(plan, args, edges, found));
     if (found) {
       const int64_t warps = edges.call.shape.warps, width = plan.view.out_size;
       float* const bias = edges.call.partial + 2 * warps * width;
       edges.call.bias = bias, edges.call.arrivals = reinterpret_cast<int32_t*>(bias + width);
-      edges.call.mean = epilogue.mean;
-      const NodeStart<N> start{epilogue, bias, width, edges.call.arrivals, warps};
+      edges.call.mean = after.mean;
+      const NodeStart<N> start{after, bias, width, edges.call.arrivals, warps};
       IST_TRY(run_pack(plan, matrix, parameters, norms, packed, statistics, start, stream));
       return edges.run(stream);
     }
   }
   IST_TRY(pack(plan, matrix, parameters, norms, packed, statistics, stream));
-  return forward<N>(plan, args, epilogue, stream);
+  return forward<N>(plan, args, after, stream);
 }
 
 Failure pack_backward(const DevicePlan<R>& plan, const SparseMatrix<R>& transposed, const R* statistics,

@@ -93,11 +93,11 @@ struct DevicePlan {
   ExactPlan exact;                  // of float
   GridPlan grid;                    // of float; at most one of the two has fields
   const char* why_not = "float64";  // where neither of the two has
-  ExactView exact_view{};           // of its copy on the device
+  FieldView fields_view{};          // of its copy on the device
   Places places{};                  // of their copies on the device
   Terms terms{};
-  int64_t reals_at, layers_at, couplings_at, lists_at, exact_at,
-      bytes;  // offsets of the copies, in one piece of memory
+  int64_t bytes;                                                   // of the one piece of memory that has the copies
+  int64_t reals_at, layers_at, couplings_at, lists_at, fields_at;  // offsets of these in it
 
   // Of the kernels that ran before; a plan has few.
   mutable std::mutex mutex;
@@ -132,8 +132,8 @@ struct DevicePlan {
     reals_at = aligned(n_ints * sizeof(int32_t)), layers_at = reals_at + aligned(n_reals * sizeof(R));
     couplings_at = layers_at + aligned(host.n_layers * sizeof(LayerView<R>));
     lists_at = couplings_at + aligned(host.n_couplings * sizeof(CouplingView));
-    exact_at = lists_at + aligned(lists.numbers.size() * sizeof(int32_t));
-    bytes = exact_at + aligned(of_fields().numbers.size() * sizeof(int32_t));
+    fields_at = lists_at + aligned(lists.numbers.size() * sizeof(int32_t));
+    bytes = fields_at + aligned(of_fields().numbers.size() * sizeof(int32_t));
     return true;
   }
 
@@ -149,12 +149,12 @@ struct DevicePlan {
       if (!numbers.empty()) std::memcpy(image.data() + at, numbers.data(), numbers.size() * sizeof(numbers[0]));
     };
     put(0, ints), put(reals_at, reals), put(layers_at, there.layer_storage), put(couplings_at, there.coupling_storage);
-    put(lists_at, lists.numbers), put(exact_at, of_fields().numbers);
+    put(lists_at, lists.numbers), put(fields_at, of_fields().numbers);
     view = there;
     view.layers = reinterpret_cast<const LayerView<R>*>(to + layers_at);
     view.couplings = reinterpret_cast<CouplingView*>(static_cast<char*>(memory) + couplings_at);
     places = lists.places(ints_at(lists_at)), terms = lists.terms(ints_at(lists_at));
-    exact_view = grid.fields ? grid.view(ints_at(exact_at)) : exact.view(ints_at(exact_at));
+    fields_view = grid.fields ? grid.view(ints_at(fields_at)) : exact.view(ints_at(fields_at));
     const cudaError_t error = cudaMemcpyAsync(memory, image.data(), bytes, cudaMemcpyHostToDevice, stream);
     return error == cudaSuccess ? cudaStreamSynchronize(stream) : error;  // calls on other streams will read it
   }

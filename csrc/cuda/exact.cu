@@ -3,7 +3,7 @@
 #include "exact.h"
 #include "exact_backward.cuh"
 #include "exact_forward.cuh"
-#include "exact_passes.h"
+#include "field_passes.h"
 
 namespace implicit_steer::IST_ISA {
 
@@ -35,7 +35,7 @@ bool has_exact_kernel(const DevicePlan<float>& plan, bool backward) {
 }
 
 template <>
-Failure prepare_exact_forward(const DevicePlan<float>& plan, const ConvArgs<float>& args, ExactLaunch& launch) {
+Failure prepare_exact_forward(const DevicePlan<float>& plan, const ConvArgs<float>& args, FieldLaunch& launch) {
   return with_exact_sizes(plan, [&](auto sizes) {
     using S = decltype(sizes);
     return prepare_forward_of<S>("exact_forward", exact_forward<S>, plan, args, launch);
@@ -47,7 +47,7 @@ Failure run_exact_backward(const DevicePlan<float>& plan, const ConvArgs<float>&
                            void* stream, GradientRows<float>& rows) {
   return with_exact_sizes(plan, [&](auto sizes) -> Failure {
     using S = decltype(sizes);
-    const ExactLaunch edges{"exact_backward",
+    const FieldLaunch edges{"exact_backward",
                             exact_backward<S>,
                             {},
                             front_of_warps<S>(plan.host),

@@ -1,7 +1,7 @@
 // The exact kernels' entry points (exact.cu), which are for float alone.
 #pragma once
 
-#include "exact_launch.h"
+#include "field_launch.h"
 #include "library.h"
 
 namespace implicit_steer::IST_ISA {
@@ -13,7 +13,7 @@ bool has_exact_kernel(const DevicePlan<R>& plan, bool backward);
 
 // `launch` becomes that of the forward pass of a plan that has an exact kernel; R = float.
 template <typename R>
-Failure prepare_exact_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, ExactLaunch& launch);
+Failure prepare_exact_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, FieldLaunch& launch);
 
 // Launches the backward pass up to sums over its rows; `mean` as in Call, `more`: numbers of memory behind the rows.
 template <typename R>

@@ -36,7 +36,7 @@ IST_HOST_DEVICE int exact_backward_size(const PlanView<float>& p) {
 template <typename S, typename Warp = ExactWarp<S>>
 struct ExactBackward : Warp {
   using Base = Warp;
-  using Base::a, Base::p, Base::exact, Base::lane, Base::group, Base::pair, Base::number, Base::first, Base::last;
+  using Base::a, Base::p, Base::view, Base::lane, Base::group, Base::pair, Base::number, Base::first, Base::last;
   using Base::theta, Base::constant, Base::sums, Base::constant_sums, Base::mlp, Base::records, Base::sources;
   using typename Base::Slots, typename Base::Tiles, typename Base::Memory;
   static constexpr int square = S::fields * S::width;
@@ -46,11 +46,11 @@ struct ExactBackward : Warp {
   KeptLayers<S> kept;
   ExactGradients<S> gradients;
 
-  __device__ __forceinline__ explicit ExactBackward(const ExactCall& call)
+  __device__ __forceinline__ explicit ExactBackward(const FieldCall& call)
       : Base(call, exact_backward_size<S>(call.plan)),
         mean(call.mean),
         need_weights(a.grad_weights),
-        gradients(call.sums, number, p, exact) {
+        gradients(call.sums, number, p, view) {
     edges = reinterpret_cast<int32_t*>(this->rest);
     moved = this->rest + 32, along = moved + 128, grad = along + 32, of_constant = grad + 4 * S::fields;
     d_t = of_constant + 4 * S::fields, unfinished = d_t + Slots::count * square;
@@ -66,7 +66,7 @@ struct ExactBackward : Warp {
   __device__ __forceinline__ void start(int node) {
 #pragma unroll
     for (int at = lane; at < 4 * S::fields; at += 32) {
-      const int output = global_memory(exact.out)[at];
+      const int output = global_memory(view.out)[at];
       float g = output < 0 ? 0 : a.grad_out[int64_t{node} * p.out_size + output];
       if (mean) g /= static_cast<float>(this->index(a.rowptr, node + 1) - this->index(a.rowptr, node));
       grad[at] = g;
@@ -250,17 +250,17 @@ struct ExactBackward : Warp {
   // `is_first`: in place of what is there, else added to it.
   __device__ __forceinline__ void store_field(int64_t edge, int v, const float (&d_f)[4], bool is_first) const {
     float* const row = a.grad_edge + edge * p.in_size;
-    if (exact.quads) {
+    if (view.quads) {
       auto& to = neighbours<4>(row + this->scalars[v]);
       const Neighbours<float, 4> four{d_f[0], d_f[1], d_f[2], d_f[3]};
-      if (v < exact.n_scalars) to = is_first ? four : sum_of(to, four);
+      if (v < view.n_scalars) to = is_first ? four : sum_of(to, four);
       return;
     }
-    float &scalar = row[this->scalars[v]], *const vector = row + global_memory(exact.vector)[v];
-    if (v < exact.n_scalars) scalar = is_first ? d_f[0] : scalar + d_f[0];
+    float &scalar = row[this->scalars[v]], *const vector = row + global_memory(view.vector)[v];
+    if (v < view.n_scalars) scalar = is_first ? d_f[0] : scalar + d_f[0];
 #pragma unroll
     for (int k = 0; k < 3; ++k)
-      if (v < exact.n_vectors) vector[k] = is_first ? d_f[1 + k] : vector[k] + d_f[1 + k];
+      if (v < view.n_vectors) vector[k] = is_first ? d_f[1 + k] : vector[k] + d_f[1 + k];
   }
 
   // ---- the MLP and the geometry: a lane has an edge
@@ -458,13 +458,13 @@ struct ExactBackward : Warp {
 
 // A whole kernel; `warp`: an ExactBackward, or derived from one.
 template <typename S, typename Warp>
-__device__ __forceinline__ void run_warps(Warp& warp, const ExactCall& call) {
+__device__ __forceinline__ void run_warps(Warp& warp, const FieldCall& call) {
   if (warp.number < call.shape.warps) warp.walk(warp);
   if (!warp.need_weights) return;
   const int warps = blockDim.x / 32, begin = blockIdx.x * warps, left = call.shape.warps - begin;
-  const ExactGradients<S> of_block(call.sums, begin, warp.p, warp.exact);
+  const ExactGradients<S> of_block(call.sums, begin, warp.p, warp.view);
   of_block.add_warps(left < warps ? left : warps);
-  of_block.write(warp.exact, warp.a.weights, warp.mlp, call.partial + int64_t{blockIdx.x} * warp.p.n_grad);
+  of_block.write(warp.view, warp.a.weights, warp.mlp, call.partial + int64_t{blockIdx.x} * warp.p.n_grad);
 }
 
 // With the path u × x there is shared memory for two blocks, and registers for more fragments; of large ones for one.
@@ -483,7 +483,7 @@ constexpr int kExactBackwardResident = S::large               ? 1
 
 template <typename S>
 __global__ void __launch_bounds__(kExactBackwardThreads<S>, kExactBackwardResident<S>)
-    exact_backward(const __grid_constant__ ExactCall call) {
+    exact_backward(const __grid_constant__ FieldCall call) {
   ExactBackward<S> warp(call);
   run_warps<S>(warp, call);
 }

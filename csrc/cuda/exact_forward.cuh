@@ -1,6 +1,6 @@
 // Forward of a layer of scalars and vectors with exact sampling, in one kernel: out_i = Σ_path θ_path T_i[path], T as
 // in exact_warp.cuh. A node whose edges several warps share gets a row of outputs from each of them, as in forward.cuh.
-// Mean and bias follow, and the sum of such rows, here where the call says what for, else in finish_nodes.
+// Mean and bias follow, and the sum of such rows, here where the call says what for, else in mean_and_bias.
 #pragma once
 
 #include "exact_warp.cuh"
@@ -14,14 +14,14 @@ constexpr int kExactForwardSize = ExactMemory<S>::warp + ExactMemory<S>::aside;
 // Base: what makes a chunk's records and adds its edges to T.
 template <typename S, typename Base = ExactWarp<S>>
 struct ExactForward : Base {
-  using Base::a, Base::p, Base::exact, Base::lane, Base::group, Base::pair, Base::number, Base::first, Base::last;
+  using Base::a, Base::p, Base::view, Base::lane, Base::group, Base::pair, Base::number, Base::first, Base::last;
   using Base::theta, Base::constant, Base::sums, Base::constant_sums;
   using typename Base::Slots, typename Base::Tiles;
   static constexpr int kFirstAside = ExactMemory<S>::first_aside;
-  const ExactCall& call;
+  const FieldCall& call;
   float* const aside;  // this lane's place
 
-  __device__ __forceinline__ explicit ExactForward(const ExactCall& call)
+  __device__ __forceinline__ explicit ExactForward(const FieldCall& call)
       : Base(call, kExactForwardSize<S>), call(call), aside(this->rest + 4 * lane) {}
 
   // ---- the node's outputs
@@ -49,7 +49,7 @@ struct ExactForward : Base {
           for (int k = 0; k < 4; ++k) shares[n][k] += from_lane_xor(shares[n + rows][k], 4 * rows);
       const float even = exchange(shares[0][0], shares[0][2], 2), odd = exchange(shares[0][1], shares[0][3], 2);
       const float sum = exchange(even, odd, 1);
-      const int to = global_memory(exact.out)[4 * first_field + lane];
+      const int to = global_memory(view.out)[4 * first_field + lane];
       if (to >= 0) out[to] = shared || !call.bias ? sum : finished(sum, node, end, to);
     }
   }
@@ -177,7 +177,7 @@ constexpr int kExactForwardResident = S::large ? 1 : kResident<float>;
 
 template <typename S>
 __global__ void __launch_bounds__(kExactForwardThreads<S>, kExactForwardResident<S>)
-    exact_forward(const __grid_constant__ ExactCall call) {
+    exact_forward(const __grid_constant__ FieldCall call) {
   ExactForward<S> warp(call);
   if (warp.number < call.shape.warps) warp.walk();
 }

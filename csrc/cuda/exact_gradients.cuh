@@ -30,8 +30,8 @@ struct ExactGradients {
     return first + (1 + p.n_inputs) * of_rows + (p.n_layers - 1) * of_layer;
   }
   __device__ __forceinline__ ExactGradients(float* of_warps, int number, const PlanView<float>& p,
-                                            const ExactView& exact)
-      : p(p), memory(of_warps + int64_t{number} * (size_of(p) + aside)), trivial(S::Mlp::trivial(exact)) {}
+                                            const FieldView& view)
+      : p(p), memory(of_warps + int64_t{number} * (size_of(p) + aside)), trivial(S::Mlp::trivial(view)) {}
 
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
   __device__ __forceinline__ void clear() const {
@@ -91,41 +91,41 @@ struct ExactGradients {
   }
 
   // row: [n_grad]
-  __device__ __forceinline__ void write(const ExactView& exact, const float* packed, const typename S::Mlp& mlp,
+  __device__ __forceinline__ void write(const FieldView& view, const float* packed, const typename S::Mlp& mlp,
                                         float* row) const {
     for (int k = threadIdx.x; k < p.n_grad; k += blockDim.x) row[k] = 0;
     __syncthreads();
-    write_theta(exact, mlp, row);
+    write_theta(view, mlp, row);
     for (int k = threadIdx.x; k < (1 + p.n_inputs) * S::width; k += blockDim.x) {
       const int w = k % S::width;
-      const int at = k < S::width ? p.layers[0].bias + w * S::c + trivial : exact.first[k - S::width];
+      const int at = k < S::width ? p.layers[0].bias + w * S::c + trivial : view.first[k - S::width];
       if (at >= 0) row[at] = lanes_sum(first + k / S::width * of_rows, w);
     }
     for (int n = 1; n < p.n_layers; ++n) write_layer(packed, n, row);
-    if (p.has_norms) write_norms(exact, packed, row);
+    if (p.has_norms) write_norms(view, packed, row);
     if (threadIdx.x == 0) {
       float sum = 0;
       for (int k = 0; k < 32; ++k) sum += memory[shell + k];
-      const float width = packed[p.shell];
-      row[p.shell] = sum / (width * width * width);
+      const float width = packed[p.shell_at];
+      row[p.shell_at] = sum / (width * width * width);
     }
   }
 
  private:
-  __device__ __forceinline__ void write_theta(const ExactView& exact, const typename S::Mlp& mlp, float* row) const {
+  __device__ __forceinline__ void write_theta(const FieldView& view, const typename S::Mlp& mlp, float* row) const {
     constexpr int fields = S::fields * S::fields;
 #pragma unroll 1  // several at a time would need the number of turns, in a register since copy_theta()
     for (int k = threadIdx.x; k < Slots::paths * fields * S::width; k += blockDim.x) {
       const int w = k % S::width, of_path = k / S::width, path = of_path / fields, u = of_path / S::fields % S::fields,
                 v = of_path % S::fields;
-      const ExactWeight weight = global_memory(exact.theta)[of_path];
+      const FieldWeight weight = global_memory(view.theta)[of_path];
       if (weight.at < 0) continue;
       float sum = theta_sum(path, u, v, w) * mlp.scale[w];
       if (path < 2) sum += constant_sum(path, u, v) * mlp.shift[w];
       row[weight.at + w] = weight.ratio * sum;
     }
     for (int k = threadIdx.x; k < 2 * fields; k += blockDim.x) {
-      const ExactWeight weight = global_memory(exact.constant)[k];
+      const FieldWeight weight = global_memory(view.constant)[k];
       if (weight.at >= 0)
         row[weight.at] = weight.ratio * constant_sum(k / fields, k / S::fields % S::fields, k % S::fields);
     }
@@ -147,7 +147,7 @@ struct ExactGradients {
   }
 
   // The gradients of all scales and shifts: what multiplies them in the folded weights, times these weights' gradients.
-  __device__ __forceinline__ void write_norms(const ExactView& exact, const float* packed, float* row) const {
+  __device__ __forceinline__ void write_norms(const FieldView& view, const float* packed, float* row) const {
     for (int at = threadIdx.x; at < (p.n_layers - 1) * 2 * S::width; at += blockDim.x) {
       const int n = at / (2 * S::width), w = at % S::width;
       const bool is_shift = at / S::width % 2;
@@ -156,7 +156,7 @@ struct ExactGradients {
     for (int at = threadIdx.x / 32; at < 2 * S::width; at += block_threads() / 32) {
       const bool is_shift = at >= S::width;
       if (is_shift && !p.n_trivial) continue;
-      const float sum = of_last_norm(exact, packed, at % S::width, is_shift);
+      const float sum = of_last_norm(view, packed, at % S::width, is_shift);
       if (lane() == 0) row[p.layers[p.n_layers - 1].affine + at] = sum;
     }
   }
@@ -175,13 +175,13 @@ struct ExactGradients {
     return sum;
   }
   // By θ, at channel w, by all lanes of a warp.
-  __device__ __forceinline__ float of_last_norm(const ExactView& exact, const float* packed, int w,
+  __device__ __forceinline__ float of_last_norm(const FieldView& view, const float* packed, int w,
                                                 bool is_shift) const {
     constexpr int fields = S::fields * S::fields;
     const int n = (is_shift ? 2 : Slots::paths) * fields;
     float sum = 0;
     for (int k = lane(); k < n; k += 32) {
-      const ExactWeight weight = global_memory(exact.theta)[k];
+      const FieldWeight weight = global_memory(view.theta)[k];
       if (weight.at < 0) continue;
       const int path = k / fields, u = k / S::fields % S::fields, v = k % S::fields;
       sum += weight.ratio * packed[weight.at + w] * (is_shift ? constant_sum(path, u, v) : theta_sum(path, u, v, w));

@@ -55,12 +55,12 @@ struct Scaled<Silu> {
 };
 
 // What a backward pass wants of a layer n >= 1: its inputs y and z = W y + b.
-enum Kept : int { kLayerInputs = 0, kLayerSums = 1 };
+enum LayerValue : int { kLayerInputs = 0, kLayerSums = 1 };
 // Told of both by evaluate(), of all channels at a time, and by evaluate_near(), of one number.
 struct NothingKept {
   template <typename Z>
-  __device__ __forceinline__ void operator()(int, Kept, const Z&) const {}
-  __device__ __forceinline__ void put(int, int, Kept, int, int, float) const {}
+  __device__ __forceinline__ void operator()(int, LayerValue, const Z&) const {}
+  __device__ __forceinline__ void put(int, int, LayerValue, int, int, float) const {}
 };
 
 // Where a block has the MLP in its shared memory; the sizes are the same for all lanes.
@@ -88,7 +88,7 @@ struct ExactMlp {
 
   // By all threads of the block, with barriers.
   template <typename S>
-  __device__ __forceinline__ void copy(const PlanView<float>& p, const ExactView& exact, const float* packed) {
+  __device__ __forceinline__ void copy(const PlanView<float>& p, const FieldView& view, const float* packed) {
     const LayerView<float>& layer = p.layers[0];
     const float *const a = global_memory(layer.pair_samples), *const b = global_memory(layer.pair_inverse);
     for (int k = threadIdx.x; k < pairs * S::c; k += blockDim.x) {
@@ -96,7 +96,7 @@ struct ExactMlp {
       to[0] = a[k] * kLog2e, to[S::c] = b[k] * kLn2;
     }
     for (int k = threadIdx.x; k < (1 + n_inputs) * S::width; k += blockDim.x) {
-      const int w = k % S::width, at = k < S::width ? layer.bias + w * S::c : exact.first[k - S::width];
+      const int w = k % S::width, at = k < S::width ? layer.bias + w * S::c : view.first[k - S::width];
       first[k] = at < 0 ? 0 : packed[at];
     }
     for (int w = threadIdx.x; w < S::width; w += blockDim.x)
@@ -274,7 +274,7 @@ struct ExactMlp {
   }
 
   // The coefficient that is the same in all samples; and where sums over edges have coefficient k, that one first.
-  static __device__ __forceinline__ int trivial(const ExactView&) { return 0; }
+  static __device__ __forceinline__ int trivial(const FieldView&) { return 0; }
   static __device__ __forceinline__ int slot_of(int k, int constant) {
     return k == 0 ? constant : k == constant ? 0 : k;
   }

@@ -11,21 +11,21 @@
 
 namespace implicit_steer::IST_ISA {
 
-// Layer by layer what Kept names of 32 edges, [2, 32, c, W]; the quads of an edge are turned around by its number, so
-// that the lanes meet in no bank. `keep` of ExactMlp.
+// Layer by layer what LayerValue names of 32 edges, [2, 32, c, W]; the quads of an edge are turned around by its
+// number, so that the lanes meet in no bank. `keep` of ExactMlp.
 template <typename S>
 struct KeptLayers {
   float* memory;
   static constexpr int of_edge = S::c * S::width, of_layer = 2 * 32 * of_edge;
   static_assert(of_edge % 32 == 0);
 
-  __device__ __forceinline__ float* quad(int edge, int layer, Kept what, int number) const {
+  __device__ __forceinline__ float* quad(int edge, int layer, LayerValue what, int number) const {
     return memory + (layer - 1) * of_layer + (32 * what + edge) * of_edge + 4 * (number ^ (edge & 7));
   }
-  __device__ __forceinline__ float& at(int edge, int layer, Kept what, int k, int w) const {
+  __device__ __forceinline__ float& at(int edge, int layer, LayerValue what, int k, int w) const {
     return quad(edge, layer, what, (k * S::width + w) / 4)[w % 4];
   }
-  __device__ __forceinline__ void operator()(int layer, Kept what, const float (&z)[S::width][S::c]) const {
+  __device__ __forceinline__ void operator()(int layer, LayerValue what, const float (&z)[S::width][S::c]) const {
 #pragma unroll
     for (int k = 0; k < S::c; ++k)
 #pragma unroll
@@ -33,7 +33,7 @@ struct KeptLayers {
         neighbours<4>(quad(threadIdx.x % 32, layer, what, (k * S::width + w) / 4)) = {z[w][k], z[w + 1][k], z[w + 2][k],
                                                                                       z[w + 3][k]};
   }
-  __device__ __forceinline__ void put(int edge, int layer, Kept what, int k, int w, float value) const {
+  __device__ __forceinline__ void put(int edge, int layer, LayerValue what, int k, int w, float value) const {
     at(edge, layer, what, k, w) = value;
   }
 };

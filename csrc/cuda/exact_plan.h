@@ -20,7 +20,7 @@ class ExactPlan : public FieldPlan {
     *this = ExactPlan();
     width = channels;
     if (p.c != kCoefficients || p.n_even != kEven) return refuse("hidden features other than those of l = 0 to 3");
-    if (p.order_zero != 1 || !p.regular || p.n_trivial > 1 || !*p.attribute_identity || !read_first_layer(p))
+    if (p.order_zero != 1 || !p.regular || p.n_trivial > 1 || !p.attribute_identity || !read_first_layer(p))
       return refuse("edge attributes that are no scalars");
     for (const CouplingView& q : p.coupling_storage)
       if (!read_coupling(p, q)) return refuse("fields other than scalars and vectors");

@@ -13,8 +13,8 @@
 // four registers of every lane until the node ends.
 #pragma once
 
-#include "exact_call.h"
 #include "exact_mlp.cuh"
+#include "field_call.h"
 #include "mma.cuh"
 
 namespace implicit_steer::IST_ISA {
@@ -83,7 +83,7 @@ struct ExactWarp {
   static constexpr int edges = 32;  // of a chunk
   const ConvArgs<float>& a;
   const PlanView<float>& p;
-  const ExactView& exact;
+  const FieldView& view;
   const int lane, group, pair;    // group g and t of mma.cuh
   const int number, first, last;  // of the warp; positions of its edges
   typename S::Mlp mlp;
@@ -96,10 +96,10 @@ struct ExactWarp {
   float constant_sums[Tiles::blocks][4];  // of the constant hidden feature, over this lane's edges: (scalar, x, y, z)
 
   // A warp has `size` floats of shared memory, the first Memory::warp of them for what is here.
-  __device__ __forceinline__ ExactWarp(const ExactCall& call, int size)
+  __device__ __forceinline__ ExactWarp(const FieldCall& call, int size)
       : a(call.args),
         p(call.plan),
-        exact(call.exact),
+        view(call.view),
         lane(threadIdx.x % 32),
         group(lane / 4),
         pair(lane % 4),
@@ -115,23 +115,23 @@ struct ExactWarp {
     sources = reinterpret_cast<int32_t*>(records + Memory::records);
     near = records + Memory::records + 32, rest = records + Memory::warp;
     mlp.template place<S>(memory + Memory::in_front_of_mlp(blockDim.x / 32, size), p);
-    const float shell = a.weights[p.shell];
+    const float shell = a.weights[p.shell_at];
     if (threadIdx.x == 0) *exponent = -0.5f * kLog2e / (shell * shell);
-    if (threadIdx.x < S::fields) scalars[threadIdx.x] = global_memory(exact.scalar)[threadIdx.x];
-    mlp.template copy<S>(p, exact, a.weights);
+    if (threadIdx.x < S::fields) scalars[threadIdx.x] = global_memory(view.scalar)[threadIdx.x];
+    mlp.template copy<S>(p, view, a.weights);
     copy_theta();
   }
 
   // θ at the scale of the last batch norm; its shift is a constant hidden feature.
   __device__ __forceinline__ void copy_theta() {
-    const ExactWeight* const at = global_memory(exact.theta);
+    const FieldWeight* const at = global_memory(view.theta);
     for (int k = threadIdx.x; k < Memory::theta; k += blockDim.x) {
-      const ExactWeight weight = at[k / S::width];
+      const FieldWeight weight = at[k / S::width];
       theta[Tiles::theta_at(k)] =
           weight.at < 0 ? 0 : weight.ratio * a.weights[weight.at + k % S::width] * mlp.scale[k % S::width];
     }
     for (int k = threadIdx.x; k < Memory::constant; k += blockDim.x) {
-      const ExactWeight weight = global_memory(exact.constant)[k], shifted = at[k];
+      const FieldWeight weight = global_memory(view.constant)[k], shifted = at[k];
       static_assert(kScalarScalar == 0 && kVectorVector == 1);
       float sum = weight.at < 0 ? 0 : weight.ratio * a.weights[weight.at];
       for (int w = 0; w < S::width && shifted.at >= 0; ++w)
@@ -196,7 +196,7 @@ struct ExactWarp {
     const float factor = record[Slots::degrees * S::width + 3];
     mlp.template evaluate_near<S>(
         geometry(edge).radius, [&](int j) { return a.attr[edge * p.n_attr + j]; }, near,
-        [&](int layer, Kept what, int k, int w, float value) { keep.put(at, layer, what, k, w, value); },
+        [&](int layer, LayerValue what, int k, int w, float value) { keep.put(at, layer, what, k, w, value); },
         [&](int l, int w, float value) { record[l * S::width + w] = value * factor; });
     __syncwarp();
   }
@@ -271,12 +271,12 @@ struct ExactWarp {
   // Field v, (scalar, x, y, z), of a row of inputs.
   __device__ __forceinline__ void field(const float* x, int v, float (&f)[4]) const {
     const float* const scalar = x + scalars[v];
-    if (exact.quads) {
+    if (view.quads) {
       const auto four = neighbours<4>(scalar);
 #pragma unroll
       for (int k = 0; k < 4; ++k) f[k] = four.at[k];
     } else {
-      const float* const vector = x + global_memory(exact.vector)[v];
+      const float* const vector = x + global_memory(view.vector)[v];
       f[0] = *scalar;
 #pragma unroll
       for (int k = 0; k < 3; ++k) f[1 + k] = vector[k];

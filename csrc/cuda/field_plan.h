@@ -14,7 +14,7 @@
 namespace implicit_steer {
 
 // W numbers of the packed weights from `at` on, times `ratio`; at -1: zeros.
-struct ExactWeight {
+struct FieldWeight {
   int32_t at;
   float ratio;
 };
@@ -28,9 +28,9 @@ struct GridCoefficients {
 };
 
 // The plan's numbers as the kernels read them, for V fields of inputs and of outputs.
-struct ExactView {
-  const ExactWeight* theta;        // [paths, V, V] of every path (exact_slots.cuh), output and input field
-  const ExactWeight* constant;     // [2, V, V] of the constant hidden feature: scalars, vectors
+struct FieldView {
+  const FieldWeight* theta;        // [paths, V, V] of every path (exact_slots.cuh), output and input field
+  const FieldWeight* constant;     // [2, V, V] of the constant hidden feature: scalars, vectors
   const int32_t* first;            // [n_inputs, W] place of the first layer's weight of every input and channel, or -1
   const int32_t *scalar, *vector;  // [V] number of the field's scalar and of its vector's x
   const int32_t* out;              // [V, 4] number of the output (scalar, x, y, z), or -1
@@ -46,11 +46,11 @@ class FieldPlan {
   bool cross = false;
   bool reads_all = false;    // of the inputs, every one: backward kernels write the gradients of those that they read
   const char* why_not = "";  // where there is none
-  std::vector<int32_t> numbers;  // what ExactView points to
+  std::vector<int32_t> numbers;  // what FieldView points to
 
-  ExactView view(const int32_t* begin) const {
+  FieldView view(const int32_t* begin) const {
     const int square = fields * fields, paths = n_paths();
-    const auto* const weights = reinterpret_cast<const ExactWeight*>(begin);
+    const auto* const weights = reinterpret_cast<const FieldWeight*>(begin);
     const int32_t* const lists = begin + 2 * (paths + 2) * square;
     const int32_t* const of_inputs = lists + static_cast<int64_t>(first_.size());
     return {weights,
@@ -130,7 +130,7 @@ class FieldPlan {
 
   // The number of the output at a place among the gathered ones.
   static int output_at(const Plan<float>& p, int place) {
-    return static_cast<int>(std::find(p.place, p.place + p.out_size, place) - p.place);
+    return static_cast<int>(std::find(p.mixed_place, p.mixed_place + p.out_size, place) - p.mixed_place);
   }
   static int output_of(const Plan<float>& p, const Product& product, int u, int component) {
     return output_at(p, product.q->out_at + product.outputs[component] * product.q->out_stride + u);
@@ -139,9 +139,9 @@ class FieldPlan {
   // Registers the product's input and output fields; false where a vector's components are not side by side.
   bool add_fields(const Plan<float>& p, const Product& product) {
     for (int v = 0; v < product.q->n_in; ++v) {
-      const int number = p.input[product.inputs[0] + v];
+      const int number = p.gathered_from[product.inputs[0] + v];
       for (size_t k = 0; k < product.inputs.size(); ++k)
-        if (p.input[product.inputs[k] + v] != number + static_cast<int>(k)) return false;
+        if (p.gathered_from[product.inputs[k] + v] != number + static_cast<int>(k)) return false;
       add(product.inputs.size() == 1 ? scalars_ : vectors_, number);
     }
     for (int u = 0; u < product.q->n_out; ++u) {
@@ -156,7 +156,7 @@ class FieldPlan {
   // Writes all lists for so many fields; false where two products would share a weight's place.
   bool place_all(const Plan<float>& p, int n) {
     const int square = n * n;
-    std::vector<ExactWeight> weights((n_paths() + 2) * square, ExactWeight{-1, 0});
+    std::vector<FieldWeight> weights((n_paths() + 2) * square, FieldWeight{-1, 0});
     for (const Product& product : products_) {
       const CouplingView& q = *product.q;
       auto& in = product.inputs.size() == 1 ? scalars_ : vectors_;
@@ -165,15 +165,15 @@ class FieldPlan {
         for (int v = 0; v < q.n_in; ++v) {
           if (q.depthwise && u != v) continue;
           const int path = product.constant ? n_paths() + product.path : product.path;
-          const int to = add(out, output_of(p, product, u, 0)), from = add(in, p.input[product.inputs[0] + v]);
-          ExactWeight& weight = weights[path * square + to * n + from];
+          const int to = add(out, output_of(p, product, u, 0)), from = add(in, p.gathered_from[product.inputs[0] + v]);
+          FieldWeight& weight = weights[path * square + to * n + from];
           if (weight.at >= 0) return false;
           const int64_t row = int64_t{product.b} * q.theta_rows + (q.depthwise ? 0 : u);
           weight = {static_cast<int32_t>(q.theta + row * q.theta_size + v * q.hidden_stride), product.ratio};
         }
     }
     numbers.resize(2 * weights.size());
-    std::memcpy(numbers.data(), weights.data(), weights.size() * sizeof(ExactWeight));
+    std::memcpy(numbers.data(), weights.data(), weights.size() * sizeof(FieldWeight));
     numbers.insert(numbers.end(), first_.begin(), first_.end());
     place_fields(p, n);
     return true;
@@ -181,11 +181,11 @@ class FieldPlan {
 
   // Fields that are not there read some input; nothing multiplies it but zeros.
   void place_fields(const Plan<float>& p, int n) {
-    const auto padded = [&](std::vector<int> list) {
+    const auto filled = [&](std::vector<int> list) {
       list.resize(n, list.empty() ? 0 : list[0]);
       return list;
     };
-    const std::vector<int> scalars = padded(scalars_), vectors = padded(vectors_);
+    const std::vector<int> scalars = filled(scalars_), vectors = filled(vectors_);
     quads_ = p.in_size % 4 == 0 && scalars_.size() == vectors_.size();
     for (int v = 0; v < n; ++v) quads_ = quads_ && scalars[v] % 4 == 0 && vectors[v] == scalars[v] + 1;
     std::vector<int32_t> out(4 * n, -1);

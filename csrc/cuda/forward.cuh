@@ -36,7 +36,7 @@ struct Forward : Warp<N, true, false, S> {
     }
     __syncwarp();
     R* const out = row_of(node);
-    for (int k = lane; k < p.out_size; k += 32) out[k] = p.place[k] < 0 ? R{} : result(mixed[p.place[k]]);
+    for (int k = lane; k < p.out_size; k += 32) out[k] = p.mixed_place[k] < 0 ? R{} : result(mixed[p.mixed_place[k]]);
   }
 
   // The node's row of the output, or of the warp's partial ones: the first where the node began in an earlier warp.
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, S::specialised ? kSpecialisedForward
 // edges and those whose edges several warps share, the sum of the warps' rows in their order; then mean and bias.
 template <typename R>
 __global__ void __launch_bounds__(kThreads)
-    finish_nodes(const __grid_constant__ Call<R> call, const __grid_constant__ Epilogue<R> epilogue) {
+    mean_and_bias(const __grid_constant__ Call<R> call, const __grid_constant__ MeanAndBias<R> after) {
   const ConvArgs<R>& a = call.args;
   const int64_t n = call.plan.out_size, at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (at >= a.n_dst * n) return;
@@ -104,13 +104,12 @@ __global__ void __launch_bounds__(kThreads)
   };
   const int64_t begin = start(node), end = start(node + 1), from = begin / per_warp, to = (end - 1) / per_warp;
   const bool whole = begin < end && from == to;
-  if (whole && !epilogue.mean && !epilogue.n) return;
+  if (whole && !after.mean && !after.n) return;
   R sum = whole ? a.out[at] : R{};
   for (int64_t warp = from; warp <= to && begin < end && !whole; ++warp)
     sum += call.partial[(2 * warp + (begin <= warp * per_warp ? 0 : 1)) * n + k];
-  if (epilogue.mean && end - begin > 1) sum /= static_cast<R>(end - begin);
-  for (int64_t m = 0; m < epilogue.n; ++m) sum += epilogue.expansion[k * epilogue.n + m] * epilogue.bias[m];
-  a.out[at] = sum;
+  if (after.mean && end - begin > 1) sum /= static_cast<R>(end - begin);
+  a.out[at] = after.with_bias(sum, k);
 }
 
 }  // namespace implicit_steer::IST_ISA

@@ -1,6 +1,6 @@
 // The grid kernels for all functions that they are compiled for, and their launches.
 
-#include "exact_passes.h"
+#include "field_passes.h"
 #include "grid.h"
 #include "grid_backward.cuh"
 #include "grid_forward.cuh"
@@ -34,7 +34,7 @@ bool has_grid_backward(const DevicePlan<float>& plan) {
 }
 
 template <>
-Failure prepare_grid_forward(const DevicePlan<float>& plan, const ConvArgs<float>& args, ExactLaunch& launch) {
+Failure prepare_grid_forward(const DevicePlan<float>& plan, const ConvArgs<float>& args, FieldLaunch& launch) {
   return with_grid_function(plan, [&](auto sizes) {
     using S = decltype(sizes);
     return prepare_forward_of<S>("grid_forward", grid_forward<S>, plan, args, launch);
@@ -47,7 +47,7 @@ Failure run_grid_backward(const DevicePlan<float>& plan, const ConvArgs<float>& 
   return with_grid_function(plan, [&](auto sizes) {
     using S = decltype(sizes);
     const int64_t front = front_of_backward<S>(plan.host);
-    const ExactLaunch edges{"grid_backward",          grid_backward<S>, {}, front, exact_backward_size<S>(plan.host), 0,
+    const FieldLaunch edges{"grid_backward",          grid_backward<S>, {}, front, exact_backward_size<S>(plan.host), 0,
                             kGridBackwardThreads / 32};
     return run_backward_of<S>(edges, KeptLayers<S>::size(plan.host), plan, args, mean, more, stream, rows);
   });

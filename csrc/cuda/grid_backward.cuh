@@ -17,7 +17,7 @@ namespace implicit_steer::IST_ISA {
 template <typename S>
 struct GridBackward : ExactBackward<S, GridWarp<S>> {
   using Base = ExactBackward<S, GridWarp<S>>;
-  using Base::a, Base::p, Base::exact, Base::lane, Base::group, Base::pair, Base::mlp, Base::records, Base::sources;
+  using Base::a, Base::p, Base::view, Base::lane, Base::group, Base::pair, Base::mlp, Base::records, Base::sources;
   using Base::edges, Base::moved, Base::of_constant, Base::kept, Base::gradients, Base::need_weights;
   using Base::need_geometry;
   static constexpr int channel = GridState::channel;
@@ -25,11 +25,11 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
 
   __device__ __forceinline__ float* transposed() const { return mlp.shift + S::width; }  // fragments
 
-  __device__ __forceinline__ explicit GridBackward(const ExactCall& call) : Base(call) {
+  __device__ __forceinline__ explicit GridBackward(const FieldCall& call) : Base(call) {
     const int left = call.shape.warps - this->number;  // what is kept of all warps is in front of their sums
     kept = {this->along};
     if (lane == 0) kept.place(call.sums - int64_t{left} * KeptLayers<S>::size(p));
-    GridMlp::copy_fragments(p, *global_memory(exact.grid), GridMlp::transposed, transposed());
+    GridMlp::copy_fragments(p, *global_memory(view.grid), GridMlp::transposed, transposed());
     __syncthreads();
   }
 
@@ -283,7 +283,7 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
       weights[0] += first.at[0] * x.at[0], weights[1] += first.at[2] * x.at[1], weights[2] += second.at[0] * x.at[2];
     }
     const auto sum = [&](int input) -> float& { return gradients.one(ExactGradients<S>::first + 32 * input); };
-    const float constant_sample = GridMlp::constant_sample(p, *global_memory(exact.grid));
+    const float constant_sample = GridMlp::constant_sample(p, *global_memory(view.grid));
     if (need_weights) {
       sum(0) += bias * constant_sample;
 #pragma unroll
@@ -315,7 +315,7 @@ constexpr int kGridBackwardThreads = 384;
 #endif
 
 template <typename S>
-__global__ void __launch_bounds__(kGridBackwardThreads, 1) grid_backward(const __grid_constant__ ExactCall call) {
+__global__ void __launch_bounds__(kGridBackwardThreads, 1) grid_backward(const __grid_constant__ FieldCall call) {
   GridBackward<S> warp(call);
   run_warps<S>(warp, call);
 }

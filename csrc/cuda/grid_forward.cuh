@@ -120,7 +120,7 @@ struct GridWarp : ExactWarp<S> {
 };
 
 template <typename S>
-__global__ void __launch_bounds__(kThreads, kResident<float>) grid_forward(const __grid_constant__ ExactCall call) {
+__global__ void __launch_bounds__(kThreads, kResident<float>) grid_forward(const __grid_constant__ FieldCall call) {
   ExactForward<S, GridWarp<S>> warp(call);
   if (warp.number < call.shape.warps) warp.walk();
 }

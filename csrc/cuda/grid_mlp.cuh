@@ -70,7 +70,7 @@ struct GridMlp {
   // ---- copies into shared memory, by all threads of the block, with a barrier
 
   template <typename S>
-  __device__ __forceinline__ void copy(const PlanView<float>& p, const ExactView& view, const float* packed) {
+  __device__ __forceinline__ void copy(const PlanView<float>& p, const FieldView& view, const float* packed) {
     const GridCoefficients& grid = *global_memory(view.grid);
     const LayerView<float>& layer = p.layers[0];
     const float of_constant = constant_sample(p, grid);
@@ -102,7 +102,7 @@ struct GridMlp {
       copy_fragment(p, grid, begin + k / 32, k % 32, to + 4 * k);
   }
 
-  static __device__ __forceinline__ int trivial(const ExactView& view) { return global_memory(view.grid)->constant; }
+  static __device__ __forceinline__ int trivial(const FieldView& view) { return global_memory(view.grid)->constant; }
 
   static __device__ __forceinline__ void put(float* to, float first_element, float second_element) {
     Split<2> split;
@@ -201,7 +201,7 @@ struct GridMlp {
   };
 
   // What couplings read of all channels, in place of the state: in the first 8 slots h, Q and a zero, then d (x, y, z).
-  // keep(layer, what, part): see Kept.
+  // keep(layer, what, part): see LayerValue.
   template <typename S, typename Keep>
   __device__ __forceinline__ void evaluate(const Inputs& inputs, Keep keep, float* state) const {
     if (n_layers == 1) return activations<S, true, true>(0, inputs, keep, state);

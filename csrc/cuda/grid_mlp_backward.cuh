@@ -11,8 +11,8 @@
 
 namespace implicit_steer::IST_ISA {
 
-// Layer by layer what Kept names of 16 edges, [2, W, 2, lane, 4]: a lane's slots of its two edges as GridMlp::Part has
-// them. `keep` of GridMlp.
+// Layer by layer what LayerValue names of 16 edges, [2, W, 2, lane, 4]: a lane's slots of its two edges as
+// GridMlp::Part has them. `keep` of GridMlp.
 template <typename F, int kWidth, int kFields>
 struct KeptLayers<Grid<F, kWidth, kFields>> {
   static constexpr int of_part = 32 * 4, of_kind = kWidth * 2 * of_part;
@@ -24,11 +24,11 @@ struct KeptLayers<Grid<F, kWidth, kFields>> {
   static IST_HOST_DEVICE int size(const PlanView<float>& p) { return (p.n_layers - 1) * 2 * of_kind; }
 
   // The slots of lane 4 g + t are of edge g + 8 i.
-  __device__ __forceinline__ Neighbours<float, 4>& slots(int layer, Kept what, int w, int i, int lane) const {
+  __device__ __forceinline__ Neighbours<float, 4>& slots(int layer, LayerValue what, int w, int i, int lane) const {
     float* const memory = global_memory(*reinterpret_cast<float* const*>(where));
     return neighbours<4>(memory + ((layer - 1) * 2 + what) * of_kind + (2 * w + i) * of_part + 4 * lane);
   }
-  __device__ __forceinline__ void operator()(int layer, Kept what, const GridMlp::Part& part) const {
+  __device__ __forceinline__ void operator()(int layer, LayerValue what, const GridMlp::Part& part) const {
     slots(layer, what, part.w, part.i, threadIdx.x % 32) = part.slots;
   }
 };

@@ -24,7 +24,7 @@ class GridPlan : public FieldPlan {
     if (p.dim != 3 || p.c != c || p.d != c || p.n_even > kMostEven || p.layers[0].n_pairs > kMostPairs)
       return refuse("a grid other than that of 30 points of the sphere for l = 0 to 3");
     if (p.n_layers > kMostLayers) return refuse("too many layers");
-    if (p.n_trivial > 1 || !*p.attribute_identity || !read_constant(p) || !read_first_layer(p, width))
+    if (p.n_trivial > 1 || !p.attribute_identity || !read_constant(p) || !read_first_layer(p, width))
       return refuse("edge attributes that are no scalars");
     for (const CouplingView& q : p.coupling_storage)
       if (!read_coupling(p, q)) return refuse("fields other than scalars and vectors");
@@ -36,8 +36,8 @@ class GridPlan : public FieldPlan {
     numbers.insert(numbers.end(), begin, begin + sizeof grid_ / sizeof(int32_t));
   }
 
-  ExactView view(const int32_t* begin) const {
-    ExactView found = FieldPlan::view(begin);
+  FieldView view(const int32_t* begin) const {
+    FieldView found = FieldPlan::view(begin);
     found.grid = reinterpret_cast<const GridCoefficients*>(begin + numbers.size() - sizeof grid_ / sizeof(int32_t));
     return found;
   }

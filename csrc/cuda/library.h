@@ -21,10 +21,16 @@ struct DevicePlan;
 
 // What follows a node's sum over its edges: the mean over them, if `mean`, then + expansion [C_out, n] · bias [n].
 template <typename R>
-struct Epilogue {
+struct MeanAndBias {
   const R *expansion, *bias;
   int64_t n;
   bool mean;
+
+  // sum + (expansion · bias)[k]
+  IST_HOST_DEVICE R with_bias(R sum, int64_t k) const {
+    for (int64_t m = 0; m < n; ++m) sum += expansion[k * n + m] * bias[m];
+    return sum;
+  }
 };
 
 // The kind of kernels that serve a plan: exact, grid, specialised or generic; of the last two, what keeps the plan from
@@ -47,17 +53,17 @@ struct CudaTable {
   int64_t (*shared_bytes)(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals);
   // As ConvTable's, with device pointers. ConvArgs.plan is not read; `scratch` gives device memory; grad_edge is
   // [E, C_in].
-  Failure (*forward)(const DevicePlan<R>&, const ConvArgs<R>&, const Epilogue<R>&, void* stream);
+  Failure (*forward)(const DevicePlan<R>&, const ConvArgs<R>&, const MeanAndBias<R>&, void* stream);
   Failure (*backward)(const DevicePlan<R>&, const ConvArgs<R>&, void* stream);
   // The forward pass of a whole layer: `pack`, whose result is args.weights, and `forward`. Two launches where an exact
   // or a grid kernel serves the plan.
-  Failure (*layer_forward)(const DevicePlan<R>&, const ConvArgs<R>&, const Epilogue<R>&, const SparseMatrix<R>& matrix,
-                           const Pieces<const R>& parameters, const NormStatistics<R>&, R* packed, R* statistics,
-                           void* stream);
+  Failure (*layer_forward)(const DevicePlan<R>&, const ConvArgs<R>&, const MeanAndBias<R>&,
+                           const SparseMatrix<R>& matrix, const Pieces<const R>& parameters, const NormStatistics<R>&,
+                           R* packed, R* statistics, void* stream);
   // The backward pass of a whole layer, where args.grad_out is the gradient of what `forward` gives: as `backward`, and
   // the gradients of the parameters, as pack_backward, and of the bias [n]. args.grad_weights may be null: of these
   // then only that of the bias.
-  Failure (*layer_backward)(const DevicePlan<R>&, const ConvArgs<R>&, const Epilogue<R>&,
+  Failure (*layer_backward)(const DevicePlan<R>&, const ConvArgs<R>&, const MeanAndBias<R>&,
                             const SparseMatrix<R>& transposed, const R* statistics, const Pieces<R>& grad_parameters,
                             R* grad_bias, void* stream);
   Failure (*forward_tangent)(const DevicePlan<R>&, const ConvArgs<R>&, void* stream);

@@ -120,11 +120,11 @@ class PlanLists {
   void add_places(const Plan<R>& plan) {
     std::vector<int32_t> first(plan.in_size + 1, 0);
     for (int k = 0; k < plan.n_gathered; ++k)
-      if (plan.input[k] >= 0) ++first[plan.input[k] + 1];
+      if (plan.gathered_from[k] >= 0) ++first[plan.gathered_from[k] + 1];
     for (int i = 0; i < plan.in_size; ++i) first[i + 1] += first[i];
     std::vector<int32_t> next(first), places(first.back());
     for (int k = 0; k < plan.n_gathered; ++k)
-      if (plan.input[k] >= 0) places[next[plan.input[k]]++] = k;
+      if (plan.gathered_from[k] >= 0) places[next[plan.gathered_from[k]]++] = k;
     input_first_ = add(first), input_places_ = add(places);
   }
 };

@@ -182,7 +182,7 @@ struct Reverse : Warp<N, kFeatures, true, S> {
   // After the last tile.
   __device__ __forceinline__ void write_shell() {
     const N sum = sum_lanes(e.d_shell, 1, 32);
-    if (need_weights && lane == 0) grad_weights[p.shell] = result(sum / (shell * shell * shell));
+    if (need_weights && lane == 0) grad_weights[p.shell_at] = result(sum / (shell * shell * shell));
   }
 };
 

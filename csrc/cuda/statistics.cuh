@@ -13,7 +13,7 @@ struct Statistics : Warp<R, false, false> {
   R *shift, *sums;  // [channels * d]; [2, channels * d]
 
   __device__ __forceinline__ explicit Statistics(const Call<R>& call)
-      : Base(call), n_values(norm_input_size(call.plan, call.args.layer)) {
+      : Base(call), n_values(norm_input_size(call.plan)) {
     shift = this->rest, sums = shift + n_values;
   }
 
@@ -23,7 +23,7 @@ struct Statistics : Warp<R, false, false> {
     y = this->of_edge(y + k / p.d * p.c, l);
     const R *const first = this->of_edge(e.first, l), *const second = this->of_edge(e.second, l);
     if (p.kind == kZonal) return y[p.coordinate[m]] * first[m];
-    if (p.kind == kPlanar) return first[m] * y[m] + second[m] * y[p.partner[m]];
+    if (p.kind == kPlanar) return turned(p, first, second, y, m);
     return y[m];
   }
 
@@ -69,7 +69,7 @@ template <typename R>
 __global__ void norm_statistics(const __grid_constant__ PlanView<R> plan, int n, const double* sums, const R* shift,
                                 double count, const __grid_constant__ Pieces<const R> parameters, R* statistics,
                                 R* packed) {
-  const int channels = plan.layers[n].out_size / plan.c, w = blockIdx.x * blockDim.x + threadIdx.x;
+  const int channels = norm_channels(plan), w = blockIdx.x * blockDim.x + threadIdx.x;
   if (w >= channels) return;
   R* const mean = statistics + n * statistics_size(plan);
   channel_statistics(plan, channels, w, sums, shift, count, mean, mean + channels * plan.n_trivial);

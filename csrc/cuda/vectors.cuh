@@ -77,11 +77,11 @@ __global__ void sum_gradients(const __grid_constant__ RowSums<R, R> weights,
   features.run(block - nodes_blocks);
 }
 
-// What the kernel of a forward pass finds in place when it finishes its nodes itself (exact_call.h): the bias of every
+// What the kernel of a forward pass finds in place when it finishes its nodes itself (field_call.h): the bias of every
 // output, expansion · bias, and counters at 0.
 template <typename R>
 struct NodeStart {
-  Epilogue<R> epilogue;
+  MeanAndBias<R> after;
   R* bias;
   int64_t width;
   int32_t* arrivals;
@@ -91,10 +91,7 @@ struct NodeStart {
   __device__ __forceinline__ void run(int64_t i) const {
     if (i < n_arrivals) arrivals[i] = 0;
     const int64_t k = i - n_arrivals;
-    if (k < 0 || k >= width) return;
-    R sum{};
-    for (int64_t m = 0; m < epilogue.n; ++m) sum += epilogue.expansion[k * epilogue.n + m] * epilogue.bias[m];
-    bias[k] = sum;
+    if (k >= 0 && k < width) bias[k] = after.with_bias(R{}, k);
   }
 };
 

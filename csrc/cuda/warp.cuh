@@ -155,7 +155,7 @@ struct Warp : EdgeArrays<N> {
     Slice<N> slice{edges + slot * edge_size};
     this->place(slice, p, call.extent, Needs{kFeatures, kBackward, S::specialised});
     rest = edges + whole_quads(tile * edge_size);
-    shell = weights[p.shell];
+    shell = weights[p.shell_at];
     e.d_shell = N{};
   }
 
@@ -202,7 +202,7 @@ struct Warp : EdgeArrays<N> {
     if (!kFeatures) return;
     const int64_t source = index(a.src, edge) * p.in_size;
     for (int k = sub; k < p.n_gathered; k += lanes)
-      f[k] = p.input[k] < 0 ? N{} : input(a.x, a.x_tangent, source + p.input[k]);
+      f[k] = p.gathered_from[k] < 0 ? N{} : input(a.x, a.x_tangent, source + p.gathered_from[k]);
     node = target(begin + slot);
   }
 
@@ -342,7 +342,7 @@ struct Warp : EdgeArrays<N> {
         for (int k = 0; k < S::c; ++k) by_coefficient[k * S::width + w] = features[w * S::c + k];
     if (p.kind != kPlanar) return;
     for (int w = sub; w < p.channels && active; w += lanes)
-      for (int m = 0; m < p.c; ++m) hidden[w * p.c + m] = turned(p, e, coefficients + w * p.c, m);
+      for (int m = 0; m < p.c; ++m) hidden[w * p.c + m] = turned(p, e.first, e.second, coefficients + w * p.c, m);
     features = hidden;
     __syncwarp();
   }

@@ -95,7 +95,7 @@ double moments_deviation(const Case& file, Emulated<R>& engine) {
   engine.pack(p, unused);
   double largest = 0;
   for (int n = 0; n < p.n_norms() && p.arguments().n_edges > 0; ++n) {
-    const int size = p.plan.layers[n].out_size / p.plan.c * p.plan.d;
+    const int size = norm_input_size(p.plan);
     const std::vector<R> actual = engine.moments(p, n, size);
     ConvArgs<R> a = p.arguments();
     a.threads = 1, a.scratch = host_scratch;
@@ -136,11 +136,11 @@ std::vector<std::string> run_layer(const Case& file, Emulated<R>& engine) {
   const std::vector<R> grad_out = p.grad_out;
   for (bool mean : {false, true}) {
     std::vector<R> actual = unwritten<R>(nodes * width), whole = actual, of_bias(n), sizes(n), scaled = grad_out;
-    const Epilogue<R> epilogue{expansion.data(), bias.data(), n, mean};
+    const MeanAndBias<R> after{expansion.data(), bias.data(), n, mean};
     a = p.arguments(), a.out = actual.data();
-    engine.forward(p, a, epilogue);
+    engine.forward(p, a, after);
     a.out = whole.data();
-    engine.layer_forward(p, a, epilogue);
+    engine.layer_forward(p, a, after);
     for (int64_t k = 0; k < nodes * width; ++k) {
       const R edges = mean ? edges_of(p, k / width) : R{1}, *row = expansion.data() + k % width * n;
       const R expected = sums[k] / edges + (row[0] - 2 * row[1] + 3 * row[2]);
@@ -156,7 +156,7 @@ std::vector<std::string> run_layer(const Case& file, Emulated<R>& engine) {
     std::vector<R> expected = engine.unpack(p, grad_weights);
     const auto expected_delta = widened(grad_delta);
     p.grad_out = grad_out, a.grad_out = p.grad_out.data();
-    std::vector<R> found = engine.layer_backward(p, a, epilogue);
+    std::vector<R> found = engine.layer_backward(p, a, after);
     const auto deviates = [&](const std::vector<R>& x, const std::vector<R>& y) {
       return !(native_test::deviation(widened(x), widened(y)) <= kBound<R>);
     };
@@ -172,12 +172,12 @@ std::vector<std::string> run_layer(const Case& file, Emulated<R>& engine) {
 
 // Packed weights at statistics as batch norms keep them: the same bits as at the same ones in a row.
 template <typename R>
-std::vector<std::string> run_pack_kept(const Case& file, Emulated<R>& engine) {
+std::vector<std::string> run_pack_running(const Case& file, Emulated<R>& engine) {
   Problem<R> p(file);
   Results unused;
   engine.pack(p, unused);
-  const int64_t trivial = p.plan.n_trivial, channels = p.n_norms() ? p.plan.layers[0].out_size / p.plan.c : 0;
-  std::vector<std::vector<R>> kept;
+  const int64_t trivial = p.plan.n_trivial, channels = norm_channels(p.plan);
+  std::vector<std::vector<R>> running;
   std::vector<int64_t> columns;
   const R* next = p.statistics.data();
   for (int n = 0; n < p.n_norms(); ++n) {
@@ -185,15 +185,15 @@ std::vector<std::string> run_pack_kept(const Case& file, Emulated<R>& engine) {
     std::vector<R> means(channels * width, 7);
     for (int64_t k = 0; k < trivial; ++k) columns.push_back(2 * k + 1);
     for (int64_t k = 0; k < channels * trivial; ++k) means[k / trivial * width + columns[k % trivial]] = *next++;
-    kept.push_back(means), kept.emplace_back(next, next + channels);
+    running.push_back(means), running.emplace_back(next, next + channels);
     next += channels;
   }
-  const auto [packed, statistics] = engine.pack_kept(p, kept, columns);
+  const auto [packed, statistics] = engine.pack_running(p, running, columns);
   const auto same = [](const std::vector<R>& x, const std::vector<R>& y) {
     return x.size() == y.size() && (x.empty() || !std::memcmp(x.data(), y.data(), x.size() * sizeof(R)));
   };
-  if (p.file.has("running") && !same(packed, p.packed)) return {"packed at kept statistics: other bits"};
-  if (!same(statistics, p.statistics)) return {"statistics from those kept: other bits"};
+  if (p.file.has("running") && !same(packed, p.packed)) return {"packed at running statistics: other bits"};
+  if (!same(statistics, p.statistics)) return {"statistics from running ones: other bits"};
   return {};
 }
 
@@ -209,7 +209,7 @@ std::vector<std::string> run_case(const std::string& name, const Case& file, boo
     results = native_test::run_all<R>(file, engine);
     failures = native_test::failures_of<R>(what, file, results, kBound<R>, second_bound<R>(near), largest);
     for (const std::string& failure : run_layer<R>(file, engine)) failures.push_back(what + ": " + failure);
-    for (const std::string& failure : run_pack_kept<R>(file, engine)) failures.push_back(what + ": " + failure);
+    for (const std::string& failure : run_pack_running<R>(file, engine)) failures.push_back(what + ": " + failure);
     const double of_moments = moments_deviation<R>(file, engine);
     if (!(of_moments <= kBound<R>)) failures.push_back(what + ": moments deviate by " + std::to_string(of_moments));
     for (bool tangents : {false, true}) {

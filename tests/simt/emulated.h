@@ -106,15 +106,15 @@ class Emulated {
   }
   // What `pack` makes of statistics that lie as batch norms keep them, [W, d] with `trivial` columns and [W]: packed
   // weights, and the statistics one after the other.
-  std::pair<std::vector<R>, std::vector<R>> pack_kept(Problem<R>& p, const std::vector<std::vector<R>>& kept,
-                                                      const std::vector<int64_t>& trivial) {
+  std::pair<std::vector<R>, std::vector<R>> pack_running(Problem<R>& p, const std::vector<std::vector<R>>& running,
+                                                         const std::vector<int64_t>& trivial) {
     const Parts<R> parameters(p.parameters);
     auto packed = unwritten<R>(p.plan.n_weights), statistics = unwritten<R>(p.statistics.size());
     NormStatistics<R> norms{nullptr, trivial.data(), {}};
     begin();
     reads(p.rowptr), reads(p.column), reads(p.value), reads(trivial), writes(packed), writes(statistics);
     for (const auto& part : parameters.parts) reads(part);
-    for (const auto& values : kept) reads(values), norms.kept.add(values.data(), values.size());
+    for (const auto& values : running) reads(values), norms.running.add(values.data(), values.size());
     check(table<R>().pack(*plan_, p.matrix, parameters.template pieces<const R>(), norms, packed.data(),
                           statistics.data(), nullptr));
     return {packed, statistics};
@@ -143,17 +143,17 @@ class Emulated {
     return grad.joined();
   }
   // The whole backward pass of a layer: the gradients of the parameters, then of the bias.
-  std::vector<R> layer_backward(Problem<R>& p, ConvArgs<R> a, const Epilogue<R>& epilogue) {
+  std::vector<R> layer_backward(Problem<R>& p, ConvArgs<R> a, const MeanAndBias<R>& after) {
     const Transposed<R> transposed(p.matrix, p.plan.n_grad, p.plan.n_parameters);
     const SparseMatrix<R> matrix{p.plan.n_parameters, transposed.rowptr.data(), transposed.column.data(),
                                  transposed.value.data()};
     Parts<R> grad(unwritten<R>(p.plan.n_parameters));
-    auto of_bias = unwritten<R>(epilogue.n);
+    auto of_bias = unwritten<R>(after.n);
     run(p, a, [&](const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream) {
       reads(transposed.rowptr), reads(transposed.column), reads(transposed.value), reads(p.statistics);
-      numbers_at(epilogue.expansion, p.plan.out_size * epilogue.n, "expansion"), writes(of_bias);
+      numbers_at(after.expansion, p.plan.out_size * after.n, "expansion"), writes(of_bias);
       for (const auto& part : grad.parts) writes(part);
-      return table<R>().layer_backward(plan, args, epilogue, matrix, p.statistics.data(), grad.template pieces<R>(),
+      return table<R>().layer_backward(plan, args, after, matrix, p.statistics.data(), grad.template pieces<R>(),
                                        of_bias.data(), stream);
     });
     std::vector<R> found = grad.joined();
@@ -171,24 +171,24 @@ class Emulated {
   }
   int64_t gradient_size(Problem<R>& p) const { return p.plan.n_weights; }
 
-  void forward(Problem<R>& p, ConvArgs<R> a, const Epilogue<R>& epilogue = {}) {
+  void forward(Problem<R>& p, ConvArgs<R> a, const MeanAndBias<R>& after = {}) {
     run(p, a, [&](const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream) {
-      numbers_at(epilogue.expansion, p.plan.out_size * epilogue.n, "expansion");
-      numbers_at(epilogue.bias, epilogue.n, "bias");
-      return table<R>().forward(plan, args, epilogue, stream);
+      numbers_at(after.expansion, p.plan.out_size * after.n, "expansion");
+      numbers_at(after.bias, after.n, "bias");
+      return table<R>().forward(plan, args, after, stream);
     });
   }
   // The whole forward pass of a layer; packs its weights anew, to the same bits as `pack`.
-  void layer_forward(Problem<R>& p, ConvArgs<R> a, const Epilogue<R>& epilogue) {
+  void layer_forward(Problem<R>& p, ConvArgs<R> a, const MeanAndBias<R>& after) {
     const Parts<R> parameters(p.parameters);
     auto packed = unwritten<R>(p.plan.n_weights);
     run(p, a, [&](const DevicePlan<R>& plan, ConvArgs<R> args, void* stream) {
-      numbers_at(epilogue.expansion, p.plan.out_size * epilogue.n, "expansion");
-      numbers_at(epilogue.bias, epilogue.n, "bias");
+      numbers_at(after.expansion, p.plan.out_size * after.n, "expansion");
+      numbers_at(after.bias, after.n, "bias");
       writes(packed), args.weights = packed.data();
       reads(p.rowptr), reads(p.column), reads(p.value), reads(p.statistics);
       for (const auto& part : parameters.parts) reads(part);
-      return table<R>().layer_forward(plan, args, epilogue, p.matrix, parameters.template pieces<const R>(),
+      return table<R>().layer_forward(plan, args, after, p.matrix, parameters.template pieces<const R>(),
                                       {p.statistics.data(), nullptr, {}}, packed.data(), nullptr, stream);
     });
   }

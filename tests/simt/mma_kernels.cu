@@ -10,6 +10,9 @@ namespace {
 
 using namespace implicit_steer::IST_ISA;
 
+// x, which is finite, rounded to TF32 (ties away from 0), in the place of a float whose last 13 bits are 0
+__device__ __forceinline__ uint32_t to_tf32(float x) { return (__float_as_uint(x) + 0x1000u) & 0xffffe000u; }
+
 // d += a b, all by rows. `missing`: a lane that takes no part, which is an error; 32: none.
 template <Rounding kRounding>
 __global__ void multiply_tf32(const float* a, const float* b, float* d, int missing) {

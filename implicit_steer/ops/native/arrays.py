@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
-from ...plan import FUNCTIONS, Linear, Plan
+from ...plan import FUNCTIONS, Frame, Linear, Plan
 from ..packing_rows import bias_rows, linear_rows, selection
 from .headers import CouplingHeader, LayerHeader, PlanHeader
 from .packing_matrix import PackingMatrix, ThetaLayouts, dense_couplings, kernel_rows, theta_layouts
@@ -130,6 +130,30 @@ class _PackedNorm(NamedTuple):
     bias: int = -1
 
 
+class _Harmonics(NamedTuple):
+    """Each Y_m of a zonal frame as a sum of monomials; what the couplings read comes first. Empty for other frames."""
+
+    terms: list[tuple[int, int]]  # m, number of the monomial
+    values: list[float]  # of each term
+    monomials: list[tuple[int, int]]  # as Monomials.factors
+    used: int = 0  # terms that the couplings read
+    used_monomials: int = 0
+
+
+def _harmonics(frame: Frame, used: set[int]) -> _Harmonics:
+    """``used``: the m that the couplings read."""
+    if frame.kind != "zonal":
+        return _Harmonics([], [], [])
+    entries = [(m, j) for m, j in zip(*np.nonzero(np.abs(frame.harmonics) > 1e-14), strict=True)]
+    entries.sort(key=lambda entry: entry[0] not in used)
+    monomials = Monomials()
+    of_entry = [monomials.add(tuple(frame.powers[j].tolist())) for _, j in entries]
+    n_used = sum(m in used for m, _ in entries)
+    terms = [(m, monomial) for (m, _), monomial in zip(entries, of_entry, strict=True)]
+    values = [frame.harmonics[entry] for entry in entries]
+    return _Harmonics(terms, values, monomials.factors, n_used, 1 + max(of_entry[:n_used], default=0))
+
+
 class _Builder:
     """The arrays of one plan. Each ``pack_`` step adds rows to the packing matrix and keeps where the packed weights
     that they make begin; they follow each other in the order of the parameters. The last step, ``plan_numbers``, writes
@@ -139,6 +163,7 @@ class _Builder:
         self.plan, self.pairs = plan, sample_pairs(plan)
         self.couplings = dense_couplings(plan) if plan.dense_coupling else plan.couplings
         self.terms = Terms(plan, self.couplings, self.pairs.position)
+        self.harmonics = _harmonics(plan.frame, set(self.terms.nz_harmonic))
         self.n_coefficients = max(len(plan.frame.order), 1)  # of a channel
         self.n_inputs = plan.frame.n_position + plan.frame.n_attributes
         self.n_trivial = len(plan.norms[0].trivial) if plan.norms else 0
@@ -225,7 +250,8 @@ class _Builder:
 
     def _header(self) -> PlanHeader:
         plan, frame, terms = self.plan, self.plan.frame, self.terms
-        hidden, table = plan.hidden_coefficients, plan.table if plan.is_frozen else None
+        hidden, table, harmonics = plan.hidden_coefficients, plan.table if plan.is_frozen else None, self.harmonics
+        orders = [*frame.order, *frame.attribute_order] if frame.kind == "planar" else []
         return PlanHeader(
             kind=FRAME_KINDS.index(frame.kind),
             dim=frame.dim,
@@ -245,7 +271,7 @@ class _Builder:
             n_g=len(terms.factors),
             n_weights=self.packing.n_rows,
             n_grad=self.n_grad,
-            shell=self.shell,
+            shell_at=self.shell,
             has_cutoff=plan.cutoff is not None,
             hidden_flat=hidden,
             has_norms=bool(plan.norms),
@@ -259,9 +285,19 @@ class _Builder:
             n_read=terms.used,
             n_knots=table.knots if table else 0,
             n_types=table.types if table else 0,
-            table=self.table,
+            table_at=self.table,
             bounded=table is not None and table.bounded,
             even=table is not None and table.even,
+            attribute_identity=np.array_equal(frame.attribute, np.eye(frame.n_attributes)),
+            n_harmonics=len(harmonics.terms),
+            n_monomials=len(harmonics.monomials),
+            used_harmonics=harmonics.used,
+            used_monomials=harmonics.used_monomials,
+            max_power=max(orders, default=0),
+            n_products=len(terms.products) // 4,
+            product_size=terms.product_size,
+            n_adjoint=len(terms.inputs.rows),
+            n_harmonic_terms=sum(m >= 0 for m in terms.nz_harmonic),
         )
 
     def _add_scalars(self, numbers: _Numbers) -> None:
@@ -272,9 +308,8 @@ class _Builder:
         numbers.add_reals(plan.table.length if plan.table else 1.0, plan.table.spacing if plan.table else 1.0)
         numbers.add_ints(position[plan.frame.coefficient] if zonal else position)
         if plan.norms:
-            measured = plan.norms[
-                0
-            ].measured  # coordinates of h: those of the frame's coefficients but for zonal frames
+            # Coordinates of h: those of the frame's coefficients but for zonal frames.
+            measured = plan.norms[0].measured
             numbers.add_ints(position[plan.norms[0].trivial], measured if zonal else position[measured])
         output_place = np.full(plan.out_size, -1)
         channel = np.array(self.terms.outputs.channel, dtype=int)
@@ -282,30 +317,15 @@ class _Builder:
         numbers.add_ints(self.terms.inputs.channel, output_place)
 
     def _add_frame(self, numbers: _Numbers) -> None:
-        frame, position, order = self.plan.frame, self.pairs.position, self.pairs.order
-        numbers.add_ints(np.array_equal(frame.attribute, np.eye(frame.n_attributes)))
+        frame, position, order, harmonics = self.plan.frame, self.pairs.position, self.pairs.order, self.harmonics
         numbers.add_reals(frame.attribute)
         if frame.kind == "zonal":
-            self._add_harmonics(numbers)
+            numbers.add_ints(frame.order[frame.coefficient], harmonics.monomials, harmonics.terms)
+            numbers.add_reals(harmonics.values)
         elif frame.kind == "planar":
-            numbers.add_ints(max(frame.order.max(initial=0), frame.attribute_order.max(initial=0)))
             numbers.add_ints(frame.order[order], position[frame.partner[order]])
             numbers.add_ints(frame.attribute_order, frame.attribute_partner)
             numbers.add_reals(frame.plane, frame.axis, frame.sign[order], frame.attribute_sign)
-
-    def _add_harmonics(self, numbers: _Numbers) -> None:
-        """Those that the couplings read come first, and so do their monomials."""
-        frame, used = self.plan.frame, set(self.terms.nz_harmonic)
-        entries = [(m, j) for m, j in zip(*np.nonzero(np.abs(frame.harmonics) > 1e-14), strict=True)]
-        entries.sort(key=lambda entry: entry[0] not in used)
-        monomials = Monomials()
-        of_entry = [monomials.add(tuple(frame.powers[j].tolist())) for _, j in entries]
-        n_used = sum(m in used for m, _ in entries)
-        n_used_monomials = 1 + max(of_entry[:n_used], default=0)
-        numbers.add_ints(len(entries), len(monomials.factors), n_used, n_used_monomials)
-        numbers.add_ints(frame.order[frame.coefficient], monomials.factors)
-        numbers.add_ints([(m, monomial) for (m, _), monomial in zip(entries, of_entry, strict=True)])
-        numbers.add_reals([frame.harmonics[m, j] for m, j in entries])
 
     def _add_layer(self, numbers: _Numbers, n: int) -> None:
         plan, pairs = self.plan, self.pairs
@@ -357,12 +377,8 @@ class _Builder:
 
 
 def _add_products(numbers: _Numbers, terms: Terms) -> None:
-    numbers.add_ints(len(terms.products) // 4, terms.product_size, terms.products)
-    numbers.add_ints([place for place, _, _ in terms.factors])
-    numbers.add_ints(terms.g_first, terms.nz_harmonic)
+    numbers.add_ints(terms.products, [place for place, _, _ in terms.factors], terms.g_first, terms.nz_harmonic)
     numbers.add_reals(terms.nz_value)
     (adjoint, adjoint_terms), (harmonic_terms, values) = terms.adjoint(), terms.harmonic_terms()
-    numbers.add_ints(len(adjoint) // 4, adjoint)
-    numbers.add_ints([place for place, _ in adjoint_terms], [g for _, g in adjoint_terms])
-    numbers.add_ints(len(values), harmonic_terms)
+    numbers.add_ints(adjoint, [place for place, _ in adjoint_terms], [g for _, g in adjoint_terms], harmonic_terms)
     numbers.add_reals(values)

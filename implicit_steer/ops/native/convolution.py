@@ -97,9 +97,9 @@ class Convolution:
 
     def forward(self, packed: Tensor, *inputs: Tensor) -> Tensor:
         bound, graph, (x, delta, attributes, bias) = self.bound, self.graph, inputs
-        finish = bound.expansion.contiguous(), bias.contiguous(), bound.mean
+        mean_and_bias = bound.expansion.contiguous(), bias.contiguous(), bound.mean
         edges = graph.src, graph.order, graph.rowptr
-        tensors = *bound.arrays, packed, x, delta, attributes, *edges, *finish
+        tensors = *bound.arrays, packed, x, delta, attributes, *edges, *mean_and_bias
         return torch.ops.implicit_steer.conv_forward(*tensors, bound.plan.out_size, instruction_set())
 
     def backward(self, needs: Sequence[bool], grad: Tensor, packed: Tensor, *inputs: Tensor) -> Sequence[Tensor]:

@@ -27,7 +27,7 @@ class PlanHeader(NamedTuple):
     n_g: int
     n_weights: int
     n_grad: int
-    shell: int
+    shell_at: int
     has_cutoff: bool
     hidden_flat: int
     has_norms: bool
@@ -41,9 +41,19 @@ class PlanHeader(NamedTuple):
     n_read: int
     n_knots: int
     n_types: int
-    table: int
+    table_at: int
     bounded: bool
     even: bool
+    attribute_identity: bool
+    n_harmonics: int
+    n_monomials: int
+    used_harmonics: int
+    used_monomials: int
+    max_power: int
+    n_products: int
+    product_size: int
+    n_adjoint: int
+    n_harmonic_terms: int
 
 
 class LayerHeader(NamedTuple):

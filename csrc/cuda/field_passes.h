@@ -1,9 +1,9 @@
-// The launches of forward and backward passes by the kernels of exact_warp.cuh.
+// The launches of forward and backward passes by the exact and the grid kernels.
 #pragma once
 
 #include "exact_forward.cuh"
 #include "exact_gradients.cuh"
-#include "exact_launch.h"
+#include "field_launch.h"
 
 namespace implicit_steer::IST_ISA {
 
@@ -17,8 +17,8 @@ int64_t front_of_warps(const PlanView<float>& p) {
 
 // The kernel of a forward pass, prepared, with memory for its partial rows and for what it finishes nodes with.
 template <typename S>
-Failure prepare_forward_of(const char* name, void (*kernel)(ExactCall), const DevicePlan<float>& plan,
-                           const ConvArgs<float>& args, ExactLaunch& edges) {
+Failure prepare_forward_of(const char* name, void (*kernel)(FieldCall), const DevicePlan<float>& plan,
+                           const ConvArgs<float>& args, FieldLaunch& edges) {
   edges = {name, kernel, {}, front_of_warps<S>(plan.host), kExactForwardSize<S>, 0, kExactForwardThreads<S> / 32};
   IST_TRY(edges.prepare(plan, args));
   const int64_t warps = edges.call.shape.warps, width = plan.view.out_size;
@@ -29,7 +29,7 @@ Failure prepare_forward_of(const char* name, void (*kernel)(ExactCall), const De
 // The kernel of a backward pass; `edges`: the launch before prepare(), `kept`: numbers that a warp keeps in global
 // memory, in front of the warps' sums. `rows` and `more` as in run_exact_backward.
 template <typename S>
-Failure run_backward_of(ExactLaunch edges, int64_t kept, const DevicePlan<float>& plan, const ConvArgs<float>& args,
+Failure run_backward_of(FieldLaunch edges, int64_t kept, const DevicePlan<float>& plan, const ConvArgs<float>& args,
                         bool mean, int64_t more, void* stream, GradientRows<float>& rows) {
   using Gradients = ExactGradients<S>;
   IST_TRY(edges.prepare(plan, args));

@@ -1,25 +1,25 @@
-// A launch of the kernels of exact_warp.cuh.
+// A launch of an exact or a grid kernel.
 #pragma once
 
 #include <algorithm>
 
 #include "device_plan.h"
-#include "exact_call.h"
+#include "field_call.h"
 #include "launch.h"
 
 namespace implicit_steer::IST_ISA {
 
 // A launch of blocks whose warps share the edges.
-struct ExactLaunch {
+struct FieldLaunch {
   const char* name;
-  void (*kernel)(ExactCall);
-  ExactCall call;
+  void (*kernel)(FieldCall);
+  FieldCall call;
   int64_t front, of_warp;  // numbers of a block's shared memory: in front of its warps', and of a warp
   int warps_per_block;
   int most_warps = kThreads / 32;  // of a block
 
   Failure prepare(const DevicePlan<float>& plan, const ConvArgs<float>& args) {
-    call.args = args, call.args.plan = nullptr, call.plan = plan.view, call.exact = plan.exact_view;
+    call.args = args, call.args.plan = nullptr, call.plan = plan.view, call.view = plan.fields_view;
     PreparedKernel found{};
     IST_TRY(plan.prepare(reinterpret_cast<const void*>(kernel), found, [&] { return ask(found); }));
     const int64_t most = std::max<int64_t>(found.resident, 1), chunks = (args.n_edges + 31) / 32;
