@@ -297,7 +297,7 @@ class ParameterStarts(NamedTuple):
 
 
 def parameter_starts(plan: Plan, sizes: Sequence[int]) -> ParameterStarts:
-    """``sizes``: numbers in each of :func:`learned_tensors`."""
+    """``sizes``: how many entries each of :func:`learned_tensors` has."""
     starts = iter(np.cumsum([0, *sizes]).tolist())
     return ParameterStarts(
         splines=next(starts) if plan.is_frozen else 0,

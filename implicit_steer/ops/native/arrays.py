@@ -16,11 +16,12 @@ from scipy import sparse
 from torch import Tensor
 
 from ...plan import FUNCTIONS, Frame, Linear, Plan
+from ...plan.packing import parameter_starts
 from ..packing_rows import bias_rows, linear_rows, selection
 from .headers import CouplingHeader, LayerHeader, PlanHeader
 from .packing_matrix import PackingMatrix, ThetaLayouts, dense_couplings, kernel_rows, theta_layouts
 from .sample_pairs import sample_pairs
-from .terms import Monomials, Terms, padded, reads_one
+from .terms import Monomials, Terms, padded
 
 FRAME_KINDS = ("none", "zonal", "planar")  # FrameKind of csrc/plan.h
 
@@ -167,7 +168,7 @@ class _Builder:
         self.n_coefficients = max(len(plan.frame.order), 1)  # of a channel
         self.n_inputs = plan.frame.n_position + plan.frame.n_attributes
         self.n_trivial = len(plan.norms[0].trivial) if plan.norms else 0
-        self.parameter_starts = iter(np.cumsum([0, *sizes]).tolist())
+        self.starts = parameter_starts(plan, sizes)
         self.packing = PackingMatrix(sum(sizes))
         self.linears: list[_PackedLinear] = []
         self.norms: list[_PackedNorm] = []
@@ -178,7 +179,7 @@ class _Builder:
         """Spline by spline, each with the coefficients that couplings read, and of each a row of all channels."""
         self.table = 0
         if self.plan.is_frozen:
-            first, channels = next(self.parameter_starts), self.plan.hidden_coefficients // self.n_coefficients
+            first, channels = self.starts.splines, self.plan.hidden_coefficients // self.n_coefficients
             parameters = np.arange(first, first + self.plan.table_size)
             read = parameters.reshape(-1, channels, self.n_coefficients)[:, :, : self.terms.used].swapaxes(1, 2)
             filled = ((0, 0), (0, 0), (0, padded(channels) - channels))
@@ -188,12 +189,10 @@ class _Builder:
         """W of every hidden layer as groups of rows, and b, row by row."""
         n_parameters = self.packing.n_parameters
         in_position = np.arange(self.n_inputs)
-        for layer in self.plan.linears:
+        for layer, (weights_start, bias_start) in zip(self.plan.linears, self.starts.linears, strict=True):
             channels = np.arange(layer.out_size // self.n_coefficients)
             out_position = (channels[:, None] * self.n_coefficients + self.pairs.position).reshape(-1)
             groups = _row_groups(layer, self.n_coefficients, in_position, out_position)
-            weights_start = next(self.parameter_starts)
-            bias_start = next(self.parameter_starts) if layer.bias.shape[1] else 0
             weight = self.packing.add(linear_rows(layer, groups.places, weights_start, n_parameters))
             bias = self.packing.add(bias_rows(layer, np.argsort(out_position), bias_start, n_parameters))
             self.linears.append(_PackedLinear(groups, weight, bias))
@@ -201,37 +200,32 @@ class _Builder:
 
     def pack_batch_norms(self) -> None:
         """Scales and shifts depend on statistics: the native code sets them, the matrix leaves them 0."""
-        for norm in self.plan.norms:
+        for norm, (weight, bias) in zip(self.plan.norms, self.starts.norms, strict=True):
             affine = self.packing.add_copies(np.full(norm.channels * (1 + self.n_trivial), -1))
-            weight = next(self.parameter_starts)
-            bias = next(self.parameter_starts) if self.n_trivial else -1
             self.norms.append(_PackedNorm(affine, weight, bias))
 
     def pack_shell_width(self) -> None:
-        self.shell = self.packing.add_copies(np.array([next(self.parameter_starts)]))
+        self.shell = self.packing.add_copies(np.array([self.starts.shell]))
 
     def pack_last_layer(self) -> None:
         """θ of all couplings in one layout, then in the other: only the first one's gradient is computed, which makes
         the weights before it the first ``n_grad``."""
-        # of the parameters that are left; without a bias, where it would start
-        starts = dict(zip(("weights", "bias"), self.parameter_starts, strict=False))
-        rows_of = self._theta_rows(starts)
-        starts["kernel"] = 0
+        starts, rows_of = self.starts.last | {"kernel": 0}, self._theta_rows()
         layouts: list[ThetaLayouts] = []
         for coupling in self.couplings:
-            constant = reads_one(self.plan, coupling)
+            constant = self.plan.reads_one(coupling)
             layouts.append(theta_layouts(coupling, starts[coupling.parameter], constant))
         self.theta = [self.packing.add(rows_of(layout.theta)) for layout in layouts]
         self.n_grad = self.packing.n_rows
         self.theta_forward = [self.packing.add(rows_of(layout.theta_forward)) for layout in layouts]
 
-    def _theta_rows(self, starts: dict[str, int]) -> Callable[[NDArray[Any]], sparse.csr_matrix]:
+    def _theta_rows(self) -> Callable[[NDArray[Any]], sparse.csr_matrix]:
         """What makes rows of the packing matrix of the positions in a layout of θ: of parameters or, in a dense
         coupling, of entries of the kernel tensor."""
         n_parameters = self.packing.n_parameters
         if not self.plan.dense_coupling:
             return lambda parameters: selection(parameters, n_parameters)
-        kernel = kernel_rows(self.plan, starts, n_parameters)
+        kernel = kernel_rows(self.plan, self.starts.last, n_parameters)
         return lambda entries: selection(entries, kernel.shape[0]) @ kernel
 
     # ---- the plan
@@ -264,7 +258,7 @@ class _Builder:
             d=plan.field_size,
             c=self.n_coefficients,
             channels=hidden // self.n_coefficients,
-            order_zero=int(np.searchsorted(frame.order, 1)),
+            order_zero=frame.n_zero,
             function=FUNCTIONS.index(plan.activations[0].function) if plan.activations else 0,
             n_couplings=len(self.couplings),
             n_rows=len(terms.rows),
@@ -320,7 +314,7 @@ class _Builder:
         frame, position, order, harmonics = self.plan.frame, self.pairs.position, self.pairs.order, self.harmonics
         numbers.add_reals(frame.attribute)
         if frame.kind == "zonal":
-            numbers.add_ints(frame.order[frame.coefficient], harmonics.monomials, harmonics.terms)
+            numbers.add_ints(frame.degrees, harmonics.monomials, harmonics.terms)
             numbers.add_reals(harmonics.values)
         elif frame.kind == "planar":
             numbers.add_ints(frame.order[order], position[frame.partner[order]])
@@ -364,7 +358,7 @@ class _Builder:
             n_in=len(coupling.in_start),
             n_hidden=len(coupling.hidden_start),
             n_basis=coupling.basis.shape[0],
-            constant=reads_one(self.plan, coupling),
+            constant=self.plan.reads_one(coupling),
             depthwise=coupling.depthwise,
             n_slots=len(terms.slots),
             n_groups=len(terms.groups),

@@ -24,11 +24,6 @@ def padded(n: int) -> int:
     return -(-n // ROW_OF_CHANNELS) * ROW_OF_CHANNELS
 
 
-def reads_one(plan: Plan, c: Coupling) -> bool:
-    """:meth:`Plan.reads_one`."""
-    return plan.reads_one(c)
-
-
 class Gathered:
     """Channels by field type: for each tuple of field starts, component by component, all fields side by side and what
     fills a row of channels."""
