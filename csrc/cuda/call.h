@@ -36,7 +36,7 @@ IST_HOST_DEVICE constexpr int whole_quads(int n) { return (n + 3) / 4 * 4; }
 // What the couplings read and write, in lists. A row is four inputs v of a slot's T; a term of it is one of the blocks
 // that it sums over, and of specialised layers has one coefficient of all channels, or, after all others, the constant
 // one.
-struct Terms {
+struct CouplingLists {
   int n_rows, n_constant_rows, n_terms, n_degrees;
   const int32_t* rows;            // [n_rows + n_constant_rows, 4] place in T, inputs, first term, one past the last
   const int32_t* terms;           // [n_terms, 4] place of the four products, coefficient or -1, place in T, inputs
@@ -67,7 +67,7 @@ struct Call {
   PlanView<R> plan;  // pointers to device memory
   Extent extent;
   Places places;
-  Terms terms;
+  CouplingLists terms;
   Shape shape;
   bool mean;   // backward: grad_out is that of the mean over a node's edges
   R* partial;  // results warp by warp: [warps, 2, C_out], [warps, n_grad] or [warps, 2, channels * d]

@@ -34,7 +34,7 @@ struct EdgeKernel {
                   int64_t most_warps) {
     call.args = args, call.args.plan = nullptr, call.plan = plan.view, call.extent = plan.extent,
     call.places = plan.places, call.terms = plan.terms;
-    PreparedKernel found{};
+    LaunchFacts found{};
     IST_TRY(plan.prepare(reinterpret_cast<const void*>(kernel), found,
                          [&] { return ask(plan, needs, front, rest, found); }));
     Shape& shape = call.shape;
@@ -46,7 +46,7 @@ struct EdgeKernel {
     return {};
   }
 
-  Failure ask(const DevicePlan<R>& plan, Needs needs, int64_t front, int64_t rest, PreparedKernel& found) {
+  Failure ask(const DevicePlan<R>& plan, Needs needs, int64_t front, int64_t rest, LaunchFacts& found) {
     Device device;
     IST_TRY(device.read());
     Shape& shape = found.shape;

@@ -74,7 +74,7 @@ Sizes sizes_of(const Plan<R>& p) {
 }
 
 // What the launches of a kernel for one plan on one device have in common.
-struct PreparedKernel {
+struct LaunchFacts {
   const void* kernel;
   Shape shape;  // but for the edges
   int warps_per_block;
@@ -95,19 +95,19 @@ struct DevicePlan {
   const char* why_not = "float64";  // where neither of the two has
   FieldView fields_view{};          // of its copy on the device
   Places places{};                  // of their copies on the device
-  Terms terms{};
+  CouplingLists terms{};
   int64_t bytes;                                                   // of the one piece of memory that has the copies
   int64_t reals_at, layers_at, couplings_at, lists_at, fields_at;  // offsets of these in it
 
   // Of the kernels that ran before; a plan has few.
   mutable std::mutex mutex;
-  mutable std::vector<PreparedKernel> prepared;
+  mutable std::vector<LaunchFacts> prepared;
 
   // `found` is as at the kernel's first launch for the plan, before which ask() asks the device.
   template <typename Ask>
-  Failure prepare(const void* kernel, PreparedKernel& found, Ask ask) const {
+  Failure prepare(const void* kernel, LaunchFacts& found, Ask ask) const {
     const std::lock_guard<std::mutex> lock(mutex);
-    for (const PreparedKernel& known : prepared)
+    for (const LaunchFacts& known : prepared)
       if (known.kernel == kernel) return found = known, Failure{};
     IST_TRY(ask());
     found.kernel = kernel;

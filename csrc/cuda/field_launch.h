@@ -20,7 +20,7 @@ struct FieldLaunch {
 
   Failure prepare(const DevicePlan<float>& plan, const ConvArgs<float>& args) {
     call.args = args, call.args.plan = nullptr, call.plan = plan.view, call.view = plan.fields_view;
-    PreparedKernel found{};
+    LaunchFacts found{};
     IST_TRY(plan.prepare(reinterpret_cast<const void*>(kernel), found, [&] { return ask(found); }));
     const int64_t most = std::max<int64_t>(found.resident, 1), chunks = (args.n_edges + 31) / 32;
     Shape& shape = call.shape;
@@ -30,7 +30,7 @@ struct FieldLaunch {
     return {};
   }
 
-  Failure ask(PreparedKernel& found) const {
+  Failure ask(LaunchFacts& found) const {
     Device device;
     IST_TRY(device.read());
     cudaFuncAttributes attributes{};

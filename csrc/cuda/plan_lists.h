@@ -1,4 +1,4 @@
-// Lists of integers that kernels read beside a plan's two arrays: what Terms and Places of call.h point to.
+// Lists of integers that kernels read beside a plan's two arrays: what CouplingLists and Places of call.h point to.
 #pragma once
 
 #include <algorithm>
@@ -24,8 +24,8 @@ class PlanLists {
     add_places(plan);
   }
 
-  Terms terms(const int32_t* begin) const {
-    Terms t = counts_;
+  CouplingLists terms(const int32_t* begin) const {
+    CouplingLists t = counts_;
     t.rows = begin + rows_, t.terms = begin + terms_, t.by_coefficient = begin + by_coefficient_;
     t.first = begin + first_, t.harmonic = begin + harmonic_, t.nonzero = begin + nonzero_;
     t.monomials = begin + monomials_, t.degrees = begin + degrees_, t.solid = begin + solid_;
@@ -34,7 +34,7 @@ class PlanLists {
   Places places(const int32_t* begin) const { return {begin + input_first_, begin + input_places_}; }
 
  private:
-  Terms counts_{};  // without pointers
+  CouplingLists counts_{};  // without pointers
   int64_t rows_ = 0, terms_ = 0, by_coefficient_ = 0, first_ = 0, harmonic_ = 0, nonzero_ = 0, monomials_ = 0,
           degrees_ = 0, solid_ = 0, input_first_ = 0, input_places_ = 0;
 

@@ -118,7 +118,7 @@ struct Warp : EdgeArrays<N> {
   using Base::e, Base::z, Base::y, Base::normed, Base::hidden, Base::f, Base::g, Base::t, Base::by_coefficient;
   const ConvArgs<R>& a;
   const PlanView<R>& p;
-  const Terms& terms;
+  const CouplingLists& terms;
   const N* weights;  // packed
   Layers<S, R> block_layers;
   N shell;

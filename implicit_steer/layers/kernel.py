@@ -90,7 +90,7 @@ class KernelBase(NoTorchScript, torch.nn.Module):
         self._trivial = [norm.full_trivial.tolist() for norm in plan.norms]
         self._columns = torch.tensor(self._trivial, dtype=torch.int64)
         cache = self._call_cache
-        cache.native, cache.triton = op.prepared(plan, self.parameters_for_op(), values=self._values)
+        cache.native, cache.triton = op.engine_plans(plan, self.parameters_for_op(), values=self._values)
 
     def choose_knots(self, attributes: Tensor | EdgeTypes) -> None:
         """Where ``table="auto"`` and this has not been done for the present ``state_dict``, choose how many knots the

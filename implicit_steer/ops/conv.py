@@ -29,7 +29,7 @@ def compute_dtype(parameters: Parameters) -> torch.dtype:
     return torch.float64 if parameters.shell_width.dtype == torch.float64 else torch.float32
 
 
-def prepared(plan: Plan, parameters: Parameters, *, values: bool) -> tuple[bound.NativePlan | None, Handle | None]:
+def engine_plans(plan: Plan, parameters: Parameters, *, values: bool) -> tuple[bound.NativePlan | None, Handle | None]:
     """The plan for the native code and for `triton`; None where these cannot run it here. They are made before
     torch.compile, which finds them in ``parameters.cache``. ``values``: also prepare it for the kernel's values."""
     handle = triton.handle(plan)

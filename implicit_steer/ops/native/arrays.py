@@ -26,7 +26,7 @@ from .terms import Monomials, Terms, padded
 FRAME_KINDS = ("none", "zonal", "planar")  # FrameKind of csrc/plan.h
 
 
-class Prepared(NamedTuple):
+class PlanArrays(NamedTuple):
     """A plan ready for the native code."""
 
     ints: Tensor  # int32
@@ -45,7 +45,7 @@ class Prepared(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def prepare(plan: Plan, sizes: tuple[int, ...]) -> Prepared:
+def plan_arrays(plan: Plan, sizes: tuple[int, ...]) -> PlanArrays:
     """``sizes``: of the parameters, in the order of ``packing.learned_tensors``."""
     builder = _Builder(plan, sizes)
     builder.pack_table()
@@ -57,7 +57,7 @@ def prepare(plan: Plan, sizes: tuple[int, ...]) -> Prepared:
     return _as_tensors(numbers, builder.packing.stacked())
 
 
-def _as_tensors(numbers: _Numbers, matrix: sparse.csr_matrix) -> Prepared:
+def _as_tensors(numbers: _Numbers, matrix: sparse.csr_matrix) -> PlanArrays:
     """On the CPU, also where a layer is built under another default device, as on "meta": they are kept."""
 
     def by_dtype(reals: Any) -> dict[torch.dtype, Tensor]:
@@ -66,7 +66,7 @@ def _as_tensors(numbers: _Numbers, matrix: sparse.csr_matrix) -> Prepared:
     def int32(ints: Any) -> Tensor:
         return torch.as_tensor(ints, dtype=torch.int32, device="cpu")
 
-    return Prepared(
+    return PlanArrays(
         int32(numbers.ints), by_dtype(numbers.reals), int32(matrix.indptr), int32(matrix.indices), by_dtype(matrix.data)
     )
 

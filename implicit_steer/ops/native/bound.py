@@ -19,7 +19,7 @@ from ...plan import Plan
 from ...plan.moments import NormStatistics, Pool
 from ...plan.packing import Parameters, cached, constant, is_traced, learned_tensors, running, unflatten
 from ..backend import refused_dtype
-from .arrays import prepare
+from .arrays import plan_arrays
 from .instruction_set import instruction_set
 from .packing_matrix import kernel_entries
 
@@ -64,9 +64,9 @@ class NativePlan:
 
     def __init__(self, plan: Plan, sizes: tuple[int, ...], n_last: int) -> None:
         self._recipe = plan, sizes, n_last
-        prepared, dtypes = prepare(plan, sizes), (torch.float32, torch.float64)
-        self.arrays = {dtype: prepared.tensors(dtype) for dtype in dtypes}
-        self.matrix = {dtype: prepared.matrix(dtype) for dtype in dtypes}
+        arrays, dtypes = plan_arrays(plan, sizes), (torch.float32, torch.float64)
+        self.arrays = {dtype: arrays.tensors(dtype) for dtype in dtypes}
+        self.matrix = {dtype: arrays.matrix(dtype) for dtype in dtypes}
         self.kernel: KernelEntries | None = None
         norms = plan.norms
         self.trivial = [torch.tensor(norm.full_trivial, device="cpu") for norm in norms]

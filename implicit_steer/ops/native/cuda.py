@@ -17,7 +17,7 @@ from torch import Tensor
 from ... import _native
 from ...plan import Plan
 from ...plan.packing import Parameters, cached, parameter_sizes
-from .arrays import prepare
+from .arrays import plan_arrays
 from .bound import BoundKernel, KernelEntries, NativePlan, refusal
 from .convolution import NativeBackend
 
@@ -68,13 +68,13 @@ def _kernel_entries(plan: NativePlan, device: torch.device) -> KernelEntries:
 @lru_cache(maxsize=256)
 def shared_bytes(plan: Plan, dtype: torch.dtype) -> int:
     """Bytes of shared memory that a block of one of the plan's kernels cannot do without."""
-    return torch.ops.implicit_steer.cuda_shared_bytes(*prepare(plan, parameter_sizes(plan)).tensors(dtype))
+    return torch.ops.implicit_steer.cuda_shared_bytes(*plan_arrays(plan, parameter_sizes(plan)).tensors(dtype))
 
 
 @lru_cache(maxsize=256)
 def kernels_of(plan: Plan, dtype: torch.dtype) -> str:
     """Which kind of kernels serves the plan forward and backward, and what keeps it from a faster one."""
-    arrays = prepare(plan, parameter_sizes(plan)).tensors(dtype)
+    arrays = plan_arrays(plan, parameter_sizes(plan)).tensors(dtype)
     kinds = [torch.ops.implicit_steer.cuda_kernel_kind(*arrays, backward).split("\n") for backward in (False, True)]
     forward, backward = (f"{name} kernels{reason and f' because of {reason}'}" for name, reason in kinds)
     return forward if forward == backward else f"forward {forward}, backward {backward}"

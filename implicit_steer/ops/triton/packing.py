@@ -98,7 +98,7 @@ class _Numbers:
         return np.concatenate([[0], self._add([(-1, var, -1, mean) for _, var, _, mean in self.factors[1:]])])
 
 
-class _Terms:
+class _Sums:
     """Sums of products (parameter, factor) as sparse matrices, with a column for every such pair."""
 
     def __init__(self, plan: Plan, numbers: _Numbers) -> None:
@@ -257,7 +257,7 @@ def packing(found: Tables, sizes: Sequence[int], measured: bool) -> Packing:
         measured: whether the statistics are those that a call measured, or those that the norms keep.
     """
     plan, numbers = found.plan, _Numbers(found.plan, sizes, measured)
-    terms, blocks = _Terms(plan, numbers), []
+    terms, blocks = _Sums(plan, numbers), []
     layout = _edge_layout if found.sizes.edge_by_edge else _layer_layout
     if plan.is_frozen:
         blocks.append(terms.splines(found.sizes))
