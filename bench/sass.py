@@ -96,6 +96,12 @@ class Code:
         return {block: loop for loop in self.loops if loop.name or not named for block in loop.blocks}
 
 
+def _jumps(instruction: Instruction) -> bool:
+    """Whether control may go on at its target. ptxas writes some branches of sm_80 as a CALL with a guard whose target
+    does not return; a CALL without one returns."""
+    return instruction.opcode == "BRA" or (instruction.opcode == "CALL" and instruction.guarded)
+
+
 def _ends(instruction: Instruction) -> bool:
     """Whether control never goes on to the next instruction."""
     return instruction.opcode in ("BRA", "EXIT", "RET") and not instruction.guarded
@@ -104,14 +110,14 @@ def _ends(instruction: Instruction) -> bool:
 def code_of(instructions: list[Instruction], labels: dict[str, int]) -> Code:
     """Basic blocks; ``labels``: name → number of the instruction behind it."""
     leaders = {0, *(n for n in labels.values() if n < len(instructions))}
-    leaders |= {n + 1 for n, i in enumerate(instructions[:-1]) if i.opcode in ("BRA", "EXIT", "RET")}
+    leaders |= {n + 1 for n, i in enumerate(instructions[:-1]) if _jumps(i) or i.opcode in ("EXIT", "RET")}
     starts = sorted(leaders)
     number = {start: n for n, start in enumerate(starts)}
     blocks = [instructions[a:b] for a, b in zip(starts, [*starts[1:], len(instructions)], strict=True)]
     successors: list[list[int]] = []
     for n, block in enumerate(blocks):
         last, follow = block[-1], []
-        if last.opcode == "BRA" and labels.get(last.target or "", len(instructions)) < len(instructions):
+        if _jumps(last) and labels.get(last.target or "", len(instructions)) < len(instructions):
             follow.append(number[labels[last.target or ""]])
         if not _ends(last) and n + 1 < len(blocks):
             follow.append(n + 1)

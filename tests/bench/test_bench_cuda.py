@@ -81,6 +81,14 @@ def code(source):
     return codes["kernel"]
 
 
+def test_a_call_with_a_guard_is_a_branch():
+    lines = ["@P0 CALL.REL.NOINC `(.L_x_1) ;", "EXIT ;", "CALL.REL.NOINC `(.L_x_2) ;", "EXIT ;", "RET.REL.NODEC R2 ;"]
+    text = [f"        /*{16 * n:04x}*/  {line}" for n, line in enumerate(lines)]
+    code = parse([".text.kernel:", *text[:2], ".L_x_1:", *text[2:4], ".L_x_2:", text[4]])["kernel"]
+    assert code.successors == [[2, 1], [], [], []]  # the call without one goes on behind itself
+    assert list(code.dominators) == [0, 1, 2]
+
+
 def test_loops_have_the_names_of_their_source(code):
     sizes = {name: [] for name in ("nodes", "edges")}
     for loop in code.loops:
