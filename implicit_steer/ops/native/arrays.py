@@ -165,6 +165,7 @@ class _Builder:
         self.couplings = dense_couplings(plan) if plan.dense_coupling else plan.couplings
         self.terms = Terms(plan, self.couplings, self.pairs.position)
         self.harmonics = _harmonics(plan.frame, set(self.terms.nz_harmonic))
+        self.adjoint, self.harmonic_terms = self.terms.adjoint(), self.terms.harmonic_terms()
         self.n_coefficients = max(len(plan.frame.order), 1)  # of a channel
         self.n_inputs = plan.frame.n_position + plan.frame.n_attributes
         self.n_trivial = len(plan.norms[0].trivial) if plan.norms else 0
@@ -237,7 +238,7 @@ class _Builder:
         for n in range(len(self.plan.linears)):
             self._add_layer(numbers, n)
         numbers.add_ints(0, np.cumsum([len(row) for row in terms.rows]), [p for row in terms.rows for p in row])
-        _add_products(numbers, terms)
+        self._add_products(numbers)
         for n in range(len(self.couplings)):
             self._add_coupling(numbers, n)
         return numbers
@@ -290,8 +291,8 @@ class _Builder:
             max_power=max(orders, default=0),
             n_products=len(terms.products) // 4,
             product_size=terms.product_size,
-            n_adjoint=len(terms.inputs.rows),
-            n_harmonic_terms=sum(m >= 0 for m in terms.nz_harmonic),
+            n_adjoint=len(self.adjoint[0]) // 4,
+            n_harmonic_terms=len(self.harmonic_terms[1]),
         )
 
     def _add_scalars(self, numbers: _Numbers) -> None:
@@ -320,6 +321,13 @@ class _Builder:
             numbers.add_ints(frame.order[order], position[frame.partner[order]])
             numbers.add_ints(frame.attribute_order, frame.attribute_partner)
             numbers.add_reals(frame.plane, frame.axis, frame.sign[order], frame.attribute_sign)
+
+    def _add_products(self, numbers: _Numbers) -> None:
+        terms, (adjoint, adjoint_terms), (harmonic_terms, values) = self.terms, self.adjoint, self.harmonic_terms
+        numbers.add_ints(terms.products, [place for place, _, _ in terms.factors], terms.g_first, terms.nz_harmonic)
+        numbers.add_reals(terms.nz_value)
+        numbers.add_ints(adjoint, [place for place, _ in adjoint_terms], [g for _, g in adjoint_terms], harmonic_terms)
+        numbers.add_reals(values)
 
     def _add_layer(self, numbers: _Numbers, n: int) -> None:
         plan, pairs = self.plan, self.pairs
@@ -368,11 +376,3 @@ class _Builder:
             out_at=terms.out_at,
         )
         numbers.add_ints(header, terms.slots, terms.groups, terms.blocks, terms.places)
-
-
-def _add_products(numbers: _Numbers, terms: Terms) -> None:
-    numbers.add_ints(terms.products, [place for place, _, _ in terms.factors], terms.g_first, terms.nz_harmonic)
-    numbers.add_reals(terms.nz_value)
-    (adjoint, adjoint_terms), (harmonic_terms, values) = terms.adjoint(), terms.harmonic_terms()
-    numbers.add_ints(adjoint, [place for place, _ in adjoint_terms], [g for _, g in adjoint_terms], harmonic_terms)
-    numbers.add_reals(values)
