@@ -128,8 +128,8 @@ class Convolution:
         bound, (x, delta, attributes, _) = self.bound, inputs
         need_x, need_delta, need_attributes, _, need_learned = needs
         given = *bound.arrays, *bound.matrix, learned, statistics, packed, x, delta, attributes
-        given = *given, *self._edges(need_x, grad), bound.expansion.contiguous(), bound.mean
-        arguments = *given, need_x, need_delta, need_attributes, need_learned, instruction_set()
+        tensors = *given, *self._edges(need_x, grad), bound.expansion.contiguous()
+        arguments = *tensors, bound.mean, need_x, need_delta, need_attributes, need_learned, instruction_set()
         *found, of_learned = torch.ops.implicit_steer.conv_gradients(*arguments)
         return [*found, *of_learned]
 

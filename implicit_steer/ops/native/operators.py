@@ -15,7 +15,7 @@ from torch import Tensor
 from ... import _native
 from ..._transforms import one_by_one, recorder, refuse_derivatives
 from ...plan.packing import unflatten
-from ..by_name import by_name, positional
+from ..by_name import by_name, differentiable, positional
 
 _NAMESPACE = "implicit_steer"
 
@@ -148,12 +148,12 @@ def _conv_pack_fake(a: Any) -> Any:
     return a.statistics.new_empty(a.pack_rowptr.shape[0] - 1)
 
 
-def _save_pack(ctx: Any, inputs: Any, output: Any) -> None:
-    *packing, parameters, statistics = inputs
+def _save_pack(ctx: Any, a: Any, output: Any) -> None:
+    *packing, parameters, statistics = a
     ctx.save_for_backward(*packing, statistics, *parameters)
 
 
-def _conv_pack_gradient(ctx: Any, grad: Tensor) -> dict[str, list[Tensor]]:
+def _conv_pack_gradient(ctx: Any, needs: Any, grad: Tensor) -> dict[str, list[Tensor]]:
     # asked for once: torch.utils.checkpoint insists
     plan_ints, plan_reals, pack_rowptr, pack_column, pack_value, statistics, *parameters = ctx.saved_tensors
     packing, n = (plan_ints, plan_reals, pack_rowptr, pack_column, pack_value), sum(t.numel() for t in parameters)
@@ -263,12 +263,8 @@ def _differentiable(name: str, gradient: Callable[..., Any]) -> Callable[..., An
 
 def _register_pack() -> None:
     """``conv_pack`` takes a list of tensors, which torch.library alone differentiates."""
-    arguments_of = by_name("conv_pack")
-
-    def gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return tuple(arguments_of(**_conv_pack_gradient(ctx, grad)))
-
-    torch.library.register_autograd(f"{_NAMESPACE}::conv_pack", gradient, setup_context=_save_pack)
+    save, gradient = differentiable("conv_pack", _conv_pack_gradient, _save_pack)
+    torch.library.register_autograd(f"{_NAMESPACE}::conv_pack", gradient, setup_context=save)
 
 
 if _native.available()[0]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ... import _native
 from ..._transforms import one_by_one
 from ...plan.packing import unflatten
-from ..by_name import by_name, positional
+from ..by_name import differentiable, positional
 from . import convolution, launch_contract, launch_spline
 from .convolution import Learned, Points, Saved
 from .handle import plan_of
@@ -290,24 +290,9 @@ def _register(name: str, operator: _Operator) -> Callable[..., Any]:
     torch.library.register_fake(qualified, positional(name, operator.fake), lib=_library)
     one_by_one(name)
     if operator.gradient is not None:
-        save, backward = _differentiable(name, operator.gradient, operator.save)
+        save, backward = differentiable(name, operator.gradient, operator.save)
         torch.library.register_autograd(qualified, backward, setup_context=save, lib=_library)
     return kernel
-
-
-def _differentiable(
-    name: str, gradient: Callable[..., Any], save: Callable[..., None]
-) -> tuple[Callable[..., None], Callable[..., Any]]:
-    """What saves for the gradient, and the gradient, as torch.library takes them."""
-    arguments_of = by_name(name)
-
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        save(ctx, arguments_of(*inputs), output)
-
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return tuple(arguments_of(**gradient(ctx, arguments_of(*ctx.needs_input_grad), *grads)))
-
-    return setup_context, backward
 
 
 _native.available()  # the native extension defines the namespace first, where there is one
