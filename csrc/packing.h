@@ -79,7 +79,7 @@ struct Transposed {
 };
 
 // Calls f(from, to) for every weight of θ: its positions in the packed weights in the layouts [b][u][v, w] and
-// [b][v][w][u], whose rows of channels are padded; of a depthwise coupling [b][v, w] and [b][w][v].
+// [b][panel of u][v][w][u], whose rows of channels are padded; of a depthwise coupling [b][v, w] and [b][w][v].
 template <typename R, typename F>
 void for_theta(const PlanView<R>& plan, F f) {
   for (const CouplingView* next = plan.couplings; next < plan.couplings + plan.n_couplings; ++next) {
@@ -94,7 +94,7 @@ void for_theta(const PlanView<R>& plan, F f) {
         for (int64_t v = 0; v < q.n_in; ++v)
           for (int64_t w = 0; w < q.n_hidden; ++w)
             f(q.theta + (b * q.n_out + u) * q.theta_size + v * q.hidden_stride + w,
-              q.theta_forward + ((b * q.n_in + v) * q.n_hidden + w) * q.out_stride + u);
+              q.theta_forward + b * q.forward_size() + q.forward_place(u) + (v * q.n_hidden + w) * q.panel_width(u));
   }
 }
 

@@ -17,6 +17,9 @@ namespace implicit_steer {
 enum FrameKind : int32_t { kNone = 0, kZonal = 1, kPlanar = 2 };
 // Rows of channels in the packed weights, and in what is multiplied with them, are padded to whole multiples of this.
 constexpr int64_t kChannels = 8;
+// Outputs that lie side by side in the forward pass's θ, so that what it reads together is one line of the cache or
+// two.
+constexpr int64_t kPanel = 16;
 // Numbers of a row of n channels.
 __attribute__((always_inline)) constexpr int64_t padded(int64_t n) {
   return (n + kChannels - 1) / kChannels * kChannels;
@@ -91,18 +94,18 @@ enum Function : int32_t { kElu = 0, kRelu = 1, kSilu = 2, kGelu = 3, kTanh = 4 }
   FIELD(out_odd)                                                                         \
   FIELD(n_groups) /* rows of W that share their columns */
 
-#define IST_COUPLING_HEADER(FIELD)                                                  \
-  FIELD(n_out)     /* U */                                                          \
-  FIELD(n_in)      /* V */                                                          \
-  FIELD(n_hidden)  /* W */                                                          \
-  FIELD(n_basis)   /* n_b */                                                        \
-  FIELD(constant)  /* reads the constant one: W = 1 */                              \
-  FIELD(depthwise) /* output u reads input u alone: V = U */                        \
-  FIELD(n_slots)                                                                    \
-  FIELD(n_groups)                                                                   \
-  FIELD(n_blocks)                                                                   \
-  FIELD(theta)         /* positions in the packed weights of θ [b][u][v, w] */      \
-  FIELD(theta_forward) /* and of θ [b][v][w][u]; depthwise: [b][v, w], [b][w][u] */ \
+#define IST_COUPLING_HEADER(FIELD)                                                              \
+  FIELD(n_out)     /* U */                                                                      \
+  FIELD(n_in)      /* V */                                                                      \
+  FIELD(n_hidden)  /* W */                                                                      \
+  FIELD(n_basis)   /* n_b */                                                                    \
+  FIELD(constant)  /* reads the constant one: W = 1 */                                          \
+  FIELD(depthwise) /* output u reads input u alone: V = U */                                    \
+  FIELD(n_slots)                                                                                \
+  FIELD(n_groups)                                                                               \
+  FIELD(n_blocks)                                                                               \
+  FIELD(theta)         /* positions in the packed weights of θ [b][u][v, w] */                  \
+  FIELD(theta_forward) /* and of θ [b][panel of u][v][w][u]; depthwise: [b][v, w], [b][w][u] */ \
   FIELD(out_at)        /* place of component 0 of the U outputs */
 
 #define IST_MEMBER(name) int32_t name;
@@ -137,6 +140,17 @@ struct CouplingView {
   int64_t theta_size;                            // of θ[b, u], as [v, w]
   int32_t theta_rows;                            // of them for each b: U, or 1 where depthwise
   int64_t at_sums;                               // of GPU kernels: position of T, slot by slot; see device_plan.h
+
+  // Place of a slot's outputs among those of a node.
+  IST_HOST_DEVICE int64_t place_of_output(int slot) const { return out_at + int64_t{slots[2 * slot + 1]} * out_stride; }
+  // θ[b] of the forward pass, not of a depthwise coupling: its size, the place of output u's first number (v = w = 0),
+  // and from there to the next, the panel's width.
+  IST_HOST_DEVICE int64_t forward_size() const { return int64_t{n_in} * n_hidden * out_stride; }
+  IST_HOST_DEVICE int64_t forward_place(int64_t u) const { return u / kPanel * kPanel * n_in * n_hidden + u % kPanel; }
+  IST_HOST_DEVICE int64_t panel_width(int64_t u) const {
+    const int64_t rest = out_stride - u / kPanel * kPanel;
+    return rest < kPanel ? rest : kPanel;
+  }
 };
 
 template <typename R>

@@ -10,22 +10,25 @@ struct Backward : Worker<R> {
   using Base = Worker<R>;
   using V = typename Lane<R>::V;
   using Base::a, Base::p, Base::weights, Base::tile, Base::products, Base::h, Base::by_rows, Base::mixed, Base::ring,
-      Base::ring_size, Base::n_ring;
+      Base::near, Base::ring_size, Base::n_ring, Base::node_slot_sums, Base::node_mixed;
   static constexpr int L = Lane<R>::L, QL = Lane<R>::QL;
+  static constexpr int M = kVectors<R>;
+  static constexpr int kColumns = M * L > kPanel ? M * L : kPanel;  // of θ: whole lines of the cache
   const bool need_geometry, need_weights, need_hidden;
   R* sums;                // T of one node, as [w][slot, v]
   R *slot_sums, *d_sums;  // T and ∂L/∂T of ring_size nodes, as [slot, v][w]
   R* d_sums_t;            // ∂L/∂T of one node, as [w][slot, v]
   R* d_theta;             // θ's gradient, of all couplings one after the other as in the packed weights
-  R* grads;               // [ring_size, n_mixed] the output's gradients of the nodes in the ring
+  R* grads;               // [ring_size, node_mixed] the output's gradients of the nodes in the ring
+  R* columns;             // [U, kColumns] of θ [b]
   R* d_rows;              // per row of hidden features [L, padded W]; by_rows: [L, the splines' row]
   R* d_one;               // [L, QL] sums over QL are the gradients of the constant one in h
   int64_t* row_at;        // [n_rows] positions in d_rows
   int64_t row_size = 0;   // of all rows together
   Unit<R>* row_units;     // all rows' channels
   int n_row_units = 0;
-  int64_t last_node = 0;
-  int64_t prepared[kMostNodes];  // nodes whose ∂L/∂T stand in d_sums
+  int64_t last_node = 0, next_near = 0;  // one past the block's last; where the near list is being read
+  int64_t prepared[kMostNodes];          // nodes whose ∂L/∂T stand in d_sums
   int n_prepared = 0, current = 0;
 
   Backward(const ConvArgs<Real<R>>& args, int64_t own_edges)
@@ -43,9 +46,10 @@ struct Backward : Worker<R> {
 
   void place(Arena& arena) {
     Base::place(arena, true);
-    arena.take(sums, p.n_sums), arena.take(slot_sums, ring_size * p.n_slot_sums),
-        arena.take(d_sums, ring_size * p.n_slot_sums);
-    arena.take(d_sums_t, p.n_sums), arena.take(d_theta, theta_size()), arena.take(grads, ring_size * p.n_mixed);
+    arena.take(sums, p.n_sums), arena.take(slot_sums, ring_size * node_slot_sums),
+        arena.take(d_sums, ring_size * node_slot_sums);
+    arena.take(d_sums_t, p.n_sums), arena.take(d_theta, theta_size()), arena.take(grads, ring_size * node_mixed);
+    arena.take(columns, most_outputs() * kColumns);
     arena.take(d_rows, row_size), arena.take(d_one, L * QL), arena.take(row_at, p.n_rows);
     arena.take(row_units, row_size / (L * QL));
   }
@@ -69,6 +73,12 @@ struct Backward : Worker<R> {
     }
   }
 
+  int64_t most_outputs() const {
+    int64_t most = 0;
+    for (int k = 0; k < p.n_couplings; ++k)
+      if (p.couplings[k].n_out > most) most = p.couplings[k].n_out;
+    return most;
+  }
   int64_t theta_size() const { return p.n_couplings ? p.n_grad - p.couplings[0].theta : 0; }
 
   // Position of θ [b][u] of a coupling in d_theta.
@@ -79,19 +89,11 @@ struct Backward : Worker<R> {
   static int64_t at_slot(const Group& group, int slot) {
     return group.slot_sums + int64_t{slot - group.first} * group.q.in_stride * group.q.hidden_stride;
   }
-  // f(group, slot) for all slots of all couplings
-  template <typename F>
-  void for_slots(F f) const {
-    for_groups(p.couplings, p.n_couplings, [&](const Group& group) {
-      for (int slot = group.first; slot < group.first + group.n_slots; ++slot) f(group, slot);
-    });
-  }
-
   // ∂L/∂T of the node, in both layouts
   void start(int64_t node) {
-    if (++current >= n_prepared || prepared[current] != node) prepare(node);
+    if (!is_prepared(node) && (++current, !is_prepared(node))) prepare(node);
     for_bundles(p.couplings, p.n_couplings, [&](const Group& bundle) {
-      const R* d = d_sums + current * p.n_slot_sums + bundle.slot_sums;
+      const R* d = d_sums + current * node_slot_sums + bundle.slot_sums;
       if (bundle.q.constant)
         memcpy(static_cast<void*>(d_sums_t + bundle.sums), d, sizeof(R) * bundle.width);
       else
@@ -100,70 +102,94 @@ struct Backward : Worker<R> {
     });
     this->untouched = true;
     if (!need_weights) return;
-    memcpy(static_cast<void*>(grads + n_ring * p.n_mixed), mixed + current * p.n_mixed, sizeof(R) * p.n_mixed);
+    memcpy(static_cast<void*>(grads + n_ring * node_mixed), mixed + current * node_mixed, sizeof(R) * node_mixed);
   }
 
-  // d_sums [slot][v, w] = Σ_u θ[b, u, v, w] g[o, u], of a depthwise coupling only u = v, for this node and the next
-  // ones that have edges
-  void prepare(int64_t node) {
+  bool is_prepared(int64_t node) const { return current < n_prepared && prepared[current] == node; }
+  // To be prepared: the node, and those that come after it in its walk.
+  void list_nodes(int64_t node) {
     n_prepared = current = 0;
     prepared[n_prepared++] = node;
-    for (int64_t i = node + 1; i < last_node && n_prepared < ring_size && !tile.e.near_origin; ++i)
-      if (a.index(a.rowptr, i) < a.index(a.rowptr, i + 1)) prepared[n_prepared++] = i;
+    if (tile.e.near_origin) {
+      while (near.node[next_near] < node) ++next_near;
+      for (int64_t k = next_near; k < near.size && n_prepared < ring_size; ++k)
+        if (near.node[k] != prepared[n_prepared - 1]) prepared[n_prepared++] = near.node[k];
+    } else {
+      for (int64_t i = node + 1; i < last_node && n_prepared < ring_size; ++i)
+        if (a.index(a.rowptr, i) < a.index(a.rowptr, i + 1)) prepared[n_prepared++] = i;
+    }
+  }
+  // d_sums of the node and the next ones
+  void prepare(int64_t node) {
+    list_nodes(node);
     for (int n = 0; n < n_prepared; ++n)
       for (int k = 0; k < p.out_size; ++k)
         if (p.mixed_place[k] >= 0)
-          mixed[n * p.n_mixed + p.mixed_place[k]] = constant_number<R>(a.grad_out[prepared[n] * p.out_size + k]);
-    for_slots([&](const Group& group, int slot) {
-      group.q.depthwise ? scale_channels(group, slot) : sum_outputs(group, slot);
+          mixed[n * node_mixed + p.mixed_place[k]] = constant_number<R>(a.grad_out[prepared[n] * p.out_size + k]);
+    for_slots(p.couplings, p.n_couplings, [&](const Group& group, Slots slots) {
+      group.q.depthwise ? scale_channels(group, slots) : sum_outputs(group, slots);
     });
   }
 
   // d_sums [slot][v, w] = θ[b, v, w] g[o, v]
-  void scale_channels(const Group& group, int slot) {
+  void scale_channels(const Group& group, Slots slots) {
     const CouplingView& q = group.q;
-    const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
-    const R* weight = weights + q.theta + b * q.theta_size;
-    for (int n = 0; n < n_prepared; ++n) {
-      const R* g = mixed + n * p.n_mixed + q.out_at + o * q.out_stride;
-      R* d = d_sums + n * p.n_slot_sums + at_slot(group, slot);
-      for (int64_t x = 0; x < q.theta_size && q.constant; x += QL)
-        store_row(d + x, load_row(weight + x) * load_row(g + x));
-      for (int64_t x = 0; x < q.theta_size && !q.constant; x += QL)
-        store_row(d + x, load_row(weight + x) * g[x / q.hidden_stride]);
-    }
+    const R* weight = weights + q.theta + slots.b * q.theta_size;
+    for (int slot = slots.first; slot < slots.end; ++slot)
+      for (int n = 0; n < n_prepared; ++n) {
+        const R* g = mixed + n * node_mixed + q.place_of_output(slot);
+        R* d = d_sums + n * node_slot_sums + at_slot(group, slot);
+        for (int64_t x = 0; x < q.theta_size && q.constant; x += QL)
+          store_row(d + x, load_row(weight + x) * load_row(g + x));
+        for (int64_t x = 0; x < q.theta_size && !q.constant; x += QL)
+          store_row(d + x, load_row(weight + x) * g[x / q.hidden_stride]);
+      }
   }
 
-  void sum_outputs(const Group& group, int slot) {
+  // d_sums [slot][v, w] = Σ_u θ[b, u, v, w] g[o, u]
+  void sum_outputs(const Group& group, Slots slots) {
     using Q = typename Lane<R>::Q;
     const CouplingView& q = group.q;
-    const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
-    const R* weight = weights + q.theta + int64_t{b} * q.n_out * q.theta_size;
-    const R* g = mixed + q.out_at + o * q.out_stride;
-    R* d = d_sums + at_slot(group, slot);
-    constexpr int M = IST_LANE_BYTES == 64 && !is_dual<R> ? 2 : 1;  // as many as the registers hold
+    const R* weight = weights + q.theta + slots.b * q.n_out * q.theta_size;
     int64_t x = 0;
-    for (; x + M * L <= q.theta_size; x += M * L) sum_nodes<V, M>(q, weight + x, g, d + x);
-    for (; M > 1 && x + L <= q.theta_size; x += L) sum_nodes<V, 1>(q, weight + x, g, d + x);
-    for (; x < q.theta_size; x += QL) sum_nodes<Q, 1>(q, weight + x, g, d + x);
+    if (n_prepared > kNodes && q.n_out * q.theta_size * static_cast<int64_t>(sizeof(R)) > kNearestCache)
+      for (; x + kColumns <= q.theta_size; x += kColumns) {
+        copy_columns(q, weight + x);
+        for (int k = 0; k < kColumns; k += M * L) sum_slots<V, M>(group, slots, columns + k, kColumns, x + k);
+      }
+    for (; x + M * L <= q.theta_size; x += M * L) sum_slots<V, M>(group, slots, weight + x, q.theta_size, x);
+    for (; M > 1 && x + L <= q.theta_size; x += L) sum_slots<V, 1>(group, slots, weight + x, q.theta_size, x);
+    for (; x < q.theta_size; x += QL) sum_slots<Q, 1>(group, slots, weight + x, q.theta_size, x);
   }
-  // M T numbers wide, of all nodes
-  template <typename T, int M>
-  IST_INLINE void sum_nodes(const CouplingView& q, const R* weight, const R* g, R* d) {
-    for (int first = 0; first < n_prepared; first += kNodes, g += kNodes * p.n_mixed, d += kNodes * p.n_slot_sums) {
-      const R* node[kNodes];
-      for (int n = 0; n < kNodes; ++n) node[n] = opaque_pointer(g + n * p.n_mixed);
-      sum_block<T, M>(q, weight, node, d, n_prepared - first < kNodes ? n_prepared - first : kNodes);
+  // kColumns of θ [b][u], of all u: all slots and nodes read them then without gaps between the rows.
+  void copy_columns(const CouplingView& q, const R* weight) {
+    for (int u = 0; u < q.n_out; ++u, weight += q.theta_size) {
+      memcpy(static_cast<void*>(columns + u * kColumns), weight, sizeof(R) * kColumns);
+      for (size_t k = 0; k < kColumns; k += 64 / sizeof(R)) __builtin_prefetch(weight + kColumns + k, 0, 2);
     }
   }
-  // of n_nodes nodes
-  template <typename T, int M>
-  IST_INLINE void sum_block(const CouplingView& q, const R* weight, const R* const* node, R* d, int n_nodes) {
-    T acc[kNodes * M] = {};
-    for (int u = 0; u < q.n_out; ++u, weight += q.theta_size)
-      add_term<kNodes, M>(acc, [&](int n, int) { return node[n][u]; }, weight, u);
-    for (int n = 0; n < n_nodes; ++n)
-      for (int m = 0; m < M; ++m) store_numbers(d + n * p.n_slot_sums + m * kWidth<T>, acc[n * M + m]);
+  // W T of the columns from x on, of all nodes; `stride`: from one row of θ to the next
+  template <typename T, int W>
+  IST_INLINE void sum_slots(const Group& group, Slots slots, const R* weight, int64_t stride, int64_t x) {
+    constexpr int N = kTogether<W>;
+    for (int slot = slots.first; slot < slots.end; ++slot) {
+      const R* g = mixed + group.q.place_of_output(slot);
+      R* d = d_sums + at_slot(group, slot) + x;
+      for (int first = 0; first < n_prepared; first += N, g += N * node_mixed, d += N * node_slot_sums) {
+        const R* node[N];
+        for (int n = 0; n < N; ++n) node[n] = opaque_pointer(g + n * node_mixed);
+        sum_block<T, W>(group.q, weight, stride, node, d);
+      }
+    }
+  }
+  template <typename T, int W>
+  IST_INLINE void sum_block(const CouplingView& q, const R* weight, int64_t stride, const R* const* node, R* d) {
+    constexpr int N = kTogether<W>;
+    T acc[N * W] = {};
+    for (int u = 0; u < q.n_out; ++u, weight += stride)
+      add_term<N, W>(acc, [&](int n, int) { return node[n][u]; }, weight, u);
+    for (int n = 0; n < N; ++n)
+      for (int m = 0; m < W; ++m) store_numbers(d + n * node_slot_sums + m * kWidth<T>, acc[n * W + m]);
   }
 
   // d_t and d_rows of the lanes l0 .. l1-1, all into one node.
@@ -184,7 +210,7 @@ struct Backward : Worker<R> {
                           q.n_hidden, bundle.width);
     });
     const int64_t stride = by_rows ? tile.splines.row : pad;  // of d_rows
-    const R* d = d_sums + current * p.n_slot_sums + bundle.slot_sums;
+    const R* d = d_sums + current * node_slot_sums + bundle.slot_sums;
     if (q.constant)
       dots(l0, l1, products.t + at, d, bundle.width);
     else if (need_hidden)
@@ -206,7 +232,7 @@ struct Backward : Worker<R> {
     this->complete(sums);
     for_bundles(p.couplings, p.n_couplings, [&](const Group& bundle) {
       const CouplingView& q = bundle.q;
-      R* out = slot_sums + n_ring * p.n_slot_sums + bundle.slot_sums;
+      R* out = slot_sums + n_ring * node_slot_sums + bundle.slot_sums;
       if (q.constant)
         memcpy(static_cast<void*>(out), sums + bundle.sums, sizeof(R) * bundle.width);
       else if (need_weights)
@@ -217,32 +243,42 @@ struct Backward : Worker<R> {
     if (n_ring == ring_size) flush();
   }
 
-  // dθ [b][u][v, w] += Σ_n g_n[u, o] T_n[slot][v, w] over the nodes in the ring
+  // dθ of the nodes in the ring
   void flush() {
     if (need_weights)
-      for_slots([&](const Group& group, int slot) {
-        const CouplingView& q = group.q;
-        const int b = q.slots[2 * slot], o = q.slots[2 * slot + 1];
-        const R *g = grads + q.out_at + o * q.out_stride, *sums_of = slot_sums + at_slot(group, slot);
-        if (q.depthwise)
-          flush_channels(q, theta_gradient(q, b), g, sums_of);
-        else
-          rank_updates(q.n_out, theta_gradient(q, b), q.theta_size, numbers_at(g, 1, p.n_mixed), sums_of, p.n_slot_sums,
-                       0, n_ring, q.theta_size);
+      for_slots(p.couplings, p.n_couplings, [&](const Group& group, Slots slots) {
+        group.q.depthwise ? add_channels(group, slots) : add_fields(group, slots);
       });
     n_ring = 0;
   }
 
-  // dθ [b][v, w] += Σ_n g_n[v, o] T_n[slot][v, w]; g, sums_of: of the first node, of this o and slot
-  void flush_channels(const CouplingView& q, R* out, const R* g, const R* sums_of) {
-    for (int64_t x = 0; x < q.theta_size; x += QL) {
-      typename Lane<R>::Q total = load_row(out + x);
-      for (int n = 0; n < n_ring; ++n) {
-        const R* at = g + n * p.n_mixed;
-        const auto sum = load_row(sums_of + n * p.n_slot_sums + x);
-        total += q.constant ? sum * load_row(at + x) : sum * at[x / q.hidden_stride];
+  // dθ [b][u][v, w] += Σ_n g_n[u, o] T_n[slot][v, w]; as many columns at a time as the nearest cache keeps of T
+  void add_fields(const Group& group, Slots slots) {
+    const CouplingView& q = group.q;
+    const int64_t fit = kNearestCache / static_cast<int64_t>(sizeof(R)) / kMostNodes / kPanel * kPanel;
+    R* out = theta_gradient(q, static_cast<int>(slots.b));
+    for (int64_t x = 0; x < q.theta_size; x += fit)
+      for (int slot = slots.first; slot < slots.end; ++slot)
+        rank_updates(q.n_out, out + x, q.theta_size, numbers_at(grads + q.place_of_output(slot), 1, node_mixed),
+                     slot_sums + at_slot(group, slot) + x, node_slot_sums, 0, n_ring,
+                     q.theta_size - x < fit ? q.theta_size - x : fit);
+  }
+
+  // dθ [b][v, w] += Σ_n g_n[v, o] T_n[slot][v, w]
+  void add_channels(const Group& group, Slots slots) {
+    const CouplingView& q = group.q;
+    R* out = theta_gradient(q, static_cast<int>(slots.b));
+    for (int slot = slots.first; slot < slots.end; ++slot) {
+      const R *g = grads + q.place_of_output(slot), *sums_of = slot_sums + at_slot(group, slot);
+      for (int64_t x = 0; x < q.theta_size; x += QL) {
+        typename Lane<R>::Q total = load_row(out + x);
+        for (int n = 0; n < n_ring; ++n) {
+          const R* at = g + n * node_mixed;
+          const auto sum = load_row(sums_of + n * node_slot_sums + x);
+          total += q.constant ? sum * load_row(at + x) : sum * at[x / q.hidden_stride];
+        }
+        store_row(out + x, total);
       }
-      store_row(out + x, total);
     }
   }
 
@@ -310,7 +346,6 @@ struct Backward : Worker<R> {
     const auto finish = [&](int64_t i) { this->finish(i); };
     const auto sweep = [&] { end_tile(); };
     this->walk(first, last, begin, lanes, finish, [](int64_t) {}, sweep);
-    flush();
     this->walk_near(begin, lanes, finish, sweep);
     flush();
     if (need_weights) write_weights(grad_weights);

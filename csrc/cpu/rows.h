@@ -76,11 +76,11 @@ IST_INLINE void store_row(R* p, typename Lane<R>::Q q) {
   store_numbers(p, q);
 }
 
-// sums[j, :] += a(j, k) b[k, :] for j < N, M T wide; `row` is b[k, :]
+// sums[j, :] += a(j, k) b[k, :] for j < N, M T wide; `row` is b[k, :], `step` from one T of it to the next
 template <int N, int M, typename T, typename R, typename A>
-IST_INLINE void add_term(T* sums, A a, const R* row, int k) {
+IST_INLINE void add_term(T* sums, A a, const R* row, int k, int64_t step = kWidth<T>) {
   T numbers[M];
-  for (int m = 0; m < M; ++m) numbers[m] = load_numbers<T>(row + m * kWidth<T>);
+  for (int m = 0; m < M; ++m) numbers[m] = load_numbers<T>(row + m * step);
   for (int j = 0; j < N; ++j) {
     const auto factor = a(j, k);
     for (int m = 0; m < M; ++m) sums[j * M + m] += numbers[m] * factor;
@@ -119,10 +119,11 @@ IST_INLINE void rank_block(R* y, int64_t y_stride, A a, const R* b, int64_t b_st
 // The same for any number n of rows; a(j) are the numbers from row j on.
 template <bool kAdd = true, typename R, typename A>
 void rank_updates(int n, R* y, int64_t y_stride, A a, const R* b, int64_t b_stride, int k0, int k1, int64_t pad) {
-  constexpr int most = IST_LANE_BYTES == 64 ? 8 : 4;
+  constexpr int kRows = IST_LANE_BYTES == 64 ? 8 : 4;  // as many as the registers hold
   int j = 0;
-  for (; j + most <= n; j += most) rank_block<kAdd, most>(y + j * y_stride, y_stride, a(j), b, b_stride, k0, k1, pad);
-  for (; most > 4 && j + 4 <= n; j += 4)
+  for (; j + kRows <= n; j += kRows)
+    rank_block<kAdd, kRows>(y + j * y_stride, y_stride, a(j), b, b_stride, k0, k1, pad);
+  for (; kRows > 4 && j + 4 <= n; j += 4)
     rank_block<kAdd, 4>(y + j * y_stride, y_stride, a(j), b, b_stride, k0, k1, pad);
   for (; j + 2 <= n; j += 2) rank_block<kAdd, 2>(y + j * y_stride, y_stride, a(j), b, b_stride, k0, k1, pad);
   if (j < n) rank_block<kAdd, 1>(y + j * y_stride, y_stride, a(j), b, b_stride, k0, k1, pad);

@@ -5,8 +5,14 @@
 
 namespace implicit_steer::IST_ISA {
 
-constexpr int kNodes = 8;       // nodes that share a load of θ: as many sums as stay in registers
+constexpr int kNodes = 8;       // nodes that share loads of θ
 constexpr int kMostNodes = 32;  // whose sums T wait until they are mixed, a multiple of kNodes
+// Of their products with θ as many at a time as the registers hold: M = kVectors<R> vectors of kTogether<M> nodes.
+template <typename R>
+constexpr int kVectors = is_dual<R> ? 1 : 2;
+template <int M>
+constexpr int kTogether = IST_LANE_BYTES == 64 ? kNodes : kNodes / M;
+constexpr int64_t kNearestCache = 16 << 10;  // bytes of it for what is read again and again
 
 // Slots of a coupling that read the same rows, first .. first + n_slots - 1, or a bundle of such groups. Its T lie at
 // `sums` as [w][slot, v], `width` of them side by side in rows of `stride` numbers, and at `slot_sums` as [slot, v][w].
@@ -35,6 +41,23 @@ IST_INLINE void for_groups(const CouplingView* couplings, int n, F f) {
     for (int g = 0; g < q.n_groups; ++g) f(Group(q, g));
   }
 }
+// Slots first .. end-1 of a group, with the same b
+struct Slots {
+  int64_t b;
+  int first, end;
+};
+// f(group, slots) for all slots of all couplings
+template <typename F>
+IST_INLINE void for_slots(const CouplingView* couplings, int n, F f) {
+  for_groups(couplings, n, [&](const Group& group) {
+    const int last = group.first + group.n_slots;
+    for (Slots slots{0, group.first, group.first}; slots.first < last; slots.first = slots.end) {
+      slots.b = group.q.slots[2 * slots.first];
+      while (slots.end < last && group.q.slots[2 * slots.end] == slots.b) ++slots.end;
+      f(group, slots);
+    }
+  });
+}
 // f(bundle): the group that leads it, as wide as all of them
 template <typename F>
 IST_INLINE void for_bundles(const CouplingView* couplings, int n, F f) {
@@ -56,10 +79,12 @@ struct Worker {
   EdgeTile<R> tile;
   Products<R> products;
   NearList near;
-  V* h;                      // all rows' channels, and last the constant one, times the radial factor
-  const bool by_rows;        // all of h but the constant one stays in the splines' rows
-  const int ring_size;       // nodes whose T are mixed together
-  R* mixed;                  // [ring_size, n_mixed] outputs or their gradients, by field type
+  V* h;                 // all rows' channels, and last the constant one, times the radial factor
+  const bool by_rows;   // all of h but the constant one stays in the splines' rows
+  const int ring_size;  // nodes whose T are mixed together
+  // From the T of one node to those of the next, as [w][slot, v] and [slot, v][w]; from its outputs to the next one's
+  const int64_t node_sums, node_slot_sums, node_mixed;
+  R* mixed;                  // [ring_size, node_mixed] outputs or their gradients, by field type
   int64_t ring[kMostNodes];  // nodes whose T are complete
   int n_ring = 0;
   bool untouched = true;  // the T of the current node
@@ -72,7 +97,17 @@ struct Worker {
         products(*args.plan),
         near(p.regular ? own_edges : 0),
         by_rows(!is_dual<R> && p.n_knots && p.kind == kZonal && channels_are_equal()),
-        ring_size(nodes_at_once()) {}
+        ring_size(nodes_at_once()),
+        node_sums(spread(p.n_sums)),
+        node_slot_sums(spread(p.n_slot_sums)),
+        node_mixed(spread(p.n_mixed)) {}
+
+  // Numbers from row to row of at least n: an odd number of the cache's lines, so that rows which are read side by side
+  // do not all fall into the same few places of it.
+  static int64_t spread(int64_t n) {
+    constexpr int64_t line = 64 / sizeof(R);
+    return ((n + line - 1) / line | 1) * line;
+  }
 
   // Whether every row of h has the same coefficient of one channel after the other.
   bool channels_are_equal() const {
@@ -96,7 +131,7 @@ struct Worker {
 
   void place(Arena& arena, bool backward) {
     tile.place(arena, backward), products.place(arena, backward);
-    arena.take(h, p.row_start[p.n_rows] + 1), arena.take(mixed, ring_size * p.n_mixed);
+    arena.take(h, p.row_start[p.n_rows] + 1), arena.take(mixed, ring_size * node_mixed);
   }
 
   // Hidden features times the radial factor, and products.

@@ -61,20 +61,22 @@ struct Forward : Warp<N, true, false, S> {
   // mixed[o, u] += Σ_{v, w} θ[b, v, w, u] T[slot, v, w]: a lane for each u, and the sum divided among those left over
   __device__ __forceinline__ void mix(const CouplingView& q, int slot) {
     const int width = row_width(q.n_out), parts = 32 / width, part = lane / width;
-    const N* const weight = weights + q.theta_forward + int64_t{q.slots[2 * slot]} * q.n_in * q.n_hidden * q.out_stride;
+    const N* const of_basis = weights + q.theta_forward + q.slots[2 * slot] * q.forward_size();
     const N* const of_slot = sums + q.at_sums + slot * q.theta_size;
     N* const out = mixed + q.out_at + q.slots[2 * slot + 1] * q.out_stride;
     for (int u0 = 0; u0 < q.n_out; u0 += width) {
       const int u = u0 + (lane & (width - 1));
       const int n = u < q.n_out ? q.n_in * q.n_hidden : 0;
+      const N* const weight = of_basis + q.forward_place(u);
+      const int stride = static_cast<int>(q.panel_width(u));
       N sum{};
       if constexpr (S::specialised) {  // no padding between its rows
 #pragma unroll 4
-        for (int x = part; x < n; x += parts) sum += weight[x * q.out_stride + u] * of_slot[x];
+        for (int x = part; x < n; x += parts) sum += weight[x * stride] * of_slot[x];
       } else {
         for (int x = part, v = 0, w = part; x < n; x += parts, w += parts) {
           for (; w >= q.n_hidden; w -= q.n_hidden) ++v;
-          sum += weight[x * q.out_stride + u] * of_slot[v * q.hidden_stride + w];
+          sum += weight[x * stride] * of_slot[v * q.hidden_stride + w];
         }
       }
       sum = sum_lanes(sum, width, 32);

@@ -15,7 +15,7 @@ from scipy import sparse
 from ...plan import Coupling, Plan
 from ...plan.packing import kernel_positions
 from ..packing_rows import selection
-from .terms import padded
+from .terms import PANEL, padded
 
 
 class PackingMatrix:
@@ -49,7 +49,7 @@ class ThetaLayouts(NamedTuple):
     """The parameter of every number of a coupling's θ in both layouts; −1 in the padding of rows of channels."""
 
     theta: NDArray[Any]  # [b][u][v, w], for the reverse sweep; [b][v, w] where depthwise
-    theta_forward: NDArray[Any]  # [b][v][w][u], for the forward pass; [b][w][u]
+    theta_forward: NDArray[Any]  # [b][panel of u][v][w][u], for the forward pass; [b][w][u]
 
 
 def theta_layouts(coupling: Coupling, start: int, constant: bool) -> ThetaLayouts:
@@ -57,8 +57,10 @@ def theta_layouts(coupling: Coupling, start: int, constant: bool) -> ThetaLayout
     parameters = start + coupling.theta_positions  # (U, V, W, b); V = 1 where depthwise
     theta = parameters.transpose((3, 1, 0, 2) if coupling.depthwise else (3, 0, 1, 2))
     theta = theta[..., 0] if constant else _padded_rows(theta).reshape(*theta.shape[:2], -1)
-    theta_forward = _padded_rows(parameters.transpose(3, 1, 2, 0))
-    return ThetaLayouts(_padded_rows(theta).reshape(-1), theta_forward.reshape(-1))
+    forward = _padded_rows(parameters.transpose(3, 1, 2, 0))
+    panel = forward.shape[-1] if coupling.depthwise else PANEL
+    panels = [forward[..., u : u + panel].reshape(len(forward), -1) for u in range(0, forward.shape[-1], panel)]
+    return ThetaLayouts(_padded_rows(theta).reshape(-1), np.concatenate(panels, axis=1).reshape(-1))
 
 
 def _padded_rows(numbers: NDArray[Any]) -> NDArray[Any]:

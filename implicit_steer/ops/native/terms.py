@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ...plan import Coupling, Plan
 
 ROW_OF_CHANNELS = 8  # rows have whole multiples of it: kChannels of csrc/plan.h
+PANEL = 16  # outputs side by side in the forward pass's θ: kPanel of csrc/plan.h
 # Products side by side in a bundle. More do not fill vectors better, and the channels of a slot, read one after the
 # other when they are mixed, lie further apart: at 64 channels the forward pass takes 1.1 times as long.
 _WIDEST_BUNDLE = 64
