@@ -90,7 +90,7 @@ void for_theta(const PlanView<R>& plan, F f) {
           f(q.theta + b * q.theta_size + v * q.hidden_stride + w,
             q.theta_forward + (b * q.n_hidden + w) * q.out_stride + v);
     for (int64_t b = 0; b < q.n_basis && !q.depthwise; ++b)
-      for (int64_t u = 0; u < q.n_out; ++u)
+      for (int u = 0; u < q.n_out; ++u)
         for (int64_t v = 0; v < q.n_in; ++v)
           for (int64_t w = 0; w < q.n_hidden; ++w)
             f(q.theta + (b * q.n_out + u) * q.theta_size + v * q.hidden_stride + w,

@@ -19,7 +19,7 @@ enum FrameKind : int32_t { kNone = 0, kZonal = 1, kPlanar = 2 };
 constexpr int64_t kChannels = 8;
 // Outputs that lie side by side in the forward pass's θ, so that what it reads together is one line of the cache or
 // two.
-constexpr int64_t kPanel = 16;
+constexpr int kPanel = 16;
 // Numbers of a row of n channels.
 __attribute__((always_inline)) constexpr int64_t padded(int64_t n) {
   return (n + kChannels - 1) / kChannels * kChannels;
@@ -146,9 +146,9 @@ struct CouplingView {
   // θ[b] of the forward pass, not of a depthwise coupling: its size, the place of output u's first number (v = w = 0),
   // and from there to the next, the panel's width.
   IST_HOST_DEVICE int64_t forward_size() const { return int64_t{n_in} * n_hidden * out_stride; }
-  IST_HOST_DEVICE int64_t forward_place(int64_t u) const { return u / kPanel * kPanel * n_in * n_hidden + u % kPanel; }
-  IST_HOST_DEVICE int64_t panel_width(int64_t u) const {
-    const int64_t rest = out_stride - u / kPanel * kPanel;
+  IST_HOST_DEVICE int forward_place(int u) const { return (u & -kPanel) * n_in * n_hidden + (u & (kPanel - 1)); }
+  IST_HOST_DEVICE int panel_width(int u) const {
+    const int rest = out_stride - (u & -kPanel);
     return rest < kPanel ? rest : kPanel;
   }
 };

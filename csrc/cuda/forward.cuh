@@ -68,7 +68,7 @@ struct Forward : Warp<N, true, false, S> {
       const int u = u0 + (lane & (width - 1));
       const int n = u < q.n_out ? q.n_in * q.n_hidden : 0;
       const N* const weight = of_basis + q.forward_place(u);
-      const int stride = static_cast<int>(q.panel_width(u));
+      const int stride = q.panel_width(u);
       N sum{};
       if constexpr (S::specialised) {  // no padding between its rows
 #pragma unroll 4
