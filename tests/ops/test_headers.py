@@ -65,6 +65,6 @@ def test_limits_have_the_values_of_cpp(kind, dtype):
     assert found == {name: limit[dtype] for name, limit in limits.items()}
 
 
-def test_rows_of_channels_have_the_size_of_cpp():
-    (channels,) = re.findall(r"constexpr int64_t kChannels = (\d+);", PLAN_H)
-    assert int(channels) == terms.ROW_OF_CHANNELS
+def test_rows_and_panels_have_the_sizes_of_cpp():
+    found = dict(re.findall(r"constexpr int(?:64_t)? (kChannels|kPanel) = (\d+);", PLAN_H))
+    assert found == {"kChannels": str(terms.ROW_OF_CHANNELS), "kPanel": str(terms.PANEL)}
