@@ -5,14 +5,9 @@
 
 namespace implicit_steer::IST_ISA {
 
-// simd.h has both for floats.
-template <typename V>
-IST_INLINE V lane_inverse(V x) {
-  return 1 / x;
-}
 template <typename V>
 IST_INLINE V sigmoid(V x) {
-  return lane_inverse(1 + lane_exp(-x));
+  return 1 / (1 + lane_exp(-x));
 }
 
 // Not by the rules of its parts, whose tangents are too large for a number where e^-x almost is.
@@ -134,7 +129,7 @@ struct Tanh {
   template <typename V>
   static IST_INLINE V value(V x) {
     const V e = lane_exp(-2 * lane_abs(x));
-    const V t = (1 - e) * lane_inverse(1 + e);
+    const V t = (1 - e) / (1 + e);
     return select(x < 0, -t, t);
   }
   template <typename V>

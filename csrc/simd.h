@@ -232,26 +232,6 @@ IST_INLINE VD lane_exp(VD x) {
   return (VD)((I)p + ((I)shifted << 52));
 }
 
-// 1 / x for 1 <= x < 2e38, to 3 ulp: the processor's estimate and one step of Newton's method take half as long as a
-// division.
-IST_INLINE VF lane_inverse(VF x) {
-#if IST_LANE_BYTES == 64
-  const VF y = (VF)_mm512_rcp14_ps((__m512)x);
-#elif IST_LANE_BYTES == 32
-  const VF y = (VF)_mm256_rcp_ps((__m256)x);
-#else
-  return 1 / x;
-#endif
-#if IST_LANE_BYTES >= 32
-  return y + y * (1 - x * y);
-#endif
-}
-// 1 / (1 + e^-x)
-IST_INLINE VF sigmoid(VF x) {
-  const ExpParts e = exp_parts<false>(lane_min(splat<VF>(86.0f), lane_max(splat<VF>(-86.6f), -x)));
-  return lane_inverse((1 + e.scale) + e.rest);
-}
-
 IST_INLINE VD lane_elu(VD x) { return lane_max(lane_exp(lane_min(VD{}, x)) - 1, x); }
 
 }  // namespace implicit_steer::IST_ISA
