@@ -89,9 +89,11 @@ struct Backward : Worker<R> {
   static int64_t at_slot(const Group& group, int slot) {
     return group.slot_sums + int64_t{slot - group.first} * group.q.in_stride * group.q.hidden_stride;
   }
+
   // ∂L/∂T of the node, in both layouts
   void start(int64_t node) {
-    if (!is_prepared(node) && (++current, !is_prepared(node))) prepare(node);
+    if (!is_prepared(node)) ++current;  // it is the next one, or none
+    if (!is_prepared(node)) prepare(node);
     for_bundles(p.couplings, p.n_couplings, [&](const Group& bundle) {
       const R* d = d_sums + current * node_slot_sums + bundle.slot_sums;
       if (bundle.q.constant)
@@ -171,17 +173,12 @@ struct Backward : Worker<R> {
   // W T of the columns from x on, of all nodes; `stride`: from one row of θ to the next
   template <typename T, int W>
   IST_INLINE void sum_slots(const Group& group, Slots slots, const R* weight, int64_t stride, int64_t x) {
-    constexpr int N = kTogether<W>;
-    for (int slot = slots.first; slot < slots.end; ++slot) {
-      const R* g = mixed + group.q.place_of_output(slot);
-      R* d = d_sums + at_slot(group, slot) + x;
-      for (int first = 0; first < n_prepared; first += N, g += N * node_mixed, d += N * node_slot_sums) {
-        const R* node[N];
-        for (int n = 0; n < N; ++n) node[n] = opaque_pointer(g + n * node_mixed);
-        sum_block<T, W>(group.q, weight, stride, node, d);
-      }
-    }
+    for (int slot = slots.first; slot < slots.end; ++slot)
+      for_nodes<kTogether<W>>(n_prepared, mixed + group.q.place_of_output(slot), node_mixed,
+                              d_sums + at_slot(group, slot) + x, node_slot_sums,
+                              [&](const R* const* node, R* d) { sum_block<T, W>(group.q, weight, stride, node, d); });
   }
+  // of kTogether<W> nodes
   template <typename T, int W>
   IST_INLINE void sum_block(const CouplingView& q, const R* weight, int64_t stride, const R* const* node, R* d) {
     constexpr int N = kTogether<W>;

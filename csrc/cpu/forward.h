@@ -47,26 +47,18 @@ struct Forward : Worker<R> {
   template <typename T, int W>
   IST_INLINE void mix_slots(const Group& group, Slots slots, const R* weight, int v, int end, int u) {
     const CouplingView& q = group.q;
-    for_nodes<kTogether<W>>(group, slots, [&](const R* const* node, R* out) {
+    const auto mix_rows = [&](const R* const* node, R* out) {
       if (q.depthwise)
         for (int m = 0; m < W; ++m) mix_channels<T, kTogether<W>>(group, weight, node, out, u + m * kWidth<T>);
       else
         mix_block<T, W>(group, weight, node, out, v, end, u);
-    });
-  }
-  // f(T, mixed) of N nodes in the ring after the other, for each of the slots
-  template <int N, typename F>
-  IST_INLINE void for_nodes(const Group& group, Slots slots, F f) {
+    };
     for (int slot = slots.first; slot < slots.end; ++slot) {
-      const R* sums_of = sums + group.sums + (slot - group.first) * group.q.in_stride;
-      R* out = mixed + group.q.place_of_output(slot);
-      for (int first = 0; first < n_ring; first += N, sums_of += N * node_sums, out += N * node_mixed) {
-        const R* node[N];
-        for (int n = 0; n < N; ++n) node[n] = opaque_pointer(sums_of + n * node_sums);
-        f(node, out);
-      }
+      const R* sums_of = sums + group.sums + (slot - group.first) * q.in_stride;
+      for_nodes<kTogether<W>>(n_ring, sums_of, node_sums, mixed + q.place_of_output(slot), node_mixed, mix_rows);
     }
   }
+  // of kTogether<W> nodes
   template <typename T, int W>
   IST_INLINE void mix_block(const Group& group, const R* weight, const R* const* node, R* out, int v, int end, int u) {
     const CouplingView& q = group.q;

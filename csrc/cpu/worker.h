@@ -58,6 +58,15 @@ IST_INLINE void for_slots(const CouplingView* couplings, int n, F f) {
     }
   });
 }
+// f(rows, to) of N nodes out of `count` after the other: their rows of `in`, and the first one's of `out`
+template <int N, typename R, typename F>
+IST_INLINE void for_nodes(int count, const R* in, int64_t in_stride, R* out, int64_t out_stride, F f) {
+  for (int first = 0; first < count; first += N, in += N * in_stride, out += N * out_stride) {
+    const R* rows[N];
+    for (int n = 0; n < N; ++n) rows[n] = opaque_pointer(in + n * in_stride);
+    f(rows, out);
+  }
+}
 // f(bundle): the group that leads it, as wide as all of them
 template <typename F>
 IST_INLINE void for_bundles(const CouplingView* couplings, int n, F f) {

@@ -160,8 +160,8 @@ __global__ void pair_weights(const __grid_constant__ PlanView<R> plan, const R* 
   for (int n = 1; n < plan.n_couplings && plan.couplings[n].theta_forward <= k; ++n) q = plan.couplings + n;
   const int64_t at = k - q->theta_forward, of_b = q->depthwise ? q->n_hidden * q->out_stride : q->forward_size();
   const int64_t b = at / of_b;
-  const int place = static_cast<int>(at % of_b),
-            panel = q->depthwise ? static_cast<int>(of_b) : kPanel * q->n_in * q->n_hidden;
+  const int place = static_cast<int>(at % of_b);
+  const int panel = q->depthwise ? static_cast<int>(of_b) : kPanel * q->n_in * q->n_hidden;
   const int first = place / panel * kPanel, width = q->depthwise ? q->out_stride : q->panel_width(first);
   const int row = place % panel / width, u = first + place % panel % width;  // row: [v][w]; [w]
   const int v = q->depthwise ? u : row / q->n_hidden, w = row % q->n_hidden;

@@ -221,8 +221,8 @@ def test_gradcheck_and_gradgradcheck(depthwise, backend):
 @pytest.mark.parametrize("isa", machine_sets())
 @pytest.mark.parametrize("depthwise", FORMS)
 def test_wide_layers(depthwise, isa, use_isa):
-    """More nodes wait for θ together on cpu, where θ is large: 77 nodes are whole and partial rounds of them. Every
-    other node has edges near the origin, which are gone through last."""
+    """More nodes wait for θ together on cpu, where θ is large: 77 nodes are whole and partial rounds of them.
+    Some nodes have edges near the origin, which are gone through last."""
     use_isa(isa)
     conv = conv_of("64x0e+65x1o", "66x0e+64x1o", n_layers=2, depthwise=depthwise)
     pos, edges, attributes = cloud(77, 1)
