@@ -106,6 +106,11 @@ def found() -> bool:
 found._dynamo_marked_constant = True
 
 
+def is_native(x: Tensor) -> bool:
+    """Whether ``x`` is a tensor of the CPU that the extension's operators take; they are :func:`found`."""
+    return x.is_cpu and x.dtype in (torch.float32, torch.float64) and found()
+
+
 @cache
 def _warn() -> None:
     if not RECORD.exists() or RECORD.read_text(encoding="utf-8") != "off":

@@ -96,13 +96,15 @@ class KernelBase(NoTorchScript, torch.nn.Module):
         """Where ``table="auto"`` and this has not been done for the present ``state_dict``, choose how many knots the
         table has, by its error for the present weights and the types of these edges."""
         table, of_types = self.plan.table, isinstance(attributes, EdgeTypes)
-        if (table is None and not of_types) or is_traced():
+        unknown = table is not None and table.automatic and table.error is None
+        nothing_new = self.n_attributes == 0 and not unknown
+        if (not of_types and (table is None or nothing_new)) or is_traced():
             return
         rows = attributes.rows if isinstance(attributes, EdgeTypes) else attributes[:1]
         if len(rows):
             self.remember_rows(rows, of_types)
         per_edge = isinstance(attributes, Tensor) and attributes.shape[1] > 0
-        if table is not None and table.automatic and table.error is None and len(rows) and not per_edge:
+        if unknown and len(rows) and not per_edge:
             backend = select.for_comparison(self.plan)
             self._set_plan(choose_knots(backend, self.plan, self.parameters_on_cpu(), rows.detach().cpu()))
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from .._native import is_native
 from .._transforms import is_transformed, one_by_one, recorder, refuse_derivatives
 from ..plan import FUNCTIONS
 from ..plan.activations import phi, phi_prime, phi_second
@@ -32,18 +33,13 @@ def fourier(function: str, x: Tensor, samples: Tensor, inverse_t: Tensor) -> Ten
     Returns:
         y, in the shape of x.
     """
-    if not has_kernel(x) or is_transformed():
+    if not is_native(x) or is_transformed():
         return _plain(function, x, samples, inverse_t)
     arguments = x.contiguous(), samples, inverse_t, FUNCTIONS.index(function), instruction_set()
     if torch.compiler.is_compiling():
         return torch.ops.implicit_steer.fourier_forward(*arguments)
     apply: Callable[..., Tensor] = _Fourier.apply if is_traced() else _recorded
     return apply(*arguments)
-
-
-def has_kernel(x: Tensor) -> bool:
-    """Whether the native operators take ``x``."""
-    return x.is_cpu and x.dtype in (torch.float32, torch.float64) and _native.found()
 
 
 def _fields(x: Tensor, d: int) -> Tensor:

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import _native
+from .._native import is_native
+from .._transforms import in_forward_mode, is_transformed
 from ..graph import EdgeTypes
 from ..plan import Frame, Plan, Table
 from ..plan.moments import RUNNING, Moments, NormStatistics, StatisticsSource
@@ -32,25 +34,36 @@ _NO_SHELL = 1e12  # σ of a shell that is 1 at every knot; its cube is finite in
 
 class _Knots(NamedTuple):
     """Constants of a table: positions of the G + 4 knots on one ray (K, dim); from hidden features there to
-    coefficients c: (d, c); u^(−k) (K, c); what gives values to the left of the first knot (5, 5)."""
+    coefficients c: (d, c); u^(−k) (K, c); what gives values to the left of the first knot (5, 5); the terms of the
+    series (7,), whose ends are equal."""
 
     positions: Tensor
     coefficients: Tensor
     scale: Tensor
     left: Tensor
+    series: Tensor
 
-    def splines(self, values: Tensor) -> Tensor:
-        """(T, K, …) values at the knots → (T, G + 3, …) coefficients b_j, j = −2 … G, by the series, whose ends are
-        equal."""
-        flat = values.flatten(2)
-        extended = torch.cat([self.left @ flat[:, :5], flat], 1)
+    def splines(self, h: Tensor, channels: int) -> Tensor:
+        """(T · K, at least W · d) hidden features at the knots → (T, G + 3, W, c) coefficients b_j, j = −2 … G."""
+        if is_native(h) and not is_transformed() and not in_forward_mode():
+            splines = torch.ops.implicit_steer.table_splines(h.contiguous(), *self[1:], channels)
+        else:
+            splines = self._plain_splines(h, channels)
+        n = len(self.positions) + len(self.left) + 1 - len(self.series)
+        return splines.view(-1, n, channels, self.scale.shape[1])
+
+    def _plain_splines(self, h: Tensor, channels: int) -> Tensor:
+        d, c = self.coefficients.shape
+        values = (h[:, : channels * d].reshape(-1, d) @ self.coefficients).view(-1, len(self.positions), channels, c)
+        values = (values * self.scale[:, None]).flatten(2)
+        values = torch.cat([self.left @ values[:, : len(self.left)], values], 1)
         middle = len(SERIES) // 2
-        n = extended.shape[1] - 2 * middle
-        total = extended[:, middle : middle + n] * SERIES[middle]
+        n = values.shape[1] - 2 * middle
+        total = values[:, middle : middle + n] * SERIES[middle]
         for k in range(middle):
-            ends = extended[:, k : k + n] + extended[:, 2 * middle - k : 2 * middle - k + n]
+            ends = values[:, k : k + n] + values[:, 2 * middle - k : 2 * middle - k + n]
             total = torch.add(total, ends, alpha=SERIES[k])
-        return total.view(len(flat), -1, *values.shape[2:])
+        return total
 
 
 class _Splines(NamedTuple):
@@ -72,11 +85,12 @@ class Tabulation:
         table, frame = cast(Table, plan.table), plan.frame
         direction, coefficients = _ray(frame)
         scale = table.positions[:, None] ** -frame.order.astype(np.float64)
-        self._constants = Constants(table.radii[:, None] * direction, coefficients, scale, table.left)
+        self._constants = Constants(table.radii[:, None] * direction, coefficients, scale, table.left, np.array(SERIES))
         self._knots_cache, self._splines = CallCache(), dict[int, _Splines]()
         self._coefficients: tuple[Tensor, Tensor] | None = None  # bytes of what they were made of; they themselves
         self._source: Parameters | None = None  # of the last call, and without the shell
         self._at_knots: Parameters | None = None
+        self._with_splines: tuple[Parameters, Tensor, Parameters] | None = None  # of what, and what was made of it
         if bound.refusal(self.at_knots, torch.float32) is None:  # torch.compile has to find native plans
             self._knots_cache.native = bound.native_plan(self.at_knots, self.knot_parameters(parameters))
             self._source = None
@@ -96,6 +110,17 @@ class Tabulation:
         if not is_traced():
             self._source, self._at_knots = parameters, made
         return made
+
+    def with_splines(self, parameters: Parameters, coefficients: Tensor, cache: CallCache) -> Parameters:
+        """As :func:`with_splines`; the same object while parameters and coefficients without gradients are, so that
+        the native code keeps what it packed."""
+        last = self._with_splines
+        if last is None or last[0] is not parameters or last[1] is not coefficients or is_traced():
+            made = with_splines(parameters, coefficients, cache)
+            if coefficients.requires_grad or is_traced():
+                return made
+            self._with_splines = last = parameters, coefficients, made
+        return last[2]
 
     def splines(self, types: int, parameters: Parameters) -> _Splines:
         """The plan for so many rows; it is made at its first call, which cannot be inside torch.compile."""
@@ -133,9 +158,7 @@ class Tabulation:
         attributes = rows[:, None].expand(-1, len(knots.positions), -1).flatten(0, 1)
         attributes = edge_attributes(self.plan, delta, attributes)
         h, statistics = backend.hidden(self.at_knots, at, statistics_from, delta, attributes)
-        c = h[:, :-1].reshape(-1, self.plan.field_size) @ knots.coefficients
-        c = c.view(types, len(knots.positions), -1, c.shape[-1])  # (T, K, W, c)
-        return knots.splines(c * knots.scale[:, None]).reshape(-1), statistics
+        return knots.splines(h, (h.shape[1] - 1) // self.plan.field_size).reshape(-1), statistics
 
 
 def with_splines(parameters: Parameters, coefficients: Tensor, cache: CallCache | None) -> Parameters:
@@ -174,9 +197,8 @@ class _WeightsOfSplines:
         """h (T · K, W, d) → number of edges, mean (W, d), sums of squared deviations (W, d): of a coordinate's degree
         the average, since the rotation to the edge's frame keeps the sum of squares of each."""
         frame, d, knots = self.plan.frame, self.plan.field_size, self.knots
-        c = (h @ knots.coefficients).unflatten(0, (len(self.sums), -1))  # (T, K, W, c)
-        b = knots.splines(c * knots.scale[:, None]).double()
-        ways, pairs = self.sums.double().split([self.sums.shape[-1] - 4 * c.shape[-1], 4 * c.shape[-1]], -1)
+        b = knots.splines(h.flatten(1), h.shape[1]).double()  # (T, G + 3, W, c)
+        ways, pairs = self.sums.double().split([self.sums.shape[-1] - 4 * b.shape[-1], 4 * b.shape[-1]], -1)
         pairs = pairs.unflatten(-1, (4, -1))  # (T, G + 3, 4, c): of b_j and b_{j + q}
         squares = torch.einsum("tjc,tjwc->wc", pairs[:, :, 0], b.square())
         for q in range(1, 4):
@@ -233,7 +255,7 @@ def evaluation(
         coefficients, statistics = tabulation.tabulate(backend, at, rows, statistics_from)
     else:
         coefficients = tabulation.coefficients(backend, parameters, rows)
-    parameters = with_splines(parameters, coefficients, splines.cache)
+    parameters = tabulation.with_splines(parameters, coefficients, splines.cache)
     return Evaluation(splines.plan, parameters, RUNNING, numbers, statistics)
 
 
@@ -251,7 +273,7 @@ def _types(delta: Tensor, attributes: Tensor | EdgeTypes) -> tuple[Tensor, Tenso
     """Rows (T, A), and the number of each edge's row (E, 1), or (E, 0) where there is one row."""
     if isinstance(attributes, Tensor):
         if attributes.shape[1] == 0:
-            return delta.new_empty(1, 0), delta.new_empty(len(delta), 0)
+            return delta.new_empty(1, 0), attributes.to(delta.dtype)
         attributes = EdgeTypes.from_rows(attributes)
     rows = attributes.rows.to(delta.dtype)
     if len(rows) == 1:

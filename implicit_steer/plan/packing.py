@@ -310,7 +310,8 @@ def parameter_starts(plan: Plan, sizes: Sequence[int]) -> ParameterStarts:
 
 def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """The vector in pieces of these tensors' shapes, views of it."""
-    return [piece.view(t.shape) for piece, t in zip(flat.split([t.numel() for t in like]), like, strict=True)]
+    pieces = zip(flat.split([t.numel() for t in like]), like, strict=True)
+    return [piece if t.dim() == 1 else piece.view(t.shape) for piece, t in pieces]  # a view costs microseconds
 
 
 def pack(plan: Plan, parameters: Parameters, fold: bool) -> Weights:

@@ -206,7 +206,7 @@ def test_forces_through_fourier_activations():
 
     run, _ = compiled(lambda: loss(net))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fourier, "has_kernel", lambda x: False)
+        patch.setattr(fourier, "is_native", lambda x: False)
         expected = torch.autograd.grad(loss(plain), [batch.pos, *plain.parameters()], materialize_grads=True)
     for found in (loss(net), run()):
         found = torch.autograd.grad(found, [batch.pos, *net.parameters()], materialize_grads=True)

@@ -9,7 +9,10 @@ from escnn import gspaces
 
 import implicit_steer as ist
 from implicit_steer import EdgeTypes, irreps, nn
+from implicit_steer.ops import table as ops_table
 from implicit_steer.ops import table_error
+from implicit_steer.ops.native.bound import BoundKernel
+from implicit_steer.ops.table import tabulation_of
 from implicit_steer.plan import FUNCTIONS
 from implicit_steer.plan.irreps import Irreps
 
@@ -215,6 +218,26 @@ def test_radial_inputs(name, backend):
         assert (found - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
+@pytest.mark.parametrize("radial", [None, irreps.Distance()])
+@pytest.mark.parametrize("name", SPACES)
+def test_splines_of_the_operator_are_those_of_pytorch(name, radial, monkeypatch):
+    """Of two rows of attributes; values and gradients of hidden features at the knots."""
+    kernel = layer(name, 9, **({} if radial is None else {"attributes": 1, "radial": radial})).implicit_kernel
+    table = tabulation_of(kernel.plan, kernel.parameters_for_op())
+    knots, channels = table.knots(kernel.shell_width), (kernel.plan.hidden_size - 1) // kernel.plan.field_size
+    h = torch.randn(2 * len(knots.positions), kernel.plan.hidden_size, dtype=torch.float64, requires_grad=True)
+    found = knots.splines(h, channels)
+    assert found.shape == (2, 9 + 3, channels, len(kernel.plan.frame.order))
+    grad = torch.randn_like(found)
+    (of_found,) = torch.autograd.grad(found, h, grad)
+    monkeypatch.setattr(ops_table, "is_native", lambda x: False)
+    expected = knots.splines(h, channels)
+    (of_expected,) = torch.autograd.grad(expected, h, grad)
+    for a, b in ((found, expected), (of_found, of_expected)):
+        assert (a - b).abs().max() <= 1e-14 * b.abs().max()  # measured: 3e-16
+    assert kernel.plan.table.even == (radial is None)
+
+
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
 @pytest.mark.parametrize("norm", [None, "batch"])
 def test_gradcheck(norm, backend):
@@ -308,6 +331,22 @@ def test_weights_changed_in_place_are_noticed():
         after = conv.implicit_kernel(points)
     assert not torch.equal(before, after)
     torch.testing.assert_close(after, with_table(conv, 32).implicit_kernel(points), rtol=0, atol=0)
+
+
+def test_weights_that_stay_are_bound_once(monkeypatch):
+    """The native code keeps what it packed from call to call; a changed weight is bound again."""
+    bound, make = [], BoundKernel.__init__
+    monkeypatch.setattr(BoundKernel, "__init__", lambda self, *a: (bound.append(self), make(self, *a))[1])
+    conv = on_irreps(32).eval()
+    cloud = Cloud(3, conv.irreps_in.size)
+    with torch.no_grad():
+        first = cloud.run(conv)
+        n = len(bound)
+        assert torch.equal(cloud.run(conv), first)
+        assert len(bound) == n
+        conv.implicit_kernel.linears[0].weights.mul_(2.0)
+        assert not torch.equal(cloud.run(conv), first)
+        assert len(bound) == n + 1
 
 
 def test_copies_casts_and_empty_graphs():

@@ -30,7 +30,12 @@ def operator_arguments():
     matrix, learned = bound.matrix, [leaf(t) for t in bound.learned]
     values, samples = [t.detach() for t in learned], torch.randn(2, 5, 4, dtype=torch.float64).unbind()
     bias = bound.expansion, leaf(bound.bias)
-    splines = Tabulation(with_table(plan, 8, 0.5), parameters).splines(1, parameters)
+    table = Tabulation(with_table(plan, 8, 0.5), parameters)
+    splines = table.splines(1, parameters)
+    knots = tuple(t.detach() for t in table.knots(fixed[1])[1:])
+    n_knots, channels = len(knots[1]), (plan.hidden_size - 1) // plan.field_size
+    at_knots = torch.randn(2 * n_knots, plan.hidden_size, dtype=torch.float64)
+    of_splines = torch.randn(2 * (n_knots - 1) * channels * knots[1].shape[1], dtype=torch.float64)
     sizes = splines.plan.table.n_coefficients, splines.plan.field_size + 4 * len(plan.frame.order)
     two_kinds = torch.randperm(8), [2, 1], [2, 4]  # 2 fields of 2 coordinates, the first invariant; 1 of 4
 
@@ -80,6 +85,8 @@ def operator_arguments():
             [0.1, 0.1],
         ),
         "table_sums": (*splines.cache.native.arrays[torch.float64], fixed[2], fixed[3][:, :0].contiguous(), *sizes, 0),
+        "table_splines": (leaf(at_knots), *knots, channels),
+        "table_splines_backward": (leaf(of_splines), *knots, channels, plan.hidden_size),
         "same_values": (values, torch.cat([t.reshape(-1) for t in values])),
         "sort_by_key": (graph.src, graph.num_src),
         "edges_in_range": (graph.edge_index, graph.num_src, graph.num_dst),

@@ -169,7 +169,7 @@ def _conv_pack_backward_gradient(a: Any, needs: Any, v: Tensor) -> dict[str, Ten
     return {"grad_packed": torch.ops.implicit_steer.conv_pack(*_packing(a), [v.contiguous()], a.statistics)}
 
 
-# ---- a layer
+# ---- a layer, and its table
 
 
 def _conv_gradients_fake(a: Any) -> Any:
@@ -190,6 +190,33 @@ def _table_sums_fake(a: Any) -> Any:
     return a.delta.new_empty(a.size, a.width)
 
 
+def _table_sizes(a: Any) -> tuple[int, int]:
+    """Knots of a table, and how many coefficients its splines of one row of attributes have."""
+    knots, c = a.scale.shape
+    return knots, (knots + a.left.shape[0] + 1 - a.series.shape[0]) * a.channels * c
+
+
+def _table_splines_fake(a: Any) -> Any:
+    knots, size = _table_sizes(a)
+    return a.hidden.new_empty(a.hidden.shape[0] // knots * size)
+
+
+def _table_splines_gradient(a: Any, needs: Any, grad: Tensor) -> dict[str, Tensor | None]:
+    constants = a.coefficients, a.scale, a.left, a.series, a.channels
+    of_hidden = torch.ops.implicit_steer.table_splines_backward(grad.contiguous(), *constants, a.hidden.shape[1])
+    return {"hidden": of_hidden}
+
+
+def _table_splines_backward_fake(a: Any) -> Any:
+    knots, size = _table_sizes(a)
+    return a.grad.new_empty(a.grad.shape[0] // size * knots, a.size)
+
+
+def _table_splines_backward_gradient(a: Any, needs: Any, v: Tensor) -> dict[str, Tensor | None]:
+    constants = a.coefficients, a.scale, a.left, a.series, a.channels
+    return {"grad": torch.ops.implicit_steer.table_splines(v.contiguous(), *constants)}
+
+
 def _same_values_fake(a: Any) -> Any:
     return a.copy.new_empty((), dtype=torch.bool)
 
@@ -207,6 +234,8 @@ _FAKES: dict[str, Callable[[Any], Any]] = {
     "conv_moments": _conv_moments_fake,
     "conv_gradients": _conv_gradients_fake,
     "table_sums": _table_sums_fake,
+    "table_splines": _table_splines_fake,
+    "table_splines_backward": _table_splines_backward_fake,
     "same_values": _same_values_fake,
 }
 _GRADIENTS: dict[str, Callable[..., Any]] = {
@@ -217,6 +246,8 @@ _GRADIENTS: dict[str, Callable[..., Any]] = {
     "conv_hidden_backward": _conv_hidden_backward_gradient,
     "conv_hidden_double_backward": _no_third_derivatives,
     "conv_pack_backward": _conv_pack_backward_gradient,
+    "table_splines": _table_splines_gradient,
+    "table_splines_backward": _table_splines_backward_gradient,
 }
 
 
