@@ -108,12 +108,14 @@ native-%: native-program-% native-cases
 # AddressSanitizer, then with every access checked; at last every barrier is left out in turn, which has to be noticed.
 EMULATED := build/emulated
 CASES := $(NATIVE_TESTS)/cases
-MUTATED := grid-odd zonal linear planar-axis-train zonal-odd-sizes-train none-grid-cutoff planar zonal-specialised zonal-specialised-short-edges
+MUTATED := grid-odd zonal linear planar-axis-train zonal-odd-sizes-train none-grid-cutoff planar zonal-specialised zonal-specialised-short-edges table-types
 TRACED := $(MUTATED) zonal-specialised-channels zonal-specialised-fields depthwise depthwise-specialised-train depthwise-exact
 test-gpu-emulated: test-gpu-quick emulated-fast emulated-address native-cases
 	$(EMULATED)/fast/conv_test $(CASES) 3
 	$(EMULATED)/fast/conv_test $(CASES)/gpu 1
 	IMPLICIT_STEER_CUDA_LIBRARY=$(CURDIR)/$(EMULATED)/fast/libemulated_cuda.so $(PYTEST) tests/ops/test_bound_layers.py
+	IMPLICIT_STEER_CUDA_LIBRARY=$(CURDIR)/$(EMULATED)/fast/libemulated_cuda.so $(PYTEST) tests/gpu/test_tables.py -m gpu \
+	  -k "not compiled"  # which asks for a CUDA device
 	ASAN_OPTIONS=detect_stack_use_after_return=0 $(EMULATED)/address/conv_test $(CASES) 1
 	$(EMULATED)/trace/conv_test $(CASES) trace
 

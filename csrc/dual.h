@@ -57,6 +57,13 @@ template <typename R>
 IST_INLINE const typename Lane<Real<R>>::V* plane(const typename Lane<R>::V* lanes, int which) {
   return reinterpret_cast<const typename Lane<Real<R>>::V*>(lanes) + which;
 }
+template <typename V>
+IST_INLINE auto value_of(V x) {
+  if constexpr (is_dual<V>)
+    return x.value;
+  else
+    return x;
+}
 template <typename R>
 IST_INLINE Real<R> result(R x) {
   if constexpr (is_dual<R>)

@@ -161,7 +161,7 @@ IST_LANES void compress_backward(const PlanView<Real<R>>& p, const Edges<R>& e, 
 template <typename R>
 IST_LANES void zonal_inputs(const PlanView<Real<R>>& p, Edges<R>& e) {
   using V = typename Lane<R>::V;
-  if (kTables && p.n_knots) {
+  if (p.n_knots) {
     compress(p, e.delta, 3, e);
   } else {
     e.radius = lane_sqrt(e.squared + Limits<Real<R>>::softening), e.inverse = 1 / e.radius;
@@ -237,7 +237,7 @@ IST_LANES void zonal_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
     d_unit[k] += e.d_monomial[j] * e.monomial[earlier];
     e.d_monomial[earlier] += e.d_monomial[j] * e.unit[k];
   }
-  if (kTables && p.n_knots) return compress_backward(p, e, e.delta, 3, d_unit, e.d_delta);
+  if (p.n_knots) return compress_backward(p, e, e.delta, 3, d_unit, e.d_delta);
   IST_ROLLED for (int k = 0; k < 3; ++k) e.d_radius -= d_unit[k] * e.unit[k] * e.inverse;
   IST_ROLLED for (int k = 0; k < 3; ++k) e.d_delta[k] += d_unit[k] * e.inverse + e.d_radius * e.unit[k];
 }
@@ -293,7 +293,7 @@ IST_LANES void planar_forward(const PlanView<Real<R>>& p, Edges<R>& e) {
     e.plane[k] = V{};
     for (int i = 0; i < p.dim; ++i) e.plane[k] += e.delta[i] * p.plane[2 * i + k];
   }
-  if (kTables && p.n_knots)
+  if (p.n_knots)
     compress(p, e.plane, 2, e);
   else
     planar_direction(p, e);
@@ -364,7 +364,7 @@ IST_LANES void planar_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
     d_plane[0] += e.unit[0] * e.d_inputs[0] - e.unit[1] * d_across;
     d_plane[1] += e.unit[1] * e.d_inputs[0] + e.unit[0] * d_across;
   }
-  if (kTables && p.n_knots) {
+  if (p.n_knots) {
     compress_backward(p, e, e.plane, 2, d_unit, d_plane);
   } else {  // e.inverse is 0 where the direction is not that of x
     e.d_radius -= (d_unit[0] * e.unit[0] + d_unit[1] * e.unit[1]) * e.inverse;

@@ -30,7 +30,6 @@
 namespace implicit_steer::IST_ISA {
 
 constexpr bool kOneLane = false;  // of a type that is a plain number
-constexpr bool kTables = true;    // whether plans may have tables
 template <typename V>
 constexpr int kRowBlock = 5;  // rows of samples at a time (edge_mlp.h)
 

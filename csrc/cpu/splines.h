@@ -3,7 +3,7 @@
 // turned into lanes.
 #pragma once
 
-#include "../edge_frame.h"
+#include "../spline_pieces.h"
 #include "rows.h"
 
 namespace implicit_steer::IST_ISA {
@@ -13,7 +13,7 @@ struct Splines {
   using V = typename Lane<R>::V;
   using Q = typename Lane<R>::Q;
   using Plain = Real<R>;
-  static constexpr int L = Lane<R>::L, QL = Lane<R>::QL, kPieces = 4;
+  static constexpr int L = Lane<R>::L, QL = Lane<R>::QL, kPieces = SplinePieces<V>::n;
 
   const PlanView<Plain>* p;
   const R* table;      // [types · splines per type, row]
@@ -23,10 +23,9 @@ struct Splines {
   V *y, *d_y;          // [hidden_flat], y is 0 where nothing reads it
   V* read;             // [row] of y or d_y
   Plain* rows;         // [kPlanes, L, row] y or d_y edge by edge
-  V weights[kPieces];  // of the four pieces that count
-  V scaled[kPieces];   // the same, times what interpolate() was given
-  V slopes[kPieces];   // their derivatives in u; backward alone
-  int64_t first[L];    // where these pieces begin in the table
+  SplinePieces<V> pieces;
+  V scaled[kPieces];  // their weights, times what interpolate() was given
+  int64_t first[L];   // where they begin in the table
   R *d_table, *d_u;    // as table, summed over all tiles of a block; [L, QL], sums over QL are ∂L/∂u
   R* d_pieces;         // [kPieces, L, QL] sums over QL are the gradients of the pieces' weights
 
@@ -39,44 +38,24 @@ struct Splines {
     arena.take(d_pieces, int64_t{kPieces} * L * QL);
   }
 
-  // The pieces of B around u, and their derivatives. Beyond the last knot, and where u is NaN, the last ones.
+  // The pieces of B around u of every edge, and where they begin in the table.
   void locate(const Edges<R>& e) {
-    const V position = e.radius * (1 / p->spacing) + Plain(0.5);
+    const V position = spline_position(*p, e.radius);
     const auto* values = plane<R>(&position, 0);
     const auto* type = p->n_attr ? plane<R>(e.attr, 0) : nullptr;
     typename Lane<Plain>::V cells;
     for (int l = 0; l < L; ++l) {
-      const Plain at = number(*values, l);
-      const int64_t cell = at < p->n_knots ? static_cast<int64_t>(at) : p->n_knots - 1;
-      const Plain wanted = type ? number(*type, l) : Plain{};
-      const int64_t own = wanted > 0 ? (wanted < p->n_types ? static_cast<int64_t>(wanted) : p->n_types - 1) : 0;
+      const int64_t cell = spline_cell(*p, Plain(number(*values, l)));
+      const int64_t own = type ? spline_type(*p, Plain(number(*type, l))) : 0;
       cells[l] = static_cast<Plain>(cell), first[l] = (own * splines_per_type(*p) + cell) * row;
     }
-    const V inside = position - cells, t = lane_min(V{} + 1, inside), s = 1 - t;
-    const Plain sixth = Plain(1) / 6, steep = 1 / (2 * p->spacing);
-    weights[0] = s * s * s * sixth, weights[3] = t * t * t * sixth;
-    weights[1] = (4 - 3 * t * t * (2 - t)) * sixth, weights[2] = (4 - 3 * s * s * (2 - s)) * sixth;
-    const V slope = select(inside > 1, V{}, V{} + steep);
-    slopes[0] = -s * s * slope, slopes[3] = t * t * slope;
-    slopes[1] = (3 * t - 4) * t * slope, slopes[2] = (4 - 3 * s) * s * slope;
-    if (p->even) near_zero(e.radius * (1 / p->spacing), position < 1);
-  }
-
-  // In the first cell of even splines the outer two of the coefficients b are equal, and so are the inner two. Written
-  // in x = u / spacing, whose derivative by a position is x / u, their weights keep all digits at u = 0.
-  void near_zero(V x, decltype(V{} < V{}) there) {
-    const V outer = (3 * x * x + Plain(0.25)) * (Plain(1) / 12), slope = x * (1 / (2 * p->spacing));
-    for (int k = 0; k < kPieces; ++k) {
-      const bool is_outer = k == 0 || k == 3;
-      weights[k] = select(there, is_outer ? outer : Plain(0.5) - outer, weights[k]);
-      slopes[k] = select(there, is_outer ? slope : -slope, slopes[k]);
-    }
+    pieces = spline_pieces(*p, e.radius, position, cells);
   }
 
   // Every edge's row of what the couplings read, times its `scale`.
   void interpolate(const Edges<R>& e, V scale) {
     locate(e);
-    for (int k = 0; k < kPieces; ++k) scaled[k] = weights[k] * scale;
+    for (int k = 0; k < kPieces; ++k) scaled[k] = pieces.weights[k] * scale;
     for (int l = 0; l < L; ++l) {
       R w[kPieces];
       for (int k = 0; k < kPieces; ++k) w[k] = number(scaled[k], l);
@@ -122,7 +101,7 @@ struct Splines {
       for (int k = 0; k < kPieces; ++k) store_row(d_pieces + (k * L + l) * QL, Q{});
     for (int k = 0; k < kPieces; ++k) {
       const V d = row_sums(d_pieces + k * L * QL);
-      e.d_factor += weights[k] * d, e.d_radius += slopes[k] * d * e.factor;
+      e.d_factor += pieces.weights[k] * d, e.d_radius += pieces.slopes[k] * d * e.factor;
     }
   }
   template <bool kNeedWeights>
@@ -144,7 +123,7 @@ struct Splines {
 
   void add_to_table(int l) {
     R w[kPieces];
-    for (int k = 0; k < kPieces; ++k) w[k] = number(weights[k], l);
+    for (int k = 0; k < kPieces; ++k) w[k] = number(pieces.weights[k], l);
     for (int64_t x = 0; x < row; x += QL) {
       const Q d = load(l, x);
       R* piece = d_table + first[l] + x;
@@ -154,7 +133,7 @@ struct Splines {
 
   void differentiate(int l) {
     R w[kPieces];
-    for (int k = 0; k < kPieces; ++k) w[k] = number(slopes[k], l);
+    for (int k = 0; k < kPieces; ++k) w[k] = number(pieces.slopes[k], l);
     Q total{};
     for (int64_t x = 0; x < row; x += QL) total += blend<Q>(l, x, w) * load(l, x);
     store_row(d_u + l * QL, total);

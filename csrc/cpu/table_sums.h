@@ -58,10 +58,10 @@ struct TableSums : Points<R> {
     constexpr int n = Splines<R>::kPieces;
     R* piece = sums + splines.first[l] / splines.row * row;
     for (int k = 0; k < n; ++k, piece += row) {
-      const R weight = number(splines.weights[k], l);
+      const R weight = number(splines.pieces.weights[k], l);
       for (int64_t x = 0; x < n_ways; ++x) piece[x] += values[x] * weight;
       for (int q = 0; k + q < n; ++q) {
-        const R both = weight * number(splines.weights[k + q], l);
+        const R both = weight * number(splines.pieces.weights[k + q], l);
         for (int c = 0; c < p.c; ++c) piece[n_ways + q * p.c + c] += values[n_ways + c] * both;
       }
     }

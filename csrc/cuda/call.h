@@ -20,9 +20,10 @@ struct Needs {
   bool features, backward, specialised;
 };
 
-// Numbers of hidden coefficients of all layers and of the widest one; of one node's T.
+// Numbers of hidden coefficients of all layers and of the widest one, which of a table are those that its splines give;
+// of one node's T; of a row of the table.
 struct Extent {
-  int64_t all_layers, widest, sums;
+  int64_t all_layers, widest, sums, table_row;
 };
 
 // Where the inputs lie among those gathered by field type: input i at the places at[first[i] .. first[i + 1] - 1].

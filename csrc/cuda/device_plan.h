@@ -123,7 +123,8 @@ struct DevicePlan {
     sizes = sizes_of(host);
     lists.make(host, sizes != Sizes::kAny);
     if constexpr (std::is_same_v<R, float>) make_field_plans();
-    extent.all_layers = extent.widest = 0;
+    extent.all_layers = extent.widest = host.n_knots ? host.hidden_flat : 0;
+    extent.table_row = table_row(host);
     for (int n = 0; n < host.n_layers; ++n) {
       extent.all_layers += host.layers[n].out_size;
       extent.widest = std::max<int64_t>(extent.widest, host.layers[n].out_size);
@@ -168,7 +169,9 @@ struct DevicePlan {
  private:
   void make_field_plans() {
     const int width = host.n_layers == 0 ? 0 : host.layers[0].out_size / host.c;
-    if (host.n_layers == 0) {
+    if (host.n_knots) {
+      why_not = "a table";
+    } else if (host.n_layers == 0) {
       why_not = "no hidden layers";
     } else if (host.function != kElu && host.function != kSilu) {
       why_not = "an activation other than ELU and SiLU";

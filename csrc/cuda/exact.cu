@@ -12,10 +12,13 @@ namespace {
 // run(sizes): those of the plan.
 template <typename F, typename Run>
 auto with_fields(const ExactPlan& plan, Run run) {
-  constexpr int fields = ExactPlan::kFields;
-  if (plan.fields == ExactPlan::kManyFields) return run(Exact<F, 8, ExactPlan::kManyFields, false>{});
-  if (plan.width == 16) return run(Exact<F, 16, fields, false>{});
-  return plan.cross ? run(Exact<F, 8, fields, true>{}) : run(Exact<F, 8, fields, false>{});
+  constexpr int few = ExactPlan::kFields, many = ExactPlan::kManyFields;
+  const auto with_products = [&](auto cross) {
+    if (plan.fields == many) return run(Exact<F, 8, many, cross.value == 1>{});
+    if (plan.width == 16) return run(Exact<F, 16, few, cross.value == 1>{});
+    return run(Exact<F, 8, few, cross.value == 1>{});
+  };
+  return plan.cross ? with_products(Count<1>{}) : with_products(Count<0>{});
 }
 template <typename Run>
 auto with_exact_sizes(const DevicePlan<float>& plan, Run run) {

@@ -154,7 +154,9 @@ struct ExactBackward : Warp {
   // dT of a block of fields and one of channels as fragments of B: [w, v] to multiply c with, [v, w] to multiply slots
   // with. A row's element t is w or v = 2 t, element t + 4 the next one.
   struct Fragments {
-    Split<2> by_channel[Slots::count], by_field[Slots::count];
+    // Those of further slots are loaded at every step, for want of registers.
+    static constexpr int by_field_slots = S::large && Slots::count > 11 ? 11 : Slots::count;
+    Split<2> by_channel[Slots::count], by_field[by_field_slots];
   };
   __device__ __forceinline__ void load(Fragments& b, int block, int channel) const {
 #pragma unroll
@@ -162,11 +164,16 @@ struct ExactBackward : Warp {
       const float* const of_slot = d_t + slot * square + 8 * (block * S::width + channel);
       const auto two = neighbours<2>(of_slot + group * S::width + 2 * pair);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        b.by_channel[slot].set(i, two.at[i]);
-        b.by_field[slot].set(i, of_slot[(2 * pair + i) * S::width + group]);
-      }
+      for (int i = 0; i < 2; ++i) b.by_channel[slot].set(i, two.at[i]);
+      if (slot < Fragments::by_field_slots) b.by_field[slot] = by_field(d_t, slot, block, channel);
     }
+  }
+  __device__ __forceinline__ Split<2> by_field(const float* d_t, int slot, int block, int channel) const {
+    const float* const of_slot = d_t + slot * square + 8 * (block * S::width + channel);
+    Split<2> b;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) b.set(i, of_slot[(2 * pair + i) * S::width + group]);
+    return b;
   }
 
   // Edges at .. of the chunk before `stop`, all into one node.
@@ -208,9 +215,12 @@ struct ExactBackward : Warp {
       float d_c[4] = {};
 #pragma unroll
       for (int slot = Slots::first(l); slot < Slots::first(l + 1); ++slot) {
-        Stacked by_field;
-        by_field.set(0, slots[0][slot]), by_field.set(1, slots[1][slot]);
-        mma_stacked(d_c, by_field, b.by_field[slot]);
+        Stacked of_fields;
+        of_fields.set(0, slots[0][slot]), of_fields.set(1, slots[1][slot]);
+        if (slot < Fragments::by_field_slots)
+          mma_stacked(d_c, of_fields, b.by_field[slot]);
+        else
+          mma_stacked(d_c, of_fields, by_field(opaque(d_t), slot, block, channel));
         float d[4] = {};
         mma_stacked(d, by_channel, b.by_channel[slot]);
 #pragma unroll

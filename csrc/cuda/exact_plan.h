@@ -24,8 +24,7 @@ class ExactPlan : public FieldPlan {
       return refuse("edge attributes that are no scalars");
     for (const CouplingView& q : p.coupling_storage)
       if (!read_coupling(p, q)) return refuse("fields other than scalars and vectors");
-    if (cross && width > 8) return refuse("16 hidden channels with the product u x x");
-    if (cross || width > 8)
+    if (width > 8)
       place(p, {kFields});
     else
       place(p, {kFields, kManyFields});

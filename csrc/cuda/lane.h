@@ -21,7 +21,6 @@
 namespace implicit_steer::IST_ISA {
 
 constexpr bool kOneLane = true;  // of a type that is a plain number
-constexpr bool kTables = false;  // plans with tables do not come here
 // Rows of samples at a time (edge_mlp.h): as many as the registers hold.
 template <typename V>
 constexpr int kRowBlock = sizeof(V) <= 4   ? 4

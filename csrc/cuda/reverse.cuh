@@ -161,11 +161,40 @@ struct Reverse : Warp<N, kFeatures, true, S> {
     }
   }
 
+  // ---- a table in place of the MLP: from d_y the gradients of the splines' coefficients and, if need_radius, of u
+
+  __device__ __forceinline__ void splines_backward(bool need_radius) {
+    __syncwarp();
+    typename Base::Cell here{};
+    if (active) here = this->cell();
+    if (active && sub == 0)
+      for (int k = 0; k < p.n_inputs; ++k) e.d_inputs[k] = N{};
+    if (active && need_radius) {
+      const N* const rows = weights + p.table_at + here.first;
+      N sum{};
+      this->for_coefficients(sub, lanes, [&](int from, int at) {
+        if (at >= 0) sum += d_y[from] * this->blend(here.pieces.slopes, rows + at);
+      });
+      e.d_radius += sum;
+    }
+    for (int l = 0; l < n_edges && need_weights; ++l) {
+      const int leader = l * lanes;
+      R* const rows = grad_weights + p.table_at + from_lane(here.first, leader);
+      N factors[SplinePieces<N>::n];
+      for (int j = 0; j < SplinePieces<N>::n; ++j) factors[j] = from_lane(here.pieces.weights[j], leader);
+      const N* const d = this->of_edge(d_y, l);
+      this->for_coefficients(lane, 32, [&](int from, int at) {
+        for (int j = 0; j < SplinePieces<N>::n && at >= 0; ++j)
+          rows[at + j * this->table_row] += result(factors[j] * d[from]);
+      });
+    }
+  }
+
   // From d_hidden, and with the gradients of the way back and of the factor in place, everything before. The edge's
   // first lane has e.d_factor.
   __device__ __forceinline__ void sweep() {
     if (active && sub == 0 && p.kind == kPlanar) expand_backward(p, e, this->coefficients, d_hidden, d_y);
-    layers_backward(need_geometry);
+    this->has_table() ? splines_backward(need_geometry) : layers_backward(need_geometry);
     e.d_radius = sum_lanes(e.d_radius, 1, lanes);
     __syncwarp();
     if (!active || sub != 0) return;

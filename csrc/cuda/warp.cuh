@@ -8,7 +8,8 @@
 #pragma once
 
 #include "../edge_mlp.h"
-#include "call.h"
+#include "../spline_pieces.h"
+#include "edge_arrays.cuh"
 #include "lanes_of_warp.cuh"
 #include "specialised.cuh"
 
@@ -64,51 +65,6 @@ struct Layers<Specialised<F, kCoefficients, kWidth>, R> : SpecialisedLayers<Spec
 // The smallest power of two that is at least n, at most 32: so many lanes stand side by side in a row of n.
 __device__ __forceinline__ int row_width(int n) { return n <= 1 ? 1 : n > 16 ? 32 : 1 << (32 - __clz(n - 1)); }
 
-// Hands out pieces of a warp's memory; with a null base it only counts.
-template <typename N>
-struct Slice {
-  N* base;
-  int64_t used = 0;
-  IST_INLINE void take(N*& pointer, int64_t n) {
-    pointer = base + used;
-    used += n;
-  }
-  IST_INLINE void begin_quads() { used = whole_quads(static_cast<int>(used)); }
-};
-
-// The arrays of one edge.
-template <typename N>
-struct EdgeArrays {
-  Edges<N> e;
-  N *z, *y, *normed;  // pre-activations, activations, after the batch norm (or y); backward: of all layers, else of one
-  N *d_z, *d_y;       // of one layer, the widest
-  N *hidden, *d_hidden;  // [flat hidden size] in the couplings' coordinates; `hidden` for planar frames alone
-  N *f, *d_f;            // [n_gathered] neighbour features gathered by field type; whole quads, as t
-  N *t, *d_t;            // [product_size]
-  N* by_coefficient;     // [c, W] the features of specialised layers, a coefficient of all channels after the other
-  N *g, *d_g;            // [n_g] G times the radial factor
-
-  IST_INLINE void place(Slice<N>& slice, const PlanView<Real<N>>& p, const Extent& extent, Needs needs) {
-    e.place(slice, p, needs.backward);
-    const int64_t n = needs.backward ? extent.all_layers : extent.widest;
-    slice.take(z, n), slice.take(y, n);
-    normed = y;
-    if (needs.backward && p.has_norms) slice.take(normed, n);
-    slice.take(hidden, p.kind == kPlanar ? p.hidden_flat : 0);
-    if (needs.backward) {
-      slice.take(d_z, extent.widest), slice.take(d_y, extent.widest);
-      d_hidden = p.n_layers ? d_y : e.d_inputs;
-      if (p.kind == kPlanar) slice.take(d_hidden, p.hidden_flat);
-    }
-    if (!needs.features) return;
-    slice.begin_quads();
-    slice.take(f, p.n_gathered), slice.take(t, p.product_size),
-        slice.take(by_coefficient, needs.specialised ? p.hidden_flat : 0);
-    if (needs.backward) slice.take(d_f, p.n_gathered), slice.take(d_t, p.product_size), slice.take(d_g, p.n_g);
-    slice.take(g, p.n_g);
-  }
-};
-
 // kFeatures: the edges have neighbours, else they are points in their given order.
 template <typename N, bool kFeatures, bool kBackward, typename S = Generic>
 struct Warp : EdgeArrays<N> {
@@ -123,7 +79,7 @@ struct Warp : EdgeArrays<N> {
   Layers<S, R> block_layers;
   N shell;
   N* rest;  // of the warp's memory, behind the edges
-  const int lane, lanes, sub, slot, tile, edge_size;
+  const int lane, lanes, sub, slot, tile, edge_size, table_row;
   const int64_t number;       // of the warp
   const int64_t first, last;  // positions of its edges
   int n_edges = 0;            // of the tile
@@ -141,6 +97,7 @@ struct Warp : EdgeArrays<N> {
         slot(lane / lanes),
         tile(32 / lanes),
         edge_size(call.shape.edge_size),
+        table_row(static_cast<int>(call.extent.table_row)),
         number((int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32),
         first(number * call.shape.edges_per_warp),
         last(first + call.shape.edges_per_warp < a.n_edges ? first + call.shape.edges_per_warp : a.n_edges) {
@@ -332,10 +289,56 @@ struct Warp : EdgeArrays<N> {
     return in;
   }
 
+  // ---- a table in place of the MLP
+
+  // Where the splines that count at this lane's edge begin in the table, and their weights.
+  struct Cell {
+    int first;
+    SplinePieces<N> pieces;
+  };
+  __device__ __forceinline__ Cell cell() const {
+    const N position = spline_position(p, e.radius);
+    const int at = spline_cell(p, value_of(position)), type = p.n_attr ? spline_type(p, value_of(e.attr[0])) : 0;
+    const int first = (type * static_cast<int>(splines_per_type(p)) + at) * table_row;
+    return {first, spline_pieces(p, e.radius, position, static_cast<R>(at))};
+  }
+
+  __device__ __forceinline__ bool has_table() const { return !S::specialised && p.n_knots; }
+
+  // f(place among the channels' coefficients, place in a row) for those that couplings read, -1 for others.
+  template <typename F>
+  __device__ __forceinline__ void for_coefficients(int begin, int step, F f) const {
+    const int stride = p.n_read ? table_row / p.n_read : 0;
+    for (int x = begin; x < p.hidden_flat; x += step) {
+      const int k = x / p.channels, w = x % p.channels;
+      f(w * p.c + k, k < p.n_read ? k * stride + w : -1);
+    }
+  }
+
+  // Σ factor times the row's number, of the four rows at `piece`
+  __device__ __forceinline__ N blend(const N (&factors)[SplinePieces<N>::n], const N* piece) const {
+    N sum{};
+#pragma unroll
+    for (int j = 0; j < SplinePieces<N>::n; ++j) sum += factors[j] * piece[j * table_row];
+    return sum;
+  }
+
+  __device__ __forceinline__ const N* splines() {
+    if (active) {
+      const Cell here = cell();
+      const N* const rows = weights + p.table_at + here.first;
+      for_coefficients(sub, lanes, [&](int to, int at) { y[to] = at < 0 ? N{} : blend(here.pieces.weights, rows + at); });
+    }
+    __syncwarp();
+    return y;
+  }
+
+  // ---- what the couplings read
+
   // What the couplings read, in their coordinates: `features`; the MLP's output itself: `coefficients`.
   const N *features, *coefficients;
   __device__ __forceinline__ void hidden_features() {
-    coefficients = features = p.n_layers ? layers(p.n_layers - 1, true) : e.inputs;
+    coefficients = features = has_table() ? splines() : p.n_layers ? layers(p.n_layers - 1, true) : e.inputs;
     if constexpr (S::specialised && kFeatures)
       for (int w = sub; w < S::width && active; w += lanes)
 #pragma unroll

@@ -343,4 +343,4 @@ def table_sums(plan: Plan, delta: Tensor, attributes: Tensor) -> Tensor:
         values.append(torch.cat([at.weights[:, k, None] * ways, *pairs], 1))
     rows, stacked = at.first[:, None] + torch.arange(4, device=delta.device), torch.stack(values, 1).flatten(0, 1)
     size = table.types * table.n_coefficients, stacked.shape[1]
-    return stacked.new_zeros(size).scatter_add(0, rows.reshape(-1, 1).expand(-1, size[1]), stacked)
+    return stacked.new_zeros(size).index_put((rows.reshape(-1),), stacked, accumulate=True)  # in a fixed order

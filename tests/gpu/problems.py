@@ -1,5 +1,5 @@
-"""Where the checks run, on which backends, and problems of a size for it: on a GPU, or with Triton's interpreter, which
-gets through small ones in some seconds."""
+"""Where the checks run, on which backends, and problems of a size for it: on a GPU; on the processor with Triton's
+interpreter, which gets through small ones in some seconds, or with the emulated kernels of `cuda`."""
 
 import copy
 from dataclasses import replace
@@ -7,15 +7,16 @@ from dataclasses import replace
 import helpers
 import torch
 
+from implicit_steer import _native
 from implicit_steer.ops.triton import backend as triton
 from implicit_steer.ops.triton.handle import handle_of
 from implicit_steer.plan.packing import learned_tensors
 from implicit_steer.plan.tabulated import tabulated, with_table
 from implicit_steer.testing.cases import SMALL
 
-INTERPRETED = triton.interpreted()
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-BACKENDS = ["triton"] if INTERPRETED else ["cuda", "triton"]
+INTERPRETED, EMULATED = triton.interpreted(), bool(_native.ON_PROCESSOR)
+DEVICE = torch.device("cpu" if INTERPRETED or EMULATED else "cuda")
+BACKENDS = ["triton"] if INTERPRETED else ["cuda"] if EMULATED else ["cuda", "triton"]
 
 _WIDE = ("o3-l2", "o3-mixed", "so3-mixed", "so2-mixed", "octa-r3", "cone-r3", "cylinder-r3", "full-cylinder-r3")
 

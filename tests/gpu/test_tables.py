@@ -1,4 +1,4 @@
-"""Layers with tables in Triton's kernels, against `eager`, which evaluates the same splines, in float64."""
+"""Layers with tables on GPUs, against `eager`, which evaluates the same splines, in float64."""
 
 import pytest
 import torch
@@ -76,54 +76,54 @@ CASES = {
 
 
 @pytest.mark.parametrize(("make", "options", "second"), CASES.values(), ids=CASES)
-def test_eager_has_the_same_splines(make, options, second):
+def test_eager_has_the_same_splines(make, options, second, backend):
     conv = make(**options).double().to(DEVICE)
     given = problem(conv.in_type.size if make is planar else 4, 2 if make is planar else 3)
-    known, found = (derivatives(make(**options).double().to(DEVICE), b, given, second) for b in ("eager", "triton"))
+    known, found = (derivatives(make(**options).double().to(DEVICE), b, given, second) for b in ("eager", backend))
     assert_same(found, known, 1e-11)
 
 
-def test_splines_come_close_to_the_mlp():
+def test_splines_come_close_to_the_mlp(backend):
     """`reference` evaluates it for every edge."""
     conv = zonal(table=128, cutoff=2.0, activation="silu").double().to(DEVICE)
     given = problem(4, 3)
-    known, found = (derivatives(conv, backend, given, False) for backend in ("reference", "triton"))
+    known, found = (derivatives(conv, name, given, False) for name in ("reference", backend))
     assert_same(found, known, 1e-4)
 
 
-def test_parts_and_columns_the_same_bits_twice(monkeypatch):
-    """Sums in three parts, and r two columns at a time."""
+def test_the_same_bits_twice(monkeypatch, backend):
+    """In `triton` from sums in three parts, and with r two columns at a time."""
     monkeypatch.setattr(launch_spline, "_EDGES", E // 2)
     monkeypatch.setattr(launch_spline, "_COLUMNS", 2)
     known, found, again = (
-        derivatives(zonal(table=6).double().to(DEVICE), backend, problem(4, 3), False)
-        for backend in ("eager", "triton", "triton")
+        derivatives(zonal(table=6).double().to(DEVICE), name, problem(4, 3), False)
+        for name in ("eager", backend, backend)
     )
     assert_same(found, known, 1e-11)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
-def test_a_frozen_table_in_float32():
+def test_a_frozen_table_in_float32(backend):
     """An edge that is NaN stays with its target, and without edges there is the bias."""
     conv, given = zonal(table=8).to(DEVICE), problem(4, 3, torch.float32)
     call(conv, "eager", *given)  # which rows there are
     conv = conv.freeze_table()
-    known, found = (derivatives(conv, backend, given, False) for backend in ("eager", "triton"))
+    known, found = (derivatives(conv, name, given, False) for name in ("eager", backend))
     assert_same(found, known, 1e-5)
     x, delta, rows, graph, index = given
     delta[3] = torch.nan
-    hit = call(conv, "triton", x, delta, rows, graph, index).isnan().any(1)
+    hit = call(conv, backend, x, delta, rows, graph, index).isnan().any(1)
     assert hit.tolist() == [i == int(graph.dst[3]) for i in range(N)]
     empty = Graph(torch.zeros(2, 0, dtype=torch.int64, device=DEVICE), N)
-    nothing = derivatives(conv, "triton", (x, delta[:0], rows, empty, index[:0]), False)
+    nothing = derivatives(conv, backend, (x, delta[:0], rows, empty, index[:0]), False)
     assert not nothing[0].isnan().any()
     assert all(not t.any() for t in nothing[1:3])
 
 
-def test_compiled():
-    """Frozen: the MLP at the knots of a table is plain PyTorch, which cannot be traced."""
+def test_compiled(backend):
+    """Frozen: in `triton` the MLP at the knots of a table is plain PyTorch, which cannot be traced."""
     torch._dynamo.reset()
-    conv, given = zonal(edge_attr=0, table=4, backend="triton").double().to(DEVICE), problem(4, 3)
+    conv, given = zonal(edge_attr=0, table=4, backend=backend).double().to(DEVICE), problem(4, 3)
     x, delta, _, graph, _ = given
     conv = conv.freeze_table()
     results = []

@@ -1,5 +1,5 @@
 """Writes the case files of the native tests: ``PYTHONPATH=.:tests/support python tests/native/write_cases.py DIR``;
-those for the emulated CUDA kernels alone are in DIR/gpu, those for the native loops alone in DIR/cpu.
+those for the emulated CUDA kernels alone are in DIR/gpu.
 
 A case file is a sequence of arrays, each a line of text ``name dtype size size ...\\n`` (one size per axis) followed by
 the numbers, C order, little endian, and nothing else. dtype: int32, int64 or float64.
@@ -273,6 +273,8 @@ def gpu_cases():
     cloud_fields = replace(cloud, into="16 scalar+vector", out="16 scalar+vector")
     cloud_channels = replace(cloud, n_channels=16)
     cloud_so3 = replace(cloud, space="SO(3)", into="7 scalar+vector, 1 vector", out="5 scalar+vector", n_layers=4)
+    so3_fields = replace(cloud_so3, into="12 scalar+vector, 1 vector", out="9 scalar+vector", n_layers=3)
+    so3_channels = replace(cloud_so3, n_layers=3, n_channels=16)
 
     def grid(change, case=cloud, configuration="no norm", activation="elu", **options):
         return made(change, case, configuration, activation, sampling="escnn", **options)
@@ -305,26 +307,16 @@ def gpu_cases():
         "cloud-fields": made(nodes(16, 512), cloud_fields, "no norm", "elu"),
         "cloud-fields-short-edges-train": made(lambda problem: short_edges(skewed(problem)), cloud_fields, "train"),
         "cloud-so3": made(near_origin, cloud_so3, "train", "elu"),
+        "cloud-so3-channels": made(lambda problem: short_edges(skewed(problem)), so3_channels, "train", "elu"),
+        "cloud-so3-fields": made(lambda problem: short_edges(skewed(problem)), so3_fields, "train"),
         "cloud-one-layer": made(skewed, replace(cloud, into="4 scalar+vector", out="3 scalar, 2 vector", n_layers=2)),
         "radius-0": made(radius(0), "o3-l2"),
         "radius-1e-6": made(radius(1e-6), "o3-l2"),
     }
 
 
-def cpu_cases():
-    """What `cpu` alone computes: splines in place of hidden layers."""
-    plain = {name: replace(SMALL[name], attributes=None) for name in ("o3-l2", "so2")}
-    rows = torch.tensor([[0.3], [-1.2], [0.9]], dtype=torch.float64)
-    return {
-        "table": table(plain["o3-l2"], near_skewed, activation="silu"),
-        "table-planar": table(plain["so2"], skewed),
-        "table-types": table(WIDE, near_skewed, rows, cutoff=2.0),
-        "table-blocks": table(SMALL["o3"], nodes(100, 2500), rows, 4),
-    }
-
-
 def cases():
-    """Name → layer, problem: all frames, all activations, with and without batch statistics, kinds of graph."""
+    """Name → layer, problem: all frames, all activations, with and without batch statistics, kinds of graph; tables."""
 
     def made(case, configuration="eval", change=lambda problem: problem, **options):
         case = SMALL.get(case, case)
@@ -340,6 +332,8 @@ def cases():
     many_fields = replace(specialised, into="9 scalar+vector", out="1 scalar, 9 vector", attributes=None)
 
     specialised_grid = replace(specialised, attributes="1 scalar")
+    plain = {name: replace(SMALL[name], attributes=None) for name in ("o3-l2", "so2")}
+    rows = torch.tensor([[0.3], [-1.2], [0.9]], dtype=torch.float64)
 
     return {
         "grid-odd": made(specialised_grid, "eval", nodes(6, 40), sampling="escnn"),
@@ -371,6 +365,10 @@ def cases():
         "dense": made("d4"),
         "dense-train": made("c4", "train"),
         "linear": made("o3-linear"),
+        "table": table(plain["o3-l2"], near_skewed, activation="silu"),
+        "table-planar": table(plain["so2"], skewed),
+        "table-types": table(WIDE, near_skewed, rows, cutoff=2.0),
+        "table-blocks": table(SMALL["o3"], nodes(100, 2500), rows, 4),
         "no-edges": made("o3", "eval", lambda problem: with_edges(problem, slice(0))),
         "isolated-nodes": made("o3", "eval", lambda problem: on(problem, random_edges(150, 30, 400), (30, 400))),
         "skewed": made("o3", "eval", skewed),
@@ -382,7 +380,7 @@ def cases():
 
 
 def main():
-    for subfolder, made in (("", cases()), ("gpu", gpu_cases()), ("cpu", cpu_cases())):
+    for subfolder, made in (("", cases()), ("gpu", gpu_cases())):
         folder = Path(sys.argv[1]) / subfolder
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("*.case"):

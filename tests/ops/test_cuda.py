@@ -5,6 +5,7 @@ tensors. The kernels themselves: `make test-gpu-emulated`."""
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import fake_cuda
@@ -278,15 +279,24 @@ def test_depthwise_kernels_inside_a_compiled_function(monkeypatch):
 
 
 def test_tables_inside_a_compiled_function(monkeypatch):
-    """`cuda` has none, and of `triton` they are frozen."""
+    """`triton` if it is there, whose tables are frozen, else `cuda`."""
     kernel = layer(SMALL["o3"], table=16).implicit_kernel
     plan, parameters = kernel.plan, kernel.parameters_for_op()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     monkeypatch.setattr(_native, "cuda_usable", lambda device: (True, ""))
-    with pytest.raises(RuntimeError, match="freeze a table, or call the layer outside of compiled functions"):
-        select.choose_in_compiled("auto", plan, parameters, GPU)
-    parameters.cache.triton = "a plan"
-    assert select.choose_in_compiled("auto", plan, parameters, GPU) is triton
+    for there, expected in ((None, cuda), ("a plan", triton)):
+        parameters.cache.triton = there
+        assert select.choose_in_compiled("auto", plan, parameters, GPU) is expected
+        assert select.choose_in_compiled("cuda", plan, parameters, GPU) is cuda
+
+
+@pytest.mark.parametrize("norm", [None, "batch"])
+def test_tables_on_the_native_loops(monkeypatch, norm):
+    """The MLP at the knots, how much these count among the edges, and the splines."""
+    monkeypatch.setattr(cuda, "supports", lambda plan, device, dtype: (True, ""))
+    conv = layer(replace(SMALL["o3"], attributes=None), norm=norm, table=16).train()
+    problem = replace(SMALL["o3"], attributes=None).inputs(conv)
+    assert_close(outcome(conv, problem, "cuda"), outcome(conv, problem, "eager"), 1e-11)
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ... import _native
 from ...plan import Plan
 from ...plan.packing import Parameters, cached, parameter_sizes
+from ...plan.tabulated import tabulated
 from .arrays import plan_arrays
 from .bound import BoundKernel, KernelEntries, NativePlan, refusal
 from .convolution import NativeBackend
@@ -66,6 +67,14 @@ def _kernel_entries(plan: NativePlan, device: torch.device) -> KernelEntries:
 
 
 @lru_cache(maxsize=256)
+def _as_called(plan: Plan) -> Plan:
+    """The plan that the kernels get: without a table that chooses its knots, else with the table's splines."""
+    if plan.table is None or plan.is_frozen:
+        return plan
+    return plan.per_edge if plan.table.automatic else tabulated(plan, 1 + (plan.n_attributes > 0))
+
+
+@lru_cache(maxsize=256)
 def shared_bytes(plan: Plan, dtype: torch.dtype) -> int:
     """Bytes of shared memory that a block of one of the plan's kernels cannot do without."""
     return torch.ops.implicit_steer.cuda_shared_bytes(*plan_arrays(plan, parameter_sizes(plan)).tensors(dtype))
@@ -96,8 +105,7 @@ class Cuda(NativeBackend):
         """CUDA tensors in float32 or float64, with the kernels; every plan that fits into the device's shared
         memory."""
         on_gpu = not _native.ON_PROCESSOR
-        if plan.table is not None and plan.table.automatic:
-            plan = plan.per_edge  # as calls on a GPU take it
+        plan = _as_called(plan)
         if device.type != ("cuda" if on_gpu else "cpu"):
             return False, f"runs on {'CUDA' if on_gpu else 'CPU'} tensors, these are on {device}"
         there, reason = self.available()
@@ -105,8 +113,6 @@ class Cuda(NativeBackend):
             there, reason = _native.cuda_usable(device)
         if there and (refused := refusal(plan, dtype)):
             there, reason = False, refused
-        if there and plan.table is not None:
-            there, reason = False, "tables run on a GPU in 'triton' or as plain PyTorch, in 'eager'"
         if not there:
             return there, reason
         if on_gpu:
