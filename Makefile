@@ -108,7 +108,7 @@ native-%: native-program-% native-cases
 # AddressSanitizer, then with every access checked; at last every barrier is left out in turn, which has to be noticed.
 EMULATED := build/emulated
 CASES := $(NATIVE_TESTS)/cases
-MUTATED := grid-odd zonal linear planar-axis-train zonal-odd-sizes-train none-grid-cutoff planar zonal-specialised zonal-specialised-short-edges table-types
+MUTATED := grid-odd zonal linear planar-axis-train zonal-odd-sizes-train none-grid-cutoff planar zonal-specialised zonal-specialised-short-edges table-types table-planar
 TRACED := $(MUTATED) zonal-specialised-channels zonal-specialised-fields depthwise depthwise-specialised-train depthwise-exact
 test-gpu-emulated: test-gpu-quick emulated-fast emulated-address native-cases
 	$(EMULATED)/fast/conv_test $(CASES) 3
@@ -142,7 +142,7 @@ ifneq ($(NVCC),)
 	$(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	$(BIN)/python -c "import ctypes; ctypes.CDLL('build/$@/libimplicit_steer_cuda.so').implicit_steer_cuda_library"
 	$(NVCC) -arch=sm_90 -std=c++17 -DIST_ISA=gpu -c -o build/$@/mma.o tests/simt/mma_kernels.cu
-	$(EMULATED)/trace/conv_test $(CASES)/gpu count cloud cloud-fields cloud-channels grid > build/$@/counts.txt
+	$(EMULATED)/trace/conv_test $(CASES)/gpu count cloud cloud-fields cloud-channels cloud-table grid > build/$@/counts.txt
 	$(BIN)/python -m bench.cuda build/$@ $(EMULATED)/trace/libemulated_cuda.so --page $(CUDA_PAGE)
 else
 	@echo "nvcc is not on this machine: the CUDA kernels are not compiled."

@@ -1,8 +1,9 @@
 """The most instructions that warps may execute in the loops of CUDA kernels: ``make cuda-gates`` holds them on sm_90.
 
 The counts (executed.py) are those of case ``cloud``, 32 edges per node, and of the same case on the authors' grid for
-grid kernels, with 16 fields or 16 channels for kernels of so many. A loop of this table has the comment
-``// loop: NAME`` where its ``for`` stands in csrc/cuda. What it executes in another loop with a name counts there.
+grid kernels, with 16 fields or 16 channels for kernels of so many, and with 256 knots in place of the MLP for those of
+tables. A loop of this table has the comment ``// loop: NAME`` where its ``for`` stands in csrc/cuda. What it executes
+in another loop with a name counts there.
 """
 
 from __future__ import annotations

@@ -47,15 +47,15 @@ load 128 bits; and bytes of stack, local accesses and generic accesses, each the
 these three to 0, except in double, where 255 registers are not enough: there the stack may take 40 bytes on sm_100 and
 160 on sm_120, with local accesses to it. `Specialised<φ, c, W>` are kernels for W channels of c coefficients in every
 hidden layer, `Exact<φ, W, V, ×>` those for at most V scalars and V vectors as inputs and as outputs, with the products
-u × x or without them, `Grid<φ, W, V>` those for as many on a grid of the sphere, with W channels of 16 coefficients,
-and `Generic` those for all others. What was measured on a GPU is in
-[gpu-h100.md](gpu-h100.md)."""
+u × x or without them, `Tabulated<W, V, ×>` the same with a table in place of the MLP, `Grid<φ, W, V>` those for as many
+on a grid of the sphere, with W channels of 16 coefficients, and `Generic` those for all others. What was measured on a
+GPU is in [gpu-h100.md](gpu-h100.md)."""
 _LOOPS = """## Executed instructions
 
 The table shows what warps execute on sm_90 in the loops that have a name in the source. The counts are those of the
 benchmark's case `cloud`, which has 32 edges per node, 8 fields of l <= 1 and three layers of 8 channels. Kernels of 16
-fields or 16 channels are counted in the same case with 16 of them, grid kernels in that case on the authors' grid. The
-emulator counts how often every memory instruction runs, the machine code says what stands around it
+fields or 16 channels are counted in the same case with 16 of them, grid kernels in that case on the authors' grid,
+kernels for tables in that case without attributes, with 256 knots. The emulator counts how often every memory instruction runs, the machine code says what stands around it
 (`bench/executed.py`). A loop's row leaves out loops with a name inside. `bench/budgets.py` holds the budgets, which are
 gates."""
 _CLASSES = {"FP32": ("FFMA", "FADD", "FMUL"), "MUFU": ("MUFU",), "HMMA": ("HMMA",), "LDS": ("LDS",), "STS": ("STS",),
@@ -93,7 +93,7 @@ class Kernel:
             most |= EXCUSED_DOUBLE.get(self.architecture, {})
         broken = [(what, n) for what, n in self.counts.items() if n > most[what]]
         found = [f"{self.architecture} {self.name}: {what} {n}, expected {most[what]}" for what, n in broken]
-        if re.search("Specialised<|Exact<|Grid<", self.name) and not self.wide:
+        if re.search("Specialised<|Exact<|Tabulated<|Grid<", self.name) and not self.wide:
             found.append(f"{self.architecture} {self.name}: no load of 128 bits")
         return found
 

@@ -138,8 +138,8 @@ IST_LANES void attributes_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
 template <typename R>
 IST_LANES void compress(const PlanView<Real<R>>& p, const typename Lane<R>::V* x, int dim, Edges<R>& e) {
   using V = typename Lane<R>::V;
-  e.scale = V{} + 1 / p.length;
-  if (!p.bounded) e.scale = e.scale / lane_sqrt(lane_sqrt(1 + e.squared * (1 / (p.length * p.length))));
+  e.scale = V{} + p.per_length;
+  if (!p.bounded) e.scale = e.scale / lane_sqrt(lane_sqrt(1 + e.squared * (p.per_length * p.per_length)));
   for (int k = 0; k < dim; ++k) e.unit[k] = x[k] * e.scale;
   e.radius = lane_sqrt(e.squared * e.scale * e.scale + Limits<Real<R>>::softening), e.inverse = 1 / e.radius;
 }

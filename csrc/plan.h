@@ -162,6 +162,7 @@ struct PlanView {
 
   R gamma, cutoff, eps;               // eps: of the batch norms
   R length, spacing;                  // of a table: the scale of radii; the distance of its knots in u
+  R per_length, per_spacing;          // 1 / of these
   const int32_t* coordinate;          // [d] coefficient that makes coordinate m of a hidden field
   const int32_t *trivial, *measured;  // [n_trivial] trivial coefficients; the same among the d coordinates of h
   // frame
@@ -340,6 +341,7 @@ bool plan_view(Plan<R>& p, const int32_t* ints_begin, int64_t n_ints, const R* r
   read_header(p, ints);
   p.gamma = reals.one(), p.cutoff = reals.one(), p.eps = reals.one();
   p.length = reals.one(), p.spacing = reals.one();
+  p.per_length = 1 / p.length, p.per_spacing = 1 / p.spacing;
   p.coordinate = ints.take(p.d);
   p.trivial = ints.take(p.n_trivial), p.measured = ints.take(p.n_trivial);
   p.gathered_from = ints.take(p.n_gathered), p.mixed_place = ints.take(p.out_size);

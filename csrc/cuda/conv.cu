@@ -83,13 +83,7 @@ R* partial_results(const ConvArgs<R>& args, const Shape& shape, int64_t n, int64
   return static_cast<R*>(args.scratch(std::max<int64_t>(n * shape.warps + more, 1) * sizeof(R)));
 }
 
-// All warps together have this much memory for their gradients of the weights: the 1,600 that an H100 holds, where
-// there are up to 42,000 weights; where there are more, fewer warps run.
-constexpr int64_t kGradientBytes = int64_t{256} << 20;
-int64_t most_warps(const PlanView<R>& plan) {
-  return kGradientBytes / (static_cast<int64_t>(sizeof(R)) * std::max(plan.n_grad, 1));
-}
-constexpr int64_t kAnyWarps = int64_t{1} << 30;
+int64_t most_warps(const PlanView<R>& plan) { return most_warps_with<R>(plan.n_grad); }
 
 // run(sizes, numbers of a block in front of its warps'): those of the plan where its numbers are single floats.
 template <typename N, typename Run>

@@ -21,16 +21,30 @@ namespace implicit_steer {
 // hidden layers.
 enum class Sizes { kAny, kElu4x8, kElu6x8, kSilu4x8, kSilu6x8 };
 
+// Whether `width` places are those of one coefficient of all channels, from place `first` on.
+template <typename R>
+bool of_one_coefficient(const Plan<R>& p, const int32_t* place, int first, int width) {
+  for (int w = 0; w < width; ++w)
+    if (place[w] != first + w * p.c) return false;
+  return first < p.c;
+}
+
+// Whether rows of couplings have one coefficient of all channels each, of which there are `width`.
+template <typename R>
+bool reads_all_channels(const Plan<R>& p, int width) {
+  for (int k = 0; k < p.n_rows; ++k) {
+    const int32_t* row = p.row + p.row_start[k];
+    if (p.row_start[k + 1] - p.row_start[k] != width || !of_one_coefficient(p, row, row[0], width)) return false;
+  }
+  const auto reads_all = [&](const CouplingView& q) { return q.constant || q.n_hidden == width; };
+  return std::all_of(p.coupling_storage.begin(), p.coupling_storage.end(), reads_all);
+}
+
 // Whether p's hidden layers are all alike, with samples in pairs and no others, groups that have one coefficient of all
 // channels each, as rows of couplings do.
 template <typename R>
 bool has_equal_layers(const Plan<R>& p, int width) {
-  if (p.n_layers == 0) return false;
-  const auto of_one_coefficient = [&](const int32_t* place, int first) {
-    for (int w = 0; w < width; ++w)
-      if (place[w] != first + w * p.c) return false;
-    return first < p.c;
-  };
+  if (p.n_layers == 0 || !reads_all_channels(p, width)) return false;
   const LayerView<R>& first = p.layers[0];
   for (int n = 0; n < p.n_layers; ++n) {
     const LayerView<R>& layer = p.layers[n];
@@ -43,16 +57,11 @@ bool has_equal_layers(const Plan<R>& p, int width) {
     if (layer.n_groups != p.c) return false;
     const int32_t* group = layer.groups;
     for (int k = 0; k < p.c; ++k, group += 2 + 2 * width)
-      if (group[0] != width || group[1] != width || !of_one_coefficient(group + 2, group[2]) ||
-          !of_one_coefficient(group + 2 + width, group[2]))
+      if (group[0] != width || group[1] != width || !of_one_coefficient(p, group + 2, group[2], width) ||
+          !of_one_coefficient(p, group + 2 + width, group[2], width))
         return false;
   }
-  for (int k = 0; k < p.n_rows; ++k) {
-    const int32_t* row = p.row + p.row_start[k];
-    if (p.row_start[k + 1] - p.row_start[k] != width || !of_one_coefficient(row, row[0])) return false;
-  }
-  const auto reads_all = [&](const CouplingView& q) { return q.constant || q.n_hidden == width; };
-  return std::all_of(p.coupling_storage.begin(), p.coupling_storage.end(), reads_all);
+  return true;
 }
 
 // Whether p's hidden layers are what SpecialisedLayers computes with.
@@ -168,14 +177,13 @@ struct DevicePlan {
 
  private:
   void make_field_plans() {
-    const int width = host.n_layers == 0 ? 0 : host.layers[0].out_size / host.c;
-    if (host.n_knots) {
-      why_not = "a table";
-    } else if (host.n_layers == 0) {
+    const bool has_table = host.n_knots > 0;
+    const int width = has_table ? host.channels : host.n_layers == 0 ? 0 : host.layers[0].out_size / host.c;
+    if (!has_table && host.n_layers == 0) {
       why_not = "no hidden layers";
-    } else if (host.function != kElu && host.function != kSilu) {
+    } else if (!has_table && host.function != kElu && host.function != kSilu) {
       why_not = "an activation other than ELU and SiLU";
-    } else if ((width != 8 && width != 16) || !has_equal_layers(host, width)) {
+    } else if ((width != 8 && width != 16) || !(has_table ? reads_all_channels(host, width) : has_equal_layers(host, width))) {
       why_not = "hidden layers of other than 8 or 16 channels";
     } else if (host.kind == kZonal) {
       exact.make(host, width), why_not = exact.why_not;

@@ -3,26 +3,39 @@
 #include "exact.h"
 #include "exact_backward.cuh"
 #include "exact_forward.cuh"
+#include "exact_table_backward.cuh"
 #include "field_passes.h"
 
 namespace implicit_steer::IST_ISA {
 
 namespace {
 
-// run(sizes): those of the plan.
-template <typename F, typename Run>
-auto with_fields(const ExactPlan& plan, Run run) {
+// Kind: Exact<φ, …> or Tabulated<…>, but for their sizes; run(sizes): those of the plan.
+template <typename Kind, typename Run>
+auto with_sizes_of(const ExactPlan& plan, Run run) {
   constexpr int few = ExactPlan::kFields, many = ExactPlan::kManyFields;
   const auto with_products = [&](auto cross) {
-    if (plan.fields == many) return run(Exact<F, 8, many, cross.value == 1>{});
-    if (plan.width == 16) return run(Exact<F, 16, few, cross.value == 1>{});
-    return run(Exact<F, 8, few, cross.value == 1>{});
+    constexpr bool kWithCross = decltype(cross)::value == 1;
+    if (plan.fields == many) return run(typename Kind::template Sizes<8, many, kWithCross>{});
+    if (plan.width == 16) return run(typename Kind::template Sizes<16, few, kWithCross>{});
+    return run(typename Kind::template Sizes<8, few, kWithCross>{});
   };
   return plan.cross ? with_products(Count<1>{}) : with_products(Count<0>{});
 }
+template <typename F>
+struct OfMlp {
+  template <int kWidth, int kFields, bool kWithCross>
+  using Sizes = Exact<F, kWidth, kFields, kWithCross>;
+};
+struct OfTable {
+  template <int kWidth, int kFields, bool kWithCross>
+  using Sizes = Tabulated<kWidth, kFields, kWithCross>;
+};
 template <typename Run>
 auto with_exact_sizes(const DevicePlan<float>& plan, Run run) {
-  return plan.host.function == kElu ? with_fields<Elu>(plan.exact, run) : with_fields<Silu>(plan.exact, run);
+  if (plan.host.n_knots) return with_sizes_of<OfTable>(plan.exact, run);
+  return plan.host.function == kElu ? with_sizes_of<OfMlp<Elu>>(plan.exact, run)
+                                    : with_sizes_of<OfMlp<Silu>>(plan.exact, run);
 }
 
 }  // namespace

@@ -227,7 +227,7 @@ struct ExactBackward : Warp {
         for (int i = 0; i < 2; ++i) back[i].add(slot, d[i] + d[2 + i], f[i], u, slots[i][4], d_u);
       }
       Neighbours<float, 2> of_block{d_c[0] + d_c[2], d_c[1] + d_c[3]};
-      parts[l > 0] += c.at[0] * of_block.at[0] + c.at[1] * of_block.at[1];
+      parts[l > 0 && !S::Mlp::is_table] += c.at[0] * of_block.at[0] + c.at[1] * of_block.at[1];
       float* const so_far = unfinished + (mine * Slots::degrees + l) * S::width + 8 * channel + 2 * pair;
       if (there && !first_fields) of_block = sum_of(neighbours<2>(so_far), of_block);
       if (there) neighbours<2>(last_fields ? of_degree : so_far) = of_block;
@@ -246,14 +246,15 @@ struct ExactBackward : Warp {
       if (there && a.grad_edge) store_field(edges[place], v, back[i].f, first_channels);
     }
     const float product = sum_lanes(parts[0] + parts[1] + geometry.at[3] * of_factor, 1, 4);
-    const float higher = sum_lanes(parts[1], 1, 4);
+    float higher = 0;  // of edges near the origin, which tables do not treat apart
+    if (!S::Mlp::is_table) higher = sum_lanes(parts[1], 1, 4);
 #pragma unroll
     for (int k = 0; k < 3; ++k) d_u[k] = sum_lanes(d_u[k], 1, 4);
     if (!there || pair != 0) return;
     Neighbours<float, 4> sum{d_u[0], d_u[1], d_u[2], product};
     auto& to = neighbours<4>(moved + 4 * mine);
     const bool is_first = first_fields && first_channels;
-    along[mine] = is_first ? higher : along[mine] + higher;
+    if (!S::Mlp::is_table) along[mine] = is_first ? higher : along[mine] + higher;
     to = is_first ? sum : sum_of(to, sum);
   }
 
@@ -392,26 +393,35 @@ struct ExactBackward : Warp {
   template <typename Geometry>
   __device__ __forceinline__ void geometry_back(int64_t edge, const Geometry& g, bool is_near) {
     const float* const record = records + lane * Memory::record;
-    const auto of_direction = neighbours<4>(moved + 4 * lane);
-    const float product = of_direction.at[3];
-    if (need_weights) gradients.one(ExactGradients<S>::shell) += product * g.squared;
+    const auto of_direction = this->of_direction();
+    if (need_weights) gradients.one(ExactGradients<S>::shell) += of_direction.at[3] * g.squared;
     if (!need_geometry()) return;
-    float d_radius = is_near ? along[lane] : 0, d_along = 0, u[3];
-#pragma unroll
-    for (int k = 0; k < 3; ++k) u[k] = g.x[k] * g.inverse, d_along += of_direction.at[k] * u[k];
+    float d_radius = is_near ? along[lane] : 0;
     const float* const weights = opaque(mlp.first) + S::width;
     for (int w = 0; w < S::width && !is_near; ++w) d_radius += record[S::width + w] * weights[w];
-    d_radius -= d_along * g.inverse;
-    const float slope = radial_slope(product, g.squared);
-#pragma unroll
-    for (int k = 0; k < 3; ++k)
-      if (a.grad_delta)
-        global_memory(a.grad_delta)[3 * edge + k] = of_direction.at[k] * g.inverse + d_radius * u[k] + slope * g.x[k];
+    store_position(edge, g, of_direction, d_radius);
     for (int j = 0; j < p.n_attr && a.grad_attr; ++j) {
       float sum = 0;
       for (int w = 0; w < S::width; ++w) sum += record[w] * weights[(1 + j) * S::width + w];
       global_memory(a.grad_attr)[edge * p.n_attr + j] = sum;
     }
+  }
+
+  // Of this lane's edge: the gradient of the direction, and P.
+  __device__ __forceinline__ Neighbours<float, 4> of_direction() const { return neighbours<4>(moved + 4 * lane); }
+
+  // The gradient of x by way of the direction, the radius and the radial factor.
+  template <typename Geometry>
+  __device__ __forceinline__ void store_position(int64_t edge, const Geometry& g, const Neighbours<float, 4>& direction,
+                                                 float d_radius) const {
+    float u[3];
+#pragma unroll
+    for (int k = 0; k < 3; ++k) u[k] = g.x[k] * g.inverse, d_radius -= direction.at[k] * u[k] * g.inverse;
+    const float slope = radial_slope(direction.at[3], g.squared);
+#pragma unroll
+    for (int k = 0; k < 3; ++k)
+      if (a.grad_delta)
+        global_memory(a.grad_delta)[3 * edge + k] = direction.at[k] * g.inverse + d_radius * u[k] + slope * g.x[k];
   }
 
   // ∂L/∂(|x|²/2) by way of the radial factor, from P.
@@ -491,10 +501,15 @@ constexpr int kExactBackwardResident = S::large               ? 1
                                        : S::Slots::count > 11 ? 2
                                                               : kMostExactBackward;
 
+// What walks the edges of an exact backward pass; exact_table_backward.cuh has another one for tables.
+template <typename S>
+struct BackwardWarp {
+  using Type = ExactBackward<S>;
+};
 template <typename S>
 __global__ void __launch_bounds__(kExactBackwardThreads<S>, kExactBackwardResident<S>)
     exact_backward(const __grid_constant__ FieldCall call) {
-  ExactBackward<S> warp(call);
+  typename BackwardWarp<S>::Type warp(call);
   run_warps<S>(warp, call);
 }
 

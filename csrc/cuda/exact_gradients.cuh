@@ -15,8 +15,8 @@ struct ExactGradients {
   static constexpr int square = S::width * S::width, of_rows = 4 * S::width;
   // Where each sum begins: [path, v / 8, w / 8, u / 2, lane, (u, w)], [v / 8, u / 8, lane, (u, constant)], [lane],
   // [1 + n_inputs, row / 8, lane]; then layer by layer [c / 2, row / 8, column / 8, lane, (coefficient, column)],
-  // [row / 8, lane]. Lane 4 g + t has v = g and w (or u) = 2 t and 2 t + 1, of eight; of the MLP's weights it has row g
-  // and columns 2 t and 2 t + 1, of a row's bias and of the shell a share.
+  // [row / 8, lane]; in place of the last three of a table its rows. Lane 4 g + t has v = g and w (or u) = 2 t and 2 t +
+  // 1, of eight; of the MLP's weights it has row g and columns 2 t and 2 t + 1, of a row's bias and of the shell a share.
   static constexpr int constant = Slots::paths * Tiles::passes * S::fields / 2 * 128,
                        shell = constant + Tiles::blocks * Tiles::blocks * 128, first = shell + 32;
   static constexpr int of_layer = S::c * square + of_rows;
@@ -27,7 +27,10 @@ struct ExactGradients {
   const int trivial = 0;  // the coefficient that is the same in all samples, which biases are of
 
   static IST_HOST_DEVICE int size_of(const PlanView<float>& p) {
-    return first + (1 + p.n_inputs) * of_rows + (p.n_layers - 1) * of_layer;
+    return first + (S::Mlp::is_table ? table_size(p) : (1 + p.n_inputs) * of_rows + (p.n_layers - 1) * of_layer);
+  }
+  static IST_HOST_DEVICE int table_size(const PlanView<float>& p) {
+    return p.n_types * static_cast<int>(splines_per_type(p)) * p.n_read * S::width;
   }
   __device__ __forceinline__ ExactGradients(float* of_warps, int number, const PlanView<float>& p,
                                             const FieldView& view)
@@ -96,13 +99,11 @@ struct ExactGradients {
     for (int k = threadIdx.x; k < p.n_grad; k += blockDim.x) row[k] = 0;
     __syncthreads();
     write_theta(view, mlp, row);
-    for (int k = threadIdx.x; k < (1 + p.n_inputs) * S::width; k += blockDim.x) {
-      const int w = k % S::width;
-      const int at = k < S::width ? p.layers[0].bias + w * S::c + trivial : view.first[k - S::width];
-      if (at >= 0) row[at] = lanes_sum(first + k / S::width * of_rows, w);
+    if constexpr (S::Mlp::is_table) {
+      for (int k = threadIdx.x; k < table_size(p); k += blockDim.x) row[p.table_at + k] = memory[first + k];
+    } else {
+      write_mlp(view, packed, row);
     }
-    for (int n = 1; n < p.n_layers; ++n) write_layer(packed, n, row);
-    if (p.has_norms) write_norms(view, packed, row);
     if (threadIdx.x == 0) {
       float sum = 0;
       for (int k = 0; k < 32; ++k) sum += memory[shell + k];
@@ -112,6 +113,16 @@ struct ExactGradients {
   }
 
  private:
+  __device__ __forceinline__ void write_mlp(const FieldView& view, const float* packed, float* row) const {
+    for (int k = threadIdx.x; k < (1 + p.n_inputs) * S::width; k += blockDim.x) {
+      const int w = k % S::width;
+      const int at = k < S::width ? p.layers[0].bias + w * S::c + trivial : view.first[k - S::width];
+      if (at >= 0) row[at] = lanes_sum(first + k / S::width * of_rows, w);
+    }
+    for (int n = 1; n < p.n_layers; ++n) write_layer(packed, n, row);
+    if (p.has_norms) write_norms(view, packed, row);
+  }
+
   __device__ __forceinline__ void write_theta(const FieldView& view, const typename S::Mlp& mlp, float* row) const {
     constexpr int fields = S::fields * S::fields;
 #pragma unroll 1  // several at a time would need the number of turns, in a register since copy_theta()

@@ -65,6 +65,7 @@ struct NothingKept {
 
 // Where a block has the MLP in its shared memory; the sizes are the same for all lanes.
 struct ExactMlp {
+  static constexpr bool is_table = false;
   float* first;          // [1 + n_inputs, W] the first layer's bias, then its weights by input
   float* hidden;         // [n_layers - 1] the layers that follow: bias [W], weights [c, W, W] by coefficient and row
   float *scale, *shift;  // [W] of the last batch norm, or 1 and 0

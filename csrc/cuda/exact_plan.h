@@ -15,13 +15,15 @@ class ExactPlan : public FieldPlan {
   static constexpr int kCoefficients = 4, kEven = 2;
   int width = 0;  // hidden channels
 
-  // Of a plan with a zonal frame whose hidden layers are alike, with so many channels (device_plan.h).
+  // Of a plan with a zonal frame and a table, or hidden layers that are alike, with so many channels (device_plan.h).
   void make(const Plan<float>& p, int channels) {
     *this = ExactPlan();
     width = channels;
-    if (p.c != kCoefficients || p.n_even != kEven) return refuse("hidden features other than those of l = 0 to 3");
-    if (p.order_zero != 1 || !p.regular || p.n_trivial > 1 || !p.attribute_identity || !read_first_layer(p))
-      return refuse("edge attributes that are no scalars");
+    if (!p.n_knots) {
+      if (p.c != kCoefficients || p.n_even != kEven) return refuse("hidden features other than those of l = 0 to 3");
+      if (p.order_zero != 1 || !p.regular || p.n_trivial > 1 || !p.attribute_identity || !read_first_layer(p))
+        return refuse("edge attributes that are no scalars");
+    }
     for (const CouplingView& q : p.coupling_storage)
       if (!read_coupling(p, q)) return refuse("fields other than scalars and vectors");
     if (width > 8)
@@ -54,7 +56,7 @@ class ExactPlan : public FieldPlan {
           const int32_t* const block = q.blocks + 2 * group[2];
           if (group[3] != 1) return false;
           found.constant = block[0] == p.n_rows;
-          degree = found.constant ? 0 : degree_of(p.row[p.row_start[block[0]]]);
+          degree = found.constant ? 0 : degree_of(p, p.row[p.row_start[block[0]]]);
           found.outputs.push_back(q.slots[2 * slot + 1]), places.push_back(block[1] + (slot - group[0]) * q.in_stride);
           for (int g : factors_of(p, places.back())) add(found.inputs, p.g_from[g]);
         }
@@ -69,8 +71,12 @@ class ExactPlan : public FieldPlan {
     return true;
   }
 
-  static int degree_of(int coefficient) {
-    return coefficient == 0 ? 0 : coefficient == kEven ? 1 : coefficient == 1 ? 2 : -1;
+  // -1 where the kernels expect none at this place: of hidden layers the even ones come first, of a table degree l is
+  // at place l.
+  static int degree_of(const Plan<float>& p, int coefficient) {
+    if (!p.n_knots) return coefficient == 0 ? 0 : coefficient == kEven ? 1 : coefficient == 1 ? 2 : -1;
+    const int m = static_cast<int>(std::find(p.coordinate, p.coordinate + p.d, coefficient) - p.coordinate);
+    return m < p.d && p.degree[m] == coefficient && coefficient < 3 ? coefficient : -1;
   }
 
   static int path_of(size_t n_inputs, size_t n_outputs, int degree) {

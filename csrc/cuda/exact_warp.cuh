@@ -167,7 +167,8 @@ struct ExactWarp {
   __device__ __forceinline__ void chunk(int begin, int n, Keep keep) {
     const int64_t edge = index(a.order, begin + (lane < n ? lane : n - 1));
     const Geometry g = geometry(edge);
-    const uint32_t near_edges = __ballot_sync(kWarp, lane < n && g.radius < Limits<float>::near);
+    uint32_t near_edges = 0;
+    if constexpr (!S::Mlp::is_table) near_edges = __ballot_sync(kWarp, lane < n && g.radius < Limits<float>::near);
     float* const record = records + lane * Memory::record;
     neighbours<4>(record + Slots::degrees * S::width) = {g.x[0] * g.inverse, g.x[1] * g.inverse, g.x[2] * g.inverse,
                                                          radial(g.squared)};
@@ -185,7 +186,8 @@ struct ExactWarp {
         neighbours<4>(record + l * S::width + w) = four;
       }
     __syncwarp();
-    for (uint32_t left = near_edges; left != 0; left &= left - 1) near_edge(begin, __ffs(left) - 1, keep);
+    if constexpr (!S::Mlp::is_table)
+      for (uint32_t left = near_edges; left != 0; left &= left - 1) near_edge(begin, __ffs(left) - 1, keep);
   }
 
   // Overwrites the coefficients of the edge at position begin + at.

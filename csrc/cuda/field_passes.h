@@ -20,7 +20,7 @@ template <typename S>
 Failure prepare_forward_of(const char* name, void (*kernel)(FieldCall), const DevicePlan<float>& plan,
                            const ConvArgs<float>& args, FieldLaunch& edges) {
   edges = {name, kernel, {}, front_of_warps<S>(plan.host), kExactForwardSize<S>, 0, kExactForwardThreads<S> / 32};
-  IST_TRY(edges.prepare(plan, args));
+  IST_TRY(edges.prepare(plan, args, kAnyWarps));
   const int64_t warps = edges.call.shape.warps, width = plan.view.out_size;
   edges.call.partial = static_cast<float*>(args.scratch((2 * warps * width + width + warps + 1) * sizeof(float)));
   return {};
@@ -32,11 +32,11 @@ template <typename S>
 Failure run_backward_of(FieldLaunch edges, int64_t kept, const DevicePlan<float>& plan, const ConvArgs<float>& args,
                         bool mean, int64_t more, void* stream, GradientRows<float>& rows) {
   using Gradients = ExactGradients<S>;
-  IST_TRY(edges.prepare(plan, args));
+  const int64_t of_warp = args.grad_weights ? Gradients::size_of(plan.host) + Gradients::aside : 0;
+  IST_TRY(edges.prepare(plan, args, most_warps_with<float>(of_warp)));
   edges.call.mean = mean;
   rows.n = edges.blocks();
-  const int64_t warps = edges.call.shape.warps, of_warp = Gradients::size_of(plan.host) + Gradients::aside;
-  const int64_t of_warps = args.grad_weights ? of_warp * warps : 0;
+  const int64_t warps = edges.call.shape.warps, of_warps = of_warp * warps;
   const int64_t of_rows = args.grad_weights ? rows.n * plan.view.n_grad : 0;
   const int64_t n = kept * warps + of_warps + of_rows + more;
   float* const memory =

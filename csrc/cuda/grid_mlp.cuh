@@ -39,6 +39,7 @@ struct GridState {
 };
 
 struct GridMlp {
+  static constexpr bool is_table = false;
   static constexpr int fragment = 4 * 32;  // numbers: of every lane two elements of B, big parts, then small ones
   static constexpr int of_samples = 0, of_inverse = 6, of_output = 12, of_position = 16, n_fragments = 18;
   static constexpr int transposed = n_fragments;  // where those of the way back begin, grid_mlp_backward.cuh

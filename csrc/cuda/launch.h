@@ -22,6 +22,15 @@ Failure launch_threads(const char* name, Kernel kernel, int64_t n, void* stream,
   return launch(name, kernel, grid, dim3(kThreads), 0, stream, arguments...);
 }
 
+// All warps together have this much memory for their gradients of the weights: the 1,600 that an H100 holds, where
+// there are up to 42,000 numbers of each; where there are more, fewer warps run.
+constexpr int64_t kGradientBytes = int64_t{256} << 20;
+template <typename R>
+int64_t most_warps_with(int64_t numbers) {
+  return kGradientBytes / (static_cast<int64_t>(sizeof(R)) * (numbers > 1 ? numbers : 1));
+}
+constexpr int64_t kAnyWarps = int64_t{1} << 30;
+
 // The current device: shared memory of a block, of a multiprocessor, what of it each block takes for the system, in
 // bytes; and multiprocessors.
 struct Device {

@@ -212,6 +212,11 @@ def short_edges(problem):
     return problem
 
 
+def short_edges_of_skewed(problem):
+    """Both changes."""
+    return short_edges(skewed(problem))
+
+
 def all_near_origin(problem):
     """Only edges near the origin."""
     problem.delta *= 1e-3
@@ -276,6 +281,8 @@ def gpu_cases():
     so3_fields = replace(cloud_so3, into="12 scalar+vector, 1 vector", out="9 scalar+vector", n_layers=3)
     so3_channels = replace(cloud_so3, n_layers=3, n_channels=16)
 
+    rows = torch.tensor([[0.3], [-1.2]], dtype=torch.float64)
+
     def grid(change, case=cloud, configuration="no norm", activation="elu", **options):
         return made(change, case, configuration, activation, sampling="escnn", **options)
 
@@ -289,7 +296,7 @@ def gpu_cases():
         "grid-isolated-nodes": grid(nodes(300, 90)),
         "grid-skewed": grid(skewed),
         "grid-odd-sizes-train": grid(near_skewed, odd, "train", "silu", cutoff=2.0),
-        "grid-short-edges-train": grid(lambda problem: short_edges(skewed(problem)), cloud, "train", "silu"),
+        "grid-short-edges-train": grid(short_edges_of_skewed, cloud, "train", "silu"),
         "grid-one-layer": grid(skewed, one_layer, "eval", width=1.0),
         "one-edge": made(nodes(5, 1), width=1.0),
         "1-node": made(nodes(1, 40)),
@@ -301,14 +308,18 @@ def gpu_cases():
         "cloud-no-edges": made(lambda problem: with_edges(problem, slice(0)), cloud, "no norm", "elu"),
         "cloud-isolated-nodes": made(nodes(300, 90), cloud, "no norm", "elu"),
         "cloud-hub": made(hub, cloud, "no norm", "elu"),
-        "cloud-short-edges-train": made(lambda problem: short_edges(skewed(problem)), cloud, "train"),
+        "cloud-short-edges-train": made(short_edges_of_skewed, cloud, "train"),
         "cloud-channels": made(nodes(16, 512), cloud_channels, "no norm", "elu"),
-        "cloud-channels-short-edges-train": made(lambda problem: short_edges(skewed(problem)), cloud_channels, "train"),
+        "cloud-channels-short-edges-train": made(short_edges_of_skewed, cloud_channels, "train"),
         "cloud-fields": made(nodes(16, 512), cloud_fields, "no norm", "elu"),
-        "cloud-fields-short-edges-train": made(lambda problem: short_edges(skewed(problem)), cloud_fields, "train"),
+        "cloud-fields-short-edges-train": made(short_edges_of_skewed, cloud_fields, "train"),
         "cloud-so3": made(near_origin, cloud_so3, "train", "elu"),
-        "cloud-so3-channels": made(lambda problem: short_edges(skewed(problem)), so3_channels, "train", "elu"),
-        "cloud-so3-fields": made(lambda problem: short_edges(skewed(problem)), so3_fields, "train"),
+        "cloud-so3-channels": made(short_edges_of_skewed, so3_channels, "train", "elu"),
+        "cloud-so3-fields": made(short_edges_of_skewed, so3_fields, "train"),
+        "cloud-table": table(replace(cloud, attributes=None), nodes(16, 512), None, 256, activation="silu"),
+        "cloud-table-hub": table(cloud, hub, rows),
+        "cloud-table-so3": table(replace(so3_channels, attributes=None), near_skewed),
+        "cloud-table-so3-fields": table(so3_fields, short_edges_of_skewed, rows, cutoff=2.0),
         "cloud-one-layer": made(skewed, replace(cloud, into="4 scalar+vector", out="3 scalar, 2 vector", n_layers=2)),
         "radius-0": made(radius(0), "o3-l2"),
         "radius-1e-6": made(radius(1e-6), "o3-l2"),
@@ -332,6 +343,7 @@ def cases():
     many_fields = replace(specialised, into="9 scalar+vector", out="1 scalar, 9 vector", attributes=None)
 
     specialised_grid = replace(specialised, attributes="1 scalar")
+    many_table = replace(specialised, into="8 scalar+vector", attributes="1 scalar")
     plain = {name: replace(SMALL[name], attributes=None) for name in ("o3-l2", "so2")}
     rows = torch.tensor([[0.3], [-1.2], [0.9]], dtype=torch.float64)
 
@@ -340,7 +352,7 @@ def cases():
         "zonal": made("o3"),
         "zonal-wide": made(WIDE),
         "zonal-specialised": made(specialised, "no norm", skewed),
-        "zonal-specialised-short-edges": made(specialised_deep, "eval", lambda problem: short_edges(skewed(problem))),
+        "zonal-specialised-short-edges": made(specialised_deep, "eval", short_edges_of_skewed),
         "zonal-specialised-train": made(specialised_l2, "train", near_skewed),
         "zonal-specialised-channels": made(many_channels, "eval", lambda problem: short_edges(nodes(3, 12)(problem))),
         "zonal-specialised-fields": made(many_fields, "eval", lambda problem: short_edges(nodes(3, 12)(problem))),
@@ -368,6 +380,8 @@ def cases():
         "table": table(plain["o3-l2"], near_skewed, activation="silu"),
         "table-planar": table(plain["so2"], skewed),
         "table-types": table(WIDE, near_skewed, rows, cutoff=2.0),
+        "zonal-specialised-table": table(many_table, near_skewed, rows, cutoff=2.0),
+        "zonal-specialised-table-fields": table(many_fields, nodes(3, 12), activation="silu"),
         "table-blocks": table(SMALL["o3"], nodes(100, 2500), rows, 4),
         "no-edges": made("o3", "eval", lambda problem: with_edges(problem, slice(0))),
         "isolated-nodes": made("o3", "eval", lambda problem: on(problem, random_edges(150, 30, 400), (30, 400))),

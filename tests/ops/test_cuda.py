@@ -290,12 +290,13 @@ def test_tables_inside_a_compiled_function(monkeypatch):
         assert select.choose_in_compiled("cuda", plan, parameters, GPU) is cuda
 
 
-@pytest.mark.parametrize("norm", [None, "batch"])
-def test_tables_on_the_native_loops(monkeypatch, norm):
+@pytest.mark.parametrize("configuration", ["no norm", "train"])
+def test_tables_on_the_native_loops(monkeypatch, configuration):
     """The MLP at the knots, how much these count among the edges, and the splines."""
     monkeypatch.setattr(cuda, "supports", lambda plan, device, dtype: (True, ""))
-    conv = layer(replace(SMALL["o3"], attributes=None), norm=norm, table=16).train()
-    problem = replace(SMALL["o3"], attributes=None).inputs(conv)
+    case = replace(SMALL["o3"], attributes=None)
+    conv = layer(case, configuration, table=16)
+    problem = case.inputs(conv)
     assert_close(outcome(conv, problem, "cuda"), outcome(conv, problem, "eager"), 1e-11)
 
 

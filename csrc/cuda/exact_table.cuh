@@ -1,0 +1,110 @@
+// A table in place of the kernel MLP (exact_mlp.cuh): one thread has an edge's coefficients c_l = u^l f_l(u) of every
+// hidden channel, f_l = Σ_j B_j b_j from four rows of the splines' coefficients (plan/table.py). They multiply the
+// harmonics of the direction, as those of the MLP do, and need no other formula near the origin.
+#pragma once
+
+#include "../spline_pieces.h"
+#include "exact_mlp.cuh"
+
+namespace implicit_steer::IST_ISA {
+
+struct ExactTable;
+
+// What an exact kernel is compiled for, as Exact.
+template <int kWidth, int kFields, bool kWithCross>
+struct Tabulated {
+  using Slots = ExactSlots<kWithCross>;
+  using Mlp = ExactTable;
+  static constexpr int c = ExactPlan::kCoefficients, even = ExactPlan::kEven, width = kWidth, fields = kFields;
+  static constexpr bool large = kFields > 8 || kWidth > 8;
+  static_assert(kWidth % 8 == 0);  // a row has no padding
+};
+
+struct ExactTable {
+  static constexpr bool is_table = true;
+  const PlanView<float>* p;
+  const float* packed;   // whose part from table_at on is [types · splines per type, n_read, W]: n_read by degree
+  template <int kValue>
+  struct Same {
+    __device__ __forceinline__ float operator[](int) const { return kValue; }
+  };
+  Same<1> scale;  // of θ: there is no batch norm
+  Same<0> shift;
+
+  template <typename S>
+  static constexpr int size(const PlanView<float>&) {
+    return 0;
+  }
+  static __device__ __forceinline__ int trivial(const FieldView&) { return 0; }
+
+  template <typename S>
+  __device__ __forceinline__ void place(float*, const PlanView<float>& plan) {
+    p = &plan;
+  }
+  template <typename S>
+  __device__ __forceinline__ void copy(const PlanView<float>&, const FieldView&, const float* weights) {
+    packed = weights;
+  }
+
+  // An edge in the table: where the rows that count begin, u, its derivative by the radius.
+  struct Cell {
+    int first;
+    float u, per_radius;
+    SplinePieces<float> pieces;
+  };
+  template <typename S, typename Attribute>
+  __device__ __forceinline__ Cell cell(float radius, Attribute attribute) const {
+    const float squared = radius * radius, per_square = p->per_length * p->per_length;
+    Cell here;
+    float scale = p->per_length;  // u / radius, as compress() of edge_frame.h
+    here.per_radius = scale;
+    if (!p->bounded) {
+      const float inverse = 1 / (1 + squared * per_square);
+      scale *= sqrtf(sqrtf(inverse));
+      here.per_radius = scale * (1 - 0.5f * squared * per_square * inverse);
+    }
+    here.u = radius * scale;
+    const float position = spline_position(*p, here.u);
+    const int at = spline_cell(*p, position), type = p->n_attr ? spline_type(*p, attribute(0)) : 0;
+    here.first = (type * static_cast<int>(splines_per_type(*p)) + at) * row_size<S>();
+    here.pieces = spline_pieces(*p, here.u, position, static_cast<float>(at));
+    return here;
+  }
+  template <typename S>
+  __device__ __forceinline__ int row_size() const {
+    return p->n_read * S::width;
+  }
+  // u^l and its derivative
+  static __device__ __forceinline__ float power(float u, int l) { return l == 0 ? 1 : l == 1 ? u : u * u; }
+  static __device__ __forceinline__ float power_slope(float u, int l) { return l == 0 ? 0 : l == 1 ? 1 : 2 * u; }
+
+  // Σ factor times the row's number, of four channels from w on and the coefficients of degree l.
+  template <typename S>
+  __device__ __forceinline__ Neighbours<float, 4> blend(const float (&factors)[4], int first, int l, int w) const {
+    Neighbours<float, 4> sum{};
+    if (l >= p->n_read) return sum;
+    const float* const rows = packed + p->table_at;
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      add_multiple(sum, factors[j], neighbours<4>(rows + first + j * row_size<S>() + l * S::width + w));
+    return sum;
+  }
+
+  // As ExactMlp::evaluate; there are no layers to keep.
+  template <typename S, typename Attribute, typename Keep>
+  __device__ __forceinline__ void evaluate(float radius, Attribute attribute, Keep, float (&z)[S::width][S::c]) const {
+    const Cell here = cell<S>(radius, attribute);
+#pragma unroll
+    for (int l = 0; l < S::Slots::degrees; ++l) {
+      const float scaled = power(here.u, l);
+#pragma unroll
+      for (int w = 0; w < S::width; w += 4) {
+        const auto four = blend<S>(here.pieces.weights, here.first, l, w);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) z[w + j][place_of_degree(l)] = scaled * four.at[j];
+      }
+    }
+  }
+};
+
+}  // namespace implicit_steer::IST_ISA
