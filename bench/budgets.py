@@ -66,6 +66,20 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         "edges": Budget(132, "edge"),
         "nodes": Budget(2450, "node"),
     },
+    # a table
+    "exact_forward<Tabulated<8, 8, false>>": {
+        WHOLE: Budget(80, "edge"),
+        "chunks": Budget(23, "edge"),  # frame and interpolation
+        "T": Budget(32, "edge"),
+        "nodes": Budget(600, "node"),
+    },
+    "exact_backward<Tabulated<8, 8, false>>": {
+        WHOLE: Budget(295, "edge"),  # of which 50 are a block's beginning and end, for 512 edges here
+        "chunks": Budget(110, "edge"),  # frame and interpolation, forward again and back; the splines' gradients
+        "T": Budget(32, "edge"),
+        "edges": Budget(65, "edge"),
+        "nodes": Budget(1150, "node"),
+    },
     "grid_forward<Grid<Elu, 8, 8>>": {
         WHOLE: Budget(300, "edge"),
         "chunks": Budget(250, "edge"),  # the MLP of 16 edges; of 29 HMMA 26 are the activations'

@@ -2,8 +2,8 @@
 instructions per edge.
 
 `cuda` multiplies only where a matrix is not 0. The count is that of its generic kernels, on the ordinary units: 4
-instructions per multiply-add and 16 per φ, of 32 lanes each. The exact and the grid kernels execute fewer
-(docs/cuda_kernels.md).
+instructions per multiply-add and 16 per φ, of 32 lanes each; the splines of a table take about 100 per edge. The exact
+and the grid kernels execute fewer (docs/cuda_kernels.md).
 
 `triton` runs narrow layers of zonal frames edge by edge: 0.107 instructions per multiply-add and 2.4 per φ, difference
 quotients near the origin included, are what the kernels for ``cloud`` with 8 and with 4 channels were compiled to,
@@ -26,7 +26,7 @@ BACKENDS = ("cuda", "triton")  # those that run on a GPU and that "auto" compare
 _MEASURED = "gpu"  # name of the tuning cache
 
 _LANES, _NODE_DEGREE = 32, 16
-_CUDA_PRODUCT, _CUDA_FUNCTION = 4 / _LANES, 16 / _LANES
+_CUDA_PRODUCT, _CUDA_FUNCTION, _CUDA_SPLINES = 4 / _LANES, 16 / _LANES, 100.0
 _TRITON_PRODUCT, _TRITON_FUNCTION, _TRITON_COUPLING = 4 * 3 / 1024, 8.0, 0.4
 _TRITON_PRODUCT_OF_EDGE, _TRITON_FUNCTION_OF_EDGE, _TRITON_SPLINES = 0.107, 2.4, 104.0
 
@@ -36,16 +36,28 @@ def instructions_per_edge(plan: Plan) -> dict[str, float]:
     """Backend → warp instructions per edge of a forward pass, predicted."""
     cost = plan.cost()
     coupling, mixing = cost["sparse coupling per edge"], cost["mixing per node"] / _NODE_DEGREE
-    mlp = _CUDA_PRODUCT * cost["mlp per edge"] + _CUDA_FUNCTION * cost["φ per edge"]
     return {
-        "cuda": mlp + _CUDA_PRODUCT * (coupling + mixing),
+        "cuda": _hidden_of_cuda(plan) + _CUDA_PRODUCT * (coupling + mixing),
         "triton": _hidden_of_triton(plan) + _TRITON_PRODUCT * mixing + _TRITON_COUPLING * coupling,
     }
 
 
+def _interpolates(plan: Plan) -> bool:
+    """Whether calls on a GPU use a table."""
+    return plan.table is not None and not plan.table.automatic
+
+
+def _hidden_of_cuda(plan: Plan) -> float:
+    """The instructions per edge that `cuda` takes for the hidden coefficients."""
+    if _interpolates(plan):
+        return _CUDA_SPLINES
+    cost = plan.cost()
+    return _CUDA_PRODUCT * cost["mlp per edge"] + _CUDA_FUNCTION * cost["φ per edge"]
+
+
 def _hidden_of_triton(plan: Plan) -> float:
     """The instructions per edge that `triton` takes for the hidden coefficients."""
-    if plan.table is not None and not plan.table.automatic:
+    if _interpolates(plan):
         return _TRITON_SPLINES
     cost = plan.cost()
     if runs_edge_by_edge(plan):

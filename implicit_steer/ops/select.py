@@ -126,8 +126,7 @@ def choose_for_kernel(plan: Plan, device: torch.device, dtype: torch.dtype) -> t
 
 def choose_in_compiled(name: str, plan: Plan, parameters: Parameters, device: torch.device) -> Backend | None:
     """Inside torch.compile the backend for ``name`` if that is `cpu`, `cuda` or `triton`, whose plans are made before;
-    "auto" takes `cuda` before `triton`, but not for tables and depthwise kernels, for which it is predicted to be
-    slower. Else, and outside of torch.compile, None: :func:`choose` decides.
+    "auto" takes `cuda` before `triton`, but not for depthwise kernels, for which it is predicted to be slower. Else, and outside of torch.compile, None: :func:`choose` decides.
 
     Raises:
         RuntimeError: on CUDA tensors "auto" or "triton" where no such plan was made, with the remedy.
@@ -136,8 +135,7 @@ def choose_in_compiled(name: str, plan: Plan, parameters: Parameters, device: to
         return None
     on_gpu, native = device.type == "cuda", cache.native is not None
     if on_gpu and native and name in ("auto", "cuda") and _native.cuda_usable(device)[0]:
-        has_table = plan.table is not None and not plan.table.automatic
-        slower = has_table or any(c.depthwise for c in plan.couplings)  # tracing cannot ask for a cached property
+        slower = any(c.depthwise for c in plan.couplings)  # tracing cannot ask for a cached property
         if name == "cuda" or cache.triton is None or not slower:
             return BACKENDS["cuda"]
     if cache.triton is not None and (name == "triton" or (on_gpu and name == "auto")):

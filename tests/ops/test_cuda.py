@@ -279,15 +279,15 @@ def test_depthwise_kernels_inside_a_compiled_function(monkeypatch):
 
 
 def test_tables_inside_a_compiled_function(monkeypatch):
-    """`triton` if it is there, whose tables are frozen, else `cuda`."""
+    """`cuda`, also where `triton` is there, whose tables have to be frozen."""
     kernel = layer(SMALL["o3"], table=16).implicit_kernel
     plan, parameters = kernel.plan, kernel.parameters_for_op()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     monkeypatch.setattr(_native, "cuda_usable", lambda device: (True, ""))
-    for there, expected in ((None, cuda), ("a plan", triton)):
+    for there in (None, "a plan"):
         parameters.cache.triton = there
-        assert select.choose_in_compiled("auto", plan, parameters, GPU) is expected
-        assert select.choose_in_compiled("cuda", plan, parameters, GPU) is cuda
+        assert select.choose_in_compiled("auto", plan, parameters, GPU) is cuda
+    assert select.choose_in_compiled("triton", plan, parameters, GPU) is triton
 
 
 @pytest.mark.parametrize("configuration", ["no norm", "train"])
