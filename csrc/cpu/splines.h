@@ -39,16 +39,17 @@ struct Splines {
   }
 
   // The pieces of B around u of every edge, and where they begin in the table.
-  void locate(const Edges<R>& e) {
+  IST_INLINE void locate(const Edges<R>& e) {
     const V position = spline_position(*p, e.radius);
     const auto* values = plane<R>(&position, 0);
     const auto* type = p->n_attr ? plane<R>(e.attr, 0) : nullptr;
     typename Lane<Plain>::V cells;
+    const int splines = static_cast<int>(splines_per_type(*p)), size = static_cast<int>(row);
     for (int l = 0; l < L; ++l) {
-      const int64_t cell = spline_cell(*p, Plain(number(*values, l)));
-      const int64_t own = type ? spline_type(*p, Plain(number(*type, l))) : 0;
-      cells[l] = static_cast<Plain>(cell), first[l] = (own * splines_per_type(*p) + cell) * row;
+      const int cell = spline_cell(*p, Plain(number(*values, l)));
+      cells[l] = static_cast<Plain>(cell), first[l] = cell * size;
     }
+    for (int l = 0; l < L && type; ++l) first[l] += spline_type(*p, Plain(number(*type, l))) * splines * size;
     pieces = spline_pieces(*p, e.radius, position, cells);
   }
 
