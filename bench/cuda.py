@@ -55,9 +55,9 @@ _LOOPS = """## Executed instructions
 The table shows what warps execute on sm_90 in the loops that have a name in the source. The counts are those of the
 benchmark's case `cloud`, which has 32 edges per node, 8 fields of l <= 1 and three layers of 8 channels. Kernels of 16
 fields or 16 channels are counted in the same case with 16 of them, grid kernels in that case on the authors' grid,
-kernels for tables in that case without attributes, with 256 knots. The emulator counts how often every memory instruction runs, the machine code says what stands around it
-(`bench/executed.py`). A loop's row leaves out loops with a name inside. `bench/budgets.py` holds the budgets, which are
-gates."""
+kernels for tables in that case without attributes, with 256 knots. The emulator counts how often every memory
+instruction runs, the machine code says what stands around it (`bench/executed.py`). A loop's row leaves out loops with
+a name inside. `bench/budgets.py` holds the budgets, which are gates."""
 _CLASSES = {"FP32": ("FFMA", "FADD", "FMUL"), "MUFU": ("MUFU",), "HMMA": ("HMMA",), "LDS": ("LDS",), "STS": ("STS",),
             "LDG": ("LDG",), "STG": ("STG",), "SHFL": ("SHFL",), "BAR": ("BAR", "WARPSYNC")}  # fmt: skip
 

@@ -16,18 +16,18 @@ struct Splines {
   static constexpr int L = Lane<R>::L, QL = Lane<R>::QL, kPieces = SplinePieces<V>::n;
 
   const PlanView<Plain>* p;
-  const R* table;      // [types · splines per type, row]
-  int64_t pad = 0;     // of a row of channels
-  int64_t row = 0;     // of table_row()
-  int64_t n_numbers;   // of the whole table
-  V *y, *d_y;          // [hidden_flat], y is 0 where nothing reads it
-  V* read;             // [row] of y or d_y
-  Plain* rows;         // [kPlanes, L, row] y or d_y edge by edge
+  const R* table;     // [types · splines per type, row]
+  int64_t pad = 0;    // of a row of channels
+  int64_t row = 0;    // of table_row()
+  int64_t n_numbers;  // of the whole table
+  V *y, *d_y;         // [hidden_flat], y is 0 where nothing reads it
+  V* read;            // [row] of y or d_y
+  Plain* rows;        // [kPlanes, L, row] y or d_y edge by edge
   SplinePieces<V> pieces;
   V scaled[kPieces];  // their weights, times what interpolate() was given
   int64_t first[L];   // where they begin in the table
-  R *d_table, *d_u;    // as table, summed over all tiles of a block; [L, QL], sums over QL are ∂L/∂u
-  R* d_pieces;         // [kPieces, L, QL] sums over QL are the gradients of the pieces' weights
+  R *d_table, *d_u;   // as table, summed over all tiles of a block; [L, QL], sums over QL are ∂L/∂u
+  R* d_pieces;        // [kPieces, L, QL] sums over QL are the gradients of the pieces' weights
 
   void place(Arena& arena, const PlanView<Plain>& plan, const R* packed, bool backward) {
     p = &plan, table = packed + plan.table_at, pad = padded(plan.channels), row = table_row(plan);

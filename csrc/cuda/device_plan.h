@@ -183,7 +183,8 @@ struct DevicePlan {
       why_not = "no hidden layers";
     } else if (!has_table && host.function != kElu && host.function != kSilu) {
       why_not = "an activation other than ELU and SiLU";
-    } else if ((width != 8 && width != 16) || !(has_table ? reads_all_channels(host, width) : has_equal_layers(host, width))) {
+    } else if ((width != 8 && width != 16) ||
+               !(has_table ? reads_all_channels(host, width) : has_equal_layers(host, width))) {
       why_not = "hidden layers of other than 8 or 16 channels";
     } else if (host.kind == kZonal) {
       exact.make(host, width), why_not = exact.why_not;

@@ -1,9 +1,8 @@
 // The exact kernels for all sizes that they are compiled for, and their launches.
 
 #include "exact.h"
-#include "exact_backward.cuh"
+#include "exact_backward_kernel.cuh"
 #include "exact_forward.cuh"
-#include "exact_table_backward.cuh"
 #include "field_passes.h"
 
 namespace implicit_steer::IST_ISA {

@@ -487,30 +487,4 @@ __device__ __forceinline__ void run_warps(Warp& warp, const FieldCall& call) {
   of_block.write(warp.view, warp.a.weights, warp.mlp, call.partial + int64_t{blockIdx.x} * warp.p.n_grad);
 }
 
-// With the path u × x there is shared memory for two blocks, and registers for more fragments; of large ones for one.
-// On sm_120 the registers of three blocks are too few.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-constexpr int kMostExactBackward = 2;
-#else
-constexpr int kMostExactBackward = kResident<float>;
-#endif
-template <typename S>
-constexpr int kExactBackwardThreads = S::large ? 256 : kThreads;
-template <typename S>
-constexpr int kExactBackwardResident = S::large               ? 1
-                                       : S::Slots::count > 11 ? 2
-                                                              : kMostExactBackward;
-
-// What walks the edges of an exact backward pass; exact_table_backward.cuh has another one for tables.
-template <typename S>
-struct BackwardWarp {
-  using Type = ExactBackward<S>;
-};
-template <typename S>
-__global__ void __launch_bounds__(kExactBackwardThreads<S>, kExactBackwardResident<S>)
-    exact_backward(const __grid_constant__ FieldCall call) {
-  typename BackwardWarp<S>::Type warp(call);
-  run_warps<S>(warp, call);
-}
-
 }  // namespace implicit_steer::IST_ISA

@@ -15,8 +15,9 @@ struct ExactGradients {
   static constexpr int square = S::width * S::width, of_rows = 4 * S::width;
   // Where each sum begins: [path, v / 8, w / 8, u / 2, lane, (u, w)], [v / 8, u / 8, lane, (u, constant)], [lane],
   // [1 + n_inputs, row / 8, lane]; then layer by layer [c / 2, row / 8, column / 8, lane, (coefficient, column)],
-  // [row / 8, lane]; in place of the last three of a table its rows. Lane 4 g + t has v = g and w (or u) = 2 t and 2 t +
-  // 1, of eight; of the MLP's weights it has row g and columns 2 t and 2 t + 1, of a row's bias and of the shell a share.
+  // [row / 8, lane]; in place of the last three of a table its rows. Lane 4 g + t has v = g and w (or u) = 2 t and 2 t
+  // + 1, of eight; of the MLP's weights it has row g and columns 2 t and 2 t + 1, of a row's bias and of the shell a
+  // share.
   static constexpr int constant = Slots::paths * Tiles::passes * S::fields / 2 * 128,
                        shell = constant + Tiles::blocks * Tiles::blocks * 128, first = shell + 32;
   static constexpr int of_layer = S::c * square + of_rows;

@@ -23,7 +23,7 @@ struct Tabulated {
 struct ExactTable {
   static constexpr bool is_table = true;
   const PlanView<float>* p;
-  const float* packed;   // whose part from table_at on is [types · splines per type, n_read, W]: n_read by degree
+  const float* packed;  // whose part from table_at on is [types · splines per type, n_read, W]: n_read by degree
   template <int kValue>
   struct Same {
     __device__ __forceinline__ float operator[](int) const { return kValue; }

@@ -17,8 +17,8 @@ template <typename S>
 struct ExactTableBackward : ExactBackward<S> {
   using Base = ExactBackward<S>;
   using Base::a, Base::p, Base::lane, Base::mlp, Base::records, Base::gradients, Base::need_weights;
-  using typename Base::Slots, typename Base::Memory;
   using Base::Base;
+  using typename Base::Slots, typename Base::Memory;
 
   __device__ __forceinline__ void reverse(int n) {
     const bool there = lane < n;
@@ -75,11 +75,6 @@ struct ExactTableBackward : ExactBackward<S> {
     }
     __syncwarp();
   }
-};
-
-template <int kWidth, int kFields, bool kWithCross>
-struct BackwardWarp<Tabulated<kWidth, kFields, kWithCross>> {
-  using Type = ExactTableBackward<Tabulated<kWidth, kFields, kWithCross>>;
 };
 
 }  // namespace implicit_steer::IST_ISA

@@ -327,7 +327,8 @@ struct Warp : EdgeArrays<N> {
     if (active) {
       const Cell here = cell();
       const N* const rows = weights + p.table_at + here.first;
-      for_coefficients(sub, lanes, [&](int to, int at) { y[to] = at < 0 ? N{} : blend(here.pieces.weights, rows + at); });
+      for_coefficients(sub, lanes,
+                       [&](int to, int at) { y[to] = at < 0 ? N{} : blend(here.pieces.weights, rows + at); });
     }
     __syncwarp();
     return y;

@@ -126,7 +126,8 @@ def choose_for_kernel(plan: Plan, device: torch.device, dtype: torch.dtype) -> t
 
 def choose_in_compiled(name: str, plan: Plan, parameters: Parameters, device: torch.device) -> Backend | None:
     """Inside torch.compile the backend for ``name`` if that is `cpu`, `cuda` or `triton`, whose plans are made before;
-    "auto" takes `cuda` before `triton`, but not for depthwise kernels, for which it is predicted to be slower. Else, and outside of torch.compile, None: :func:`choose` decides.
+    "auto" takes `cuda` before `triton`, but not for depthwise kernels, for which it is predicted to be slower. Else,
+    and outside of torch.compile, None: :func:`choose` decides.
 
     Raises:
         RuntimeError: on CUDA tensors "auto" or "triton" where no such plan was made, with the remedy.
