@@ -339,7 +339,7 @@ def test_opcheck():
         ("8x0e + 4x1o + 4x1e", {"n_channels": 16}, "exact kernels"),
         ("8x0e + 8x1o", {"table": 64, "activation": "tanh"}, "exact kernels"),
         ("8x0e + 8x1o", {"table": 64, "n_channels": 12}, "generic kernels because of hidden layers of other than"),
-        ("16x0e + 16x1o", {"n_channels": 16}, "specialised kernels because of too many scalars or vectors"),
+        ("16x0e + 16x1o", {"n_channels": 16}, "generic kernels because of too many scalars or vectors"),
         (
             "8x0e + 8x1o",
             {"n_channels": 16, "n_layers": 6},
