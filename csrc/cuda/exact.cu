@@ -16,17 +16,19 @@ auto with_sizes_of(const ExactPlan& plan, Run run) {
   const auto with_products = [&](auto cross) {
     constexpr bool kWithCross = decltype(cross)::value == 1;
     if (plan.fields == many) return run(typename Kind::template Sizes<8, many, kWithCross>{});
-    if (plan.width == 16) return run(typename Kind::template Sizes<16, few, kWithCross>{});
+    if (plan.width == 16) return run(typename Kind::template Sizes < 16, few, kWithCross && Kind::kWideCross > {});
     return run(typename Kind::template Sizes<8, few, kWithCross>{});
   };
   return plan.cross ? with_products(Count<1>{}) : with_products(Count<0>{});
 }
 template <typename F>
 struct OfMlp {
+  static constexpr bool kWideCross = false;  // 16 channels with the path u × x: an MLP leaves too few registers
   template <int kWidth, int kFields, bool kWithCross>
   using Sizes = Exact<F, kWidth, kFields, kWithCross>;
 };
 struct OfTable {
+  static constexpr bool kWideCross = true;
   template <int kWidth, int kFields, bool kWithCross>
   using Sizes = Tabulated<kWidth, kFields, kWithCross>;
 };

@@ -155,7 +155,7 @@ struct ExactBackward : Warp {
   // with. A row's element t is w or v = 2 t, element t + 4 the next one.
   struct Fragments {
     // Those of further slots are loaded at every step, for want of registers.
-    static constexpr int by_field_slots = S::large && Slots::count > 11 ? 11 : Slots::count;
+    static constexpr int by_field_slots = S::large && Slots::count > 11 ? 8 : Slots::count;
     Split<2> by_channel[Slots::count], by_field[by_field_slots];
   };
   __device__ __forceinline__ void load(Fragments& b, int block, int channel) const {

@@ -26,6 +26,7 @@ class ExactPlan : public FieldPlan {
     }
     for (const CouplingView& q : p.coupling_storage)
       if (!read_coupling(p, q)) return refuse("fields other than scalars and vectors");
+    if (!p.n_knots && cross && width > 8) return refuse("16 hidden channels with the product u x x");
     if (width > 8)
       place(p, {kFields});
     else

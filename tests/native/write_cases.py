@@ -314,7 +314,6 @@ def gpu_cases():
         "cloud-fields": made(nodes(16, 512), cloud_fields, "no norm", "elu"),
         "cloud-fields-short-edges-train": made(short_edges_of_skewed, cloud_fields, "train"),
         "cloud-so3": made(near_origin, cloud_so3, "train", "elu"),
-        "cloud-so3-channels": made(short_edges_of_skewed, so3_channels, "train", "elu"),
         "cloud-so3-fields": made(short_edges_of_skewed, so3_fields, "train"),
         "cloud-table": table(replace(cloud, attributes=None), nodes(16, 512), None, 256, activation="silu"),
         "cloud-table-hub": table(cloud, hub, rows),

@@ -336,7 +336,8 @@ def test_opcheck():
         ("16x0e + 16x1o", {}, "exact kernels"),
         ("8x0e + 8x1o", {"n_channels": 16}, "exact kernels"),
         ("16x0e + 8x1o + 8x1e", {}, "exact kernels"),  # with products u x x
-        ("8x0e + 4x1o + 4x1e", {"n_channels": 16}, "exact kernels"),
+        ("8x0e + 4x1o + 4x1e", {"n_channels": 16}, "generic kernels because of 16 hidden channels with the product"),
+        ("8x0e + 4x1o + 4x1e", {"n_channels": 16, "table": 64}, "exact kernels"),
         ("8x0e + 8x1o", {"table": 64, "activation": "tanh"}, "exact kernels"),
         ("8x0e + 8x1o", {"table": 64, "n_channels": 12}, "generic kernels because of hidden layers of other than"),
         ("16x0e + 16x1o", {"n_channels": 16}, "generic kernels because of too many scalars or vectors"),
