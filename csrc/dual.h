@@ -57,6 +57,7 @@ template <typename R>
 IST_INLINE const typename Lane<Real<R>>::V* plane(const typename Lane<R>::V* lanes, int which) {
   return reinterpret_cast<const typename Lane<Real<R>>::V*>(lanes) + which;
 }
+// Without a tangent, as comparisons take it.
 template <typename V>
 IST_INLINE auto value_of(V x) {
   if constexpr (is_dual<V>)

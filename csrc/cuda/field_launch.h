@@ -18,12 +18,13 @@ struct FieldLaunch {
   int warps_per_block;
   int most_warps = kThreads / 32;  // of a block
 
-  // Warps beyond `most_warps` get no edges.
-  Failure prepare(const DevicePlan<float>& plan, const ConvArgs<float>& args, int64_t most_warps) {
+  // Warps beyond `most_of_grid` get no edges.
+  Failure prepare(const DevicePlan<float>& plan, const ConvArgs<float>& args, int64_t most_of_grid) {
     call.args = args, call.args.plan = nullptr, call.plan = plan.view, call.view = plan.fields_view;
     LaunchFacts found{};
     IST_TRY(plan.prepare(reinterpret_cast<const void*>(kernel), found, [&] { return ask(found); }));
-    const int64_t most = std::max<int64_t>(std::min(found.resident, most_warps), 1), chunks = (args.n_edges + 31) / 32;
+    const int64_t most = std::max<int64_t>(std::min(found.resident, most_of_grid), 1),
+                  chunks = (args.n_edges + 31) / 32;
     Shape& shape = call.shape;
     shape.edges_per_warp = std::max<int64_t>((chunks + most - 1) / most, 1) * 32;
     shape.warps = static_cast<int>((args.n_edges + shape.edges_per_warp - 1) / shape.edges_per_warp);

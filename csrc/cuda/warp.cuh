@@ -334,8 +334,6 @@ struct Warp : EdgeArrays<N> {
     return y;
   }
 
-  // ---- what the couplings read
-
   // What the couplings read, in their coordinates: `features`; the MLP's output itself: `coefficients`.
   const N *features, *coefficients;
   __device__ __forceinline__ void hidden_features() {
