@@ -21,7 +21,7 @@ constexpr int64_t kChannels = 8;
 // two.
 constexpr int kPanel = 16;
 // Numbers of a row of n channels.
-__attribute__((always_inline)) constexpr int64_t padded(int64_t n) {
+IST_HOST_DEVICE __attribute__((always_inline)) constexpr int64_t padded(int64_t n) {
   return (n + kChannels - 1) / kChannels * kChannels;
 }
 

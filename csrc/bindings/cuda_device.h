@@ -98,8 +98,27 @@ class Context {
     current_->scratch_.push_back(current_->bytes(n));
     return current_->scratch_.back().mutable_data_ptr();
   }
+  // As ConvArgs.multiply: torch's product, in whatever precision it has for matrices.
+  template <typename R>
+  static void multiply(const MatrixProduct<R>& m) {
+    const Tensor a = current_->matrix(m.a, m.rows, m.inner, m.a_transposed),
+                 b = current_->matrix(m.b, m.inner, m.columns, m.b_transposed),
+                 out = current_->matrix(m.out, m.rows, m.columns, false);
+    using torch::stable::detail::from;
+    std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);  // the result, `out` once more
+  }
 
  private:
+  // The matrix whose numbers lie there row by row, or those of its transpose.
+  template <typename R>
+  Tensor matrix(const R* numbers, int64_t rows, int64_t columns, bool transposed) const {
+    const std::array<int64_t, 2> sizes{rows, columns}, strides{transposed ? 1 : columns, transposed ? rows : 1};
+    return torch::stable::from_blob(const_cast<R*>(numbers), {sizes.data(), 2}, {strides.data(), 2}, like_.device(),
+                                    real_type<R>);
+  }
+
   std::optional<DeviceGuard> guard_;
   const Tensor& like_;
   Context* const before_;
@@ -219,7 +238,7 @@ class Cuda {
     const bool there = t.is_cuda() == context_.on_gpu && t.get_device_index() == context_.device;
     STD_TORCH_CHECK(numel == 0 || there, name, ": expected a tensor on the call's device, cuda:", context_.device, ".");
   }
-  void prepare(ConvArgs<R>& a) const { a.scratch = Context::scratch; }
+  void prepare(ConvArgs<R>& a) const { a.scratch = Context::scratch, a.multiply = Context::multiply<R>; }
   Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape) const {
     return torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()));
   }

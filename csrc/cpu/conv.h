@@ -5,6 +5,15 @@
 
 namespace implicit_steer {
 
+// out [rows, columns] = A [rows, inner] B [inner, columns], dense, row by row; of a transposed factor its transpose is.
+template <typename R>
+struct MatrixProduct {
+  const R *a, *b;
+  R* out;
+  int64_t rows, inner, columns;
+  bool a_transposed, b_transposed;
+};
+
 template <typename R>
 struct ConvArgs {
   PlanView<R>* plan;
@@ -17,8 +26,9 @@ struct ConvArgs {
   int64_t n_src, n_dst, n_edges;
   int threads;                      // at most; see blocks.h
   void* (*scratch)(int64_t bytes);  // 64-byte aligned memory of the calling thread, valid until its next call
-  const void* features = nullptr;   // [N_src, n_gathered] x by field type, with tangents in pairs; set by the loops
-  R* out;                           // [N_dst, C_out]
+  void (*multiply)(const MatrixProduct<R>&) = nullptr;  // of GPUs: a library's, in the stream of the call
+  const void* features = nullptr;  // [N_src, n_gathered] x by field type, with tangents in pairs; set by the loops
+  R* out;                          // [N_dst, C_out]
   // backward
   const R* grad_out;          // [N_dst, C_out]
   R* grad_edge;               // [E, n_gathered] memory for the features' gradient edge by edge, or null; where

@@ -11,8 +11,7 @@ struct Backward : Reverse<N, true, S> {
   using Base = Reverse<N, true, S>;
   using Base::a, Base::p, Base::terms, Base::weights, Base::e, Base::features, Base::f, Base::g, Base::t, Base::d_f;
   using Base::by_coefficient, Base::need_geometry, Base::need_weights, Base::grad_weights;
-  using Base::d_g;
-  using Base::d_t, Base::d_hidden, Base::lane, Base::lanes, Base::sub, Base::active, Base::edge;
+  using Base::d_g, Base::d_t, Base::d_hidden, Base::lane, Base::lanes, Base::sub, Base::active, Base::edge;
   const int64_t n_sums;
   const Places& places;
   const bool need_hidden, mean;
@@ -271,25 +270,6 @@ struct Backward : Reverse<N, true, S> {
     }
   }
 
-  // The gradients of the factor and of the harmonics, which the lanes divide among them.
-  __device__ __forceinline__ void factors_backward() {
-    N d_factor{};
-    IST_ROLLED for (int m = sub; m <= p.d && active; m += lanes) {
-      const int begin = terms.harmonic[m], end = terms.harmonic[m + 1];
-      N sum{};
-#pragma unroll 2
-      for (int n = begin; n < end; ++n) sum += d_g[terms.nonzero[2 * n]] * p.nz_value[terms.nonzero[2 * n + 1]];
-      if (m == p.d) {
-        d_factor += sum;
-      } else {
-        if (begin < end) d_factor += sum * e.first[m];  // others were not computed
-        e.d_first[m] = sum * e.factor, e.d_second[m] = N{};
-      }
-    }
-    e.d_factor = sum_lanes(d_factor, 1, lanes);
-    __syncwarp();
-  }
-
   __device__ __forceinline__ void store_features() {
     IST_ROLLED for (int i = sub; i < p.in_size && active; i += lanes) {
       N sum{};  // stays 0 for inputs that no coupling reads
@@ -305,7 +285,7 @@ struct Backward : Reverse<N, true, S> {
     if (a.grad_edge) store_features();
     if (!need_hidden) return;
     e.d_radius = N{};
-    factors_backward();
+    this->factors_backward(d_g);
     this->sweep();
   }
 };

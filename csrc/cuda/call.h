@@ -62,6 +62,15 @@ struct Shape {
   int64_t edges_per_warp;  // whole tiles of 32 / lanes
 };
 
+// What the kernel MLP gives for every edge of a layer with many fields (wide_plan.h): h [n_rows, stride], then G [n_g],
+// which begins at `g`, in `size` numbers.
+template <typename R>
+struct EdgeRecords {
+  R* at;          // [E, size], or null: no such layer's
+  const R* grad;  // their gradient, likewise
+  int stride, g, size;
+};
+
 template <typename R>
 struct Call {
   ConvArgs<R> args;  // plan: null
@@ -70,15 +79,16 @@ struct Call {
   Places places;
   CouplingLists terms;
   Shape shape;
+  EdgeRecords<R> records;
   bool mean;   // backward: grad_out is that of the mean over a node's edges
   R* partial;  // results warp by warp: [warps, 2, C_out], [warps, n_grad] or [warps, 2, channels * d]
 };
 
-// What the kernel of a backward pass leaves to be added up: gradients of the weights, [n, n_grad].
+// What the kernel of a backward pass leaves to be added up: gradients of the first weights, [n, size].
 template <typename R>
 struct GradientRows {
   R* at;
-  int64_t n;
+  int64_t n, size;
 };
 
 }  // namespace implicit_steer

@@ -4,79 +4,21 @@
 
 #include "../packing.h"
 #include "backward.cuh"
-#include "device_plan.h"
+#include "edge_kernel.h"
 #include "exact.h"
 #include "forward.cuh"
 #include "grid.h"
 #include "hidden.cuh"
-#include "launch.h"
 #include "library.h"
 #include "statistics.cuh"
 #include "vectors.cuh"
+#include "wide_passes.h"
 
 namespace implicit_steer::IST_ISA {
 
 namespace {
 
 using R = IST_REAL;
-
-// A kernel on edges or points, and the shape of its launch.
-template <typename N>
-struct EdgeKernel {
-  const char* name;
-  void (*kernel)(Call<R>);
-  Call<R> call{};
-  int warps_per_block;
-
-  // Numbers of a block in front of its warps', `front`, and of a warp behind its edges, `rest`; warps beyond
-  // `most_warps` get no edges.
-  Failure prepare(const DevicePlan<R>& plan, const ConvArgs<R>& args, Needs needs, int64_t front, int64_t rest,
-                  int64_t most_warps) {
-    call.args = args, call.args.plan = nullptr, call.plan = plan.view, call.extent = plan.extent,
-    call.places = plan.places, call.terms = plan.terms;
-    LaunchFacts found{};
-    IST_TRY(plan.prepare(reinterpret_cast<const void*>(kernel), found,
-                         [&] { return ask(plan, needs, front, rest, found); }));
-    Shape& shape = call.shape;
-    shape = found.shape, warps_per_block = found.warps_per_block;
-    const int64_t tile = 32 / shape.lanes, most = std::max<int64_t>(std::min(found.resident, most_warps), 1);
-    const int64_t tiles = (args.n_edges + tile - 1) / tile;
-    shape.edges_per_warp = std::max<int64_t>((tiles + most - 1) / most, 1) * tile;
-    shape.warps = static_cast<int>((args.n_edges + shape.edges_per_warp - 1) / shape.edges_per_warp);
-    return {};
-  }
-
-  Failure ask(const DevicePlan<R>& plan, Needs needs, int64_t front, int64_t rest, LaunchFacts& found) {
-    Device device;
-    IST_TRY(device.read());
-    Shape& shape = found.shape;
-    const int64_t front_bytes = kBlockBytes + static_cast<int64_t>(sizeof(N)) * front;
-    shape = best_shape<N>(plan.view, plan.extent, needs, rest, device, front_bytes);
-    shape.block_size = static_cast<int>(front);
-    const int64_t warp_bytes = static_cast<int64_t>(sizeof(N)) * shape.warp_size;
-    const int64_t warps = std::min<int64_t>(kThreads / 32, (device.block_bytes - front_bytes) / warp_bytes);
-    if (warps <= 0) return {name, "a block's shared memory is too small for the plan"};
-    found.warps_per_block = static_cast<int>(warps);
-    // Of the kernel, not of this launch: always the same, whichever call comes between the two.
-    IST_TRY(
-        failure(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.block_bytes)));
-    int blocks = 0;
-    IST_TRY(failure(name, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, 32 * found.warps_per_block,
-                                                                        block_bytes(shape, warps))));
-    found.resident = int64_t{blocks} * warps * device.multiprocessors;
-    return {};
-  }
-
-  static int64_t block_bytes(const Shape& shape, int64_t warps) {
-    return kBlockBytes + static_cast<int64_t>(sizeof(N)) * (shape.block_size + warps * shape.warp_size);
-  }
-
-  Failure run(void* stream) const {
-    const dim3 grid((call.shape.warps + warps_per_block - 1) / warps_per_block);
-    const int64_t bytes = block_bytes(call.shape, warps_per_block);
-    return launch(name, kernel, grid, dim3(32 * warps_per_block), bytes, stream, call);
-  }
-};
 
 // Memory of a call for `n` numbers of every warp and `more`; at least one number.
 R* partial_results(const ConvArgs<R>& args, const Shape& shape, int64_t n, int64_t more = 0) {
@@ -115,9 +57,10 @@ bool can_count(const ConvArgs<R>& args) {
 }
 
 // Which of them serve a plan, forward or backward, in the order of KernelKind's names.
-enum class Kernels { kExact, kGrid, kSpecialised, kGeneric };
+enum class Kernels { kExact, kGrid, kSpecialised, kWide, kGeneric };
 template <typename N>
 Kernels kernels_of(const DevicePlan<R>& plan, bool backward) {
+  if (plan.wide.used) return Kernels::kWide;
   if constexpr (std::is_same_v<N, float>) {
     if (has_exact_kernel(plan, backward)) return Kernels::kExact;
     if (backward ? has_grid_backward(plan) : plan.grid.fields > 0) return Kernels::kGrid;
@@ -153,6 +96,7 @@ Failure run_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* st
 
 template <typename N>
 Failure forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, const MeanAndBias<R>& after, void* stream) {
+  if (plan.wide.used) return WidePass<N>(plan, args, after.mean, stream).forward(after);
   Call<Real<N>> call{};
   FieldLaunch fused{};
   bool found = false;
@@ -179,8 +123,9 @@ int64_t node_chunks(const ConvArgs<R>& a) { return (a.n_dst + kNodesPerChunk - 1
 Failure sum_results(const GradientRows<R>& rows, const DevicePlan<R>& plan, const ConvArgs<R>& a, R* of_nodes,
                     void* stream) {
   const int64_t width = plan.view.out_size;
-  const RowSums<R, R> weights{
-      rows.at, rows.n, plan.view.n_grad, std::max<int64_t>(rows.n, 1), a.grad_weights, plan.view.n_weights};
+  const RowSums<R, R> weights{rows.at,        rows.n,
+                              rows.size,      std::max<int64_t>(rows.n, 1),
+                              a.grad_weights, plan.wide.used ? rows.size : plan.view.n_weights};
   const RowSums<R, R> nodes{a.grad_out, a.n_dst, width, kNodesPerChunk, of_nodes, width};
   const int64_t first = a.grad_weights ? weights.tiles() : 0, second = nodes.blocks();
   return with_index(a, [&](auto* tag) {
@@ -204,7 +149,7 @@ Failure run_backward(EdgeKernel<N>& edges, const DevicePlan<R>& plan, const Conv
   const int64_t n_grad = args.grad_weights ? plan.view.n_grad : 0;
   IST_TRY(edges.prepare(plan, args, needs, front, rest, args.grad_weights ? most_warps(plan.view) : kAnyWarps));
   edges.call.partial = partial_results(args, edges.call.shape, n_grad, more);
-  rows = {edges.call.partial, edges.call.shape.warps};
+  rows = {edges.call.partial, edges.call.shape.warps, plan.view.n_grad};
   return edges.run(stream);
 }
 
@@ -217,6 +162,7 @@ Failure run_conv_backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, bo
     if (can_count(args) && kernels == Kernels::kExact) return run_exact_backward(plan, args, mean, more, stream, rows);
     if (can_count(args) && kernels == Kernels::kGrid) return run_grid_backward(plan, args, mean, more, stream, rows);
   }
+  if (plan.wide.used) return WidePass<N>(plan, args, mean, stream).backward(more, rows);
   EdgeKernel<N> edges{};
   edges.call.mean = mean;
   return with_sizes<N>(plan, [&](auto sizes, int64_t front) {
@@ -246,7 +192,7 @@ Failure layer_backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, const
   GradientRows<R> rows{};
   const int64_t chunks = node_chunks(args), width = plan.view.out_size, more = after.n > 0 ? chunks * width : 0;
   IST_TRY(run_conv_backward<R>(plan, args, after.mean, more, stream, rows));
-  R* const of_nodes = more > 0 ? rows.at + (args.grad_weights ? plan.view.n_grad * rows.n : 0) : nullptr;
+  R* const of_nodes = more > 0 ? rows.at + (args.grad_weights ? rows.size * rows.n : 0) : nullptr;
   IST_TRY(sum_results(rows, plan, args, of_nodes, stream));
   SparseMatrix<R> used = transposed;
   if (!args.grad_weights) used.n_rows = 0;
@@ -368,13 +314,15 @@ int64_t least_bytes(const DevicePlan<R>& plan, Needs needs, int64_t rest) {
 int64_t shared_bytes(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals) {
   DevicePlan<R> plan;
   if (!plan.read(ints, n_ints, reals, n_reals)) return -1;
-  const int64_t backward = least_bytes<Dual<R>>(plan, {true, true, false}, backward_rest(plan));
   const int64_t statistics = least_bytes<R>(plan, {false, false, false}, statistics_rest(plan));
-  return std::max(backward, statistics);
+  const Needs needs{!plan.wide.used, true, false};
+  const int64_t backward = least_bytes<Dual<R>>(plan, needs, plan.wide.used ? 0 : backward_rest(plan));
+  const int64_t wide = plan.wide.used ? WidePass<Dual<R>>::backward_bytes(plan) : 0;
+  return std::max({backward, statistics, wide});
 }
 
 KernelKind kernel_kind(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals, bool backward) {
-  constexpr const char* names[] = {"exact", "grid", "specialised", "generic"};
+  constexpr const char* names[] = {"exact", "grid", "specialised", "wide", "generic"};
   DevicePlan<R> plan;
   if (!plan.read(ints, n_ints, reals, n_reals)) return {nullptr, nullptr};
   const Kernels kernels = kernels_of<R>(plan, backward);

@@ -14,6 +14,7 @@
 #include "failure.h"
 #include "grid_plan.h"
 #include "plan_lists.h"
+#include "wide_plan.h"
 
 namespace implicit_steer {
 
@@ -103,10 +104,12 @@ struct DevicePlan {
   GridPlan grid;                    // of float; at most one of the two has fields
   const char* why_not = "float64";  // where neither of the two has
   FieldView fields_view{};          // of its copy on the device
-  Places places{};                  // of their copies on the device
+  WidePlan wide;
+  WideView wide_view{};  // likewise
+  Places places{};       // of their copies on the device
   CouplingLists terms{};
-  int64_t bytes;                                                   // of the one piece of memory that has the copies
-  int64_t reals_at, layers_at, couplings_at, lists_at, fields_at;  // offsets of these in it
+  int64_t bytes;  // of the one piece of memory that has the copies
+  int64_t reals_at, layers_at, couplings_at, lists_at, fields_at, wide_at;  // offsets of these in it
 
   // Of the kernels that ran before; a plan has few.
   mutable std::mutex mutex;
@@ -131,6 +134,7 @@ struct DevicePlan {
     place_couplings(host);
     sizes = sizes_of(host);
     lists.make(host, sizes != Sizes::kAny);
+    wide.make(host, extent.sums);
     if constexpr (std::is_same_v<R, float>) make_field_plans();
     extent.all_layers = extent.widest = host.n_knots ? host.hidden_flat : 0;
     extent.table_row = table_row(host);
@@ -143,7 +147,8 @@ struct DevicePlan {
     couplings_at = layers_at + aligned(host.n_layers * sizeof(LayerView<R>));
     lists_at = couplings_at + aligned(host.n_couplings * sizeof(CouplingView));
     fields_at = lists_at + aligned(lists.numbers.size() * sizeof(int32_t));
-    bytes = fields_at + aligned(of_fields().numbers.size() * sizeof(int32_t));
+    wide_at = fields_at + aligned(of_fields().numbers.size() * sizeof(int32_t));
+    bytes = wide_at + aligned(wide.numbers.size() * sizeof(int32_t));
     return true;
   }
 
@@ -160,11 +165,13 @@ struct DevicePlan {
     };
     put(0, ints), put(reals_at, reals), put(layers_at, there.layer_storage), put(couplings_at, there.coupling_storage);
     put(lists_at, lists.numbers), put(fields_at, of_fields().numbers);
+    put(wide_at, wide.numbers);
     view = there;
     view.layers = reinterpret_cast<const LayerView<R>*>(to + layers_at);
     view.couplings = reinterpret_cast<CouplingView*>(static_cast<char*>(memory) + couplings_at);
     places = lists.places(ints_at(lists_at)), terms = lists.terms(ints_at(lists_at));
     fields_view = grid.fields ? grid.view(ints_at(fields_at)) : exact.view(ints_at(fields_at));
+    if (wide.used) wide_view = wide.view(ints_at(wide_at));
     const cudaError_t error = cudaMemcpyAsync(memory, image.data(), bytes, cudaMemcpyHostToDevice, stream);
     return error == cudaSuccess ? cudaStreamSynchronize(stream) : error;  // calls on other streams will read it
   }

@@ -35,7 +35,7 @@ Failure run_backward_of(FieldLaunch edges, int64_t kept, const DevicePlan<float>
   const int64_t of_warp = args.grad_weights ? Gradients::size_of(plan.host) + Gradients::aside : 0;
   IST_TRY(edges.prepare(plan, args, most_warps_with<float>(of_warp)));
   edges.call.mean = mean;
-  rows.n = edges.blocks();
+  rows.n = edges.blocks(), rows.size = plan.view.n_grad;
   const int64_t warps = edges.call.shape.warps, of_warps = of_warp * warps;
   const int64_t of_rows = args.grad_weights ? rows.n * plan.view.n_grad : 0;
   const int64_t n = kept * warps + of_warps + of_rows + more;

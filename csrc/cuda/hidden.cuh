@@ -1,4 +1,5 @@
-// Hidden features alone, for kernels on a grid: h_e = factor · (features of the last layer, 1), and their gradients.
+// Hidden features alone, and their gradients: for kernels on a grid h_e = factor · (features of the last layer, 1); for
+// layers with many fields what their last layer reads, the records of wide_plan.h.
 #pragma once
 
 #include "reverse.cuh"
@@ -8,7 +9,10 @@ namespace implicit_steer::IST_ISA {
 template <typename N>
 struct HiddenForward : Warp<N, false, false> {
   using Base = Warp<N, false, false>;
-  using Base::Base, Base::a, Base::p, Base::e, Base::lanes, Base::sub, Base::active, Base::edge;
+  using Base::a, Base::p, Base::e, Base::lanes, Base::sub, Base::active, Base::edge;
+  const EdgeRecords<Real<N>>& records;
+
+  __device__ __forceinline__ explicit HiddenForward(const Call<Real<N>>& call) : Base(call), records(call.records) {}
 
   __device__ __forceinline__ void write() const {
     Real<N>* const out = a.out + edge * hidden_size(p);
@@ -21,12 +25,23 @@ struct HiddenForward : Warp<N, false, false> {
     if (sub == 0) out[channels * p.d] = result(e.factor);
   }
 
+  __device__ __forceinline__ void write_record() const {
+    N* const record = reinterpret_cast<N*>(records.at) + edge * records.size;
+    IST_ROLLED for (int row = 0; row < p.n_rows; ++row) {
+      const int32_t* const position = p.row + p.row_start[row];
+      const int width = p.row_start[row + 1] - p.row_start[row];
+      IST_ROLLED for (int w = sub; w < records.stride; w += lanes) record[row * records.stride + w] =
+          w < width ? this->features[position[w]] : N{};
+    }
+    this->factors(record + records.g);
+  }
+
   __device__ __forceinline__ void points() {
     for (int64_t at = this->first; at < this->last; at += this->tile) {
       this->load(at, this->last);
       this->enter_frame(false);
       this->hidden_features();
-      if (active) write();
+      if (active) records.at ? write_record() : write();
       __syncwarp();
     }
   }
@@ -36,7 +51,10 @@ template <typename N>
 struct HiddenBackward : Reverse<N, false> {
   using R = Real<N>;
   using Base = Reverse<N, false>;
-  using Base::Base, Base::a, Base::p, Base::e, Base::d_hidden, Base::lanes, Base::sub, Base::active, Base::edge;
+  using Base::a, Base::p, Base::e, Base::d_hidden, Base::lanes, Base::sub, Base::active, Base::edge;
+  const EdgeRecords<R>& records;
+
+  __device__ __forceinline__ explicit HiddenBackward(const Call<R>& call) : Base(call), records(call.records) {}
 
   // ∂L/∂h without the factor
   __device__ __forceinline__ N grad(int64_t k) const {
@@ -68,16 +86,34 @@ struct HiddenBackward : Reverse<N, false> {
     }
   }
 
+  __device__ __forceinline__ void of_field() {
+    e.d_factor = N{};
+    if (active) of_channels(), of_harmonics();
+    e.d_factor = sum_lanes(e.d_factor, 1, lanes);
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void of_record() {
+    const N* const grad = reinterpret_cast<const N*>(records.grad) + edge * records.size;
+    IST_ROLLED for (int k = sub; k < p.hidden_flat && active; k += lanes) d_hidden[k] = N{};
+    IST_ROLLED for (int row = 0; row < p.n_rows; ++row) {
+      __syncwarp();  // rows can share hidden features
+      const int32_t* const position = p.row + p.row_start[row];
+      const int width = p.row_start[row + 1] - p.row_start[row];
+      IST_ROLLED for (int w = sub; w < width && active; w += lanes) d_hidden[position[w]] +=
+          grad[row * records.stride + w];
+    }
+    this->factors_backward(grad + records.g);
+  }
+
   __device__ __forceinline__ void points() {
     this->clear_gradients();
     for (int64_t at = this->first; at < this->last; at += this->tile) {
       this->load(at, this->last);
       this->enter_frame(false);
       this->hidden_features();
-      e.d_factor = e.d_radius = N{};
-      if (active) of_channels(), of_harmonics();
-      e.d_factor = sum_lanes(e.d_factor, 1, lanes);
-      __syncwarp();
+      e.d_radius = N{};
+      records.grad ? of_record() : of_field();
       this->sweep();
     }
     this->write_shell();

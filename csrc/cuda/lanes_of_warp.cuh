@@ -33,4 +33,19 @@ __device__ __forceinline__ T sum_lanes(T x, int low, int high) {
   return x;
 }
 
+// The smallest power of two that is at least n, at most 32: so many lanes stand side by side in a row of n.
+__device__ __forceinline__ int row_width(int n) { return n <= 1 ? 1 : n > 16 ? 32 : 1 << (32 - __clz(n - 1)); }
+
+// The last i from `low` on, below `end`, with start(i) <= at, where `low` has it; start ascends. Steps that double,
+// then halve: `low` is near.
+template <typename Start>
+__device__ __forceinline__ int64_t last_start(int64_t low, int64_t end, int64_t at, Start start) {
+  int64_t step = 1;
+  const auto starts = [&](int64_t i) { return i < end && start(i) <= at; };
+  for (; starts(low + step); step *= 2) low += step;
+  for (; step > 1; step /= 2)
+    if (starts(low + step / 2)) low += step / 2;
+  return low;
+}
+
 }  // namespace implicit_steer::IST_ISA

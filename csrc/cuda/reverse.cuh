@@ -11,7 +11,8 @@ struct Reverse : Warp<N, kFeatures, true, S> {
   using R = Real<N>;
   using Base = Warp<N, kFeatures, true, S>;
   using Function = typename S::Function;
-  using Base::a, Base::p, Base::weights, Base::e, Base::z, Base::y, Base::normed, Base::d_z, Base::d_y, Base::d_hidden;
+  using Base::a, Base::p, Base::terms, Base::weights, Base::e, Base::z, Base::y, Base::normed, Base::d_z, Base::d_y,
+      Base::d_hidden;
   using Base::lane, Base::lanes, Base::sub, Base::active, Base::edge, Base::edge_size, Base::n_edges, Base::shell;
   const int64_t all_layers;
   const bool need_geometry, need_weights;
@@ -188,6 +189,25 @@ struct Reverse : Warp<N, kFeatures, true, S> {
           rows[at + j * this->table_row] += result(factors[j] * d[from]);
       });
     }
+  }
+
+  // The gradients of the factor and of the harmonics, which the lanes divide among them, from those of G.
+  __device__ __forceinline__ void factors_backward(const N* d_g) {
+    N d_factor{};
+    IST_ROLLED for (int m = sub; m <= p.d && active; m += lanes) {
+      const int begin = terms.harmonic[m], end = terms.harmonic[m + 1];
+      N sum{};
+#pragma unroll 2
+      for (int n = begin; n < end; ++n) sum += d_g[terms.nonzero[2 * n]] * p.nz_value[terms.nonzero[2 * n + 1]];
+      if (m == p.d) {
+        d_factor += sum;
+      } else {
+        if (begin < end) d_factor += sum * e.first[m];  // others were not computed
+        e.d_first[m] = sum * e.factor, e.d_second[m] = N{};
+      }
+    }
+    e.d_factor = sum_lanes(d_factor, 1, lanes);
+    __syncwarp();
   }
 
   // From d_hidden, and with the gradients of the way back and of the factor in place, everything before. The edge's

@@ -62,9 +62,6 @@ template <typename F, int kCoefficients, int kWidth, typename R>
 struct Layers<Specialised<F, kCoefficients, kWidth>, R> : SpecialisedLayers<Specialised<F, kCoefficients, kWidth>, R> {
 };
 
-// The smallest power of two that is at least n, at most 32: so many lanes stand side by side in a row of n.
-__device__ __forceinline__ int row_width(int n) { return n <= 1 ? 1 : n > 16 ? 32 : 1 << (32 - __clz(n - 1)); }
-
 // kFeatures: the edges have neighbours, else they are points in their given order.
 template <typename N, bool kFeatures, bool kBackward, typename S = Generic>
 struct Warp : EdgeArrays<N> {
@@ -165,12 +162,7 @@ struct Warp : EdgeArrays<N> {
 
   // The node into which the edge at this position goes; from the last one on.
   __device__ __forceinline__ int64_t target(int64_t at) const {
-    int64_t low = node, step = 1;
-    const auto starts = [&](int64_t i) { return i < a.n_dst && index(a.rowptr, i) <= at; };
-    for (; starts(low + step); step *= 2) low += step;
-    for (; step > 1; step /= 2)
-      if (starts(low + step / 2)) low += step / 2;
-    return low;
+    return last_start(node, a.n_dst, at, [&](int64_t i) { return index(a.rowptr, i); });
   }
 
   __device__ __forceinline__ void enter_frame(bool all_harmonics) {
@@ -209,11 +201,11 @@ struct Warp : EdgeArrays<N> {
   }
 
   // G times the radial factor
-  __device__ __forceinline__ void factors() {
+  __device__ __forceinline__ void factors(N* out) const {
     for (int k = sub; k < p.n_g; k += lanes) {
       N sum{};
       for (int n = p.g_first[k]; n < p.g_first[k + 1]; ++n) sum += harmonic(n) * p.nz_value[n];
-      g[k] = sum * e.factor;
+      out[k] = sum * e.factor;
     }
   }
   // The harmonic of nonzero n of the couplings, or 1
@@ -352,7 +344,7 @@ struct Warp : EdgeArrays<N> {
   // Everything up to the products.
   __device__ __forceinline__ void evaluate() {
     enter_frame(false);
-    if (active) factors();
+    if (active) factors(g);
     if (!p.n_layers) __syncwarp();
     hidden_features();
     if (active) products();

@@ -289,7 +289,25 @@ def gpu_cases():
     odd = replace(cloud, into="5 scalar+vector, 2 vector", out="7 scalar, 3 vector", attributes="2 scalar", n_layers=4)
     one_layer = replace(cloud, into="3 scalar, 1 vector", out="4 scalar, 1 vector", attributes=None, n_layers=2)
 
+    # Whose T has more than WidePlan::kMostSums numbers.
+    wide = Case("wide", "O(3)", "49 scalar+vector", "3 scalar+vector", "1 scalar", n_layers=2, n_channels=8)
+    wide_out = replace(wide, into="45 scalar+vector, 7 vector", out="20 scalar, 2 vector", n_channels=11)
+    wide_l2 = replace(wide, into="13 scalar+l1+l2", out="2 scalar+l2", n_channels=9)
+    wide_planar = replace(wide, space="SO(2) on R2", into="70 scalar+vector", out="2 scalar+vector")
+    wide_dense = replace(wide, space="C4 on R2", into="40 regular", out="2 regular", attributes="1 vector")
+    wide_irreps = "140x0e + 40x1o", "1x0e + 1x1o"
+
     return {
+        "wide": made(nodes(16, 200), wide, "no norm", "elu"),
+        "wide-one-edge": made(nodes(5, 1), wide),
+        "wide-no-edges": made(lambda problem: with_edges(problem, slice(0)), wide),
+        "wide-hub": made(lambda problem: on(problem, torch.arange(150)[None] % torch.tensor([[4], [1]]), (4, 3)), wide),
+        "wide-short-edges-train": made(lambda problem: short_edges(nodes(9, 60)(problem)), wide_out, "train"),
+        "wide-l2": made(lambda problem: near_origin(nodes(7, 60)(problem)), wide_l2, "eval", "gelu", cutoff=2.0),
+        "wide-planar": made(nodes(7, 60), wide_planar, "train", "tanh"),
+        "wide-dense": made(nodes(7, 60), wide_dense),
+        "wide-table": table(wide, nodes(7, 60), rows),
+        "wide-depthwise": depthwise(*wide_irreps, random_edges(70, 9, 9), "train", n_layers=2, n_channels=8),
         "grid": grid(nodes(16, 512)),
         "grid-one-edge": grid(nodes(5, 1)),
         "grid-no-edges": grid(lambda problem: with_edges(problem, slice(0))),

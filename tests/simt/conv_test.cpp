@@ -267,7 +267,11 @@ int check_case(const std::string& name, const Case& file, bool trace, int seeds)
     const bool fused = !std::strcmp(kind, "exact") || !std::strcmp(kind, "grid");
     const std::string pass = backward ? "backward" : "forward",
                       suffix = std::strcmp(kind, "generic") ? "_specialised" : "";
-    const std::string kernel = fused ? std::string(kind) + "_" + pass : "conv_" + pass + suffix;
+    const std::string wide = backward ? "wide_backward" : "wide_sums";
+    const std::string kernel = !std::strcmp(kind, "wide") ? wide
+                               : fused                    ? std::string(kind) + "_" + pass
+                                                          : "conv_" + pass + suffix;
+    if (!std::strcmp(kind, "wide") != starts_with("wide")) failures += print({name + ": wide, or not"});
     if (file["src"].size() > 0 && !launched.count(kernel))
       failures += print({name + ": no " + kernel + ", as is said"});
     if (fused != !*why_not) failures += print({name + ": " + kind + " because of '" + why_not + "'"});

@@ -22,13 +22,26 @@ inline void check(const Failure& failure) {
   if (failure.reason) throw std::runtime_error(std::string(failure.what) + ": " + failure.reason);
 }
 
-// Device memory of one call; a new block, all bits set (NaN), at every call.
+// Device memory of one call, its blocks; each has all bits set (NaN).
+inline std::vector<std::vector<double>> scratch_blocks;
 inline void* scratch(int64_t bytes) {
-  static std::vector<double> memory;
-  memory.assign(bytes / 8 + 1, 0);
+  std::vector<double>& memory = scratch_blocks.emplace_back(bytes / 8 + 1);
   std::memset(static_cast<void*>(memory.data()), 0xff, memory.size() * 8);
   simt::add_array(memory.data(), memory.size() * 8, "scratch", true);
   return memory.data();
+}
+
+// In the place of a library's: sums in double.
+template <typename R>
+void multiply(const MatrixProduct<R>& m) {
+  for (int64_t i = 0; i < m.rows; ++i)
+    for (int64_t j = 0; j < m.columns; ++j) {
+      double sum = 0;
+      for (int64_t k = 0; k < m.inner; ++k)
+        sum += static_cast<double>(m.a[m.a_transposed ? k * m.rows + i : i * m.inner + k]) *
+               m.b[m.b_transposed ? j * m.inner + k : k * m.columns + j];
+      m.out[i * m.columns + j] = static_cast<R>(sum);
+    }
 }
 
 template <typename R>
@@ -214,6 +227,7 @@ class Emulated {
   // ---- the arrays of a call
 
   void begin() {
+    scratch_blocks.clear();
     simt::reset(seed_, trace_);
     simt::add_array(memory_.data(), memory_.size() * 8, "plan", false);
   }
@@ -232,7 +246,7 @@ class Emulated {
     add(begin, n * sizeof(R), name, writable);
   }
   void inputs(Problem<R>& p, ConvArgs<R>& a) {
-    a.scratch = scratch;
+    a.scratch = scratch, a.multiply = multiply<R>;
     const int64_t e = a.n_edges, index = a.index64 ? 8 : 4;
     numbers_at(a.delta, e * p.plan.dim, "delta"), numbers_at(a.delta_tangent, e * p.plan.dim, "delta_tangent");
     numbers_at(a.attr, e * p.plan.n_attr, "attr"), numbers_at(a.attr_tangent, e * p.plan.n_attr, "attr_tangent");
