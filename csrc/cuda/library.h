@@ -33,8 +33,8 @@ struct MeanAndBias {
   }
 };
 
-// The kind of kernels that serve a plan: exact, grid, specialised or generic; of the last two, what keeps the plan from
-// the first two.
+// The kind of kernels that serve a plan: exact, grid, specialised, wide or generic; of the last three, what keeps the
+// plan from the first two.
 struct KernelKind {
   const char *name, *why_not;
 };

@@ -167,6 +167,8 @@ def write(path, arrays):
 # ---- the cases
 
 WIDE = Case("wide", "O(3)", "9 scalar+vector", "11 scalar, 2 vector", "1 scalar", n_layers=2, n_channels=9)
+# Whose T has more numbers than WidePlan::kMostSums of csrc/cuda/wide_plan.h.
+WIDE_FIELDS = replace(WIDE, into="49 scalar+vector", out="3 scalar+vector", n_channels=8)
 
 
 def on(problem, edges, sizes):
@@ -230,6 +232,12 @@ def hub(problem):
     return on(problem, edges, (40, 40))
 
 
+def few_targets(problem):
+    """150 edges into 3 of 4 nodes."""
+    numbers = torch.arange(150)
+    return on(problem, torch.stack([numbers % 4, numbers % 3]), (4, 4))
+
+
 def nodes(n, e):
     """The problem on n nodes with e random edges."""
     return lambda problem: on(problem, random_edges(e, n, n), (n, n))
@@ -290,24 +298,20 @@ def gpu_cases():
     one_layer = replace(cloud, into="3 scalar, 1 vector", out="4 scalar, 1 vector", attributes=None, n_layers=2)
 
     # Whose T has more than WidePlan::kMostSums numbers.
-    wide = Case("wide", "O(3)", "49 scalar+vector", "3 scalar+vector", "1 scalar", n_layers=2, n_channels=8)
-    wide_out = replace(wide, into="45 scalar+vector, 7 vector", out="20 scalar, 2 vector", n_channels=11)
-    wide_l2 = replace(wide, into="13 scalar+l1+l2", out="2 scalar+l2", n_channels=9)
-    wide_planar = replace(wide, space="SO(2) on R2", into="70 scalar+vector", out="2 scalar+vector")
-    wide_dense = replace(wide, space="C4 on R2", into="40 regular", out="2 regular", attributes="1 vector")
-    wide_irreps = "140x0e + 40x1o", "1x0e + 1x1o"
+    cloud_wide = replace(cloud, into="64 scalar+vector")
+    wide_l2 = replace(WIDE_FIELDS, into="13 scalar+l1+l2", out="2 scalar+l2", n_channels=9)
+    wide_planar = replace(WIDE_FIELDS, space="SO(2) on R2", into="70 scalar+vector", out="2 scalar+vector")
+    wide_dense = replace(WIDE_FIELDS, space="C4 on R2", into="40 regular", out="2 regular", attributes="1 vector")
 
     return {
-        "wide": made(nodes(16, 200), wide, "no norm", "elu"),
-        "wide-one-edge": made(nodes(5, 1), wide),
-        "wide-no-edges": made(lambda problem: with_edges(problem, slice(0)), wide),
-        "wide-hub": made(lambda problem: on(problem, torch.arange(150)[None] % torch.tensor([[4], [1]]), (4, 3)), wide),
-        "wide-short-edges-train": made(lambda problem: short_edges(nodes(9, 60)(problem)), wide_out, "train"),
+        "wide": made(nodes(16, 512), cloud_wide, "no norm", "elu"),
+        "wide-one-edge": made(nodes(5, 1), WIDE_FIELDS),
+        "wide-no-edges": made(lambda problem: with_edges(problem, slice(0)), WIDE_FIELDS),
+        "wide-hub": made(few_targets, WIDE_FIELDS),
         "wide-l2": made(lambda problem: near_origin(nodes(7, 60)(problem)), wide_l2, "eval", "gelu", cutoff=2.0),
         "wide-planar": made(nodes(7, 60), wide_planar, "train", "tanh"),
         "wide-dense": made(nodes(7, 60), wide_dense),
-        "wide-table": table(wide, nodes(7, 60), rows),
-        "wide-depthwise": depthwise(*wide_irreps, random_edges(70, 9, 9), "train", n_layers=2, n_channels=8),
+        "wide-table": table(WIDE_FIELDS, nodes(7, 60), rows),
         "grid": grid(nodes(16, 512)),
         "grid-one-edge": grid(nodes(5, 1)),
         "grid-no-edges": grid(lambda problem: with_edges(problem, slice(0))),
@@ -361,6 +365,8 @@ def cases():
 
     specialised_grid = replace(specialised, attributes="1 scalar")
     many_table = replace(specialised, into="8 scalar+vector", attributes="1 scalar")
+    wide_out = replace(WIDE_FIELDS, into="45 scalar+vector, 7 vector", out="20 scalar, 2 vector", n_channels=11)
+    wide_irreps = "140x0e + 40x1o", "1x0e + 1x1o"
     plain = {name: replace(SMALL[name], attributes=None) for name in ("o3-l2", "so2")}
     rows = torch.tensor([[0.3], [-1.2], [0.9]], dtype=torch.float64)
 
@@ -384,6 +390,8 @@ def cases():
         ),
         "depthwise-specialised-train": depthwise("9x0e + 9x1o", "1x0e + 1x1o", random_edges(60, 9, 9), "train"),
         "depthwise-exact": depthwise("4x0e + 3x1o", "1x0e + 1x1o", random_edges(60, 9, 9), "eval"),
+        "wide-train": made(wide_out, "train", lambda problem: short_edges(nodes(9, 60)(problem))),
+        "wide-depthwise": depthwise(*wide_irreps, random_edges(40, 9, 9), "train", n_layers=2, n_channels=8),
         "planar": made("o2", activation="tanh"),
         "planar-axis-train": made("so2-r3", "train", activation="silu"),
         "planar-dense-train": made("so2-mixed", "train"),

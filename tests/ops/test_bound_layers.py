@@ -218,9 +218,10 @@ def test_frozen_and_tabulated(table):
 @pytest.mark.parametrize("aggr", ["sum", "mean"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
 @pytest.mark.parametrize("depthwise", [False, True])
-def test_layers_on_irreps(depthwise, dtype, bound, aggr):
+@pytest.mark.parametrize("irreps_in", ["4x0e + 3x1o", "70x0e + 60x1o"], ids=["few fields", "many fields"])
+def test_layers_on_irreps(irreps_in, depthwise, dtype, bound, aggr):
     """Nodes without edges, nodes that many warps share, a bias: what kernels finish themselves."""
-    conv = ImplicitPointConv("4x0e + 3x1o", "2x0e + 1x1o", 1, aggr=aggr, width=1.0, depthwise=depthwise).to(dtype)
+    conv = ImplicitPointConv(irreps_in, "2x0e + 1x1o", 1, aggr=aggr, width=1.0, depthwise=depthwise).to(dtype)
     if not depthwise:
         torch.nn.init.normal_(conv.bias)
     edges = random_edges(300, 40, 40)
@@ -347,6 +348,8 @@ def test_opcheck():
             "forward exact kernels, backward generic kernels",
         ),
         ("17x0e + 17x1o", {}, "specialised kernels because of too many scalars or vectors"),
+        ("64x0e + 64x1o", {}, "wide kernels because of too many scalars or vectors"),
+        ("64x0e + 64x1o", {"depthwise": True, "table": 64}, "wide kernels because of too many scalars or vectors"),
         ("4x0e + 4x2e", {}, "kernels because of hidden features other than those of l = 0 to 3"),
         ("4x0e + 4x1o", {"activation": "tanh"}, "generic kernels because of an activation other than ELU and SiLU"),
         ("4x0e + 4x1o", {"n_channels": 12}, "generic kernels because of hidden layers of other than 8 or 16 channels"),
@@ -356,7 +359,8 @@ def test_explain_names_the_kernels(irreps, options, expected):
     options = {"n_layers": 3, "n_channels": 8} | options
     conv = ImplicitPointConv(irreps, irreps, 1, backend=BACKEND, **options)
     assert expected in conv.explain()
-    assert "cuda: generic kernels because of float64" in conv.double().explain()
+    general = "wide" if "wide" in expected else "generic"
+    assert f"cuda: {general} kernels because of float64" in conv.double().explain()
 
 
 @of_cpu

@@ -2,8 +2,9 @@
 
 One warp walks a range of edges in target order, a tile at a time: frame, MLP, products with the neighbours' features,
 and the sum into the node's coefficients T; the channels are mixed once per node. Nothing is stored per edge but one
-gradient of the features, E × C_in. No atomic operations on floating-point numbers: the same inputs give the same bits.
-Derivatives to second order.
+gradient of the features, E × C_in. Of layers with many fields T is too large for that: there one kernel keeps what the
+MLP gives for every edge, the next one writes T of a block of nodes, and torch's matrix product mixes it. No atomic
+operations on floating-point numbers: the same inputs give the same bits. Derivatives to second order.
 """
 
 from __future__ import annotations
