@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--repeats", type=int, metavar="N", default=15, help="rounds per measure at most (%(default)s)")
     budget = "for the rounds of a measure; at least 3 are made (%(default)s)"
     top.add_argument("--seconds", type=float, metavar="S", default=3.0, help=budget)
-    where = "where speed is measured; on cuda with the ceilings of that device (%(default)s)"
+    where = "where speed and related are measured; speed on cuda with the ceilings of that device (%(default)s)"
     top.add_argument("--device", choices=DEVICES, default="cpu", help=where)
     tune = "with --device cuda: first measure and keep the fastest configurations of Triton's kernels"
     top.add_argument("--tune", action="store_true", help=tune)
@@ -129,10 +129,16 @@ def run_speed(args: argparse.Namespace, names: list[str]) -> int:
     return 0
 
 
-def run_on_gpu(args: argparse.Namespace, names: list[str]) -> int:
-    """Do what :func:`run_speed` does, on a CUDA device. 1 without one or on a red gate."""
+def _has_cuda() -> bool:
+    """Whether there is a CUDA device; where not, that is printed."""
     if not torch.cuda.is_available():
         print("--device: expected a CUDA device for 'cuda', got none that torch finds.", file=sys.stderr)
+    return torch.cuda.is_available()
+
+
+def run_on_gpu(args: argparse.Namespace, names: list[str]) -> int:
+    """Do what :func:`run_speed` does, on a CUDA device. 1 without one or on a red gate."""
+    if not _has_cuda():
         return 1
     use_device("cuda")
     cases = [_NAMED[name] for name in args.cases or (_QUICK_CASES if args.quick else LARGE)]
@@ -172,7 +178,10 @@ def run_dispatch(args: argparse.Namespace, _: list[str]) -> int:
 
 
 def run_related(args: argparse.Namespace, _: list[str]) -> int:
-    """Measure, print and write. 1 without e3nn."""
+    """Measure, print and write. 1 without e3nn, or without the device."""
+    if args.device == "cuda" and not _has_cuda():
+        return 1
+    use_device(args.device)
     if importlib.util.find_spec(related.NAME) is None:
         print(f"related: expected the package {related.NAME}, got none. Run: pip install e3nn", file=sys.stderr)
         return 1

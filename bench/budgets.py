@@ -1,9 +1,9 @@
 """The most instructions that warps may execute in the loops of CUDA kernels: ``make cuda-gates`` holds them on sm_90.
 
 The counts (executed.py) are those of case ``cloud``, 32 edges per node, and of the same case on the authors' grid for
-grid kernels, with 16 fields or 16 channels for kernels of so many, and with 256 knots in place of the MLP for those of
-tables. A loop of this table has the comment ``// loop: NAME`` where its ``for`` stands in csrc/cuda. What it executes
-in another loop with a name counts there.
+grid kernels, with 16 fields or 16 channels for kernels of so many, with 256 knots in place of the MLP for those of
+tables, and with 64 fields as inputs for wide ones. A loop of this table has the comment ``// loop: NAME`` where its
+``for`` stands in csrc/cuda. What it executes in another loop with a name counts there.
 """
 
 from __future__ import annotations
@@ -79,6 +79,16 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         "T": Budget(32, "edge"),
         "edges": Budget(65, "edge"),
         "nodes": Budget(1150, "node"),
+    },
+    # many fields: 64, in 15 slots
+    "wide_sums<float>": {
+        WHOLE: Budget(1100, "edge"),
+        "edges": Budget(890, "edge"),  # 176 of them T's multiply-adds
+    },
+    "wide_backward<float>": {
+        WHOLE: Budget(2230, "edge"),
+        "terms": Budget(1500, "edge"),  # gradients of features, of G and of h, from dT
+        "features": Budget(230, "edge"),  # the gradients of features by input
     },
     "grid_forward<Grid<Elu, 8, 8>>": {
         WHOLE: Budget(300, "edge"),

@@ -48,16 +48,17 @@ these three to 0, except in double, where 255 registers are not enough: there th
 160 on sm_120, with local accesses to it. `Specialised<φ, c, W>` are kernels for W channels of c coefficients in every
 hidden layer, `Exact<φ, W, V, ×>` those for at most V scalars and V vectors as inputs and as outputs, with the products
 u × x or without them, `Tabulated<W, V, ×>` the same with a table in place of the MLP, `Grid<φ, W, V>` those for as many
-on a grid of the sphere, with W channels of 16 coefficients, and `Generic` those for all others. What was measured on a
-GPU is in [gpu-h100.md](gpu-h100.md)."""
+on a grid of the sphere, with W channels of 16 coefficients, and `Generic` those for all others; `wide_…` are those for
+many fields, `conv_hidden` is their kernel MLP. What was measured on a GPU is in [gpu-h100.md](gpu-h100.md)."""
 _LOOPS = """## Executed instructions
 
 The table shows what warps execute on sm_90 in the loops that have a name in the source. The counts are those of the
 benchmark's case `cloud`, which has 32 edges per node, 8 fields of l <= 1 and three layers of 8 channels. Kernels of 16
 fields or 16 channels are counted in the same case with 16 of them, grid kernels in that case on the authors' grid,
-kernels for tables in that case without attributes, with 256 knots. The emulator counts how often every memory
-instruction runs, the machine code says what stands around it (`bench/executed.py`). A loop's row leaves out loops with
-a name inside. `bench/budgets.py` holds the budgets, which are gates."""
+kernels for tables in that case without attributes, with 256 knots, wide kernels with 64 fields as inputs and 8 as
+outputs; what those leave to the kernel MLP's kernels and to a library is not counted. The emulator counts how often
+every memory instruction runs, the machine code says what stands around it (`bench/executed.py`). A loop's row leaves
+out loops with a name inside. `bench/budgets.py` holds the budgets, which are gates."""
 _CLASSES = {"FP32": ("FFMA", "FADD", "FMUL"), "MUFU": ("MUFU",), "HMMA": ("HMMA",), "LDS": ("LDS",), "STS": ("STS",),
             "LDG": ("LDG",), "STG": ("STG",), "SHFL": ("SHFL",), "BAR": ("BAR", "WARPSYNC")}  # fmt: skip
 
@@ -177,11 +178,13 @@ class Counted:
 
 
 def counted(kernels: Sequence[Kernel], folder: Path, emulated: Path) -> list[Counted]:
-    """Of every architecture the kernels whose work is proportional to the graph."""
+    """Of every architecture the kernels whose work is proportional to the graph, but for those that have every
+    activation function in their code: which one runs is not seen from memory instructions."""
     by_symbol: dict[str, Launch] = {}  # of the first case that launches it
     for launch in launches_of(folder / "counts.txt"):
         by_symbol.setdefault(launch.symbol, launch)
-    launches = [launch for launch in by_symbol.values() if launch.is_proportional]
+    names = {kernel.symbol: kernel.name for kernel in kernels}
+    launches = [x for x in by_symbol.values() if x.is_proportional and not names[x.symbol].startswith("conv_")]
     lines = lines_of(emulated, {place for launch in launches for place in launch.accesses})
     codes = disassemble(folder.rglob("*.cu.o"), {launch.symbol for launch in launches})
     found, of = [], {(kernel.architecture, kernel.symbol): kernel for kernel in kernels}

@@ -1,5 +1,6 @@
 """These are PREDICTIONS, never measurements, of the CUDA kernels' times, in float32 for the benchmark's case
-`cloud-batch`: 262,144 edges, 32 per node, 8 fields of l <= 1, three hidden layers of 8 channels.
+`cloud-batch`: 262,144 edges, 32 per node, 8 fields of l <= 1, three hidden layers of 8 channels; of wide kernels with
+64 fields as inputs.
 
 A kernel takes the longest of four times: to issue its instructions, four in a cycle of a multiprocessor; to multiply on
 tensor cores; to evaluate functions (MUFU), 16 in a cycle; to move each array that grows with the graph through DRAM

@@ -37,6 +37,11 @@ def use_device(name: str) -> torch.device:
     return _device[0]
 
 
+def device() -> torch.device:
+    """Where steps run."""
+    return _device[0]
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A backend at a sampling (``"auto"`` or ``"escnn"``); or a layer of e3nn, ``sampling`` being its form."""

@@ -1,7 +1,8 @@
 """``python -m bench related``: convolutions on irreps against e3nn's related operators, at equal widths.
 
-A width C is ``Cx0e + Cx1o`` in and out; 500 nodes with 32 neighbours each, no attributes, float32. e3nn's operators are
-other functions (see :mod:`bench.related`): what is compared is what a layer of that width takes.
+A width C is ``Cx0e + Cx1o`` in and out; 500 nodes with 32 neighbours each, no attributes, float32; with
+``--device cuda`` 4,096 nodes, and cuEquivariance's and OpenEquivariance's kernels where they are installed. e3nn's
+operators are other functions (see :mod:`bench.related`): what is compared is what a layer of that width takes.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from implicit_steer.testing.cases import Problem
 
 from . import process, related
 from .report import table
+from .steps import device
 from .timing import interleaved, summary
 
-WIDTHS, THREADS = (16, 64, 128), (1, 2)
-NODES, NEIGHBOURS = 500, 32
+WIDTHS = (16, 64, 128)
+THREADS = {"cpu": (1, 2), "cuda": (1,)}  # by device
+NODES, NEIGHBOURS = {"cpu": 500, "cuda": 4096}, 32
 OURS = ("full", "depthwise", "full, table", "depthwise, table")
 KNOTS = 256  # of the layers with a table
-CANDIDATES = (*OURS, *related.FORMS)
 BASELINE = related.FORMS[1]  # NequIP's form
 TARGETS = {"forward": 10.0, "training": 5.0}  # how many times faster than it ours are to be
 _COPIES = {"forward": 2, "training": 4}  # of the weights per edge that e3nn's layer holds at its peak
@@ -34,11 +36,12 @@ _COPIES = {"forward": 2, "training": 4}  # of the weights per edge that e3nn's l
 
 def _problem(width: int) -> Problem:
     torch.manual_seed(0)
-    pos = torch.rand(NODES, 3)
+    on = device()
+    pos = torch.rand(NODES[on.type], 3)
     edges = ist.knn_graph(pos, NEIGHBOURS)
     delta = pos[edges[1]] - pos[edges[0]]
-    delta = delta / delta.norm(dim=1).mean()
-    return Problem(torch.randn(NODES, 4 * width), pos, ist.Graph(edges, NODES), delta, None)
+    delta = (delta / delta.norm(dim=1).mean()).to(on)
+    return Problem(torch.randn(len(pos), 4 * width).to(on), pos.to(on), ist.Graph(edges.to(on), len(pos)), delta, None)
 
 
 def _module(candidate: str, width: int) -> torch.nn.Module:
@@ -46,8 +49,8 @@ def _module(candidate: str, width: int) -> torch.nn.Module:
     if candidate in OURS:
         kind, _, table = candidate.partition(", ")
         options = {"depthwise": kind == "depthwise", "table": KNOTS if table else None}
-        return ImplicitPointConv(irreps, irreps, width=1.0, **options)
-    return related.Layer(irreps, irreps, 0, candidate)
+        return ImplicitPointConv(irreps, irreps, width=1.0, **options).to(device())
+    return related.Layer(irreps, irreps, 0, candidate).to(device())
 
 
 def _step(candidate: str, width: int, measure: str) -> Callable[[], Any]:
@@ -68,11 +71,16 @@ def _step(candidate: str, width: int, measure: str) -> Callable[[], Any]:
 
 
 def peak_bytes(candidate: str, width: str, measure: str) -> int:
-    """By how much the memory of this process rises in the second step; for :func:`bench.process.ask`. The first one
+    """By how much the memory of this process, or on a GPU that of its tensors, rises in the second step. The first one
     loads code and makes what later ones keep."""
     run = _step(candidate, int(width), measure)
     run()
-    return process.peak_memory(run)
+    if device().type == "cpu":
+        return process.peak_memory(run)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def too_large(candidate: str, width: int, measure: str) -> str | None:
@@ -80,33 +88,44 @@ def too_large(candidate: str, width: int, measure: str) -> str | None:
     if candidate in OURS:
         return None
     per_edge = _module(candidate, width).product.weight_numel
-    needed = 4 * _COPIES[measure] * NODES * NEIGHBOURS * per_edge
+    needed = 4 * _COPIES[measure] * NODES[device().type] * NEIGHBOURS * per_edge
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device().type == "cuda":
+        there = torch.cuda.mem_get_info()[1]
     return f"its weights per edge take {needed / 1e9:.0f} GB" if needed > there / 2 else None
+
+
+def _peak(candidate: str, width: int, what: str) -> int:
+    """:func:`peak_bytes`: on the CPU of a fresh process."""
+    if device().type == "cuda":
+        return peak_bytes(candidate, str(width), what)
+    return process.ask(peak_bytes, candidate, str(width), what, threads=1)
 
 
 def measure(widths: Sequence[int], rounds: int, budget: float) -> dict[str, Any]:
     """Records of times, by threads, width, candidate and measure, and of peak memory; and what was not run."""
-    before, times, memory, skipped = torch.get_num_threads(), [], [], {}
-    cells = [(w, m) for w in widths for m in TARGETS]
-    with tqdm(total=len(cells) * (len(THREADS) + 1), desc="related", unit="cell") as bar:
+    before, times, memory = torch.get_num_threads(), [], []
+    forms, skipped = related.forms(device())
+    settings, cells = THREADS[device().type], [(w, m) for w in widths for m in TARGETS]
+    weighs = device().type == "cuda" or process.measures_memory()
+    with tqdm(total=len(cells) * (len(settings) + 1), desc="related", unit="cell") as bar:
         for width, what in cells:
-            refused = {c: too_large(c, width, what) for c in CANDIDATES}
+            refused = {c: too_large(c, width, what) for c in (*OURS, *forms)}
             skipped |= {f"{c}, width {width}, {what}": why for c, why in refused.items() if why}
-            able = [c for c in CANDIDATES if not refused[c]]
-            for threads in THREADS:
+            able = [c for c in refused if not refused[c]]
+            for threads in settings:
                 torch.set_num_threads(threads)
                 runs = {c: _step(c, width, what) for c in able}
                 for candidate, seconds in interleaved(runs, rounds, budget).items():
                     where = {"threads": threads, "width": width, "candidate": candidate, "measure": what}
                     times.append(where | summary(seconds))
                 bar.update()
-            for candidate in able if process.measures_memory() else ():
-                peak = process.ask(peak_bytes, candidate, str(width), what, threads=1)
+            for candidate in able if weighs else ():
+                peak = _peak(candidate, width, what)
                 memory.append({"width": width, "candidate": candidate, "measure": what, "peak_mb": peak / 1e6})
             bar.update()
     torch.set_num_threads(before)
-    return {"times": times, "memory": memory, "skipped": skipped}
+    return {"device": device().type, "times": times, "memory": memory, "skipped": skipped}
 
 
 def losers(times: Sequence[dict[str, Any]]) -> list[str]:
@@ -127,29 +146,32 @@ def _medians(times: Sequence[dict[str, Any]]) -> dict[tuple[int, int, str, str],
 
 def text(results: dict[str, Any]) -> str:
     """The table, what was not run, and what misses its target."""
-    medians = _medians(results["times"])
+    medians, on = _medians(results["times"]), results["device"]
     peaks = {(r["width"], r["candidate"], r["measure"]): r["peak_mb"] for r in results["memory"]}
-    rows = []
+    rows, digits = [], 1 if on == "cpu" else 3
     for width in dict.fromkeys(width for _, width, _, _ in medians):
-        for candidate in CANDIDATES:
+        for candidate in dict.fromkeys(candidate for _, _, candidate, _ in medians):
             cells = []
             for what in TARGETS:
-                for threads in THREADS:
+                for threads in THREADS[on]:
                     median = medians.get((threads, width, candidate, what))
                     baseline = medians.get((threads, width, BASELINE, what))
                     ratio = "" if median is None or baseline is None else f" ({baseline / median:.1f}x)"
-                    cells.append("" if median is None else f"{median:.1f}{ratio}")
+                    cells.append("" if median is None else f"{median:.{digits}f}{ratio}")
                 peak = peaks.get((width, candidate, what))
                 cells.append("" if peak is None else f"{peak:.0f}")
             rows.append([f"{width}, {candidate}", *cells])
-    columns = [f"{what}, {n} thread{'s' * (n > 1)} / ms" for what in TARGETS for n in THREADS]
-    columns = [*columns[:2], "MB", *columns[2:], "MB"]
+    columns = ["width C of Cx0e + Cx1o"]
+    for what in TARGETS:
+        where = [f", {n} thread{'s' * (n > 1)}" if on == "cpu" else "" for n in THREADS[on]]
+        columns += [*(f"{what}{threads} / ms" for threads in where), "MB"]
+    of_memory = "that of a process rises in its second step, one thread" if on == "cpu" else "tensors rise in a step"
     return "\n".join(
         [
-            f"### Related operators: {NODES} nodes, {NODES * NEIGHBOURS:,} edges, float32\n",
-            f"Medians; factors are {BASELINE} divided by the row: above 1 is faster than it. Memory: by how much that "
-            "of a process rises in its second step, one thread.\n",
-            table(["width C of Cx0e + Cx1o", *columns], rows),
+            f"### Related operators: {NODES[on]} nodes, {NODES[on] * NEIGHBOURS:,} edges, float32, {on}\n",
+            f"Medians; factors are {BASELINE} divided by the row: above 1 is faster than it. Memory: by how much "
+            f"{of_memory}.\n",
+            table(columns, rows),
             *(f"\nnot run: {what} ({why})" for what, why in results["skipped"].items()),
             f"\nless than {TARGETS['forward']:.0f} times as fast forward, {TARGETS['training']:.0f} times in training:",
             *(losers(results["times"]) or ["- nowhere"]),

@@ -98,27 +98,27 @@ class Context {
     current_->scratch_.push_back(current_->bytes(n));
     return current_->scratch_.back().mutable_data_ptr();
   }
-  // As ConvArgs.multiply: torch's product, in whatever precision it has for matrices.
+  // As ConvArgs.multiply: torch's products, in whatever precision it has for matrices.
   template <typename R>
-  static void multiply(const MatrixProduct<R>& m) {
-    const Tensor a = current_->matrix(m.a, m.rows, m.inner, m.a_transposed),
-                 b = current_->matrix(m.b, m.inner, m.columns, m.b_transposed),
-                 out = current_->matrix(m.out, m.rows, m.columns, false);
+  static void multiply(const MatrixProducts<R>& m) {
+    const Tensor a = current_->matrices(m.a, m.batch, m.rows, m.inner, m.a_transposed),
+                 b = current_->matrices(m.b, m.batch, m.inner, m.columns, m.b_transposed),
+                 out = current_->matrices(m.out, m.batch, m.rows, m.columns, false);
     using torch::stable::detail::from;
     std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);  // the result, `out` once more
   }
 
  private:
-  // The matrix whose numbers lie there row by row, or those of its transpose.
+  // The matrices whose numbers lie there row by row, or those of their transposes.
   template <typename R>
-  Tensor matrix(const R* numbers, int64_t rows, int64_t columns, bool transposed) const {
-    const std::array<int64_t, 2> sizes{rows, columns}, strides{transposed ? 1 : columns, transposed ? rows : 1};
-    return torch::stable::from_blob(const_cast<R*>(numbers), {sizes.data(), 2}, {strides.data(), 2}, like_.device(),
-                                    real_type<R>);
+  Tensor matrices(const R* numbers, int64_t batch, int64_t rows, int64_t columns, bool transposed) const {
+    const std::array<int64_t, 3> sizes{batch, rows, columns},
+        strides{rows * columns, transposed ? 1 : columns, transposed ? rows : 1};
+    return torch::stable::from_blob(const_cast<R*>(numbers), {sizes.data(), sizes.size()},
+                                    {strides.data(), strides.size()}, like_.device(), real_type<R>);
   }
-
   std::optional<DeviceGuard> guard_;
   const Tensor& like_;
   Context* const before_;

@@ -5,12 +5,13 @@
 
 namespace implicit_steer {
 
-// out [rows, columns] = A [rows, inner] B [inner, columns], dense, row by row; of a transposed factor its transpose is.
+// out [batch, rows, columns] = A [batch, rows, inner] B [batch, inner, columns], dense, row by row; of a transposed
+// factor its transposes are.
 template <typename R>
-struct MatrixProduct {
+struct MatrixProducts {
   const R *a, *b;
   R* out;
-  int64_t rows, inner, columns;
+  int64_t batch, rows, inner, columns;
   bool a_transposed, b_transposed;
 };
 
@@ -26,7 +27,7 @@ struct ConvArgs {
   int64_t n_src, n_dst, n_edges;
   int threads;                      // at most; see blocks.h
   void* (*scratch)(int64_t bytes);  // 64-byte aligned memory of the calling thread, valid until its next call
-  void (*multiply)(const MatrixProduct<R>&) = nullptr;  // of GPUs: a library's, in the stream of the call
+  void (*multiply)(const MatrixProducts<R>&) = nullptr;  // of GPUs: a library's, in the stream of the call
   const void* features = nullptr;  // [N_src, n_gathered] x by field type, with tangents in pairs; set by the loops
   R* out;                          // [N_dst, C_out]
   // backward

@@ -46,9 +46,9 @@ class WidePass {
     return for_node_blocks<N>(plan_, args_, [&](int64_t first, int64_t n) -> Failure {
       call_.first_node = first, call_.n_nodes = n;
       IST_TRY(run_sums());
-      for (const WidePlan::Matrix& m : wide_.matrices)
+      for (const WidePlan::Matrices& m : wide_.matrices)
         if (!slot(m).depthwise)
-          multiply({sums(m), theta(m), call_.outputs + slot(m).out_at * n, rows(m), kParts * slot(m).size,
+          multiply({sums(m), theta(m), call_.outputs + slot(m).out_at * n, m.batch, rows(m), kParts * slot(m).size,
                     slot(m).n_out, false, true});
       return launch_threads("wide_outputs", wide_outputs<N>, n * plan_.view.out_size, stream_, call_, after);
     });
@@ -136,14 +136,14 @@ class WidePass {
 
   // ---- T, and its products with θ
 
-  const WideSlot& slot(const WidePlan::Matrix& m) const { return wide_.slots[m.first]; }
-  int64_t rows(const WidePlan::Matrix& m) const { return (m.last - m.first) * call_.n_nodes; }
-  const R* theta(const WidePlan::Matrix& m) const { return args_.weights + kParts * slot(m).theta; }
-  const R* sums(const WidePlan::Matrix& m) const {
+  const WideSlot& slot(const WidePlan::Matrices& m) const { return wide_.slots[m.first]; }
+  int64_t rows(const WidePlan::Matrices& m) const { return (m.last - m.first) / m.batch * call_.n_nodes; }
+  const R* theta(const WidePlan::Matrices& m) const { return args_.weights + kParts * slot(m).theta; }
+  const R* sums(const WidePlan::Matrices& m) const {
     return call_.sums + (call_.tangents_only ? 1 : kParts) * slot(m).at * call_.n_nodes;
   }
   int64_t n_theta() const { return plan_.view.n_grad - wide_.theta; }
-  void multiply(const MatrixProduct<R>& product) const { args_.multiply(product); }
+  void multiply(const MatrixProducts<R>& product) const { args_.multiply(product); }
 
   Failure run_sums() const {
     return launch_threads("wide_sums", wide_sums<N>, 32 * call_.n_nodes * call_.lists.n_slots, stream_, call_);
@@ -153,7 +153,7 @@ class WidePass {
   Failure grad_theta(bool added) {
     IST_TRY(run_sums());
     R* const into = added ? theta_of_block_ : theta_;
-    for (const WidePlan::Matrix& m : wide_.matrices) {
+    for (const WidePlan::Matrices& m : wide_.matrices) {
       R* const out = into + (slot(m).theta - wide_.theta);
       const R* const grad = call_.grad_outputs + slot(m).out_at * call_.n_nodes;
       if (slot(m).depthwise) {
@@ -161,7 +161,7 @@ class WidePass {
         IST_TRY(launch("wide_grad_theta_depthwise", wide_grad_theta_depthwise<N>, grid, block, 0, stream_, call_,
                        m.first, m.last, out));
       } else {
-        multiply({grad, sums(m), out, slot(m).n_out, rows(m), slot(m).size, true, false});
+        multiply({grad, sums(m), out, m.batch, slot(m).n_out, rows(m), slot(m).size, true, false});
       }
     }
     return added ? launch_threads("add_numbers", add_numbers<R>, n_theta(), stream_, theta_, into, n_theta())
@@ -176,14 +176,14 @@ class WidePass {
   }
 
   Failure grad_of_sums(N* grad_sums) const {
-    for (const WidePlan::Matrix& m : wide_.matrices) {
+    for (const WidePlan::Matrices& m : wide_.matrices) {
       const int64_t n = call_.n_nodes;
       for (int s = m.first; s < m.last && slot(m).depthwise; ++s)
         IST_TRY(launch_threads("wide_grad_sums_depthwise", wide_grad_sums_depthwise<N>, n * slot(m).size, stream_,
                                call_, s, grad_sums));
       if (!slot(m).depthwise)
         multiply({call_.grad_outputs + slot(m).out_at * n, theta(m), reinterpret_cast<R*>(grad_sums + slot(m).at * n),
-                  rows(m), slot(m).n_out, kParts * slot(m).size, false, false});
+                  m.batch, rows(m), slot(m).n_out, kParts * slot(m).size, false, false});
     }
     return {};
   }

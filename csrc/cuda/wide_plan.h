@@ -4,7 +4,6 @@
 #pragma once
 
 #include <algorithm>
-#include <numeric>
 #include <vector>
 
 #include "call.h"
@@ -41,15 +40,16 @@ struct WideView {
 // The lists, and what the host knows of them.
 class WidePlan {
  public:
-  // Numbers of a node's T above which the kernels with T in shared memory would have less than a third of the warps
-  // that registers allow.
-  static constexpr int64_t kMostSums = 4096;
+  // Of a node the numbers of T, and the multiply-adds of mixing, above which these kernels take less time: those with T
+  // in shared memory would have less than a third of the warps that registers allow; every warp loads θ for itself.
+  static constexpr int64_t kMostSums = 4096, kMostProducts = 65536;
 
-  // θ[b] of a coupling: its slots, which follow each other.
-  struct Matrix {
-    int first, last;
+  // θ[b] of `batch` elements b of a coupling's basis that follow each other, of a depthwise one a single b. They have
+  // equally many slots, which follow each other, too.
+  struct Matrices {
+    int first, last, batch;
   };
-  std::vector<Matrix> matrices;
+  std::vector<Matrices> matrices;
   std::vector<WideSlot> slots;
   std::vector<int32_t> numbers;  // what WideView points to
   bool used = false;
@@ -60,7 +60,7 @@ class WidePlan {
   template <typename R>
   void make(const Plan<R>& p, int64_t n_sums) {
     *this = WidePlan();
-    used = n_sums > kMostSums;
+    used = n_sums > kMostSums || mixing(p) > kMostProducts;
     if (!used) return;
     for (int r = 0; r < p.n_rows; ++r)
       stride = std::max(stride, static_cast<int>(padded(p.row_start[r + 1] - p.row_start[r])));
@@ -90,24 +90,42 @@ class WidePlan {
   std::vector<int64_t> list_;  // offsets
 
   template <typename R>
+  static int64_t mixing(const Plan<R>& p) {
+    int64_t sum = 0;
+    for (const CouplingView& q : p.coupling_storage)
+      sum += int64_t{q.n_slots} * q.n_hidden * q.n_in * (q.depthwise ? 1 : q.n_out);
+    return sum;
+  }
+
+  template <typename R>
   void add_coupling(const Plan<R>& p, const CouplingView& q) {
     theta = std::min(theta, q.theta);
-    std::vector<int> order(q.n_slots);
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int s, int t) { return q.slots[2 * s] < q.slots[2 * t]; });
-    int before = -1;
-    for (const int s : order) {
-      const int b = q.slots[2 * s], number = static_cast<int>(slots.size());
-      if (b != before) matrices.push_back({number, number});
-      matrices.back().last = number + 1, before = b;
-      const auto at = static_cast<int32_t>(sums), out_at = static_cast<int32_t>(outputs);
-      const auto of_b = static_cast<int32_t>(q.theta + int64_t{b} * q.theta_rows * q.theta_size);
-      const auto size = static_cast<int32_t>(q.theta_size), first = static_cast<int32_t>(terms_.size());
-      add_terms(p, q, s, number);
-      slots.push_back({at, size, q.n_in, q.hidden_stride, q.constant, q.depthwise, out_at, q.n_out,
-                       static_cast<int32_t>(q.place_of_output(s)), of_b, first, static_cast<int32_t>(terms_.size())});
-      sums += size, outputs += q.n_out;
+    const size_t first = matrices.size();
+    for (int b = 0; b < q.n_basis; ++b) {
+      const int number = static_cast<int>(slots.size());
+      for (int s = 0; s < q.n_slots; ++s)
+        if (q.slots[2 * s] == b) add_slot(p, q, s);
+      const int n = static_cast<int>(slots.size()) - number;
+      const bool alike =
+          matrices.size() > first && n * matrices.back().batch == matrices.back().last - matrices.back().first;
+      if (alike && !q.depthwise)
+        matrices.back().last += n, ++matrices.back().batch;
+      else
+        matrices.push_back({number, number + n, 1});
     }
+  }
+
+  template <typename R>
+  void add_slot(const Plan<R>& p, const CouplingView& q, int s) {
+    const int number = static_cast<int>(slots.size());
+    const int64_t of_b = q.theta + int64_t{q.slots[2 * s]} * q.theta_rows * q.theta_size;
+    const auto first = static_cast<int32_t>(terms_.size());
+    add_terms(p, q, s, number);
+    slots.push_back({static_cast<int32_t>(sums), static_cast<int32_t>(q.theta_size), q.n_in, q.hidden_stride,
+                     q.constant, q.depthwise, static_cast<int32_t>(outputs), q.n_out,
+                     static_cast<int32_t>(q.place_of_output(s)), static_cast<int32_t>(of_b), first,
+                     static_cast<int32_t>(terms_.size())});
+    sums += q.theta_size, outputs += q.n_out;
   }
 
   template <typename R>

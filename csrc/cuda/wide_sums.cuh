@@ -31,95 +31,84 @@ struct WideSums {
   const int lane;
   const int64_t node, begin, end;
 
-  __device__ __forceinline__ WideSums(const WideCall<N>& c, int64_t item)
+  __device__ __forceinline__ WideSums(const WideCall<N>& c, unsigned item)
       : call(c),
         p(c.plan),
-        slot(c.lists.slots[item / c.n_nodes]),
+        slot(c.lists.slots[item / static_cast<unsigned>(c.n_nodes)]),
         lane(threadIdx.x % 32),
-        node(item % c.n_nodes),
+        node(item % static_cast<unsigned>(c.n_nodes)),
         begin(c.first_edge(node)),
         end(c.first_edge(node + 1)) {}
 
-  // f(edge, its neighbour) for the edges of this lane's part; all lanes come here.
-  template <typename F>
-  __device__ __forceinline__ void for_edges(int part, int parts, F f) const {
+  __device__ __forceinline__ void run() const {
+    const int rows = static_cast<int>(padded(slot.n_in)), width = row_width((rows + K - 1) / K);
+    for (int first = 0; first < rows; first += width * K) {
+      const int v = first + lane % width * K;
+      for (int w = 0; w < slot.hidden_stride; w += kRow)
+        slot.constant ? sum<1>(v, w, v < rows, width) : sum<kRow>(v, w, v < rows, width);
+    }
+  }
+
+  // T[v .. v + K - 1, w .. w + kWidth - 1]; lanes of other parts have other edges. kWidth 1: without hidden features.
+  template <int kWidth>
+  __device__ __forceinline__ void sum(int v, int w, bool active, int width) const {
+    const int part = lane / width, parts = 32 / width;
+    Neighbours<N, kWidth> sums[K] = {};
     for (int64_t at = begin; at < end; at += 32) {
       const int n = end - at < 32 ? static_cast<int>(end - at) : 32;
       const int64_t mine = lane < n ? call.index(call.args.order, at + lane) : 0;
       const int64_t source = lane < n ? call.index(call.args.src, mine) : 0;
-      for (int l = part; l < n + part; l += parts) {  // as often in every lane
+      // As often in every lane.
+      for (int l = part; l < n + part; l += parts) {  // loop: edges
         const int64_t edge = from_lane(mine, l & 31), neighbour = from_lane(source, l & 31);
-        if (l < n) f(edge, neighbour);
+        if (l < n && active) add_edge(edge, neighbour, v, w, sums);
       }
     }
-  }
-
-  __device__ __forceinline__ void store(int64_t at, N sum) const {
-    if constexpr (!is_dual<N>)
-      call.sums[at] = sum;
-    else if (call.tangents_only)
-      call.sums[at] = sum.tangent;
-    else
-      call.sums[2 * at] = sum.tangent, call.sums[2 * at + 1] = sum.value;
-  }
-
-  __device__ __forceinline__ void run() const {
-    const int rows = static_cast<int>(padded(slot.n_in)), width = row_width((rows + K - 1) / K);
-    const int part = lane / width, parts = 32 / width;
-    for (int first = 0; first < rows; first += width * K) {
-      const int v = first + lane % width * K;
-      slot.constant ? of_constant(v, v < rows, part, parts, width) : of_rows(v, v < rows, part, parts, width);
-    }
-  }
-
-  // Without hidden features: T[v], 0 in its padding.
-  __device__ __forceinline__ void of_constant(int v, bool active, int part, int parts, int width) const {
-    Neighbours<N, K> sum{};
-    for_edges(part, parts, [&](int64_t edge, int64_t neighbour) {
-      if (!active) return;
-      const N *const g = call.records + edge * call.lists.record + call.lists.g, *const x = call.x +
-                                                                                            neighbour * p.n_gathered +
-                                                                                            v;
-      for (int k = slot.first; k < slot.last; ++k) sum = sum_of(sum, product<K>(p, call.lists.terms[k], g, x));
-    });
+    const int64_t to = call.at(slot.at, node, slot.size) + v * slot.hidden_stride + w;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      const N total = sum_lanes(sum.at[k], width, 32);
-      if (active && part == 0) store(call.at(slot.at, node, slot.size) + v + k, total);
+#pragma unroll
+      for (int m = 0; m < kWidth; ++m) sums[k].at[m] = sum_lanes(sums[k].at[m], width, 32);
+      // Of a constant the padding, too.
+      if (part == 0 && (kWidth == 1 ? active : v + k < slot.n_in)) store(to + k * slot.hidden_stride, sums[k]);
     }
   }
 
-  __device__ __forceinline__ void of_rows(int v, bool active, int part, int parts, int width) const {
-    for (int w = 0; w < slot.hidden_stride; w += kRow) {
-      Neighbours<N, kRow> sum[K] = {};
-      for_edges(part, parts, [&](int64_t edge, int64_t neighbour) {
-        if (!active) return;
-        const N *const record = call.records + edge * call.lists.record, *const x =
-                                                                             call.x + neighbour * p.n_gathered + v;
+  template <int n>
+  __device__ __forceinline__ void store(int64_t at, const Neighbours<N, n>& sums) const {
+    if constexpr (!is_dual<N>)
+      neighbours<n>(call.sums + at) = sums;
+    else if (call.tangents_only)
+      for (int m = 0; m < n; ++m) call.sums[at + m] = sums.at[m].tangent;
+    else
+      for (int m = 0; m < n; ++m)
+        call.sums[2 * (at + m)] = sums.at[m].tangent, call.sums[2 * (at + m) + 1] = sums.at[m].value;
+  }
+
+  template <int kWidth>
+  __device__ __forceinline__ void add_edge(int64_t edge, int64_t neighbour, int v, int w,
+                                           Neighbours<N, kWidth> (&sums)[K]) const {
+    const N* const record = call.records + edge * call.lists.record;
+    const N* const x = call.x + neighbour * p.n_gathered + v;
 #pragma unroll 1
-        for (int k = slot.first; k < slot.last; ++k) {
-          const WideTerm term = call.lists.terms[k];
-          const auto t = product<K>(p, term, record + call.lists.g, x);
-          const auto h = neighbours<kRow>(record + term.row * call.lists.stride + w);
+    for (int k = slot.first; k < slot.last; ++k) {
+      const WideTerm term = call.lists.terms[k];
+      const auto t = product<K>(p, term, record + call.lists.g, x);
+      Neighbours<N, kWidth> h{};
+      if constexpr (kWidth == 1)
+        h.at[0] += 1;
+      else
+        h = neighbours<kWidth>(record + term.row * call.lists.stride + w);
 #pragma unroll
-          for (int i = 0; i < K; ++i) add_multiple(sum[i], t.at[i], h);
-        }
-      });
-#pragma unroll
-      for (int i = 0; i < K; ++i)
-#pragma unroll
-        for (int k = 0; k < kRow; ++k) {
-          const N total = sum_lanes(sum[i].at[k], width, 32);
-          const int64_t at = call.at(slot.at, node, slot.size) + (v + i) * slot.hidden_stride + w + k;
-          if (part == 0 && v + i < slot.n_in) store(at, total);
-        }
+      for (int i = 0; i < K; ++i) add_multiple(sums[i], t.at[i], h);
     }
   }
 };
 
 template <typename N>
 __global__ void __launch_bounds__(kThreads, kResident<N>) wide_sums(const __grid_constant__ WideCall<N> call) {
-  const int64_t item = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32;
+  const unsigned item =
+      blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;  // slots of a block of nodes are fewer than 2³²
   if (item < call.lists.n_slots * call.n_nodes) WideSums<N>(call, item).run();
 }
 

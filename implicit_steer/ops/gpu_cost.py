@@ -3,7 +3,8 @@ instructions per edge.
 
 `cuda` multiplies only where a matrix is not 0. The count is that of its generic kernels, on the ordinary units: 4
 instructions per multiply-add and 16 per φ, of 32 lanes each; the splines of a table take about 100 per edge. The exact
-and the grid kernels execute fewer (docs/cuda_kernels.md).
+and the grid kernels execute fewer (docs/cuda_kernels.md). For many fields the coupling takes 2.7 instructions per
+multiply-add, of 32 lanes, and a library mixes the channels, at an assumed three quarters of the units' peak.
 
 `triton` runs narrow layers of zonal frames edge by edge: 0.107 instructions per multiply-add and 2.4 per φ, difference
 quotients near the origin included, are what the kernels for ``cloud`` with 8 and with 4 channels were compiled to,
@@ -20,6 +21,7 @@ from statistics import median
 
 from .._files import add_to_tuning_cache, tuning_cache
 from ..plan import Plan
+from .native.terms import padded
 from .triton.tables import runs_edge_by_edge
 
 BACKENDS = ("cuda", "triton")  # those that run on a GPU and that "auto" compares
@@ -27,6 +29,8 @@ _MEASURED = "gpu"  # name of the tuning cache
 
 _LANES, _NODE_DEGREE = 32, 16
 _CUDA_PRODUCT, _CUDA_FUNCTION, _CUDA_SPLINES = 4 / _LANES, 16 / _LANES, 100.0
+_CUDA_WIDE_COUPLING, _CUDA_LIBRARY = 2.7 / _LANES, 1 / 0.75 / _LANES
+_MOST_SUMS, _MOST_PRODUCTS = 4096, 65536  # of a node: as in csrc/cuda/wide_plan.h
 _TRITON_PRODUCT, _TRITON_FUNCTION, _TRITON_COUPLING = 4 * 3 / 1024, 8.0, 0.4
 _TRITON_PRODUCT_OF_EDGE, _TRITON_FUNCTION_OF_EDGE, _TRITON_SPLINES = 0.107, 2.4, 104.0
 
@@ -36,10 +40,20 @@ def instructions_per_edge(plan: Plan) -> dict[str, float]:
     """Backend → warp instructions per edge of a forward pass, predicted."""
     cost = plan.cost()
     coupling, mixing = cost["sparse coupling per edge"], cost["mixing per node"] / _NODE_DEGREE
+    per_coupling, per_mixing = (_CUDA_WIDE_COUPLING, _CUDA_LIBRARY) if is_wide(plan) else (_CUDA_PRODUCT, _CUDA_PRODUCT)
     return {
-        "cuda": _hidden_of_cuda(plan) + _CUDA_PRODUCT * (coupling + mixing),
+        "cuda": _hidden_of_cuda(plan) + per_coupling * coupling + per_mixing * mixing,
         "triton": _hidden_of_triton(plan) + _TRITON_PRODUCT * mixing + _TRITON_COUPLING * coupling,
     }
+
+
+def is_wide(plan: Plan) -> bool:
+    """Whether `cuda` has a node's T in global memory, so many fields there are."""
+    sums = 0
+    for c in plan.couplings:
+        stride = 1 if plan.reads_one(c) else padded(len(c.hidden_start))
+        sums += c.counts[2] * padded(len(c.in_start) * stride)
+    return sums > _MOST_SUMS or plan.cost()["mixing per node"] > _MOST_PRODUCTS
 
 
 def _interpolates(plan: Plan) -> bool:

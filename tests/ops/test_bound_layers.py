@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from implicit_steer import Graph, _native
 from implicit_steer.irreps import ImplicitPointConv
+from implicit_steer.ops.gpu_cost import is_wide
 from implicit_steer.ops.native.bound import BoundKernel
 from implicit_steer.ops.select import BACKENDS
 from implicit_steer.testing.cases import SMALL, Problem
@@ -348,7 +349,8 @@ def test_opcheck():
             "forward exact kernels, backward generic kernels",
         ),
         ("17x0e + 17x1o", {}, "specialised kernels because of too many scalars or vectors"),
-        ("64x0e + 64x1o", {}, "wide kernels because of too many scalars or vectors"),
+        ("26x0e + 26x1o", {}, "specialised kernels because of too many scalars or vectors"),
+        ("27x0e + 27x1o", {}, "wide kernels because of too many scalars or vectors"),
         ("64x0e + 64x1o", {"depthwise": True, "table": 64}, "wide kernels because of too many scalars or vectors"),
         ("4x0e + 4x2e", {}, "kernels because of hidden features other than those of l = 0 to 3"),
         ("4x0e + 4x1o", {"activation": "tanh"}, "generic kernels because of an activation other than ELU and SiLU"),
@@ -359,6 +361,7 @@ def test_explain_names_the_kernels(irreps, options, expected):
     options = {"n_layers": 3, "n_channels": 8} | options
     conv = ImplicitPointConv(irreps, irreps, 1, backend=BACKEND, **options)
     assert expected in conv.explain()
+    assert is_wide(conv.implicit_kernel.plan) == ("wide" in expected)
     general = "wide" if "wide" in expected else "generic"
     assert f"cuda: {general} kernels because of float64" in conv.double().explain()
 

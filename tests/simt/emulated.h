@@ -33,15 +33,18 @@ inline void* scratch(int64_t bytes) {
 
 // In the place of a library's: sums in double.
 template <typename R>
-void multiply(const MatrixProduct<R>& m) {
-  for (int64_t i = 0; i < m.rows; ++i)
-    for (int64_t j = 0; j < m.columns; ++j) {
-      double sum = 0;
-      for (int64_t k = 0; k < m.inner; ++k)
-        sum += static_cast<double>(m.a[m.a_transposed ? k * m.rows + i : i * m.inner + k]) *
-               m.b[m.b_transposed ? j * m.inner + k : k * m.columns + j];
-      m.out[i * m.columns + j] = static_cast<R>(sum);
-    }
+void multiply(const MatrixProducts<R>& m) {
+  for (int64_t n = 0; n < m.batch; ++n) {
+    const R *const a = m.a + n * m.rows * m.inner, *const b = m.b + n * m.inner * m.columns;
+    for (int64_t i = 0; i < m.rows; ++i)
+      for (int64_t j = 0; j < m.columns; ++j) {
+        double sum = 0;
+        for (int64_t k = 0; k < m.inner; ++k)
+          sum += static_cast<double>(a[m.a_transposed ? k * m.rows + i : i * m.inner + k]) *
+                 b[m.b_transposed ? j * m.inner + k : k * m.columns + j];
+        m.out[(n * m.rows + i) * m.columns + j] = static_cast<R>(sum);
+      }
+  }
 }
 
 template <typename R>
