@@ -108,8 +108,8 @@ native-%: native-program-% native-cases
 # AddressSanitizer, then with every access checked; at last every barrier is left out in turn, which has to be noticed.
 EMULATED := build/emulated
 CASES := $(NATIVE_TESTS)/cases
-MUTATED := grid-odd zonal linear planar-axis-train zonal-odd-sizes-train none-grid-cutoff planar zonal-specialised zonal-specialised-short-edges table-types table-planar zonal-specialised-table
-TRACED := $(MUTATED) zonal-specialised-channels zonal-specialised-fields depthwise depthwise-specialised-train depthwise-exact
+MUTATED := grid-odd zonal linear planar-axis-train zonal-odd-sizes-train none-grid-cutoff planar zonal-specialised zonal-specialised-short-edges table-types table-planar zonal-specialised-table wide-train wide-depthwise depthwise-specialised-train
+TRACED := $(MUTATED) zonal-specialised-channels zonal-specialised-fields depthwise depthwise-exact
 test-gpu-emulated: test-gpu-quick emulated-fast emulated-address native-cases
 	$(EMULATED)/fast/conv_test $(CASES) 3
 	$(EMULATED)/fast/conv_test $(CASES)/gpu 1

@@ -184,7 +184,7 @@ def counted(kernels: Sequence[Kernel], folder: Path, emulated: Path) -> list[Cou
     for launch in launches_of(folder / "counts.txt"):
         by_symbol.setdefault(launch.symbol, launch)
     names = {kernel.symbol: kernel.name for kernel in kernels}
-    launches = [x for x in by_symbol.values() if x.is_proportional and not names[x.symbol].startswith("conv_")]
+    launches = [x for x in by_symbol.values() if x.is_proportional and "Generic" not in names[x.symbol]]
     lines = lines_of(emulated, {place for launch in launches for place in launch.accesses})
     codes = disassemble(folder.rglob("*.cu.o"), {launch.symbol for launch in launches})
     found, of = [], {(kernel.architecture, kernel.symbol): kernel for kernel in kernels}

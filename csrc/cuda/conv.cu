@@ -27,29 +27,6 @@ R* partial_results(const ConvArgs<R>& args, const Shape& shape, int64_t n, int64
 
 int64_t most_warps(const PlanView<R>& plan) { return most_warps_with<R>(plan.n_grad); }
 
-// run(sizes, numbers of a block in front of its warps'): those of the plan where its numbers are single floats.
-template <typename N, typename Run>
-Failure with_sizes(const DevicePlan<R>& plan, Run run) {
-  if constexpr (!std::is_same_v<N, float>) {
-    return run(Generic{}, 0);
-  } else {
-    const auto run_for = [&](auto sizes) { return run(sizes, SpecialisedLayers<decltype(sizes), R>::size(plan.host)); };
-    switch (plan.sizes) {
-      case Sizes::kAny:
-        return run(Generic{}, 0);
-      case Sizes::kElu4x8:
-        return run_for(Specialised<Elu, 4, 8>{});
-      case Sizes::kElu6x8:
-        return run_for(Specialised<Elu, 6, 8>{});
-      case Sizes::kSilu4x8:
-        return run_for(Specialised<Silu, 4, 8>{});
-      case Sizes::kSilu6x8:
-        return run_for(Specialised<Silu, 6, 8>{});
-    }
-    return {"with_sizes", "there is no kernel for these sizes"};
-  }
-}
-
 // Whether the exact and the grid kernels can count the call's nodes and edges.
 bool can_count(const ConvArgs<R>& args) {
   constexpr int64_t most = std::numeric_limits<int32_t>::max();
@@ -202,14 +179,14 @@ Failure layer_backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, const
 
 template <typename N>
 Failure hidden_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream) {
-  EdgeKernel<N> points{"conv_hidden", conv_hidden<N>, {}, 0};
+  EdgeKernel<N> points{"conv_hidden", conv_hidden<N, Generic>, {}, 0};
   IST_TRY(points.prepare(plan, args, {false, false, false}, 0, 0, kAnyWarps));
   return points.run(stream);
 }
 
 template <typename N>
 Failure hidden_backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream) {
-  EdgeKernel<N> points{"conv_hidden_backward", conv_hidden_backward<N>, {}, 0};
+  EdgeKernel<N> points{"conv_hidden_backward", conv_hidden_backward<N, Generic>, {}, 0};
   GradientRows<R> rows{};
   IST_TRY(run_backward(points, plan, args, {false, true, false}, 0, 0, 0, stream, rows));
   return sum_results(rows, plan, args, nullptr, stream);

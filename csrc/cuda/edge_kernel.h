@@ -67,4 +67,29 @@ struct EdgeKernel {
   }
 };
 
+// run(sizes, numbers of a block in front of its warps'): those of the plan where its numbers are single floats.
+template <typename N, typename Run>
+Failure with_sizes(const DevicePlan<Real<N>>& plan, Run run) {
+  if constexpr (!std::is_same_v<N, float>) {
+    return run(Generic{}, 0);
+  } else {
+    const auto run_for = [&](auto sizes) {
+      return run(sizes, SpecialisedLayers<decltype(sizes), float>::size(plan.host));
+    };
+    switch (plan.sizes) {
+      case Sizes::kAny:
+        return run(Generic{}, 0);
+      case Sizes::kElu4x8:
+        return run_for(Specialised<Elu, 4, 8>{});
+      case Sizes::kElu6x8:
+        return run_for(Specialised<Elu, 6, 8>{});
+      case Sizes::kSilu4x8:
+        return run_for(Specialised<Silu, 4, 8>{});
+      case Sizes::kSilu6x8:
+        return run_for(Specialised<Silu, 6, 8>{});
+    }
+    return {"with_sizes", "there is no kernel for these sizes"};
+  }
+}
+
 }  // namespace implicit_steer::IST_ISA

@@ -39,8 +39,8 @@ struct WideBackward {
   N *const d_f, *const d_g;  // [kEdges, n_gathered], [kEdges, n_g]
   int node = 0;              // of the block
   int n = 0;                 // edges
-  int64_t mine =
-      0;  // of lane l the number of edge l; beyond the last one of that one, whose results are not kept again
+  // Of lane l the number of edge l; of lanes beyond the last one that of the last one, whose results count once.
+  int64_t mine = 0;
   const N *record[kEdges], *features[kEdges];  // of each, and of its neighbour
 
   // Numbers of a warp's shared memory.
@@ -193,7 +193,8 @@ struct WideBackward {
 #pragma unroll
     for (int l = 0; l < kEdges; ++l) edge[l] = from_lane(mine, l);
     for (int i = lane; i < p.in_size && call.args.grad_edge; i += 32) {  // loop: features
-      N sum[kEdges] = {};                                                // stays 0 for inputs that no coupling reads
+      // Stays 0 for inputs that no coupling reads.
+      N sum[kEdges] = {};
 #pragma unroll 1
       for (int k = call.places.first[i]; k < call.places.first[i + 1]; ++k)
 #pragma unroll

@@ -80,9 +80,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // dθ[b][v, w] = Σ g[o, v] T[slot, v, w] of a depthwise coupling, over the slots number .. last - 1 of b and all nodes
-constexpr int kGradColumns = 32, kGradRows = 32;
+constexpr int kGradColumns = 32, kGradRows = 32;  // of a block's threads
 template <typename N>
-__global__ void __launch_bounds__(kGradColumns* kGradRows)
+__global__ void __launch_bounds__(1024)
     wide_grad_theta_depthwise(const __grid_constant__ WideCall<N> call, int number, int last, Real<N>* grad) {
   using R = Real<N>;
   __shared__ R sums[kGradRows][kGradColumns];
@@ -91,10 +91,8 @@ __global__ void __launch_bounds__(kGradColumns* kGradRows)
   for (int s = number; s < last; ++s) {
     const WideSlot& slot = call.lists.slots[s];
     const int v = x / slot.hidden_stride;
-    const R *const of_slot = call.sums + call.at(slot.at, 0, slot.size) + x, *const of_out =
-                                                                                 call.grad_outputs +
-                                                                                 call.at(slot.out_at, 0, slot.n_out) +
-                                                                                 v;
+    const R* const of_slot = call.sums + call.at(slot.at, 0, slot.size) + x;
+    const R* const of_out = call.grad_outputs + call.at(slot.out_at, 0, slot.n_out) + v;
 #pragma unroll 4
     for (int64_t node = threadIdx.y; node < call.n_nodes && v < slot.n_in; node += kGradRows)
       sum += of_slot[node * slot.size] * of_out[node * slot.n_out];

@@ -10,8 +10,7 @@
 
 namespace implicit_steer {
 
-// A slot's T: [v, w] of a node in `size` numbers, which begin at `at` in [slot][node], as its outputs [u] do at
-// `out_at`.
+// A slot's T: [v, w] of a node in `size` numbers; those of n nodes begin at n · at, its outputs [u] at n · out_at.
 struct WideSlot {
   int32_t at, size, n_in, hidden_stride, constant, depthwise;
   int32_t out_at, n_out;

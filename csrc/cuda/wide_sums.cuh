@@ -107,8 +107,7 @@ struct WideSums {
 
 template <typename N>
 __global__ void __launch_bounds__(kThreads, kResident<N>) wide_sums(const __grid_constant__ WideCall<N> call) {
-  const unsigned item =
-      blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;  // slots of a block of nodes are fewer than 2³²
+  const unsigned item = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;  // a block's nodes and slots are few
   if (item < call.lists.n_slots * call.n_nodes) WideSums<N>(call, item).run();
 }
 

@@ -299,7 +299,7 @@ def gpu_cases():
 
     # Whose T has more than WidePlan::kMostSums numbers.
     cloud_wide = replace(cloud, into="64 scalar+vector")
-    wide_l2 = replace(WIDE_FIELDS, into="13 scalar+l1+l2", out="2 scalar+l2", n_channels=9)
+    wide_l2 = replace(WIDE_FIELDS, into="20 scalar+l1+l2", out="2 scalar+l2")
     wide_planar = replace(WIDE_FIELDS, space="SO(2) on R2", into="70 scalar+vector", out="2 scalar+vector")
     wide_dense = replace(WIDE_FIELDS, space="C4 on R2", into="40 regular", out="2 regular", attributes="1 vector")
 
@@ -308,7 +308,7 @@ def gpu_cases():
         "wide-one-edge": made(nodes(5, 1), WIDE_FIELDS),
         "wide-no-edges": made(lambda problem: with_edges(problem, slice(0)), WIDE_FIELDS),
         "wide-hub": made(few_targets, WIDE_FIELDS),
-        "wide-l2": made(lambda problem: near_origin(nodes(7, 60)(problem)), wide_l2, "eval", "gelu", cutoff=2.0),
+        "wide-l2": made(lambda problem: near_origin(nodes(7, 60)(problem)), wide_l2, "eval", cutoff=2.0),
         "wide-planar": made(nodes(7, 60), wide_planar, "train", "tanh"),
         "wide-dense": made(nodes(7, 60), wide_dense),
         "wide-table": table(WIDE_FIELDS, nodes(7, 60), rows),
