@@ -19,12 +19,15 @@ from implicit_steer.ops.triton import aot
 from implicit_steer.ops.triton.configuration import exact_product
 from implicit_steer.ops.triton.tables import tables
 from implicit_steer.plan import Plan
+from implicit_steer.plan.tabulated import tabulated
 from implicit_steer.testing.cases import LARGE, SMALL
 
 from . import cuda, predict
 from .report import table
 
+TABLES = {"cloud-table": "cloud"}  # cases with splines in place of the hidden layers → which
 CASES = ("cloud", "cloud-so2", "o3-vector-attr", "c4")  # zonal, planar, no frame, finite group
+_KNOTS = 256
 _FOLDER = Path("docs")
 _HEAD = ["kernel", "for", "warps", "registers", "stack", "shared memory", "occupancy", "tensor", "instructions"]
 _RESOURCES = """# What the Triton kernels need
@@ -32,7 +35,8 @@ _RESOURCES = """# What the Triton kernels need
 `python -m bench.gpu resources` reads this from code compiled ahead of time (float32, exact products). The tables show
 registers per thread, bytes of stack and of shared memory, the share of a multiprocessor's warps that can be resident,
 tensor-core instructions, and all instructions in the code. Hidden layers with more than 32 coefficients
-of order ≥ 1 multiply on the ordinary units. What was measured on a GPU is in [gpu-h100.md](gpu-h100.md)."""
+of order ≥ 1 multiply on the ordinary units. `cloud-table` is `cloud` with a table of 256 knots. What was measured on a
+GPU is in [gpu-h100.md](gpu-h100.md)."""
 
 
 def meant_for_tensor_cores(plan: Plan) -> bool:
@@ -41,6 +45,9 @@ def meant_for_tensor_cores(plan: Plan) -> bool:
 
 
 def _plan(name: str) -> Plan:
+    if name in TABLES:
+        plan = LARGE[TABLES[name]].layer(norm=None, table=_KNOTS).implicit_kernel.plan
+        return tabulated(plan, 1 + (plan.n_attributes > 0))
     return (SMALL | LARGE)[name].layer(norm=None).implicit_kernel.plan
 
 
@@ -83,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 1 where a gate failed."""
     top = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     top.add_argument("section", choices=["resources", "predict"])
-    top.add_argument("--cases", nargs="+", choices=list(SMALL | LARGE), default=list(CASES), metavar="CASE")
+    cases = f"({' '.join(CASES)}; resources: {' '.join(TABLES)}, too)"
+    top.add_argument("--cases", nargs="+", choices=list(SMALL | LARGE | TABLES), metavar="CASE", help=cases)
     top.add_argument("--out", type=Path, default=_FOLDER, metavar="DIR", help="(%(default)s)")
     top.add_argument("--cuda", nargs=2, type=Path, metavar=("FOLDER", "EMULATED"), help="predict: the CUDA kernels")
     args = top.parse_args(arguments)
@@ -96,9 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     failures = []
     if args.section == "resources":
-        text, failures = resources_text(args.cases, list(aot.ARCHITECTURES))
+        text, failures = resources_text(args.cases or (*CASES, *TABLES), list(aot.ARCHITECTURES))
     else:
-        text = predictions_text(args.cases)
+        text = predictions_text(args.cases or CASES)
     args.out.mkdir(parents=True, exist_ok=True)
     name = "gpu-resources.md" if args.section == "resources" else "gpu-predictions.md"
     (args.out / name).write_text(text)
