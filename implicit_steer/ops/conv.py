@@ -140,7 +140,7 @@ def implicit_conv(
         return served.chosen.forward(plan, parameters, statistics_from, graph, x, delta, attributes)
     dtype = compute_dtype(parameters)
     chosen = (
-        select.choose_in_compiled(backend, plan, parameters, x.device)
+        select.choose_in_compiled(backend, parameters, x.device)
         or select.choose(backend, plan, x.device, dtype, graph.num_edges)[0]
     )
     given = plan, parameters, attributes
@@ -167,7 +167,7 @@ def implicit_kernel(
     every batch norm if they were measured."""
     dtype = compute_dtype(parameters)
     chosen = (
-        select.choose_in_compiled("cpu", plan, parameters, delta.device)
+        select.choose_in_compiled("cpu", parameters, delta.device)
         or select.choose_for_kernel(plan, delta.device, dtype)[0]
     )
     parameters = _cast(parameters, dtype)

@@ -124,10 +124,9 @@ def choose_for_kernel(plan: Plan, device: torch.device, dtype: torch.dtype) -> t
     return BACKENDS["reference"], f"reference: plain PyTorch{refused}"
 
 
-def choose_in_compiled(name: str, plan: Plan, parameters: Parameters, device: torch.device) -> Backend | None:
+def choose_in_compiled(name: str, parameters: Parameters, device: torch.device) -> Backend | None:
     """Inside torch.compile the backend for ``name`` if that is `cpu`, `cuda` or `triton`, whose plans are made before;
-    "auto" takes `cuda` before `triton`, but not for depthwise kernels, for which it is predicted to be slower. Else,
-    and outside of torch.compile, None: :func:`choose` decides.
+    "auto" takes `cuda` before `triton`. Else, and outside of torch.compile, None: :func:`choose` decides.
 
     Raises:
         RuntimeError: on CUDA tensors "auto" or "triton" where no such plan was made, with the remedy.
@@ -136,9 +135,7 @@ def choose_in_compiled(name: str, plan: Plan, parameters: Parameters, device: to
         return None
     on_gpu, native = device.type == "cuda", cache.native is not None
     if on_gpu and native and name in ("auto", "cuda") and _native.cuda_usable(device)[0]:
-        slower = any(c.depthwise for c in plan.couplings)  # tracing cannot ask for a cached property
-        if name == "cuda" or cache.triton is None or not slower:
-            return BACKENDS["cuda"]
+        return BACKENDS["cuda"]
     if cache.triton is not None and (name == "triton" or (on_gpu and name == "auto")):
         return BACKENDS["triton"]
     if on_gpu and name in ("auto", "triton"):

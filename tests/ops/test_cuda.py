@@ -253,8 +253,7 @@ def test_compiled_on_the_native_loops(monkeypatch, configuration):
 @pytest.mark.parametrize("usable", [True, False])
 def test_backend_inside_a_compiled_function(monkeypatch, usable, triton):
     """On a GPU `cuda` or `triton`, or an error that names the remedy."""
-    kernel = layer(SMALL["o3"]).implicit_kernel
-    plan, parameters = kernel.plan, kernel.parameters_for_op()
+    parameters = layer(SMALL["o3"]).implicit_kernel.parameters_for_op()
     parameters.cache.triton = triton
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     monkeypatch.setattr(_native, "cuda_usable", lambda device: (usable, ""))
@@ -263,31 +262,18 @@ def test_backend_inside_a_compiled_function(monkeypatch, usable, triton):
         refused = expected is None and name != "cuda"  # which says why it is not there
         message = "backend: expected 'cuda' or 'triton' inside torch.compile, with a plan that it supports, got"
         with pytest.raises(RuntimeError, match=message) if refused else nullcontext():
-            assert select.choose_in_compiled(name, plan, parameters, GPU) == expected
-
-
-def test_depthwise_kernels_inside_a_compiled_function(monkeypatch):
-    """`triton` if it is there, else `cuda`."""
-    kernel = depthwise().implicit_kernel
-    plan, parameters = kernel.plan, kernel.parameters_for_op()
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.setattr(_native, "cuda_usable", lambda device: (True, ""))
-    for there, expected in ((None, cuda), ("a plan", triton)):
-        parameters.cache.triton = there
-        assert select.choose_in_compiled("auto", plan, parameters, GPU) is expected
-        assert select.choose_in_compiled("cuda", plan, parameters, GPU) is cuda
+            assert select.choose_in_compiled(name, parameters, GPU) == expected
 
 
 def test_tables_inside_a_compiled_function(monkeypatch):
     """`cuda`, also where `triton` is there, whose tables have to be frozen."""
-    kernel = layer(SMALL["o3"], table=16).implicit_kernel
-    plan, parameters = kernel.plan, kernel.parameters_for_op()
+    parameters = layer(SMALL["o3"], table=16).implicit_kernel.parameters_for_op()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     monkeypatch.setattr(_native, "cuda_usable", lambda device: (True, ""))
     for there in (None, "a plan"):
         parameters.cache.triton = there
-        assert select.choose_in_compiled("auto", plan, parameters, GPU) is cuda
-    assert select.choose_in_compiled("triton", plan, parameters, GPU) is triton
+        assert select.choose_in_compiled("auto", parameters, GPU) is cuda
+    assert select.choose_in_compiled("triton", parameters, GPU) is triton
 
 
 @pytest.mark.parametrize("configuration", ["no norm", "train"])
