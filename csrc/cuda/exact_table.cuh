@@ -83,7 +83,7 @@ struct ExactTable {
   __device__ __forceinline__ Neighbours<float, 4> blend(const float (&factors)[4], int first, int l, int w) const {
     Neighbours<float, 4> sum{};
     if (l >= p->n_read) return sum;
-    const float* const rows = packed + p->table_at;
+    const float* const rows = opaque(packed) + p->table_at;  // else loads ahead of their use spill registers
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       add_multiple(sum, factors[j], neighbours<4>(rows + first + j * row_size<S>() + l * S::width + w));
