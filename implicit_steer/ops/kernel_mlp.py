@@ -342,5 +342,7 @@ def table_sums(plan: Plan, delta: Tensor, attributes: Tensor) -> Tensor:
         pairs = (of_q[:, k, None] * powers for of_q in products)
         values.append(torch.cat([at.weights[:, k, None] * ways, *pairs], 1))
     rows, stacked = at.first[:, None] + torch.arange(4, device=delta.device), torch.stack(values, 1).flatten(0, 1)
-    size = table.types * table.n_coefficients, stacked.shape[1]
-    return stacked.new_zeros(size).index_put((rows.reshape(-1),), stacked, accumulate=True)  # in a fixed order
+    sums = stacked.new_zeros(table.types * table.n_coefficients, stacked.shape[1])
+    if stacked.is_cuda:  # in a fixed order: there index_put sorts, and on a processor it adds from all threads at once
+        return sums.index_put((rows.reshape(-1),), stacked, accumulate=True)
+    return sums.index_add(0, rows.reshape(-1), stacked)

@@ -11,10 +11,12 @@ import implicit_steer as ist
 from implicit_steer import EdgeTypes, irreps, nn
 from implicit_steer.ops import table as ops_table
 from implicit_steer.ops import table_error
+from implicit_steer.ops.kernel_mlp import table_sums
 from implicit_steer.ops.native.bound import BoundKernel
 from implicit_steer.ops.table import tabulation_of
 from implicit_steer.plan import FUNCTIONS
 from implicit_steer.plan.irreps import Irreps
+from implicit_steer.plan.tabulated import tabulated
 
 SMOOTH = ["silu", "gelu", "tanh"]
 SPACES = {
@@ -300,6 +302,18 @@ def test_the_same_bits_twice(backend):
 
     for a, b in zip(gradients(), gradients(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_sums_over_the_edges_have_a_fixed_order():
+    """Also on several threads."""
+    plan = tabulated(on_irreps(32, torch.float32, norm="batch").implicit_kernel.plan, 1)
+    delta, before = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0)), torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        first, *others = (table_sums(plan, delta, delta.new_zeros(4000, 0)) for _ in range(20))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(first, other) for other in others)
 
 
 def test_parameters_and_state_dict_are_those_without_a_table():
