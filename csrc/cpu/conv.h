@@ -43,7 +43,7 @@ struct ConvArgs {
   double* sums;   // [statistics_blocks, 2, channels * d] sums and sums of squares of h - shift; as grad_weights
   double* shift;  // [channels * d]
 
-  int64_t index(const void* p, int64_t n) const {
+  IST_HOST_DEVICE int64_t index(const void* p, int64_t n) const {
     return index64 ? static_cast<const int64_t*>(p)[n] : static_cast<const int32_t*>(p)[n];
   }
 };

@@ -58,8 +58,8 @@ struct WideBackward {
       node = static_cast<int>(last_start(node, call.n_nodes, at, [&](int64_t i) { return call.first_edge(i); }));
       const int64_t end = call.first_edge(node + 1) < last ? call.first_edge(node + 1) : last;
       n = end - at < kEdges ? static_cast<int>(end - at) : kEdges;
-      mine = call.index(call.args.order, at + (lane < n ? lane : n - 1));
-      const int64_t source = call.index(call.args.src, mine);
+      mine = call.args.index(call.args.order, at + (lane < n ? lane : n - 1));
+      const int64_t source = call.args.index(call.args.src, mine);
 #pragma unroll
       for (int l = 0; l < kEdges; ++l) {
         record[l] = call.records + from_lane(mine, l) * call.lists.record;

@@ -29,11 +29,8 @@ struct WideCall {
   IST_HOST_DEVICE int64_t at(int32_t slot_at, int64_t node, int64_t size) const {
     return slot_at * n_nodes + node * size;
   }
-  IST_HOST_DEVICE int64_t index(const void* numbers, int64_t n) const {
-    return args.index64 ? static_cast<const int64_t*>(numbers)[n] : static_cast<const int32_t*>(numbers)[n];
-  }
   // Positions of the edges into a node of the block
-  IST_HOST_DEVICE int64_t first_edge(int64_t node) const { return index(args.rowptr, first_node + node); }
+  IST_HOST_DEVICE int64_t first_edge(int64_t node) const { return args.index(args.rowptr, first_node + node); }
 };
 
 }  // namespace implicit_steer::IST_ISA

@@ -56,8 +56,8 @@ struct WideSums {
     Neighbours<N, kWidth> sums[K] = {};
     for (int64_t at = begin; at < end; at += 32) {
       const int n = end - at < 32 ? static_cast<int>(end - at) : 32;
-      const int64_t mine = lane < n ? call.index(call.args.order, at + lane) : 0;
-      const int64_t source = lane < n ? call.index(call.args.src, mine) : 0;
+      const int64_t mine = lane < n ? call.args.index(call.args.order, at + lane) : 0;
+      const int64_t source = lane < n ? call.args.index(call.args.src, mine) : 0;
       // As often in every lane.
       for (int l = part; l < n + part; l += parts) {  // loop: edges
         const int64_t edge = from_lane(mine, l & 31), neighbour = from_lane(source, l & 31);
