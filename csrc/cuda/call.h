@@ -1,6 +1,8 @@
 // One call as kernels get it, and what the host knows about it.
 #pragma once
 
+#include <limits>
+
 #include "../cpu/conv.h"
 #include "../plan.h"
 
@@ -83,6 +85,13 @@ struct Call {
   bool mean;   // backward: grad_out is that of the mean over a node's edges
   R* partial;  // results warp by warp: [warps, 2, C_out], [warps, n_grad] or [warps, 2, channels * d]
 };
+
+// Whether kernels that count nodes and edges by 32-bit integers can count the call's.
+template <typename R>
+bool can_count(const ConvArgs<R>& args) {
+  constexpr int64_t most = std::numeric_limits<int32_t>::max();
+  return args.n_src <= most && args.n_dst <= most && args.n_edges <= most;
+}
 
 // What the kernel of a backward pass leaves to be added up: gradients of the first weights, [n, size].
 template <typename R>

@@ -1,7 +1,5 @@
 // The entry points for one kind of number: IST_REAL, in the table IST_TABLE. Compiled once for float, once for double.
 
-#include <limits>
-
 #include "../packing.h"
 #include "backward.cuh"
 #include "edge_kernel.h"
@@ -27,21 +25,16 @@ R* partial_results(const ConvArgs<R>& args, const Shape& shape, int64_t n, int64
 
 int64_t most_warps(const PlanView<R>& plan) { return most_warps_with<R>(plan.n_grad); }
 
-// Whether the exact and the grid kernels can count the call's nodes and edges.
-bool can_count(const ConvArgs<R>& args) {
-  constexpr int64_t most = std::numeric_limits<int32_t>::max();
-  return args.n_src <= most && args.n_dst <= most && args.n_edges <= most;
-}
-
 // Which of them serve a plan, forward or backward, in the order of KernelKind's names.
-enum class Kernels { kExact, kGrid, kSpecialised, kWide, kGeneric };
+enum class Kernels { kExact, kGrid, kTiled, kSpecialised, kWide, kGeneric };
 template <typename N>
 Kernels kernels_of(const DevicePlan<R>& plan, bool backward) {
-  if (plan.wide.used) return Kernels::kWide;
   if constexpr (std::is_same_v<N, float>) {
     if (has_exact_kernel(plan, backward)) return Kernels::kExact;
     if (backward ? has_grid_backward(plan) : plan.grid.fields > 0) return Kernels::kGrid;
+    if (backward ? has_tile_backward(plan) : plan.tile.coefficients > 0) return Kernels::kTiled;
   }
+  if (plan.wide.used) return Kernels::kWide;
   return std::is_same_v<N, float> && plan.sizes != Sizes::kAny ? Kernels::kSpecialised : Kernels::kGeneric;
 }
 
@@ -73,7 +66,8 @@ Failure run_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* st
 
 template <typename N>
 Failure forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, const MeanAndBias<R>& after, void* stream) {
-  if (plan.wide.used) return WidePass<N>(plan, args, after.mean, stream).forward(after);
+  const bool tiled = can_count(args) && kernels_of<N>(plan, false) == Kernels::kTiled;
+  if (tiled || plan.wide.used) return WidePass<N>(plan, args, after.mean, tiled, stream).forward(after);
   Call<Real<N>> call{};
   FieldLaunch fused{};
   bool found = false;
@@ -102,7 +96,7 @@ Failure sum_results(const GradientRows<R>& rows, const DevicePlan<R>& plan, cons
   const int64_t width = plan.view.out_size;
   const RowSums<R, R> weights{rows.at,        rows.n,
                               rows.size,      std::max<int64_t>(rows.n, 1),
-                              a.grad_weights, plan.wide.used ? rows.size : plan.view.n_weights};
+                              a.grad_weights, rows.size == plan.view.n_grad ? plan.view.n_weights : rows.size};
   const RowSums<R, R> nodes{a.grad_out, a.n_dst, width, kNodesPerChunk, of_nodes, width};
   const int64_t first = a.grad_weights ? weights.tiles() : 0, second = nodes.blocks();
   return with_index(a, [&](auto* tag) {
@@ -139,7 +133,8 @@ Failure run_conv_backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, bo
     if (can_count(args) && kernels == Kernels::kExact) return run_exact_backward(plan, args, mean, more, stream, rows);
     if (can_count(args) && kernels == Kernels::kGrid) return run_grid_backward(plan, args, mean, more, stream, rows);
   }
-  if (plan.wide.used) return WidePass<N>(plan, args, mean, stream).backward(more, rows);
+  const bool tiled = can_count(args) && kernels_of<N>(plan, true) == Kernels::kTiled;
+  if (tiled || plan.wide.used) return WidePass<N>(plan, args, mean, tiled, stream).backward(more, rows);
   EdgeKernel<N> edges{};
   edges.call.mean = mean;
   return with_sizes<N>(plan, [&](auto sizes, int64_t front) {
@@ -299,7 +294,7 @@ int64_t shared_bytes(const int32_t* ints, int64_t n_ints, const R* reals, int64_
 }
 
 KernelKind kernel_kind(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals, bool backward) {
-  constexpr const char* names[] = {"exact", "grid", "specialised", "wide", "generic"};
+  constexpr const char* names[] = {"exact", "grid", "tiled", "specialised", "wide", "generic"};
   DevicePlan<R> plan;
   if (!plan.read(ints, n_ints, reals, n_reals)) return {nullptr, nullptr};
   const Kernels kernels = kernels_of<R>(plan, backward);

@@ -14,6 +14,7 @@
 #include "failure.h"
 #include "grid_plan.h"
 #include "plan_lists.h"
+#include "tile_plan.h"
 #include "wide_plan.h"
 
 namespace implicit_steer {
@@ -106,10 +107,12 @@ struct DevicePlan {
   FieldView fields_view{};          // of its copy on the device
   WidePlan wide;
   WideView wide_view{};  // likewise
+  TilePlan tile;         // of float
+  TileView tile_view{};  // likewise
   Places places{};       // of their copies on the device
   CouplingLists terms{};
   int64_t bytes;  // of the one piece of memory that has the copies
-  int64_t reals_at, layers_at, couplings_at, lists_at, fields_at, wide_at;  // offsets of these in it
+  int64_t reals_at, layers_at, couplings_at, lists_at, fields_at, wide_at, tile_at;  // offsets of these in it
 
   // Of the kernels that ran before; a plan has few.
   mutable std::mutex mutex;
@@ -148,7 +151,8 @@ struct DevicePlan {
     lists_at = couplings_at + aligned(host.n_couplings * sizeof(CouplingView));
     fields_at = lists_at + aligned(lists.numbers.size() * sizeof(int32_t));
     wide_at = fields_at + aligned(of_fields().numbers.size() * sizeof(int32_t));
-    bytes = wide_at + aligned(wide.numbers.size() * sizeof(int32_t));
+    tile_at = wide_at + aligned(wide.numbers.size() * sizeof(int32_t));
+    bytes = tile_at + aligned(tile.numbers.size() * sizeof(int32_t));
     return true;
   }
 
@@ -165,13 +169,14 @@ struct DevicePlan {
     };
     put(0, ints), put(reals_at, reals), put(layers_at, there.layer_storage), put(couplings_at, there.coupling_storage);
     put(lists_at, lists.numbers), put(fields_at, of_fields().numbers);
-    put(wide_at, wide.numbers);
+    put(wide_at, wide.numbers), put(tile_at, tile.numbers);
     view = there;
     view.layers = reinterpret_cast<const LayerView<R>*>(to + layers_at);
     view.couplings = reinterpret_cast<CouplingView*>(static_cast<char*>(memory) + couplings_at);
     places = lists.places(ints_at(lists_at)), terms = lists.terms(ints_at(lists_at));
     fields_view = grid.fields ? grid.view(ints_at(fields_at)) : exact.view(ints_at(fields_at));
-    if (wide.used) wide_view = wide.view(ints_at(wide_at));
+    wide_view = wide.view(ints_at(wide_at));
+    if (tile.coefficients) tile_view = tile.view(ints_at(tile_at));
     const cudaError_t error = cudaMemcpyAsync(memory, image.data(), bytes, cudaMemcpyHostToDevice, stream);
     return error == cudaSuccess ? cudaStreamSynchronize(stream) : error;  // calls on other streams will read it
   }
@@ -195,6 +200,7 @@ struct DevicePlan {
       why_not = "hidden layers of other than 8 or 16 channels";
     } else if (host.kind == kZonal) {
       exact.make(host, width), why_not = exact.why_not;
+      if (!has_table && width == TilePlan::kWidth) tile.make(host, wide);
     } else if (host.kind != kNone) {
       why_not = "a frame that rotates about one axis";
     } else if (width != 8) {

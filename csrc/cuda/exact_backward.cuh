@@ -15,7 +15,7 @@
 #pragma once
 
 #include "exact_gradients.cuh"
-#include "exact_mlp_backward.cuh"
+#include "exact_reverse.cuh"
 
 namespace implicit_steer::IST_ISA {
 
@@ -26,7 +26,7 @@ template <typename S>
 constexpr int kUnfinished = ExactTiles<S>::blocks > 1 ? 32 * S::Slots::degrees * S::width : 0;
 template <typename S>
 constexpr int kExactBackwardSize =
-    ExactMemory<S>::warp + 32 + 128 + 32 + 8 * S::fields + S::Slots::count * S::fields * S::width + kUnfinished<S>;
+    ExactMemory<S>::warp + kReverseSize + 8 * S::fields + S::Slots::count * S::fields * S::width + kUnfinished<S>;
 template <typename S>
 IST_HOST_DEVICE int exact_backward_size(const PlanView<float>& p) {
   return kExactBackwardSize<S> + (p.n_layers - 1) * KeptLayers<S>::of_layer;
@@ -34,31 +34,22 @@ IST_HOST_DEVICE int exact_backward_size(const PlanView<float>& p) {
 
 // Warp: what makes a chunk's records and adds its edges to T.
 template <typename S, typename Warp = ExactWarp<S>>
-struct ExactBackward : Warp {
-  using Base = Warp;
+struct ExactBackward : ExactReverse<S, Warp, ExactGradients<S>> {
+  using Base = ExactReverse<S, Warp, ExactGradients<S>>;
   using Base::a, Base::p, Base::view, Base::lane, Base::group, Base::pair, Base::number, Base::first, Base::last;
-  using Base::theta, Base::constant, Base::sums, Base::constant_sums, Base::mlp, Base::records, Base::sources;
+  using Base::theta, Base::constant, Base::sums, Base::constant_sums, Base::records, Base::sources;
+  using Base::edges, Base::moved, Base::along, Base::kept, Base::gradients, Base::need_weights;
   using typename Base::Slots, typename Base::Tiles, typename Base::Memory;
   static constexpr int square = S::fields * S::width;
-  const bool mean, need_weights;
-  int32_t* edges;
-  float *moved, *along, *grad, *of_constant, *d_t, *unfinished;
-  KeptLayers<S> kept;
-  ExactGradients<S> gradients;
+  const bool mean;
+  float *grad, *of_constant, *d_t, *unfinished;
 
   __device__ __forceinline__ explicit ExactBackward(const FieldCall& call)
-      : Base(call, exact_backward_size<S>(call.plan)),
-        mean(call.mean),
-        need_weights(a.grad_weights),
-        gradients(call.sums, number, p, view) {
-    edges = reinterpret_cast<int32_t*>(this->rest);
-    moved = this->rest + 32, along = moved + 128, grad = along + 32, of_constant = grad + 4 * S::fields;
+      : Base(call, exact_backward_size<S>(call.plan)), mean(call.mean) {
+    grad = along + 32, of_constant = grad + 4 * S::fields;
     d_t = of_constant + 4 * S::fields, unfinished = d_t + Slots::count * square;
     kept = {records + kExactBackwardSize<S>};
   }
-
-  // Asked of the call each time: kept, it would take a register.
-  __device__ __forceinline__ bool need_geometry() const { return opaque(a.grad_delta) || opaque(a.grad_attr); }
 
   // ---- a node
 
@@ -274,167 +265,6 @@ struct ExactBackward : Warp {
       if (v < view.n_vectors) vector[k] = is_first ? d_f[1 + k] : vector[k] + d_f[1 + k];
   }
 
-  // ---- the MLP and the geometry: a lane has an edge
-
-  __device__ __forceinline__ void reverse(int n) {
-    const ExactMlpBackward<S> back{mlp, kept};
-    const bool there = lane < n;
-    const int64_t edge = edges[lane];
-    const auto g = this->geometry(edge);
-    const bool is_near = there && g.radius < Limits<float>::near;
-    const uint32_t near_edges = __ballot_sync(kWarp, is_near);
-    float* const record = records + lane * Memory::record;
-    const float factor = record[Slots::degrees * S::width + 3];
-    const auto attribute = [&](int j) { return a.attr[edge * p.n_attr + j]; };
-    float d[S::width][S::c];
-#pragma unroll
-    for (int w = 0; w < S::width; w += 4) {
-#pragma unroll
-      for (int l = 0; l < Slots::degrees; ++l) {
-        const auto four = neighbours<4>(record + l * S::width + w);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) d[w + j][place_of_degree(l)] = there ? four.at[j] * factor : 0;
-      }
-    }
-    back.edge(g.radius, attribute, !is_near, d);
-    if (!is_near) {
-#pragma unroll
-      for (int w = 0; w < S::width; w += 4) {
-        neighbours<4>(record + w) = {d[w][0], d[w + 1][0], d[w + 2][0], d[w + 3][0]};
-        neighbours<4>(record + S::width + w) = {d[w][S::even], d[w + 1][S::even], d[w + 2][S::even], d[w + 3][S::even]};
-      }
-    }
-    __syncwarp();
-    for (uint32_t left = near_edges; left != 0; left &= left - 1) near_edge_back(__ffs(left) - 1);
-    if (need_weights) {
-      for (int layer = 1; layer < p.n_layers; ++layer) add_weights(layer);
-      add_first(is_near ? 1 : g.radius, attribute);
-    }
-    if (there) geometry_back(edge, g, is_near);
-  }
-
-  // Of the edge `at` of the chunk, what ExactMlpBackward::edge() gives of others; `along` becomes the radius' gradient.
-  __device__ __forceinline__ void near_edge_back(int at) {
-    const ExactMlpBackward<S> back{mlp, kept};
-    const int64_t edge = edges[at];
-    const auto g = this->geometry(edge);
-    float* const record = records + at * Memory::record;
-    constexpr int lanes = 32 / S::width;
-    const int w = lane / lanes;
-    float d[S::c] = {};
-#pragma unroll
-    for (int l = 0; l < Slots::degrees; ++l)
-      d[place_of_degree(l)] =
-          record[l * S::width + w] * record[Slots::degrees * S::width + 3] * (l == 0 ? 1 : g.radius);
-    const float d_radius =
-        back.near(at, g.radius, [&](int j) { return a.attr[edge * p.n_attr + j]; }, d) + along[at] * g.inverse;
-    __syncwarp();
-    if (lane % lanes == 0) record[w] = d[0], record[S::width + w] = d[S::even];
-    if (lane == 0) along[at] = d_radius;
-    __syncwarp();
-  }
-
-  // Σ d_z yᵀ and Σ d_z over the chunk's edges: row g, columns 2 t and 2 t + 1, of every coefficient and every pair of
-  // blocks of 8.
-  __device__ __forceinline__ void add_weights(int layer) const {
-#pragma unroll 1
-    for (int pass = 0; pass < Tiles::channels * Tiles::channels; ++pass)
-      add_weights(layer, pass / Tiles::channels, pass % Tiles::channels);
-  }
-  __device__ __forceinline__ void add_weights(int layer, int rows, int columns) const {
-    float bias = 0;
-#pragma unroll
-    for (int k0 = 0; k0 < S::c; k0 += 2) {
-      auto& to = gradients.four(gradients.of_weights(layer, k0 / 2, rows, columns));
-      Neighbours<float, 4> sum = to;
-#pragma unroll
-      for (int k = k0; k < k0 + 2; ++k) {
-        float d_w[4] = {};
-#pragma unroll
-        for (int at = 2 * pair; at < 32; at += 8) {
-          Stacked d_z;
-          Split<2> y;
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const float z = kept.at(at + i, layer, kLayerSums, k, 8 * rows + group);
-            d_z.set(i, z), y.set(i, kept.at(at + i, layer, kLayerInputs, k, 8 * columns + group));
-            if (k == 0) bias += z;
-          }
-          mma_stacked(d_w, d_z, y);
-        }
-        sum.at[(k - k0) * 2] += d_w[0] + d_w[2], sum.at[(k - k0) * 2 + 1] += d_w[1] + d_w[3];
-      }
-      to = sum;
-    }
-    if (columns == 0) gradients.one(gradients.of_bias(layer) + 32 * rows) += bias;
-  }
-
-  // The first layer's bias and weights: Σ d_z times 1, `radial`, the attributes; row g, a quarter of the edges.
-  template <typename Attribute>
-  __device__ __forceinline__ void add_first(float radial, Attribute attribute) const {
-    float* const input = this->near;
-    for (int n = 0; n <= p.n_inputs; ++n) {
-      input[lane] = n == 0 ? 1 : n == 1 ? radial : attribute(n - 2);
-      __syncwarp();
-#pragma unroll
-      for (int rows = 0; rows < Tiles::channels; ++rows) {
-        const float* const d_z = records + (n == 1 ? S::width : 0) + 8 * rows + group;
-        float sum = 0;
-#pragma unroll
-        for (int at = pair; at < 32; at += 4) sum += d_z[at * Memory::record] * input[at];
-        gradients.one(ExactGradients<S>::first + 32 * (n * Tiles::channels + rows)) += sum;
-      }
-      __syncwarp();
-    }
-  }
-
-  // From the gradients d_u of the direction, P = factor · d_factor and those in the record; `along` is of edges near
-  // the origin the radius' gradient.
-  template <typename Geometry>
-  __device__ __forceinline__ void geometry_back(int64_t edge, const Geometry& g, bool is_near) {
-    const float* const record = records + lane * Memory::record;
-    const auto of_direction = this->of_direction();
-    if (need_weights) gradients.one(ExactGradients<S>::shell) += of_direction.at[3] * g.squared;
-    if (!need_geometry()) return;
-    float d_radius = is_near ? along[lane] : 0;
-    const float* const weights = opaque(mlp.first) + S::width;
-    for (int w = 0; w < S::width && !is_near; ++w) d_radius += record[S::width + w] * weights[w];
-    store_position(edge, g, of_direction, d_radius);
-    for (int j = 0; j < p.n_attr && a.grad_attr; ++j) {
-      float sum = 0;
-      for (int w = 0; w < S::width; ++w) sum += record[w] * weights[(1 + j) * S::width + w];
-      global_memory(a.grad_attr)[edge * p.n_attr + j] = sum;
-    }
-  }
-
-  // Of this lane's edge: the gradient of the direction, and P.
-  __device__ __forceinline__ Neighbours<float, 4> of_direction() const { return neighbours<4>(moved + 4 * lane); }
-
-  // The gradient of x by way of the direction, the radius and the radial factor.
-  template <typename Geometry>
-  __device__ __forceinline__ void store_position(int64_t edge, const Geometry& g, const Neighbours<float, 4>& direction,
-                                                 float d_radius) const {
-    float u[3];
-#pragma unroll
-    for (int k = 0; k < 3; ++k) u[k] = g.x[k] * g.inverse, d_radius -= direction.at[k] * u[k] * g.inverse;
-    const float slope = radial_slope(direction.at[3], g.squared);
-#pragma unroll
-    for (int k = 0; k < 3; ++k)
-      if (a.grad_delta)
-        global_memory(a.grad_delta)[3 * edge + k] = direction.at[k] * g.inverse + d_radius * u[k] + slope * g.x[k];
-  }
-
-  // ∂L/∂(|x|²/2) by way of the radial factor, from P.
-  __device__ __forceinline__ float radial_slope(float product, float squared) const {
-    return product * (2 * kLn2 * *this->exponent) + cutoff_slope(product, squared);
-  }
-  // Of it that of the cutoff; where the factor is 0, so is its slope.
-  __device__ __forceinline__ float cutoff_slope(float product, float squared) const {
-    if (!p.has_cutoff) return 0;
-    const auto cutoff = this->cutoff(squared);
-    return cutoff.value > 1e-30f ? product / cutoff.value * cutoff.slope : 0;
-  }
-
   // ---- the walk
 
   // Self: this kernel, or one derived from it with an edges_back() and a reverse() of its own.
@@ -444,8 +274,8 @@ struct ExactBackward : Warp {
     int node = this->target(first), end = this->index(a.rowptr, node + 1);
     bool goes_on = false;  // the node has edges in an earlier chunk
 #pragma unroll 1
-    for (int from = first; from < last; from += Base::edges) {  // loop: chunks
-      const int n = last - from < Base::edges ? last - from : Base::edges;
+    for (int from = first; from < last; from += Base::of_chunk) {  // loop: chunks
+      const int n = last - from < Base::of_chunk ? last - from : Base::of_chunk;
       edges[lane] = this->index(a.order, from + (lane < n ? lane : n - 1));
       this->chunk(from, n, kept);
       for (int at = 0; at < n;) {  // loop: nodes
@@ -459,7 +289,7 @@ struct ExactBackward : Warp {
         while (from + at < last && end == from + at) end = this->index(a.rowptr, ++node + 1);
       }
       __syncwarp();
-      if (need_weights || need_geometry()) self.reverse(n);
+      if (need_weights || this->need_geometry()) self.reverse(n);
     }
   }
 

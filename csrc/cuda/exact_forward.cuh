@@ -136,8 +136,8 @@ struct ExactForward : Base {
     const bool begun = this->index(a.rowptr, node) < first;  // some of that one's edges are in an earlier warp
     bool goes_on = false;                                    // the node has edges in an earlier chunk
 #pragma unroll 1
-    for (int from = first; from < last; from += Base::edges) {  // loop: chunks
-      const int n = last - from < Base::edges ? last - from : Base::edges;
+    for (int from = first; from < last; from += Base::of_chunk) {  // loop: chunks
+      const int n = last - from < Base::of_chunk ? last - from : Base::of_chunk;
       this->chunk(from, n, NothingKept{});
       if (goes_on)
         this->template take_back<kFirstAside>(aside);

@@ -1,8 +1,8 @@
 // The kernel MLP of one edge in the registers of one thread, for zonal frames: coefficients c_l of every hidden
 // channel.
 //
-// Of a channel's four coefficients z[k] the first two have even degrees (0 and 2), the others odd ones (1 and 3).
-// Activations are y = A⁻ φ(A z) over pairs of samples, E + O and E − O (LayerView of plan.h). A holds log2 e times its
+// Of a channel's coefficients z[k] the first ones have even degrees (0, 2, ..), the others odd ones (1, 3, ..). The last
+// layer's coefficient of the highest degree, which is odd, is not read. Activations are y = A⁻ φ(A z) over pairs of samples, E + O and E − O (LayerView of plan.h). A holds log2 e times its
 // numbers, so that e^x is one instruction, 2^(A z), and A⁻ holds ln 2 times its own; see Scaled.
 //
 // Weights lie in the block's shared memory, where all lanes read the same four of them at a time. Batch norms cost
@@ -31,7 +31,28 @@ struct Exact {
   static constexpr bool large = kFields > 8 || kWidth > 8;  // θ takes so much shared memory that more warps share it
 };
 // Place of c_l among a channel's coefficients.
-__host__ __device__ constexpr int place_of_degree(int l) { return l == 0 ? 0 : l == 1 ? ExactPlan::kEven : 1; }
+template <typename S>
+__host__ __device__ constexpr int place_of_degree(int l) {
+  return l % 2 == 0 ? l / 2 : S::even + l / 2;
+}
+// Odd coefficients of all degrees that are read.
+template <typename S>
+constexpr int kOddRead = S::Slots::degrees / 2;
+
+// A row of samples, from a multiple of its size on.
+template <int c>
+struct SampleRow {
+  float at[c];
+  __device__ __forceinline__ explicit SampleRow(const float* row) {
+    constexpr int together = c % 4 == 0 ? 4 : 2;
+#pragma unroll
+    for (int k = 0; k < c; k += together) {
+      const auto loaded = neighbours<together>(row + k);
+#pragma unroll
+      for (int j = 0; j < together; ++j) at[k + j] = loaded.at[j];
+    }
+  }
+};
 
 // value: log2 e · φ(ln 2 · x); slope: its derivative, φ′(ln 2 · x)
 template <typename F>
@@ -111,7 +132,7 @@ struct ExactMlp {
   __device__ __forceinline__ void evaluate(float radius, Attribute attribute, Keep keep,
                                            float (&z)[S::width][S::c]) const {
     first_layer<S>(radius, attribute, z);
-    if (n_layers == 1) return activation<S, 1, 1, S::even, 1>(z);
+    if (n_layers == 1) return activation<S, 1, 1, S::even, kOddRead<S>>(z);
     activation<S, 1, 1, S::even, S::c - S::even>(z);
     const float* layer = hidden;
 #pragma unroll 1
@@ -124,7 +145,7 @@ struct ExactMlp {
     keep(n_layers - 1, kLayerInputs, z);
     linear<S>(layer, z);
     keep(n_layers - 1, kLayerSums, z);
-    activation<S, S::even, S::c - S::even, S::even, 1>(z);
+    activation<S, S::even, S::c - S::even, S::even, kOddRead<S>>(z);
   }
 
   template <typename S, typename Attribute>
@@ -183,7 +204,7 @@ struct ExactMlp {
 #pragma unroll 1
       for (int pair = 0; pair < pairs; ++pair) {
         const float* const row = samples + pair * 2 * S::c;
-        const auto a = neighbours<4>(row), b = neighbours<4>(row + S::c);
+        const SampleRow<S::c> a(row), b(row + S::c);
 #pragma unroll
         for (int w = 0; w < together; ++w) {
           float part[2] = {0, 0};  // even, odd
@@ -214,7 +235,8 @@ struct ExactMlp {
   __device__ __forceinline__ void evaluate_near(float radius, Attribute attribute, float* y, Keep keep, Put put) const {
     constexpr int lanes = 32 / S::width;  // of a channel
     const int lane = threadIdx.x % 32, w = lane / lanes, share = lane % lanes;
-    float z[S::c] = {first[w], 0, first[S::width + w], 0}, out[S::c];
+    float z[S::c] = {first[w]}, out[S::c];
+    z[S::even] = first[S::width + w];
     for (int n = 1; n < n_inputs; ++n) z[0] += first[(1 + n) * S::width + w] * attribute(n - 1);
     const float* layer = hidden;
     for (int n = 1;; ++n, layer += layer_size<S>) {
@@ -235,7 +257,7 @@ struct ExactMlp {
     }
 #pragma unroll
     for (int l = 0; l < S::Slots::degrees; ++l)
-      if (share == 0) put(l, w, out[place_of_degree(l)] * (l == 0 ? 1 : radius));
+      if (share == 0) put(l, w, out[place_of_degree<S>(l)] * (l == 0 ? 1 : radius));
   }
 
   template <typename S>

@@ -11,16 +11,17 @@
 
 namespace implicit_steer::IST_ISA {
 
-// Layer by layer what LayerValue names of 32 edges, [2, 32, c, W]; the quads of an edge are turned around by its
-// number, so that the lanes meet in no bank. `keep` of ExactMlp.
+// Layer by layer what LayerValue names of 32 edges, [2, 32, c, W]. So that the lanes meet in no bank, the quads of an
+// edge are turned around by its number or, where they are no power of two, an edge has one more. `keep` of ExactMlp.
 template <typename S>
 struct KeptLayers {
   float* memory;
-  static constexpr int of_edge = S::c * S::width, of_layer = 2 * 32 * of_edge;
-  static_assert(of_edge % 32 == 0);
+  static constexpr bool turned = S::c * S::width % 32 == 0;
+  static constexpr int of_edge = S::c * S::width + (turned ? 0 : 4), of_layer = 2 * 32 * of_edge;
+  static_assert(turned || of_edge % 8 == 4);
 
   __device__ __forceinline__ float* quad(int edge, int layer, LayerValue what, int number) const {
-    return memory + (layer - 1) * of_layer + (32 * what + edge) * of_edge + 4 * (number ^ (edge & 7));
+    return memory + (layer - 1) * of_layer + (32 * what + edge) * of_edge + 4 * (turned ? number ^ (edge & 7) : number);
   }
   __device__ __forceinline__ float& at(int edge, int layer, LayerValue what, int k, int w) const {
     return quad(edge, layer, what, (k * S::width + w) / 4)[w % 4];
@@ -67,7 +68,7 @@ struct ExactMlpBackward {
       };
     };
     int n = mlp.n_layers - 1;
-    if (n > 0) activation<S::even, odd, S::even, 1>(of_sums(n), d);
+    if (n > 0) activation<S::even, odd, S::even, kOddRead<S>>(of_sums(n), d);
 #pragma unroll 1
     for (; n > 0;) {
       if (keep) kept(n, kLayerSums, d);
@@ -82,7 +83,7 @@ struct ExactMlpBackward {
         z[w][0] = first[first_channel + w][0], z[w][S::even] = first[first_channel + w][S::even];
     };
     if (mlp.n_layers == 1)
-      activation<1, 1, S::even, 1>(of_first, d);
+      activation<1, 1, S::even, kOddRead<S>>(of_first, d);
     else
       activation<1, 1, S::even, odd>(of_first, d);
   }
@@ -118,7 +119,7 @@ struct ExactMlpBackward {
 #pragma unroll 1
       for (int pair = 0; pair < mlp.pairs; ++pair) {
         const float* const row = mlp.samples + pair * 2 * S::c;
-        const auto a = neighbours<4>(row), b = neighbours<4>(row + S::c);
+        const SampleRow<S::c> a(row), b(row + S::c);
 #pragma unroll
         for (int w = 0; w < together; ++w) {
           float part[2] = {0, 0}, g[2] = {0, 0};  // even, odd
@@ -153,7 +154,8 @@ struct ExactMlpBackward {
     const int lane = threadIdx.x % 32, w = lane / lanes, share = lane % lanes;
     float d_radius = 0;
     for (int n = mlp.n_layers - 1;; --n) {
-      float z[S::c] = {mlp.first[w], 0, mlp.first[S::width + w], 0}, d_z[S::c];
+      float z[S::c] = {mlp.first[w]}, d_z[S::c];
+      z[S::even] = mlp.first[S::width + w];
       for (int i = 1; i < mlp.n_inputs && n == 0; ++i) z[0] += mlp.first[(1 + i) * S::width + w] * attribute(i - 1);
 #pragma unroll
       for (int k = 0; k < S::c; ++k)

@@ -13,6 +13,7 @@ namespace implicit_steer {
 class ExactPlan : public FieldPlan {
  public:
   static constexpr int kCoefficients = 4, kEven = 2;
+  using FieldPlan::factors_of;
   int width = 0;  // hidden channels
 
   // Of a plan with a zonal frame and a table, or hidden layers that are alike, with so many channels (device_plan.h).
@@ -21,7 +22,7 @@ class ExactPlan : public FieldPlan {
     width = channels;
     if (!p.n_knots) {
       if (p.c != kCoefficients || p.n_even != kEven) return refuse("hidden features other than those of l = 0 to 3");
-      if (p.order_zero != 1 || !p.regular || p.n_trivial > 1 || !p.attribute_identity || !read_first_layer(p))
+      if (!has_scalar_inputs(p) || !read_first_layer(p, width, first_))
         return refuse("edge attributes that are no scalars");
     }
     for (const CouplingView& q : p.coupling_storage)
@@ -33,17 +34,22 @@ class ExactPlan : public FieldPlan {
       place(p, {kFields, kManyFields});
   }
 
- private:
-  // The radius is a vector in the frame: it goes into coefficients of degree 1, the scalar attributes into those of 0.
-  bool read_first_layer(const Plan<float>& p) {
-    const LayerView<float>& layer = p.layers[0];
-    first_.assign(int64_t{p.n_inputs} * width, -1);
-    return for_weights(layer, [&](int row, int column, int, int at) {
-      if (row % p.c != (column == 0 ? kEven : 0)) return false;
-      first_[column * width + row / p.c] = at;
+  // Whether p's hidden layers, which have zonal frames and so many channels, get the radius and scalar attributes. The
+  // radius is a vector in the frame: it goes into coefficients of degree 1, the scalars into those of 0. `first`: of
+  // FieldView.
+  static bool has_scalar_inputs(const Plan<float>& p) {
+    return p.order_zero == 1 && p.regular && p.n_trivial <= 1 && p.attribute_identity;
+  }
+  static bool read_first_layer(const Plan<float>& p, int width, std::vector<int32_t>& first) {
+    first.assign(int64_t{p.n_inputs} * width, -1);
+    return for_weights(p.layers[0], [&](int row, int column, int, int at) {
+      if (row % p.c != (column == 0 ? p.n_even : 0)) return false;
+      first[column * width + row / p.c] = at;
       return true;
     });
   }
+
+ private:
 
   bool read_coupling(const Plan<float>& p, const CouplingView& q) {
     for (int b = 0; b < q.n_basis; ++b) {

@@ -101,7 +101,7 @@ struct ExactTable {
       for (int w = 0; w < S::width; w += 4) {
         const auto four = blend<S>(here.pieces.weights, here.first, l, w);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) z[w + j][place_of_degree(l)] = scaled * four.at[j];
+        for (int j = 0; j < 4; ++j) z[w + j][place_of_degree<S>(l)] = scaled * four.at[j];
       }
     }
   }

@@ -1,9 +1,6 @@
-// What the exact kernels (exact_forward.cuh, exact_backward.cuh) have in common: a warp's chunks of edges and the sums
-// over the edges of a node.
+// What the exact kernels (exact_forward.cuh, exact_backward.cuh) have in common: the sums over the edges of a node.
 //
-// Edges are sorted by target. A warp owns a range of them and walks it 32 at a time, a chunk. First every lane has one
-// edge of the chunk and evaluates the MLP for it (exact_mlp.cuh): what the sum over edges needs of it, its record, goes
-// to the warp's shared memory. Then the lanes together sum the slots (exact_slots.cuh) over the edges of one node after
+// First every lane makes the record of one edge of the chunk (exact_chunks.cuh). Then the lanes together sum the slots (exact_slots.cuh) over the edges of one node after
 // another, 8 at a time, a step, by the tensor cores (mma.cuh):
 //
 //   T[slot, v, w] += Σ_edges slot[v] c_l[w],   A[(slot, v), edge] = slot[v],   B[edge, w] = c_l[w]
@@ -13,8 +10,7 @@
 // four registers of every lane until the node ends.
 #pragma once
 
-#include "exact_mlp.cuh"
-#include "field_call.h"
+#include "exact_chunks.cuh"
 #include "mma.cuh"
 
 namespace implicit_steer::IST_ISA {
@@ -62,6 +58,7 @@ struct ExactMemory {
       S::Slots::degrees * S::width + 4;  // c [l][w], direction, factor: an odd number of quads
   static constexpr int theta = S::Slots::paths * S::fields * S::fields * S::width, constant = 2 * S::fields * S::fields;
   static constexpr int numbers = S::fields + 4;  // of the fields' scalars; the shell's exponent
+  static constexpr int exponent_at = theta + constant + S::fields, warps_at = theta + constant + numbers;
   static constexpr int records = 32 * record;
   static constexpr int warp = records + 32 + S::width * S::c;  // records, sources, one edge near the origin; so far
   // What is put aside in shared memory of T of a node that goes on: the tiles from this one on. In kernels of many
@@ -76,49 +73,21 @@ struct ExactMemory {
 };
 
 template <typename S>
-struct ExactWarp {
-  using Slots = typename S::Slots;
+struct ExactWarp : ExactChunks<S> {
+  using Base = ExactChunks<S>;
+  using Base::a, Base::p, Base::view, Base::lane, Base::group, Base::pair, Base::mlp, Base::records, Base::sources;
+  using typename Base::Slots, typename Base::Memory;
   using Tiles = ExactTiles<S>;
-  using Memory = ExactMemory<S>;
-  static constexpr int edges = 32;  // of a chunk
-  const ConvArgs<float>& a;
-  const PlanView<float>& p;
-  const FieldView& view;
-  const int lane, group, pair;    // group g and t of mma.cuh
-  const int number, first, last;  // of the warp; positions of its edges
-  typename S::Mlp mlp;
-  float *theta, *constant;  // [paths, u, v, w], [2, u, v]
-  float *records, *near, *rest;
-  int32_t* sources;
+  float *theta, *constant;                // [paths, u, v, w], [2, u, v]
   int32_t* scalars;                       // [fields] numbers of the fields' scalars
-  float* exponent;                        // of the shell, for 2^x
   float sums[Tiles::count][4];            // T
   float constant_sums[Tiles::blocks][4];  // of the constant hidden feature, over this lane's edges: (scalar, x, y, z)
 
-  // A warp has `size` floats of shared memory, the first Memory::warp of them for what is here.
-  __device__ __forceinline__ ExactWarp(const FieldCall& call, int size)
-      : a(call.args),
-        p(call.plan),
-        view(call.view),
-        lane(threadIdx.x % 32),
-        group(lane / 4),
-        pair(lane % 4),
-        number(static_cast<int>(blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32)),
-        first(number < call.shape.warps ? number * static_cast<int>(call.shape.edges_per_warp) : 0),
-        last(static_cast<int>(a.n_edges - first < call.shape.edges_per_warp ? a.n_edges
-                                                                            : first + call.shape.edges_per_warp)) {
+  __device__ __forceinline__ ExactWarp(const FieldCall& call, int size) : Base(call, size) {
     SHARED_MEMORY(float, memory);
     theta = memory, constant = theta + Memory::theta;
     scalars = reinterpret_cast<int32_t*>(constant + Memory::constant);
-    exponent = constant + Memory::constant + S::fields;
-    records = constant + Memory::constant + Memory::numbers + threadIdx.x / 32 * size;
-    sources = reinterpret_cast<int32_t*>(records + Memory::records);
-    near = records + Memory::records + 32, rest = records + Memory::warp;
-    mlp.template place<S>(memory + Memory::in_front_of_mlp(blockDim.x / 32, size), p);
-    const float shell = a.weights[p.shell_at];
-    if (threadIdx.x == 0) *exponent = -0.5f * kLog2e / (shell * shell);
     if (threadIdx.x < S::fields) scalars[threadIdx.x] = global_memory(view.scalar)[threadIdx.x];
-    mlp.template copy<S>(p, view, a.weights);
     copy_theta();
   }
 
@@ -139,84 +108,6 @@ struct ExactWarp {
       constant[k] = sum;
     }
     __syncthreads();
-  }
-
-  // Of nodes and edges, whose numbers are less than 2^31.
-  __device__ __forceinline__ int index(const void* numbers, int n) const {
-    return a.index64 ? static_cast<int>(static_cast<const int64_t*>(numbers)[n])
-                     : static_cast<const int32_t*>(numbers)[n];
-  }
-
-  // ---- the chunk: a lane has an edge
-
-  struct Geometry {
-    float x[3], squared, radius, inverse;
-  };
-  __device__ __forceinline__ Geometry geometry(int64_t edge) const {
-    Geometry g;
-#pragma unroll
-    for (int k = 0; k < 3; ++k) g.x[k] = a.delta[3 * edge + k];
-    g.squared = g.x[0] * g.x[0] + g.x[1] * g.x[1] + g.x[2] * g.x[2];
-    const float softened = g.squared + Limits<float>::softening;
-    g.inverse = inverse_root_approximate(softened), g.radius = softened * g.inverse;
-    return g;
-  }
-
-  // Records of the n edges at positions begin ..; lanes without an edge take the last one. `keep`: of ExactMlp.
-  template <typename Keep>
-  __device__ __forceinline__ void chunk(int begin, int n, Keep keep) {
-    const int64_t edge = index(a.order, begin + (lane < n ? lane : n - 1));
-    const Geometry g = geometry(edge);
-    uint32_t near_edges = 0;
-    if constexpr (!S::Mlp::is_table) near_edges = __ballot_sync(kWarp, lane < n && g.radius < Limits<float>::near);
-    float* const record = records + lane * Memory::record;
-    neighbours<4>(record + Slots::degrees * S::width) = {g.x[0] * g.inverse, g.x[1] * g.inverse, g.x[2] * g.inverse,
-                                                         radial(g.squared)};
-    sources[lane] = index(a.src, static_cast<int>(edge));
-    float c[S::width][S::c];
-    mlp.template evaluate<S>(g.radius, [&](int j) { return a.attr[edge * p.n_attr + j]; }, keep, c);
-    const float factor = record[Slots::degrees * S::width + 3];
-#pragma unroll
-    for (int l = 0; l < Slots::degrees; ++l)
-#pragma unroll
-      for (int w = 0; w < S::width; w += 4) {
-        Neighbours<float, 4> four;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) four.at[j] = c[w + j][place_of_degree(l)] * factor;
-        neighbours<4>(record + l * S::width + w) = four;
-      }
-    __syncwarp();
-    if constexpr (!S::Mlp::is_table)
-      for (uint32_t left = near_edges; left != 0; left &= left - 1) near_edge(begin, __ffs(left) - 1, keep);
-  }
-
-  // Overwrites the coefficients of the edge at position begin + at.
-  template <typename Keep>
-  __device__ __forceinline__ void near_edge(int begin, int at, Keep keep) {
-    const int64_t edge = index(a.order, begin + at);
-    float* const record = records + at * Memory::record;
-    const float factor = record[Slots::degrees * S::width + 3];
-    mlp.template evaluate_near<S>(
-        geometry(edge).radius, [&](int j) { return a.attr[edge * p.n_attr + j]; }, near,
-        [&](int layer, LayerValue what, int k, int w, float value) { keep.put(at, layer, what, k, w, value); },
-        [&](int l, int w, float value) { record[l * S::width + w] = value * factor; });
-    __syncwarp();
-  }
-
-  // γ times the shell times the cutoff
-  __device__ __forceinline__ float radial(float squared) const {
-    const float shell = p.gamma * exp2_approximate(squared * *exponent);
-    return p.has_cutoff ? shell * cutoff(squared).value : shell;
-  }
-  // At t = min(|x| / cutoff, 1): 1 - 10 t³ + 15 t⁴ - 6 t⁵, and its derivative by |x|²/2.
-  struct Cutoff {
-    float value, slope;
-  };
-  __device__ __forceinline__ Cutoff cutoff(float squared) const {
-    float norm, inverse;
-    safe_norm<float>(squared, norm, inverse);
-    const float per_length = 1 / p.cutoff, t = lane_min(1.0f, norm * per_length);
-    return {1 - t * t * t * (10 - t * (15 - 6 * t)), -30 * t * t * (1 - t) * (1 - t) * per_length * inverse};
   }
 
   // ---- the sum over a node's edges
@@ -327,17 +218,6 @@ struct ExactWarp {
     }
   }
 
-  // ---- the walk
-
-  // The node into which the edge at position `at` goes.
-  __device__ __forceinline__ int target(int at) const {
-    int low = 0, high = static_cast<int>(a.n_dst);
-    while (high - low > 1) {
-      const int middle = low + (high - low) / 2;
-      (index(a.rowptr, middle) <= at ? low : high) = middle;
-    }
-    return low;
-  }
 };
 
 }  // namespace implicit_steer::IST_ISA

@@ -35,6 +35,7 @@ struct ExactMemory<Grid<F, kWidth, kFields>> {
   using S = Grid<F, kWidth, kFields>;
   static constexpr int theta = S::Slots::paths * kFields * kFields * kWidth, constant = 2 * kFields * kFields;
   static constexpr int numbers = kFields + 4;
+  static constexpr int exponent_at = theta + constant + kFields, warps_at = theta + constant + numbers;
   static constexpr int records = GridState::size;                          // the state
   static constexpr int warp = records + 32;                                // and of 16 edges sources and radial factors
   static constexpr int first_aside = ExactTiles<S>::count + 1, aside = 0;  // T stays in registers
@@ -48,10 +49,10 @@ struct GridWarp : ExactWarp<S> {
   using Base = ExactWarp<S>;
   using Base::a, Base::lane, Base::group, Base::pair, Base::mlp, Base::records, Base::sources, Base::sums;
   using Base::constant_sums;
-  static constexpr int edges = GridState::edges;  // of a chunk
+  static constexpr int of_chunk = GridState::edges;
   using Base::Base;
 
-  __device__ __forceinline__ float* factors() const { return reinterpret_cast<float*>(sources + edges); }
+  __device__ __forceinline__ float* factors() const { return reinterpret_cast<float*>(sources + of_chunk); }
 
   // What couplings read of the n edges at positions begin ..; lanes without an edge take the last one. `keep`: of
   // GridMlp.

@@ -6,6 +6,7 @@
 
 #include "edge_kernel.h"
 #include "hidden.cuh"
+#include "tile.h"
 #include "wide_backward.cuh"
 #include "wide_nodes.cuh"
 
@@ -32,14 +33,16 @@ class WidePass {
   using R = Real<N>;
   static constexpr int64_t kParts = sizeof(N) / sizeof(R);
 
-  WidePass(const DevicePlan<R>& plan, const ConvArgs<R>& args, bool mean, void* stream)
-      : plan_(plan), wide_(plan.wide), args_(args), stream_(stream) {
+  // `tiled`: by the tile kernels, which are for float.
+  WidePass(const DevicePlan<R>& plan, const ConvArgs<R>& args, bool mean, bool tiled, void* stream)
+      : plan_(plan), wide_(plan.wide), args_(args), tiled_(tiled), stream_(stream) {
     call_.args = args, call_.args.plan = nullptr, call_.plan = plan.view;
     call_.places = plan.places, call_.lists = plan.wide_view, call_.mean = mean;
   }
 
   Failure forward(const MeanAndBias<R>& after) {
-    IST_TRY(evaluate());
+    IST_TRY(tiled_ ? evaluate_rows() : evaluate());
+    IST_TRY(place_features());
     if (args_.n_dst == 0) return {};
     const int64_t most = largest_block();
     call_.sums = take<R>(most * wide_.sums * kParts), call_.outputs = take<R>(most * wide_.outputs);
@@ -58,14 +61,18 @@ class WidePass {
   // of the features. `more`: numbers of memory behind the rows.
   Failure backward(int64_t more, GradientRows<R>& rows) {
     const bool need_hidden = args_.grad_delta || args_.grad_attr || args_.grad_weights;
-    IST_TRY(evaluate());
+    IST_TRY(tiled_ ? evaluate_rows() : evaluate());
+    IST_TRY(place_features());
     const int64_t most = largest_block();
     R* const grad_outputs = take<R>(most * wide_.outputs);
     N* const grad_sums = take<N>(most * wide_.sums);
     call_.tangents_only = true, call_.grad_outputs = grad_outputs, call_.grad_sums = grad_sums;
     if (args_.grad_weights) call_.sums = take<R>(most * wide_.sums), theta_ = args_.grad_weights + wide_.theta;
     if (args_.grad_weights && most < args_.n_dst) theta_of_block_ = take<R>(n_theta());
-    if (need_hidden) call_.grad_records = take<N>(args_.n_edges * wide_.record);
+    if (need_hidden && tiled_)
+      grad_rows_ = take<float>(args_.n_edges * plan_.tile.record());
+    else if (need_hidden)
+      call_.grad_records = take<N>(args_.n_edges * wide_.record);
     IST_TRY(for_node_blocks<N>(plan_, args_, [&](int64_t first, int64_t n) -> Failure {
       call_.first_node = first, call_.n_nodes = n;
       IST_TRY(launch_threads("wide_grad_outputs", wide_grad_outputs<N>, n * wide_.outputs, stream_, call_,
@@ -75,6 +82,8 @@ class WidePass {
       return run_backward();
     }));
     IST_TRY(clear_other_theta());
+    if constexpr (std::is_same_v<N, float>)
+      if (tiled_ && need_hidden) return run_tile_layers_backward(plan_, args_, grad_rows_, more, stream_, rows);
     return evaluate_backward(more, need_hidden, rows);
   }
 
@@ -86,9 +95,11 @@ class WidePass {
   const DevicePlan<R>& plan_;
   const WidePlan& wide_;
   const ConvArgs<R>& args_;
+  const bool tiled_;
   void* const stream_;
   WideCall<N> call_{};
   R *theta_ = nullptr, *theta_of_block_ = nullptr;
+  float *rows_ = nullptr, *grad_rows_ = nullptr;  // of the tile kernels
 
   template <typename T>
   T* take(int64_t n) const {
@@ -119,7 +130,19 @@ class WidePass {
     }));
     N* const made = take<N>(args_.n_edges * wide_.record);
     edges.call.records = records(), edges.call.records.at = reinterpret_cast<R*>(made), call_.records = made;
-    IST_TRY(edges.run(stream_));
+    return edges.run(stream_);
+  }
+
+  // The same by the tile kernels
+  Failure evaluate_rows() {
+    if constexpr (std::is_same_v<N, float>) {
+      rows_ = take<float>(args_.n_edges * plan_.tile.record());
+      return run_tile_layers(plan_, args_, rows_, stream_);
+    }
+    return {};
+  }
+
+  Failure place_features() {
     if (!is_dual<N> && gathered_as_given(plan_.host)) return call_.x = reinterpret_cast<const N*>(args_.x), Failure{};
     N* const x = take<N>(args_.n_src * plan_.view.n_gathered);
     call_.x = x;
@@ -154,6 +177,8 @@ class WidePass {
   void multiply(const MatrixProducts<R>& product) const { args_.multiply(product); }
 
   Failure run_sums() const {
+    if constexpr (std::is_same_v<N, float>)
+      if (tiled_) return run_tile_sums(plan_, call_, rows_, stream_);
     return launch_threads("wide_sums", wide_sums<N>, 32 * call_.n_nodes * call_.lists.n_slots, stream_, call_);
   }
 
@@ -197,6 +222,8 @@ class WidePass {
   }
 
   Failure run_backward() const {
+    if constexpr (std::is_same_v<N, float>)
+      if (tiled_) return run_tile_backward(plan_, call_, rows_, grad_rows_, stream_);
     constexpr const char* name = "wide_backward";
     const int64_t warp_bytes = backward_bytes(plan_);
     const auto kernel = wide_backward<N>;

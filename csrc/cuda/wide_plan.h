@@ -60,7 +60,6 @@ class WidePlan {
   void make(const Plan<R>& p, int64_t n_sums) {
     *this = WidePlan();
     used = n_sums > kMostSums || mixing(p) > kMostProducts;
-    if (!used) return;
     for (int r = 0; r < p.n_rows; ++r)
       stride = std::max(stride, static_cast<int>(padded(p.row_start[r + 1] - p.row_start[r])));
     g = p.n_rows * stride, record = whole_quads(g + p.n_g);

@@ -168,7 +168,10 @@ def write(path, arrays):
 
 WIDE = Case("wide", "O(3)", "9 scalar+vector", "11 scalar, 2 vector", "1 scalar", n_layers=2, n_channels=9)
 # Whose T has more numbers than WidePlan::kMostSums of csrc/cuda/wide_plan.h.
-WIDE_FIELDS = replace(WIDE, into="49 scalar+vector", out="3 scalar+vector", n_channels=8)
+WIDE_FIELDS = replace(WIDE, into="49 scalar+vector", out="3 scalar+vector")
+# Of 8 channels, with more fields than exact kernels have, or of l = 2.
+TILE_FIELDS = replace(WIDE_FIELDS, n_channels=8)
+TILE = Case("tile", "O(3)", "8 scalar+l1+l2", "8 scalar+l1+l2", "1 scalar", n_layers=3, n_channels=8)
 
 
 def on(problem, edges, sizes):
@@ -299,16 +302,28 @@ def gpu_cases():
 
     # Whose T has more than WidePlan::kMostSums numbers.
     cloud_wide = replace(cloud, into="64 scalar+vector")
-    wide_l2 = replace(WIDE_FIELDS, into="20 scalar+l1+l2", out="2 scalar+l2")
+    tile_l2 = replace(TILE_FIELDS, into="20 scalar+l1+l2", out="2 scalar+l2")
+    tile_odd = replace(TILE, into="5 scalar+l1+l2, 2 l1", out="7 scalar, 3 l2, 1 l1", attributes="2 scalar", n_layers=4)
+    tile_so3 = replace(tile_odd, space="SO(3)", into="3 scalar+l1+l2", n_layers=3)
+    tile_scalars = replace(TILE, into="11 scalar", out="4 scalar+l1+l2", attributes=None, n_layers=2)
     wide_planar = replace(WIDE_FIELDS, space="SO(2) on R2", into="70 scalar+vector", out="2 scalar+vector")
     wide_dense = replace(WIDE_FIELDS, space="C4 on R2", into="40 regular", out="2 regular", attributes="1 vector")
 
     return {
-        "wide": made(nodes(16, 512), cloud_wide, "no norm", "elu"),
+        "tile": made(nodes(16, 512), TILE, "no norm", "elu"),
+        "tile-fields": made(nodes(16, 512), cloud_wide, "no norm", "elu"),
+        "tile-one-edge": made(nodes(5, 1), TILE_FIELDS, width=1.0),
+        "tile-no-edges": made(lambda problem: with_edges(problem, slice(0)), TILE_FIELDS),
+        "tile-hub": made(few_targets, TILE_FIELDS),
+        "tile-isolated-nodes": made(nodes(300, 90), tile_odd),
+        "tile-near": made(lambda problem: near_origin(nodes(7, 60)(problem)), tile_l2, "eval", cutoff=2.0),
+        "tile-short-edges-train": made(short_edges_of_skewed, tile_odd, "train"),
+        "tile-so3-train": made(near_skewed, tile_so3, "train", "elu"),
+        "tile-scalars": made(skewed, tile_scalars, "eval", width=1.0),
+        "wide": made(nodes(16, 512), cloud_wide, "no norm", "tanh"),
         "wide-one-edge": made(nodes(5, 1), WIDE_FIELDS),
         "wide-no-edges": made(lambda problem: with_edges(problem, slice(0)), WIDE_FIELDS),
         "wide-hub": made(few_targets, WIDE_FIELDS),
-        "wide-l2": made(lambda problem: near_origin(nodes(7, 60)(problem)), wide_l2, "eval", cutoff=2.0),
         "wide-planar": made(nodes(7, 60), wide_planar, "train", "tanh"),
         "wide-dense": made(nodes(7, 60), wide_dense),
         "wide-table": table(WIDE_FIELDS, nodes(7, 60), rows),
@@ -376,7 +391,7 @@ def cases():
         "zonal-wide": made(WIDE),
         "zonal-specialised": made(specialised, "no norm", skewed),
         "zonal-specialised-short-edges": made(specialised_deep, "eval", short_edges_of_skewed),
-        "zonal-specialised-train": made(specialised_l2, "train", near_skewed),
+        "tile-l2-train": made(specialised_l2, "train", near_skewed),
         "zonal-specialised-channels": made(many_channels, "eval", lambda problem: short_edges(nodes(3, 12)(problem))),
         "zonal-specialised-fields": made(many_fields, "eval", lambda problem: short_edges(nodes(3, 12)(problem))),
         "zonal-specialised-odd": made(specialised_odd, activation="silu", cutoff=2.0),
@@ -388,10 +403,10 @@ def cases():
         "depthwise": depthwise(
             "5x0e + 3x1o + 2x2e", "1x0e + 1x1o + 1x1e", skewed_edges(), "eval", n_layers=2, n_channels=3
         ),
-        "depthwise-specialised-train": depthwise("9x0e + 9x1o", "1x0e + 1x1o", random_edges(60, 9, 9), "train"),
+        "tile-depthwise-train": depthwise("9x0e + 9x1o", "1x0e + 1x1o", random_edges(60, 9, 9), "train"),
         "depthwise-exact": depthwise("4x0e + 3x1o", "1x0e + 1x1o", random_edges(60, 9, 9), "eval"),
         "wide-train": made(wide_out, "train", lambda problem: short_edges(nodes(9, 60)(problem))),
-        "wide-depthwise": depthwise(*wide_irreps, random_edges(40, 9, 9), "train", n_layers=2, n_channels=8),
+        "wide-depthwise": depthwise(*wide_irreps, random_edges(40, 9, 9), "train", n_layers=2, n_channels=9),
         "planar": made("o2", activation="tanh"),
         "planar-axis-train": made("so2-r3", "train", activation="silu"),
         "planar-dense-train": made("so2-mixed", "train"),

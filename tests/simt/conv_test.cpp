@@ -249,17 +249,16 @@ int check_case(const std::string& name, const Case& file, bool trace, int seeds)
   simt::use_device(simt::kDevices[0]);
   const auto launched = simt::take_counts();
   const auto starts_with = [&](const char* what) { return name.rfind(what, 0) == 0; };
-  const bool many = name == "depthwise-specialised-train";  // outputs of a product
-  const bool specialised = name != "cloud-no-edges" && (starts_with("cloud") || starts_with("zonal-specialised") ||
-                                                        many || name == "depthwise-exact");
-  const bool exact = specialised && !many && name != "zonal-specialised-train";  // which has fields of l = 2
+  const bool exact = name != "cloud-no-edges" &&
+                     (starts_with("cloud") || starts_with("zonal-specialised") || name == "depthwise-exact");
   const bool grid = name != "grid-no-edges" && starts_with("grid");
+  const bool tiled = name != "tile-no-edges" && starts_with("tile");
   for (const auto& [kernel, runs] : {std::pair{"exact_forward", exact},
                                      {"exact_backward", exact},
                                      {"grid_forward", grid},
                                      {"grid_backward", grid},
-                                     {"conv_forward_specialised", specialised && !exact},
-                                     {"conv_backward_specialised", specialised && !exact}})
+                                     {"tile_layers", tiled},
+                                     {"tile_layers_backward", tiled}})
     if ((launched.count(kernel) > 0) != (runs && sizeof(R) == 4))
       failures += print({name + ": " + kernel + " ran, or did not"});
   for (const bool backward : {false, true}) {
@@ -267,11 +266,13 @@ int check_case(const std::string& name, const Case& file, bool trace, int seeds)
     const bool fused = !std::strcmp(kind, "exact") || !std::strcmp(kind, "grid");
     const std::string pass = backward ? "backward" : "forward",
                       suffix = std::strcmp(kind, "generic") ? "_specialised" : "";
-    const std::string wide = backward ? "wide_backward" : "wide_sums";
-    const std::string kernel = !std::strcmp(kind, "wide") ? wide
-                               : fused                    ? std::string(kind) + "_" + pass
-                                                          : "conv_" + pass + suffix;
-    if (!std::strcmp(kind, "wide") != starts_with("wide")) failures += print({name + ": wide, or not"});
+    const std::string of_nodes = backward ? "backward" : "sums";  // kernels of T in global memory
+    const std::string kernel = !std::strcmp(kind, "wide")    ? "wide_" + of_nodes
+                               : !std::strcmp(kind, "tiled") ? "tile_" + of_nodes
+                               : fused                       ? std::string(kind) + "_" + pass
+                                                             : "conv_" + pass + suffix;
+    const bool wide = !std::strcmp(kind, "wide"), may_be = starts_with("tile") && sizeof(R) == 8;
+    if (wide != starts_with("wide") && !(wide && may_be)) failures += print({name + ": wide, or not"});
     if (file["src"].size() > 0 && !launched.count(kernel))
       failures += print({name + ": no " + kernel + ", as is said"});
     if (fused != !*why_not) failures += print({name + ": " + kind + " because of '" + why_not + "'"});

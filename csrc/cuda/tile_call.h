@@ -1,0 +1,19 @@
+// A call of the kernels of tile_sums.cuh and tile_backward.cuh, and what their blocks have in common.
+#pragma once
+
+#include "tile_plan.h"
+#include "wide_call.h"
+
+namespace implicit_steer::IST_ISA {
+
+constexpr int kTileWarps = TilePlan::kWarps, kTileThreads = 32 * kTileWarps;  // of a block
+
+struct TileCall {
+  WideCall<float> wide;
+  TileView tiles;
+  const float* rows;    // [E, record], by position: edges sorted by target
+  float* grad_rows;     // likewise: the gradients of h, of the direction, and of the factor in constant paths; or null
+  int nodes_per_block;  // neighbouring ones
+};
+
+}  // namespace implicit_steer::IST_ISA

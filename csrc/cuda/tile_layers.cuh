@@ -1,0 +1,79 @@
+// The kernel MLP of every edge, of layers that tile_sums.cuh sums over edges: one thread has an edge, as in exact kernels
+// (exact_chunks.cuh), and its record goes to global memory, edge by edge as they are sorted.
+#pragma once
+
+#include "exact_chunks.cuh"
+#include "exact_mlp.cuh"
+
+namespace implicit_steer::IST_ISA {
+
+// What the kernels are compiled for: φ, c coefficients and W channels of every hidden layer.
+template <typename F, int kCoefficients, int kWidth>
+struct Tiled {
+  using Function = F;
+  using Mlp = ExactMlp;
+  struct Slots {
+    static constexpr int degrees = kCoefficients - 1;  // that couplings read
+  };
+  static constexpr int c = kCoefficients, even = c / 2, width = kWidth;
+};
+
+template <typename F, int kCoefficients, int kWidth>
+struct ExactMemory<Tiled<F, kCoefficients, kWidth>> {
+  using S = Tiled<F, kCoefficients, kWidth>;
+  static constexpr int record = S::Slots::degrees * kWidth + 4, records = 32 * record;
+  static constexpr int exponent_at = 0, warps_at = 4;
+  static constexpr int warp = records + 32 + kWidth * kCoefficients;
+  static IST_HOST_DEVICE constexpr int in_front_of_mlp(int warps, int of_warp) { return warps_at + warps * of_warp; }
+  static_assert(record % 8 == 4);
+};
+
+template <typename S>
+struct TileLayers : ExactChunks<S> {
+  using Base = ExactChunks<S>;
+  using Base::lane, Base::records, Base::mlp, Base::first, Base::last;
+  using typename Base::Memory;
+  float* const rows;
+
+  __device__ __forceinline__ explicit TileLayers(const FieldCall& call)
+      : Base(call, Memory::warp), rows(call.records.at) {}
+
+  __device__ __forceinline__ void run() {
+#pragma unroll 1
+    for (int from = first; from < last; from += Base::of_chunk) {  // loop: chunks
+      const int n = last - from < Base::of_chunk ? last - from : Base::of_chunk;
+      this->chunk(from, n, NothingKept{});
+      if (this->p.has_norms) normalise();
+      __syncwarp();
+      float* const to = rows + int64_t{from} * Memory::record;
+      for (int k = 4 * lane; k < n * Memory::record; k += 128) neighbours<4>(to + k) = neighbours<4>(records + k);
+      __syncwarp();
+    }
+  }
+
+  // The last batch norm of this lane's edge.
+  __device__ __forceinline__ void normalise() const {
+    float* const record = records + lane * Memory::record;
+    const float factor = record[Memory::record - 1];
+#pragma unroll
+    for (int w = 0; w < S::width; w += 4) {
+      const auto scale = neighbours<4>(mlp.scale + w), shift = neighbours<4>(mlp.shift + w);
+#pragma unroll
+      for (int l = 0; l < S::Slots::degrees; ++l) {
+        auto& h = neighbours<4>(record + l * S::width + w);
+        Neighbours<float, 4> four = h;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) four.at[j] = four.at[j] * scale.at[j] + (l == 0 ? shift.at[j] * factor : 0);
+        h = four;
+      }
+    }
+  }
+};
+
+template <typename S>
+__global__ void __launch_bounds__(kThreads, kResident<float>) tile_layers(const __grid_constant__ FieldCall call) {
+  TileLayers<S> warp(call);
+  if (warp.number < call.shape.warps) warp.run();
+}
+
+}  // namespace implicit_steer::IST_ISA

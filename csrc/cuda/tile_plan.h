@@ -1,0 +1,265 @@
+// Layers whose sums over edges tensor cores form, path by path: their hidden layers are those of exact_mlp.cuh, their
+// fields irreps of l = 0 to 2, as many as there are. T lies in global memory, where the lists of wide_plan.h say.
+#pragma once
+
+#include <algorithm>
+#include <map>
+#include <vector>
+
+#include "exact_plan.h"
+#include "wide_plan.h"
+
+namespace implicit_steer {
+
+// One element of a coupling's basis: t[o, v] = Σ_i f[i, v] G[i, o], of which T[o, v, w] is the sum with h[row, w].
+struct TilePath {
+  int32_t at, size;         // T of o = 0 (WideSlot), and from one o to the next
+  int32_t n_out, n_in;      // components o and i
+  int32_t channels;         // v
+  int32_t from, in_stride;  // place of component i = 0 among the gathered inputs, and from one to the next
+  int32_t row;              // where h begins in an edge's record, or -1: 1 in place of h
+  int32_t g;                // G, [n_in, n_out]
+};
+
+// What a warp sums at a time: a path, of channels v .. the first 8 or 16.
+struct TileItem {
+  int32_t path, v, blocks;
+};
+
+// Eight channels v .. of all components of the inputs of a type, and the paths that read them, warp by warp.
+struct TileInput {
+  int32_t from, n_in, in_stride, v;
+  int32_t first[5];  // where each of four warps' paths begin, and end
+};
+
+// A sparse matrix: of row k the columns and values from first[k] on.
+struct TileMatrix {
+  int n;
+  const int32_t *first, *column;
+  const float* value;
+};
+
+// The lists on the device. An edge's record is h [degrees, 8] times the radial factor, then direction and factor.
+struct TileView {
+  const TilePath* paths;
+  const TileItem* items;     // those that take longest first
+  const int32_t* monomials;  // [n_monomials, 2] an earlier one and the coordinate that it is multiplied with
+  TileMatrix harmonics, g;   // of the monomials, of the harmonics
+  TileMatrix of_harmonics, of_monomials;  // the transposed matrices: rows are harmonics, monomials
+  const TileInput* inputs;
+  const int32_t* input_paths;
+  const int32_t* unread;     // numbers of inputs that no path reads
+  const int32_t* first;      // of the first layer: FieldView
+  int n_paths, n_items, n_inputs, n_unread, n_monomials, most_in, record;
+
+  // Numbers of an edge in a block's memory.
+  IST_HOST_DEVICE int of_edge() const { return n_monomials + harmonics.n + g.n; }
+};
+
+class TilePlan {
+ public:
+  static constexpr int kWidth = 8;             // hidden channels
+  static constexpr int kWarps = 4;             // of a block
+  static constexpr int kMostOfEdge = 680;      // numbers: a block's edges fit in the shared memory of every device
+  int coefficients = 0;                        // of a channel; 0: there are no such kernels for the plan
+  std::vector<int32_t> numbers;                // what TileView points to
+
+  void make(const Plan<float>& p, const WidePlan& wide) {
+    *this = TilePlan();
+    if ((p.c != 4 && p.c != 6) || p.n_even != p.c / 2 || !ExactPlan::has_scalar_inputs(p)) return;
+    if (!ExactPlan::read_first_layer(p, kWidth, first_)) return;
+    const WideSlot* slot = wide.slots.data();
+    for (const CouplingView& q : p.coupling_storage)
+      if (!add_coupling(p, q, slot)) return;
+    if (paths_.empty() || !find_unread(p)) return;
+    add_inputs();
+    place(p);
+  }
+
+  TileView view(const int32_t* begin) const {
+    TileView v{};
+    const auto at = [&](int list) { return begin + list_[list]; };
+    v.paths = reinterpret_cast<const TilePath*>(at(0)), v.items = reinterpret_cast<const TileItem*>(at(1));
+    v.monomials = at(2);
+    v.harmonics = {n_harmonics_, at(3), at(4), reinterpret_cast<const float*>(at(5))};
+    v.g = {static_cast<int>(g_.size()), at(6), at(7), reinterpret_cast<const float*>(at(8))};
+    v.first = at(9);
+    v.of_harmonics = {n_harmonics_, at(10), at(11), reinterpret_cast<const float*>(at(12))};
+    v.of_monomials = {n_monomials_, at(13), at(14), reinterpret_cast<const float*>(at(15))};
+    v.inputs = reinterpret_cast<const TileInput*>(at(16)), v.input_paths = at(17), v.unread = at(18);
+    v.n_paths = static_cast<int>(paths_.size()), v.n_items = static_cast<int>(items_.size());
+    v.n_inputs = static_cast<int>(inputs_.size()), v.n_unread = static_cast<int>(unread_.size());
+    v.n_monomials = n_monomials_, v.record = record();
+    for (const TileInput& input : inputs_) v.most_in = std::max<int>(v.most_in, input.n_in);
+    return v;
+  }
+  int record() const { return (coefficients - 1) * kWidth + 4; }
+  int of_edge() const { return n_monomials_ + n_harmonics_ + static_cast<int>(g_.size()); }
+
+ private:
+  std::vector<TilePath> paths_;
+  std::vector<TileItem> items_;
+  std::vector<int> g_;  // of each number of G its place among the plan's, or -1: 0
+  std::vector<int32_t> first_, unread_, input_paths_;
+  std::vector<TileInput> inputs_;
+  std::vector<int64_t> list_;  // offsets
+  int n_monomials_ = 0, n_harmonics_ = 0;
+
+  // `slot`: the first of the coupling's, which wide_plan.h has in the order of b.
+  bool add_coupling(const Plan<float>& p, const CouplingView& q, const WideSlot*& slot) {
+    for (int b = 0; b < q.n_basis; ++b) {
+      std::vector<std::vector<int>> factors;  // of each slot
+      int row = -1;
+      for (int n = 0; n < q.n_groups; ++n) {
+        const int32_t* const group = q.groups + 4 * n;
+        for (int s = group[0]; s < group[0] + group[1]; ++s) {
+          if (q.slots[2 * s] != b) continue;
+          const int32_t* const block = q.blocks + 2 * group[2];
+          if (group[3] != 1 || (!factors.empty() && row != block[0])) return false;
+          row = block[0];
+          factors.push_back(ExactPlan::factors_of(p, block[1] + (s - group[0]) * q.in_stride));
+        }
+      }
+      if (!add_path(p, q, *slot, row, factors)) return false;
+      slot += factors.size();
+    }
+    return true;
+  }
+
+  bool add_path(const Plan<float>& p, const CouplingView& q, const WideSlot& slot, int row,
+                const std::vector<std::vector<int>>& factors) {
+    const int n_out = static_cast<int>(factors.size());
+    if (n_out != 1 && n_out != 3 && n_out != 5) return false;
+    int first = p.n_gathered, last = 0;
+    for (const auto& of_slot : factors)
+      for (int g : of_slot) first = std::min(first, p.g_from[g]), last = std::max(last, p.g_from[g]);
+    const int n_in = last < first ? 0 : (last - first) / q.in_stride + 1, begin = static_cast<int>(g_.size());
+    g_.resize(begin + n_in * n_out, -1);
+    for (int o = 0; o < n_out; ++o)
+      for (int g : factors[o]) {
+        if ((p.g_from[g] - first) % q.in_stride != 0) return false;
+        g_[begin + (p.g_from[g] - first) / q.in_stride * n_out + o] = g;
+      }
+    int of_record = -1;
+    if (row != p.n_rows) {
+      const int place = p.row[p.row_start[row]], degree = place < p.n_even ? 2 * place : 2 * (place - p.n_even) + 1;
+      if (degree >= p.c - 1) return false;
+      of_record = degree * kWidth;
+    }
+    paths_.push_back({slot.at, slot.size, n_out, n_in, q.n_in, first, q.in_stride, of_record, begin});
+    return true;
+  }
+
+  // Whether no input is gathered twice.
+  bool find_unread(const Plan<float>& p) {
+    std::vector<int> places(p.in_size, 0);
+    for (int k = 0; k < p.n_gathered; ++k)
+      if (p.gathered_from[k] >= 0) ++places[p.gathered_from[k]];
+    for (int i = 0; i < p.in_size; ++i)
+      if (places[i] == 0) unread_.push_back(i);
+    return std::all_of(places.begin(), places.end(), [](int n) { return n <= 1; });
+  }
+
+  // The paths' inputs, which lie apart or are the same components; of each, eight channels at a time. Paths that read the
+  // same row of hidden features are one warp's.
+  void add_inputs() {
+    std::vector<const TilePath*> order;
+    for (const TilePath& path : paths_)
+      if (path.n_in > 0) order.push_back(&path);
+    std::stable_sort(order.begin(), order.end(), [](auto* x, auto* y) { return x->from < y->from; });
+    for (size_t begin = 0, end; begin < order.size(); begin = end) {
+      const TilePath& path = *order[begin];
+      int last = path.from;
+      for (end = begin; end < order.size() && order[end]->from <= last; ++end)
+        last = std::max(last, order[end]->from + (order[end]->n_in - 1) * path.in_stride);
+      const auto paths = by_warp({order.begin() + begin, order.begin() + end});
+      for (int v = 0; v < path.channels; v += 8) {
+        inputs_.push_back({path.from, (last - path.from) / path.in_stride + 1, path.in_stride, v, {}});
+        for (int w = 0; w < kWarps; ++w) {
+          inputs_.back().first[w] = static_cast<int32_t>(input_paths_.size());
+          for (const TilePath* of_warp : paths[w])
+            input_paths_.push_back(static_cast<int32_t>(of_warp - paths_.data()));
+        }
+        inputs_.back().first[kWarps] = static_cast<int32_t>(input_paths_.size());
+      }
+    }
+  }
+  // Row by row to the warp that has least to do, those that take longest first.
+  static std::vector<std::vector<const TilePath*>> by_warp(const std::vector<const TilePath*>& paths) {
+    std::map<int, std::vector<const TilePath*>> rows;
+    for (const TilePath* path : paths) rows[path->row].push_back(path);
+    const auto cost = [](const std::vector<const TilePath*>& of_row) {
+      int sum = 0;
+      for (const TilePath* path : of_row) sum += (path->n_in + 1) * path->n_out;
+      return sum;
+    };
+    std::vector<std::vector<const TilePath*>> found(kWarps), left;
+    for (const auto& [row, of_row] : rows) left.push_back(of_row);
+    std::stable_sort(left.begin(), left.end(), [&](auto& x, auto& y) { return cost(x) > cost(y); });
+    for (const auto& of_row : left) {
+      auto& least = *std::min_element(found.begin(), found.end(), [&](auto& x, auto& y) { return cost(x) < cost(y); });
+      least.insert(least.end(), of_row.begin(), of_row.end());
+    }
+    return found;
+  }
+
+  void place(const Plan<float>& p) {
+    n_monomials_ = p.used_monomials;
+    n_harmonics_ = 0;
+    for (int g : g_)
+      for (int n = g < 0 ? 0 : p.g_first[g]; g >= 0 && n < p.g_first[g + 1]; ++n)
+        n_harmonics_ = std::max(n_harmonics_, p.nz_harmonic[n] + 1);
+    if (of_edge() > kMostOfEdge) return;
+    coefficients = p.c;
+    for (size_t k = 0; k < paths_.size(); ++k)
+      for (int v = 0; v < paths_[k].channels; v += 16)
+        items_.push_back({static_cast<int32_t>(k), v, paths_[k].channels - v > 8 ? 2 : 1});
+    const auto cost = [&](const TileItem& item) {
+      return (paths_[item.path].n_in + 1) * paths_[item.path].n_out * (1 + item.blocks);
+    };
+    std::stable_sort(items_.begin(), items_.end(), [&](auto& x, auto& y) { return cost(x) > cost(y); });
+    add(paths_), add(items_);
+    add(std::vector<int32_t>(p.monomial, p.monomial + 2 * n_monomials_));
+    std::vector<std::vector<Term>> harmonics(n_harmonics_), of_g;
+    for (int n = 0; n < p.used_harmonics; ++n)
+      harmonics[p.harmonic[2 * n]].push_back({p.harmonic[2 * n + 1], p.harmonic_value[n]});
+    for (int g : g_) {
+      of_g.emplace_back();
+      for (int n = g < 0 ? 0 : p.g_first[g]; g >= 0 && n < p.g_first[g + 1]; ++n)
+        of_g.back().push_back({p.nz_harmonic[n], p.nz_value[n]});
+    }
+    add_matrix(harmonics), add_matrix(of_g), add(first_);
+    add_matrix(transposed(of_g, n_harmonics_)), add_matrix(transposed(harmonics, n_monomials_));
+    add(inputs_), add(input_paths_), add(unread_);
+  }
+
+  struct Term {
+    int32_t column;  // -1: of 1
+    float value;
+  };
+  static std::vector<std::vector<Term>> transposed(const std::vector<std::vector<Term>>& rows, int n) {
+    std::vector<std::vector<Term>> found(n);
+    for (size_t k = 0; k < rows.size(); ++k)
+      for (const Term& term : rows[k])
+        if (term.column >= 0) found[term.column].push_back({static_cast<int32_t>(k), term.value});
+    return found;
+  }
+  void add_matrix(const std::vector<std::vector<Term>>& rows) {
+    std::vector<int32_t> first(1, 0), column;
+    std::vector<float> value;
+    for (const auto& row : rows) {
+      for (const Term& term : row) column.push_back(term.column), value.push_back(term.value);
+      first.push_back(static_cast<int32_t>(column.size()));
+    }
+    add(first), add(column), add(value);
+  }
+
+  template <typename T>
+  void add(const std::vector<T>& list) {
+    list_.push_back(static_cast<int64_t>(numbers.size()));
+    const auto* const begin = reinterpret_cast<const int32_t*>(list.data());
+    numbers.insert(numbers.end(), begin, begin + list.size() * sizeof(T) / sizeof(int32_t));
+  }
+};
+
+}  // namespace implicit_steer
