@@ -2,7 +2,8 @@
 
 The counts (executed.py) are those of case ``cloud``, 32 edges per node, and of the same case on the authors' grid for
 grid kernels, with 16 fields or 16 channels for kernels of so many, with 256 knots in place of the MLP for those of
-tables, and with 64 fields as inputs for wide ones. A loop of this table has the comment ``// loop: NAME`` where its
+tables, with 8 fields of each of l = 0, 1 and 2 for tile kernels, but 64 scalars and vectors as inputs for those MLPs of
+4 coefficients and for wide kernels. A kernel of both passes is counted in the forward pass. A loop of this table has the comment ``// loop: NAME`` where its
 ``for`` stands in csrc/cuda. What it executes in another loop with a name counts there.
 """
 
@@ -80,10 +81,35 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         "edges": Budget(65, "edge"),
         "nodes": Budget(1150, "node"),
     },
+    # fields of l <= 2, in 57 slots
+    "tile_layers<Tiled<Elu, 6, 8>>": {
+        WHOLE: Budget(172, "edge"),  # 12 φ of a lane, where l <= 1 takes 4
+    },
+    "tile_layers<Tiled<Elu, 4, 8>>": {
+        WHOLE: Budget(66, "edge"),
+    },
+    "tile_sums": {
+        WHOLE: Budget(330, "edge"),
+        "direction": Budget(65, "edge"),  # harmonics and G
+        "T": Budget(150, "edge"),  # 13 of them HMMA
+        "constant T": Budget(18, "edge"),
+        "nodes": Budget(28, "edge"),
+    },
+    "tile_backward": {
+        WHOLE: Budget(930, "edge"),
+        "direction": Budget(142, "edge"),  # once more, and the way back
+        "nodes": Budget(360, "edge"),  # gradients of features, of G and of h, from dT
+    },
+    "tile_layers_backward<Tiled<Elu, 6, 8>>": {
+        WHOLE: Budget(425, "edge"),
+    },
+    "tile_layers_backward<Tiled<Elu, 4, 8>>": {
+        WHOLE: Budget(186, "edge"),
+    },
     # many fields: 64, in 15 slots
     "wide_sums<float>": {
-        WHOLE: Budget(1100, "edge"),
-        "edges": Budget(890, "edge"),  # 176 of them T's multiply-adds
+        WHOLE: Budget(560, "edge"),
+        "edges": Budget(450, "edge"),  # 88 of them T's multiply-adds
     },
     "wide_backward<float>": {
         WHOLE: Budget(2230, "edge"),

@@ -6,7 +6,7 @@ of tests/simt counts in a forward and a backward pass; and ``mma.o``, the produc
 Registers, memory and instructions of every kernel are read from machine code; no GPU is needed.
 
 Gates: no stack and no local memory, no generic loads (every address is known to be shared or global), no arithmetic in
-double in kernels of float, loads of 128 bits in the specialised kernels, the products on tensor cores, and the budgets
+double in kernels of float, loads of 128 bits in the kernels of single sizes, the products on tensor cores, and the budgets
 of bench/budgets.py for the instructions that loops execute. What may break them, and how far, is listed below with the
 reason: ``EXCUSED``, ``EXCUSED_DOUBLE``.
 """
@@ -45,19 +45,21 @@ _INTRODUCTION = """# What the CUDA kernels need
 the newest one, all instructions in the code, the loads from shared (LDS) and global memory (LDG), and how many of these
 load 128 bits; and bytes of stack, local accesses and generic accesses, each the largest on any architecture. Gates hold
 these three to 0, except in double, where 255 registers are not enough: there the stack may take 40 bytes on sm_100 and
-160 on sm_120, with local accesses to it. `Specialised<φ, c, W>` are kernels for W channels of c coefficients in every
-hidden layer, `Exact<φ, W, V, ×>` those for at most V scalars and V vectors as inputs and as outputs, with the products
-u × x or without them, `Tabulated<W, V, ×>` the same with a table in place of the MLP, `Grid<φ, W, V>` those for as many
-on a grid of the sphere, with W channels of 16 coefficients, and `Generic` those for all others; `wide_…` are those for
-many fields, `conv_hidden` is their kernel MLP. What was measured on a GPU is in [gpu-h100.md](gpu-h100.md)."""
+160 on sm_120, with local accesses to it. `Exact<φ, W, V, ×>` are kernels for at most V scalars and V vectors as inputs
+and as outputs with W hidden channels, with the products u × x or without them, `Tabulated<W, V, ×>` the same with a
+table in place of the MLP, `Grid<φ, W, V>` those for as many on a grid of the sphere, with W channels of 16
+coefficients; `tile_…` are those for l <= 2 and any number of fields, `Tiled<φ, c, W>` their MLPs of W channels of c
+coefficients, `wide_…` those for many fields of other kinds, `conv_…` those for all others. What was measured on a GPU
+is in [gpu-h100.md](gpu-h100.md)."""
 _LOOPS = """## Executed instructions
 
 The table shows what warps execute on sm_90 in the loops that have a name in the source. The counts are those of the
 benchmark's case `cloud`, which has 32 edges per node, 8 fields of l <= 1 and three layers of 8 channels. Kernels of 16
 fields or 16 channels are counted in the same case with 16 of them, grid kernels in that case on the authors' grid,
-kernels for tables in that case without attributes, with 256 knots, wide kernels with 64 fields as inputs and 8 as
-outputs; what those leave to the kernel MLP's kernels and to a library is not counted. The emulator counts how often
-every memory instruction runs, the machine code says what stands around it (`bench/executed.py`). A loop's row leaves
+kernels for tables in that case without attributes, with 256 knots, tile kernels with 8 fields of each of l = 0, 1 and
+2, wide kernels with 64 fields as inputs and 8 as outputs; what the last two leave to a library, and wide ones to the
+kernel MLP's kernels, is not counted. A kernel of both passes is counted in the forward pass. The emulator counts how
+often every memory instruction runs, the machine code says what stands around it (`bench/executed.py`). A loop's row leaves
 out loops with a name inside. `bench/budgets.py` holds the budgets, which are gates."""
 _CLASSES = {"FP32": ("FFMA", "FADD", "FMUL"), "MUFU": ("MUFU",), "HMMA": ("HMMA",), "LDS": ("LDS",), "STS": ("STS",),
             "LDG": ("LDG",), "STG": ("STG",), "SHFL": ("SHFL",), "BAR": ("BAR", "WARPSYNC")}  # fmt: skip
@@ -94,7 +96,7 @@ class Kernel:
             most |= EXCUSED_DOUBLE.get(self.architecture, {})
         broken = [(what, n) for what, n in self.counts.items() if n > most[what]]
         found = [f"{self.architecture} {self.name}: {what} {n}, expected {most[what]}" for what, n in broken]
-        if re.search("Specialised<|Exact<|Tabulated<|Grid<", self.name) and not self.wide:
+        if re.search("Tiled<|Exact<|Tabulated<|Grid<", self.name) and not self.wide:
             found.append(f"{self.architecture} {self.name}: no load of 128 bits")
         return found
 
@@ -180,11 +182,11 @@ class Counted:
 def counted(kernels: Sequence[Kernel], folder: Path, emulated: Path) -> list[Counted]:
     """Of every architecture the kernels whose work is proportional to the graph, but for those that have every
     activation function in their code: which one runs is not seen from memory instructions."""
-    by_symbol: dict[str, Launch] = {}  # of the first case that launches it
+    by_symbol: dict[str, Launch] = {}  # of the first pass of the first case that launches it
     for launch in launches_of(folder / "counts.txt"):
         by_symbol.setdefault(launch.symbol, launch)
     names = {kernel.symbol: kernel.name for kernel in kernels}
-    launches = [x for x in by_symbol.values() if x.is_proportional and "Generic" not in names[x.symbol]]
+    launches = [x for x in by_symbol.values() if x.is_proportional and not names[x.symbol].startswith("conv_")]
     lines = lines_of(emulated, {place for launch in launches for place in launch.accesses})
     codes = disassemble(folder.rglob("*.cu.o"), {launch.symbol for launch in launches})
     found, of = [], {(kernel.architecture, kernel.symbol): kernel for kernel in kernels}

@@ -1,13 +1,13 @@
 """These are PREDICTIONS, never measurements, of the CUDA kernels' times, in float32 for the benchmark's case
-`cloud-batch`: 262,144 edges, 32 per node, 8 fields of l <= 1, three hidden layers of 8 channels; of wide kernels with
-64 fields as inputs.
+`cloud-batch`: 262,144 edges, 32 per node, 8 fields of l <= 1, three hidden layers of 8 channels; of tile kernels with 8
+fields of each of l = 0, 1 and 2, of wide kernels with 64 fields as inputs.
 
 A kernel takes the longest of four times: to issue its instructions, four in a cycle of a multiprocessor; to multiply on
 tensor cores; to evaluate functions (MUFU), 16 in a cycle; to move each array that grows with the graph through DRAM
 once. How many instructions warps execute is found from the machine code and the emulator (`bench/executed.py`).
 
 The two ends of a range assume a good and an ordinary share of each throughput. Two kernels measured on an H100 set the
-ordinary shares: a warp of the specialised forward kernel issued an instruction in 10.2 cycles, a sum over the edges of
+ordinary shares: a warp of the forward kernel of that time issued an instruction in 10.2 cycles, a sum over the edges of
 each source moved its arrays at 53 % of the data sheet's bandwidth. Good are 80 % of the issue slots, and the bandwidth
 of a copy, which was measured there, too. For tensor cores and MUFU nothing was measured: 85 % is taken as good, 45 %
 and 50 % as ordinary. The prediction leaves out bank conflicts, L2 misses of gathered features, warps that wait for the

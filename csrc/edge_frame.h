@@ -376,20 +376,14 @@ IST_LANES void planar_backward(const PlanView<Real<R>>& p, Edges<R>& e) {
 
 // ---- all frames
 
-// From delta and attr; with `all`, every harmonic, not only those that the couplings read; with kHarmonics false, none.
-template <bool kHarmonics = true, typename R>
+// From delta and attr; with `all`, every harmonic, not only those that the couplings read.
+template <typename R>
 IST_LANES void frame_forward(const PlanView<Real<R>>& p, R shell, Edges<R>& e, bool all) {
   e.squared = typename Lane<R>::V{};
   for (int k = 0; k < p.dim; ++k) e.squared += e.delta[k] * e.delta[k];
   radial_forward(p, shell, e);
   attributes_forward(p, e);
-  if (p.kind == kZonal) {
-    if constexpr (kHarmonics)
-      zonal_forward(p, e, all);
-    else
-      zonal_inputs(p, e);
-    return;
-  }
+  if (p.kind == kZonal) return zonal_forward(p, e, all);
   if (p.kind == kPlanar) return planar_forward(p, e);
   for (int k = 0; k < p.dim; ++k) e.inputs[k] = e.delta[k];
   for (int j = 0; j < p.n_attr; ++j) e.inputs[p.dim + j] = e.rotated[j];

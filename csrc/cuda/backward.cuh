@@ -5,13 +5,13 @@
 
 namespace implicit_steer::IST_ISA {
 
-template <typename N, typename S>
-struct Backward : Reverse<N, true, S> {
+template <typename N>
+struct Backward : Reverse<N, true> {
   using R = Real<N>;
-  using Base = Reverse<N, true, S>;
+  using Base = Reverse<N, true>;
   using Base::a, Base::p, Base::terms, Base::weights, Base::e, Base::features, Base::f, Base::g, Base::t, Base::d_f;
-  using Base::by_coefficient, Base::need_geometry, Base::need_weights, Base::grad_weights;
   using Base::d_g, Base::d_t, Base::d_hidden, Base::lane, Base::lanes, Base::sub, Base::active, Base::edge;
+  using Base::need_geometry, Base::need_weights, Base::grad_weights;
   const int64_t n_sums;
   const Places& places;
   const bool need_hidden, mean;
@@ -76,10 +76,6 @@ struct Backward : Reverse<N, true, S> {
           add_channels(q, slot, end, out);
           continue;
         }
-        if constexpr (S::specialised) {
-          add_outputs_specialised(q, slot, end, out);
-          continue;
-        }
         for (int u = 0; u < q.n_out; ++u)
           for (int64_t x = lane; x < q.theta_size; x += 32) {
             N sum{};
@@ -103,45 +99,16 @@ struct Backward : Reverse<N, true, S> {
     }
   }
 
-  // The sums of finish() over the slots slot .. end-1, four outputs at a time: their loads are on the way together.
-  __device__ __forceinline__ void add_outputs_specialised(const CouplingView& q, int slot, int end, R* out) {
-    const int size = static_cast<int>(q.theta_size);
-    for (int x = lane; x < size; x += 32) {
-      const N* const column = sums + q.at_sums + x;
-      for (int u = 0; u < q.n_out; u += 4) {  // the gradients' rows are padded
-        R before[4];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) before[k] = u + k < q.n_out ? out[(u + k) * size + x] : R{};
-        Neighbours<N, 4> sum{};
-#pragma unroll 1
-        for (int s = slot; s < end; ++s) {
-          const N* const grad = mixed + q.out_at + q.slots[2 * s + 1] * q.out_stride;
-          add_multiple(sum, column[s * size], neighbours<4>(grad + u));
-        }
-#pragma unroll
-        for (int k = 0; k < 4; ++k)
-          if (u + k < q.n_out) out[(u + k) * size + x] = before[k] + result(sum.at[k]);
-      }
-    }
-  }
-
   // ---- the edges of a tile that go into one node
 
   __device__ __forceinline__ void run(int l0, int l1) {
     if (need_weights) this->accumulate(sums, l0, l1);
-    if constexpr (S::specialised) {
-      __syncwarp();  // T is complete here, as finish() wants it
-      of_products_specialised(l0, l1);
-      if (need_hidden) of_rows_specialised(l0, l1);
-    } else {
-      this->for_blocks([&](const CouplingView& q, int first_slot, int n_slots, const int32_t* row, int at) {
-        const N* const of_slots = d_sums + q.at_sums + first_slot * q.theta_size;
-        __syncwarp();  // as above; and rows can share hidden features
-        for (int s = 0; s < n_slots; ++s)
-          of_products(q, of_slots + s * q.theta_size, row, at + s * q.in_stride, l0, l1);
-        if (need_hidden && !q.constant) of_row(q, of_slots, n_slots, row, at, l0, l1);
-      });
-    }
+    this->for_blocks([&](const CouplingView& q, int first_slot, int n_slots, const int32_t* row, int at) {
+      const N* const of_slots = d_sums + q.at_sums + first_slot * q.theta_size;
+      __syncwarp();  // T is complete here, as finish() wants it; and rows can share hidden features
+      for (int s = 0; s < n_slots; ++s) of_products(q, of_slots + s * q.theta_size, row, at + s * q.in_stride, l0, l1);
+      if (need_hidden && !q.constant) of_row(q, of_slots, n_slots, row, at, l0, l1);
+    });
   }
 
   // d_t[v] = Σ_w dT[v, w] h[w], 0 in a row's padding
@@ -161,44 +128,6 @@ struct Backward : Reverse<N, true, S> {
     }
   }
 
-  // f(item, edge of the tile) for n items of each of the edges l0 .. l1-1, divided among the lanes
-  template <typename F>
-  __device__ __forceinline__ void for_items(int n, int l0, int l1, F f) const {
-    const int edges = l1 - l0, whole = 32 / edges, left = 32 - whole * edges;
-    for (int item = lane / edges, l = lane - item * edges; item < n; item += whole, l += left) {
-      if (l >= edges) {
-        l -= edges;
-        if (++item >= n) return;
-      }
-      f(item, l0 + l);
-    }
-  }
-
-  // As above for all terms of specialised layers, four products at a time.
-  __device__ __forceinline__ void of_products_specialised(int l0, int l1) {
-    for_items(terms.n_terms, l0, l1, [&](int n, int l) {
-      const auto term = neighbours<4>(terms.terms + 4 * n);
-      const int coefficient = term.at[1], inputs = term.at[3];
-      const N* const d = d_sums + term.at[2];
-      Neighbours<N, 4> sum{};
-      if (coefficient < 0) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (i < inputs) sum.at[i] = d[i];
-      } else {
-        const N* const h = this->of_edge(by_coefficient + coefficient * S::width, l);
-#pragma unroll
-        for (int w = 0; w < S::width; w += 4) {
-          const auto four = neighbours<4>(h + w);
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            if (i < inputs) sum.at[i] += dot(four, neighbours<4>(d + i * S::width + w));
-        }
-      }
-      neighbours<4>(this->of_edge(d_t + term.at[0], l)) = sum;
-    });
-  }
-
   // d_h[w] += Σ dT[slot, v, w] t[slot, v] over the slots and v
   __device__ __forceinline__ void of_row(const CouplingView& q, const N* of_slots, int n_slots, const int32_t* row,
                                          int at, int l0, int l1) {
@@ -215,26 +144,6 @@ struct Backward : Reverse<N, true, S> {
         this->of_edge(d_hidden, l)[row[w]] += sum;
       }
     }
-  }
-
-  // As above for all coefficients of specialised layers, four channels at a time.
-  __device__ __forceinline__ void of_rows_specialised(int l0, int l1) {
-    constexpr int quads = S::width / 4;
-    for_items(S::c * quads, l0, l1, [&](int item, int l) {
-      const int coefficient = item / quads, w = item % quads * 4, end = terms.first[coefficient + 1];
-      Neighbours<N, 4> sum{};
-#pragma unroll 1
-      for (int n = terms.first[coefficient]; n < end; ++n) {
-        const auto term = neighbours<4>(terms.by_coefficient + 4 * n);
-        const auto product = neighbours<4>(this->of_edge(t + term.at[0], l));
-        const N* const d = d_sums + term.at[2] + w;
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (i < term.at[3]) add_multiple(sum, product.at[i], neighbours<4>(d + i * S::width));
-      }
-#pragma unroll
-      for (int k = 0; k < 4; ++k) this->of_edge(d_hidden + coefficient + (w + k) * S::c, l)[0] += sum.at[k];
-    });
   }
 
   // ---- a tile
@@ -290,9 +199,9 @@ struct Backward : Reverse<N, true, S> {
   }
 };
 
-template <typename N, typename S>
+template <typename N>
 __global__ void __launch_bounds__(kThreads, kResident<N>) conv_backward(const __grid_constant__ Call<Real<N>> call) {
-  Backward<N, S> warp(call);
+  Backward<N> warp(call);
   if (warp.number >= call.shape.warps) return;
   warp.clear_gradients();
   warp.walk(warp);

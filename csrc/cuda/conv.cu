@@ -26,7 +26,7 @@ R* partial_results(const ConvArgs<R>& args, const Shape& shape, int64_t n, int64
 int64_t most_warps(const PlanView<R>& plan) { return most_warps_with<R>(plan.n_grad); }
 
 // Which of them serve a plan, forward or backward, in the order of KernelKind's names.
-enum class Kernels { kExact, kGrid, kTiled, kSpecialised, kWide, kGeneric };
+enum class Kernels { kExact, kGrid, kTiled, kWide, kGeneric };
 template <typename N>
 Kernels kernels_of(const DevicePlan<R>& plan, bool backward) {
   if constexpr (std::is_same_v<N, float>) {
@@ -35,7 +35,7 @@ Kernels kernels_of(const DevicePlan<R>& plan, bool backward) {
     if (backward ? has_tile_backward(plan) : plan.tile.coefficients > 0) return Kernels::kTiled;
   }
   if (plan.wide.used) return Kernels::kWide;
-  return std::is_same_v<N, float> && plan.sizes != Sizes::kAny ? Kernels::kSpecialised : Kernels::kGeneric;
+  return Kernels::kGeneric;
 }
 
 // The launch of the plan's exact or grid kernel; `found`: whether one serves the call.
@@ -50,15 +50,10 @@ Failure prepare_fused_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args
   return {};
 }
 
-// The kernel on edges for the plan's sizes.
 template <typename N>
 Failure run_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream, Call<R>& call) {
-  EdgeKernel<N> edges{};
-  IST_TRY(with_sizes<N>(plan, [&](auto sizes, int64_t front) {
-    edges.name = sizes.specialised ? "conv_forward_specialised" : "conv_forward",
-    edges.kernel = conv_forward<N, decltype(sizes)>;
-    return edges.prepare(plan, args, {true, false, sizes.specialised}, front, forward_rest(plan), kAnyWarps);
-  }));
+  EdgeKernel<N> edges{"conv_forward", conv_forward<N>, {}, 0};
+  IST_TRY(edges.prepare(plan, args, {true, false}, forward_rest(plan), kAnyWarps));
   edges.call.partial = partial_results(args, edges.call.shape, 2 * plan.view.out_size);
   call = edges.call;
   return edges.run(stream);
@@ -116,9 +111,9 @@ Failure sum_results(const GradientRows<R>& rows, const DevicePlan<R>& plan, cons
 // `more`: numbers of memory behind the rows of gradients, one of each warp.
 template <typename N>
 Failure run_backward(EdgeKernel<N>& edges, const DevicePlan<R>& plan, const ConvArgs<R>& args, Needs needs,
-                     int64_t front, int64_t rest, int64_t more, void* stream, GradientRows<R>& rows) {
+                     int64_t rest, int64_t more, void* stream, GradientRows<R>& rows) {
   const int64_t n_grad = args.grad_weights ? plan.view.n_grad : 0;
-  IST_TRY(edges.prepare(plan, args, needs, front, rest, args.grad_weights ? most_warps(plan.view) : kAnyWarps));
+  IST_TRY(edges.prepare(plan, args, needs, rest, args.grad_weights ? most_warps(plan.view) : kAnyWarps));
   edges.call.partial = partial_results(args, edges.call.shape, n_grad, more);
   rows = {edges.call.partial, edges.call.shape.warps, plan.view.n_grad};
   return edges.run(stream);
@@ -135,14 +130,9 @@ Failure run_conv_backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, bo
   }
   const bool tiled = can_count(args) && kernels_of<N>(plan, true) == Kernels::kTiled;
   if (tiled || plan.wide.used) return WidePass<N>(plan, args, mean, tiled, stream).backward(more, rows);
-  EdgeKernel<N> edges{};
+  EdgeKernel<N> edges{"conv_backward", conv_backward<N>, {}, 0};
   edges.call.mean = mean;
-  return with_sizes<N>(plan, [&](auto sizes, int64_t front) {
-    edges.name = sizes.specialised ? "conv_backward_specialised" : "conv_backward",
-    edges.kernel = conv_backward<N, decltype(sizes)>;
-    return run_backward(edges, plan, args, {true, true, sizes.specialised}, front, backward_rest(plan), more, stream,
-                        rows);
-  });
+  return run_backward(edges, plan, args, {true, true}, backward_rest(plan), more, stream, rows);
 }
 
 template <typename N>
@@ -174,16 +164,16 @@ Failure layer_backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, const
 
 template <typename N>
 Failure hidden_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream) {
-  EdgeKernel<N> points{"conv_hidden", conv_hidden<N, Generic>, {}, 0};
-  IST_TRY(points.prepare(plan, args, {false, false, false}, 0, 0, kAnyWarps));
+  EdgeKernel<N> points{"conv_hidden", conv_hidden<N>, {}, 0};
+  IST_TRY(points.prepare(plan, args, {false, false}, 0, kAnyWarps));
   return points.run(stream);
 }
 
 template <typename N>
 Failure hidden_backward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream) {
-  EdgeKernel<N> points{"conv_hidden_backward", conv_hidden_backward<N, Generic>, {}, 0};
+  EdgeKernel<N> points{"conv_hidden_backward", conv_hidden_backward<N>, {}, 0};
   GradientRows<R> rows{};
-  IST_TRY(run_backward(points, plan, args, {false, true, false}, 0, 0, 0, stream, rows));
+  IST_TRY(run_backward(points, plan, args, {false, true}, 0, 0, stream, rows));
   return sum_results(rows, plan, args, nullptr, stream);
 }
 
@@ -196,7 +186,7 @@ struct NormSums {
 
   Failure prepare(const DevicePlan<R>& plan, const ConvArgs<R>& args, const R* packed) {
     channels = norm_channels(plan.host), size = norm_input_size(plan.host);
-    IST_TRY(points.prepare(plan, args, {false, false, false}, 0, statistics_rest(plan), kAnyWarps));
+    IST_TRY(points.prepare(plan, args, {false, false}, statistics_rest(plan), kAnyWarps));
     const int64_t warps = points.call.shape.warps, doubles = 2 * size * (sizeof(double) / sizeof(R));
     sums = reinterpret_cast<double*>(partial_results(args, points.call.shape, 2 * size, size + doubles));
     points.call.partial = reinterpret_cast<R*>(sums + 2 * size), shift = points.call.partial + 2 * size * warps;
@@ -286,15 +276,15 @@ int64_t least_bytes(const DevicePlan<R>& plan, Needs needs, int64_t rest) {
 int64_t shared_bytes(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals) {
   DevicePlan<R> plan;
   if (!plan.read(ints, n_ints, reals, n_reals)) return -1;
-  const int64_t statistics = least_bytes<R>(plan, {false, false, false}, statistics_rest(plan));
-  const Needs needs{!plan.wide.used, true, false};
+  const int64_t statistics = least_bytes<R>(plan, {false, false}, statistics_rest(plan));
+  const Needs needs{!plan.wide.used, true};
   const int64_t backward = least_bytes<Dual<R>>(plan, needs, plan.wide.used ? 0 : backward_rest(plan));
   const int64_t wide = plan.wide.used ? WidePass<Dual<R>>::backward_bytes(plan) : 0;
   return std::max({backward, statistics, wide});
 }
 
 KernelKind kernel_kind(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals, bool backward) {
-  constexpr const char* names[] = {"exact", "grid", "tiled", "specialised", "wide", "generic"};
+  constexpr const char* names[] = {"exact", "grid", "tiled", "wide", "generic"};
   DevicePlan<R> plan;
   if (!plan.read(ints, n_ints, reals, n_reals)) return {nullptr, nullptr};
   const Kernels kernels = kernels_of<R>(plan, backward);

@@ -19,10 +19,6 @@
 
 namespace implicit_steer {
 
-// Which of the sizes that kernels are compiled for a plan has (specialised.cuh): coefficients and channels of its
-// hidden layers.
-enum class Sizes { kAny, kElu4x8, kElu6x8, kSilu4x8, kSilu6x8 };
-
 // Whether `width` places are those of one coefficient of all channels, from place `first` on.
 template <typename R>
 bool of_one_coefficient(const Plan<R>& p, const int32_t* place, int first, int width) {
@@ -66,24 +62,6 @@ bool has_equal_layers(const Plan<R>& p, int width) {
   return true;
 }
 
-// Whether p's hidden layers are what SpecialisedLayers computes with.
-template <typename R>
-bool is_specialised(const Plan<R>& p, int width) {
-  return p.kind == kZonal && p.n_even == (p.c + 1) / 2 && has_equal_layers(p, width);
-}
-
-template <typename R>
-Sizes sizes_of(const Plan<R>& p) {
-  constexpr int kWidth = 8;
-  constexpr int64_t kMostNumbers = 4096;  // of the layers in a block's shared memory: more would keep warps out
-  if ((p.c != 4 && p.c != 6) || !is_specialised(p, kWidth)) return Sizes::kAny;
-  const int64_t samples = int64_t{p.layers[0].n_samples} * 8, weights = int64_t{p.n_layers - 1} * p.c * kWidth * kWidth;
-  if (samples + weights > kMostNumbers) return Sizes::kAny;
-  if (p.function == kElu) return p.c == 4 ? Sizes::kElu4x8 : Sizes::kElu6x8;
-  if (p.function == kSilu) return p.c == 4 ? Sizes::kSilu4x8 : Sizes::kSilu6x8;
-  return Sizes::kAny;
-}
-
 // What the launches of a kernel for one plan on one device have in common.
 struct LaunchFacts {
   const void* kernel;
@@ -99,7 +77,6 @@ struct DevicePlan {
   Plan<R> host{};      // of these
   PlanView<R> view{};  // of their copies on the device
   Extent extent;
-  Sizes sizes;
   PlanLists<R> lists;
   ExactPlan exact;                  // of float
   GridPlan grid;                    // of float; at most one of the two has fields
@@ -135,8 +112,7 @@ struct DevicePlan {
     ints.assign(ints_begin, ints_begin + n_ints), reals.assign(reals_begin, reals_begin + n_reals);
     if (!::implicit_steer::plan_view(host, ints.data(), n_ints, reals.data(), n_reals)) return false;
     place_couplings(host);
-    sizes = sizes_of(host);
-    lists.make(host, sizes != Sizes::kAny);
+    lists.make(host);
     wide.make(host, extent.sums);
     if constexpr (std::is_same_v<R, float>) make_field_plans();
     extent.all_layers = extent.widest = host.n_knots ? host.hidden_flat : 0;
@@ -200,7 +176,7 @@ struct DevicePlan {
       why_not = "hidden layers of other than 8 or 16 channels";
     } else if (host.kind == kZonal) {
       exact.make(host, width), why_not = exact.why_not;
-      if (!has_table && width == TilePlan::kWidth) tile.make(host, wide);
+      tile.make(host, wide, width);
     } else if (host.kind != kNone) {
       why_not = "a frame that rotates about one axis";
     } else if (width != 8) {

@@ -27,7 +27,6 @@ struct EdgeArrays {
   N *hidden, *d_hidden;  // [flat hidden size] in the couplings' coordinates; `hidden` for planar frames alone
   N *f, *d_f;            // [n_gathered] neighbour features gathered by field type; whole quads, as t
   N *t, *d_t;            // [product_size]
-  N* by_coefficient;     // [c, W] the features of specialised layers, a coefficient of all channels after the other
   N *g, *d_g;            // [n_g] G times the radial factor
 
   IST_INLINE void place(Slice<N>& slice, const PlanView<Real<N>>& p, const Extent& extent, Needs needs) {
@@ -44,8 +43,7 @@ struct EdgeArrays {
     }
     if (!needs.features) return;
     slice.begin_quads();
-    slice.take(f, p.n_gathered), slice.take(t, p.product_size),
-        slice.take(by_coefficient, needs.specialised ? p.hidden_flat : 0);
+    slice.take(f, p.n_gathered), slice.take(t, p.product_size);
     if (needs.backward) slice.take(d_f, p.n_gathered), slice.take(d_t, p.product_size), slice.take(d_g, p.n_g);
     slice.take(g, p.n_g);
   }

@@ -17,15 +17,12 @@ struct EdgeKernel {
   Call<R> call{};
   int warps_per_block;
 
-  // Numbers of a block in front of its warps', `front`, and of a warp behind its edges, `rest`; warps beyond
-  // `most_warps` get no edges.
-  Failure prepare(const DevicePlan<R>& plan, const ConvArgs<R>& args, Needs needs, int64_t front, int64_t rest,
-                  int64_t most_warps) {
+  // `rest`: numbers of a warp behind its edges; warps beyond `most_warps` get no edges.
+  Failure prepare(const DevicePlan<R>& plan, const ConvArgs<R>& args, Needs needs, int64_t rest, int64_t most_warps) {
     call.args = args, call.args.plan = nullptr, call.plan = plan.view, call.extent = plan.extent,
     call.places = plan.places, call.terms = plan.terms;
     LaunchFacts found{};
-    IST_TRY(plan.prepare(reinterpret_cast<const void*>(kernel), found,
-                         [&] { return ask(plan, needs, front, rest, found); }));
+    IST_TRY(plan.prepare(reinterpret_cast<const void*>(kernel), found, [&] { return ask(plan, needs, rest, found); }));
     Shape& shape = call.shape;
     shape = found.shape, warps_per_block = found.warps_per_block;
     const int64_t tile = 32 / shape.lanes, most = std::max<int64_t>(std::min(found.resident, most_warps), 1);
@@ -35,15 +32,13 @@ struct EdgeKernel {
     return {};
   }
 
-  Failure ask(const DevicePlan<R>& plan, Needs needs, int64_t front, int64_t rest, LaunchFacts& found) {
+  Failure ask(const DevicePlan<R>& plan, Needs needs, int64_t rest, LaunchFacts& found) {
     Device device;
     IST_TRY(device.read());
     Shape& shape = found.shape;
-    const int64_t front_bytes = kBlockBytes + static_cast<int64_t>(sizeof(N)) * front;
-    shape = best_shape<N>(plan.view, plan.extent, needs, rest, device, front_bytes);
-    shape.block_size = static_cast<int>(front);
+    shape = best_shape<N>(plan.view, plan.extent, needs, rest, device);
     const int64_t warp_bytes = static_cast<int64_t>(sizeof(N)) * shape.warp_size;
-    const int64_t warps = std::min<int64_t>(kThreads / 32, (device.block_bytes - front_bytes) / warp_bytes);
+    const int64_t warps = std::min<int64_t>(kThreads / 32, (device.block_bytes - kBlockBytes) / warp_bytes);
     if (warps <= 0) return {name, "a block's shared memory is too small for the plan"};
     found.warps_per_block = static_cast<int>(warps);
     // Of the kernel, not of this launch: always the same, whichever call comes between the two.
@@ -57,7 +52,7 @@ struct EdgeKernel {
   }
 
   static int64_t block_bytes(const Shape& shape, int64_t warps) {
-    return kBlockBytes + static_cast<int64_t>(sizeof(N)) * (shape.block_size + warps * shape.warp_size);
+    return kBlockBytes + static_cast<int64_t>(sizeof(N)) * warps * shape.warp_size;
   }
 
   Failure run(void* stream) const {
@@ -66,30 +61,5 @@ struct EdgeKernel {
     return launch(name, kernel, grid, dim3(32 * warps_per_block), bytes, stream, call);
   }
 };
-
-// run(sizes, numbers of a block in front of its warps'): those of the plan where its numbers are single floats.
-template <typename N, typename Run>
-Failure with_sizes(const DevicePlan<Real<N>>& plan, Run run) {
-  if constexpr (!std::is_same_v<N, float>) {
-    return run(Generic{}, 0);
-  } else {
-    const auto run_for = [&](auto sizes) {
-      return run(sizes, SpecialisedLayers<decltype(sizes), float>::size(plan.host));
-    };
-    switch (plan.sizes) {
-      case Sizes::kAny:
-        return run(Generic{}, 0);
-      case Sizes::kElu4x8:
-        return run_for(Specialised<Elu, 4, 8>{});
-      case Sizes::kElu6x8:
-        return run_for(Specialised<Elu, 6, 8>{});
-      case Sizes::kSilu4x8:
-        return run_for(Specialised<Silu, 4, 8>{});
-      case Sizes::kSilu6x8:
-        return run_for(Specialised<Silu, 6, 8>{});
-    }
-    return {"with_sizes", "there is no kernel for these sizes"};
-  }
-}
 
 }  // namespace implicit_steer::IST_ISA

@@ -37,8 +37,8 @@ template <typename S, typename Warp = ExactWarp<S>>
 struct ExactBackward : ExactReverse<S, Warp, ExactGradients<S>> {
   using Base = ExactReverse<S, Warp, ExactGradients<S>>;
   using Base::a, Base::p, Base::view, Base::lane, Base::group, Base::pair, Base::number, Base::first, Base::last;
-  using Base::theta, Base::constant, Base::sums, Base::constant_sums, Base::records, Base::sources;
   using Base::edges, Base::moved, Base::along, Base::kept, Base::gradients, Base::need_weights;
+  using Base::theta, Base::constant, Base::sums, Base::constant_sums, Base::records, Base::sources;
   using typename Base::Slots, typename Base::Tiles, typename Base::Memory;
   static constexpr int square = S::fields * S::width;
   const bool mean;

@@ -26,7 +26,7 @@ constexpr int kExactBackwardResident = S::large               ? 1
                                                               : kMostExactBackward;
 
 template <typename S>
-using BackwardWarp = std::conditional_t<S::Mlp::is_table, ExactTableBackward<S>, ExactBackward<S>>;
+using BackwardWarp = std::conditional_t<S::Mlp::is_table, ExactTableReverse<S, ExactBackward<S>>, ExactBackward<S>>;
 
 template <typename S>
 __global__ void __launch_bounds__(kExactBackwardThreads<S>, kExactBackwardResident<S>)

@@ -1,5 +1,6 @@
-// A warp's range of edges, sorted by target, which it walks 32 at a time, a chunk. Every lane has one edge of a chunk and
-// evaluates the MLP for it (exact_mlp.cuh): what is needed of the edge, its record, goes to the warp's shared memory.
+// A warp's range of edges, sorted by target, which it walks 32 at a time, a chunk. Every lane has one edge of a chunk
+// and evaluates the MLP for it (exact_mlp.cuh): what is needed of the edge, its record, goes to the warp's shared
+// memory.
 #pragma once
 
 #include "exact_mlp.cuh"

@@ -1,5 +1,5 @@
-// The gradients of θ in an exact backward pass, summed as those of the MLP's weights (layer_gradients.cuh), which follow
-// them: of θ and the constant hidden feature's, which batch norms are folded into.
+// The gradients of θ in an exact backward pass, summed as those of the MLP's weights (layer_gradients.cuh), which
+// follow them: of θ and the constant hidden feature's, which batch norms are folded into.
 #pragma once
 
 #include "exact_warp.cuh"
@@ -52,12 +52,9 @@ struct ExactGradients : LayerGradients<S, kFieldSums<S>> {
                                         float* row) const {
     this->clear_row(row);
     write_theta(view, mlp, row);
-    if constexpr (S::Mlp::is_table) {
-      for (int k = threadIdx.x; k < Base::table_size(p); k += blockDim.x) row[p.table_at + k] = memory[Base::first + k];
-    } else {
-      this->write_mlp(view, packed, row);
+    this->write_layers(view, packed, row);
+    if constexpr (!S::Mlp::is_table)
       if (p.has_norms) write_last_norm(view, packed, row);
-    }
     this->write_shell(packed, row);
   }
 

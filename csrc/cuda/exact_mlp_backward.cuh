@@ -13,7 +13,7 @@ namespace implicit_steer::IST_ISA {
 
 // Layer by layer what LayerValue names of 32 edges, [2, 32, c, W]. So that the lanes meet in no bank, the quads of an
 // edge are turned around by its number or, where they are no power of two, an edge has one more. `keep` of ExactMlp.
-template <typename S>
+template <typename S, bool kTable = S::Mlp::is_table>
 struct KeptLayers {
   float* memory;
   static constexpr bool turned = S::c * S::width % 32 == 0;

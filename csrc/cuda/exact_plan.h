@@ -49,8 +49,18 @@ class ExactPlan : public FieldPlan {
     });
   }
 
- private:
+  // Of a coefficient; -1 where the kernels expect none at its place: of hidden layers the even ones come first, and the
+  // highest one is not read; of a table degree l is at place l.
+  static int degree_of(const Plan<float>& p, int coefficient) {
+    if (!p.n_knots) {
+      const int degree = coefficient < p.n_even ? 2 * coefficient : 2 * (coefficient - p.n_even) + 1;
+      return degree < p.c - 1 ? degree : -1;
+    }
+    const int m = static_cast<int>(std::find(p.coordinate, p.coordinate + p.d, coefficient) - p.coordinate);
+    return m < p.d && p.degree[m] == coefficient ? coefficient : -1;
+  }
 
+ private:
   bool read_coupling(const Plan<float>& p, const CouplingView& q) {
     for (int b = 0; b < q.n_basis; ++b) {
       Product found{&q, b, -1, false, 0, {}, {}};
@@ -76,14 +86,6 @@ class ExactPlan : public FieldPlan {
       products_.push_back(found);
     }
     return true;
-  }
-
-  // -1 where the kernels expect none at this place: of hidden layers the even ones come first, of a table degree l is
-  // at place l.
-  static int degree_of(const Plan<float>& p, int coefficient) {
-    if (!p.n_knots) return coefficient == 0 ? 0 : coefficient == kEven ? 1 : coefficient == 1 ? 2 : -1;
-    const int m = static_cast<int>(std::find(p.coordinate, p.coordinate + p.d, coefficient) - p.coordinate);
-    return m < p.d && p.degree[m] == coefficient && coefficient < 3 ? coefficient : -1;
   }
 
   static int path_of(size_t n_inputs, size_t n_outputs, int degree) {

@@ -17,8 +17,8 @@ struct ExactReverse : Warp {
   using typename Base::Slots, typename Base::Memory;
   static constexpr int channels = S::width / 8;
   const bool need_weights;
-  int32_t* edges;         // [32]
-  float *moved, *along;   // [32, 4] gradients of the direction, P; [32] along the radius
+  int32_t* edges;        // [32]
+  float *moved, *along;  // [32, 4] gradients of the direction, P; [32] along the radius
   KeptLayers<S> kept;
   Gradients gradients;
 
@@ -93,8 +93,7 @@ struct ExactReverse : Warp {
   // blocks of 8.
   __device__ __forceinline__ void add_weights(int layer) const {
 #pragma unroll 1
-    for (int pass = 0; pass < channels * channels; ++pass)
-      add_weights(layer, pass / channels, pass % channels);
+    for (int pass = 0; pass < channels * channels; ++pass) add_weights(layer, pass / channels, pass % channels);
   }
   __device__ __forceinline__ void add_weights(int layer, int rows, int columns) const {
     float bias = 0;

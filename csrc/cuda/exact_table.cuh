@@ -75,8 +75,15 @@ struct ExactTable {
     return p->n_read * S::width;
   }
   // u^l and its derivative
-  static __device__ __forceinline__ float power(float u, int l) { return l == 0 ? 1 : l == 1 ? u : u * u; }
-  static __device__ __forceinline__ float power_slope(float u, int l) { return l == 0 ? 0 : l == 1 ? 1 : 2 * u; }
+  static __device__ __forceinline__ float power(float u, int l) {
+    float product = 1;
+#pragma unroll
+    for (int k = 0; k < l; ++k) product *= u;
+    return product;
+  }
+  static __device__ __forceinline__ float power_slope(float u, int l) {
+    return l == 0 ? 0 : static_cast<float>(l) * power(u, l - 1);
+  }
 
   // Σ factor times the row's number, of four channels from w on and the coefficients of degree l.
   template <typename S>

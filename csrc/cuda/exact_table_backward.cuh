@@ -2,20 +2,20 @@
 // by edge into the warp's own sums, and by way of u that of the radius.
 #pragma once
 
-#include "exact_backward.cuh"
+#include "exact_reverse.cuh"
 #include "exact_table.cuh"
 
 namespace implicit_steer::IST_ISA {
 
-template <int kWidth, int kFields, bool kWithCross>
-struct KeptLayers<Tabulated<kWidth, kFields, kWithCross>> {
+template <typename S>
+struct KeptLayers<S, true> {
   float* memory;
   static constexpr int of_layer = 0;
 };
 
-template <typename S>
-struct ExactTableBackward : ExactBackward<S> {
-  using Base = ExactBackward<S>;
+// Base: an ExactReverse.
+template <typename S, typename Base>
+struct ExactTableReverse : Base {
   using Base::a, Base::p, Base::lane, Base::mlp, Base::records, Base::gradients, Base::need_weights;
   using Base::Base;
   using typename Base::Slots, typename Base::Memory;
@@ -53,7 +53,7 @@ struct ExactTableBackward : ExactBackward<S> {
     if (need_weights) add_to_table(__popc(__ballot_sync(kWarp, there)));  // n would take a register
     if (!there) return;
     const auto of_direction = this->of_direction();
-    if (need_weights) gradients.one(ExactGradients<S>::shell) += of_direction.at[3] * g.squared;
+    if (need_weights) gradients.one(gradients.shell) += of_direction.at[3] * g.squared;
     if (!this->need_geometry()) return;
     this->store_position(edge, g, of_direction, d_u * here.per_radius);
     for (int j = 0; j < p.n_attr && a.grad_attr; ++j) global_memory(a.grad_attr)[edge * p.n_attr + j] = 0;
@@ -65,7 +65,7 @@ struct ExactTableBackward : ExactBackward<S> {
 #pragma unroll 1
     for (int at = 0; at < n; ++at) {
       const float* const record = records + at * Memory::record;
-      float* const rows = gradients.memory + ExactGradients<S>::first + this->sources[at];
+      float* const rows = gradients.memory + gradients.first + this->sources[at];
       const auto weights = neighbours<4>(record + Slots::degrees * S::width);
 #pragma unroll
       for (int x = lane; x < Slots::degrees * S::width; x += 32)

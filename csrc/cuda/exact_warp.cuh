@@ -1,7 +1,7 @@
 // What the exact kernels (exact_forward.cuh, exact_backward.cuh) have in common: the sums over the edges of a node.
 //
-// First every lane makes the record of one edge of the chunk (exact_chunks.cuh). Then the lanes together sum the slots (exact_slots.cuh) over the edges of one node after
-// another, 8 at a time, a step, by the tensor cores (mma.cuh):
+// First every lane makes the record of one edge of the chunk (exact_chunks.cuh). Then the lanes together sum the slots
+// (exact_slots.cuh) over the edges of one node after another, 8 at a time, a step, by the tensor cores (mma.cuh):
 //
 //   T[slot, v, w] += Σ_edges slot[v] c_l[w],   A[(slot, v), edge] = slot[v],   B[edge, w] = c_l[w]
 //
@@ -217,7 +217,6 @@ struct ExactWarp : ExactChunks<S> {
         mma_3xtf32(sums[channel * Tiles::of_channels + Tiles::first(l) + row / 2], tile, c[channel]);
     }
   }
-
 };
 
 }  // namespace implicit_steer::IST_ISA

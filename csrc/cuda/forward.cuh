@@ -5,10 +5,10 @@
 
 namespace implicit_steer::IST_ISA {
 
-template <typename N, typename S>
-struct Forward : Warp<N, true, false, S> {
+template <typename N>
+struct Forward : Warp<N, true, false> {
   using R = Real<N>;
-  using Base = Warp<N, true, false, S>;
+  using Base = Warp<N, true, false>;
   using Base::a, Base::p, Base::weights, Base::lane, Base::first, Base::last, Base::number;
   R* const partial;
   const int64_t n_sums;
@@ -70,14 +70,9 @@ struct Forward : Warp<N, true, false, S> {
       const N* const weight = of_basis + q.forward_place(u);
       const int stride = q.panel_width(u);
       N sum{};
-      if constexpr (S::specialised) {  // no padding between its rows
-#pragma unroll 4
-        for (int x = part; x < n; x += parts) sum += weight[x * stride] * of_slot[x];
-      } else {
-        for (int x = part, v = 0, w = part; x < n; x += parts, w += parts) {
-          for (; w >= q.n_hidden; w -= q.n_hidden) ++v;
-          sum += weight[x * stride] * of_slot[v * q.hidden_stride + w];
-        }
+      for (int x = part, v = 0, w = part; x < n; x += parts, w += parts) {
+        for (; w >= q.n_hidden; w -= q.n_hidden) ++v;
+        sum += weight[x * stride] * of_slot[v * q.hidden_stride + w];
       }
       sum = sum_lanes(sum, width, 32);
       if (part == 0 && u < q.n_out) out[u] += sum;
@@ -85,10 +80,9 @@ struct Forward : Warp<N, true, false, S> {
   }
 };
 
-template <typename N, typename S>
-__global__ void __launch_bounds__(kThreads, S::specialised ? kSpecialisedForwardResident : kResident<N>)
-    conv_forward(const __grid_constant__ Call<Real<N>> call) {
-  Forward<N, S> warp(call);
+template <typename N>
+__global__ void __launch_bounds__(kThreads, kResident<N>) conv_forward(const __grid_constant__ Call<Real<N>> call) {
+  Forward<N> warp(call);
   if (warp.number < call.shape.warps) warp.walk(warp);
 }
 

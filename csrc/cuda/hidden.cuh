@@ -6,9 +6,9 @@
 
 namespace implicit_steer::IST_ISA {
 
-template <typename N, typename S>
-struct HiddenForward : Warp<N, false, false, S> {
-  using Base = Warp<N, false, false, S>;
+template <typename N>
+struct HiddenForward : Warp<N, false, false> {
+  using Base = Warp<N, false, false>;
   using Base::a, Base::p, Base::e, Base::lanes, Base::sub, Base::active, Base::edge;
   const EdgeRecords<Real<N>>& records;
 
@@ -41,16 +41,16 @@ struct HiddenForward : Warp<N, false, false, S> {
       this->load(at, this->last);
       this->enter_frame(false);
       this->hidden_features();
-      if (active) S::specialised || records.at ? write_record() : write();
+      if (active) records.at ? write_record() : write();
       __syncwarp();
     }
   }
 };
 
-template <typename N, typename S>
-struct HiddenBackward : Reverse<N, false, S> {
+template <typename N>
+struct HiddenBackward : Reverse<N, false> {
   using R = Real<N>;
-  using Base = Reverse<N, false, S>;
+  using Base = Reverse<N, false>;
   using Base::a, Base::p, Base::e, Base::d_hidden, Base::lanes, Base::sub, Base::active, Base::edge;
   const EdgeRecords<R>& records;
 
@@ -113,24 +113,23 @@ struct HiddenBackward : Reverse<N, false, S> {
       this->enter_frame(false);
       this->hidden_features();
       e.d_radius = N{};
-      S::specialised || records.grad ? of_record() : of_field();
+      records.grad ? of_record() : of_field();
       this->sweep();
     }
     this->write_shell();
   }
 };
 
-// Specialised layers are those of records alone.
-template <typename N, typename S>
+template <typename N>
 __global__ void __launch_bounds__(kThreads, kResident<N>) conv_hidden(const __grid_constant__ Call<Real<N>> call) {
-  HiddenForward<N, S> warp(call);
+  HiddenForward<N> warp(call);
   if (warp.number < call.shape.warps) warp.points();
 }
 
 // Two blocks: with the registers that three leave to a thread, some of them would go to local memory.
-template <typename N, typename S>
+template <typename N>
 __global__ void __launch_bounds__(kThreads, 2) conv_hidden_backward(const __grid_constant__ Call<Real<N>> call) {
-  HiddenBackward<N, S> warp(call);
+  HiddenBackward<N> warp(call);
   if (warp.number < call.shape.warps) warp.points();
 }
 

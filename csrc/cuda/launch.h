@@ -62,12 +62,10 @@ Shape shape_of(const PlanView<Real<N>>& plan, const Extent& extent, Needs needs,
   return shape;
 }
 
-// With as many edges at a time as leave memory for the blocks that the registers of kernels for float allow; of a block
-// the first `front_bytes` are not its warps'.
+// With as many edges at a time as leave memory for the blocks that the registers of kernels for float allow.
 template <typename N>
-Shape best_shape(const PlanView<Real<N>>& plan, const Extent& extent, Needs needs, int64_t rest, const Device& device,
-                 int64_t front_bytes) {
-  const int64_t most = (device.bytes / kResident<float> - device.reserved_bytes - front_bytes) / (kThreads / 32);
+Shape best_shape(const PlanView<Real<N>>& plan, const Extent& extent, Needs needs, int64_t rest, const Device& device) {
+  const int64_t most = (device.bytes / kResident<float> - device.reserved_bytes - kBlockBytes) / (kThreads / 32);
   for (int lanes = 4;; lanes *= 2) {
     const Shape shape = shape_of<N>(plan, extent, needs, rest, lanes);
     if (lanes == 32 || static_cast<int64_t>(sizeof(N)) * shape.warp_size <= most) return shape;

@@ -9,9 +9,9 @@
 namespace implicit_steer::IST_ISA {
 
 // kBegin: numbers of a warp in front of these. Where each sum begins: [lane] of the shell, [1 + n_inputs, row / 8,
-// lane]; then layer by layer [c / 2, row / 8, column / 8, lane, (coefficient, column)], [row / 8, lane]; in place of the
-// last three of a table its rows. Of the MLP's weights lane 4 g + t has row g and columns 2 t and 2 t + 1, of a row's
-// bias and of the shell a share.
+// lane]; then layer by layer [c / 2, row / 8, column / 8, lane, (coefficient, column)], [row / 8, lane]; in place of
+// the last three of a table its rows. Of the MLP's weights lane 4 g + t has row g and columns 2 t and 2 t + 1, of a
+// row's bias and of the shell a share.
 template <typename S, int kBegin>
 struct LayerGradients {
   static constexpr int square = S::width * S::width, of_rows = 4 * S::width, channels = S::width / 8;
@@ -65,7 +65,8 @@ struct LayerGradients {
     }
   }
 
-  // Single sums: of b [row] of layer n, or of row `input` of the first layer's weights; of W [coefficient k, row, column].
+  // Single sums: of b [row] of layer n, or of row `input` of the first layer's weights; of W [coefficient k, row,
+  // column].
   __device__ __forceinline__ float lanes_sum(int begin, int row) const {
     const float* const shares = memory + begin + 4 * row;
     return shares[0] + shares[1] + shares[2] + shares[3];
@@ -87,7 +88,16 @@ struct LayerGradients {
       row[p.shell_at] = sum / (width * width * width);
     }
   }
-  // The MLP's numbers of a row of gradients, [n_grad], but for those of the last batch norm.
+  // The numbers of the MLP, but for those of the last batch norm, or of the table, of a row of gradients, [n_grad].
+  __device__ __forceinline__ void write_layers(const FieldView& view, const float* packed, float* row) const {
+    if constexpr (S::Mlp::is_table) {
+      for (int k = threadIdx.x; k < table_size(p); k += blockDim.x) row[p.table_at + k] = memory[first + k];
+    } else {
+      write_mlp(view, packed, row);
+    }
+  }
+
+ private:
   __device__ __forceinline__ void write_mlp(const FieldView& view, const float* packed, float* row) const {
     for (int k = threadIdx.x; k < (1 + p.n_inputs) * S::width; k += blockDim.x) {
       const int w = k % S::width;
@@ -98,7 +108,6 @@ struct LayerGradients {
     if (p.has_norms) write_hidden_norms(packed, row);
   }
 
- private:
   // W = W' / scale and b = b' - W shift of ExactMlp::copy_layer
   __device__ __forceinline__ void write_layer(const float* packed, int n, float* row) const {
     const LayerView<float>& layer = p.layers[n];

@@ -33,7 +33,7 @@ struct MeanAndBias {
   }
 };
 
-// The kind of kernels that serve a plan: exact, grid, specialised, wide or generic; of the last three, what keeps the
+// The kind of kernels that serve a plan: exact, grid, tiled, wide or generic; of the last three, what keeps the
 // plan from the first two.
 struct KernelKind {
   const char *name, *why_not;

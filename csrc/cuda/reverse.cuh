@@ -6,11 +6,11 @@
 
 namespace implicit_steer::IST_ISA {
 
-template <typename N, bool kFeatures, typename S = Generic>
-struct Reverse : Warp<N, kFeatures, true, S> {
+template <typename N, bool kFeatures>
+struct Reverse : Warp<N, kFeatures, true> {
   using R = Real<N>;
-  using Base = Warp<N, kFeatures, true, S>;
-  using Function = typename S::Function;
+  using Base = Warp<N, kFeatures, true>;
+  using Function = ChosenFunction;
   using Base::a, Base::p, Base::terms, Base::weights, Base::e, Base::z, Base::y, Base::normed, Base::d_z, Base::d_y,
       Base::d_hidden;
   using Base::lane, Base::lanes, Base::sub, Base::active, Base::edge, Base::edge_size, Base::n_edges, Base::shell;
@@ -59,27 +59,9 @@ struct Reverse : Warp<N, kFeatures, true, S> {
     }
   }
 
-  // A layer between hidden fields: a row by two columns at a time.
-  __device__ __forceinline__ void linear_gradients_specialised(const LayerView<R>& layer, const N* in, R* w) {
-    constexpr int pairs = S::width / 2;
-    for (int n = 0; n < S::c; ++n, w += S::width * S::width) {
-      const int coefficient = this->block_layers.group_coefficient(layer.groups, n);
-      for (int x = lane; x < S::width * pairs; x += 32) {
-        const int row = x / pairs, column = x % pairs * 2;
-        const N *d = this->of_edge(d_z + row * S::c + coefficient, 0),
-                *y = this->of_edge(in + column * S::c + coefficient, 0);
-        N sum[2] = {};
-        for (int l = 0; l < n_edges; ++l, d += edge_size, y += edge_size) sum[0] += *d * y[0], sum[1] += *d * y[S::c];
-        w[row * S::width + column] += sum[0], w[row * S::width + column + 1] += sum[1];
-      }
-    }
-  }
-
-  __device__ __forceinline__ void linear_gradients(int layer_number, const LayerView<R>& layer, const N* in) {
+  __device__ __forceinline__ void linear_gradients(const LayerView<R>& layer, const N* in) {
     R *w = grad_weights + layer.weight, *const bias = grad_weights + layer.bias;
     for (int k = lane; k < layer.out_size; k += 32) bias[k] += sum_of(d_z + k);
-    if constexpr (S::specialised)
-      if (layer_number > 0) return linear_gradients_specialised(layer, in, w);
     const int32_t* group = layer.groups;
     for (int n = 0; n < layer.n_groups; ++n) {
       const int n_rows = group[0], n_columns = group[1];
@@ -92,12 +74,7 @@ struct Reverse : Warp<N, kFeatures, true, S> {
   }
 
   // d_in = Wᵀ d_z
-  __device__ __forceinline__ void linear_inputs(int layer_number, const LayerView<R>& layer, N* d_in) {
-    if constexpr (S::specialised)
-      if (layer_number > 0) {
-        if (active) this->block_layers.linear_inputs(layer_number, d_z, d_in, this->own());
-        return;
-      }
+  __device__ __forceinline__ void linear_inputs(const LayerView<R>& layer, N* d_in) {
     for (int k = sub; k < layer.in_size && active; k += lanes) d_in[k] = N{};
     const N* w = weights + layer.weight;
     const int32_t* group = layer.groups;
@@ -120,7 +97,6 @@ struct Reverse : Warp<N, kFeatures, true, S> {
   __device__ __forceinline__ void channel_backward(const LayerView<R>& layer, const N* z_w, const N* d_y_w, N* d_z_w) {
     const int c = p.c, rows = layer.n_samples - layer.n_pairs;
     if (e.near_origin) return near_backward<Function>(layer, c, p.order_zero, e.radius, z_w, d_y_w, d_z_w, e.d_radius);
-    if constexpr (S::specialised) return this->block_layers.activation_backward(z_w, d_y_w, d_z_w);
     clear_unused(p, layer.in_even, layer.in_odd, d_z_w);
     row_blocks<N>(0, layer.n_pairs, [&](auto n, int row) {
       constexpr int kRows = decltype(n)::value;
@@ -157,8 +133,8 @@ struct Reverse : Warp<N, kFeatures, true, S> {
         }
       }
       __syncwarp();
-      if (need_weights) linear_gradients(n, layer, n > 0 ? normed_n - p.layers[n - 1].out_size : e.inputs);
-      if (n > 0 || need_inputs) linear_inputs(n, layer, n > 0 ? d_y : e.d_inputs);
+      if (need_weights) linear_gradients(layer, n > 0 ? normed_n - p.layers[n - 1].out_size : e.inputs);
+      if (n > 0 || need_inputs) linear_inputs(layer, n > 0 ? d_y : e.d_inputs);
     }
   }
 

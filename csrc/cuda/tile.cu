@@ -1,8 +1,7 @@
 // The tile kernels and their launches.
 
-#include "tile.h"
-
 #include "field_passes.h"
+#include "tile.h"
 #include "tile_backward.cuh"
 #include "tile_layers_backward.cuh"
 #include "tile_sums.cuh"
@@ -11,13 +10,15 @@ namespace implicit_steer::IST_ISA {
 
 namespace {
 
-// run(sizes): those of the plan's hidden layers.
+// run(sizes): those of the plan's hidden layers, or of its table.
 template <typename Run>
 auto with_layers(const DevicePlan<float>& plan, Run run) {
-  constexpr int kWidth = TilePlan::kWidth;
+  const bool wide = plan.tile.width == 16, more = plan.tile.coefficients == 6;
+  if (plan.host.n_knots && wide) return more ? run(TiledTable<6, 16>{}) : run(TiledTable<4, 16>{});
+  if (plan.host.n_knots) return more ? run(TiledTable<6, 8>{}) : run(TiledTable<4, 8>{});
   const auto of_function = [&](auto tag) {
     using F = decltype(tag);
-    return plan.tile.coefficients == 4 ? run(Tiled<F, 4, kWidth>{}) : run(Tiled<F, 6, kWidth>{});
+    return wide ? run(Tiled<F, 4, 16>{}) : more ? run(Tiled<F, 6, 8>{}) : run(Tiled<F, 4, 8>{});
   };
   return plan.host.function == kElu ? of_function(Elu{}) : of_function(Silu{});
 }
@@ -25,13 +26,13 @@ auto with_layers(const DevicePlan<float>& plan, Run run) {
 // Numbers of a block's shared memory in front of its warps'.
 template <typename S>
 int64_t front_of_layers(const DevicePlan<float>& plan, S) {
-  return ExactMemory<S>::in_front_of_mlp(0, 0) + ExactMlp::size<S>(plan.host);
+  return ExactMemory<S>::in_front_of_mlp(0, 0) + S::Mlp::template size<S>(plan.host);
 }
 
 TileCall tile_call(const DevicePlan<float>& plan, const WideCall<float>& call, const float* rows, float* grad_rows) {
   // As many nodes as fill the lanes with edges.
   const int64_t degree = call.args.n_edges / std::max<int64_t>(call.args.n_dst, 1);
-  const int64_t nodes = degree < kSumEdges ? kSumEdges / std::max<int64_t>(degree, 1) : 1;
+  const int64_t nodes = std::max<int64_t>(TileCall::kMostNodes / std::max<int64_t>(degree, 1), 1);
   return {call, plan.tile_view, rows, grad_rows, static_cast<int>(nodes)};
 }
 
@@ -42,8 +43,7 @@ Failure run_on_nodes(const char* name, void (*kernel)(TileCall), int64_t numbers
   IST_TRY(plan.prepare(reinterpret_cast<const void*>(kernel), found, [&]() -> Failure {
     Device device;
     IST_TRY(device.read());
-    return failure(name,
-                   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.block_bytes));
+    return failure(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.block_bytes));
   }));
   const int64_t blocks = (call.wide.n_nodes + call.nodes_per_block - 1) / call.nodes_per_block;
   return launch(name, kernel, dim3(static_cast<unsigned>(blocks)), dim3(kTileThreads),
@@ -91,8 +91,8 @@ Failure run_tile_layers_backward(const DevicePlan<float>& plan, const ConvArgs<f
                                  int64_t more, void* stream, GradientRows<float>& rows) {
   return with_layers(plan, [&](auto sizes) -> Failure {
     using S = decltype(sizes);
-    FieldLaunch edges{"tile_layers_backward",       tile_layers_backward<S>, {}, front_of_layers(plan, sizes),
-                      tile_reverse_size<S>(plan.host), 0};
+    FieldLaunch edges{"tile_layers_backward",       tile_layers_backward<S>,         {},
+                      front_of_layers(plan, sizes), tile_reverse_size<S>(plan.host), 0};
     const int64_t of_warp = args.grad_weights ? TileGradients<S>::size_of(plan.host) : 0;
     IST_TRY(edges.prepare(plan, args, most_warps_with<float>(of_warp)));
     edges.call.view.first = plan.tile_view.first;

@@ -15,7 +15,8 @@ Failure run_tile_layers(const DevicePlan<R>& plan, const ConvArgs<R>& args, R* r
 template <typename R>
 Failure run_tile_sums(const DevicePlan<R>& plan, const WideCall<R>& call, const R* rows, void* stream);
 
-// Whether the plan has tile kernels for the backward pass that fit in a block's shared memory on every device; R = float.
+// Whether the plan has tile kernels for the backward pass that fit in a block's shared memory on every device; R =
+// float.
 template <typename R>
 bool has_tile_backward(const DevicePlan<R>& plan);
 

@@ -1,5 +1,5 @@
-// Backward of tile_sums.cuh, from dT in global memory: of every edge the gradients of its neighbour's features and of its
-// record. A block has some nodes, 16 of their edges at a time: first all threads make G (tile_geometry.cuh), then, for
+// Backward of tile_sums.cuh, from dT in global memory: of every edge the gradients of its neighbour's features and of
+// its record. A block has some nodes, 16 of their edges at a time: first all threads make G (tile_block.cuh), then, for
 // eight channels of one type of inputs after another, every warp takes some of the paths that read them (TileInput):
 //
 //   d_t[o, v] = Σ_w h[w] dT[o, v, w]      A[edge, w] = h[w],      B[w, v] = dT[o, v, w]
@@ -12,108 +12,70 @@
 
 #include "lanes_of_warp.cuh"
 #include "mma.cuh"
-#include "tile_geometry.cuh"
+#include "tile_block.cuh"
 
 namespace implicit_steer::IST_ISA {
 
 constexpr int kBackEdges = 16;  // at a time
 
-struct TileBackward {
-  using Geometry = TileGeometry<kBackEdges>;
-  const TileCall& call;
-  const WideCall<float>& wide;
-  const Geometry geometry, d;                // of the direction's part, and of its gradients
-  float *const d_h, *const d_factor, *const d_f;  // [16, record - 4], [16], [warps, most_in, 16, 8]
-  int32_t *const edges, *const sources;      // [16] of the chunk
-  const int lane, group, pair, warp;
-  const int64_t begin, last;  // the block's nodes
-  int64_t node;               // into which the chunk's first edge goes
-  int64_t from = 0;           // position of the chunk's first edge
+struct TileBackward : TileBlock<kBackEdges> {
+  using Base = TileBlock<kBackEdges>;
+  float *const d_rows, *const d_h;    // [of_edge, 16] as `rows`; [16, record - 4]
+  float *const d_factor, *const d_f;  // [16], [warps, most_in, 16, 8]
+  int32_t* const edges;               // [16] numbers of the chunk's edges
+  const bool need_rows;
 
   static IST_HOST_DEVICE int64_t size(const TileView& tiles) {
-    return kBackEdges * (2 * tiles.of_edge() + tiles.record - 4 + 3 + kTileWarps * tiles.most_in * 8);
+    return Base::numbers + kBackEdges * (2 * tiles.of_edge() + tiles.record - 4 + 2 + kTileWarps * tiles.most_in * 8);
   }
 
   __device__ __forceinline__ TileBackward(const TileCall& call, float* memory)
-      : call(call),
-        wide(call.wide),
-        geometry(call, memory),
-        d(call, memory + call.tiles.of_edge() * kBackEdges),
-        d_h(memory + 2 * call.tiles.of_edge() * kBackEdges),
+      : Base(call, memory),
+        d_rows(rows + call.tiles.of_edge() * kBackEdges),
+        d_h(d_rows + call.tiles.of_edge() * kBackEdges),
         d_factor(d_h + (call.tiles.record - 4) * kBackEdges),
-        d_f(d_factor + 3 * kBackEdges),
+        d_f(d_factor + 2 * kBackEdges),
         edges(reinterpret_cast<int32_t*>(d_factor + kBackEdges)),
-        sources(edges + kBackEdges),
-        lane(threadIdx.x % 32),
-        group(lane / 4),
-        pair(lane % 4),
-        warp(threadIdx.x / 32),
-        begin(int64_t{blockIdx.x} * call.nodes_per_block),
-        last(begin + call.nodes_per_block < wide.n_nodes ? begin + call.nodes_per_block : wide.n_nodes),
-        node(begin) {}
+        need_rows(call.grad_rows) {}
 
   __device__ __forceinline__ void run() {
-    const int64_t end = wide.first_edge(last);
-    for (from = wide.first_edge(begin); from < end; from += kBackEdges) {  // loop: chunks
-      const int n = end - from < kBackEdges ? static_cast<int>(end - from) : kBackEdges;
-      while (wide.first_edge(node + 1) <= from) ++node;
-      chunk(n);
-    }
+    const int end = n_edges();
+    for (int from = 0; from < end; from += kBackEdges)  // loop: chunks
+      chunk(from, end - from < kBackEdges ? end - from : kBackEdges);
   }
 
-  __device__ __forceinline__ void chunk(int n) {
-    const auto u = geometry.direction(from, n);
-    if (threadIdx.x < kBackEdges) {
-      const int64_t edge = wide.args.index(wide.args.order, from + (lane < n ? lane : n - 1));
-      edges[lane] = static_cast<int32_t>(edge);
-      sources[lane] = static_cast<int32_t>(wide.args.index(wide.args.src, edge));
-    }
-    const int cleared = kBackEdges * (call.tiles.record - 4 + 1);  // d_h, d_factor
-    for (int k = threadIdx.x; k < cleared && call.grad_rows; k += kTileThreads) d_h[k] = 0;
-    for (int k = threadIdx.x; k < call.tiles.g.n * kBackEdges && call.grad_rows; k += kTileThreads) d.g[k] = 0;
-    geometry.evaluate(u);
+  __device__ __forceinline__ void chunk(int from, int n) {
+    const auto u = direction(from, n);
+    const int cleared = kBackEdges * (call.tiles.of_edge() + call.tiles.record - 4 + 1);  // d_rows, d_h, d_factor
+#pragma unroll 1
+    for (int k = 4 * threadIdx.x; k < cleared && need_rows; k += 4 * kTileThreads) neighbours<4>(d_rows + k) = {};
+    enter(from, n, u, edges);
     for (int k = 0; k < call.tiles.n_inputs; ++k) {
-      const TileInput& input = global_memory(call.tiles.inputs)[k];
+      const TileInput input = global_memory(call.tiles.inputs)[k];
       float* const mine = d_f + warp * call.tiles.most_in * kBackEdges * 8;
-      for (int at = 4 * lane; at < input.n_in * kBackEdges * 8; at += 128) neighbours<4>(mine + at) = {};
+      static_assert(kBackEdges * 8 == 4 * 32);
+#pragma unroll 1
+      for (int i = 0; i < input.n_in; ++i) neighbours<4>(mine + 4 * (32 * i + lane)) = {};
       __syncwarp();
-      for (int at = input.first[warp]; at < input.first[warp + 1]; ++at)
-        path_back(global_memory(call.tiles.paths)[global_memory(call.tiles.input_paths)[at]], input, mine, n);
+      const int32_t* const first = call.tiles.inputs[k].first + warp;
+      for (int at = first[0]; at < first[1]; ++at) {
+        const TilePath path = global_memory(call.tiles.paths)[global_memory(call.tiles.input_paths)[at]];
+        float* const of_path = mine + path.component * kBackEdges * 8;
+        TileRun run = next_run(from, n, 0, node);
+        for (; run.begin < n; run = next_run(from, n, run.stop, run.node))  // loop: nodes
+          path_back(path, input.v, record(from), run, of_path);
+      }
       __syncthreads();
-      write_features(input, n);
+      if (wide.args.grad_edge) write_features(input, n);
       __syncthreads();
     }
-    for (int k = threadIdx.x; k < n * call.tiles.n_unread && wide.args.grad_edge; k += kTileThreads)
-      wide.args.grad_edge[int64_t{edges[k % n]} * wide.plan.in_size + call.tiles.unread[k / n]] = 0;
-    if (call.grad_rows) write_rows(u, n);
+    if (wide.args.grad_edge) clear_unread(n);
+    if (need_rows) write_rows(u, from, n);
     __syncthreads();
   }
 
-  // ---- one path, of one node's edges in the chunk after another
+  // ---- one path and one node's edges in the chunk
 
-  __device__ __forceinline__ void path_back(const TilePath& path, const TileInput& input, float* of_warp,
-                                            int n) const {
-    int64_t at = node;
-    for (int64_t start = from; start < from + n; ++at) {  // loop: nodes
-      const int64_t end = wide.first_edge(at + 1), stop = end < from + n ? end : from + n;
-      if (stop <= start) continue;
-      const Run run{static_cast<int>(start - from), static_cast<int>(stop - from), at};
-      float* const of_path = of_warp + (path.from - input.from) / path.in_stride * kBackEdges * 8;
-      if (path.n_out == 1)
-        run_back<1>(path, input.v, run, of_path);
-      else if (path.n_out == 3)
-        run_back<3>(path, input.v, run, of_path);
-      else
-        run_back<5>(path, input.v, run, of_path);
-      start = stop;
-    }
-  }
-
-  // Edges begin .. stop - 1 of the chunk.
-  struct Run {
-    int begin, stop;
-    int64_t node;
-  };
   // Of this lane: edges group and 8 + group, channels 2 pair and 2 pair + 1; number 2 e + k of four is of edge e and
   // channel k.
   template <int kOut>
@@ -123,8 +85,43 @@ struct TileBackward {
     bool there[2];
   };
 
-  template <int kOut>
-  __device__ __forceinline__ void run_back(const TilePath& path, int v, const Run& run, float* of_path) const {
+  // `records`: of the chunk; `of_path`: the warp's d_f of the path's inputs
+  __device__ __forceinline__ void path_back(const TilePath& path, int v, const float* records, const TileRun& run,
+                                            float* of_path) const {
+    switch (path.shape) {
+      case tile_shape(1, 1, true, true):
+        return path_back<1, 1, true, true>(path, v, records, run, of_path);
+      case tile_shape(3, 3, true, true):
+        return path_back<3, 3, true, true>(path, v, records, run, of_path);
+      case tile_shape(5, 5, true, true):
+        return path_back<5, 5, true, true>(path, v, records, run, of_path);
+      case tile_shape(1, 1, true, false):
+        return path_back<1, 1, true, false>(path, v, records, run, of_path);
+      case tile_shape(3, 3, true, false):
+        return path_back<3, 3, true, false>(path, v, records, run, of_path);
+      case tile_shape(5, 5, true, false):
+        return path_back<5, 5, true, false>(path, v, records, run, of_path);
+      case tile_shape(1, 3, false, false):
+        return path_back<1, 3, false, false>(path, v, records, run, of_path);
+      case tile_shape(1, 5, false, false):
+        return path_back<1, 5, false, false>(path, v, records, run, of_path);
+      case tile_shape(3, 1, false, false):
+        return path_back<3, 1, false, false>(path, v, records, run, of_path);
+      case tile_shape(3, 3, false, false):
+        return path_back<3, 3, false, false>(path, v, records, run, of_path);
+      case tile_shape(3, 5, false, false):
+        return path_back<3, 5, false, false>(path, v, records, run, of_path);
+      case tile_shape(5, 1, false, false):
+        return path_back<5, 1, false, false>(path, v, records, run, of_path);
+      case tile_shape(5, 3, false, false):
+        return path_back<5, 3, false, false>(path, v, records, run, of_path);
+      case tile_shape(5, 5, false, false):
+        return path_back<5, 5, false, false>(path, v, records, run, of_path);
+    }
+  }
+  template <int kIn, int kOut, bool kDiagonal, bool kConstant>
+  __device__ __forceinline__ void path_back(const TilePath& path, int v, const float* records, const TileRun& run,
+                                            float* of_path) const {
     OfLane<kOut> of;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
@@ -132,87 +129,111 @@ struct TileBackward {
       of.there[e] = at >= run.begin && at < run.stop;
       of.place[e] = of.there[e] ? at : run.begin;
     }
-    const float* const d_sums = wide.grad_sums + wide.at(path.at, run.node, path.size);
-    path.row < 0 ? constant_back(path, v, d_sums, of) : products_back(path, v, d_sums, of);
-    inputs_back(path, v, of, of_path);
-    if (call.grad_rows) path.row < 0 ? factor_back(path, v, d_sums, of) : rows_back(path, v, d_sums, of);
+    const float* const d_sums = opaque(wide.grad_sums + wide.at(path.at, first_node + run.node, path.size));
+    if constexpr (kConstant)
+      constant_back(path, v, records, d_sums, of);
+    else
+      products_back(path, v, records, d_sums, of);
+#pragma unroll
+    for (int o = 0; o < kOut; ++o)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) of.d_t[o][j] = of.there[j / 2] ? of.d_t[o][j] : 0;
+    inputs_back<kIn, kOut, kDiagonal>(path, v, !kConstant && need_rows, of, of_path);
+    if (!need_rows) return;
+    if constexpr (kConstant)
+      factor_back(path, v, d_sums, of);
+    else
+      rows_back(path, v, d_sums, of);
   }
   // dT of the path's next component
   __device__ __forceinline__ int64_t step(const TilePath& path) const { return path.size * wide.n_nodes; }
 
   template <int kOut>
-  __device__ __forceinline__ void products_back(const TilePath& path, int v, const float* d_sums,
+  __device__ __forceinline__ void products_back(const TilePath& path, int v, const float* records, const float* d_sums,
                                                 OfLane<kOut>& of) const {
-    Split<4> h;
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const auto two = neighbours<2>(call.rows + (from + of.place[e]) * call.tiles.record + path.row + 2 * pair);
-#pragma unroll
-      for (int k = 0; k < 2; ++k) h.set(2 * k + e, of.there[e] ? two.at[k] : 0);
-    }
     const bool is_channel = v + group < path.channels;
-    const float* const of_channel = d_sums + (v + group) * TilePlan::kWidth + 2 * pair;
+    const int64_t next = step(path);
+#pragma unroll 1
+    for (int w = 2 * pair; w < call.tiles.width; w += 8) {
+      Split<4> h;
 #pragma unroll
-    for (int o = 0; o < kOut; ++o) {
-      Neighbours<float, 2> two{};
-      if (is_channel) two = neighbours<2>(of_channel + o * step(path));
-      Split<2> d_t;
-      d_t.set(0, two.at[0]), d_t.set(1, two.at[1]);
-      mma_3xtf32(of.d_t[o], h, d_t);
+      for (int e = 0; e < 2; ++e) {
+        const auto two = neighbours<2>(records + of.place[e] * call.tiles.record + path.row + w);
+#pragma unroll
+        for (int k = 0; k < 2; ++k) h.set(2 * k + e, two.at[k]);
+      }
+      const float* const of_channel = d_sums + (v + group) * call.tiles.width + w;
+#pragma unroll
+      for (int o = 0; o < kOut; ++o) {
+        Neighbours<float, 2> two{};
+        if (is_channel) two = neighbours<2>(of_channel + o * next);
+        Split<2> d_t;
+        d_t.set(0, two.at[0]), d_t.set(1, two.at[1]);
+        mma_3xtf32(of.d_t[o], h, d_t);
+      }
     }
   }
   template <int kOut>
-  __device__ __forceinline__ void constant_back(const TilePath& path, int v, const float* d_sums,
+  __device__ __forceinline__ void constant_back(const TilePath& path, int v, const float* records, const float* d_sums,
                                                 OfLane<kOut>& of) const {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const float factor = call.rows[(from + of.place[e] + 1) * call.tiles.record - 1];
+      const float factor = records[(of.place[e] + 1) * call.tiles.record - 1];
 #pragma unroll
       for (int o = 0; o < kOut; ++o)
 #pragma unroll
-        for (int k = 0; k < 2; ++k)
-          if (of.there[e]) of.d_t[o][2 * e + k] = factor * constant_grad(path, v, d_sums, o, k);
+        for (int k = 0; k < 2; ++k) of.d_t[o][2 * e + k] = factor * constant_grad(path, v, d_sums, o, k);
     }
   }
-  __device__ __forceinline__ float constant_grad(const TilePath& path, int v, const float* d_sums, int o,
-                                                 int k) const {
+  __device__ __forceinline__ float constant_grad(const TilePath& path, int v, const float* d_sums, int o, int k) const {
     const int channel = v + 2 * pair + k;
     return channel < path.channels ? d_sums[o * step(path) + channel] : 0;
   }
 
-  // t, d_f and d_G
-  template <int kOut>
-  __device__ __forceinline__ void inputs_back(const TilePath& path, int v, OfLane<kOut>& of, float* of_path) const {
+  // t, d_f and, if wanted, d_G
+  template <int kIn, int kOut, bool kDiagonal>
+  __device__ __forceinline__ void inputs_back(const TilePath& path, int v, bool need_g, OfLane<kOut>& of,
+                                              float* of_path) const {
+    const bool writes_g = pair < 2 && (pair ? of.there[1] : of.there[0]);
     const float* x[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e)
-      x[e] = wide.x + int64_t{sources[of.place[e]]} * wide.plan.n_gathered + path.from + v + 2 * pair;
-    int at = path.g * kBackEdges + group;
-    float* to = of_path + group * 8 + 2 * pair;
-#pragma unroll 1
-    for (int i = 0; i < path.n_in; ++i, at += kOut * kBackEdges, to += kBackEdges * 8) {
+      x[e] = wide.x + (path.from + v + 2 * pair) + int64_t{sources[of.place[e]]} * wide.plan.n_gathered;
+    const float* const of_g = g() + path.g * kBackEdges + group;
+    float* const d_g = d_rows + (of_g - rows) + 8 * (pair & 1);  // of the sum that this lane gets
+    float* const to = of_path + group * 8 + 2 * pair;
+#pragma unroll
+    for (int i = 0; i < kIn; ++i) {
+      constexpr int outputs = kDiagonal ? 1 : kOut;
       Neighbours<float, 2> f[2], d_f_i[2] = {};
+      float product[outputs][2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) f[e] = neighbours<2>(x[e] + i * path.in_stride);
 #pragma unroll
-      for (int o = 0; o < kOut; ++o) {
-        float of_g[2];
+      for (int n = 0; n < outputs; ++n) {
+        const int o = kDiagonal ? i : n;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float g = geometry.g[at + o * kBackEdges + 8 * e];
+          const float factor = of_g[(i * outputs + n) * kBackEdges + 8 * e];
 #pragma unroll
           for (int k = 0; k < 2; ++k) {
-            of.t[o][2 * e + k] += f[e].at[k] * g;
-            d_f_i[e].at[k] += of.d_t[o][2 * e + k] * g;
+            of.t[o][2 * e + k] += f[e].at[k] * factor;
+            d_f_i[e].at[k] += of.d_t[o][2 * e + k] * factor;
           }
-          of_g[e] = of.d_t[o][2 * e] * f[e].at[0] + of.d_t[o][2 * e + 1] * f[e].at[1];
+          product[n][e] = of.d_t[o][2 * e] * f[e].at[0] + of.d_t[o][2 * e + 1] * f[e].at[1];
         }
-        if (call.grad_rows && path.row >= 0) add_to_g(at - group + o * kBackEdges, of_g, of);
       }
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        auto& sum = neighbours<2>(to + 8 * 8 * e);
-        if (of.there[e]) sum = sum_of(sum, d_f_i[e]);
+        auto& sum = neighbours<2>(to + i * kBackEdges * 8 + 64 * e);
+        sum = sum_of(sum, d_f_i[e]);
+      }
+      if (need_g) {
+#pragma unroll
+        for (int n = 0; n < outputs; ++n) {
+          const float sum = sum_two(product[n]);
+          if (writes_g) d_g[(i * outputs + n) * kBackEdges] += sum;
+        }
       }
     }
   }
@@ -223,33 +244,34 @@ struct TileBackward {
     const float sum = (odd ? x[1] : x[0]) + from_lane_xor(odd ? x[0] : x[1], 1);
     return sum + from_lane_xor(sum, 2);
   }
-  template <int kOut>
-  __device__ __forceinline__ void add_to_g(int at, const float (&of_g)[2], const OfLane<kOut>& of) const {
-    const float sum = sum_two(of_g);
-    if (pair < 2 && (pair ? of.there[1] : of.there[0])) d.g[at + group + 8 * pair] += sum;
-  }
 
   template <int kOut>
   __device__ __forceinline__ void rows_back(const TilePath& path, int v, const float* d_sums,
                                             const OfLane<kOut>& of) const {
-    float sum[4] = {};
+    const int64_t next = step(path);
+    const int width = call.tiles.width;
+#pragma unroll 1
+    for (int w = 0; w < width; w += 8) {
+      const float* const of_channel = d_sums + (v + 2 * pair) * width + w + group;
+      float sum[4] = {};
 #pragma unroll
-    for (int o = 0; o < kOut; ++o) {
-      Split<4> t;
-      Split<2> d_t;
+      for (int o = 0; o < kOut; ++o) {
+        Split<4> t;
+        Split<2> d_t;
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const int channel = v + 2 * pair + k;
-        d_t.set(k, channel < path.channels ? d_sums[o * step(path) + channel * TilePlan::kWidth + group] : 0);
+        for (int k = 0; k < 2; ++k) {
+          const bool is_channel = v + 2 * pair + k < path.channels;
+          d_t.set(k, is_channel ? of_channel[o * next + k * width] : 0);
 #pragma unroll
-        for (int e = 0; e < 2; ++e) t.set(2 * k + e, of.t[o][2 * e + k]);
+          for (int e = 0; e < 2; ++e) t.set(2 * k + e, of.t[o][2 * e + k]);
+        }
+        mma_3xtf32(sum, t, d_t);
       }
-      mma_3xtf32(sum, t, d_t);
-    }
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      auto& to = neighbours<2>(d_h + (group + 8 * e) * (call.tiles.record - 4) + path.row + 2 * pair);
-      if (of.there[e]) to = sum_of(to, {sum[2 * e], sum[2 * e + 1]});
+      for (int e = 0; e < 2; ++e) {
+        auto& to = neighbours<2>(d_h + (group + 8 * e) * (call.tiles.record - 4) + path.row + w + 2 * pair);
+        if (of.there[e]) to = sum_of(to, {sum[2 * e], sum[2 * e + 1]});
+      }
     }
   }
   template <int kOut>
@@ -270,26 +292,37 @@ struct TileBackward {
 
   // ---- what all warps have of the chunk, by all threads
 
-  // d_f of the input's channels, edge by edge
+  // d_f of the input's channels: a thread has one channel of one edge.
   __device__ __forceinline__ void write_features(const TileInput& input, int n) const {
-    const int32_t* const gathered_from = global_memory(wide.plan.gathered_from);
-    for (int k = threadIdx.x; k < n * input.n_in * 8 && wide.args.grad_edge; k += kTileThreads) {
-      const int edge = k / 8 % n, i = k / 8 / n;
-      const int to = gathered_from[input.from + i * input.in_stride + input.v + k % 8];
+    static_assert(kTileThreads == kBackEdges * 8);
+    const int mine = static_cast<int>(threadIdx.x) / 8, channel = threadIdx.x % 8;
+    if (mine >= n) return;
+    const int32_t* from = global_memory(wide.plan.gathered_from) + input.from + input.v + channel;
+    float* const to = wide.args.grad_edge + int64_t{edges[mine]} * wide.plan.in_size;
+    const float* mine_of = d_f + threadIdx.x;
+    const int of_warp = call.tiles.most_in * kTileThreads;
+#pragma unroll 1
+    for (int i = 0; i < input.n_in; ++i, from += input.in_stride, mine_of += kTileThreads) {
       float sum = 0;
-      for (int w = 0; w < kTileWarps; ++w)
-        sum += d_f[((w * call.tiles.most_in + i) * kBackEdges + edge) * 8 + k % 8];
-      if (to >= 0) wide.args.grad_edge[int64_t{edges[edge]} * wide.plan.in_size + to] = sum;
+#pragma unroll
+      for (int w = 0; w < kTileWarps; ++w) sum += mine_of[w * of_warp];
+      const int number = *from;
+      if (number >= 0) to[number] = sum;
     }
   }
+  __device__ __forceinline__ void clear_unread(int n) const {
+    for (int k = share; k < call.tiles.n_unread && edge < n; k += shares)
+      wide.args.grad_edge[int64_t{edges[edge]} * wide.plan.in_size + call.tiles.unread[k]] = 0;
+  }
 
-  __device__ __forceinline__ void write_rows(const Neighbours<float, 4>& u, int n) const {
-    float* const rows = call.grad_rows + from * call.tiles.record;
+  __device__ __forceinline__ void write_rows(const Neighbours<float, 4>& u, int from, int n) const {
     const int of_h = call.tiles.record - 4;
-    for (int k = threadIdx.x; k < n * of_h; k += kTileThreads) rows[k / of_h * call.tiles.record + k % of_h] = d_h[k];
-    auto moved = geometry.backward(u, d);
-    moved.at[3] = d_factor[geometry.edge];
-    if (static_cast<int>(threadIdx.x) < n) neighbours<4>(rows + (threadIdx.x + 1) * call.tiles.record - 4) = moved;
+    float* const grad = call.grad_rows + (start + from) * call.tiles.record;
+    for (int at = warp; at < n; at += kTileWarps)
+      for (int k = lane; k < of_h; k += 32) grad[at * call.tiles.record + k] = d_h[at * of_h + k];
+    auto moved = Base::backward(u, d_rows);
+    moved.at[3] = d_factor[edge];
+    if (share == 0 && edge < n) neighbours<4>(grad + (edge + 1) * call.tiles.record - 4) = moved;
   }
 };
 

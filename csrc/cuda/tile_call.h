@@ -9,6 +9,7 @@ namespace implicit_steer::IST_ISA {
 constexpr int kTileWarps = TilePlan::kWarps, kTileThreads = 32 * kTileWarps;  // of a block
 
 struct TileCall {
+  static constexpr int kMostNodes = 32;  // of a block
   WideCall<float> wide;
   TileView tiles;
   const float* rows;    // [E, record], by position: edges sorted by target

@@ -1,9 +1,9 @@
-// The kernel MLP of every edge, of layers that tile_sums.cuh sums over edges: one thread has an edge, as in exact kernels
-// (exact_chunks.cuh), and its record goes to global memory, edge by edge as they are sorted.
+// The kernel MLP of every edge, of layers that tile_sums.cuh sums over edges: one thread has an edge, as in exact
+// kernels (exact_chunks.cuh), and its record goes to global memory, edge by edge as they are sorted.
 #pragma once
 
 #include "exact_chunks.cuh"
-#include "exact_mlp.cuh"
+#include "exact_table.cuh"
 
 namespace implicit_steer::IST_ISA {
 
@@ -18,15 +18,24 @@ struct Tiled {
   static constexpr int c = kCoefficients, even = c / 2, width = kWidth;
 };
 
-template <typename F, int kCoefficients, int kWidth>
-struct ExactMemory<Tiled<F, kCoefficients, kWidth>> {
-  using S = Tiled<F, kCoefficients, kWidth>;
-  static constexpr int record = S::Slots::degrees * kWidth + 4, records = 32 * record;
+// The same with a table in place of the layers.
+template <int kCoefficients, int kWidth>
+struct TiledTable : Tiled<void, kCoefficients, kWidth> {
+  using Mlp = ExactTable;
+};
+
+template <typename S>
+struct TileMemory {
+  static constexpr int record = S::Slots::degrees * S::width + 4, records = 32 * record;
   static constexpr int exponent_at = 0, warps_at = 4;
-  static constexpr int warp = records + 32 + kWidth * kCoefficients;
+  static constexpr int warp = records + 32 + S::width * S::c;
   static IST_HOST_DEVICE constexpr int in_front_of_mlp(int warps, int of_warp) { return warps_at + warps * of_warp; }
   static_assert(record % 8 == 4);
 };
+template <typename F, int kCoefficients, int kWidth>
+struct ExactMemory<Tiled<F, kCoefficients, kWidth>> : TileMemory<Tiled<F, kCoefficients, kWidth>> {};
+template <int kCoefficients, int kWidth>
+struct ExactMemory<TiledTable<kCoefficients, kWidth>> : TileMemory<TiledTable<kCoefficients, kWidth>> {};
 
 template <typename S>
 struct TileLayers : ExactChunks<S> {
@@ -43,7 +52,8 @@ struct TileLayers : ExactChunks<S> {
     for (int from = first; from < last; from += Base::of_chunk) {  // loop: chunks
       const int n = last - from < Base::of_chunk ? last - from : Base::of_chunk;
       this->chunk(from, n, NothingKept{});
-      if (this->p.has_norms) normalise();
+      if constexpr (!S::Mlp::is_table)
+        if (this->p.has_norms) normalise();
       __syncwarp();
       float* const to = rows + int64_t{from} * Memory::record;
       for (int k = 4 * lane; k < n * Memory::record; k += 128) neighbours<4>(to + k) = neighbours<4>(records + k);
@@ -71,7 +81,8 @@ struct TileLayers : ExactChunks<S> {
 };
 
 template <typename S>
-__global__ void __launch_bounds__(kThreads, kResident<float>) tile_layers(const __grid_constant__ FieldCall call) {
+__global__ void __launch_bounds__(kThreads, S::width > 8 ? 2 : kResident<float>)
+    tile_layers(const __grid_constant__ FieldCall call) {
   TileLayers<S> warp(call);
   if (warp.number < call.shape.warps) warp.run();
 }

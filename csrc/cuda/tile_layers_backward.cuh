@@ -2,7 +2,9 @@
 // attributes. A warp makes a chunk's records once more, whose layers are kept, and goes back (exact_reverse.cuh).
 #pragma once
 
-#include "exact_reverse.cuh"
+#include <type_traits>
+
+#include "exact_table_backward.cuh"
 #include "layer_gradients.cuh"
 #include "tile_layers.cuh"
 
@@ -13,8 +15,7 @@ template <typename S>
 struct TileGradients : LayerGradients<S, 2 * S::width * 32> {
   using Base = LayerGradients<S, 2 * S::width * 32>;
 
-  __device__ __forceinline__ TileGradients(float* of_warps, int number, const PlanView<float>& p,
-                                           const FieldView& view)
+  __device__ __forceinline__ TileGradients(float* of_warps, int number, const PlanView<float>& p, const FieldView& view)
       : Base(of_warps, number, Base::size_of(p), p, view) {}
 
   __device__ __forceinline__ float& of_norm(bool is_shift, int w) const {
@@ -25,7 +26,7 @@ struct TileGradients : LayerGradients<S, 2 * S::width * 32> {
   __device__ __forceinline__ void write(const FieldView& view, const float* packed, float* row) const {
     const PlanView<float>& p = this->p;
     this->clear_row(row);
-    this->write_mlp(view, packed, row);
+    this->write_layers(view, packed, row);
     this->write_shell(packed, row);
     for (int k = threadIdx.x; k < 2 * S::width && p.has_norms; k += blockDim.x) {
       float sum = 0;
@@ -52,7 +53,9 @@ struct TileReverse : ExactReverse<S, ExactChunks<S>, TileGradients<S>> {
     this->kept = {this->rest + kReverseSize};
   }
 
-  __device__ __forceinline__ void run() {
+  // Self: this kernel, or one derived from it with a reverse() of its own.
+  template <typename Self>
+  __device__ __forceinline__ void run(Self& self) {
     if (this->need_weights) gradients.clear();
 #pragma unroll 1
     for (int from = first; from < last; from += Base::of_chunk) {  // loop: chunks
@@ -61,7 +64,7 @@ struct TileReverse : ExactReverse<S, ExactChunks<S>, TileGradients<S>> {
       this->chunk(from, n, this->kept);
       of_record(grad_rows + int64_t{from + at} * Memory::record, lane < n);
       __syncwarp();
-      this->reverse(n);
+      self.reverse(n);
       __syncwarp();
     }
   }
@@ -96,9 +99,12 @@ struct TileReverse : ExactReverse<S, ExactChunks<S>, TileGradients<S>> {
 };
 
 template <typename S>
+using TileReverseWarp = std::conditional_t<S::Mlp::is_table, ExactTableReverse<S, TileReverse<S>>, TileReverse<S>>;
+
+template <typename S>
 __global__ void __launch_bounds__(kThreads, 2) tile_layers_backward(const __grid_constant__ FieldCall call) {
-  TileReverse<S> warp(call);
-  if (warp.number < call.shape.warps) warp.run();
+  TileReverseWarp<S> warp(call);
+  if (warp.number < call.shape.warps) warp.run(warp);
   if (!warp.need_weights) return;
   const int warps = blockDim.x / 32, begin = blockIdx.x * warps, left = call.shape.warps - begin;
   const TileGradients<S> of_block(call.sums, begin, warp.p, warp.view);

@@ -11,7 +11,7 @@
 #include "../spline_pieces.h"
 #include "edge_arrays.cuh"
 #include "lanes_of_warp.cuh"
-#include "specialised.cuh"
+#include "neighbours.cuh"
 
 namespace implicit_steer::IST_ISA {
 
@@ -51,29 +51,17 @@ struct ChosenFunction {
 };
 constexpr int kBlockBytes = 16;  // of shared memory in front of the layers' and the warps'
 
-// What kernels are compiled for where the plan's sizes are none of those in specialised.cuh.
-struct Generic {
-  using Function = ChosenFunction;
-  static constexpr bool specialised = false;
-};
-template <typename S, typename R>
-struct Layers {};  // of a block's own there are none
-template <typename F, int kCoefficients, int kWidth, typename R>
-struct Layers<Specialised<F, kCoefficients, kWidth>, R> : SpecialisedLayers<Specialised<F, kCoefficients, kWidth>, R> {
-};
-
 // kFeatures: the edges have neighbours, else they are points in their given order.
-template <typename N, bool kFeatures, bool kBackward, typename S = Generic>
+template <typename N, bool kFeatures, bool kBackward>
 struct Warp : EdgeArrays<N> {
   using R = Real<N>;
   using Base = EdgeArrays<N>;
-  using Function = typename S::Function;
-  using Base::e, Base::z, Base::y, Base::normed, Base::hidden, Base::f, Base::g, Base::t, Base::by_coefficient;
+  using Function = ChosenFunction;
+  using Base::e, Base::z, Base::y, Base::normed, Base::hidden, Base::f, Base::g, Base::t;
   const ConvArgs<R>& a;
   const PlanView<R>& p;
   const CouplingLists& terms;
   const N* weights;  // packed
-  Layers<S, R> block_layers;
   N shell;
   N* rest;  // of the warp's memory, behind the edges
   const int lane, lanes, sub, slot, tile, edge_size, table_row;
@@ -100,14 +88,11 @@ struct Warp : EdgeArrays<N> {
         last(first + call.shape.edges_per_warp < a.n_edges ? first + call.shape.edges_per_warp : a.n_edges) {
     SHARED_MEMORY(unsigned char, memory);
     N* const numbers = reinterpret_cast<N*>(memory + kBlockBytes);
-    if constexpr (S::specialised)
-      block_layers.place(numbers, p), block_layers.copy(p, a.weights);
-    else if (threadIdx.x == 0)
-      ChosenFunction::number() = p.function;
+    if (threadIdx.x == 0) ChosenFunction::number() = p.function;
     __syncthreads();
-    N* const edges = numbers + call.shape.block_size + threadIdx.x / 32 * call.shape.warp_size;
+    N* const edges = numbers + threadIdx.x / 32 * call.shape.warp_size;
     Slice<N> slice{edges + slot * edge_size};
-    this->place(slice, p, call.extent, Needs{kFeatures, kBackward, S::specialised});
+    this->place(slice, p, call.extent, Needs{kFeatures, kBackward});
     rest = edges + whole_quads(tile * edge_size);
     shell = weights[p.shell_at];
     e.d_shell = N{};
@@ -168,10 +153,10 @@ struct Warp : EdgeArrays<N> {
   __device__ __forceinline__ void enter_frame(bool all_harmonics) {
     e.near_origin = false, e.radius = e.factor = N{};
     if (active && sub == 0) {
-      for (int m = 0; m < p.d && !S::specialised; ++m) e.first[m] = N{};  // harmonics that no coupling reads stay 0
+      for (int m = 0; m < p.d; ++m) e.first[m] = N{};  // harmonics that no coupling reads stay 0
 #pragma unroll 1
       for (int n = 0; n < 2; ++n) {
-        frame_forward<!S::specialised>(p, shell, e, all_harmonics);
+        frame_forward(p, shell, e, all_harmonics);
         if (!p.regular || e.near_origin || !(e.radius < Limits<R>::near)) break;
         e.near_origin = true;  // once more, as such an edge wants it
       }
@@ -179,24 +164,6 @@ struct Warp : EdgeArrays<N> {
     const int leader = lane - sub;
     e.near_origin = from_lane(static_cast<int>(e.near_origin), leader);
     e.radius = from_lane(e.radius, leader), e.factor = from_lane(e.factor, leader);
-    __syncwarp();
-    if constexpr (S::specialised) harmonics();
-  }
-
-  // Those that the couplings read, and 0 for all others: the edge's lanes divide them among themselves.
-  __device__ __forceinline__ void harmonics() {
-    for (int n = 0; n < terms.n_degrees; ++n) {
-      for (int k = terms.degrees[n] + sub; k < terms.degrees[n + 1] && active; k += lanes)
-        set_monomial(p, e, terms.monomials[k]);
-      __syncwarp();
-    }
-    for (int m = sub; m < p.d && active; m += lanes) {
-      const int end = terms.solid[2 * m + 1];
-      const bool linear = is_linear(p, e, m);
-      N sum{};
-      for (int j = terms.solid[2 * m]; j < end; ++j) sum += harmonic_term(p, e, j, linear);
-      set_harmonic(p, e, m, sum);
-    }
     __syncwarp();
   }
 
@@ -229,11 +196,7 @@ struct Warp : EdgeArrays<N> {
 
   // ---- the MLP
 
-  __device__ __forceinline__ Share own() const { return {sub, lanes}; }
-
-  __device__ __forceinline__ void linear(int layer_number, const LayerView<R>& layer, const N* in, N* out) {
-    if constexpr (S::specialised)
-      if (layer_number > 0) return block_layers.linear(layer_number, weights + layer.bias, in, out, own());
+  __device__ __forceinline__ void linear(const LayerView<R>& layer, const N* in, N* out) {
     const N *w = weights + layer.weight, *bias = weights + layer.bias;
     const int32_t* group = layer.groups;
     for (int n = 0; n < layer.n_groups; ++n) {
@@ -247,12 +210,7 @@ struct Warp : EdgeArrays<N> {
   }
 
   __device__ __forceinline__ void channel(const LayerView<R>& layer, const N* z_w, N* y_w) const {
-    if constexpr (!S::specialised)
-      channel_forward<Function>(p, layer, e, z_w, y_w, static_cast<N*>(nullptr));
-    else if (e.near_origin)
-      near_forward<Function>(layer, p.c, p.order_zero, e.radius, z_w, y_w);
-    else
-      block_layers.activation(z_w, y_w);
+    channel_forward<Function>(p, layer, e, z_w, y_w, static_cast<N*>(nullptr));
   }
 
   __device__ __forceinline__ void activations(const LayerView<R>& layer, bool norm, const N* z_n, N* y_n, N* normed_n) {
@@ -270,7 +228,7 @@ struct Warp : EdgeArrays<N> {
     N *z_n = z, *y_n = y, *normed_n = normed;
     for (int n = 0; n <= last_layer; ++n) {  // loop: layers
       const LayerView<R> layer = layer_view(n);
-      if (active) linear(n, layer, in, z_n);
+      if (active) linear(layer, in, z_n);
       __syncwarp();
       const bool norm = p.has_norms && (n < last_layer || norm_last);
       if (active) activations(layer, norm, z_n, y_n, normed_n);
@@ -295,7 +253,7 @@ struct Warp : EdgeArrays<N> {
     return {first, spline_pieces(p, e.radius, position, static_cast<R>(at))};
   }
 
-  __device__ __forceinline__ bool has_table() const { return !S::specialised && p.n_knots; }
+  __device__ __forceinline__ bool has_table() const { return p.n_knots; }
 
   // f(place among the channels' coefficients, place in a row) for those that couplings read, -1 for others.
   template <typename F>
@@ -330,10 +288,6 @@ struct Warp : EdgeArrays<N> {
   const N *features, *coefficients;
   __device__ __forceinline__ void hidden_features() {
     coefficients = features = has_table() ? splines() : p.n_layers ? layers(p.n_layers - 1, true) : e.inputs;
-    if constexpr (S::specialised && kFeatures)
-      for (int w = sub; w < S::width && active; w += lanes)
-#pragma unroll
-        for (int k = 0; k < S::c; ++k) by_coefficient[k * S::width + w] = features[w * S::c + k];
     if (p.kind != kPlanar) return;
     for (int w = sub; w < p.channels && active; w += lanes)
       for (int m = 0; m < p.c; ++m) hidden[w * p.c + m] = turned(p, e.first, e.second, coefficients + w * p.c, m);
@@ -366,49 +320,9 @@ struct Warp : EdgeArrays<N> {
     }
   }
 
-  // As below for specialised layers: four inputs by four channels at a time.
-  __device__ __forceinline__ void accumulate_specialised(N* sums, int l0, int l1) const {
-    constexpr int quads = S::width / 4;
-    for (int x = lane; x < quads * terms.n_rows; x += 32) {  // loop: T
-      const auto row = neighbours<4>(terms.rows + x / quads * 4);
-      const int inputs = row.at[1], w = x % quads * 4;
-      N* const entries = sums + row.at[0] + w;
-      Neighbours<N, 4> sum[4] = {};
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (i < inputs) sum[i] = neighbours<4>(entries + i * S::width);
-#pragma unroll 1
-      for (int n = row.at[2]; n < row.at[3]; ++n) {
-        const auto term = neighbours<2>(terms.terms + 4 * n);
-        const N *product = of_edge(t + term.at[0], l0), *h = of_edge(by_coefficient + term.at[1] * S::width + w, l0);
-#pragma unroll 2
-        for (int l = l0; l < l1; ++l, product += edge_size, h += edge_size) {
-          const auto four = neighbours<4>(product), features_here = neighbours<4>(h);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) add_multiple(sum[i], four.at[i], features_here);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (i < inputs) neighbours<4>(entries + i * S::width) = sum[i];
-    }
-    for (int x = lane; x < terms.n_constant_rows; x += 32) {
-      const auto row = neighbours<4>(terms.rows + (terms.n_rows + x) * 4);
-      auto sum = neighbours<4>(sums + row.at[0]);
-#pragma unroll 1
-      for (int n = row.at[2]; n < row.at[3]; ++n) {
-        const N* product = of_edge(t + terms.terms[4 * n], l0);
-#pragma unroll 2
-        for (int l = l0; l < l1; ++l, product += edge_size) add_multiple(sum, N{} + 1, neighbours<4>(product));
-      }
-      neighbours<4>(sums + row.at[0]) = sum;
-    }
-  }
-
   // T += Σ t ⊗ h over the edges l0 .. l1-1 of the tile, all into one node. A lane owns the same entries of a coupling's
   // T at every call.
   __device__ __forceinline__ void accumulate(N* sums, int l0, int l1) const {
-    if constexpr (S::specialised) return accumulate_specialised(sums, l0, l1);
     for_blocks([&](const CouplingView& q, int first_slot, int n_slots, const int32_t* row, int at) {
       const int width = row_width(q.n_hidden), step = 32 / width;
       for (int s = 0; s < n_slots; ++s) {

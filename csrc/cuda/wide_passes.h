@@ -122,12 +122,8 @@ class WidePass {
   EdgeRecords<R> records() const { return {nullptr, nullptr, wide_.stride, wide_.g, wide_.record}; }
 
   Failure evaluate() {
-    EdgeKernel<N> edges{};
-    IST_TRY(with_sizes<N>(plan_, [&](auto sizes, int64_t front) {
-      edges.name = sizes.specialised ? "conv_hidden_specialised" : "conv_hidden",
-      edges.kernel = conv_hidden<N, decltype(sizes)>;
-      return edges.prepare(plan_, points(), {false, false, sizes.specialised}, front, 0, kAnyWarps);
-    }));
+    EdgeKernel<N> edges{"conv_hidden", conv_hidden<N>, {}, 0};
+    IST_TRY(edges.prepare(plan_, points(), {false, false}, 0, kAnyWarps));
     N* const made = take<N>(args_.n_edges * wide_.record);
     edges.call.records = records(), edges.call.records.at = reinterpret_cast<R*>(made), call_.records = made;
     return edges.run(stream_);
@@ -150,14 +146,10 @@ class WidePass {
   }
 
   Failure evaluate_backward(int64_t more, bool needed, GradientRows<R>& rows) const {
-    EdgeKernel<N> edges{};
+    EdgeKernel<N> edges{"conv_hidden_backward", conv_hidden_backward<N>, {}, 0};
     const int64_t n_grad = args_.grad_weights ? wide_.theta : 0;
     const int64_t most = n_grad ? most_warps_with<R>(n_grad) : kAnyWarps;
-    IST_TRY(with_sizes<N>(plan_, [&](auto sizes, int64_t front) {
-      edges.name = sizes.specialised ? "conv_hidden_backward_specialised" : "conv_hidden_backward",
-      edges.kernel = conv_hidden_backward<N, decltype(sizes)>;
-      return edges.prepare(plan_, points(), {false, true, sizes.specialised}, front, 0, most);
-    }));
+    IST_TRY(edges.prepare(plan_, points(), {false, true}, 0, most));
     edges.call.plan.n_grad = wide_.theta;
     edges.call.partial = take<R>(n_grad * edges.call.shape.warps + more);
     rows = {edges.call.partial, needed ? edges.call.shape.warps : 0, n_grad};

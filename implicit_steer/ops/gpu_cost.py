@@ -2,8 +2,8 @@
 instructions per edge.
 
 `cuda` multiplies only where a matrix is not 0. The count is that of its generic kernels, on the ordinary units: 4
-instructions per multiply-add and 16 per φ, of 32 lanes each; the splines of a table take about 100 per edge. The exact
-and the grid kernels execute fewer (docs/cuda_kernels.md). For many fields the coupling takes 2.7 instructions per
+instructions per multiply-add and 16 per φ, of 32 lanes each; the splines of a table take about 100 per edge. The exact,
+the grid and the tile kernels execute fewer (docs/cuda_kernels.md). For many fields the coupling takes 2.7 instructions per
 multiply-add, of 32 lanes, and a library mixes the channels, at an assumed three quarters of the units' peak.
 
 `triton` runs narrow layers of zonal frames edge by edge: 0.107 instructions per multiply-add and 2.4 per φ, difference

@@ -338,11 +338,17 @@ def test_opcheck():
         ("16x0e + 16x1o", {}, "exact kernels"),
         ("8x0e + 8x1o", {"n_channels": 16}, "exact kernels"),
         ("16x0e + 8x1o + 8x1e", {}, "exact kernels"),  # with products u x x
-        ("8x0e + 4x1o + 4x1e", {"n_channels": 16}, "generic kernels because of 16 hidden channels with the product"),
+        ("8x0e + 4x1o + 4x1e", {"n_channels": 16}, "tiled kernels because of 16 hidden channels with the product"),
         ("8x0e + 4x1o + 4x1e", {"n_channels": 16, "table": 64}, "exact kernels"),
         ("8x0e + 8x1o", {"table": 64, "activation": "tanh"}, "exact kernels"),
         ("8x0e + 8x1o", {"table": 64, "n_channels": 12}, "generic kernels because of hidden layers of other than"),
-        ("16x0e + 16x1o", {"n_channels": 16}, "generic kernels because of too many scalars or vectors"),
+        ("16x0e + 16x1o", {"n_channels": 16}, "tiled kernels because of too many scalars or vectors"),
+        ("4x0e + 4x2e", {"n_channels": 16}, "generic kernels because of hidden features other than"),
+        (
+            "4x0e + 4x2e",
+            {"n_channels": 16, "table": 64},
+            "tiled kernels because of fields other than scalars and vectors",
+        ),
         (
             "8x0e + 8x1o",
             {"n_channels": 16, "n_layers": 6},
@@ -352,7 +358,7 @@ def test_opcheck():
         ("27x0e + 27x1o", {}, "tiled kernels because of too many scalars or vectors"),
         ("64x0e + 64x1o", {"depthwise": True}, "tiled kernels because of too many scalars or vectors"),
         ("27x0e + 27x1o", {"n_channels": 9}, "wide kernels because of hidden layers of other than 8 or 16 channels"),
-        ("64x0e + 64x1o", {"depthwise": True, "table": 64}, "wide kernels because of too many scalars or vectors"),
+        ("64x0e + 64x1o", {"depthwise": True, "table": 64}, "tiled kernels because of too many scalars or vectors"),
         ("4x0e + 4x2e", {}, "tiled kernels because of hidden features other than those of l = 0 to 3"),
         ("8x0e + 8x1o + 8x1e + 8x2e", {}, "tiled kernels because of hidden features other than those of l = 0 to 3"),
         ("4x0e + 4x2e", {"n_layers": 9}, "forward tiled kernels"),

@@ -264,13 +264,12 @@ int check_case(const std::string& name, const Case& file, bool trace, int seeds)
   for (const bool backward : {false, true}) {
     const auto [kind, why_not] = Emulated<R>::kernel_kind(file, backward);
     const bool fused = !std::strcmp(kind, "exact") || !std::strcmp(kind, "grid");
-    const std::string pass = backward ? "backward" : "forward",
-                      suffix = std::strcmp(kind, "generic") ? "_specialised" : "";
+    const std::string pass = backward ? "backward" : "forward";
     const std::string of_nodes = backward ? "backward" : "sums";  // kernels of T in global memory
     const std::string kernel = !std::strcmp(kind, "wide")    ? "wide_" + of_nodes
                                : !std::strcmp(kind, "tiled") ? "tile_" + of_nodes
                                : fused                       ? std::string(kind) + "_" + pass
-                                                             : "conv_" + pass + suffix;
+                                                             : "conv_" + pass;
     const bool wide = !std::strcmp(kind, "wide"), may_be = starts_with("tile") && sizeof(R) == 8;
     if (wide != starts_with("wide") && !(wide && may_be)) failures += print({name + ": wide, or not"});
     if (file["src"].size() > 0 && !launched.count(kernel))
@@ -321,17 +320,9 @@ std::vector<std::string> run_sorts(bool trace, int seed) {
   return failures;
 }
 
-// Of every kernel a line "kernel symbol edges nodes warps threads shared-bytes", of simt::Count, then lines "place
-// count" of its memory instructions and "array bytes" of what it touches.
-void print_counts(const Case& file) {
-  Problem<float> p(file);
-  Emulated<float> engine(file, 0, true);
-  Results results;
-  engine.pack(p, results);
-  simt::take_counts();
-  simt::count_accesses(true);
-  native_test::run_forward(p, engine, results);
-  native_test::run_backward(p, engine, {true, true, true, true, ""}, results);
+// Of every kernel that ran since the last call a line "kernel symbol edges nodes warps threads shared-bytes", of
+// simt::Count, then lines "place count" of its memory instructions and "array bytes" of what it touches.
+void print_counts(Problem<float>& p) {
   for (const auto& [_, count] : simt::take_counts()) {
     std::printf("kernel %s %lld %lld %llu %u %zu\n", count.symbol.c_str(),
                 static_cast<long long>(p.arguments().n_edges), static_cast<long long>(p.arguments().n_dst),
@@ -341,6 +332,20 @@ void print_counts(const Case& file) {
     for (const auto& [array, bytes] : count.touched)
       if (bytes) std::printf("%s %llu\n", array.c_str(), static_cast<unsigned long long>(bytes));
   }
+}
+
+// Of a forward pass, then of a backward pass.
+void count_passes(const Case& file) {
+  Problem<float> p(file);
+  Emulated<float> engine(file, 0, true);
+  Results results;
+  engine.pack(p, results);
+  simt::take_counts();
+  simt::count_accesses(true);
+  native_test::run_forward(p, engine, results);
+  print_counts(p);
+  native_test::run_backward(p, engine, {true, true, true, true, ""}, results);
+  print_counts(p);
 }
 
 // Every barrier is left out in the runs that reach it, those first that take the least time, until one goes wrong.
@@ -384,7 +389,7 @@ int main(int argc, char** argv) {
   for (const auto& path : paths) cases.emplace_back(path.stem(), Case(path.string()));
   int failures = cases.empty();
   if (mode == "count") {
-    for (const auto& named : cases) print_counts(named.second);
+    for (const auto& named : cases) count_passes(named.second);
     return cases.empty();
   }
   if (mode == "mutations") {
