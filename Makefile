@@ -108,7 +108,7 @@ native-%: native-program-% native-cases
 # AddressSanitizer, then with every access checked; at last every barrier is left out in turn, which has to be noticed.
 EMULATED := build/emulated
 CASES := $(NATIVE_TESTS)/cases
-MUTATED := grid-odd zonal linear planar-axis-train zonal-odd-sizes-train none-grid-cutoff planar zonal-specialised zonal-specialised-short-edges table-types table-planar zonal-specialised-table wide-train wide-depthwise tile-depthwise-train tile-l2-train
+MUTATED := grid-odd zonal linear planar-axis-train zonal-odd-sizes-train none-grid-cutoff planar zonal-specialised zonal-specialised-short-edges table-types table-planar zonal-specialised-table wide-train wide-depthwise tile-depthwise-train tile-l2-train tile-table-fields
 TRACED := $(MUTATED) zonal-specialised-channels zonal-specialised-fields depthwise depthwise-exact
 test-gpu-emulated: test-gpu-quick emulated-fast emulated-address native-cases
 	$(EMULATED)/fast/conv_test $(CASES) 3

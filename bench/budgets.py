@@ -3,8 +3,9 @@
 The counts (executed.py) are those of case ``cloud``, 32 edges per node, and of the same case on the authors' grid for
 grid kernels, with 16 fields or 16 channels for kernels of so many, with 256 knots in place of the MLP for those of
 tables, with 8 fields of each of l = 0, 1 and 2 for tile kernels, but 64 scalars and vectors as inputs for those MLPs of
-4 coefficients and for wide kernels. A kernel of both passes is counted in the forward pass. A loop of this table has the comment ``// loop: NAME`` where its
-``for`` stands in csrc/cuda. What it executes in another loop with a name counts there.
+4 coefficients and for wide kernels. A kernel of both passes is counted in the forward pass. A loop of this table has
+the comment ``// loop: NAME`` where its ``for`` stands in csrc/cuda. What it executes in another loop with a name counts
+there.
 """
 
 from __future__ import annotations

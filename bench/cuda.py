@@ -6,9 +6,9 @@ of tests/simt counts in a forward and a backward pass; and ``mma.o``, the produc
 Registers, memory and instructions of every kernel are read from machine code; no GPU is needed.
 
 Gates: no stack and no local memory, no generic loads (every address is known to be shared or global), no arithmetic in
-double in kernels of float, loads of 128 bits in the kernels of single sizes, the products on tensor cores, and the budgets
-of bench/budgets.py for the instructions that loops execute. What may break them, and how far, is listed below with the
-reason: ``EXCUSED``, ``EXCUSED_DOUBLE``.
+double in kernels of float, loads of 128 bits in the kernels of single sizes, the products on tensor cores, and the
+budgets of bench/budgets.py for the instructions that loops execute. What may break them, and how far, is listed below
+with the reason: ``EXCUSED``, ``EXCUSED_DOUBLE``.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ fields or 16 channels are counted in the same case with 16 of them, grid kernels
 kernels for tables in that case without attributes, with 256 knots, tile kernels with 8 fields of each of l = 0, 1 and
 2, wide kernels with 64 fields as inputs and 8 as outputs; what the last two leave to a library, and wide ones to the
 kernel MLP's kernels, is not counted. A kernel of both passes is counted in the forward pass. The emulator counts how
-often every memory instruction runs, the machine code says what stands around it (`bench/executed.py`). A loop's row leaves
-out loops with a name inside. `bench/budgets.py` holds the budgets, which are gates."""
+often every memory instruction runs, the machine code says what stands around it (`bench/executed.py`). A loop's row
+leaves out loops with a name inside. `bench/budgets.py` holds the budgets, which are gates."""
 _CLASSES = {"FP32": ("FFMA", "FADD", "FMUL"), "MUFU": ("MUFU",), "HMMA": ("HMMA",), "LDS": ("LDS",), "STS": ("STS",),
             "LDG": ("LDG",), "STG": ("STG",), "SHFL": ("SHFL",), "BAR": ("BAR", "WARPSYNC")}  # fmt: skip
 

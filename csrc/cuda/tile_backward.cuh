@@ -95,6 +95,10 @@ struct TileBackward : TileBlock<kBackEdges> {
         return path_back<3, 3, true, true>(path, v, records, run, of_path);
       case tile_shape(5, 5, true, true):
         return path_back<5, 5, true, true>(path, v, records, run, of_path);
+      case tile_shape(3, 3, false, true):
+        return path_back<3, 3, false, true>(path, v, records, run, of_path);
+      case tile_shape(5, 5, false, true):
+        return path_back<5, 5, false, true>(path, v, records, run, of_path);
       case tile_shape(1, 1, true, false):
         return path_back<1, 1, true, false>(path, v, records, run, of_path);
       case tile_shape(3, 3, true, false):

@@ -45,7 +45,9 @@ struct TileLayers : ExactChunks<S> {
   float* const rows;
 
   __device__ __forceinline__ explicit TileLayers(const FieldCall& call)
-      : Base(call, Memory::warp), rows(call.records.at) {}
+      : Base(call, Memory::warp), rows(call.records.at) {
+    if constexpr (S::Mlp::is_table) __syncthreads();  // layers have one behind their weights
+  }
 
   __device__ __forceinline__ void run() {
 #pragma unroll 1

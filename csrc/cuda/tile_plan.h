@@ -18,7 +18,7 @@ struct alignas(16) TilePath {
   int32_t diagonal;         // t[o, v] = f[o, v] G[o]
   int32_t channels;         // v
   int32_t from, in_stride;  // place of component i = 0 among the gathered inputs, and from one to the next
-  int32_t row;              // where h begins in an edge's record, or -1: 1 in place of h, and the path is diagonal
+  int32_t row;              // where h begins in an edge's record, or -1: 1 in place of h
   int32_t g;                // G, [n_in, n_out] or [n_out]
   int32_t shape;            // tile_shape(), by which kernels choose their code
   int32_t component;        // number of component i = 0 among those of its TileInput
@@ -170,7 +170,7 @@ class TilePlan {
       most_degree_ = std::max(most_degree_, degree);
       of_record = degree * width;
     }
-    if (of_record < 0 && !diagonal) return false;
+    if (of_record < 0 && n_in != n_out) return false;
     paths_.push_back({slot.at, slot.size, n_in, n_out, diagonal, q.n_in, first, q.in_stride, of_record, begin,
                       tile_shape(n_in, n_out, diagonal, of_record < 0), 0});
     return true;

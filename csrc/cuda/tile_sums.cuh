@@ -49,11 +49,15 @@ struct TileSums : TileBlock<kSumEdges> {
                                            const TileRun& run) const {
     switch (path.shape) {
       case tile_shape(1, 1, true, true):
-        return sum_constant<1, kBlocks>(path, item, records, run);
+        return sum_constant<1, true, kBlocks>(path, item, records, run);
       case tile_shape(3, 3, true, true):
-        return sum_constant<3, kBlocks>(path, item, records, run);
+        return sum_constant<3, true, kBlocks>(path, item, records, run);
       case tile_shape(5, 5, true, true):
-        return sum_constant<5, kBlocks>(path, item, records, run);
+        return sum_constant<5, true, kBlocks>(path, item, records, run);
+      case tile_shape(3, 3, false, true):
+        return sum_constant<3, false, kBlocks>(path, item, records, run);
+      case tile_shape(5, 5, false, true):
+        return sum_constant<5, false, kBlocks>(path, item, records, run);
       case tile_shape(1, 1, true, false):
         return sum_products<1, 1, true, kBlocks>(path, item, records, run);
       case tile_shape(3, 3, true, false):
@@ -172,7 +176,7 @@ struct TileSums : TileBlock<kSumEdges> {
   }
 
   // With the edges' radial factors in place of h
-  template <int kOut, int kBlocks>
+  template <int kOut, bool kDiagonal, int kBlocks>
   __device__ __forceinline__ void sum_constant(const TilePath& path, const TileItem& item, const float* records,
                                                const TileRun& run) const {
     const float* const x = features(path, item);
@@ -180,7 +184,7 @@ struct TileSums : TileBlock<kSumEdges> {
 #pragma unroll 1
     for (int at = run.begin & -8; at < run.stop; at += 8) {  // loop: constant T
       Products<kOut, kBlocks> of;
-      products<kOut, kOut, true>(path, x, run, at, of);
+      products<kOut, kOut, kDiagonal>(path, x, run, at, of);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const float factor = records[(of.place[e] + 1) * call.tiles.record - 1];

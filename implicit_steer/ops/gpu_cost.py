@@ -3,8 +3,8 @@ instructions per edge.
 
 `cuda` multiplies only where a matrix is not 0. The count is that of its generic kernels, on the ordinary units: 4
 instructions per multiply-add and 16 per φ, of 32 lanes each; the splines of a table take about 100 per edge. The exact,
-the grid and the tile kernels execute fewer (docs/cuda_kernels.md). For many fields the coupling takes 2.7 instructions per
-multiply-add, of 32 lanes, and a library mixes the channels, at an assumed three quarters of the units' peak.
+the grid and the tile kernels execute fewer (docs/cuda_kernels.md). For many fields the coupling takes 1.35 instructions
+per multiply-add, of 32 lanes, and a library mixes the channels, at an assumed three quarters of the units' peak.
 
 `triton` runs narrow layers of zonal frames edge by edge: 0.107 instructions per multiply-add and 2.4 per φ, difference
 quotients near the origin included, are what the kernels for ``cloud`` with 8 and with 4 channels were compiled to,
@@ -29,7 +29,7 @@ _MEASURED = "gpu"  # name of the tuning cache
 
 _LANES, _NODE_DEGREE = 32, 16
 _CUDA_PRODUCT, _CUDA_FUNCTION, _CUDA_SPLINES = 4 / _LANES, 16 / _LANES, 100.0
-_CUDA_WIDE_COUPLING, _CUDA_LIBRARY = 2.7 / _LANES, 1 / 0.75 / _LANES
+_CUDA_WIDE_COUPLING, _CUDA_LIBRARY = 1.35 / _LANES, 1 / 0.75 / _LANES
 _MOST_SUMS, _MOST_PRODUCTS = 4096, 65536  # of a node: as in csrc/cuda/wide_plan.h
 _TRITON_PRODUCT, _TRITON_FUNCTION, _TRITON_COUPLING = 4 * 3 / 1024, 8.0, 0.4
 _TRITON_PRODUCT_OF_EDGE, _TRITON_FUNCTION_OF_EDGE, _TRITON_SPLINES = 0.107, 2.4, 104.0

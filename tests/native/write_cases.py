@@ -426,6 +426,7 @@ def cases():
         "table-types": table(WIDE, near_skewed, rows, cutoff=2.0),
         "zonal-specialised-table": table(many_table, near_skewed, rows, cutoff=2.0),
         "zonal-specialised-table-fields": table(many_fields, nodes(3, 12), activation="silu"),
+        "tile-table-fields": table(replace(many_fields, into="17 scalar+l1+l2"), nodes(3, 40)),
         "table-blocks": table(SMALL["o3"], nodes(100, 2500), rows, 4),
         "no-edges": made("o3", "eval", lambda problem: with_edges(problem, slice(0))),
         "isolated-nodes": made("o3", "eval", lambda problem: on(problem, random_edges(150, 30, 400), (30, 400))),

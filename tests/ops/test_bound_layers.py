@@ -352,8 +352,9 @@ def test_opcheck():
         (
             "8x0e + 8x1o",
             {"n_channels": 16, "n_layers": 6},
-            "forward exact kernels, backward generic kernels",
+            "forward exact kernels, backward tiled kernels",
         ),
+        ("8x0e + 8x1o", {"n_channels": 16, "n_layers": 7}, "backward generic kernels because of layers too large"),
         ("17x0e + 17x1o", {}, "tiled kernels because of too many scalars or vectors"),
         ("27x0e + 27x1o", {}, "tiled kernels because of too many scalars or vectors"),
         ("64x0e + 64x1o", {"depthwise": True}, "tiled kernels because of too many scalars or vectors"),
