@@ -32,7 +32,7 @@ Kernels kernels_of(const DevicePlan<R>& plan, bool backward) {
   if constexpr (std::is_same_v<N, float>) {
     if (has_exact_kernel(plan, backward)) return Kernels::kExact;
     if (backward ? has_grid_backward(plan) : plan.grid.fields > 0) return Kernels::kGrid;
-    if (backward ? has_tile_backward(plan) : plan.tile.coefficients > 0) return Kernels::kTiled;
+    if (has_tile_kernels(plan, backward)) return Kernels::kTiled;
   }
   if (plan.wide.used) return Kernels::kWide;
   return Kernels::kGeneric;

@@ -53,6 +53,16 @@ Failure run_on_nodes(const char* name, void (*kernel)(TileCall), int64_t numbers
 }  // namespace
 
 template <>
+bool has_tile_kernels(const DevicePlan<float>& plan, bool backward) {
+  if (plan.tile.coefficients == 0) return false;
+  return with_layers(plan, [&](auto sizes) {
+    using S = decltype(sizes);
+    const int64_t of_warp = backward ? tile_reverse_size<S>(plan.host) : ExactMemory<S>::warp;
+    return static_cast<int64_t>(sizeof(float)) * (front_of_layers(plan, sizes) + of_warp) <= kLeastBlockBytes;
+  });
+}
+
+template <>
 Failure run_tile_layers(const DevicePlan<float>& plan, const ConvArgs<float>& args, float* rows, void* stream) {
   return with_layers(plan, [&](auto sizes) -> Failure {
     using S = decltype(sizes);
@@ -68,15 +78,6 @@ template <>
 Failure run_tile_sums(const DevicePlan<float>& plan, const WideCall<float>& call, const float* rows, void* stream) {
   return run_on_nodes("tile_sums", tile_sums, TileSums::size(plan.tile_view), plan,
                       tile_call(plan, call, rows, nullptr), stream);
-}
-
-template <>
-bool has_tile_backward(const DevicePlan<float>& plan) {
-  if (plan.tile.coefficients == 0) return false;
-  return with_layers(plan, [&](auto sizes) {
-    return sizeof(float) * (front_of_layers(plan, sizes) + tile_reverse_size<decltype(sizes)>(plan.host)) <=
-           kLeastBlockBytes;
-  });
 }
 
 template <>

@@ -7,6 +7,11 @@
 
 namespace implicit_steer::IST_ISA {
 
+// Whether the plan has tile kernels for the forward or the backward pass that fit in a block's shared memory on every
+// device; R = float.
+template <typename R>
+bool has_tile_kernels(const DevicePlan<R>& plan, bool backward);
+
 // Writes the records of all edges to `rows`, [E, record] by position; R = float.
 template <typename R>
 Failure run_tile_layers(const DevicePlan<R>& plan, const ConvArgs<R>& args, R* rows, void* stream);
@@ -14,11 +19,6 @@ Failure run_tile_layers(const DevicePlan<R>& plan, const ConvArgs<R>& args, R* r
 // T of the call's nodes from the edges' records; R = float.
 template <typename R>
 Failure run_tile_sums(const DevicePlan<R>& plan, const WideCall<R>& call, const R* rows, void* stream);
-
-// Whether the plan has tile kernels for the backward pass that fit in a block's shared memory on every device; R =
-// float.
-template <typename R>
-bool has_tile_backward(const DevicePlan<R>& plan);
 
 // From dT of the call's nodes the gradients of their edges' features, and of records unless `grad_rows` is null; R =
 // float.

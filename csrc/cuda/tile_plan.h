@@ -75,7 +75,7 @@ class TilePlan {
  public:
   static constexpr int kWarps = 4;         // of a block
   static constexpr int kMostDegree = 4;    // of the harmonics
-  static constexpr int kMostOfEdge = 680;  // numbers: a block's edges fit in the shared memory of every device
+  static constexpr int kMostOfEdge = 660;  // numbers: a block's edges fit in the shared memory of every device
   int coefficients = 0;                    // of a channel; 0: there are no such kernels for the plan
   int width = 0;                           // hidden channels
   std::vector<int32_t> numbers;            // what TileView points to
