@@ -64,9 +64,7 @@ struct TileReverse : ExactReverse<S, ExactChunks<S>, TileGradients<S>> {
       edges[lane] = this->index(a.order, from + at);
       this->chunk(from, n, this->kept);
       of_record(grad_rows + int64_t{from + at} * Memory::record, lane < n);
-      __syncwarp();
       self.reverse(n);
-      __syncwarp();
     }
   }
 
