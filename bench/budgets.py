@@ -90,16 +90,16 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         WHOLE: Budget(66, "edge"),
     },
     "tile_sums": {
-        WHOLE: Budget(330, "edge"),
+        WHOLE: Budget(525, "edge"),
         "direction": Budget(65, "edge"),  # harmonics and G
-        "T": Budget(150, "edge"),  # 13 of them HMMA
-        "constant T": Budget(18, "edge"),
-        "nodes": Budget(28, "edge"),
+        "T": Budget(300, "edge"),  # 13 of them HMMA
+        "constant T": Budget(42, "edge"),
+        "nodes": Budget(52, "edge"),
     },
     "tile_backward": {
-        WHOLE: Budget(930, "edge"),
+        WHOLE: Budget(1300, "edge"),
         "direction": Budget(142, "edge"),  # once more, and the way back
-        "nodes": Budget(360, "edge"),  # gradients of features, of G and of h, from dT
+        "nodes": Budget(720, "edge"),  # gradients of features, of G and of h, from dT
     },
     "tile_layers_backward<Tiled<Elu, 6, 8>>": {
         WHOLE: Budget(425, "edge"),

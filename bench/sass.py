@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 _LINE = re.compile(r'//## File "([^"]+)", line (\d+)')
 _LABEL = re.compile(r"(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)(\S*)\s*([^;]*);")
-_TARGET = re.compile(r"`\((\.L_x_\d+)\)")
+_TARGET, _LABELS = re.compile(r"`\((\.L_x_\d+)\)"), re.compile(r"\.L_x_\d+")
 _NAME = re.compile(r"//\s*loop: (.+?)\s*$")
 
 Lines = tuple[tuple[str, int], ...]  # (file, line) of an instruction, then of the calls around it, innermost first
@@ -53,11 +53,11 @@ def readable(symbols: Iterable[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Instruction:
-    """``opcode``: its first word, as LDS; ``guarded``: it may do nothing; ``target``: the label that it branches to,
-    but none where only lanes do so that do not run together (BRA.DIV)."""
+    """``opcode``: its first word, as LDS; ``guarded``: it may do nothing; ``targets``: the labels that it branches
+    to, of which a switch (BRX) has several, but none where only lanes do so that do not run together (BRA.DIV)."""
 
     opcode: str
-    target: str | None
+    targets: tuple[str, ...]
     guarded: bool
     lines: Lines
 
@@ -97,14 +97,14 @@ class Code:
 
 
 def _jumps(instruction: Instruction) -> bool:
-    """Whether control may go on at its target. ptxas writes some branches of sm_80 as a CALL with a guard whose target
+    """Whether control may go on at its targets. ptxas writes some branches of sm_80 as a CALL with a guard whose target
     does not return; a CALL without one returns."""
-    return instruction.opcode == "BRA" or (instruction.opcode == "CALL" and instruction.guarded)
+    return instruction.opcode in ("BRA", "BRX") or (instruction.opcode == "CALL" and instruction.guarded)
 
 
 def _ends(instruction: Instruction) -> bool:
     """Whether control never goes on to the next instruction."""
-    return instruction.opcode in ("BRA", "EXIT", "RET") and not instruction.guarded
+    return instruction.opcode in ("BRA", "BRX", "EXIT", "RET") and not instruction.guarded
 
 
 def code_of(instructions: list[Instruction], labels: dict[str, int]) -> Code:
@@ -117,8 +117,9 @@ def code_of(instructions: list[Instruction], labels: dict[str, int]) -> Code:
     successors: list[list[int]] = []
     for n, block in enumerate(blocks):
         last, follow = block[-1], []
-        if _jumps(last) and labels.get(last.target or "", len(instructions)) < len(instructions):
-            follow.append(number[labels[last.target or ""]])
+        if _jumps(last):
+            places = (labels.get(target, len(instructions)) for target in dict.fromkeys(last.targets))
+            follow += [number[place] for place in places if place < len(instructions)]
         if not _ends(last) and n + 1 < len(blocks):
             follow.append(n + 1)
         successors.append(follow)
@@ -233,7 +234,8 @@ def parse(text: Iterable[str]) -> dict[str, Code]:
             target = None if ".DIV" in modifiers else _TARGET.search(operands)
             always = opcode == "BRA" and target and target[0] == operands.strip()
             guarded = bool(guard) or (opcode == "BRA" and not always)
-            instructions.append(Instruction(opcode, target[1] if target else None, guarded, lines))
+            targets = tuple(_LABELS.findall(operands)) if opcode == "BRX" else (target[1],) if target else ()
+            instructions.append(Instruction(opcode, targets, guarded, lines))
     finish()
     return found
 

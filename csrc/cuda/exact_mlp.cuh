@@ -40,20 +40,25 @@ __host__ __device__ constexpr int place_of_degree(int l) {
 template <typename S>
 constexpr int kOddRead = S::Slots::degrees / 2;
 
-// A row of samples, from a multiple of its size on.
+// A row of samples, from a multiple of its size on; of four in one load, whose value is what keeps registers few.
 template <int c>
 struct SampleRow {
   float at[c];
-  __device__ __forceinline__ explicit SampleRow(const float* row) {
-    constexpr int together = c % 4 == 0 ? 4 : 2;
-#pragma unroll
-    for (int k = 0; k < c; k += together) {
-      const auto loaded = neighbours<together>(row + k);
-#pragma unroll
-      for (int j = 0; j < together; ++j) at[k + j] = loaded.at[j];
-    }
-  }
 };
+template <int c>
+__device__ __forceinline__ auto sample_row(const float* row) {
+  if constexpr (c == 4) {
+    return neighbours<4>(row);
+  } else {
+    SampleRow<c> loaded;
+#pragma unroll
+    for (int k = 0; k < c; k += 2) {
+      const auto two = neighbours<2>(row + k);
+      loaded.at[k] = two.at[0], loaded.at[k + 1] = two.at[1];
+    }
+    return loaded;
+  }
+}
 
 // value: log2 e · φ(ln 2 · x); slope: its derivative, φ′(ln 2 · x)
 template <typename F>
@@ -205,7 +210,7 @@ struct ExactMlp {
 #pragma unroll 1
       for (int pair = 0; pair < pairs; ++pair) {
         const float* const row = samples + pair * 2 * S::c;
-        const SampleRow<S::c> a(row), b(row + S::c);
+        const auto a = sample_row<S::c>(row), b = sample_row<S::c>(row + S::c);
 #pragma unroll
         for (int w = 0; w < together; ++w) {
           float part[2] = {0, 0};  // even, odd

@@ -119,7 +119,7 @@ struct ExactMlpBackward {
 #pragma unroll 1
       for (int pair = 0; pair < mlp.pairs; ++pair) {
         const float* const row = mlp.samples + pair * 2 * S::c;
-        const SampleRow<S::c> a(row), b(row + S::c);
+        const auto a = sample_row<S::c>(row), b = sample_row<S::c>(row + S::c);
 #pragma unroll
         for (int w = 0; w < together; ++w) {
           float part[2] = {0, 0}, g[2] = {0, 0};  // even, odd

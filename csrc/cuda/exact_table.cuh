@@ -74,12 +74,10 @@ struct ExactTable {
   __device__ __forceinline__ int row_size() const {
     return p->n_read * S::width;
   }
-  // u^l and its derivative
+  // u^l, l <= 4, and its derivative
   static __device__ __forceinline__ float power(float u, int l) {
-    float product = 1;
-#pragma unroll
-    for (int k = 0; k < l; ++k) product *= u;
-    return product;
+    const float square = u * u;
+    return l == 0 ? 1 : l == 1 ? u : (l == 2 ? square : l == 3 ? u * square : square * square);
   }
   static __device__ __forceinline__ float power_slope(float u, int l) {
     return l == 0 ? 0 : static_cast<float>(l) * power(u, l - 1);

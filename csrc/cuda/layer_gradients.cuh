@@ -60,7 +60,7 @@ struct LayerGradients {
     __syncthreads();
     for (int k = threadIdx.x; k < size; k += blockDim.x) {
       float sum = memory[k];
-      for (int w = 1; w < warps; ++w) sum += memory[int64_t{w} * stride + k];
+      for (int w = 1; w < warps; ++w) sum += memory[w * stride + k];
       memory[k] = sum;
     }
   }

@@ -89,6 +89,14 @@ def test_a_call_with_a_guard_is_a_branch():
     assert list(code.dominators) == [0, 1, 2]
 
 
+def test_a_switch_leads_to_all_its_cases():
+    lines = ['BRX R2 -0x10  (*"BRANCH_TARGETS .L_x_1,.L_x_2,.L_x_1"*);', "EXIT ;", "EXIT ;", "EXIT ;"]
+    text = [f"        /*{16 * n:04x}*/  {line}" for n, line in enumerate(lines)]
+    code = parse([".text.kernel:", *text[:2], ".L_x_1:", text[2], ".L_x_2:", text[3]])["kernel"]
+    assert code.successors == [[2, 3], [], [], []]
+    assert sorted(code.dominators) == [0, 2, 3]
+
+
 def test_loops_have_the_names_of_their_source(code):
     sizes = {name: [] for name in ("nodes", "edges")}
     for loop in code.loops:
