@@ -7,9 +7,10 @@
 
 namespace implicit_steer::IST_ISA {
 
+constexpr int kReverseSize = 32 + 128 + 32;  // of a warp's memory, from `rest` on
+
 // Warp: what makes a chunk's records (exact_chunks.cuh); Gradients: a warp's sums of the weights' gradients
 // (layer_gradients.cuh).
-constexpr int kReverseSize = 32 + 128 + 32;  // of a warp's memory, from `rest` on
 template <typename S, typename Warp, typename Gradients>
 struct ExactReverse : Warp {
   using Base = Warp;

@@ -149,8 +149,6 @@ struct TileBackward : TileBlock<kBackEdges> {
     else
       rows_back(path, v, d_sums, of);
   }
-  // dT of the path's next component
-  __device__ __forceinline__ int64_t step(const TilePath& path) const { return path.size * wide.n_nodes; }
 
   template <int kOut>
   __device__ __forceinline__ void products_back(const TilePath& path, int v, const float* records, const float* d_sums,

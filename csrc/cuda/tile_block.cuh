@@ -61,6 +61,8 @@ struct TileBlock {
   __device__ __forceinline__ float* g() const {
     return rows + (call.tiles.n_monomials + call.tiles.n_harmonics) * kEdges;
   }
+  // From a node's T of one component o of the path to that of the next.
+  __device__ __forceinline__ int64_t step(const TilePath& path) const { return path.size * wide.n_nodes; }
   __device__ __forceinline__ const float* record(int at) const { return rows_of_block + at * call.tiles.record; }
 
   // Of the n edges from `from` on those behind the first `begin` that go into the next node, which is the node `at` or

@@ -87,7 +87,6 @@ struct TileSums : TileBlock<kSumEdges> {
   __device__ __forceinline__ float* sums(const TilePath& path, const TileRun& run) const {
     return opaque(wide.sums + wide.at(path.at, first_node + run.node, path.size));
   }
-  __device__ __forceinline__ int64_t step(const TilePath& path) const { return path.size * wide.n_nodes; }
 
   // t of edges `at` + 2 pair and the next one; 0 of edges outside of the run.
   template <int kOut, int kBlocks>
