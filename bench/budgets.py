@@ -3,9 +3,9 @@
 The counts (executed.py) are those of case ``cloud``, 32 edges per node, and of the same case on the authors' grid for
 grid kernels, with 16 fields or 16 channels for kernels of so many, with 256 knots in place of the MLP for those of
 tables, with 8 fields of each of l = 0, 1 and 2 for tile kernels, but 64 scalars and vectors as inputs for those MLPs of
-4 coefficients and for wide kernels. A kernel of both passes is counted in the forward pass. A loop of this table has
-the comment ``// loop: NAME`` where its ``for`` stands in csrc/cuda. What it executes in another loop with a name counts
-there.
+4 coefficients and for wide kernels, and the first of these cases that launches them for kernels of second derivatives.
+A kernel of several passes is counted in the first one. A loop of this table has the comment ``// loop: NAME`` where its
+``for`` stands in csrc/cuda. What it executes in another loop with a name counts there.
 """
 
 from __future__ import annotations
@@ -89,14 +89,14 @@ BUDGETS: dict[str, dict[str, Budget]] = {
     "tile_layers<Tiled<Elu, 4, 8>>": {
         WHOLE: Budget(66, "edge"),
     },
-    "tile_sums": {
+    "tile_sums<float>": {
         WHOLE: Budget(525, "edge"),
         "direction": Budget(65, "edge"),  # harmonics and G
         "T": Budget(300, "edge"),  # 13 of them HMMA
         "constant T": Budget(42, "edge"),
-        "nodes": Budget(52, "edge"),
+        "nodes": Budget(66, "edge"),
     },
-    "tile_backward": {
+    "tile_backward<float>": {
         WHOLE: Budget(1300, "edge"),
         "direction": Budget(142, "edge"),  # once more, and the way back
         "nodes": Budget(720, "edge"),  # gradients of features, of G and of h, from dT
@@ -106,6 +106,27 @@ BUDGETS: dict[str, dict[str, Budget]] = {
     },
     "tile_layers_backward<Tiled<Elu, 4, 8>>": {
         WHOLE: Budget(186, "edge"),
+    },
+    # second derivatives of exact and tiled layers: with tangents a product is three
+    "tile_layers<WithTangents<Tiled<Elu, 4, 8>>>": {
+        WHOLE: Budget(104, "edge"),
+    },
+    "tile_layers<WithTangents<Tiled<Elu, 6, 8>>>": {
+        WHOLE: Budget(335, "edge"),
+    },
+    "tile_sums<Dual<float>>": {  # of 8 fields of l <= 1, as the next one
+        WHOLE: Budget(190, "edge"),
+        "T": Budget(72, "edge"),
+    },
+    "tile_backward<Dual<float>>": {
+        WHOLE: Budget(490, "edge"),
+        "nodes": Budget(250, "edge"),
+    },
+    "tile_layers_backward<WithTangents<Tiled<Elu, 4, 8>>>": {
+        WHOLE: Budget(290, "edge"),
+    },
+    "tile_layers_backward<WithTangents<Tiled<Elu, 6, 8>>>": {
+        WHOLE: Budget(850, "edge"),
     },
     # many fields: 64, in 15 slots
     "wide_sums<float>": {

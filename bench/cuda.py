@@ -42,25 +42,26 @@ EXCUSED_DOUBLE = {"sm_100": {"stack": 40, "local": 40}, "sm_120": {"stack": 160,
 _INTRODUCTION = """# What the CUDA kernels need
 
 `make cuda-kernels` reads this table from the machine code. It shows the registers per thread on each architecture; on
-the newest one, all instructions in the code, the loads from shared (LDS) and global memory (LDG), and how many of these
-load 128 bits; and bytes of stack, local accesses and generic accesses, each the largest on any architecture. Gates hold
-these three to 0, except in double, where 255 registers are not enough: there the stack may take 40 bytes on sm_100 and
-160 on sm_120, with local accesses to it. `Exact<φ, W, V, ×>` are kernels for at most V scalars and V vectors as inputs
-and as outputs with W hidden channels, with the products u × x or without them, `Tabulated<W, V, ×>` the same with a
-table in place of the MLP, `Grid<φ, W, V>` those for as many on a grid of the sphere, with W channels of 16
-coefficients; `tile_…` are those for l <= 2 and any number of fields, `Tiled<φ, c, W>` their MLPs of W channels of c
-coefficients, `wide_…` those for many fields of other kinds, `conv_…` those for all others. What was measured on a GPU
-is in [gpu-h100.md](gpu-h100.md)."""
+the newest one, all instructions in the code, the loads from shared (LDS) and global memory (LDG), and how many of
+these load 128 bits; and bytes of stack, local accesses and generic accesses, each the largest on any architecture.
+Gates hold these three to 0, except in double, where 255 registers are not enough: there the stack may take 40 bytes
+on sm_100 and 160 on sm_120, with local accesses to it. `Exact<φ, W, V, ×>` are kernels for at most V scalars and V
+vectors as inputs and as outputs with W hidden channels, with the products u × x or without them, `Tabulated<W, V, ×>`
+the same with a table in place of the MLP, `Grid<φ, W, V>` those for as many on a grid of the sphere, with W channels
+of 16 coefficients; `tile_…` are those for l <= 2 and any number of fields, `Tiled<φ, c, W>` their MLPs of W channels
+of c coefficients, `WithTangents<…>` and `Dual<…>` kernels of second derivatives, `wide_…` those for many fields of
+other kinds, `conv_…` those for all others. What was measured on a GPU is in [gpu-h100.md](gpu-h100.md)."""
 _LOOPS = """## Executed instructions
 
 The table shows what warps execute on sm_90 in the loops that have a name in the source. The counts are those of the
-benchmark's case `cloud`, which has 32 edges per node, 8 fields of l <= 1 and three layers of 8 channels. Kernels of 16
-fields or 16 channels are counted in the same case with 16 of them, grid kernels in that case on the authors' grid,
+benchmark's case `cloud`, which has 32 edges per node, 8 fields of l <= 1 and three layers of 8 channels. Kernels of
+16 fields or 16 channels are counted in the same case with 16 of them, grid kernels in that case on the authors' grid,
 kernels for tables in that case without attributes, with 256 knots, tile kernels with 8 fields of each of l = 0, 1 and
 2, wide kernels with 64 fields as inputs and 8 as outputs; what the last two leave to a library, and wide ones to the
-kernel MLP's kernels, is not counted. A kernel of both passes is counted in the forward pass. The emulator counts how
-often every memory instruction runs, the machine code says what stands around it (`bench/executed.py`). A loop's row
-leaves out loops with a name inside. `bench/budgets.py` holds the budgets, which are gates."""
+kernel MLP's kernels, is not counted. Kernels of second derivatives are counted in the first of these cases that
+launches them. A kernel of several passes is counted in the first one. The emulator counts how often every memory
+instruction runs, the machine code says what stands around it (`bench/executed.py`). A loop's row leaves out loops
+with a name inside. `bench/budgets.py` holds the budgets, which are gates."""
 _CLASSES = {"FP32": ("FFMA", "FADD", "FMUL"), "MUFU": ("MUFU",), "HMMA": ("HMMA",), "LDS": ("LDS",), "STS": ("STS",),
             "LDG": ("LDG",), "STG": ("STG",), "SHFL": ("SHFL",), "BAR": ("BAR", "WARPSYNC")}  # fmt: skip
 

@@ -49,13 +49,15 @@ int64_t cuda_shared_bytes(const Tensor& ints, const Tensor& reals) {
   return bytes;
 }
 
-// The kind of kernels that serve the plan's forward or backward pass, and, behind a line's end, why it is no faster
-// one.
-std::string cuda_kernel_kind(const Tensor& ints, const Tensor& reals, bool backward) {
+// The kind of kernels that serve a pass of the plan, 0, 1 or 2 as in Pass, and, behind a line's end, why it is no
+// faster one.
+std::string cuda_kernel_kind(const Tensor& ints, const Tensor& reals, int64_t pass_number) {
+  STD_TORCH_CHECK(0 <= pass_number && pass_number <= 2, "pass_number: expected 0, 1 or 2, got ", pass_number, ".");
   KernelKind kind{};
   dispatch_real(reals, "plan_reals", [&](auto* tag) {
     using R = std::remove_pointer_t<decltype(tag)>;
-    kind = kernels<R>().kernel_kind(data<int32_t>(ints), ints.numel(), data<R>(reals), reals.numel(), backward);
+    kind = kernels<R>().kernel_kind(data<int32_t>(ints), ints.numel(), data<R>(reals), reals.numel(),
+                                    static_cast<Pass>(pass_number));
   });
   STD_TORCH_CHECK(kind.name, "plan_ints, plan_reals: not what ops/native/arrays.py writes.");
   return std::string(kind.name) + "\n" + kind.why_not;
@@ -65,7 +67,7 @@ std::string cuda_kernel_kind(const Tensor& ints, const Tensor& reals, bool backw
 
 STABLE_TORCH_LIBRARY_FRAGMENT(implicit_steer, m) {
   m.def("cuda_shared_bytes(" IST_PLAN ") -> int");
-  m.def("cuda_kernel_kind(" IST_PLAN ", bool backward) -> str");
+  m.def("cuda_kernel_kind(" IST_PLAN ", int pass_number) -> str");
   m.def("cuda_probe(int device) -> ()");
 }
 

@@ -32,8 +32,9 @@ Kernels kernels_of(const DevicePlan<R>& plan, bool backward) {
   if constexpr (std::is_same_v<N, float>) {
     if (has_exact_kernel(plan, backward)) return Kernels::kExact;
     if (backward ? has_grid_backward(plan) : plan.grid.fields > 0) return Kernels::kGrid;
-    if (has_tile_kernels(plan, backward)) return Kernels::kTiled;
   }
+  if constexpr (std::is_same_v<R, float>)
+    if (has_tile_kernels<N>(plan, backward)) return Kernels::kTiled;
   if (plan.wide.used) return Kernels::kWide;
   return Kernels::kGeneric;
 }
@@ -283,11 +284,12 @@ int64_t shared_bytes(const int32_t* ints, int64_t n_ints, const R* reals, int64_
   return std::max({backward, statistics, wide});
 }
 
-KernelKind kernel_kind(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals, bool backward) {
+KernelKind kernel_kind(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals, Pass pass) {
   constexpr const char* names[] = {"exact", "grid", "tiled", "wide", "generic"};
   DevicePlan<R> plan;
   if (!plan.read(ints, n_ints, reals, n_reals)) return {nullptr, nullptr};
-  const Kernels kernels = kernels_of<R>(plan, backward);
+  const Kernels kernels =
+      pass == Pass::kSecond ? kernels_of<Dual<R>>(plan, true) : kernels_of<R>(plan, pass == Pass::kBackward);
   KernelKind found{names[static_cast<int>(kernels)], ""};
   if (kernels == Kernels::kExact || kernels == Kernels::kGrid) return found;
   const FieldPlan& fields = plan.of_fields();

@@ -8,12 +8,13 @@
 
 namespace implicit_steer::IST_ISA {
 
-// A block's shared memory; sizes in floats: of a record, c [l][w], direction, factor.
+// A block's shared memory; sizes in numbers N: of a record, c [l][w], direction, factor.
 template <typename S>
 struct ExactMemory;
 
 template <typename S>
 struct ExactChunks {
+  using N = typename S::Number;
   using Slots = typename S::Slots;
   using Memory = ExactMemory<S>;
   static constexpr int of_chunk = 32;  // edges
@@ -23,11 +24,11 @@ struct ExactChunks {
   const int lane, group, pair;    // group g and t of mma.cuh
   const int number, first, last;  // of the warp; positions of its edges
   typename S::Mlp mlp;
-  float *records, *near, *rest;
+  N *records, *near, *rest;
   int32_t* sources;
-  float* exponent;  // of the shell, for 2^x
+  N* exponent;  // of the shell, for 2^x
 
-  // A warp has `size` floats of shared memory, the first Memory::warp of them for what is here.
+  // A warp has `size` numbers of shared memory, the first Memory::warp of them for what is here.
   __device__ __forceinline__ ExactChunks(const FieldCall& call, int size)
       : a(call.args),
         p(call.plan),
@@ -35,19 +36,38 @@ struct ExactChunks {
         lane(threadIdx.x % 32),
         group(lane / 4),
         pair(lane % 4),
-        number(static_cast<int>(blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32)),
+        number(static_cast<int>(blockIdx.x * (blockDim.x / 32)) + warp_of_block()),
         first(number < call.shape.warps ? number * static_cast<int>(call.shape.edges_per_warp) : 0),
         last(static_cast<int>(a.n_edges - first < call.shape.edges_per_warp ? a.n_edges
                                                                             : first + call.shape.edges_per_warp)) {
-    SHARED_MEMORY(float, memory);
+    SHARED_MEMORY(N, memory);
     exponent = memory + Memory::exponent_at;
-    records = memory + Memory::warps_at + threadIdx.x / 32 * size;
+    records = memory + Memory::warps_at + warp_of_block() * size;
     sources = reinterpret_cast<int32_t*>(records + Memory::records);
     near = records + Memory::records + 32, rest = records + Memory::warp;
     mlp.template place<S>(memory + Memory::in_front_of_mlp(blockDim.x / 32, size), p);
-    const float shell = a.weights[p.shell_at];
+    const N shell = weights()[p.shell_at];
     if (threadIdx.x == 0) *exponent = -0.5f * kLog2e / (shell * shell);
-    mlp.template copy<S>(p, view, a.weights);
+    mlp.template copy<S>(p, view, weights());
+  }
+
+  // Of dual numbers, which take most registers, in a form that the compiler knows to be the same in all lanes: it takes
+  // fewer registers, but for single numbers more instructions.
+  static __device__ __forceinline__ int warp_of_block() {
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    return is_dual<N> ? from_lane(warp, 0) : warp;
+  }
+  // The packed weights: with tangents pairs of a weight and its tangent.
+  __device__ __forceinline__ const N* weights() const { return reinterpret_cast<const N*>(a.weights); }
+  // Number k of an array that may have tangents.
+  static __device__ __forceinline__ N input(const float* values, const float* tangents, int64_t k) {
+    if constexpr (is_dual<N>)
+      return {values[k], tangents[k]};
+    else
+      return values[k];
+  }
+  __device__ __forceinline__ N attribute(int64_t edge, int j) const {
+    return input(a.attr, a.attr_tangent, edge * p.n_attr + j);
   }
 
   // Of nodes and edges, whose numbers are less than 2^31.
@@ -59,14 +79,14 @@ struct ExactChunks {
   // ---- the chunk: a lane has an edge
 
   struct Geometry {
-    float x[3], squared, radius, inverse;
+    N x[3], squared, radius, inverse;
   };
   __device__ __forceinline__ Geometry geometry(int64_t edge) const {
     Geometry g;
 #pragma unroll
-    for (int k = 0; k < 3; ++k) g.x[k] = a.delta[3 * edge + k];
+    for (int k = 0; k < 3; ++k) g.x[k] = input(a.delta, a.delta_tangent, 3 * edge + k);
     g.squared = g.x[0] * g.x[0] + g.x[1] * g.x[1] + g.x[2] * g.x[2];
-    const float softened = g.squared + Limits<float>::softening;
+    const N softened = g.squared + Limits<float>::softening;
     g.inverse = inverse_root_approximate(softened), g.radius = softened * g.inverse;
     return g;
   }
@@ -78,18 +98,18 @@ struct ExactChunks {
     const Geometry g = geometry(edge);
     uint32_t near_edges = 0;
     if constexpr (!S::Mlp::is_table) near_edges = __ballot_sync(kWarp, lane < n && g.radius < Limits<float>::near);
-    float* const record = records + lane * Memory::record;
+    N* const record = records + lane * Memory::record;
     neighbours<4>(record + Slots::degrees * S::width) = {g.x[0] * g.inverse, g.x[1] * g.inverse, g.x[2] * g.inverse,
                                                          radial(g.squared)};
     sources[lane] = index(a.src, static_cast<int>(edge));
-    float c[S::width][S::c];
-    mlp.template evaluate<S>(g.radius, [&](int j) { return a.attr[edge * p.n_attr + j]; }, keep, c);
-    const float factor = record[Slots::degrees * S::width + 3];
+    N c[S::width][S::c];
+    mlp.template evaluate<S>(g.radius, [&](int j) { return attribute(edge, j); }, keep, c);
+    const N factor = record[Slots::degrees * S::width + 3];
 #pragma unroll
     for (int l = 0; l < Slots::degrees; ++l)
 #pragma unroll
       for (int w = 0; w < S::width; w += 4) {
-        Neighbours<float, 4> four;
+        Neighbours<N, 4> four;
 #pragma unroll
         for (int j = 0; j < 4; ++j) four.at[j] = c[w + j][place_of_degree<S>(l)] * factor;
         neighbours<4>(record + l * S::width + w) = four;
@@ -103,28 +123,29 @@ struct ExactChunks {
   template <typename Keep>
   __device__ __forceinline__ void near_edge(int begin, int at, Keep keep) {
     const int64_t edge = index(a.order, begin + at);
-    float* const record = records + at * Memory::record;
-    const float factor = record[Slots::degrees * S::width + 3];
+    N* const record = records + at * Memory::record;
+    const N factor = record[Slots::degrees * S::width + 3];
     mlp.template evaluate_near<S>(
-        geometry(edge).radius, [&](int j) { return a.attr[edge * p.n_attr + j]; }, near,
-        [&](int layer, LayerValue what, int k, int w, float value) { keep.put(at, layer, what, k, w, value); },
-        [&](int l, int w, float value) { record[l * S::width + w] = value * factor; });
+        geometry(edge).radius, [&](int j) { return attribute(edge, j); }, near,
+        [&](int layer, LayerValue what, int k, int w, N value) { keep.put(at, layer, what, k, w, value); },
+        [&](int l, int w, N value) { record[l * S::width + w] = value * factor; });
     __syncwarp();
   }
 
   // γ times the shell times the cutoff
-  __device__ __forceinline__ float radial(float squared) const {
-    const float shell = p.gamma * exp2_approximate(squared * *exponent);
+  __device__ __forceinline__ N radial(N squared) const {
+    const N shell = p.gamma * exp2_approximate(squared * *exponent);
     return p.has_cutoff ? shell * cutoff(squared).value : shell;
   }
   // At t = min(|x| / cutoff, 1): 1 - 10 t³ + 15 t⁴ - 6 t⁵, and its derivative by |x|²/2.
   struct Cutoff {
-    float value, slope;
+    N value, slope;
   };
-  __device__ __forceinline__ Cutoff cutoff(float squared) const {
-    float norm, inverse;
-    safe_norm<float>(squared, norm, inverse);
-    const float per_length = 1 / p.cutoff, t = lane_min(1.0f, norm * per_length);
+  __device__ __forceinline__ Cutoff cutoff(N squared) const {
+    N norm, inverse;
+    safe_norm<N>(squared, norm, inverse);
+    const float per_length = 1 / p.cutoff;
+    const N t = lane_min(constant_number<N>(1), norm * per_length);
     return {1 - t * t * t * (10 - t * (15 - 6 * t)), -30 * t * t * (1 - t) * (1 - t) * per_length * inverse};
   }
 

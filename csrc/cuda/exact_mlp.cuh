@@ -8,8 +8,11 @@
 //
 // Weights lie in the block's shared memory, where all lanes read the same four of them at a time. Batch norms cost
 // nothing per edge: the scale and the shift of one are in the weights of what follows.
+//
+// Numbers are those of S::Number: float, or dual numbers (dual.h) for second derivatives.
 #pragma once
 
+#include "../dual.h"
 #include "../edge_mlp.h"
 #include "call.h"
 #include "exact_plan.h"
@@ -20,14 +23,16 @@ namespace implicit_steer::IST_ISA {
 
 constexpr float kLog2e = 1.44269504089f, kLn2 = 0.69314718056f;
 
+template <typename N>
 struct ExactMlp;
 
 // What an exact kernel is compiled for: φ, W hidden channels, V fields, with the path u × x or without it.
 template <typename F, int kWidth, int kFields, bool kWithCross>
 struct Exact {
+  using Number = float;
   using Function = F;
   using Slots = ExactSlots<kWithCross>;
-  using Mlp = ExactMlp;
+  using Mlp = ExactMlp<float>;
   static constexpr int c = ExactPlan::kCoefficients, even = ExactPlan::kEven, width = kWidth, fields = kFields;
   static constexpr bool large = kFields > 8 || kWidth > 8;  // θ takes so much shared memory that more warps share it
 };
@@ -60,7 +65,19 @@ __device__ __forceinline__ auto sample_row(const float* row) {
   }
 }
 
-// value: log2 e · φ(ln 2 · x); slope: its derivative, φ′(ln 2 · x)
+// Beside those of compat.cuh
+using ::exp2_approximate;
+using ::inverse_root_approximate;
+__device__ __forceinline__ Dual<float> exp2_approximate(Dual<float> x) {
+  const float power = exp2_approximate(x.value);
+  return {power, kLn2 * power * x.tangent};
+}
+__device__ __forceinline__ Dual<float> inverse_root_approximate(Dual<float> x) {
+  const float inverse = inverse_root_approximate(x.value);
+  return {inverse, -0.5f * inverse * inverse * inverse * x.tangent};
+}
+
+// value: log2 e · φ(ln 2 · x); slope, curvature: its derivatives, φ′(ln 2 · x) and ln 2 · φ″(ln 2 · x)
 template <typename F>
 struct Scaled;
 template <>
@@ -70,6 +87,7 @@ struct Scaled<Elu> {
     return x > 0 ? x : below;
   }
   static __device__ __forceinline__ float slope(float x) { return min_or_nan(exp2_approximate(x), 1); }
+  static __device__ __forceinline__ float curvature(float x) { return x > 0 ? 0 : exp2_approximate(x) * kLn2; }
 };
 template <>
 struct Scaled<Silu> {
@@ -78,8 +96,50 @@ struct Scaled<Silu> {
     const float s = sigmoid(x);
     return s * (1 + kLn2 * x * (1 - s));
   }
+  static __device__ __forceinline__ float curvature(float x) {
+    const float s = sigmoid(x);
+    return kLn2 * s * (1 - s) * (2 + kLn2 * x * (1 - 2 * s));
+  }
   static __device__ __forceinline__ float sigmoid(float x) { return reciprocal_approximate(1 + exp2_approximate(-x)); }
 };
+template <typename F>
+__device__ __forceinline__ float scaled_value(float x) {
+  return Scaled<F>::value(x);
+}
+template <typename F>
+__device__ __forceinline__ Dual<float> scaled_value(Dual<float> x) {
+  return {Scaled<F>::value(x.value), Scaled<F>::slope(x.value) * x.tangent};
+}
+template <typename F>
+__device__ __forceinline__ float scaled_slope(float x) {
+  return Scaled<F>::slope(x);
+}
+template <typename F>
+__device__ __forceinline__ Dual<float> scaled_slope(Dual<float> x) {
+  return {Scaled<F>::slope(x.value), Scaled<F>::curvature(x.value) * x.tangent};
+}
+
+// Channels whose activations are worked on together: so many that a pair's numbers are loaded seldom and few registers
+// hold z and y at once.
+template <typename S>
+constexpr int kActivated = is_dual<typename S::Number> && S::c * S::width > 32 ? 1 : 4;
+
+// The scale and the shift of the batch norm of layer n, 1 and 0 without one.
+template <typename N>
+__device__ __forceinline__ N norm_scale(const PlanView<float>& p, const N* packed, int n, int w) {
+  return p.has_norms ? packed[p.layers[n].affine + w] : constant_number<N>(1);
+}
+template <typename S, typename N>
+__device__ __forceinline__ N norm_shift(const PlanView<float>& p, const N* packed, int n, int w) {
+  return p.has_norms && p.n_trivial ? packed[p.layers[n].affine + S::width + w] : N{};
+}
+// Where sums over edges have coefficient k: first the one that is the same in all samples.
+__device__ __forceinline__ int slot_of(int k, int constant) { return k == 0 ? constant : k == constant ? 0 : k; }
+// Group k of a layer's rows has one coefficient of all channels.
+template <typename S>
+__device__ __forceinline__ int coefficient_of(const int32_t* groups, int k) {
+  return groups[k * (2 + 2 * S::width) + 2];
+}
 
 // What a backward pass wants of a layer n >= 1: its inputs y and z = W y + b.
 enum LayerValue : int { kLayerInputs = 0, kLayerSums = 1 };
@@ -87,16 +147,18 @@ enum LayerValue : int { kLayerInputs = 0, kLayerSums = 1 };
 struct NothingKept {
   template <typename Z>
   __device__ __forceinline__ void operator()(int, LayerValue, const Z&) const {}
-  __device__ __forceinline__ void put(int, int, LayerValue, int, int, float) const {}
+  template <typename N>
+  __device__ __forceinline__ void put(int, int, LayerValue, int, int, N) const {}
 };
 
-// Where a block has the MLP in its shared memory; the sizes are the same for all lanes.
+// Where a block has the MLP in its shared memory; the sizes, in numbers N, are the same for all lanes.
+template <typename N>
 struct ExactMlp {
   static constexpr bool is_table = false;
-  float* first;          // [1 + n_inputs, W] the first layer's bias, then its weights by input
-  float* hidden;         // [n_layers - 1] the layers that follow: bias [W], weights [c, W, W] by coefficient and row
-  float *scale, *shift;  // [W] of the last batch norm, or 1 and 0
-  float* samples;        // [pairs, 2, c] A and A⁻, scaled
+  N* first;          // [1 + n_inputs, W] the first layer's bias, then its weights by input
+  N* hidden;         // [n_layers - 1] the layers that follow: bias [W], weights [c, W, W] by coefficient and row
+  N *scale, *shift;  // [W] of the last batch norm, or 1 and 0
+  float* samples;    // [pairs, 2, c] A and A⁻, scaled
   int pairs, n_inputs, n_layers;
 
   template <typename S>
@@ -108,15 +170,16 @@ struct ExactMlp {
   }
 
   template <typename S>
-  __device__ __forceinline__ void place(float* memory, const PlanView<float>& p) {
+  __device__ __forceinline__ void place(N* memory, const PlanView<float>& p) {
     pairs = p.layers[0].n_pairs, n_inputs = p.n_inputs, n_layers = p.n_layers;
     first = memory, hidden = first + (1 + n_inputs) * S::width;
-    scale = hidden + (n_layers - 1) * layer_size<S>, shift = scale + S::width, samples = shift + S::width;
+    scale = hidden + (n_layers - 1) * layer_size<S>, shift = scale + S::width;
+    samples = reinterpret_cast<float*>(shift + S::width);
   }
 
   // By all threads of the block, with barriers.
   template <typename S>
-  __device__ __forceinline__ void copy(const PlanView<float>& p, const FieldView& view, const float* packed) {
+  __device__ __forceinline__ void copy(const PlanView<float>& p, const FieldView& view, const N* packed) {
     const LayerView<float>& layer = p.layers[0];
     const float *const a = global_memory(layer.pair_samples), *const b = global_memory(layer.pair_inverse);
     for (int k = threadIdx.x; k < pairs * S::c; k += blockDim.x) {
@@ -125,7 +188,7 @@ struct ExactMlp {
     }
     for (int k = threadIdx.x; k < (1 + n_inputs) * S::width; k += blockDim.x) {
       const int w = k % S::width, at = k < S::width ? layer.bias + w * S::c : view.first[k - S::width];
-      first[k] = at < 0 ? 0 : packed[at];
+      first[k] = at < 0 ? N{} : packed[at];
     }
     for (int w = threadIdx.x; w < S::width; w += blockDim.x)
       scale[w] = norm_scale(p, packed, n_layers - 1, w), shift[w] = norm_shift<S>(p, packed, n_layers - 1, w);
@@ -135,12 +198,11 @@ struct ExactMlp {
 
   // c_l of all channels, z[w][place of l], from the inputs: the radius, then the attributes. keep(layer, what, values).
   template <typename S, typename Attribute, typename Keep>
-  __device__ __forceinline__ void evaluate(float radius, Attribute attribute, Keep keep,
-                                           float (&z)[S::width][S::c]) const {
-    first_layer<S>(radius, attribute, z);
+  __device__ __forceinline__ void evaluate(N radius, Attribute attribute, Keep keep, N (&z)[S::width][S::c]) const {
+    first_layer<S>(radius, attribute, 0, z);
     if (n_layers == 1) return activation<S, 1, 1, S::even, kOddRead<S>>(z);
     activation<S, 1, 1, S::even, S::c - S::even>(z);
-    const float* layer = hidden;
+    const N* layer = hidden;
 #pragma unroll 1
     for (int n = 1; n < n_layers - 1; ++n, layer += layer_size<S>) {
       keep(n, kLayerInputs, z);
@@ -154,39 +216,41 @@ struct ExactMlp {
     activation<S, S::even, S::c - S::even, S::even, kOddRead<S>>(z);
   }
 
-  template <typename S, typename Attribute>
-  __device__ __forceinline__ void first_layer(float radius, Attribute attribute, float (&z)[S::width][S::c]) const {
-    const float* const w = opaque(first);
+  // z of the first layer, of n channels from `begin` on.
+  template <typename S, int n, typename Attribute>
+  __device__ __forceinline__ void first_layer(N radius, Attribute attribute, int begin, N (&z)[n][S::c]) const {
+    constexpr int together = n < 4 ? n : 4;
+    const N* const w = opaque(first) + begin;
 #pragma unroll
-    for (int i = 0; i < S::width; i += 4) {
-      const auto bias = neighbours<4>(w + i), of_radius = neighbours<4>(w + S::width + i);
+    for (int i = 0; i < n; i += together) {
+      const auto bias = neighbours<together>(w + i), of_radius = neighbours<together>(w + S::width + i);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) z[i + j][0] = bias.at[j], z[i + j][S::even] = of_radius.at[j] * radius;
+      for (int j = 0; j < together; ++j) z[i + j][0] = bias.at[j], z[i + j][S::even] = of_radius.at[j] * radius;
     }
 #pragma unroll 1
-    for (int n = 1; n < n_inputs; ++n) {
-      const float x = attribute(n - 1);
+    for (int k = 1; k < n_inputs; ++k) {
+      const N x = attribute(k - 1);
 #pragma unroll
-      for (int i = 0; i < S::width; i += 4) {
-        const auto of_attribute = neighbours<4>(w + (1 + n) * S::width + i);
+      for (int i = 0; i < n; i += together) {
+        const auto of_attribute = neighbours<together>(w + (1 + k) * S::width + i);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) z[i + j][0] += of_attribute.at[j] * x;
+        for (int j = 0; j < together; ++j) z[i + j][0] += of_attribute.at[j] * x;
       }
     }
   }
 
   // z = W y + b in the place of y, coefficient by coefficient
   template <typename S>
-  __device__ __forceinline__ static void linear(const float* layer, float (&z)[S::width][S::c]) {
+  __device__ __forceinline__ static void linear(const N* layer, N (&z)[S::width][S::c]) {
 #pragma unroll
     for (int k = 0; k < S::c; ++k) {
-      float y[S::width];
+      N y[S::width];
 #pragma unroll
       for (int i = 0; i < S::width; ++i) y[i] = z[i][k];
 #pragma unroll
       for (int r = 0; r < S::width; ++r) {
-        const float* const row = layer + S::width + (k * S::width + r) * S::width;
-        float sum = k == 0 ? layer[r] : 0;
+        const N* const row = layer + S::width + (k * S::width + r) * S::width;
+        N sum = k == 0 ? layer[r] : N{};
 #pragma unroll
         for (int i = 0; i < S::width; i += 4) {
           const auto four = neighbours<4>(row + i);
@@ -198,28 +262,27 @@ struct ExactMlp {
     }
   }
 
-  // y = A⁻ φ(A z) in the place of z, which has only its first even and odd coefficients; of y only such are wanted. So
-  // many channels at a time that a pair's numbers are loaded seldom and few registers hold z and y at once.
+  // y = A⁻ φ(A z) in the place of z, which has only its first even and odd coefficients; of y only such are wanted.
   template <typename S, int kInEven, int kInOdd, int kOutEven, int kOutOdd>
-  __device__ __forceinline__ void activation(float (&z)[S::width][S::c]) const {
-    constexpr int together = 4;
+  __device__ __forceinline__ void activation(N (&z)[S::width][S::c]) const {
+    constexpr int together = kActivated<S>;
     const auto used = [](int k, int even, int odd) { return k < S::even ? k < even : k - S::even < odd; };
 #pragma unroll
     for (int first_channel = 0; first_channel < S::width; first_channel += together) {
-      float y[together][S::c] = {};
+      N y[together][S::c] = {};
 #pragma unroll 1
       for (int pair = 0; pair < pairs; ++pair) {
         const float* const row = samples + pair * 2 * S::c;
         const auto a = sample_row<S::c>(row), b = sample_row<S::c>(row + S::c);
 #pragma unroll
         for (int w = 0; w < together; ++w) {
-          float part[2] = {0, 0};  // even, odd
+          N part[2] = {};  // even, odd
 #pragma unroll
           for (int k = 0; k < S::c; ++k)
             if (used(k, kInEven, kInOdd)) part[k >= S::even] += a.at[k] * z[first_channel + w][k];
-          const float plus = Scaled<typename S::Function>::value(part[0] + part[1]);
-          const float minus = Scaled<typename S::Function>::value(part[0] - part[1]);
-          const float sums[2] = {plus + minus, plus - minus};
+          const N plus = scaled_value<typename S::Function>(part[0] + part[1]);
+          const N minus = scaled_value<typename S::Function>(part[0] - part[1]);
+          const N sums[2] = {plus + minus, plus - minus};
 #pragma unroll
           for (int k = 0; k < S::c; ++k)
             if (used(k, kOutEven, kOutOdd)) y[w][k] += sums[k >= S::even] * b.at[k];
@@ -238,13 +301,13 @@ struct ExactMlp {
   // put(l, w, c_l) once for each, keep(layer, what, k, w, value) likewise. A lane has one channel w and every
   // so-manieth pair of samples; y: [W, c] of the warp.
   template <typename S, typename Attribute, typename Keep, typename Put>
-  __device__ __forceinline__ void evaluate_near(float radius, Attribute attribute, float* y, Keep keep, Put put) const {
+  __device__ __forceinline__ void evaluate_near(N radius, Attribute attribute, N* y, Keep keep, Put put) const {
     constexpr int lanes = 32 / S::width;  // of a channel
     const int lane = threadIdx.x % 32, w = lane / lanes, share = lane % lanes;
-    float z[S::c] = {first[w]}, out[S::c];
+    N z[S::c] = {first[w]}, out[S::c];
     z[S::even] = first[S::width + w];
     for (int n = 1; n < n_inputs; ++n) z[0] += first[(1 + n) * S::width + w] * attribute(n - 1);
-    const float* layer = hidden;
+    const N* layer = hidden;
     for (int n = 1;; ++n, layer += layer_size<S>) {
       near_activation<S>(radius, z, share, out);
       if (n == n_layers) break;
@@ -255,7 +318,7 @@ struct ExactMlp {
       __syncwarp();
 #pragma unroll
       for (int k = 0; k < S::c; ++k) {
-        z[k] = k == 0 ? layer[w] : 0;
+        z[k] = k == 0 ? layer[w] : N{};
         for (int i = 0; i < S::width; ++i)
           z[k] += layer[S::width + (k * S::width + w) * S::width + i] * y[i * S::c + k];
         if (share == 0) keep(n, kLayerSums, k, w, z[k]);
@@ -263,26 +326,25 @@ struct ExactMlp {
     }
 #pragma unroll
     for (int l = 0; l < S::Slots::degrees; ++l)
-      if (share == 0) put(l, w, out[place_of_degree<S>(l)] * (l == 0 ? 1 : radius));
+      if (share == 0) put(l, w, l == 0 ? out[0] : out[place_of_degree<S>(l)] * radius);
   }
 
   template <typename S>
-  __device__ __forceinline__ void near_activation(float radius, const float (&z)[S::c], int share,
-                                                  float (&y)[S::c]) const {
+  __device__ __forceinline__ void near_activation(N radius, const N (&z)[S::c], int share, N (&y)[S::c]) const {
     using F = typename S::Function;
     constexpr int lanes = 32 / S::width;
 #pragma unroll
-    for (int k = 0; k < S::c; ++k) y[k] = 0;
+    for (int k = 0; k < S::c; ++k) y[k] = N{};
     for (int pair = share; pair < pairs; pair += lanes) {
       const float *a = samples + pair * 2 * S::c, *b = a + S::c;
-      const float at_zero = a[0] * z[0] * kLn2;
-      float part[2] = {0, 0};
+      const N at_zero = a[0] * z[0] * kLn2;
+      N part[2] = {};
 #pragma unroll
       for (int k = 1; k < S::c; ++k) part[k >= S::even] += a[k] * z[k] * kLn2;
-      float sums[2] = {0, 0}, values = 0;  // of quotients: even, odd; of φ: even
+      N sums[2] = {}, values{};  // of quotients: even, odd; of φ: even
       IST_ROLLED for (int sign = 1; sign >= -1; sign -= 2) {
-        const float w = part[0] + static_cast<float>(sign) * part[1];
-        const float d = w * quotient<F, false>(at_zero, radius * w).q;
+        const N w = part[0] + static_cast<float>(sign) * part[1];
+        const N d = w * quotient<F, false>(at_zero, radius * w).q;
         sums[0] += d, sums[1] += static_cast<float>(sign) * d, values += F::value(at_zero) + radius * d;
       }
 #pragma unroll
@@ -294,40 +356,23 @@ struct ExactMlp {
 
   // ---- batch norms, folded
 
-  static __device__ __forceinline__ float norm_scale(const PlanView<float>& p, const float* packed, int n, int w) {
-    return p.has_norms ? packed[p.layers[n].affine + w] : 1;
-  }
-  template <typename S>
-  static __device__ __forceinline__ float norm_shift(const PlanView<float>& p, const float* packed, int n, int w) {
-    return p.has_norms && p.n_trivial ? packed[p.layers[n].affine + S::width + w] : 0;
-  }
-
-  // The coefficient that is the same in all samples; and where sums over edges have coefficient k, that one first.
+  // The coefficient that is the same in all samples.
   static __device__ __forceinline__ int trivial(const FieldView&) { return 0; }
-  static __device__ __forceinline__ int slot_of(int k, int constant) {
-    return k == 0 ? constant : k == constant ? 0 : k;
-  }
-
-  // Group k of a layer's rows has one coefficient of all channels.
-  template <typename S>
-  static __device__ __forceinline__ int coefficient_of(const int32_t* groups, int k) {
-    return groups[k * (2 + 2 * S::width) + 2];
-  }
 
   // Layer n >= 1 at the scale and shift of the batch norm before it: W' = W scale, b' = b + W shift.
   template <typename S>
-  __device__ __forceinline__ void copy_layer(const PlanView<float>& p, const float* packed, int n) {
+  __device__ __forceinline__ void copy_layer(const PlanView<float>& p, const N* packed, int n) {
     constexpr int square = S::width * S::width;
     const LayerView<float>& layer = p.layers[n];
     const int32_t* const groups = global_memory(layer.groups);
-    const float* const values = packed + layer.weight;
-    float* const to = hidden + (n - 1) * layer_size<S>;
+    const N* const values = packed + layer.weight;
+    N* const to = hidden + (n - 1) * layer_size<S>;
     const auto coefficient = [&](int k) { return coefficient_of<S>(groups, k); };
     for (int k = threadIdx.x; k < S::c * square; k += blockDim.x)
       to[S::width + coefficient(k / square) * square + k % square] =
           values[k] * norm_scale(p, packed, n - 1, k % S::width);
     for (int r = threadIdx.x; r < S::width; r += blockDim.x) {
-      float sum = packed[layer.bias + r * S::c];
+      N sum = packed[layer.bias + r * S::c];
       for (int k = 0; k < S::c; ++k)
         for (int i = 0; i < S::width && coefficient(k) == 0; ++i)
           sum += values[k * square + r * S::width + i] * norm_shift<S>(p, packed, n - 1, i);

@@ -15,16 +15,16 @@ template <typename S, typename Warp, typename Gradients>
 struct ExactReverse : Warp {
   using Base = Warp;
   using Base::a, Base::p, Base::view, Base::lane, Base::group, Base::pair, Base::number, Base::records, Base::mlp;
-  using typename Base::Slots, typename Base::Memory;
+  using typename Base::N, typename Base::Slots, typename Base::Memory;
   static constexpr int channels = S::width / 8;
   const bool need_weights;
-  int32_t* edges;        // [32]
-  float *moved, *along;  // [32, 4] gradients of the direction, P; [32] along the radius
+  int32_t* edges;    // [32]
+  N *moved, *along;  // [32, 4] gradients of the direction, P; [32] along the radius
   KeptLayers<S> kept;
   Gradients gradients;
 
   __device__ __forceinline__ ExactReverse(const FieldCall& call, int size)
-      : Base(call, size), need_weights(a.grad_weights), gradients(call.sums, number, p, view) {
+      : Base(call, size), need_weights(a.grad_weights), gradients(reinterpret_cast<N*>(call.sums), number, p, view) {
     edges = reinterpret_cast<int32_t*>(this->rest);
     moved = this->rest + 32, along = moved + 128;
   }
@@ -33,40 +33,46 @@ struct ExactReverse : Warp {
   __device__ __forceinline__ bool need_geometry() const { return opaque(a.grad_delta) || opaque(a.grad_attr); }
 
   __device__ __forceinline__ void reverse(int n) {
-    const ExactMlpBackward<S> back{mlp, kept};
     const bool there = lane < n;
-    const int64_t edge = edges[lane];
+    const bool is_near = edge_back(there);
+    __syncwarp();
+    for (uint32_t left = __ballot_sync(kWarp, is_near); left != 0; left &= left - 1) near_edge_back(__ffs(left) - 1);
+    const int64_t edge = edges[lane];  // once more, as its geometry: kept, they would take registers
     const auto g = this->geometry(edge);
-    const bool is_near = there && g.radius < Limits<float>::near;
-    const uint32_t near_edges = __ballot_sync(kWarp, is_near);
-    float* const record = records + lane * Memory::record;
-    const float factor = record[Slots::degrees * S::width + 3];
-    const auto attribute = [&](int j) { return a.attr[edge * p.n_attr + j]; };
-    float d[S::width][S::c];
+    if (need_weights) {
+      for (int layer = 1; layer < p.n_layers; ++layer) add_weights(layer);
+      add_first(is_near ? constant_number<N>(1) : g.radius, [&](int j) { return this->attribute(edge, j); });
+    }
+    if (there) geometry_back(edge, g, is_near);
+  }
+
+  // Of this lane's edge: in its record the gradient of the first layer's z takes the place of that of c, unless the
+  // edge is near the origin; whether it is.
+  __device__ __forceinline__ bool edge_back(bool there) {
+    const int64_t edge = edges[lane];
+    const N radius = this->geometry(edge).radius;
+    const bool is_near = there && radius < Limits<float>::near;
+    N* const record = records + lane * Memory::record;
+    const N factor = record[Slots::degrees * S::width + 3];
+    N d[S::width][S::c];
 #pragma unroll
     for (int w = 0; w < S::width; w += 4) {
 #pragma unroll
       for (int l = 0; l < Slots::degrees; ++l) {
         const auto four = neighbours<4>(record + l * S::width + w);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) d[w + j][place_of_degree<S>(l)] = there ? four.at[j] * factor : 0;
+        for (int j = 0; j < 4; ++j) d[w + j][place_of_degree<S>(l)] = there ? four.at[j] * factor : N{};
       }
     }
-    back.edge(g.radius, attribute, !is_near, d);
-    if (!is_near) {
+    const ExactMlpBackward<S> back{mlp, kept};
+    back.edge(radius, [&](int j) { return this->attribute(edge, j); }, !is_near, d);
+    if (is_near) return true;
 #pragma unroll
-      for (int w = 0; w < S::width; w += 4) {
-        neighbours<4>(record + w) = {d[w][0], d[w + 1][0], d[w + 2][0], d[w + 3][0]};
-        neighbours<4>(record + S::width + w) = {d[w][S::even], d[w + 1][S::even], d[w + 2][S::even], d[w + 3][S::even]};
-      }
+    for (int w = 0; w < S::width; w += 4) {
+      neighbours<4>(record + w) = {d[w][0], d[w + 1][0], d[w + 2][0], d[w + 3][0]};
+      neighbours<4>(record + S::width + w) = {d[w][S::even], d[w + 1][S::even], d[w + 2][S::even], d[w + 3][S::even]};
     }
-    __syncwarp();
-    for (uint32_t left = near_edges; left != 0; left &= left - 1) near_edge_back(__ffs(left) - 1);
-    if (need_weights) {
-      for (int layer = 1; layer < p.n_layers; ++layer) add_weights(layer);
-      add_first(is_near ? 1 : g.radius, attribute);
-    }
-    if (there) geometry_back(edge, g, is_near);
+    return false;
   }
 
   // Of the edge `at` of the chunk, what ExactMlpBackward::edge() gives of others; `along` becomes the radius' gradient.
@@ -74,16 +80,17 @@ struct ExactReverse : Warp {
     const ExactMlpBackward<S> back{mlp, kept};
     const int64_t edge = edges[at];
     const auto g = this->geometry(edge);
-    float* const record = records + at * Memory::record;
+    N* const record = records + at * Memory::record;
     constexpr int lanes = 32 / S::width;
     const int w = lane / lanes;
-    float d[S::c] = {};
+    N d[S::c] = {};
 #pragma unroll
-    for (int l = 0; l < Slots::degrees; ++l)
-      d[place_of_degree<S>(l)] =
-          record[l * S::width + w] * record[Slots::degrees * S::width + 3] * (l == 0 ? 1 : g.radius);
-    const float d_radius =
-        back.near(at, g.radius, [&](int j) { return a.attr[edge * p.n_attr + j]; }, d) + along[at] * g.inverse;
+    for (int l = 0; l < Slots::degrees; ++l) {
+      const N of_c = record[l * S::width + w] * record[Slots::degrees * S::width + 3];
+      d[place_of_degree<S>(l)] = l == 0 ? of_c : of_c * g.radius;
+    }
+    const N d_radius =
+        back.near(at, g.radius, [&](int j) { return this->attribute(edge, j); }, d) + along[at] * g.inverse;
     __syncwarp();
     if (lane % lanes == 0) record[w] = d[0], record[S::width + w] = d[S::even];
     if (lane == 0) along[at] = d_radius;
@@ -97,27 +104,27 @@ struct ExactReverse : Warp {
     for (int pass = 0; pass < channels * channels; ++pass) add_weights(layer, pass / channels, pass % channels);
   }
   __device__ __forceinline__ void add_weights(int layer, int rows, int columns) const {
-    float bias = 0;
+    N bias{};
 #pragma unroll
     for (int k0 = 0; k0 < S::c; k0 += 2) {
       auto& to = gradients.four(gradients.of_weights(layer, k0 / 2, rows, columns));
-      Neighbours<float, 4> sum = to;
+      Neighbours<N, 4> sum = to;
 #pragma unroll
       for (int k = k0; k < k0 + 2; ++k) {
-        float d_w[4] = {};
+        StackedSum<N> d_w;
 #pragma unroll
         for (int at = 2 * pair; at < 32; at += 8) {
-          Stacked d_z;
-          Split<2> y;
+          OfParts<Stacked, N> d_z;
+          OfParts<Split<2>, N> y;
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            const float z = kept.at(at + i, layer, kLayerSums, k, 8 * rows + group);
+            const N z = kept.at(at + i, layer, kLayerSums, k, 8 * rows + group);
             d_z.set(i, z), y.set(i, kept.at(at + i, layer, kLayerInputs, k, 8 * columns + group));
             if (k == 0) bias += z;
           }
-          mma_stacked(d_w, d_z, y);
+          d_w.add(d_z, y);
         }
-        sum.at[(k - k0) * 2] += d_w[0] + d_w[2], sum.at[(k - k0) * 2 + 1] += d_w[1] + d_w[3];
+        sum.at[(k - k0) * 2] += d_w[0], sum.at[(k - k0) * 2 + 1] += d_w[1];
       }
       to = sum;
     }
@@ -126,15 +133,15 @@ struct ExactReverse : Warp {
 
   // The first layer's bias and weights: Σ d_z times 1, `radial`, the attributes; row g, a quarter of the edges.
   template <typename Attribute>
-  __device__ __forceinline__ void add_first(float radial, Attribute attribute) const {
-    float* const input = this->near;
+  __device__ __forceinline__ void add_first(N radial, Attribute attribute) const {
+    N* const input = this->near;
     for (int n = 0; n <= p.n_inputs; ++n) {
-      input[lane] = n == 0 ? 1 : n == 1 ? radial : attribute(n - 2);
+      input[lane] = n == 0 ? constant_number<N>(1) : n == 1 ? radial : attribute(n - 2);
       __syncwarp();
 #pragma unroll
       for (int rows = 0; rows < channels; ++rows) {
-        const float* const d_z = records + (n == 1 ? S::width : 0) + 8 * rows + group;
-        float sum = 0;
+        const N* const d_z = records + (n == 1 ? S::width : 0) + 8 * rows + group;
+        N sum{};
 #pragma unroll
         for (int at = pair; at < 32; at += 4) sum += d_z[at * Memory::record] * input[at];
         gradients.one(Gradients::first + 32 * (n * channels + rows)) += sum;
@@ -147,47 +154,48 @@ struct ExactReverse : Warp {
   // the origin the radius' gradient.
   template <typename Geometry>
   __device__ __forceinline__ void geometry_back(int64_t edge, const Geometry& g, bool is_near) {
-    const float* const record = records + lane * Memory::record;
+    const N* const record = records + lane * Memory::record;
     const auto of_direction = this->of_direction();
     if (need_weights) gradients.one(Gradients::shell) += of_direction.at[3] * g.squared;
     if (!need_geometry()) return;
-    float d_radius = is_near ? along[lane] : 0;
-    const float* const weights = opaque(mlp.first) + S::width;
+    N d_radius = is_near ? along[lane] : N{};
+    const N* const weights = opaque(mlp.first) + S::width;
     for (int w = 0; w < S::width && !is_near; ++w) d_radius += record[S::width + w] * weights[w];
     store_position(edge, g, of_direction, d_radius);
     for (int j = 0; j < p.n_attr && a.grad_attr; ++j) {
-      float sum = 0;
+      N sum{};
       for (int w = 0; w < S::width; ++w) sum += record[w] * weights[(1 + j) * S::width + w];
-      global_memory(a.grad_attr)[edge * p.n_attr + j] = sum;
+      global_memory(a.grad_attr)[edge * p.n_attr + j] = result(sum);
     }
   }
 
   // Of this lane's edge: the gradient of the direction, and P.
-  __device__ __forceinline__ Neighbours<float, 4> of_direction() const { return neighbours<4>(moved + 4 * lane); }
+  __device__ __forceinline__ Neighbours<N, 4> of_direction() const { return neighbours<4>(moved + 4 * lane); }
 
   // The gradient of x by way of the direction, the radius and the radial factor.
   template <typename Geometry>
-  __device__ __forceinline__ void store_position(int64_t edge, const Geometry& g, const Neighbours<float, 4>& direction,
-                                                 float d_radius) const {
-    float u[3];
+  __device__ __forceinline__ void store_position(int64_t edge, const Geometry& g, const Neighbours<N, 4>& direction,
+                                                 N d_radius) const {
+    N u[3];
 #pragma unroll
     for (int k = 0; k < 3; ++k) u[k] = g.x[k] * g.inverse, d_radius -= direction.at[k] * u[k] * g.inverse;
-    const float slope = radial_slope(direction.at[3], g.squared);
+    const N slope = radial_slope(direction.at[3], g.squared);
 #pragma unroll
     for (int k = 0; k < 3; ++k)
       if (a.grad_delta)
-        global_memory(a.grad_delta)[3 * edge + k] = direction.at[k] * g.inverse + d_radius * u[k] + slope * g.x[k];
+        global_memory(a.grad_delta)[3 * edge + k] =
+            result(direction.at[k] * g.inverse + d_radius * u[k] + slope * g.x[k]);
   }
 
   // ∂L/∂(|x|²/2) by way of the radial factor, from P.
-  __device__ __forceinline__ float radial_slope(float product, float squared) const {
+  __device__ __forceinline__ N radial_slope(N product, N squared) const {
     return product * (2 * kLn2 * *this->exponent) + cutoff_slope(product, squared);
   }
   // Of it that of the cutoff; where the factor is 0, so is its slope.
-  __device__ __forceinline__ float cutoff_slope(float product, float squared) const {
-    if (!p.has_cutoff) return 0;
+  __device__ __forceinline__ N cutoff_slope(N product, N squared) const {
+    if (!p.has_cutoff) return N{};
     const auto cutoff = this->cutoff(squared);
-    return cutoff.value > 1e-30f ? product / cutoff.value * cutoff.slope : 0;
+    return cutoff.value > 1e-30f ? product / cutoff.value * cutoff.slope : N{};
   }
 };
 

@@ -9,7 +9,7 @@ namespace implicit_steer::IST_ISA {
 
 template <typename S>
 struct KeptLayers<S, true> {
-  float* memory;
+  typename S::Number* memory;
   static constexpr int of_layer = 0;
 };
 
@@ -18,32 +18,32 @@ template <typename S, typename Base>
 struct ExactTableReverse : Base {
   using Base::a, Base::p, Base::lane, Base::mlp, Base::records, Base::gradients, Base::need_weights;
   using Base::Base;
-  using typename Base::Slots, typename Base::Memory;
+  using typename Base::N, typename Base::Slots, typename Base::Memory;
 
   __device__ __forceinline__ void reverse(int n) {
     const bool there = lane < n;
     const int64_t edge = this->edges[lane];
     const auto g = this->geometry(edge);
-    const auto here = mlp.template cell<S>(g.radius, [&](int j) { return a.attr[edge * p.n_attr + j]; });
-    float* const record = records + lane * Memory::record;
+    const auto here = mlp.template cell<S>(g.radius, [&](int j) { return this->attribute(edge, j); });
+    N* const record = records + lane * Memory::record;
     auto& geometry = neighbours<4>(record + Slots::degrees * S::width);
-    const float factor = there ? geometry.at[3] : 0;
+    const N factor = there ? geometry.at[3] : N{};
     // For add_to_table(), in the place of what is not read any more.
     const auto& weights = here.pieces.weights;
     geometry = {weights[0], weights[1], weights[2], weights[3]}, this->sources[lane] = here.first;
-    float d_u = 0;
+    N d_u{};
 #pragma unroll
     for (int l = 0; l < Slots::degrees; ++l) {
-      const float power = mlp.power(here.u, l), slope = mlp.power_slope(here.u, l);
+      const N power = mlp.power(here.u, l), slope = mlp.power_slope(here.u, l);
 #pragma unroll
       for (int w = 0; w < S::width; w += 4) {
         auto& d = neighbours<4>(record + l * S::width + w);
         const auto f = mlp.template blend<S>(here.pieces.weights, here.first, l, w);
         const auto f_u = mlp.template blend<S>(here.pieces.slopes, here.first, l, w);
-        Neighbours<float, 4> of_splines;
+        Neighbours<N, 4> of_splines;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const float d_c = there ? d.at[j] * factor : 0;
+          const N d_c = there ? d.at[j] * factor : N{};
           d_u += d_c * (slope * f.at[j] + power * f_u.at[j]), of_splines.at[j] = d_c * power;
         }
         d = of_splines;
@@ -64,8 +64,8 @@ struct ExactTableReverse : Base {
     const int row = mlp.template row_size<S>();
 #pragma unroll 1
     for (int at = 0; at < n; ++at) {
-      const float* const record = records + at * Memory::record;
-      float* const rows = gradients.memory + gradients.first + this->sources[at];
+      const N* const record = records + at * Memory::record;
+      N* const rows = gradients.memory + gradients.first + this->sources[at];
       const auto weights = neighbours<4>(record + Slots::degrees * S::width);
 #pragma unroll
       for (int x = lane; x < Slots::degrees * S::width; x += 32)

@@ -23,6 +23,7 @@ struct GridWarp;
 // What a grid kernel is compiled for: φ, W hidden channels, V fields.
 template <typename F, int kWidth, int kFields>
 struct Grid {
+  using Number = float;
   using Function = F;
   using Slots = ExactSlots<false>;
   using Mlp = GridMlp;
@@ -85,8 +86,8 @@ struct GridMlp {
       scalars[k] = at < 0 ? 0 : packed[at] * of_constant;
     }
     for (int w = threadIdx.x; w < S::width; w += blockDim.x) {
-      scale[w] = ExactMlp::norm_scale(p, packed, n_layers - 1, w);
-      shift[w] = ExactMlp::norm_shift<S>(p, packed, n_layers - 1, w);
+      scale[w] = norm_scale(p, packed, n_layers - 1, w);
+      shift[w] = norm_shift<S>(p, packed, n_layers - 1, w);
     }
     for (int n = 1; n < n_layers; ++n) copy_layer<S>(p, packed, n, grid.constant);
     __syncthreads();
@@ -130,8 +131,7 @@ struct GridMlp {
         elements[i] = 0;
       } else if (n < of_output) {
         // part 0: of even coefficients, 1 and 2: of odd ones in the slots below 8 and from there on
-        const int part = n % 3, slot = other + (part == 2 ? 8 : 0),
-                  at = pair * p.c + ExactMlp::slot_of(slot, grid.constant);
+        const int part = n % 3, slot = other + (part == 2 ? 8 : 0), at = pair * p.c + slot_of(slot, grid.constant);
         const float value = n < of_inverse ? samples[at] * kLog2e : inverse[at] * kLn2;
         elements[i] = (slot >= p.n_even) == (part > 0) ? value : 0;
       } else if (n < of_position) {
@@ -172,15 +172,15 @@ struct GridMlp {
     for (int k = threadIdx.x; k < 32 * S::c; k += blockDim.x) {
       const int lane = k % 32, out = lane / 8 + lane / 4 % 2 * 4, in = lane % 4;
       const float* const row = values + k / 32 * square + out * S::width;
-      const int slot = ExactMlp::slot_of(ExactMlp::coefficient_of<S>(groups, k / 32), constant);
-      put(to + slot * fragment + 4 * lane, row[in] * ExactMlp::norm_scale(p, packed, n - 1, in),
-          row[in + 4] * ExactMlp::norm_scale(p, packed, n - 1, in + 4));
+      const int slot = slot_of(coefficient_of<S>(groups, k / 32), constant);
+      put(to + slot * fragment + 4 * lane, row[in] * norm_scale(p, packed, n - 1, in),
+          row[in + 4] * norm_scale(p, packed, n - 1, in + 4));
     }
     for (int r = threadIdx.x; r < S::width; r += blockDim.x) {
       float sum = packed[layer.bias + r * S::c + constant];
       for (int k = 0; k < S::c; ++k)
-        for (int i = 0; i < S::width && ExactMlp::coefficient_of<S>(groups, k) == constant; ++i)
-          sum += values[k * square + r * S::width + i] * ExactMlp::norm_shift<S>(p, packed, n - 1, i);
+        for (int i = 0; i < S::width && coefficient_of<S>(groups, k) == constant; ++i)
+          sum += values[k * square + r * S::width + i] * norm_shift<S>(p, packed, n - 1, i);
       to[S::c * fragment + r] = sum;
     }
   }

@@ -14,6 +14,7 @@ namespace implicit_steer::IST_ISA {
 // row's bias and of the shell a share.
 template <typename S, int kBegin>
 struct LayerGradients {
+  using N = typename S::Number;
   static constexpr int square = S::width * S::width, of_rows = 4 * S::width, channels = S::width / 8;
   static constexpr int shell = kBegin, first = shell + 32;
   static constexpr int of_layer = S::c * square + of_rows;
@@ -26,11 +27,11 @@ struct LayerGradients {
     return p.n_types * static_cast<int>(splines_per_type(p)) * p.n_read * S::width;
   }
   const PlanView<float>& p;
-  float* const memory;    // of this warp
+  N* const memory;        // of this warp
   const int trivial = 0;  // the coefficient that is the same in all samples, which biases are of
 
   // `of_warps`: of all warps, `stride` numbers each.
-  __device__ __forceinline__ LayerGradients(float* of_warps, int number, int stride, const PlanView<float>& p,
+  __device__ __forceinline__ LayerGradients(N* of_warps, int number, int stride, const PlanView<float>& p,
                                             const FieldView& view)
       : p(p), memory(of_warps + int64_t{number} * stride), trivial(S::Mlp::trivial(view)) {}
 
@@ -39,10 +40,10 @@ struct LayerGradients {
     for (int k = 4 * lane(); k < size_of(p); k += 128) neighbours<4>(memory + k) = {};
   }
   // The four sums of this lane at a place of [lane, 4], and one of [lane].
-  __device__ __forceinline__ Neighbours<float, 4>& four(int begin) const {
+  __device__ __forceinline__ Neighbours<N, 4>& four(int begin) const {
     return neighbours<4>(memory + begin + 4 * lane());
   }
-  __device__ __forceinline__ float& one(int begin) const { return memory[begin + lane()]; }
+  __device__ __forceinline__ N& one(int begin) const { return memory[begin + lane()]; }
   // Of blocks of rows and of columns.
   __device__ __forceinline__ int of_weights(int layer, int two_coefficients, int rows, int columns) const {
     const int number = (two_coefficients * channels + rows) * channels + columns;
@@ -59,7 +60,7 @@ struct LayerGradients {
     const int size = size_of(p);
     __syncthreads();
     for (int k = threadIdx.x; k < size; k += blockDim.x) {
-      float sum = memory[k];
+      N sum = memory[k];
       for (int w = 1; w < warps; ++w) sum += memory[w * stride + k];
       memory[k] = sum;
     }
@@ -67,12 +68,12 @@ struct LayerGradients {
 
   // Single sums: of b [row] of layer n, or of row `input` of the first layer's weights; of W [coefficient k, row,
   // column].
-  __device__ __forceinline__ float lanes_sum(int begin, int row) const {
-    const float* const shares = memory + begin + 4 * row;
+  __device__ __forceinline__ N lanes_sum(int begin, int row) const {
+    const N* const shares = memory + begin + 4 * row;
     return shares[0] + shares[1] + shares[2] + shares[3];
   }
-  __device__ __forceinline__ float weight_sum(int layer, int coefficient, int row, int column) const {
-    const int k = ExactMlp::slot_of(coefficient, trivial), of_blocks = of_weights(layer, k / 2, row / 8, column / 8);
+  __device__ __forceinline__ N weight_sum(int layer, int coefficient, int row, int column) const {
+    const int k = slot_of(coefficient, trivial), of_blocks = of_weights(layer, k / 2, row / 8, column / 8);
     return memory[of_blocks + 4 * (4 * (row % 8) + column % 8 / 2) + k % 2 * 2 + column % 2];
   }
 
@@ -80,64 +81,64 @@ struct LayerGradients {
     for (int k = threadIdx.x; k < p.n_grad; k += blockDim.x) row[k] = 0;
     __syncthreads();
   }
-  __device__ __forceinline__ void write_shell(const float* packed, float* row) const {
+  __device__ __forceinline__ void write_shell(const N* packed, float* row) const {
     if (threadIdx.x == 0) {
-      float sum = 0;
+      N sum{};
       for (int k = 0; k < 32; ++k) sum += memory[shell + k];
-      const float width = packed[p.shell_at];
-      row[p.shell_at] = sum / (width * width * width);
+      const N width = packed[p.shell_at];
+      row[p.shell_at] = result(sum / (width * width * width));
     }
   }
   // The numbers of the MLP, but for those of the last batch norm, or of the table, of a row of gradients, [n_grad].
-  __device__ __forceinline__ void write_layers(const FieldView& view, const float* packed, float* row) const {
+  __device__ __forceinline__ void write_layers(const FieldView& view, const N* packed, float* row) const {
     if constexpr (S::Mlp::is_table) {
-      for (int k = threadIdx.x; k < table_size(p); k += blockDim.x) row[p.table_at + k] = memory[first + k];
+      for (int k = threadIdx.x; k < table_size(p); k += blockDim.x) row[p.table_at + k] = result(memory[first + k]);
     } else {
       write_mlp(view, packed, row);
     }
   }
 
  private:
-  __device__ __forceinline__ void write_mlp(const FieldView& view, const float* packed, float* row) const {
+  __device__ __forceinline__ void write_mlp(const FieldView& view, const N* packed, float* row) const {
     for (int k = threadIdx.x; k < (1 + p.n_inputs) * S::width; k += blockDim.x) {
       const int w = k % S::width;
       const int at = k < S::width ? p.layers[0].bias + w * S::c + trivial : view.first[k - S::width];
-      if (at >= 0) row[at] = lanes_sum(first + k / S::width * of_rows, w);
+      if (at >= 0) row[at] = result(lanes_sum(first + k / S::width * of_rows, w));
     }
     for (int n = 1; n < p.n_layers; ++n) write_layer(packed, n, row);
     if (p.has_norms) write_hidden_norms(packed, row);
   }
 
   // W = W' / scale and b = b' - W shift of ExactMlp::copy_layer
-  __device__ __forceinline__ void write_layer(const float* packed, int n, float* row) const {
+  __device__ __forceinline__ void write_layer(const N* packed, int n, float* row) const {
     const LayerView<float>& layer = p.layers[n];
     const int32_t* const groups = global_memory(layer.groups);
     for (int k = threadIdx.x; k < S::c * square; k += blockDim.x) {
-      const int coefficient = ExactMlp::coefficient_of<S>(groups, k / square), r = k / S::width % S::width,
-                i = k % S::width;
-      float sum = weight_sum(n, coefficient, r, i) * ExactMlp::norm_scale(p, packed, n - 1, i);
-      if (coefficient == trivial) sum += lanes_sum(of_bias(n), r) * ExactMlp::norm_shift<S>(p, packed, n - 1, i);
-      row[layer.weight + k] = sum;
+      const int coefficient = coefficient_of<S>(groups, k / square), r = k / S::width % S::width, i = k % S::width;
+      N sum = weight_sum(n, coefficient, r, i) * norm_scale(p, packed, n - 1, i);
+      if (coefficient == trivial) sum += lanes_sum(of_bias(n), r) * norm_shift<S>(p, packed, n - 1, i);
+      row[layer.weight + k] = result(sum);
     }
     for (int r = threadIdx.x; r < S::width; r += blockDim.x)
-      row[layer.bias + r * S::c + trivial] = lanes_sum(of_bias(n), r);
+      row[layer.bias + r * S::c + trivial] = result(lanes_sum(of_bias(n), r));
   }
 
   // The gradients of scales and shifts: what multiplies them in the folded weights, times these weights' gradients.
-  __device__ __forceinline__ void write_hidden_norms(const float* packed, float* row) const {
+  __device__ __forceinline__ void write_hidden_norms(const N* packed, float* row) const {
     for (int at = threadIdx.x; at < (p.n_layers - 1) * 2 * S::width; at += blockDim.x) {
       const int n = at / (2 * S::width), w = at % S::width;
       const bool is_shift = at / S::width % 2;
-      if (!is_shift || p.n_trivial) row[p.layers[n].affine + at % (2 * S::width)] = of_norm(packed, n + 1, w, is_shift);
+      if (!is_shift || p.n_trivial)
+        row[p.layers[n].affine + at % (2 * S::width)] = result(of_norm(packed, n + 1, w, is_shift));
     }
   }
   // By layer n, behind the norm, at channel i.
-  __device__ __forceinline__ float of_norm(const float* packed, int n, int i, bool is_shift) const {
+  __device__ __forceinline__ N of_norm(const N* packed, int n, int i, bool is_shift) const {
     const int32_t* const groups = global_memory(p.layers[n].groups);
-    float sum = 0;
+    N sum{};
     for (int k = 0; k < S::c * S::width; ++k) {
-      const int coefficient = ExactMlp::coefficient_of<S>(groups, k / S::width), r = k % S::width;
-      const float weight = packed[p.layers[n].weight + k * S::width + i];
+      const int coefficient = coefficient_of<S>(groups, k / S::width), r = k % S::width;
+      const N weight = packed[p.layers[n].weight + k * S::width + i];
       if (!is_shift)
         sum += weight * weight_sum(n, coefficient, r, i);
       else if (coefficient == trivial)

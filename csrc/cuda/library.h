@@ -33,8 +33,10 @@ struct MeanAndBias {
   }
 };
 
-// The kind of kernels that serve a plan: exact, grid, tiled, wide or generic; of the last three, what keeps the
-// plan from the first two.
+enum class Pass : int { kForward, kBackward, kSecond };  // the last: derivatives of a backward pass along a direction
+
+// The kind of kernels that serve a pass: exact, grid, tiled, wide or generic; of the last three, what keeps the plan
+// from the first two.
 struct KernelKind {
   const char *name, *why_not;
 };
@@ -86,8 +88,8 @@ struct CudaTable {
                            const R* grad_packed, const Pieces<R>& grad_parameters, void* stream);
   // [n_weights, 2] weights and tangents
   Failure (*pair_weights)(const DevicePlan<R>&, const R* weights, const R* tangent, R* pairs, void* stream);
-  // Of the forward or the backward pass; name null where plan_bytes is -1. Needs no device.
-  KernelKind (*kernel_kind)(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals, bool backward);
+  // Name null where plan_bytes is -1. Needs no device.
+  KernelKind (*kernel_kind)(const int32_t* ints, int64_t n_ints, const R* reals, int64_t n_reals, Pass pass);
 };
 
 struct CudaLibrary {

@@ -8,6 +8,7 @@
 // of 2.4e-4. 3xTF32 splits every element into the sum of two TF32 numbers and adds three products: 2.9e-7.
 #pragma once
 
+#include "../dual.h"
 #include "compat.cuh"
 
 namespace implicit_steer::IST_ISA {
@@ -69,5 +70,63 @@ __device__ __forceinline__ void mma_stacked(float (&d)[4], const Stacked& a, con
   mma_m16n8k8(d, a.of, b.small);
   mma_m16n8k8(d, a.of, b.big);
 }
+
+// ---- of numbers N, float or dual: a fragment of the values, and one of the tangents
+
+template <typename Fragment, typename N>
+struct OfParts {
+  Fragment value;
+  __device__ __forceinline__ void set(int i, float x) { value.set(i, x); }
+};
+template <typename Fragment>
+struct OfParts<Fragment, Dual<float>> {
+  Fragment value, tangent;
+  __device__ __forceinline__ void set(int i, Dual<float> x) { value.set(i, x.value), tangent.set(i, x.tangent); }
+};
+
+// D, to which add() adds A B. `tangents_only`: what its value is does not matter.
+template <typename N>
+struct ProductSum {
+  float value[4] = {};
+  __device__ __forceinline__ void add(const OfParts<Split<4>, N>& a, const OfParts<Split<2>, N>& b, bool = false) {
+    mma_3xtf32(value, a.value, b.value);
+  }
+  __device__ __forceinline__ float operator[](int i) const { return value[i]; }
+};
+template <>
+struct ProductSum<Dual<float>> {
+  using N = Dual<float>;
+  float value[4] = {}, tangent[4] = {};
+  __device__ __forceinline__ void add(const OfParts<Split<4>, N>& a, const OfParts<Split<2>, N>& b,
+                                      bool tangents_only = false) {
+    mma_3xtf32(tangent, a.tangent, b.value);
+    if (!tangents_only) mma_3xtf32(value, a.value, b.value);
+    mma_3xtf32(tangent, a.value, b.tangent);
+  }
+  __device__ __forceinline__ N operator[](int i) const { return {value[i], tangent[i]}; }
+};
+
+// The same with Stacked: its number i is D[g][2 t + i].
+template <typename N>
+struct StackedSum {
+  float value[4] = {};
+  __device__ __forceinline__ void add(const OfParts<Stacked, N>& a, const OfParts<Split<2>, N>& b) {
+    mma_stacked(value, a.value, b.value);
+  }
+  __device__ __forceinline__ float operator[](int i) const { return value[i] + value[2 + i]; }
+};
+template <>
+struct StackedSum<Dual<float>> {
+  using N = Dual<float>;
+  float value[4] = {}, tangent[4] = {};
+  __device__ __forceinline__ void add(const OfParts<Stacked, N>& a, const OfParts<Split<2>, N>& b) {
+    mma_stacked(tangent, a.tangent, b.value);
+    mma_stacked(value, a.value, b.value);
+    mma_stacked(tangent, a.value, b.tangent);
+  }
+  __device__ __forceinline__ N operator[](int i) const {
+    return {value[i] + value[2 + i], tangent[i] + tangent[2 + i]};
+  }
+};
 
 }  // namespace implicit_steer::IST_ISA

@@ -25,8 +25,8 @@ __device__ __forceinline__ const Neighbours<T, N>& neighbours(const T* first) {
 }
 
 // sum += factor · x, number by number. By value: what is passed is one load.
-template <typename T, int N>
-__device__ __forceinline__ void add_multiple(Neighbours<T, N>& sum, T factor, Neighbours<T, N> x) {
+template <typename F, typename T, int N>
+__device__ __forceinline__ void add_multiple(Neighbours<T, N>& sum, F factor, Neighbours<T, N> x) {
 #pragma unroll
   for (int k = 0; k < N; ++k) sum.at[k] += factor * x.at[k];
 }

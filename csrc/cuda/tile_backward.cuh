@@ -18,38 +18,43 @@ namespace implicit_steer::IST_ISA {
 
 constexpr int kBackEdges = 16;  // at a time
 
-struct TileBackward : TileBlock<kBackEdges> {
-  using Base = TileBlock<kBackEdges>;
-  float *const d_rows, *const d_h;    // [of_edge, 16] as `rows`; [16, record - 4]
-  float *const d_factor, *const d_f;  // [16], [warps, most_in, 16, 8]
-  int32_t* const edges;               // [16] numbers of the chunk's edges
+template <typename N>
+struct TileBackward : TileBlock<N, kBackEdges> {
+  using Base = TileBlock<N, kBackEdges>;
+  using Base::call, Base::wide, Base::lane, Base::group, Base::pair, Base::warp, Base::edge, Base::share, Base::rows;
+  using Base::first_node, Base::start, Base::sources, Base::node, Base::shares, Base::step;
+  N *const d_rows, *const d_h;  // [of_edge, 16] as `rows`; [16, record - 4]
+  N* const d_factor;            // [16]
+  int32_t* const edges;         // [16] numbers of the chunk's edges
+  float* const d_f;             // [warps, most_in, 16, 8]; with tangents these alone
   const bool need_rows;
 
   static IST_HOST_DEVICE int64_t size(const TileView& tiles) {
-    return Base::numbers + kBackEdges * (2 * tiles.of_edge() + tiles.record - 4 + 2 + kTileWarps * tiles.most_in * 8);
+    const int of_features = kTileWarps * tiles.most_in * 8 / static_cast<int>(sizeof(N) / sizeof(float));
+    return Base::numbers + kBackEdges * (2 * tiles.of_edge() + tiles.record - 4 + 2 + of_features);
   }
 
-  __device__ __forceinline__ TileBackward(const TileCall& call, float* memory)
+  __device__ __forceinline__ TileBackward(const TileCall<N>& call, N* memory)
       : Base(call, memory),
         d_rows(rows + call.tiles.of_edge() * kBackEdges),
         d_h(d_rows + call.tiles.of_edge() * kBackEdges),
         d_factor(d_h + (call.tiles.record - 4) * kBackEdges),
-        d_f(d_factor + 2 * kBackEdges),
         edges(reinterpret_cast<int32_t*>(d_factor + kBackEdges)),
+        d_f(reinterpret_cast<float*>(d_factor + 2 * kBackEdges)),
         need_rows(call.grad_rows) {}
 
   __device__ __forceinline__ void run() {
-    const int end = n_edges();
+    const int end = this->n_edges();
     for (int from = 0; from < end; from += kBackEdges)  // loop: chunks
       chunk(from, end - from < kBackEdges ? end - from : kBackEdges);
   }
 
   __device__ __forceinline__ void chunk(int from, int n) {
-    const auto u = direction(from, n);
+    const auto u = this->direction(from, n);
     const int cleared = kBackEdges * (call.tiles.of_edge() + call.tiles.record - 4 + 1);  // d_rows, d_h, d_factor
 #pragma unroll 1
     for (int k = 4 * threadIdx.x; k < cleared && need_rows; k += 4 * kTileThreads) neighbours<4>(d_rows + k) = {};
-    enter(from, n, u, edges);
+    this->enter(from, n, u, edges);
     for (int k = 0; k < call.tiles.n_inputs; ++k) {
       const TileInput input = global_memory(call.tiles.inputs)[k];
       float* const mine = d_f + warp * call.tiles.most_in * kBackEdges * 8;
@@ -61,9 +66,9 @@ struct TileBackward : TileBlock<kBackEdges> {
       for (int at = first[0]; at < first[1]; ++at) {
         const TilePath path = global_memory(call.tiles.paths)[global_memory(call.tiles.input_paths)[at]];
         float* const of_path = mine + path.component * kBackEdges * 8;
-        TileRun run = next_run(from, n, 0, node);
-        for (; run.begin < n; run = next_run(from, n, run.stop, run.node))  // loop: nodes
-          path_back(path, input.v, record(from), run, of_path);
+        TileRun run = this->next_run(from, n, 0, node);
+        for (; run.begin < n; run = this->next_run(from, n, run.stop, run.node))  // loop: nodes
+          path_back(path, input.v, this->record(from), run, of_path);
       }
       __syncthreads();
       if (wide.args.grad_edge) write_features(input, n);
@@ -80,13 +85,13 @@ struct TileBackward : TileBlock<kBackEdges> {
   // channel k.
   template <int kOut>
   struct OfLane {
-    float d_t[kOut][4] = {}, t[kOut][4] = {};
+    N d_t[kOut][4], t[kOut][4] = {};
     int place[2];  // in the chunk; that of another one in place of an edge outside of the run
     bool there[2];
   };
 
   // `records`: of the chunk; `of_path`: the warp's d_f of the path's inputs
-  __device__ __forceinline__ void path_back(const TilePath& path, int v, const float* records, const TileRun& run,
+  __device__ __forceinline__ void path_back(const TilePath& path, int v, const N* records, const TileRun& run,
                                             float* of_path) const {
     switch (path.shape) {
       case tile_shape(1, 1, true, true):
@@ -124,7 +129,7 @@ struct TileBackward : TileBlock<kBackEdges> {
     }
   }
   template <int kIn, int kOut, bool kDiagonal, bool kConstant>
-  __device__ __forceinline__ void path_back(const TilePath& path, int v, const float* records, const TileRun& run,
+  __device__ __forceinline__ void path_back(const TilePath& path, int v, const N* records, const TileRun& run,
                                             float* of_path) const {
     OfLane<kOut> of;
 #pragma unroll
@@ -133,7 +138,7 @@ struct TileBackward : TileBlock<kBackEdges> {
       of.there[e] = at >= run.begin && at < run.stop;
       of.place[e] = of.there[e] ? at : run.begin;
     }
-    const float* const d_sums = opaque(wide.grad_sums + wide.at(path.at, first_node + run.node, path.size));
+    const N* const d_sums = opaque(wide.grad_sums + wide.at(path.at, first_node + run.node, path.size));
     if constexpr (kConstant)
       constant_back(path, v, records, d_sums, of);
     else
@@ -141,7 +146,7 @@ struct TileBackward : TileBlock<kBackEdges> {
 #pragma unroll
     for (int o = 0; o < kOut; ++o)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) of.d_t[o][j] = of.there[j / 2] ? of.d_t[o][j] : 0;
+      for (int j = 0; j < 4; ++j) of.d_t[o][j] = of.there[j / 2] ? of.d_t[o][j] : N{};
     inputs_back<kIn, kOut, kDiagonal>(path, v, !kConstant && need_rows, of, of_path);
     if (!need_rows) return;
     if constexpr (kConstant)
@@ -151,45 +156,50 @@ struct TileBackward : TileBlock<kBackEdges> {
   }
 
   template <int kOut>
-  __device__ __forceinline__ void products_back(const TilePath& path, int v, const float* records, const float* d_sums,
+  __device__ __forceinline__ void products_back(const TilePath& path, int v, const N* records, const N* d_sums,
                                                 OfLane<kOut>& of) const {
     const bool is_channel = v + group < path.channels;
     const int64_t next = step(path);
+    ProductSum<N> sum[kOut];
 #pragma unroll 1
     for (int w = 2 * pair; w < call.tiles.width; w += 8) {
-      Split<4> h;
+      OfParts<Split<4>, N> h;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const auto two = neighbours<2>(records + of.place[e] * call.tiles.record + path.row + w);
 #pragma unroll
         for (int k = 0; k < 2; ++k) h.set(2 * k + e, two.at[k]);
       }
-      const float* const of_channel = d_sums + (v + group) * call.tiles.width + w;
+      const N* const of_channel = d_sums + (v + group) * call.tiles.width + w;
 #pragma unroll
       for (int o = 0; o < kOut; ++o) {
-        Neighbours<float, 2> two{};
+        Neighbours<N, 2> two{};
         if (is_channel) two = neighbours<2>(of_channel + o * next);
-        Split<2> d_t;
+        OfParts<Split<2>, N> d_t;
         d_t.set(0, two.at[0]), d_t.set(1, two.at[1]);
-        mma_3xtf32(of.d_t[o], h, d_t);
+        sum[o].add(h, d_t);
       }
     }
+#pragma unroll
+    for (int o = 0; o < kOut; ++o)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) of.d_t[o][j] = sum[o][j];
   }
   template <int kOut>
-  __device__ __forceinline__ void constant_back(const TilePath& path, int v, const float* records, const float* d_sums,
+  __device__ __forceinline__ void constant_back(const TilePath& path, int v, const N* records, const N* d_sums,
                                                 OfLane<kOut>& of) const {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const float factor = records[(of.place[e] + 1) * call.tiles.record - 1];
+      const N factor = records[(of.place[e] + 1) * call.tiles.record - 1];
 #pragma unroll
       for (int o = 0; o < kOut; ++o)
 #pragma unroll
         for (int k = 0; k < 2; ++k) of.d_t[o][2 * e + k] = factor * constant_grad(path, v, d_sums, o, k);
     }
   }
-  __device__ __forceinline__ float constant_grad(const TilePath& path, int v, const float* d_sums, int o, int k) const {
+  __device__ __forceinline__ N constant_grad(const TilePath& path, int v, const N* d_sums, int o, int k) const {
     const int channel = v + 2 * pair + k;
-    return channel < path.channels ? d_sums[o * step(path) + channel] : 0;
+    return channel < path.channels ? d_sums[o * step(path) + channel] : N{};
   }
 
   // t, d_f and, if wanted, d_G
@@ -197,18 +207,19 @@ struct TileBackward : TileBlock<kBackEdges> {
   __device__ __forceinline__ void inputs_back(const TilePath& path, int v, bool need_g, OfLane<kOut>& of,
                                               float* of_path) const {
     const bool writes_g = pair < 2 && (pair ? of.there[1] : of.there[0]);
-    const float* x[2];
+    const N* x[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e)
       x[e] = wide.x + (path.from + v + 2 * pair) + int64_t{sources[of.place[e]]} * wide.plan.n_gathered;
-    const float* const of_g = g() + path.g * kBackEdges + group;
-    float* const d_g = d_rows + (of_g - rows) + 8 * (pair & 1);  // of the sum that this lane gets
+    const N* const of_g = this->g() + path.g * kBackEdges + group;
+    N* const d_g = d_rows + (of_g - rows) + 8 * (pair & 1);  // of the sum that this lane gets
     float* const to = of_path + group * 8 + 2 * pair;
 #pragma unroll
     for (int i = 0; i < kIn; ++i) {
       constexpr int outputs = kDiagonal ? 1 : kOut;
-      Neighbours<float, 2> f[2], d_f_i[2] = {};
-      float product[outputs][2];
+      Neighbours<N, 2> f[2];
+      Neighbours<float, 2> d_f_i[2] = {};
+      N product[outputs][2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) f[e] = neighbours<2>(x[e] + i * path.in_stride);
 #pragma unroll
@@ -216,11 +227,11 @@ struct TileBackward : TileBlock<kBackEdges> {
         const int o = kDiagonal ? i : n;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float factor = of_g[(i * outputs + n) * kBackEdges + 8 * e];
+          const N factor = of_g[(i * outputs + n) * kBackEdges + 8 * e];
 #pragma unroll
           for (int k = 0; k < 2; ++k) {
             of.t[o][2 * e + k] += f[e].at[k] * factor;
-            d_f_i[e].at[k] += of.d_t[o][2 * e + k] * factor;
+            d_f_i[e].at[k] += result(of.d_t[o][2 * e + k] * factor);
           }
           product[n][e] = of.d_t[o][2 * e] * f[e].at[0] + of.d_t[o][2 * e + 1] * f[e].at[1];
         }
@@ -233,7 +244,7 @@ struct TileBackward : TileBlock<kBackEdges> {
       if (need_g) {
 #pragma unroll
         for (int n = 0; n < outputs; ++n) {
-          const float sum = sum_two(product[n]);
+          const N sum = sum_two(product[n]);
           if (writes_g) d_g[(i * outputs + n) * kBackEdges] += sum;
         }
       }
@@ -241,33 +252,33 @@ struct TileBackward : TileBlock<kBackEdges> {
   }
 
   // Sums of two numbers over the lanes of an edge: the first of even lanes, the second of odd ones.
-  __device__ __forceinline__ float sum_two(const float (&x)[2]) const {
+  __device__ __forceinline__ N sum_two(const N (&x)[2]) const {
     const bool odd = pair & 1;
-    const float sum = (odd ? x[1] : x[0]) + from_lane_xor(odd ? x[0] : x[1], 1);
+    const N sum = (odd ? x[1] : x[0]) + from_lane_xor(odd ? x[0] : x[1], 1);
     return sum + from_lane_xor(sum, 2);
   }
 
   template <int kOut>
-  __device__ __forceinline__ void rows_back(const TilePath& path, int v, const float* d_sums,
+  __device__ __forceinline__ void rows_back(const TilePath& path, int v, const N* d_sums,
                                             const OfLane<kOut>& of) const {
     const int64_t next = step(path);
     const int width = call.tiles.width;
 #pragma unroll 1
     for (int w = 0; w < width; w += 8) {
-      const float* const of_channel = d_sums + (v + 2 * pair) * width + w + group;
-      float sum[4] = {};
+      const N* const of_channel = d_sums + (v + 2 * pair) * width + w + group;
+      ProductSum<N> sum;
 #pragma unroll
       for (int o = 0; o < kOut; ++o) {
-        Split<4> t;
-        Split<2> d_t;
+        OfParts<Split<4>, N> t;
+        OfParts<Split<2>, N> d_t;
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
           const bool is_channel = v + 2 * pair + k < path.channels;
-          d_t.set(k, is_channel ? of_channel[o * next + k * width] : 0);
+          d_t.set(k, is_channel ? of_channel[o * next + k * width] : N{});
 #pragma unroll
           for (int e = 0; e < 2; ++e) t.set(2 * k + e, of.t[o][2 * e + k]);
         }
-        mma_3xtf32(sum, t, d_t);
+        sum.add(t, d_t);
       }
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
@@ -277,18 +288,18 @@ struct TileBackward : TileBlock<kBackEdges> {
     }
   }
   template <int kOut>
-  __device__ __forceinline__ void factor_back(const TilePath& path, int v, const float* d_sums,
+  __device__ __forceinline__ void factor_back(const TilePath& path, int v, const N* d_sums,
                                               const OfLane<kOut>& of) const {
-    float sum[2] = {};
+    N sum[2] = {};
 #pragma unroll
     for (int o = 0; o < kOut; ++o)
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        const float d_t = constant_grad(path, v, d_sums, o, k);
+        const N d_t = constant_grad(path, v, d_sums, o, k);
 #pragma unroll
         for (int e = 0; e < 2; ++e) sum[e] += d_t * of.t[o][2 * e + k];
       }
-    const float whole = sum_two(sum);
+    const N whole = sum_two(sum);
     if (pair < 2 && (pair ? of.there[1] : of.there[0])) d_factor[group + 8 * pair] += whole;
   }
 
@@ -317,9 +328,9 @@ struct TileBackward : TileBlock<kBackEdges> {
       wide.args.grad_edge[int64_t{edges[edge]} * wide.plan.in_size + call.tiles.unread[k]] = 0;
   }
 
-  __device__ __forceinline__ void write_rows(const Neighbours<float, 4>& u, int from, int n) const {
+  __device__ __forceinline__ void write_rows(const Neighbours<N, 4>& u, int from, int n) const {
     const int of_h = call.tiles.record - 4;
-    float* const grad = call.grad_rows + (start + from) * call.tiles.record;
+    N* const grad = call.grad_rows + (start + from) * call.tiles.record;
     for (int at = warp; at < n; at += kTileWarps)
       for (int k = lane; k < of_h; k += 32) grad[at * call.tiles.record + k] = d_h[at * of_h + k];
     auto moved = Base::backward(u, d_rows);
@@ -328,9 +339,11 @@ struct TileBackward : TileBlock<kBackEdges> {
   }
 };
 
-__global__ void __launch_bounds__(kTileThreads) tile_backward(const __grid_constant__ TileCall call) {
-  SHARED_MEMORY(float, memory);
-  TileBackward(call, memory).run();
+template <typename N>
+__global__ void __launch_bounds__(kTileThreads, is_dual<N> ? 2 : 0)
+    tile_backward(const __grid_constant__ TileCall<N> call) {
+  SHARED_MEMORY(N, memory);
+  TileBackward<N>(call, memory).run();
 }
 
 }  // namespace implicit_steer::IST_ISA

@@ -8,12 +8,13 @@ namespace implicit_steer::IST_ISA {
 
 constexpr int kTileWarps = TilePlan::kWarps, kTileThreads = 32 * kTileWarps;  // of a block
 
+template <typename N>
 struct TileCall {
   static constexpr int kMostNodes = 32;  // of a block
-  WideCall<float> wide;
+  WideCall<N> wide;
   TileView tiles;
-  const float* rows;    // [E, record], by position: edges sorted by target
-  float* grad_rows;     // likewise: the gradients of h, of the direction, and of the factor in constant paths; or null
+  const N* rows;        // [E, record], by position: edges sorted by target
+  N* grad_rows;         // likewise: the gradients of h, of the direction, and of the factor in constant paths; or null
   int nodes_per_block;  // neighbouring ones
 };
 

@@ -10,8 +10,11 @@ namespace implicit_steer::IST_ISA {
 // What the kernels are compiled for: φ, c coefficients and W channels of every hidden layer.
 template <typename F, int kCoefficients, int kWidth>
 struct Tiled {
+  using Number = float;
   using Function = F;
-  using Mlp = ExactMlp;
+  template <typename N>
+  using MlpOf = ExactMlp<N>;
+  using Mlp = MlpOf<Number>;
   struct Slots {
     static constexpr int degrees = kCoefficients - 1;  // that couplings read
   };
@@ -21,7 +24,16 @@ struct Tiled {
 // The same with a table in place of the layers.
 template <int kCoefficients, int kWidth>
 struct TiledTable : Tiled<void, kCoefficients, kWidth> {
-  using Mlp = ExactTable;
+  template <typename N>
+  using MlpOf = ExactTable<N>;
+  using Mlp = MlpOf<float>;
+};
+
+// S with a derivative along the tangents of its inputs.
+template <typename S>
+struct WithTangents : S {
+  using Number = Dual<float>;
+  using Mlp = typename S::template MlpOf<Number>;
 };
 
 template <typename S>
@@ -36,16 +48,18 @@ template <typename F, int kCoefficients, int kWidth>
 struct ExactMemory<Tiled<F, kCoefficients, kWidth>> : TileMemory<Tiled<F, kCoefficients, kWidth>> {};
 template <int kCoefficients, int kWidth>
 struct ExactMemory<TiledTable<kCoefficients, kWidth>> : TileMemory<TiledTable<kCoefficients, kWidth>> {};
+template <typename S>
+struct ExactMemory<WithTangents<S>> : TileMemory<S> {};
 
 template <typename S>
 struct TileLayers : ExactChunks<S> {
   using Base = ExactChunks<S>;
   using Base::lane, Base::records, Base::mlp, Base::first, Base::last;
-  using typename Base::Memory;
-  float* const rows;
+  using typename Base::N, typename Base::Memory;
+  N* const rows;
 
   __device__ __forceinline__ explicit TileLayers(const FieldCall& call)
-      : Base(call, Memory::warp), rows(call.records.at) {
+      : Base(call, Memory::warp), rows(reinterpret_cast<N*>(call.records.at)) {
     if constexpr (S::Mlp::is_table) __syncthreads();  // layers have one behind their weights
   }
 
@@ -57,7 +71,7 @@ struct TileLayers : ExactChunks<S> {
       if constexpr (!S::Mlp::is_table)
         if (this->p.has_norms) normalise();
       __syncwarp();
-      float* const to = rows + int64_t{from} * Memory::record;
+      N* const to = rows + int64_t{from} * Memory::record;
       for (int k = 4 * lane; k < n * Memory::record; k += 128) neighbours<4>(to + k) = neighbours<4>(records + k);
       __syncwarp();
     }
@@ -65,17 +79,17 @@ struct TileLayers : ExactChunks<S> {
 
   // The last batch norm of this lane's edge.
   __device__ __forceinline__ void normalise() const {
-    float* const record = records + lane * Memory::record;
-    const float factor = record[Memory::record - 1];
+    N* const record = records + lane * Memory::record;
+    const N factor = record[Memory::record - 1];
 #pragma unroll
     for (int w = 0; w < S::width; w += 4) {
       const auto scale = neighbours<4>(mlp.scale + w), shift = neighbours<4>(mlp.shift + w);
 #pragma unroll
       for (int l = 0; l < S::Slots::degrees; ++l) {
         auto& h = neighbours<4>(record + l * S::width + w);
-        Neighbours<float, 4> four = h;
+        Neighbours<N, 4> four = h;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) four.at[j] = four.at[j] * scale.at[j] + (l == 0 ? shift.at[j] * factor : 0);
+        for (int j = 0; j < 4; ++j) four.at[j] = four.at[j] * scale.at[j] + (l == 0 ? shift.at[j] * factor : N{});
         h = four;
       }
     }
@@ -83,7 +97,7 @@ struct TileLayers : ExactChunks<S> {
 };
 
 template <typename S>
-__global__ void __launch_bounds__(kThreads, S::width > 8 ? 2 : kResident<float>)
+__global__ void __launch_bounds__(kThreads, S::width > 8 ? 2 : kResident<typename S::Number>)
     tile_layers(const __grid_constant__ FieldCall call) {
   TileLayers<S> warp(call);
   if (warp.number < call.shape.warps) warp.run();

@@ -14,24 +14,25 @@ namespace implicit_steer::IST_ISA {
 template <typename S>
 struct TileGradients : LayerGradients<S, 2 * S::width * 32> {
   using Base = LayerGradients<S, 2 * S::width * 32>;
+  using typename Base::N;
 
-  __device__ __forceinline__ TileGradients(float* of_warps, int number, const PlanView<float>& p, const FieldView& view)
+  __device__ __forceinline__ TileGradients(N* of_warps, int number, const PlanView<float>& p, const FieldView& view)
       : Base(of_warps, number, Base::size_of(p), p, view) {}
 
-  __device__ __forceinline__ float& of_norm(bool is_shift, int w) const {
+  __device__ __forceinline__ N& of_norm(bool is_shift, int w) const {
     return this->one((is_shift * S::width + w) * 32);
   }
 
   // row: [n_grad]
-  __device__ __forceinline__ void write(const FieldView& view, const float* packed, float* row) const {
+  __device__ __forceinline__ void write(const FieldView& view, const N* packed, float* row) const {
     const PlanView<float>& p = this->p;
     this->clear_row(row);
     this->write_layers(view, packed, row);
     this->write_shell(packed, row);
     for (int k = threadIdx.x; k < 2 * S::width && p.has_norms; k += blockDim.x) {
-      float sum = 0;
+      N sum{};
       for (int lane = 0; lane < 32; ++lane) sum += this->memory[k * 32 + lane];
-      if (k < S::width || p.n_trivial) row[p.layers[p.n_layers - 1].affine + k] = sum;
+      if (k < S::width || p.n_trivial) row[p.layers[p.n_layers - 1].affine + k] = result(sum);
     }
   }
 };
@@ -45,11 +46,11 @@ template <typename S>
 struct TileReverse : ExactReverse<S, ExactChunks<S>, TileGradients<S>> {
   using Base = ExactReverse<S, ExactChunks<S>, TileGradients<S>>;
   using Base::a, Base::p, Base::lane, Base::first, Base::last, Base::records, Base::mlp, Base::edges, Base::gradients;
-  using typename Base::Slots, typename Base::Memory;
-  const float* const grad_rows;
+  using typename Base::N, typename Base::Slots, typename Base::Memory;
+  const N* const grad_rows;
 
   __device__ __forceinline__ explicit TileReverse(const FieldCall& call)
-      : Base(call, tile_reverse_size<S>(call.plan)), grad_rows(call.records.grad) {
+      : Base(call, tile_reverse_size<S>(call.plan)), grad_rows(reinterpret_cast<const N*>(call.records.grad)) {
     if constexpr (S::Mlp::is_table) __syncthreads();  // as in TileLayers
     this->kept = {this->rest + kReverseSize};
   }
@@ -70,18 +71,18 @@ struct TileReverse : ExactReverse<S, ExactChunks<S>, TileGradients<S>> {
 
   // Of this lane's edge: its record becomes the gradient of c in the record of the last activation; and what
   // ExactReverse reads of `moved` and `along`.
-  __device__ __forceinline__ void of_record(const float* grad, bool there) const {
-    float* const record = records + lane * Memory::record;
-    const float factor = record[Memory::record - 1];
+  __device__ __forceinline__ void of_record(const N* grad, bool there) const {
+    N* const record = records + lane * Memory::record;
+    const N factor = record[Memory::record - 1];
     const auto moved = neighbours<4>(grad + Memory::record - 4);
-    float parts[2] = {}, of_factor = moved.at[3];  // of l = 0 and of others
+    N parts[2] = {}, of_factor = moved.at[3];  // of l = 0 and of others
 #pragma unroll
     for (int w = 0; w < S::width; ++w) {
-      float of_scale = 0;
+      N of_scale{};
 #pragma unroll
       for (int l = 0; l < Slots::degrees; ++l) {
-        float& c = record[l * S::width + w];
-        const float d = grad[l * S::width + w], product = c * d;
+        N& c = record[l * S::width + w];
+        const N d = grad[l * S::width + w], product = c * d;
         of_scale += product, parts[l > 0] += product * mlp.scale[w];
         if (l == 0) of_factor += d * mlp.shift[w];
         c = d * mlp.scale[w];
@@ -106,9 +107,9 @@ __global__ void __launch_bounds__(kThreads, 2) tile_layers_backward(const __grid
   if (warp.number < call.shape.warps) warp.run(warp);
   if (!warp.need_weights) return;
   const int warps = blockDim.x / 32, begin = blockIdx.x * warps, left = call.shape.warps - begin;
-  const TileGradients<S> of_block(call.sums, begin, warp.p, warp.view);
+  const TileGradients<S> of_block(reinterpret_cast<typename S::Number*>(call.sums), begin, warp.p, warp.view);
   of_block.add_warps(left < warps ? left : warps, of_block.size_of(warp.p));
-  of_block.write(warp.view, warp.a.weights, call.partial + int64_t{blockIdx.x} * warp.p.n_grad);
+  of_block.write(warp.view, warp.weights(), call.partial + int64_t{blockIdx.x} * warp.p.n_grad);
 }
 
 }  // namespace implicit_steer::IST_ISA

@@ -73,12 +73,11 @@ struct TileView {
 
 class TilePlan {
  public:
-  static constexpr int kWarps = 4;         // of a block
-  static constexpr int kMostDegree = 4;    // of the harmonics
-  static constexpr int kMostOfEdge = 660;  // numbers: a block's edges fit in the shared memory of every device
-  int coefficients = 0;                    // of a channel; 0: there are no such kernels for the plan
-  int width = 0;                           // hidden channels
-  std::vector<int32_t> numbers;            // what TileView points to
+  static constexpr int kWarps = 4;       // of a block
+  static constexpr int kMostDegree = 4;  // of the harmonics
+  int coefficients = 0;                  // of a channel; 0: there are no such kernels for the plan
+  int width = 0;                         // hidden channels
+  std::vector<int32_t> numbers;          // what TileView points to
 
   // As ExactPlan::make.
   void make(const Plan<float>& p, const WidePlan& wide, int channels) {
@@ -113,7 +112,6 @@ class TilePlan {
     return v;
   }
   int record() const { return (coefficients - 1) * width + 4; }
-  int of_edge() const { return n_monomials_ + n_harmonics_ + static_cast<int>(g_.size()); }
 
  private:
   std::vector<TilePath> paths_;
@@ -236,7 +234,6 @@ class TilePlan {
     for (int g : g_)
       for (int n = g < 0 ? 0 : p.g_first[g]; g >= 0 && n < p.g_first[g + 1]; ++n)
         n_harmonics_ = std::max(n_harmonics_, p.nz_harmonic[n] + 1);
-    if (of_edge() > kMostOfEdge) return;
     coefficients = p.n_knots ? (most_degree_ < 3 ? 4 : 6) : p.c;
     for (size_t k = 0; k < paths_.size(); ++k)
       for (int v = 0; v < paths_[k].channels; v += 16)

@@ -32,8 +32,9 @@ class WidePass {
  public:
   using R = Real<N>;
   static constexpr int64_t kParts = sizeof(N) / sizeof(R);
+  static constexpr bool kMayBeTiled = std::is_same_v<R, float>;
 
-  // `tiled`: by the tile kernels, which are for float.
+  // `tiled`: by the tile kernels, which are for float, with tangents or without.
   WidePass(const DevicePlan<R>& plan, const ConvArgs<R>& args, bool mean, bool tiled, void* stream)
       : plan_(plan), wide_(plan.wide), args_(args), tiled_(tiled), stream_(stream) {
     call_.args = args, call_.args.plan = nullptr, call_.plan = plan.view;
@@ -70,7 +71,7 @@ class WidePass {
     if (args_.grad_weights) call_.sums = take<R>(most * wide_.sums), theta_ = args_.grad_weights + wide_.theta;
     if (args_.grad_weights && most < args_.n_dst) theta_of_block_ = take<R>(n_theta());
     if (need_hidden && tiled_)
-      grad_rows_ = take<float>(args_.n_edges * plan_.tile.record());
+      grad_rows_ = take<N>(args_.n_edges * plan_.tile.record());
     else if (need_hidden)
       call_.grad_records = take<N>(args_.n_edges * wide_.record);
     IST_TRY(for_node_blocks<N>(plan_, args_, [&](int64_t first, int64_t n) -> Failure {
@@ -82,7 +83,7 @@ class WidePass {
       return run_backward();
     }));
     IST_TRY(clear_other_theta());
-    if constexpr (std::is_same_v<N, float>)
+    if constexpr (kMayBeTiled)
       if (tiled_ && need_hidden) return run_tile_layers_backward(plan_, args_, grad_rows_, more, stream_, rows);
     return evaluate_backward(more, need_hidden, rows);
   }
@@ -99,7 +100,7 @@ class WidePass {
   void* const stream_;
   WideCall<N> call_{};
   R *theta_ = nullptr, *theta_of_block_ = nullptr;
-  float *rows_ = nullptr, *grad_rows_ = nullptr;  // of the tile kernels
+  N *rows_ = nullptr, *grad_rows_ = nullptr;  // of the tile kernels
 
   template <typename T>
   T* take(int64_t n) const {
@@ -131,8 +132,8 @@ class WidePass {
 
   // The same by the tile kernels
   Failure evaluate_rows() {
-    if constexpr (std::is_same_v<N, float>) {
-      rows_ = take<float>(args_.n_edges * plan_.tile.record());
+    if constexpr (kMayBeTiled) {
+      rows_ = take<N>(args_.n_edges * plan_.tile.record());
       return run_tile_layers(plan_, args_, rows_, stream_);
     }
     return {};
@@ -169,7 +170,7 @@ class WidePass {
   void multiply(const MatrixProducts<R>& product) const { args_.multiply(product); }
 
   Failure run_sums() const {
-    if constexpr (std::is_same_v<N, float>)
+    if constexpr (kMayBeTiled)
       if (tiled_) return run_tile_sums(plan_, call_, rows_, stream_);
     return launch_threads("wide_sums", wide_sums<N>, 32 * call_.n_nodes * call_.lists.n_slots, stream_, call_);
   }
@@ -214,7 +215,7 @@ class WidePass {
   }
 
   Failure run_backward() const {
-    if constexpr (std::is_same_v<N, float>)
+    if constexpr (kMayBeTiled)
       if (tiled_) return run_tile_backward(plan_, call_, rows_, grad_rows_, stream_);
     constexpr const char* name = "wide_backward";
     const int64_t warp_bytes = backward_bytes(plan_);

@@ -122,32 +122,53 @@ void run_backward(Problem<R>& p, Engine& engine, const Needs& needs, Results& re
 
 // Derivatives of what run_forward and run_backward give, along the file's direction.
 template <typename R, typename Engine>
-void run_second(Problem<R>& p, Engine& engine, Results& results) {
-  const auto direction = numbers<R>(p.file["direction"]);  // [n_directions, n_parameters]
-  std::vector<R> of_parameters(p.parameters.size()), of_packed(p.plan.n_weights);
-  for (size_t k = 0; k < direction.size(); ++k) of_parameters[k % of_parameters.size()] += direction[k];
-  p.matrix.multiply(of_parameters.data(), of_packed.data());  // packing is linear at given statistics
-  for (int n = 0; n < p.n_norms(); ++n)
-    pack_affine(p.plan, n, of_parameters.data(), p.statistics.data(), of_packed.data());
-  const std::vector<R> pairs = engine.pairs(p, of_packed);
-  const auto x = numbers<R>(p.file["tangent_x"]), delta = numbers<R>(p.file["tangent_delta"]);
-  const auto attr = numbers<R>(p.file["tangent_attr"]);
+class Second {
+ public:
+  Second(Problem<R>& p, Engine& engine) : p_(p), engine_(engine) {
+    const auto direction = numbers<R>(p.file["direction"]);  // [n_directions, n_parameters]
+    std::vector<R> of_parameters(p.parameters.size()), of_packed(p.plan.n_weights);
+    for (size_t k = 0; k < direction.size(); ++k) of_parameters[k % of_parameters.size()] += direction[k];
+    p.matrix.multiply(of_parameters.data(), of_packed.data());  // packing is linear at given statistics
+    for (int n = 0; n < p.n_norms(); ++n)
+      pack_affine(p.plan, n, of_parameters.data(), p.statistics.data(), of_packed.data());
+    pairs_ = engine.pairs(p, of_packed);
+    x_ = numbers<R>(p.file["tangent_x"]), delta_ = numbers<R>(p.file["tangent_delta"]);
+    attr_ = numbers<R>(p.file["tangent_attr"]);
+  }
 
-  ConvArgs<R> a = p.arguments();
-  a.weights = pairs.data(), a.x_tangent = x.data(), a.delta_tangent = delta.data(), a.attr_tangent = attr.data();
-  auto out = unwritten<R>(a.n_dst * p.plan.out_size);
-  a.out = out.data();
-  engine.forward_tangent(p, a);
-  auto grad_edge = unwritten<R>(p.edge_gradient_size()), grad_x = unwritten<R>(p.x.size());
-  auto grad_delta = unwritten<R>(p.delta.size()), grad_attr = unwritten<R>(p.attr.size());
-  auto grad_weights = unwritten<R>(engine.gradient_size(p));
-  a.grad_edge = grad_edge.data(), a.grad_x = grad_x.data(), a.grad_delta = grad_delta.data();
-  a.grad_attr = grad_attr.data(), a.grad_weights = grad_weights.data();
-  engine.backward_tangent(p, a);
-  results["out_t"] = widened(out), results["slope_t"] = slopes(p, engine, grad_weights);
-  results["grad_x_t"] = widened(grad_x), results["grad_delta_t"] = widened(grad_delta);
-  results["grad_attr_t"] = widened(grad_attr);
-}
+  void forward(Results& results) {
+    ConvArgs<R> a = arguments();
+    auto out = unwritten<R>(a.n_dst * p_.plan.out_size);
+    a.out = out.data();
+    engine_.forward_tangent(p_, a);
+    results["out_t"] = widened(out);
+  }
+
+  void backward(Results& results) {
+    ConvArgs<R> a = arguments();
+    auto grad_edge = unwritten<R>(p_.edge_gradient_size()), grad_x = unwritten<R>(p_.x.size());
+    auto grad_delta = unwritten<R>(p_.delta.size()), grad_attr = unwritten<R>(p_.attr.size());
+    auto grad_weights = unwritten<R>(engine_.gradient_size(p_));
+    a.grad_edge = grad_edge.data(), a.grad_x = grad_x.data(), a.grad_delta = grad_delta.data();
+    a.grad_attr = grad_attr.data(), a.grad_weights = grad_weights.data();
+    engine_.backward_tangent(p_, a);
+    results["slope_t"] = slopes(p_, engine_, grad_weights);
+    results["grad_x_t"] = widened(grad_x), results["grad_delta_t"] = widened(grad_delta);
+    results["grad_attr_t"] = widened(grad_attr);
+  }
+
+ private:
+  Problem<R>& p_;
+  Engine& engine_;
+  std::vector<R> pairs_, x_, delta_, attr_;
+
+  ConvArgs<R> arguments() {
+    ConvArgs<R> a = p_.arguments();
+    a.weights = pairs_.data(), a.x_tangent = x_.data(), a.delta_tangent = delta_.data();
+    a.attr_tangent = attr_.data();
+    return a;
+  }
+};
 
 template <typename R, typename Engine>
 Results run_all(const Case& file, Engine& engine) {
@@ -159,7 +180,8 @@ Results run_all(const Case& file, Engine& engine) {
                              Needs{false, true, false, false, "/alone"}, Needs{false, false, true, false, "/alone"},
                              Needs{false, false, false, true, "/alone"}})
     run_backward(p, engine, needs, results);
-  run_second(p, engine, results);
+  Second<R, Engine> second(p, engine);
+  second.forward(results), second.backward(results);
   return results;
 }
 

@@ -334,9 +334,10 @@ def test_opcheck():
 @pytest.mark.parametrize(
     ("irreps", "options", "expected"),
     [
-        ("8x0e + 8x1o", {}, "exact kernels"),
+        ("8x0e + 8x1o", {}, "exact kernels, second derivatives tiled kernels"),
+        ("8x0e + 8x1o", {"n_layers": 7}, "exact kernels, second derivatives generic kernels"),
         ("16x0e + 16x1o", {}, "exact kernels"),
-        ("8x0e + 8x1o", {"n_channels": 16}, "exact kernels"),
+        ("8x0e + 8x1o", {"n_channels": 16}, "exact kernels, second derivatives generic kernels"),
         ("16x0e + 8x1o + 8x1e", {}, "exact kernels"),  # with products u x x
         ("8x0e + 4x1o + 4x1e", {"n_channels": 16}, "tiled kernels because of 16 hidden channels with the product"),
         ("8x0e + 4x1o + 4x1e", {"n_channels": 16, "table": 64}, "exact kernels"),
@@ -362,6 +363,8 @@ def test_opcheck():
         ("64x0e + 64x1o", {"depthwise": True, "table": 64}, "tiled kernels because of too many scalars or vectors"),
         ("4x0e + 4x2e", {}, "tiled kernels because of hidden features other than those of l = 0 to 3"),
         ("8x0e + 8x1o + 8x1e + 8x2e", {}, "tiled kernels because of hidden features other than those of l = 0 to 3"),
+        ("4x0e + 4x2e", {"n_layers": 5}, "those of l = 0 to 3, second derivatives generic kernels"),
+        ("27x0e + 27x1o", {"n_channels": 16}, "scalars or vectors, second derivatives wide kernels"),
         ("4x0e + 4x2e", {"n_layers": 9}, "those of l = 0 to 3, backward generic kernels"),
         ("4x0e + 4x2e", {"n_layers": 80}, "cuda: generic kernels"),
         ("4x0e + 4x3o", {}, "generic kernels because of hidden features other than those of l = 0 to 3"),

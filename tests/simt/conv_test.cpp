@@ -228,6 +228,57 @@ int print(const std::vector<std::string>& failures) {
   return static_cast<int>(failures.size());
 }
 
+// The kernels that give the derivatives of a backward pass.
+template <typename R>
+std::map<std::string, simt::Count> launched_for_second(const Case& file) {
+  Problem<R> p(file);
+  Emulated<R> engine(file, 0, false);
+  Results unused;
+  engine.pack(p, unused);
+  native_test::Second<R, Emulated<R>> second(p, engine);
+  simt::take_counts();
+  second.backward(unused);
+  return simt::take_counts();
+}
+
+// Whether the kernels ran that a case of this name is for, and those that kernel_kind says; `launched`: of all passes.
+template <typename R>
+std::vector<std::string> wrong_kernels(const std::string& name, const Case& file,
+                                       const std::map<std::string, simt::Count>& launched) {
+  const auto starts_with = [&](const char* what) { return name.rfind(what, 0) == 0; };
+  const bool edges = file["src"].size() > 0, single = sizeof(R) == 4;
+  const bool exact = starts_with("cloud") || starts_with("zonal-specialised") || name == "depthwise-exact";
+  const bool grid = starts_with("grid"), tiled = starts_with("tile");
+  const auto has_tangents = launched_for_second<R>(file);
+  std::vector<std::string> failures;
+  const auto expect = [&](const auto& ran, const std::string& kernel, bool expected) {
+    if ((ran.count(kernel) > 0) != (expected && edges)) failures.push_back(name + ": " + kernel + " ran, or did not");
+  };
+  for (const char* pass : {"forward", "backward"})
+    expect(launched, std::string("exact_") + pass, exact && single),
+        expect(launched, std::string("grid_") + pass, grid && single);
+  const bool channels = name.find("channels") != std::string::npos;  // 16, too many for dual numbers
+  for (const char* kernel : {"tile_layers", "tile_layers_backward"}) {
+    expect(has_tangents, kernel, (exact || tiled) && single && !channels);
+    expect(launched, kernel, (tiled || (exact && !channels)) && single);
+  }
+  for (const Pass pass : {Pass::kForward, Pass::kBackward, Pass::kSecond}) {
+    const auto [kind, why_not] = Emulated<R>::kernel_kind(file, pass);
+    const bool fused = !std::strcmp(kind, "exact") || !std::strcmp(kind, "grid"), forward = pass == Pass::kForward;
+    const std::string of_pass = forward ? "forward" : "backward", of_nodes = forward ? "sums" : "backward";
+    const std::string kernel = !std::strcmp(kind, "wide")    ? "wide_" + of_nodes
+                               : !std::strcmp(kind, "tiled") ? "tile_" + of_nodes
+                               : fused                       ? std::string(kind) + "_" + of_pass
+                                                             : "conv_" + of_pass;
+    if (edges) expect(pass == Pass::kSecond ? has_tangents : launched, kernel, true);
+    const bool wide = !std::strcmp(kind, "wide");
+    const bool may_be = tiled && (!single || (channels && pass == Pass::kSecond));
+    if (wide != starts_with("wide") && !(wide && may_be)) failures.push_back(name + ": wide, or not");
+    if (fused != !*why_not) failures.push_back(name + ": " + kind + " because of '" + why_not + "'");
+  }
+  return failures;
+}
+
 template <typename R>
 int check_case(const std::string& name, const Case& file, bool trace, int seeds) {
   int failures = 0;
@@ -248,34 +299,7 @@ int check_case(const std::string& name, const Case& file, bool trace, int seeds)
   }
   simt::use_device(simt::kDevices[0]);
   const auto launched = simt::take_counts();
-  const auto starts_with = [&](const char* what) { return name.rfind(what, 0) == 0; };
-  const bool exact = name != "cloud-no-edges" &&
-                     (starts_with("cloud") || starts_with("zonal-specialised") || name == "depthwise-exact");
-  const bool grid = name != "grid-no-edges" && starts_with("grid");
-  const bool tiled = name != "tile-no-edges" && starts_with("tile");
-  for (const auto& [kernel, runs] : {std::pair{"exact_forward", exact},
-                                     {"exact_backward", exact},
-                                     {"grid_forward", grid},
-                                     {"grid_backward", grid},
-                                     {"tile_layers", tiled},
-                                     {"tile_layers_backward", tiled}})
-    if ((launched.count(kernel) > 0) != (runs && sizeof(R) == 4))
-      failures += print({name + ": " + kernel + " ran, or did not"});
-  for (const bool backward : {false, true}) {
-    const auto [kind, why_not] = Emulated<R>::kernel_kind(file, backward);
-    const bool fused = !std::strcmp(kind, "exact") || !std::strcmp(kind, "grid");
-    const std::string pass = backward ? "backward" : "forward";
-    const std::string of_nodes = backward ? "backward" : "sums";  // kernels of T in global memory
-    const std::string kernel = !std::strcmp(kind, "wide")    ? "wide_" + of_nodes
-                               : !std::strcmp(kind, "tiled") ? "tile_" + of_nodes
-                               : fused                       ? std::string(kind) + "_" + pass
-                                                             : "conv_" + pass;
-    const bool wide = !std::strcmp(kind, "wide"), may_be = starts_with("tile") && sizeof(R) == 8;
-    if (wide != starts_with("wide") && !(wide && may_be)) failures += print({name + ": wide, or not"});
-    if (file["src"].size() > 0 && !launched.count(kernel))
-      failures += print({name + ": no " + kernel + ", as is said"});
-    if (fused != !*why_not) failures += print({name + ": " + kind + " because of '" + why_not + "'"});
-  }
+  failures += print(wrong_kernels<R>(name, file, launched));
   for (const char* kernel : {"conv_forward", "conv_backward", "conv_statistics", "conv_hidden", "conv_hidden_backward"})
     if (name == "zonal-odd-sizes-train" && launched.at(kernel).blocks < 2)
       failures += print({name + ": one block of " + kernel});
@@ -334,7 +358,7 @@ void print_counts(Problem<float>& p) {
   }
 }
 
-// Of a forward pass, then of a backward pass.
+// Of a forward pass, of a backward pass, and of the derivatives of either, one after the other.
 void count_passes(const Case& file) {
   Problem<float> p(file);
   Emulated<float> engine(file, 0, true);
@@ -346,6 +370,10 @@ void count_passes(const Case& file) {
   print_counts(p);
   native_test::run_backward(p, engine, {true, true, true, true, ""}, results);
   print_counts(p);
+  native_test::Second<float, Emulated<float>> second(p, engine);
+  simt::take_counts();
+  second.forward(results), print_counts(p);
+  second.backward(results), print_counts(p);
 }
 
 // Every barrier is left out in the runs that reach it, those first that take the least time, until one goes wrong.

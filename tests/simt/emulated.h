@@ -95,10 +95,10 @@ class Emulated {
     return table<R>().shared_bytes(ints.data(), ints.size(), reals.data(), reals.size());
   }
 
-  static KernelKind kernel_kind(const native_test::Case& file, bool backward) {
+  static KernelKind kernel_kind(const native_test::Case& file, Pass pass) {
     const auto ints = numbers<int32_t>(file["plan_ints"]);
     const auto reals = numbers<R>(file["plan_reals"]);
-    return table<R>().kernel_kind(ints.data(), ints.size(), reals.data(), reals.size(), backward);
+    return table<R>().kernel_kind(ints.data(), ints.size(), reals.data(), reals.size(), pass);
   }
 
   void pack(Problem<R>& p, Results& results) {

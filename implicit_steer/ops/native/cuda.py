@@ -83,11 +83,13 @@ def shared_bytes(plan: Plan, dtype: torch.dtype) -> int:
 
 @lru_cache(maxsize=256)
 def kernels_of(plan: Plan, dtype: torch.dtype) -> str:
-    """Which kind of kernels serves the plan forward and backward, and what keeps it from a faster one."""
+    """Which kind of kernels serves the plan forward, backward and for second derivatives, and what keeps it from a
+    faster one."""
     arrays = plan_arrays(plan, parameter_sizes(plan)).tensors(dtype)
-    kinds = [torch.ops.implicit_steer.cuda_kernel_kind(*arrays, backward).split("\n") for backward in (False, True)]
-    forward, backward = (f"{name} kernels{reason and f' because of {reason}'}" for name, reason in kinds)
-    return forward if forward == backward else f"forward {forward}, backward {backward}"
+    kinds = [torch.ops.implicit_steer.cuda_kernel_kind(*arrays, n).split("\n") for n in range(3)]
+    forward, backward, _ = (f"{name} kernels{reason and f' because of {reason}'}" for name, reason in kinds)
+    first = forward if forward == backward else f"forward {forward}, backward {backward}"
+    return first if kinds[2][0] == kinds[1][0] else f"{first}, second derivatives {kinds[2][0]} kernels"
 
 
 class Cuda(NativeBackend):
