@@ -70,6 +70,26 @@ def test_options(options, backend):
     check(conv, small("c4").inputs(conv), backend)
 
 
+@torch.no_grad()
+def test_changed_parameters_are_seen(backend):
+    """Between calls without gradients: in place, by other memory, by memory that is not contiguous."""
+    conv = layer(small("o3"), "eval")
+    problem, weight = small("o3").inputs(conv), dict(conv.named_parameters())["implicit_kernel.mlp.mlp.3.weights"]
+    changes = {
+        "none": lambda: None,
+        "in place": lambda: weight.mul_(1.5),
+        "other memory": lambda: setattr(weight, "data", weight.flip(0)),
+        "strided": lambda: setattr(weight, "data", torch.stack([weight, weight * 2], -1)[..., 1]),
+        "in place, strided": lambda: weight.mul_(0.5),
+    }
+    for change, make in changes.items():
+        make()
+        found = []
+        for conv.backend in ("reference", backend):
+            found.append(problem.run(conv))
+        assert relative(found[1], found[0]) < 1e-12, change
+
+
 def test_depthwise(backend):
     """Values, first and second derivatives."""
     text, generator = "2x0e + 2x1o", torch.Generator().manual_seed(0)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ... import _native
 from ...plan import Plan
 from ...plan.moments import NormStatistics, Pool
-from ...plan.packing import Parameters, cached, constant, is_traced, learned_tensors, running, unflatten
+from ...plan.packing import Parameters, cached, constant, learned_tensors, running, unflatten
 from ..backend import refused_dtype
 from .arrays import plan_arrays
 from .instruction_set import instruction_set
@@ -121,7 +121,7 @@ class BoundKernel:
     def number(self) -> _native.Number | None:
         """Under which number the native extension has the layer. It is bound anew where a parameter, a running
         statistic or the bias lies elsewhere than at the last call. None where one of them is not contiguous."""
-        places = [t.data_ptr() for t in self._tensors]
+        places = list(map(Tensor.data_ptr, self._tensors))
         known, bound = self._bound
         if places != known:
             operators, bound = torch.ops.implicit_steer, None
@@ -206,12 +206,13 @@ class BoundKernel:
         return last[1:]
 
 
-def bind(plan: Plan, parameters: Parameters, make: type[BoundKernel]) -> BoundKernel:
-    """The plan with these parameters: the object of the last call with these very tensors, or a new one."""
+def bind(plan: Plan, parameters: Parameters, make: type[BoundKernel], traced: bool) -> BoundKernel:
+    """The plan with these parameters: the object of the last call with these very tensors, or a new one; always that in
+    a traced call."""
     cache, like = parameters.cache, parameters.shell_width
     if cache is None:
         return make(plan, native_plan(plan, parameters), parameters)
-    if is_traced():
+    if traced:
         return make(plan, cache.native, parameters)
     bound = cache.bound
     same = type(bound) is make and bound.plan is plan and bound.parameters is parameters

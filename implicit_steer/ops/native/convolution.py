@@ -45,9 +45,10 @@ class NativeBackend(Backend):
         attributes: Tensor,
     ) -> tuple[Tensor, Sequence[NormStatistics]]:
         """out_i = bias + Σ_{e: j→i} K(x_e, a_e) f_j, shape (N_dst, C_out)."""
-        bound = bind(plan, parameters, self.bound)
+        traced = is_traced()
+        bound = bind(plan, parameters, self.bound, traced)
         inputs = x.contiguous(), delta.contiguous(), attributes.contiguous()
-        if statistics_from.pool is None and not is_traced() and (layer := bound.number()) is not None:
+        if statistics_from.pool is None and not traced and (layer := bound.number()) is not None:
             return run_bound(bound, layer, graph, statistics_from.measured, inputs)
         return run(Convolution(bound, graph), statistics_from, (*inputs, bound.bias))
 
@@ -60,7 +61,7 @@ class NativeBackend(Backend):
         attributes: Tensor,
     ) -> tuple[Tensor, Sequence[NormStatistics]]:
         """K(x, a) (P, C_out, C_in): hidden features from the native code, the last layer one matrix product."""
-        bound = bind(plan, parameters, self.bound)
+        bound = bind(plan, parameters, self.bound, is_traced())
         h, statistics = run(HiddenFeatures(bound), statistics_from, (delta.contiguous(), attributes.contiguous()))
         k = h @ bound.dense_kernel().flatten(0, 1).T
         return k.view(h.shape[0], plan.out_size, plan.in_size), statistics
@@ -76,7 +77,7 @@ class NativeBackend(Backend):
         """γ s(|x|) h(x, a), (P, H). The statistics of a table's knots are taken in plain PyTorch."""
         if statistics_from.weighted is not None:
             return super().hidden(plan, parameters, statistics_from, delta, attributes)
-        bound = bind(plan, parameters, self.bound)
+        bound = bind(plan, parameters, self.bound, is_traced())
         return run(HiddenFeatures(bound), statistics_from, (delta.contiguous(), attributes.contiguous()))
 
 

@@ -48,6 +48,7 @@ class Bound:
         self.learned = learned_tensors(parameters)
         self.running = [t for norm in parameters.norms for t in (norm.mean, norm.var)]
         self._prepared: Prepared | None = None
+        self._flat: tuple[list[int], list[Tensor]] = [], []  # where learned and running tensors lie; each as (n,)
 
     def prepared(self, like: Tensor) -> Prepared:
         """The plan on the device and in the dtype of a tensor; that of the last call where they are the same."""
@@ -57,10 +58,24 @@ class Bound:
         return found
 
 
-def bind(plan: Plan, parameters: Parameters) -> Bound:
-    """The plan with these parameters: the object of the last call with these very tensors, or a new one."""
+    def numbers(self) -> Tensor:
+        """What was learned and the running statistics in one tensor. Views of them are kept: to make 20 of them takes
+        longer than to join them."""
+        tensors = [*self.learned, *self.running]
+        places, (known, flat) = list(map(Tensor.data_ptr, tensors)), self._flat
+        if places != known:
+            if not all(t.is_contiguous() for t in tensors):  # of others there are no such views
+                return torch._C._nn.flatten_dense_tensors(tensors)
+            flat = [t.detach().view(-1) for t in tensors]
+            self._flat = places, flat
+        return torch.cat(flat)
+
+
+def bind(plan: Plan, parameters: Parameters, traced: bool) -> Bound:
+    """The plan with these parameters: the object of the last call with these very tensors, or a new one; always that in
+    a traced call."""
     cache = parameters.cache
-    if cache is None or is_traced():
+    if cache is None or traced:
         return Bound(plan, parameters)
     if type(cache.bound) is not Bound or cache.bound.plan is not plan or cache.bound.parameters is not parameters:
         cache.bound = Bound(plan, parameters)
@@ -93,7 +108,9 @@ class Call:
         edges, of_learned = self.edges(by_source), Learned(learned, self.statistics, self.measured)
         if _is_watched(inputs[0]):
             return torch.ops.implicit_steer.triton_conv(self.bound.handle.key, *inputs, *of_learned, *edges)
-        return operators.forward(self.bound.prepared(inputs[1]), inputs, of_learned, edges)
+        bound = self.bound
+        numbers = bound.numbers() if learned is bound.learned and not self.measured else None
+        return operators.forward(bound.prepared(inputs[1]), inputs, of_learned, edges, numbers)
 
     def gradients(
         self,
@@ -208,7 +225,8 @@ def run(
 ) -> tuple[Tensor, list[NormStatistics]]:
     """bias + Σ_{e: j→i} K(x_e, a_e) f_j (N_dst, C_out), and the batch norms' statistics if they are measured."""
     refuse_transforms(_NAME)
-    bound = bind(plan, parameters)
+    traced = is_traced()
+    bound = bind(plan, parameters, traced)
     if in_forward_mode():
         refuse_tangents(_NAME, [x, delta, attributes, *bound.learned])
     attr = bound.handle.attributes_in_frame(attributes)
@@ -218,7 +236,7 @@ def run(
             found = _measured(bound, statistics_from, graph, delta, attr)
     statistics = [t for pair in found for t in pair] if statistics_from.measured else bound.running
     call = Call(bound, graph, statistics, statistics_from.measured)
-    if is_traced():
+    if traced:
         total = call.forward((x, delta, attr), bound.learned, x.requires_grad)[0]
     elif torch.is_grad_enabled() and torch._C._any_requires_grad(x, delta, attr, *bound.learned):
         total = _recorded(call, x, delta, attr, *bound.learned)

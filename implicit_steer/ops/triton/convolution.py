@@ -23,6 +23,10 @@ class Learned(NamedTuple):
     statistics: Sequence[Tensor]
     measured: bool  # whether a call measured the statistics: means (W, n_trivial); else norms keep them: (W, d)
 
+    def numbers(self) -> Tensor:
+        """All of them in one tensor."""
+        return torch._C._nn.flatten_dense_tensors([*self.tensors, *self.statistics])
+
 
 class Saved(NamedTuple):
     """What the forward pass saves for the gradients, rows being edges sorted by target."""
@@ -98,10 +102,14 @@ def _theta(p: Prepared, packed: Tensor, first: int) -> Tensor:
     return packed.as_strided((p.sizes.n_t, size), (size, 1), packed.storage_offset() + first)
 
 
-def forward(p: Prepared, x: Tensor, points: Points, edges: Edges, learned: Learned) -> tuple[Tensor, Saved]:
-    """Σ_{e: j→i} K(x_e, a_e) f_j (N, C_out), and what its gradients need."""
+def forward(
+    p: Prepared, x: Tensor, points: Points, edges: Edges, learned: Learned, numbers: Tensor | None = None
+) -> tuple[Tensor, Saved]:
+    """Σ_{e: j→i} K(x_e, a_e) f_j (N, C_out), and what its gradients need; ``numbers`` as in :class:`Saved`, unless they
+    are yet to be made."""
     packing = packing_of(p, learned)
-    numbers, packed = launch_pack.packed(p, packing, [*learned.tensors, *learned.statistics])
+    numbers = learned.numbers() if numbers is None else numbers
+    packed = launch_pack.packed(p, packing, numbers)
     q, r = _hidden(p, points, learned.tensors[packing.shell[0]], packed)
     total = launch_contract.contract_forward(p, Factors(True, x, q, r, _theta(p, packed, packing.layers_end)), edges)
     return total, Saved(numbers, packed, q, r)
@@ -148,6 +156,6 @@ def moments(p: Prepared, points: Points, learned: Learned, n: int) -> Tensor:
     """(2, d, W): mean over the edges of the hidden features of batch norm n, and sum of squared deviations from it;
     the statistics of the norms before it are given."""
     packing = packing_of(p, learned)
-    _, packed = launch_pack.packed(p, packing, [*learned.tensors, *learned.statistics])
+    packed = launch_pack.packed(p, packing, learned.numbers())
     q, y = _coefficients(p, points, learned.tensors[packing.shell[0]], packed, n + 1)
     return dense.feature_moments(p, y, q)

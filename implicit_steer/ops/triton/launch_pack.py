@@ -81,13 +81,12 @@ def _grid(variant: launch.Variant, n_rows: int) -> tuple[int]:
     return (cdiv(n_rows, rows),)
 
 
-def packed(p: Prepared, packing: PackingOnDevice, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The numbers, and the packed weights (n_rows,), from learned tensors and statistics."""
-    numbers = torch._C._nn.flatten_dense_tensors(tensors)
+def packed(p: Prepared, packing: PackingOnDevice, numbers: Tensor) -> Tensor:
+    """The packed weights (n_rows,) from those of learned tensors and statistics."""
     out, variant = numbers.new_empty(packing.n_rows), p.variant(pack.pack, _of_variant, packing, False)
     grid = _grid(variant, packing.n_rows)
     launch.launch(variant, grid, (numbers, *packing.forward, numbers, out, packing.n_rows))
-    return numbers, out
+    return out
 
 
 def parameter_gradients(p: Prepared, packing: PackingOnDevice, numbers: Tensor, gradient: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ Operators take tensors and scalars only, so a plan goes by its digest, see ``han
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -41,9 +42,13 @@ def _sizes(digest: str) -> Sizes:
     return tables(plan_of(digest)).sizes
 
 
-def _on_device(like: Tensor) -> Any:
-    """Kernels are launched on the current device: make it the tensors'."""
-    return torch.cuda.device_of(like)
+_AS_IT_IS = nullcontext()
+
+
+def _on_device(like: Tensor) -> AbstractContextManager[Any]:
+    """Kernels are launched on the current device: make it the tensors', where it is another one."""
+    index = like.get_device()  # -1 of CPU tensors
+    return _AS_IT_IS if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
 def _contiguous(*tensors: Tensor) -> list[Tensor]:
@@ -69,12 +74,19 @@ _SCHEMAS = {
 }
 
 
-def forward(p: Prepared, inputs: Sequence[Tensor], learned: Learned, graph: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """``triton_conv`` itself, of x, delta and attr, and of the graph's tensors."""
+def forward(
+    p: Prepared,
+    inputs: Sequence[Tensor],
+    learned: Learned,
+    graph: Sequence[Tensor],
+    numbers: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """``triton_conv`` itself, of x, delta and attr, and of the graph's tensors; ``numbers``: of :class:`Saved`, where
+    they are there already."""
     x, delta, attr = _contiguous(*inputs)
     edges = Edges(*_contiguous(*graph))
     with _on_device(x):
-        total, saved = convolution.forward(p, x, Points(delta, attr, edges.order), edges, learned)
+        total, saved = convolution.forward(p, x, Points(delta, attr, edges.order), edges, learned, numbers)
     return total, *saved
 
 
