@@ -57,7 +57,6 @@ class Bound:
             self._prepared = found = prepare(self.plan, like.device, like.dtype)
         return found
 
-
     def numbers(self) -> Tensor:
         """What was learned and the running statistics in one tensor. Views of them are kept: to make 20 of them takes
         longer than to join them."""
