@@ -97,9 +97,9 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         "nodes": Budget(66, "edge"),
     },
     "tile_backward<float>": {
-        WHOLE: Budget(1300, "edge"),
+        WHOLE: Budget(1260, "edge"),
         "direction": Budget(142, "edge"),  # once more, and the way back
-        "nodes": Budget(720, "edge"),  # gradients of features, of G and of h, from dT
+        "nodes": Budget(640, "edge"),  # gradients of features, of G and of h, from dT
     },
     "tile_layers_backward<Tiled<Elu, 6, 8>>": {
         WHOLE: Budget(425, "edge"),
@@ -119,8 +119,8 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         "T": Budget(72, "edge"),
     },
     "tile_backward<Dual<float>>": {
-        WHOLE: Budget(490, "edge"),
-        "nodes": Budget(250, "edge"),
+        WHOLE: Budget(510, "edge"),
+        "nodes": Budget(260, "edge"),
     },
     "tile_layers_backward<WithTangents<Tiled<Elu, 4, 8>>>": {
         WHOLE: Budget(290, "edge"),

@@ -51,11 +51,11 @@ struct ExactChunks {
     mlp.template copy<S>(p, view, weights());
   }
 
-  // Of dual numbers, which take most registers, in a form that the compiler knows to be the same in all lanes: it takes
+  // Of kernels that take most registers in a form that the compiler knows to be the same in all lanes: it takes
   // fewer registers, but for single numbers more instructions.
   static __device__ __forceinline__ int warp_of_block() {
     const int warp = static_cast<int>(threadIdx.x) / 32;
-    return is_dual<N> ? from_lane(warp, 0) : warp;
+    return is_dual<N> || Slots::degrees * S::width > 64 ? from_lane(warp, 0) : warp;
   }
   // The packed weights: with tangents pairs of a weight and its tangent.
   __device__ __forceinline__ const N* weights() const { return reinterpret_cast<const N*>(a.weights); }

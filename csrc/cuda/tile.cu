@@ -32,7 +32,7 @@ auto with_layers(const DevicePlan<float>& plan, Run run) {
   const auto of_function = [&](auto tag) {
     using F = decltype(tag);
     if constexpr (kAllWide)
-      if (wide) return run(OfNumbers<Tiled<F, 4, 16>>{});
+      if (wide) return more ? run(OfNumbers<Tiled<F, 6, 16>>{}) : run(OfNumbers<Tiled<F, 4, 16>>{});
     return more ? run(OfNumbers<Tiled<F, 6, 8>>{}) : run(OfNumbers<Tiled<F, 4, 8>>{});
   };
   if (!table) return plan.host.function == kElu ? of_function(Elu{}) : of_function(Silu{});

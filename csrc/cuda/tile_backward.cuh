@@ -1,13 +1,14 @@
 // Backward of tile_sums.cuh, from dT in global memory: of every edge the gradients of its neighbour's features and of
 // its record. A block has some nodes, 16 of their edges at a time: first all threads make G (tile_block.cuh), then, for
-// eight channels of one type of inputs after another, every warp takes some of the paths that read them (TileInput):
+// a block or two of eight channels of one type of inputs after another, every warp takes some of the paths that read
+// them (TileInput):
 //
 //   d_t[o, v] = Σ_w h[w] dT[o, v, w]      A[edge, w] = h[w],      B[w, v] = dT[o, v, w]
 //   d_h[w] = Σ_{o, v} t[o, v] dT[o, v, w]   A[edge, v] = t[o, v],   B[v, w] = dT[o, v, w]
 //
-// Lane 4 g + t has edges g and 8 + g, and of eight channels 2 t and 2 t + 1. From d_t follow d_f[i, v] = Σ_o d_t G and
-// d_G[i, o] = Σ_v d_t f. Every warp has a d_f of its own, which are added up in their order; d_h and d_G of a path are
-// one warp's.
+// Lane 4 g + t has edges g and 8 + g, and of a block channels 2 t and 2 t + 1. From d_t follow d_f[i, v] = Σ_o d_t G
+// and d_G[i, o] = Σ_v d_t f. Every warp has a d_f of its own, which are added up in their order; d_h and d_G of a path
+// are one warp's.
 #pragma once
 
 #include "lanes_of_warp.cuh"
@@ -23,16 +24,18 @@ struct TileBackward : TileBlock<N, kBackEdges> {
   using Base = TileBlock<N, kBackEdges>;
   using Base::call, Base::wide, Base::lane, Base::group, Base::pair, Base::warp, Base::edge, Base::share, Base::rows;
   using Base::first_node, Base::start, Base::sources, Base::node, Base::shares, Base::step;
-  N *const d_rows, *const d_h;  // [of_edge, 16] as `rows`; [16, record - 4]
-  N* const d_factor;            // [16]
-  int32_t* const edges;         // [16] numbers of the chunk's edges
-  float* const d_f;             // [warps, most_in, 16, 8]; with tangents these alone
-  const bool need_rows;
+  N *const d_rows, *const d_h;                     // [of_edge, 16] as `rows`; [16, record - 4]
+  N* const d_factor;                               // [16]
+  int32_t* const edges;                            // [16] numbers of the chunk's edges
+  float* const d_f;                                // [warps, blocks, most_in, 16, 8]; with tangents these alone
+  static constexpr int of_block = kBackEdges * 8;  // numbers of a component's block
 
   static IST_HOST_DEVICE int64_t size(const TileView& tiles) {
-    const int of_features = kTileWarps * tiles.most_in * 8 / static_cast<int>(sizeof(N) / sizeof(float));
-    return Base::numbers + kBackEdges * (2 * tiles.of_edge() + tiles.record - 4 + 2 + of_features);
+    const int of_features = kTileWarps * of_warp(tiles) / static_cast<int>(sizeof(N) / sizeof(float));
+    return Base::numbers + kBackEdges * (2 * tiles.of_edge() + tiles.record - 4 + 2) + of_features;
   }
+
+  static IST_HOST_DEVICE int of_warp(const TileView& tiles) { return tiles.most_in * tiles.blocks * of_block; }
 
   __device__ __forceinline__ TileBackward(const TileCall<N>& call, N* memory)
       : Base(call, memory),
@@ -40,8 +43,10 @@ struct TileBackward : TileBlock<N, kBackEdges> {
         d_h(d_rows + call.tiles.of_edge() * kBackEdges),
         d_factor(d_h + (call.tiles.record - 4) * kBackEdges),
         edges(reinterpret_cast<int32_t*>(d_factor + kBackEdges)),
-        d_f(reinterpret_cast<float*>(d_factor + 2 * kBackEdges)),
-        need_rows(call.grad_rows) {}
+        d_f(reinterpret_cast<float*>(d_factor + 2 * kBackEdges)) {}
+
+  // Asked of the call each time: kept, it would take a register.
+  __device__ __forceinline__ bool need_rows() const { return call.grad_rows; }
 
   __device__ __forceinline__ void run() {
     const int end = this->n_edges();
@@ -50,88 +55,105 @@ struct TileBackward : TileBlock<N, kBackEdges> {
   }
 
   __device__ __forceinline__ void chunk(int from, int n) {
-    const auto u = this->direction(from, n);
     const int cleared = kBackEdges * (call.tiles.of_edge() + call.tiles.record - 4 + 1);  // d_rows, d_h, d_factor
 #pragma unroll 1
-    for (int k = 4 * threadIdx.x; k < cleared && need_rows; k += 4 * kTileThreads) neighbours<4>(d_rows + k) = {};
-    this->enter(from, n, u, edges);
+    for (int k = 4 * threadIdx.x; k < cleared && need_rows(); k += 4 * kTileThreads) neighbours<4>(d_rows + k) = {};
+    this->enter(from, n, this->direction(from, n), edges);
     for (int k = 0; k < call.tiles.n_inputs; ++k) {
       const TileInput input = global_memory(call.tiles.inputs)[k];
-      float* const mine = d_f + warp * call.tiles.most_in * kBackEdges * 8;
-      static_assert(kBackEdges * 8 == 4 * 32);
+      float* const mine = d_f + warp * of_warp(call.tiles);
+      static_assert(of_block == 4 * 32);
 #pragma unroll 1
-      for (int i = 0; i < input.n_in; ++i) neighbours<4>(mine + 4 * (32 * i + lane)) = {};
+      for (int b = 0; b < input.blocks; ++b)
+#pragma unroll 1
+        for (int i = 0; i < input.n_in; ++i)
+          neighbours<4>(mine + (b * call.tiles.most_in + i) * of_block + 4 * lane) = {};
       __syncwarp();
       const int32_t* const first = call.tiles.inputs[k].first + warp;
       for (int at = first[0]; at < first[1]; ++at) {
         const TilePath path = global_memory(call.tiles.paths)[global_memory(call.tiles.input_paths)[at]];
-        float* const of_path = mine + path.component * kBackEdges * 8;
-        TileRun run = this->next_run(from, n, 0, node);
-        for (; run.begin < n; run = this->next_run(from, n, run.stop, run.node))  // loop: nodes
-          path_back(path, input.v, this->record(from), run, of_path);
+        const int together = may_pair(path.n_in, path.n_out) ? input.blocks : 1;
+#pragma unroll 1
+        for (int b = 0; b < input.blocks; b += together) {
+          float* const of_path = mine + (b * call.tiles.most_in + path.component) * of_block;
+          TileRun run = this->next_run(from, n, 0, node);
+          for (; run.begin < n; run = this->next_run(from, n, run.stop, run.node))  // loop: nodes
+            path_back(path, input.v + 8 * b, together, this->record(from), run, of_path);
+        }
       }
       __syncthreads();
       if (wide.args.grad_edge) write_features(input, n);
       __syncthreads();
     }
     if (wide.args.grad_edge) clear_unread(n);
-    if (need_rows) write_rows(u, from, n);
+    if (need_rows()) write_rows(from, n);
     __syncthreads();
   }
 
   // ---- one path and one node's edges in the chunk
 
-  // Of this lane: edges group and 8 + group, channels 2 pair and 2 pair + 1; number 2 e + k of four is of edge e and
-  // channel k.
-  template <int kOut>
+  // Of this lane: edges group and 8 + group, channels 2 pair and 2 pair + 1 of each of n blocks of eight; number 2 e +
+  // k of four is of edge e and channel k.
+  template <int kOut, int n>
   struct OfLane {
-    N d_t[kOut][4], t[kOut][4] = {};
+    N d_t[kOut][n][4], t[kOut][n][4] = {};
     int place[2];  // in the chunk; that of another one in place of an edge outside of the run
     bool there[2];
   };
 
   // `records`: of the chunk; `of_path`: the warp's d_f of the path's inputs
-  __device__ __forceinline__ void path_back(const TilePath& path, int v, const N* records, const TileRun& run,
-                                            float* of_path) const {
+  __device__ __forceinline__ void path_back(const TilePath& path, int v, int blocks, const N* records,
+                                            const TileRun& run, float* of_path) const {
     switch (path.shape) {
       case tile_shape(1, 1, true, true):
-        return path_back<1, 1, true, true>(path, v, records, run, of_path);
+        return path_back<1, 1, true, true>(path, v, blocks, records, run, of_path);
       case tile_shape(3, 3, true, true):
-        return path_back<3, 3, true, true>(path, v, records, run, of_path);
+        return path_back<3, 3, true, true>(path, v, blocks, records, run, of_path);
       case tile_shape(5, 5, true, true):
-        return path_back<5, 5, true, true>(path, v, records, run, of_path);
+        return path_back<5, 5, true, true>(path, v, blocks, records, run, of_path);
       case tile_shape(3, 3, false, true):
-        return path_back<3, 3, false, true>(path, v, records, run, of_path);
+        return path_back<3, 3, false, true>(path, v, blocks, records, run, of_path);
       case tile_shape(5, 5, false, true):
-        return path_back<5, 5, false, true>(path, v, records, run, of_path);
+        return path_back<5, 5, false, true>(path, v, blocks, records, run, of_path);
       case tile_shape(1, 1, true, false):
-        return path_back<1, 1, true, false>(path, v, records, run, of_path);
+        return path_back<1, 1, true, false>(path, v, blocks, records, run, of_path);
       case tile_shape(3, 3, true, false):
-        return path_back<3, 3, true, false>(path, v, records, run, of_path);
+        return path_back<3, 3, true, false>(path, v, blocks, records, run, of_path);
       case tile_shape(5, 5, true, false):
-        return path_back<5, 5, true, false>(path, v, records, run, of_path);
+        return path_back<5, 5, true, false>(path, v, blocks, records, run, of_path);
       case tile_shape(1, 3, false, false):
-        return path_back<1, 3, false, false>(path, v, records, run, of_path);
+        return path_back<1, 3, false, false>(path, v, blocks, records, run, of_path);
       case tile_shape(1, 5, false, false):
-        return path_back<1, 5, false, false>(path, v, records, run, of_path);
+        return path_back<1, 5, false, false>(path, v, blocks, records, run, of_path);
       case tile_shape(3, 1, false, false):
-        return path_back<3, 1, false, false>(path, v, records, run, of_path);
+        return path_back<3, 1, false, false>(path, v, blocks, records, run, of_path);
       case tile_shape(3, 3, false, false):
-        return path_back<3, 3, false, false>(path, v, records, run, of_path);
+        return path_back<3, 3, false, false>(path, v, blocks, records, run, of_path);
       case tile_shape(3, 5, false, false):
-        return path_back<3, 5, false, false>(path, v, records, run, of_path);
+        return path_back<3, 5, false, false>(path, v, blocks, records, run, of_path);
       case tile_shape(5, 1, false, false):
-        return path_back<5, 1, false, false>(path, v, records, run, of_path);
+        return path_back<5, 1, false, false>(path, v, blocks, records, run, of_path);
       case tile_shape(5, 3, false, false):
-        return path_back<5, 3, false, false>(path, v, records, run, of_path);
+        return path_back<5, 3, false, false>(path, v, blocks, records, run, of_path);
       case tile_shape(5, 5, false, false):
-        return path_back<5, 5, false, false>(path, v, records, run, of_path);
+        return path_back<5, 5, false, false>(path, v, blocks, records, run, of_path);
     }
   }
   template <int kIn, int kOut, bool kDiagonal, bool kConstant>
-  __device__ __forceinline__ void path_back(const TilePath& path, int v, const N* records, const TileRun& run,
-                                            float* of_path) const {
-    OfLane<kOut> of;
+  __device__ __forceinline__ void path_back(const TilePath& path, int v, int blocks, const N* records,
+                                            const TileRun& run, float* of_path) const {
+    if constexpr (may_pair(kIn, kOut))
+      if (blocks == 2) return blocks_back<kIn, kOut, kDiagonal, kConstant, 2>(path, v, records, run, of_path);
+    blocks_back<kIn, kOut, kDiagonal, kConstant, 1>(path, v, records, run, of_path);
+  }
+  // Whether two blocks of channels are worked on together, as registers allow: they share G, h and their gradients.
+  static __device__ __forceinline__ constexpr bool may_pair(int n_in, int n_out) {
+    return !is_dual<N> && n_in <= 3 && n_out <= 3;
+  }
+  template <int kIn, int kOut, bool kDiagonal, bool kConstant, int n>
+  __device__ __forceinline__ void blocks_back(const TilePath& path, int v, const N* records, const TileRun& run,
+                                              float* of_path) const {
+    OfLane<kOut, n> of;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int at = group + 8 * e;
@@ -146,21 +168,22 @@ struct TileBackward : TileBlock<N, kBackEdges> {
 #pragma unroll
     for (int o = 0; o < kOut; ++o)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) of.d_t[o][j] = of.there[j / 2] ? of.d_t[o][j] : N{};
-    inputs_back<kIn, kOut, kDiagonal>(path, v, !kConstant && need_rows, of, of_path);
-    if (!need_rows) return;
+      for (int b = 0; b < n; ++b)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) of.d_t[o][b][j] = of.there[j / 2] ? of.d_t[o][b][j] : N{};
+    inputs_back<kIn, kOut, kDiagonal>(path, v, !kConstant && need_rows(), of, of_path);
+    if (!need_rows()) return;
     if constexpr (kConstant)
       factor_back(path, v, d_sums, of);
     else
       rows_back(path, v, d_sums, of);
   }
 
-  template <int kOut>
+  template <int kOut, int n>
   __device__ __forceinline__ void products_back(const TilePath& path, int v, const N* records, const N* d_sums,
-                                                OfLane<kOut>& of) const {
-    const bool is_channel = v + group < path.channels;
+                                                OfLane<kOut, n>& of) const {
     const int64_t next = step(path);
-    ProductSum<N> sum[kOut];
+    ProductSum<N> sum[kOut][n];
 #pragma unroll 1
     for (int w = 2 * pair; w < call.tiles.width; w += 8) {
       OfParts<Split<4>, N> h;
@@ -172,29 +195,35 @@ struct TileBackward : TileBlock<N, kBackEdges> {
       }
       const N* const of_channel = d_sums + (v + group) * call.tiles.width + w;
 #pragma unroll
-      for (int o = 0; o < kOut; ++o) {
-        Neighbours<N, 2> two{};
-        if (is_channel) two = neighbours<2>(of_channel + o * next);
-        OfParts<Split<2>, N> d_t;
-        d_t.set(0, two.at[0]), d_t.set(1, two.at[1]);
-        sum[o].add(h, d_t);
-      }
+      for (int o = 0; o < kOut; ++o)
+#pragma unroll
+        for (int b = 0; b < n; ++b) {
+          Neighbours<N, 2> two{};
+          if (v + 8 * b + group < path.channels) two = neighbours<2>(of_channel + o * next + 8 * b * call.tiles.width);
+          OfParts<Split<2>, N> d_t;
+          d_t.set(0, two.at[0]), d_t.set(1, two.at[1]);
+          sum[o][b].add(h, d_t);
+        }
     }
 #pragma unroll
     for (int o = 0; o < kOut; ++o)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) of.d_t[o][j] = sum[o][j];
+      for (int b = 0; b < n; ++b)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) of.d_t[o][b][j] = sum[o][b][j];
   }
-  template <int kOut>
+  template <int kOut, int n>
   __device__ __forceinline__ void constant_back(const TilePath& path, int v, const N* records, const N* d_sums,
-                                                OfLane<kOut>& of) const {
+                                                OfLane<kOut, n>& of) const {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const N factor = records[(of.place[e] + 1) * call.tiles.record - 1];
 #pragma unroll
       for (int o = 0; o < kOut; ++o)
 #pragma unroll
-        for (int k = 0; k < 2; ++k) of.d_t[o][2 * e + k] = factor * constant_grad(path, v, d_sums, o, k);
+        for (int b = 0; b < n; ++b)
+#pragma unroll
+          for (int k = 0; k < 2; ++k) of.d_t[o][b][2 * e + k] = factor * constant_grad(path, v + 8 * b, d_sums, o, k);
     }
   }
   __device__ __forceinline__ N constant_grad(const TilePath& path, int v, const N* d_sums, int o, int k) const {
@@ -203,9 +232,10 @@ struct TileBackward : TileBlock<N, kBackEdges> {
   }
 
   // t, d_f and, if wanted, d_G
-  template <int kIn, int kOut, bool kDiagonal>
-  __device__ __forceinline__ void inputs_back(const TilePath& path, int v, bool need_g, OfLane<kOut>& of,
+  template <int kIn, int kOut, bool kDiagonal, int n>
+  __device__ __forceinline__ void inputs_back(const TilePath& path, int v, bool need_g, OfLane<kOut, n>& of,
                                               float* of_path) const {
+    constexpr int outputs = kDiagonal ? 1 : kOut;
     const bool writes_g = pair < 2 && (pair ? of.there[1] : of.there[0]);
     const N* x[2];
 #pragma unroll
@@ -216,36 +246,35 @@ struct TileBackward : TileBlock<N, kBackEdges> {
     float* const to = of_path + group * 8 + 2 * pair;
 #pragma unroll
     for (int i = 0; i < kIn; ++i) {
-      constexpr int outputs = kDiagonal ? 1 : kOut;
-      Neighbours<N, 2> f[2];
-      Neighbours<float, 2> d_f_i[2] = {};
-      N product[outputs][2];
+      N factor[outputs][2], product[outputs][2] = {};
 #pragma unroll
-      for (int e = 0; e < 2; ++e) f[e] = neighbours<2>(x[e] + i * path.in_stride);
+      for (int o = 0; o < outputs; ++o)
 #pragma unroll
-      for (int n = 0; n < outputs; ++n) {
-        const int o = kDiagonal ? i : n;
+        for (int e = 0; e < 2; ++e) factor[o][e] = of_g[(i * outputs + o) * kBackEdges + 8 * e];
+#pragma unroll
+      for (int b = 0; b < n; ++b)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const N factor = of_g[(i * outputs + n) * kBackEdges + 8 * e];
+          const auto f = neighbours<2>(x[e] + i * path.in_stride + 8 * b);
+          Neighbours<float, 2> d_f{};
 #pragma unroll
-          for (int k = 0; k < 2; ++k) {
-            of.t[o][2 * e + k] += f[e].at[k] * factor;
-            d_f_i[e].at[k] += result(of.d_t[o][2 * e + k] * factor);
+          for (int m = 0; m < outputs; ++m) {
+            const int o = kDiagonal ? i : m;
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+              of.t[o][b][2 * e + k] += f.at[k] * factor[m][e];
+              d_f.at[k] += result(of.d_t[o][b][2 * e + k] * factor[m][e]);
+              product[m][e] += of.d_t[o][b][2 * e + k] * f.at[k];
+            }
           }
-          product[n][e] = of.d_t[o][2 * e] * f[e].at[0] + of.d_t[o][2 * e + 1] * f[e].at[1];
+          auto& sum = neighbours<2>(to + (b * call.tiles.most_in + i) * of_block + 64 * e);
+          sum = sum_of(sum, d_f);
         }
-      }
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        auto& sum = neighbours<2>(to + i * kBackEdges * 8 + 64 * e);
-        sum = sum_of(sum, d_f_i[e]);
-      }
       if (need_g) {
 #pragma unroll
-        for (int n = 0; n < outputs; ++n) {
-          const N sum = sum_two(product[n]);
-          if (writes_g) d_g[(i * outputs + n) * kBackEdges] += sum;
+        for (int o = 0; o < outputs; ++o) {
+          const N sum = sum_two(product[o]);
+          if (writes_g) d_g[(i * outputs + o) * kBackEdges] += sum;
         }
       }
     }
@@ -258,9 +287,9 @@ struct TileBackward : TileBlock<N, kBackEdges> {
     return sum + from_lane_xor(sum, 2);
   }
 
-  template <int kOut>
+  template <int kOut, int n>
   __device__ __forceinline__ void rows_back(const TilePath& path, int v, const N* d_sums,
-                                            const OfLane<kOut>& of) const {
+                                            const OfLane<kOut, n>& of) const {
     const int64_t next = step(path);
     const int width = call.tiles.width;
 #pragma unroll 1
@@ -268,18 +297,20 @@ struct TileBackward : TileBlock<N, kBackEdges> {
       const N* const of_channel = d_sums + (v + 2 * pair) * width + w + group;
       ProductSum<N> sum;
 #pragma unroll
-      for (int o = 0; o < kOut; ++o) {
-        OfParts<Split<4>, N> t;
-        OfParts<Split<2>, N> d_t;
+      for (int o = 0; o < kOut; ++o)
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const bool is_channel = v + 2 * pair + k < path.channels;
-          d_t.set(k, is_channel ? of_channel[o * next + k * width] : N{});
+        for (int b = 0; b < n; ++b) {
+          OfParts<Split<4>, N> t;
+          OfParts<Split<2>, N> d_t;
 #pragma unroll
-          for (int e = 0; e < 2; ++e) t.set(2 * k + e, of.t[o][2 * e + k]);
+          for (int k = 0; k < 2; ++k) {
+            const bool is_channel = v + 8 * b + 2 * pair + k < path.channels;
+            d_t.set(k, is_channel ? of_channel[o * next + (8 * b + k) * width] : N{});
+#pragma unroll
+            for (int e = 0; e < 2; ++e) t.set(2 * k + e, of.t[o][b][2 * e + k]);
+          }
+          sum.add(t, d_t);
         }
-        sum.add(t, d_t);
-      }
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         auto& to = neighbours<2>(d_h + (group + 8 * e) * (call.tiles.record - 4) + path.row + w + 2 * pair);
@@ -287,18 +318,20 @@ struct TileBackward : TileBlock<N, kBackEdges> {
       }
     }
   }
-  template <int kOut>
+  template <int kOut, int n>
   __device__ __forceinline__ void factor_back(const TilePath& path, int v, const N* d_sums,
-                                              const OfLane<kOut>& of) const {
+                                              const OfLane<kOut, n>& of) const {
     N sum[2] = {};
 #pragma unroll
     for (int o = 0; o < kOut; ++o)
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const N d_t = constant_grad(path, v, d_sums, o, k);
+      for (int b = 0; b < n; ++b)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) sum[e] += d_t * of.t[o][2 * e + k];
-      }
+        for (int k = 0; k < 2; ++k) {
+          const N d_t = constant_grad(path, v + 8 * b, d_sums, o, k);
+#pragma unroll
+          for (int e = 0; e < 2; ++e) sum[e] += d_t * of.t[o][b][2 * e + k];
+        }
     const N whole = sum_two(sum);
     if (pair < 2 && (pair ? of.there[1] : of.there[0])) d_factor[group + 8 * pair] += whole;
   }
@@ -310,17 +343,19 @@ struct TileBackward : TileBlock<N, kBackEdges> {
     static_assert(kTileThreads == kBackEdges * 8);
     const int mine = static_cast<int>(threadIdx.x) / 8, channel = threadIdx.x % 8;
     if (mine >= n) return;
-    const int32_t* from = global_memory(wide.plan.gathered_from) + input.from + input.v + channel;
     float* const to = wide.args.grad_edge + int64_t{edges[mine]} * wide.plan.in_size;
-    const float* mine_of = d_f + threadIdx.x;
-    const int of_warp = call.tiles.most_in * kTileThreads;
 #pragma unroll 1
-    for (int i = 0; i < input.n_in; ++i, from += input.in_stride, mine_of += kTileThreads) {
-      float sum = 0;
+    for (int b = 0; b < input.blocks; ++b) {
+      const int32_t* from = global_memory(wide.plan.gathered_from) + input.from + input.v + 8 * b + channel;
+      const float* mine_of = d_f + b * call.tiles.most_in * of_block + threadIdx.x;
+#pragma unroll 1
+      for (int i = 0; i < input.n_in; ++i, from += input.in_stride, mine_of += of_block) {
+        float sum = 0;
 #pragma unroll
-      for (int w = 0; w < kTileWarps; ++w) sum += mine_of[w * of_warp];
-      const int number = *from;
-      if (number >= 0) to[number] = sum;
+        for (int w = 0; w < kTileWarps; ++w) sum += mine_of[w * of_warp(call.tiles)];
+        const int number = *from;
+        if (number >= 0) to[number] = sum;
+      }
     }
   }
   __device__ __forceinline__ void clear_unread(int n) const {
@@ -328,12 +363,12 @@ struct TileBackward : TileBlock<N, kBackEdges> {
       wide.args.grad_edge[int64_t{edges[edge]} * wide.plan.in_size + call.tiles.unread[k]] = 0;
   }
 
-  __device__ __forceinline__ void write_rows(const Neighbours<N, 4>& u, int from, int n) const {
+  __device__ __forceinline__ void write_rows(int from, int n) const {
     const int of_h = call.tiles.record - 4;
     N* const grad = call.grad_rows + (start + from) * call.tiles.record;
     for (int at = warp; at < n; at += kTileWarps)
       for (int k = lane; k < of_h; k += 32) grad[at * call.tiles.record + k] = d_h[at * of_h + k];
-    auto moved = Base::backward(u, d_rows);
+    auto moved = Base::backward(this->direction(from, n), d_rows);  // once more: kept, it would take registers
     moved.at[3] = d_factor[edge];
     if (share == 0 && edge < n) neighbours<4>(grad + (edge + 1) * call.tiles.record - 4) = moved;
   }

@@ -34,9 +34,11 @@ struct TileItem {
   int32_t path, v, blocks, w;
 };
 
-// Eight channels v .. of all components of the inputs of a type, and the paths that read them, warp by warp.
+// One or two blocks of eight channels, v .., of all components of the inputs of a type, and the paths that read them,
+// warp by warp.
 struct alignas(16) TileInput {
-  int32_t from, n_in, in_stride, v;
+  static constexpr int kBlocks = 2;  // at most
+  int32_t from, n_in, in_stride, v, blocks;
   int32_t first[5];  // where each of four warps' paths begin, and end
 };
 
@@ -65,7 +67,8 @@ struct TileView {
   const int32_t* input_paths;
   const int32_t* unread;  // numbers of inputs that no path reads
   const int32_t* first;   // of the first layer: FieldView
-  int n_paths, n_items, n_inputs, n_unread, n_monomials, n_harmonics, n_g, most_in, width, record;
+  int n_paths, n_items, n_inputs, n_unread, n_monomials, n_harmonics, n_g, width, record;
+  int most_in, blocks;  // of an input
 
   // Rows of an edge in a block's memory.
   IST_HOST_DEVICE int of_edge() const { return n_monomials + n_harmonics + n_g; }
@@ -84,7 +87,7 @@ class TilePlan {
     *this = TilePlan();
     width = channels;
     if (!p.n_knots) {
-      if ((p.c != 4 && (p.c != 6 || width > 8)) || p.n_even != p.c / 2 || !ExactPlan::has_scalar_inputs(p)) return;
+      if ((p.c != 4 && p.c != 6) || p.n_even != p.c / 2 || !ExactPlan::has_scalar_inputs(p)) return;
       if (!ExactPlan::read_first_layer(p, width, first_)) return;
     }
     const WideSlot* slot = wide.slots.data();
@@ -108,7 +111,8 @@ class TilePlan {
     v.n_inputs = static_cast<int>(inputs_.size()), v.n_unread = static_cast<int>(unread_.size());
     v.n_monomials = n_monomials_, v.n_harmonics = n_harmonics_, v.n_g = static_cast<int>(g_.size());
     v.width = width, v.record = record();
-    for (const TileInput& input : inputs_) v.most_in = std::max<int>(v.most_in, input.n_in);
+    for (const TileInput& input : inputs_)
+      v.most_in = std::max<int>(v.most_in, input.n_in), v.blocks = std::max<int>(v.blocks, input.blocks);
     return v;
   }
   int record() const { return (coefficients - 1) * width + 4; }
@@ -184,8 +188,8 @@ class TilePlan {
     return std::all_of(places.begin(), places.end(), [](int n) { return n <= 1; });
   }
 
-  // The paths' inputs, which lie apart or are the same components; of each, eight channels at a time. Paths that read
-  // the same row of hidden features are one warp's.
+  // The paths' inputs, which lie apart or are the same components; of each, two blocks of channels at a time. Paths
+  // that read the same row of hidden features are one warp's.
   void add_inputs() {
     std::vector<TilePath*> order;
     for (TilePath& path : paths_) order.push_back(&path);
@@ -197,8 +201,9 @@ class TilePlan {
         last = std::max(last, order[end]->from + (order[end]->n_in - 1) * path.in_stride);
       for (size_t k = begin; k < end; ++k) order[k]->component = (order[k]->from - path.from) / path.in_stride;
       const auto paths = by_warp({order.begin() + begin, order.begin() + end});
-      for (int v = 0; v < path.channels; v += 8) {
-        inputs_.push_back({path.from, (last - path.from) / path.in_stride + 1, path.in_stride, v, {}});
+      for (int v = 0; v < path.channels; v += 8 * TileInput::kBlocks) {
+        const int blocks = path.channels - v > 8 ? 2 : 1;
+        inputs_.push_back({path.from, (last - path.from) / path.in_stride + 1, path.in_stride, v, blocks, {}});
         for (int w = 0; w < kWarps; ++w) {
           inputs_.back().first[w] = static_cast<int32_t>(input_paths_.size());
           for (const TilePath* of_warp : paths[w])

@@ -306,6 +306,7 @@ def gpu_cases():
     tile_odd = replace(TILE, into="5 scalar+l1+l2, 2 l1", out="7 scalar, 3 l2, 1 l1", attributes="2 scalar", n_layers=4)
     tile_so3 = replace(tile_odd, space="SO(3)", into="3 scalar+l1+l2", n_layers=3)
     tile_channels = replace(cloud, into="12 scalar+vector", out="17 scalar, 3 vector", n_channels=16)
+    tile_l2_channels = replace(TILE, into="3 scalar+l1+l2", out="2 scalar, 3 l2", n_channels=16)
     tile_scalars = replace(TILE, into="11 scalar", out="4 scalar+l1+l2", attributes=None, n_layers=2)
     wide_planar = replace(WIDE_FIELDS, space="SO(2) on R2", into="70 scalar+vector", out="2 scalar+vector")
     wide_dense = replace(WIDE_FIELDS, space="C4 on R2", into="40 regular", out="2 regular", attributes="1 vector")
@@ -321,6 +322,7 @@ def gpu_cases():
         "tile-short-edges-train": made(short_edges_of_skewed, tile_odd, "train"),
         "tile-so3-train": made(near_skewed, tile_so3, "train", "elu"),
         "tile-scalars": made(skewed, tile_scalars, "eval", width=1.0),
+        "tile-l2-channels-train": made(near_skewed, tile_l2_channels, "train"),
         "tile-channels-train": made(short_edges_of_skewed, tile_channels, "train"),
         "tile-table": table(replace(TILE, into="9 scalar+l1+l2", attributes=None), near_skewed, cutoff=2.0),
         "tile-table-types": table(tile_channels, nodes(65, 300), rows),
