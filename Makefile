@@ -141,7 +141,7 @@ ifneq ($(NVCC),)
 	cmake --build build/$@
 	$(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	$(BIN)/python -c "import ctypes; ctypes.CDLL('build/$@/libimplicit_steer_cuda.so').implicit_steer_cuda_library"
-	$(NVCC) -arch=sm_90 -std=c++17 -DIST_ISA=gpu -c -o build/$@/mma.o tests/simt/mma_kernels.cu
+	$(NVCC) -arch=sm_90 -std=c++17 -DIST_ISA=gpu -DIST_SCALAR -c -o build/$@/mma.o tests/simt/mma_kernels.cu
 	$(EMULATED)/trace/conv_test $(CASES)/gpu count cloud cloud-fields cloud-channels cloud-table tile tile-fields wide grid > build/$@/counts.txt
 	$(BIN)/python -m bench.cuda build/$@ $(EMULATED)/trace/libemulated_cuda.so --page $(CUDA_PAGE)
 else

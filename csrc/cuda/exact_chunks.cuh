@@ -24,7 +24,7 @@ struct ExactChunks {
   const int lane, group, pair;    // group g and t of mma.cuh
   const int number, first, last;  // of the warp; positions of its edges
   typename S::Mlp mlp;
-  N *records, *near, *rest;
+  N* records;
   int32_t* sources;
   N* exponent;  // of the shell, for 2^x
 
@@ -36,7 +36,7 @@ struct ExactChunks {
         lane(threadIdx.x % 32),
         group(lane / 4),
         pair(lane % 4),
-        number(static_cast<int>(blockIdx.x * (blockDim.x / 32)) + warp_of_block()),
+        number(static_cast<int>(blockIdx.x * (blockDim.x / 32) + warp_of_block())),
         first(number < call.shape.warps ? number * static_cast<int>(call.shape.edges_per_warp) : 0),
         last(static_cast<int>(a.n_edges - first < call.shape.edges_per_warp ? a.n_edges
                                                                             : first + call.shape.edges_per_warp)) {
@@ -44,19 +44,21 @@ struct ExactChunks {
     exponent = memory + Memory::exponent_at;
     records = memory + Memory::warps_at + warp_of_block() * size;
     sources = reinterpret_cast<int32_t*>(records + Memory::records);
-    near = records + Memory::records + 32, rest = records + Memory::warp;
     mlp.template place<S>(memory + Memory::in_front_of_mlp(blockDim.x / 32, size), p);
     const N shell = weights()[p.shell_at];
     if (threadIdx.x == 0) *exponent = -0.5f * kLog2e / (shell * shell);
     mlp.template copy<S>(p, view, weights());
   }
 
-  // Of kernels that take most registers in a form that the compiler knows to be the same in all lanes: it takes
-  // fewer registers, but for single numbers more instructions.
-  static __device__ __forceinline__ int warp_of_block() {
-    const int warp = static_cast<int>(threadIdx.x) / 32;
-    return is_dual<N> || Slots::degrees * S::width > 64 ? from_lane(warp, 0) : warp;
+  // Where registers are few in a form that the compiler knows to be the same in all lanes: it takes fewer of them, and
+  // more instructions.
+  static __device__ __forceinline__ unsigned warp_of_block() {
+    const unsigned warp = threadIdx.x / 32;
+    return kFewRegisters<S> ? from_lane(warp, 0) : warp;
   }
+  // Of the warp's memory: [W, c], and what is behind Memory::warp.
+  __device__ __forceinline__ N* near() const { return records + Memory::records + 32; }
+  __device__ __forceinline__ N* rest() const { return records + Memory::warp; }
   // The packed weights: with tangents pairs of a weight and its tangent.
   __device__ __forceinline__ const N* weights() const { return reinterpret_cast<const N*>(a.weights); }
   // Number k of an array that may have tangents.
@@ -126,7 +128,7 @@ struct ExactChunks {
     N* const record = records + at * Memory::record;
     const N factor = record[Slots::degrees * S::width + 3];
     mlp.template evaluate_near<S>(
-        geometry(edge).radius, [&](int j) { return attribute(edge, j); }, near,
+        geometry(edge).radius, [&](int j) { return attribute(edge, j); }, near(),
         [&](int layer, LayerValue what, int k, int w, N value) { keep.put(at, layer, what, k, w, value); },
         [&](int l, int w, N value) { record[l * S::width + w] = value * factor; });
     __syncwarp();

@@ -22,7 +22,7 @@ struct ExactForward : Base {
   float* const aside;  // this lane's place
 
   __device__ __forceinline__ explicit ExactForward(const FieldCall& call)
-      : Base(call, kExactForwardSize<S>), call(call), aside(this->rest + 4 * lane) {}
+      : Base(call, kExactForwardSize<S>), call(call), aside(this->rest() + 4 * lane) {}
 
   // ---- the node's outputs
 

@@ -119,6 +119,9 @@ __device__ __forceinline__ Dual<float> scaled_slope(Dual<float> x) {
   return {Scaled<F>::slope(x.value), Scaled<F>::curvature(x.value) * x.tangent};
 }
 
+// Whether a thread's registers hardly suffice: then some numbers are made once more instead of being kept.
+template <typename S>
+constexpr bool kFewRegisters = is_dual<typename S::Number> || S::Slots::degrees * S::width > 64;
 // Channels whose activations are worked on together: so many that a pair's numbers are loaded seldom and few registers
 // hold z and y at once.
 template <typename S>

@@ -78,8 +78,16 @@ struct ExactMlpBackward {
       linear(weights(n), d);
       if (--n > 0) activation<S::even, odd, S::even, odd>(of_sums(n), d);
     }
+    constexpr int at_once = kFewRegisters<S> ? together : S::width;
+    N first[at_once][S::c];
+    if constexpr (at_once == S::width) mlp.template first_layer<S>(radius, attribute, 0, first);
     const auto of_first = [&](int first_channel, N(&z)[together][S::c]) {
-      mlp.template first_layer<S>(radius, attribute, first_channel, z);
+      if constexpr (at_once < S::width) mlp.template first_layer<S>(radius, attribute, first_channel, first);
+#pragma unroll
+      for (int w = 0; w < together; ++w) {
+        const N(&of_channel)[S::c] = first[(first_channel + w) % at_once];
+        z[w][0] = of_channel[0], z[w][S::even] = of_channel[S::even];
+      }
     };
     if (mlp.n_layers == 1)
       activation<1, 1, S::even, kOddRead<S>>(of_first, d);

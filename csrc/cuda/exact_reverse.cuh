@@ -25,35 +25,23 @@ struct ExactReverse : Warp {
 
   __device__ __forceinline__ ExactReverse(const FieldCall& call, int size)
       : Base(call, size), need_weights(a.grad_weights), gradients(reinterpret_cast<N*>(call.sums), number, p, view) {
-    edges = reinterpret_cast<int32_t*>(this->rest);
-    moved = this->rest + 32, along = moved + 128;
+    edges = reinterpret_cast<int32_t*>(this->rest());
+    moved = this->rest() + 32, along = moved + 128;
   }
 
   // Asked of the call each time: kept, it would take a register.
   __device__ __forceinline__ bool need_geometry() const { return opaque(a.grad_delta) || opaque(a.grad_attr); }
 
   __device__ __forceinline__ void reverse(int n) {
+    const ExactMlpBackward<S> back{mlp, kept};
     const bool there = lane < n;
-    const bool is_near = edge_back(there);
-    __syncwarp();
-    for (uint32_t left = __ballot_sync(kWarp, is_near); left != 0; left &= left - 1) near_edge_back(__ffs(left) - 1);
-    const int64_t edge = edges[lane];  // once more, as its geometry: kept, they would take registers
-    const auto g = this->geometry(edge);
-    if (need_weights) {
-      for (int layer = 1; layer < p.n_layers; ++layer) add_weights(layer);
-      add_first(is_near ? constant_number<N>(1) : g.radius, [&](int j) { return this->attribute(edge, j); });
-    }
-    if (there) geometry_back(edge, g, is_near);
-  }
-
-  // Of this lane's edge: in its record the gradient of the first layer's z takes the place of that of c, unless the
-  // edge is near the origin; whether it is.
-  __device__ __forceinline__ bool edge_back(bool there) {
     const int64_t edge = edges[lane];
-    const N radius = this->geometry(edge).radius;
-    const bool is_near = there && radius < Limits<float>::near;
+    const auto g = this->geometry(edge);
+    const bool is_near = there && g.radius < Limits<float>::near;
+    const uint32_t near_edges = __ballot_sync(kWarp, is_near);
     N* const record = records + lane * Memory::record;
     const N factor = record[Slots::degrees * S::width + 3];
+    const auto attribute = [&](int j) { return this->attribute(edge, j); };
     N d[S::width][S::c];
 #pragma unroll
     for (int w = 0; w < S::width; w += 4) {
@@ -64,15 +52,21 @@ struct ExactReverse : Warp {
         for (int j = 0; j < 4; ++j) d[w + j][place_of_degree<S>(l)] = there ? four.at[j] * factor : N{};
       }
     }
-    const ExactMlpBackward<S> back{mlp, kept};
-    back.edge(radius, [&](int j) { return this->attribute(edge, j); }, !is_near, d);
-    if (is_near) return true;
+    back.edge(g.radius, attribute, !is_near, d);
+    if (!is_near) {
 #pragma unroll
-    for (int w = 0; w < S::width; w += 4) {
-      neighbours<4>(record + w) = {d[w][0], d[w + 1][0], d[w + 2][0], d[w + 3][0]};
-      neighbours<4>(record + S::width + w) = {d[w][S::even], d[w + 1][S::even], d[w + 2][S::even], d[w + 3][S::even]};
+      for (int w = 0; w < S::width; w += 4) {
+        neighbours<4>(record + w) = {d[w][0], d[w + 1][0], d[w + 2][0], d[w + 3][0]};
+        neighbours<4>(record + S::width + w) = {d[w][S::even], d[w + 1][S::even], d[w + 2][S::even], d[w + 3][S::even]};
+      }
     }
-    return false;
+    __syncwarp();
+    for (uint32_t left = near_edges; left != 0; left &= left - 1) near_edge_back(__ffs(left) - 1);
+    if (need_weights) {
+      for (int layer = 1; layer < p.n_layers; ++layer) add_weights(layer);
+      add_first(is_near ? constant_number<N>(1) : g.radius, attribute);
+    }
+    if (there) geometry_back(edge, g, is_near);
   }
 
   // Of the edge `at` of the chunk, what ExactMlpBackward::edge() gives of others; `along` becomes the radius' gradient.
@@ -85,10 +79,9 @@ struct ExactReverse : Warp {
     const int w = lane / lanes;
     N d[S::c] = {};
 #pragma unroll
-    for (int l = 0; l < Slots::degrees; ++l) {
-      const N of_c = record[l * S::width + w] * record[Slots::degrees * S::width + 3];
-      d[place_of_degree<S>(l)] = l == 0 ? of_c : of_c * g.radius;
-    }
+    for (int l = 0; l < Slots::degrees; ++l)
+      d[place_of_degree<S>(l)] = record[l * S::width + w] * record[Slots::degrees * S::width + 3] *
+                                 (l == 0 ? constant_number<N>(1) : g.radius);
     const N d_radius =
         back.near(at, g.radius, [&](int j) { return this->attribute(edge, j); }, d) + along[at] * g.inverse;
     __syncwarp();
@@ -134,7 +127,7 @@ struct ExactReverse : Warp {
   // The first layer's bias and weights: Σ d_z times 1, `radial`, the attributes; row g, a quarter of the edges.
   template <typename Attribute>
   __device__ __forceinline__ void add_first(N radial, Attribute attribute) const {
-    N* const input = this->near;
+    N* const input = this->near();
     for (int n = 0; n <= p.n_inputs; ++n) {
       input[lane] = n == 0 ? constant_number<N>(1) : n == 1 ? radial : attribute(n - 2);
       __syncwarp();

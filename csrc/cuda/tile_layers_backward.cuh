@@ -52,7 +52,7 @@ struct TileReverse : ExactReverse<S, ExactChunks<S>, TileGradients<S>> {
   __device__ __forceinline__ explicit TileReverse(const FieldCall& call)
       : Base(call, tile_reverse_size<S>(call.plan)), grad_rows(reinterpret_cast<const N*>(call.records.grad)) {
     if constexpr (S::Mlp::is_table) __syncthreads();  // as in TileLayers
-    this->kept = {this->rest + kReverseSize};
+    this->kept = {this->rest() + kReverseSize};
   }
 
   // Self: this kernel, or one derived from it with a reverse() of its own.

@@ -345,7 +345,7 @@ def test_opcheck():
         ("8x0e + 8x1o", {"table": 64, "n_channels": 12}, "generic kernels because of hidden layers of other than"),
         ("16x0e + 16x1o", {"n_channels": 16}, "tiled kernels because of too many scalars or vectors"),
         ("4x0e + 4x2e", {"n_channels": 16}, "those of l = 0 to 3, second derivatives generic kernels"),
-        ("4x0e + 4x2e", {"n_channels": 16, "n_layers": 4}, "those of l = 0 to 3, backward generic kernels"),
+        ("4x0e + 4x2e", {"n_channels": 16, "n_layers": 5}, "those of l = 0 to 3, backward generic kernels"),
         (
             "4x0e + 4x2e",
             {"n_channels": 16, "table": 64},
