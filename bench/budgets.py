@@ -34,7 +34,7 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         "nodes": Budget(600, "node"),  # mixing, 450 each time: a node that two warps share is mixed by both
     },
     "exact_backward<Exact<Elu, 8, 8, false>>": {
-        WHOLE: Budget(335, "edge"),
+        WHOLE: Budget(340, "edge"),
         "chunks": Budget(175, "edge"),  # frame and MLP, forward again and back, with its weights' gradients
         "T": Budget(32, "edge"),  # as on the way forward
         "edges": Budget(75, "edge"),  # gradients of features and of coefficients
@@ -112,7 +112,7 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         WHOLE: Budget(104, "edge"),
     },
     "tile_layers<WithTangents<Tiled<Elu, 6, 8>>>": {
-        WHOLE: Budget(335, "edge"),
+        WHOLE: Budget(340, "edge"),
     },
     "tile_sums<Dual<float>>": {  # of 8 fields of l <= 1, as the next one
         WHOLE: Budget(190, "edge"),
