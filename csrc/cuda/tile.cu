@@ -48,12 +48,6 @@ bool has_layers(const DevicePlan<float>& plan) {
   return plan.tile.coefficients > 0 && (kAllWide || plan.tile.width == 8 || few);
 }
 
-// Numbers of a block's shared memory in front of its warps'.
-template <typename S>
-int64_t front_of_layers(const DevicePlan<float>& plan, S) {
-  return ExactMemory<S>::in_front_of_mlp(0, 0) + S::Mlp::template size<S>(plan.host);
-}
-
 TileCall<N> tile_call(const DevicePlan<float>& plan, const WideCall<N>& call, const N* rows, N* grad_rows) {
   // As many nodes as fill the lanes with edges.
   const int64_t degree = call.args.n_edges / std::max<int64_t>(call.args.n_dst, 1);
@@ -85,7 +79,7 @@ bool has_tile_kernels<N>(const DevicePlan<float>& plan, bool backward) {
   return with_layers(plan, [&](auto sizes) {
     using S = decltype(sizes);
     const int64_t of_warp = backward ? tile_reverse_size<S>(plan.host) : ExactMemory<S>::warp;
-    return kBytes * (front_of_layers(plan, sizes) + of_warp) <= kLeastBlockBytes;
+    return kBytes * (front_of_warps<S>(plan.host) + of_warp) <= kLeastBlockBytes;
   });
 }
 
@@ -94,7 +88,7 @@ Failure run_tile_layers(const DevicePlan<float>& plan, const ConvArgs<float>& ar
   return with_layers(plan, [&](auto sizes) -> Failure {
     using S = decltype(sizes);
     FieldLaunch edges{
-        "tile_layers", tile_layers<S>, {}, kFloats * front_of_layers(plan, sizes), kFloats * ExactMemory<S>::warp, 0};
+        "tile_layers", tile_layers<S>, {}, kFloats * front_of_warps<S>(plan.host), kFloats * ExactMemory<S>::warp, 0};
     IST_TRY(edges.prepare(plan, args, kAnyWarps));
     edges.call.view.first = plan.tile_view.first;
     edges.call.records.at = reinterpret_cast<float*>(rows);
@@ -123,7 +117,7 @@ Failure run_tile_layers_backward(const DevicePlan<float>& plan, const ConvArgs<f
     FieldLaunch edges{"tile_layers_backward",
                       tile_layers_backward<S>,
                       {},
-                      kFloats * front_of_layers(plan, sizes),
+                      kFloats * front_of_warps<S>(plan.host),
                       kFloats * tile_reverse_size<S>(plan.host),
                       0};
     const int64_t of_warp = args.grad_weights ? kFloats * TileGradients<S>::size_of(plan.host) : 0;

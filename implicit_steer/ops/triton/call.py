@@ -57,14 +57,14 @@ class Bound:
             self._prepared = found = prepare(self.plan, like.device, like.dtype)
         return found
 
-    def numbers(self) -> Tensor:
-        """What was learned and the running statistics in one tensor. Views of them are kept: to make 20 of them takes
-        longer than to join them."""
+    def numbers(self) -> Tensor | None:
+        """``Learned.numbers`` of what was learned and the running statistics, but from views that are kept: to make 20
+        of them takes longer than to join them. None where a tensor has no such view, since it is not contiguous."""
         tensors = [*self.learned, *self.running]
         places, (known, flat) = list(map(Tensor.data_ptr, tensors)), self._flat
         if places != known:
-            if not all(t.is_contiguous() for t in tensors):  # of others there are no such views
-                return torch._C._nn.flatten_dense_tensors(tensors)
+            if not all(t.is_contiguous() for t in tensors):
+                return None
             flat = [t.detach().view(-1) for t in tensors]
             self._flat = places, flat
         return torch.cat(flat)
