@@ -2,7 +2,8 @@
 
 The emulator of tests/simt (``conv_test DIR count CASE``) counts how often warps execute every memory instruction. Its
 debug information and that of the machine code name the same source lines, each with the calls around it. Where n
-memory instructions of a kernel come from one line and the same calls, each gets 1/n of the line's count. A basic block
+memory instructions of a kernel come from one line and the same calls, each gets 1/n of the line's count; pieces of one
+load or store of the source, some of which the compiler leaves out, count as one. A basic block
 is executed as often as the median of its memory instructions, but for those with a guard that never ran; a block that
 has none as often as the block that dominates it, or at the head of a loop as the most executed block of the loop; and
 never, if the blocks that it dominates were counted and never ran. So the copies of a loop's body that the compiler
@@ -19,9 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from .sass import Code, Lines, output_of
+from .sass import Code, Instruction, Lines, output_of
 
-_MEMORY = {"LDS", "STS", "LDG", "STG", "LD", "ST", "LDGSTS", "ATOM", "ATOMG", "ATOMS", "RED", "REDG"}
 # Arrays that grow with the graph, as the emulator's tests name them; scratch are the partial results of warps, which on
 # a GPU have about as many edges each as there.
 _OF_THE_GRAPH = {"delta", "attr", "x", "src", "order", "rowptr", "colptr", "order_by_source", "out", "grad_out",
@@ -38,7 +38,8 @@ class Launch:
     warps: int
     threads: int
     shared: int
-    accesses: dict[int, int] = field(default_factory=dict)  # place of an instruction in the library → executions
+    # place of an instruction in the library → executions, bytes at a time
+    accesses: dict[int, tuple[int, int]] = field(default_factory=dict)
     touched: dict[str, int] = field(default_factory=dict)  # array → bytes
 
     @property
@@ -60,7 +61,7 @@ def launches_of(counts: Path) -> list[Launch]:
         if first == "kernel":
             found.append(Launch(rest[0], *map(int, rest[1:])))
         elif first.startswith("0x"):
-            found[-1].accesses[int(first, 16)] = int(rest[0])
+            found[-1].accesses[int(first, 16)] = int(rest[0]), int(rest[1])
         else:
             found[-1].touched[first] = int(rest[0])
     return found
@@ -80,14 +81,33 @@ def lines_of(library: Path, places: Iterable[int]) -> dict[int, Lines]:
     return {place: tuple(lines) for place, lines in found.items()}
 
 
+def _present(block: Iterable[Instruction], widths: dict[Lines, set[int]]) -> Counter[Lines]:
+    """How many loads and stores of the source the block's memory instructions are, by line; ``widths``: of those."""
+    found, pieces = Counter[Lines](), defaultdict[tuple[Lines, str, str, int], set[int]](set)
+    for instruction in block:
+        lines, access = instruction.lines, instruction.access
+        width = next(iter(widths[lines])) if len(widths[lines]) == 1 and access else 0
+        if access and access.width < width:
+            others = pieces[lines, instruction.opcode, access.registers, access.offset // width]
+            if others and access.offset not in others:
+                others.add(access.offset)
+                continue
+            others.clear()
+            others.add(access.offset)
+        found[lines] += 1
+    return found
+
+
 def executions(code: Code, launch: Launch, lines: dict[int, Lines]) -> dict[int, float]:
     """Basic block → how often warps execute it, all together."""
-    counted, present = Counter[Lines](), Counter[Lines]()
-    for place, n in launch.accesses.items():
+    counted, widths = Counter[Lines](), defaultdict[Lines, set[int]](set)
+    for place, (n, width) in launch.accesses.items():
         counted[lines[place]] += n
-    memory = {b: [i for i in code.blocks[b] if i.opcode in _MEMORY] for b in code.dominators}
+        widths[lines[place]].add(width)
+    memory = {b: [i for i in code.blocks[b] if i.access] for b in code.dominators}
+    present = Counter[Lines]()
     for of_block in memory.values():
-        present.update(i.lines for i in of_block)
+        present.update(_present(of_block, widths))
     known = {}  # of blocks with memory instructions, which were counted
     for b, of_block in memory.items():
         if of_block:

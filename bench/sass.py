@@ -26,6 +26,8 @@ _LABEL = re.compile(r"(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)(\S*)\s*([^;]*);")
 _TARGET, _LABELS = re.compile(r"`\((\.L_x_\d+)\)"), re.compile(r"\.L_x_\d+")
 _NAME = re.compile(r"//\s*loop: (.+?)\s*$")
+_MEMORY = {"LDS", "STS", "LDG", "STG", "LD", "ST", "LDGSTS", "ATOM", "ATOMG", "ATOMS", "RED", "REDG"}
+_PLACE, _WIDTH = re.compile(r"\[([^\[\]]*?)(?:\+(-?0x[0-9a-f]+))?\]"), re.compile(r"\.(U?8|S8|U?16|S16|64|128)\b")
 
 Lines = tuple[tuple[str, int], ...]  # (file, line) of an instruction, then of the calls around it, innermost first
 
@@ -52,14 +54,25 @@ def readable(symbols: Iterable[str]) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
+class Access:
+    """Where an instruction loads or stores: the text of its registers, the offset to them, the width in bytes."""
+
+    registers: str
+    offset: int
+    width: int
+
+
+@dataclass(frozen=True)
 class Instruction:
     """``opcode``: its first word, as LDS; ``guarded``: it may do nothing; ``targets``: the labels that it branches
-    to, of which a switch (BRX) has several, but none where only lanes do so that do not run together (BRA.DIV)."""
+    to, of which a switch (BRX) has several, but none where only lanes do so that do not run together (BRA.DIV);
+    ``access``: of one that loads or stores."""
 
     opcode: str
     targets: tuple[str, ...]
     guarded: bool
     lines: Lines
+    access: Access | None = None
 
 
 @dataclass
@@ -208,6 +221,15 @@ def _names_in(file: str) -> dict[int, str]:
     return found
 
 
+def _access(opcode: str, modifiers: str, operands: str) -> Access | None:
+    places = _PLACE.findall(operands) if opcode in _MEMORY else []
+    if not places:
+        return None
+    registers, offset = places[-1]
+    width = _WIDTH.search(modifiers)
+    return Access(registers, int(offset or "0", 16), int(width[1].lstrip("US")) // 8 if width else 4)
+
+
 def parse(text: Iterable[str]) -> dict[str, Code]:
     """Symbol → its code, of the lines that nvdisasm prints."""
     found: dict[str, Code] = {}
@@ -235,7 +257,7 @@ def parse(text: Iterable[str]) -> dict[str, Code]:
             always = opcode == "BRA" and target and target[0] == operands.strip()
             guarded = bool(guard) or (opcode == "BRA" and not always)
             targets = tuple(_LABELS.findall(operands)) if opcode == "BRX" else (target[1],) if target else ()
-            instructions.append(Instruction(opcode, targets, guarded, lines))
+            instructions.append(Instruction(opcode, targets, guarded, lines, _access(opcode, modifiers, operands)))
     finish()
     return found
 

@@ -106,7 +106,7 @@ def test_loops_have_the_names_of_their_source(code):
 
 def test_a_block_is_executed_as_often_as_its_memory_instructions(code, source):
     lines = {n: ((source, n),) for n in (4, 6, 7)}
-    launch = Launch("kernel", 60, 20, 2, 32, 0, {6: 60, 7: 20})
+    launch = Launch("kernel", 60, 20, 2, 32, 0, {6: (60, 4), 7: (20, 4)})
     executed = executions(code, launch, lines)
     # The store near the origin never runs; three copies of the body share 60 trips; EXIT comes behind all loops.
     assert [executed[block] for block in sorted(executed)] == [2, 20, 0, 20, 20, 20, 20, 20, 2]
@@ -115,12 +115,19 @@ def test_a_block_is_executed_as_often_as_its_memory_instructions(code, source):
     assert loops["nodes"]["STG"] == 20
 
 
+def test_pieces_of_one_load_count_as_one(code, source):
+    # Two of the three loads at line 6 lie in one piece of 8 bytes.
+    launch = Launch("kernel", 60, 20, 2, 32, 0, {6: (40, 8), 7: (20, 4)})
+    executed = executions(code, launch, {n: ((source, n),) for n in (6, 7)})
+    assert by_loop(code, executed)["edges"] == Counter(LDG=60, FADD=60, BRA=40)
+
+
 def test_counts_are_read_by_kernel(tmp_path):
     file = tmp_path / "counts.txt"
-    first = "kernel first 512 16 4 128 4096\n0x1f 12\nx 2048\nweights 100\n"
+    first = "kernel first 512 16 4 128 4096\n0x1f 12 4\nx 2048\nweights 100\n"
     file.write_text(f"{first}kernel second 512 16 8 128 0\nkernel third 512 16 8 128 0\nx 2048\ngrad_weights 100\n")
     launches = launches_of(file)
-    assert launches[0] == Launch("first", 512, 16, 4, 128, 4096, {31: 12}, {"x": 2048, "weights": 100})
+    assert launches[0] == Launch("first", 512, 16, 4, 128, 4096, {31: (12, 4)}, {"x": 2048, "weights": 100})
     assert [launch.bytes_per_edge for launch in launches] == [4, 0, 4]
     assert [launch.is_proportional for launch in launches] == [True, False, False]
 

@@ -345,14 +345,14 @@ std::vector<std::string> run_sorts(bool trace, int seed) {
 }
 
 // Of every kernel that ran since the last call a line "kernel symbol edges nodes warps threads shared-bytes", of
-// simt::Count, then lines "place count" of its memory instructions and "array bytes" of what it touches.
+// simt::Count, then lines "place count width" of its memory instructions and "array bytes" of what it touches.
 void print_counts(Problem<float>& p) {
   for (const auto& [_, count] : simt::take_counts()) {
     std::printf("kernel %s %lld %lld %llu %u %zu\n", count.symbol.c_str(),
                 static_cast<long long>(p.arguments().n_edges), static_cast<long long>(p.arguments().n_dst),
                 static_cast<unsigned long long>(count.warps), count.threads, count.shared_bytes);
-    for (const auto& [place, n] : count.instructions)
-      std::printf("0x%tx %llu\n", place, static_cast<unsigned long long>(n));
+    for (const auto& [place, executed] : count.instructions)
+      std::printf("0x%tx %llu %zu\n", place, static_cast<unsigned long long>(executed.n), executed.bytes);
     for (const auto& [array, bytes] : count.touched)
       if (bytes) std::printf("%s %llu\n", array.c_str(), static_cast<unsigned long long>(bytes));
   }

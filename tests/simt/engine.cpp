@@ -76,6 +76,7 @@ const char* kernel_name;
 std::map<std::string, Count> counts;
 bool counting;
 std::map<const void*, unsigned> accesses[kMostThreads];  // by a thread's instruction, since its warp last met
+std::map<const void*, size_t> widths;                    // of instructions, in bytes
 uint64_t seed, random_state;
 enum Policy { kAnyLane, kOneWarpFirst, kLastLane, kInOrder } policy;
 bool failed;
@@ -133,7 +134,10 @@ void end_stretch(unsigned w, uint32_t lanes) {
     own.clear();
   }
   auto& of_kernel = counts[kernel_name].instructions;
-  for (const auto& [instruction, n] : most) of_kernel[offset_of(instruction)] += n;
+  for (const auto& [instruction, n] : most) {
+    Executed& executed = of_kernel[offset_of(instruction)];
+    executed.n += n, executed.bytes = widths[instruction];
+  }
 }
 
 void no_operation(Operand*, uint32_t, size_t) {}
@@ -395,8 +399,8 @@ void reset(uint64_t new_seed, bool trace) {
   trace_reset(trace);
 }
 void count_accesses(bool on) { counting = on; }
-void count_access(const void* instruction) {
-  if (counting) ++accesses[self->number][instruction];
+void count_access(const void* instruction, size_t bytes) {
+  if (counting) ++accesses[self->number][instruction], widths[instruction] = bytes;
 }
 std::map<std::string, Count> take_counts() { return std::exchange(counts, {}); }
 std::string failure() { return message; }

@@ -23,6 +23,11 @@ void use_device(const Device& device);
 void reset(uint64_t seed, bool trace);
 // With `trace`: an array that kernels may read, and write if so. All others are out of bounds.
 void add_array(const void* begin, size_t bytes, const char* name, bool writable);
+// How often warps execute a memory instruction, and its width.
+struct Executed {
+  uint64_t n;
+  size_t bytes;
+};
 // Of the launches of a kernel: its symbol, their warps, threads and dynamic shared memory of a block, the most blocks
 // of a launch. With `trace`, while accesses are counted, also how often warps execute each memory instruction, by its
 // place in the library: between two meetings of a warp's lanes as often as the lane that executes it most; and by array
@@ -33,7 +38,7 @@ struct Count {
   unsigned threads;
   size_t shared_bytes;
   unsigned blocks;
-  std::map<ptrdiff_t, uint64_t> instructions;
+  std::map<ptrdiff_t, Executed> instructions;
   std::map<std::string, uint64_t> touched;
 };
 void count_accesses(bool on);

@@ -187,6 +187,7 @@ template <typename T>
 T* global_memory(T* pointer) {
   return pointer;
 }
+inline const float* row_of(const float* rows, int row, int n) { return rows + int64_t{row} * n; }
 
 // ---- the runtime, of the device that a test chose (engine.h)
 

@@ -165,7 +165,7 @@ void trace(const void* address, size_t bytes, Access access, const void* new_ins
   if (arguments.contains(a)) return;
   for (const Range& range : ignored)
     if (range.contains(a)) return;
-  count_access(instruction);
+  count_access(instruction, bytes);
   Array& array = array_of(a, bytes, access);
   if (bytes <= 16 && (bytes & (bytes - 1)) == 0 && a % bytes)
     fail("misaligned access of %zu bytes to %s", bytes, array.name.c_str());

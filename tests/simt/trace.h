@@ -14,8 +14,8 @@ struct Moment {
 };
 Moment now();
 
-void count_access(const void* instruction);       // of the thread that runs
-std::map<std::string, uint64_t> touched_bytes();  // of the launch, by array
+void count_access(const void* instruction, size_t bytes);  // of the thread that runs
+std::map<std::string, uint64_t> touched_bytes();           // of the launch, by array
 
 void trace_reset(bool on);
 void trace_fence();                      // by the thread that runs
