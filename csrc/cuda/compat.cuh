@@ -68,6 +68,12 @@ __device__ __forceinline__ T* global_memory(T* pointer) {
   __builtin_assume(__isGlobal(pointer));
   return pointer;
 }
+// Where a row of n numbers begins. The compiler takes the product apart where it cannot see that n has 32 bits.
+__device__ __forceinline__ const float* row_of(const float* rows, int row, int n) {
+  int64_t bytes;
+  asm("mul.wide.s32 %0, %1, %2;" : "=l"(bytes) : "r"(row), "r"(4 * n));
+  return reinterpret_cast<const float*>(reinterpret_cast<const char*>(rows) + bytes);
+}
 #else
 #include "simt.h"
 #endif

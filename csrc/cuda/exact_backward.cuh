@@ -188,12 +188,13 @@ struct ExactBackward : ExactReverse<S, Warp, ExactGradients<S>> {
     float* const record = records + place * Memory::record;
     const auto geometry = neighbours<4>(record + Slots::degrees * S::width);
     const float u[3] = {geometry.at[0], geometry.at[1], geometry.at[2]};
-    const float* const x = a.x + int64_t{sources[place]} * p.in_size;
+    const float* const x = row_of(a.x, sources[place], p.in_size);
     float f[2][4], slots[2][Slots::count], d_u[3] = {}, parts[2] = {};  // parts: of l = 0 and of others
     typename Slots::Reverse back[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      this->field(x, 8 * block + 2 * pair + i, f[i]);
+      const int v = 8 * block + 2 * pair + i;
+      this->field(x + this->scalars[v], v, f[i]);
       Slots::evaluate(f[i], u, slots[i]);
     }
 #pragma unroll
@@ -202,7 +203,10 @@ struct ExactBackward : ExactReverse<S, Warp, ExactGradients<S>> {
       Neighbours<float, 2> c{};
       if (there) c = neighbours<2>(of_degree);
       Stacked by_channel;
-      by_channel.set(0, c.at[0]), by_channel.set(1, c.at[1]);
+      if constexpr (S::large)  // for want of registers
+        by_channel.set(0, c.at[0]), by_channel.set(1, c.at[1]);
+      else
+        by_channel.place(0, c.at[0]), by_channel.place(1, c.at[1]);
       float d_c[4] = {};
 #pragma unroll
       for (int slot = Slots::first(l); slot < Slots::first(l + 1); ++slot) {
@@ -297,8 +301,7 @@ struct ExactBackward : ExactReverse<S, Warp, ExactGradients<S>> {
     float* const aside = gradients.aside_of_lane();
     this->clear();
     if (goes_on) this->take_back(aside);
-#pragma unroll 1
-    for (; at < stop; at += 8) this->step(at, stop);  // loop: T
+    add_edges(*this, at, stop);
     if (ends)
       add_theta();
     else

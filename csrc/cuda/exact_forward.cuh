@@ -132,9 +132,8 @@ struct ExactForward : Base {
 
   __device__ __forceinline__ void walk() {
     int node = this->target(first), end = this->index(a.rowptr, node + 1);
-    bool leading = true;                                     // the node is the warp's first one, and
-    const bool begun = this->index(a.rowptr, node) < first;  // some of that one's edges are in an earlier warp
-    bool goes_on = false;                                    // the node has edges in an earlier chunk
+    bool leading = true;   // the node is the warp's first one: some of its edges may be in an earlier warp
+    bool goes_on = false;  // the node has edges in an earlier chunk
 #pragma unroll 1
     for (int from = first; from < last; from += Base::of_chunk) {  // loop: chunks
       const int n = last - from < Base::of_chunk ? last - from : Base::of_chunk;
@@ -146,15 +145,14 @@ struct ExactForward : Base {
       for (int at = 0; at < n;) {  // loop: nodes
         const bool ends = end - from <= n;
         const int stop = ends ? end - from : n;
-#pragma unroll 1
-        for (; at < stop; at += 8) this->step(at, stop);  // loop: T
+        add_edges(*this, at, stop);
         at = stop;
         goes_on = !ends && from + n < last;
         if (goes_on) {
           this->template put_aside<kFirstAside>(aside);
           break;
         }
-        const bool shared = !ends || (leading && begun);
+        const bool shared = !ends || (leading && begin_of(node) < first);
         finish(node, end, shared, leading);
         if (shared && call.bias) add_rows(node, end);
         this->clear(), leading = false;
@@ -173,7 +171,9 @@ constexpr int kExactForwardThreads = S::width > 8 ? 256
                                      : S::large   ? 384
                                                   : kThreads;
 template <typename S>
-constexpr int kExactForwardResident = S::large ? 1 : kResident<float>;
+constexpr int kExactForwardResident = S::large           ? 1
+                                      : S::Mlp::is_table ? 4
+                                                         : kResident<float>;
 
 template <typename S>
 __global__ void __launch_bounds__(kExactForwardThreads<S>, kExactForwardResident<S>)

@@ -61,15 +61,15 @@ struct ExactGradients : LayerGradients<S, kFieldSums<S>> {
  private:
   __device__ __forceinline__ void write_theta(const FieldView& view, const typename S::Mlp& mlp, float* row) const {
     constexpr int fields = S::fields * S::fields;
-#pragma unroll 1  // several at a time would need the number of turns, in a register since copy_theta()
-    for (int k = threadIdx.x; k < Slots::paths * fields * S::width; k += blockDim.x) {
-      const int w = k % S::width, of_path = k / S::width, path = of_path / fields, u = of_path / S::fields % S::fields,
-                v = of_path % S::fields;
-      const FieldWeight weight = global_memory(view.theta)[of_path];
+#pragma unroll 1
+    for (int k = threadIdx.x; k < Slots::paths * fields; k += blockDim.x) {
+      const int path = k / fields, u = k / S::fields % S::fields, v = k % S::fields;
+      const FieldWeight weight = global_memory(view.theta)[k];
       if (weight.at < 0) continue;
-      float sum = theta_sum(path, u, v, w) * mlp.scale[w];
-      if (path < 2) sum += constant_sum(path, u, v) * mlp.shift[w];
-      row[weight.at + w] = weight.ratio * sum;
+      const float constant = path < 2 ? constant_sum(path, u, v) : 0;
+#pragma unroll
+      for (int w = 0; w < S::width; ++w)
+        row[weight.at + w] = weight.ratio * (theta_sum(path, u, v, w) * mlp.scale[w] + constant * mlp.shift[w]);
     }
     for (int k = threadIdx.x; k < 2 * fields; k += blockDim.x) {
       const FieldWeight weight = global_memory(view.constant)[k];

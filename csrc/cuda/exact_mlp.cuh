@@ -1,8 +1,9 @@
 // The kernel MLP of one edge in the registers of one thread, for zonal frames: coefficients c_l of every hidden
 // channel.
 //
-// Of a channel's coefficients z[k] the first ones have even degrees (0, 2, ..), the others odd ones (1, 3, ..). The
-// last layer's coefficient of the highest degree, which is odd, is not read. Activations are y = A⁻ φ(A z) over pairs
+// Of a channel's coefficients z[k] the first ones have even degrees (0, 2, ..), the others odd ones (1, 3, ..). A plan
+// that has fewer of them leaves those of the highest degrees 0. The last layer's coefficient of the highest degree,
+// which is odd, is not read. Activations are y = A⁻ φ(A z) over pairs
 // of samples, E + O and E − O (LayerView of plan.h). A holds log2 e times its numbers, so that e^x is one instruction,
 // 2^(A z), and A⁻ holds ln 2 times its own; see Scaled.
 //
@@ -40,6 +41,16 @@ struct Exact {
 template <typename S>
 __host__ __device__ constexpr int place_of_degree(int l) {
   return l % 2 == 0 ? l / 2 : S::even + l / 2;
+}
+// Place of a plan's coefficient k, and of a coefficient that it does not have, the j-th of these.
+template <typename S>
+__device__ __forceinline__ int place_of_coefficient(const PlanView<float>& p, int k) {
+  return p.c == S::c || k < p.n_even ? k : k - p.n_even + S::c / 2;
+}
+template <typename S>
+__device__ __forceinline__ int place_of_missing(const PlanView<float>& p, int j) {
+  const int even = S::c / 2 - p.n_even;
+  return j < even ? p.n_even + j : p.c + j;
 }
 // Odd coefficients of all degrees that are read.
 template <typename S>
@@ -175,9 +186,9 @@ struct ExactMlp {
   template <typename S>
   __device__ __forceinline__ void place(N* memory, const PlanView<float>& p) {
     pairs = p.layers[0].n_pairs, n_inputs = p.n_inputs, n_layers = p.n_layers;
-    first = memory, hidden = first + (1 + n_inputs) * S::width;
+    samples = reinterpret_cast<float*>(memory);
+    first = reinterpret_cast<N*>(samples + 2 * pairs * S::c), hidden = first + (1 + n_inputs) * S::width;
     scale = hidden + (n_layers - 1) * layer_size<S>, shift = scale + S::width;
-    samples = reinterpret_cast<float*>(shift + S::width);
   }
 
   // By all threads of the block, with barriers.
@@ -186,11 +197,14 @@ struct ExactMlp {
     const LayerView<float>& layer = p.layers[0];
     const float *const a = global_memory(layer.pair_samples), *const b = global_memory(layer.pair_inverse);
     for (int k = threadIdx.x; k < pairs * S::c; k += blockDim.x) {
-      float* const to = samples + k / S::c * 2 * S::c + k % S::c;
-      to[0] = a[k] * kLog2e, to[S::c] = b[k] * kLn2;
+      const int pair = k / S::c, from = k % S::c, row = pair * p.c + from;
+      const bool there = from < p.c;
+      float* const to =
+          samples + pair * 2 * S::c + (there ? place_of_coefficient<S>(p, from) : place_of_missing<S>(p, from - p.c));
+      to[0] = there ? a[row] * kLog2e : 0, to[S::c] = there ? b[row] * kLn2 : 0;
     }
     for (int k = threadIdx.x; k < (1 + n_inputs) * S::width; k += blockDim.x) {
-      const int w = k % S::width, at = k < S::width ? layer.bias + w * S::c : view.first[k - S::width];
+      const int w = k % S::width, at = k < S::width ? layer.bias + w * p.c : view.first[k - S::width];
       first[k] = at < 0 ? N{} : packed[at];
     }
     for (int w = threadIdx.x; w < S::width; w += blockDim.x)
@@ -275,7 +289,7 @@ struct ExactMlp {
       N y[together][S::c] = {};
 #pragma unroll 1
       for (int pair = 0; pair < pairs; ++pair) {
-        const float* const row = samples + pair * 2 * S::c;
+        const float* const row = (is_dual<N> ? samples : opaque(samples)) + pair * 2 * S::c;
         const auto a = sample_row<S::c>(row), b = sample_row<S::c>(row + S::c);
 #pragma unroll
         for (int w = 0; w < together; ++w) {
@@ -371,12 +385,15 @@ struct ExactMlp {
     const N* const values = packed + layer.weight;
     N* const to = hidden + (n - 1) * layer_size<S>;
     const auto coefficient = [&](int k) { return coefficient_of<S>(groups, k); };
-    for (int k = threadIdx.x; k < S::c * square; k += blockDim.x)
-      to[S::width + coefficient(k / square) * square + k % square] =
-          values[k] * norm_scale(p, packed, n - 1, k % S::width);
+    for (int k = threadIdx.x; k < S::c * square; k += blockDim.x) {
+      const int group = k / square;
+      const bool there = group < p.c;
+      const int place = there ? place_of_coefficient<S>(p, coefficient(group)) : place_of_missing<S>(p, group - p.c);
+      to[S::width + place * square + k % square] = there ? values[k] * norm_scale(p, packed, n - 1, k % S::width) : N{};
+    }
     for (int r = threadIdx.x; r < S::width; r += blockDim.x) {
-      N sum = packed[layer.bias + r * S::c];
-      for (int k = 0; k < S::c; ++k)
+      N sum = packed[layer.bias + r * p.c];
+      for (int k = 0; k < p.c; ++k)
         for (int i = 0; i < S::width && coefficient(k) == 0; ++i)
           sum += values[k * square + r * S::width + i] * norm_shift<S>(p, packed, n - 1, i);
       to[r] = sum;

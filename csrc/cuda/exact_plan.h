@@ -1,5 +1,5 @@
 // Whether a plan's layer is what the exact kernels compute, and where they find its numbers. Fields are scalars and
-// vectors, the frame is zonal, a channel has four coefficients.
+// vectors, the frame is zonal, a channel has four coefficients or fewer.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@ class ExactPlan : public FieldPlan {
     *this = ExactPlan();
     width = channels;
     if (!p.n_knots) {
-      if (p.c != kCoefficients || p.n_even != kEven) return refuse("hidden features other than those of l = 0 to 3");
+      if (!has_coefficients(p, kCoefficients)) return refuse("hidden features of l > 3");
       if (!has_scalar_inputs(p) || !read_first_layer(p, width, first_))
         return refuse("edge attributes that are no scalars");
     }
@@ -33,6 +33,9 @@ class ExactPlan : public FieldPlan {
     else
       place(p, {kFields, kManyFields});
   }
+
+  // Whether kernels for c coefficients of each channel, half of them of even degrees, have room for those of p.
+  static bool has_coefficients(const Plan<float>& p, int c) { return p.n_even <= c / 2 && p.c - p.n_even <= c / 2; }
 
   // Whether p's hidden layers, which have zonal frames and so many channels, get the radius and scalar attributes. The
   // radius is a vector in the frame: it goes into coefficients of degree 1, the scalars into those of 0. `first`: of

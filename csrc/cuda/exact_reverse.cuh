@@ -105,14 +105,20 @@ struct ExactReverse : Warp {
 #pragma unroll
       for (int k = k0; k < k0 + 2; ++k) {
         StackedSum<N> d_w;
+        const N *of_z[2], *of_y[2];  // of edges 2 t and 2 t + 1; every eighth one has its quads turned alike
 #pragma unroll
-        for (int at = 2 * pair; at < 32; at += 8) {
+        for (int i = 0; i < 2; ++i) {
+          of_z[i] = &kept.at(2 * pair + i, layer, kLayerSums, k, 8 * rows + group);
+          of_y[i] = &kept.at(2 * pair + i, layer, kLayerInputs, k, 8 * columns + group);
+        }
+#pragma unroll
+        for (int at = 0; at < 32; at += 8) {
           OfParts<Stacked, N> d_z;
           OfParts<Split<2>, N> y;
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            const N z = kept.at(at + i, layer, kLayerSums, k, 8 * rows + group);
-            d_z.set(i, z), y.set(i, kept.at(at + i, layer, kLayerInputs, k, 8 * columns + group));
+            const N z = of_z[i][at * kept.of_edge];
+            d_z.set(i, z), y.set(i, of_y[i][at * kept.of_edge]);
             if (k == 0) bias += z;
           }
           d_w.add(d_z, y);
@@ -128,17 +134,20 @@ struct ExactReverse : Warp {
   template <typename Attribute>
   __device__ __forceinline__ void add_first(N radial, Attribute attribute) const {
     N* const input = this->near();
-    for (int n = 0; n <= p.n_inputs; ++n) {
-      input[lane] = n == 0 ? constant_number<N>(1) : n == 1 ? radial : attribute(n - 2);
+    const auto sum_of = [&](int n, int rows, auto factor) {
+      const N* const d_z = records + (n == 1 ? S::width : 0) + 8 * rows + group;
+      N sum{};
+#pragma unroll
+      for (int at = pair; at < 32; at += 4) sum += d_z[at * Memory::record] * factor(at);
+      gradients.one(Gradients::first + 32 * (n * channels + rows)) += sum;
+    };
+#pragma unroll
+    for (int rows = 0; rows < channels; ++rows) sum_of(0, rows, [](int) { return constant_number<N>(1); });
+    for (int n = 1; n <= p.n_inputs; ++n) {
+      input[lane] = n == 1 ? radial : attribute(n - 2);
       __syncwarp();
 #pragma unroll
-      for (int rows = 0; rows < channels; ++rows) {
-        const N* const d_z = records + (n == 1 ? S::width : 0) + 8 * rows + group;
-        N sum{};
-#pragma unroll
-        for (int at = pair; at < 32; at += 4) sum += d_z[at * Memory::record] * input[at];
-        gradients.one(Gradients::first + 32 * (n * channels + rows)) += sum;
-      }
+      for (int rows = 0; rows < channels; ++rows) sum_of(n, rows, [&](int at) { return input[at]; });
       __syncwarp();
     }
   }
@@ -153,17 +162,23 @@ struct ExactReverse : Warp {
     if (!need_geometry()) return;
     N d_radius = is_near ? along[lane] : N{};
     const N* const weights = opaque(mlp.first) + S::width;
-    for (int w = 0; w < S::width && !is_near; ++w) d_radius += record[S::width + w] * weights[w];
+    if (!is_near) d_radius += of_input(record + S::width, weights);
     store_position(edge, g, of_direction, d_radius);
     for (int j = 0; j < p.n_attr && a.grad_attr; ++j) {
-      N sum{};
-      for (int w = 0; w < S::width; ++w) sum += record[w] * weights[(1 + j) * S::width + w];
+      const N sum = of_input(record, weights + (1 + j) * S::width);
       global_memory(a.grad_attr)[edge * p.n_attr + j] = result(sum);
     }
   }
+  // The gradient of an input of the first layer, Σ_w d_z[w] W[w].
+  static __device__ __forceinline__ N of_input(const N* d_z, const N* weights) {
+    N sum{};
+#pragma unroll
+    for (int w = 0; w < S::width; w += 4) sum += dot(neighbours<4>(d_z + w), neighbours<4>(weights + w));
+    return sum;
+  }
 
   // Of this lane's edge: the gradient of the direction, and P.
-  __device__ __forceinline__ Neighbours<N, 4> of_direction() const { return neighbours<4>(moved + 4 * lane); }
+  __device__ __forceinline__ Neighbours<N, 4> of_direction() const { return neighbours<4>(opaque(moved) + 4 * lane); }
 
   // The gradient of x by way of the direction, the radius and the radial factor.
   template <typename Geometry>

@@ -94,10 +94,24 @@ struct ExactWarp : ExactChunks<S> {
   // θ at the scale of the last batch norm; its shift is a constant hidden feature.
   __device__ __forceinline__ void copy_theta() {
     const FieldWeight* const at = global_memory(view.theta);
-    for (int k = threadIdx.x; k < Memory::theta; k += blockDim.x) {
-      const FieldWeight weight = at[k / S::width];
-      theta[Tiles::theta_at(k)] =
-          weight.at < 0 ? 0 : weight.ratio * a.weights[weight.at + k % S::width] * mlp.scale[k % S::width];
+#pragma unroll 1
+    for (int k = threadIdx.x; k < Memory::theta / S::width; k += blockDim.x) {  // [path, u, v]
+      const FieldWeight weight = at[k];
+#pragma unroll
+      for (int w = 0; w < S::width; w += 4) {
+        Neighbours<float, 4> four{};
+        if (weight.at >= 0) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) four.at[j] = weight.ratio * a.weights[weight.at + w + j] * mlp.scale[w + j];
+        }
+        float* const to = theta + Tiles::theta_at(k * S::width + w);
+        if constexpr (Tiles::rows_are_channels) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) to[j * S::fields] = four.at[j];
+        } else {
+          neighbours<4>(to) = four;
+        }
+      }
     }
     for (int k = threadIdx.x; k < Memory::constant; k += blockDim.x) {
       const FieldWeight weight = global_memory(view.constant)[k], shifted = at[k];
@@ -146,7 +160,7 @@ struct ExactWarp : ExactChunks<S> {
   // An edge of the chunk as a lane of a step has it; all zero where there is none.
   struct Edge {
     const float* record;
-    const float* x;
+    int source;
     bool there;
     float u[3], factor;
   };
@@ -155,21 +169,20 @@ struct ExactWarp : ExactChunks<S> {
     e.there = at < stop;
     const int place = e.there ? at : any;
     e.record = records + place * Memory::record;
-    e.x = a.x + int64_t{sources[place]} * p.in_size;
+    e.source = sources[place];
     const auto four = neighbours<4>(e.record + Slots::degrees * S::width);
     e.u[0] = four.at[0], e.u[1] = four.at[1], e.u[2] = four.at[2], e.factor = e.there ? four.at[3] : 0;
     return e;
   }
 
-  // Field v, (scalar, x, y, z), of a row of inputs.
-  __device__ __forceinline__ void field(const float* x, int v, float (&f)[4]) const {
-    const float* const scalar = x + scalars[v];
+  // Field v, (scalar, x, y, z), of a row of inputs, whose scalar is at that place.
+  __device__ __forceinline__ void field(const float* scalar, int v, float (&f)[4]) const {
     if (view.quads) {
       const auto four = neighbours<4>(scalar);
 #pragma unroll
       for (int k = 0; k < 4; ++k) f[k] = four.at[k];
     } else {
-      const float* const vector = x + global_memory(view.vector)[v];
+      const float* const vector = scalar + (global_memory(view.vector)[v] - scalars[v]);
       f[0] = *scalar;
 #pragma unroll
       for (int k = 0; k < 3; ++k) f[1 + k] = vector[k];
@@ -184,7 +197,9 @@ struct ExactWarp : ExactChunks<S> {
 #pragma unroll
       for (int block = 0; block < Tiles::blocks; ++block) {
         float f[4];
-        field(edges[e].x, 8 * block + group, f);
+        const int v = 8 * block + group;
+        const float* const inputs = S::large ? opaque(a.x) : a.x;  // for want of registers not kept with its offset
+        field(row_of(inputs + scalars[v], edges[e].source, p.in_size), v, f);
         Slots::evaluate(f, edges[e].u, slots[e][block]);
 #pragma unroll
         for (int k = 0; k < 4; ++k) constant_sums[block][k] += edges[e].factor * f[k];
@@ -210,7 +225,7 @@ struct ExactWarp : ExactChunks<S> {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int r = row + i % 2, slot = Slots::first(l) + r / Tiles::blocks;
-        tile.set(i, r < rows ? slots[i / 2][r % Tiles::blocks][slot] : 0);
+        tile.place(i, r < rows ? slots[i / 2][r % Tiles::blocks][slot] : 0);
       }
 #pragma unroll
       for (int channel = 0; channel < Tiles::channels; ++channel)
@@ -218,5 +233,12 @@ struct ExactWarp : ExactChunks<S> {
     }
   }
 };
+
+// T += the sum over edges at .. of the chunk before `stop`, all into one node, by a warp's step().
+template <typename Warp>
+__device__ __forceinline__ void add_edges(Warp& warp, int at, int stop) {
+#pragma unroll 1
+  for (; at < stop; at += 8) warp.step(at, stop);  // loop: T
+}
 
 }  // namespace implicit_steer::IST_ISA

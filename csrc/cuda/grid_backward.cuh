@@ -130,13 +130,13 @@ struct GridBackward : ExactBackward<S, GridWarp<S>> {
   // The gradients of h, Q and d of edges at .. at + 7 into their records, and P.
   __device__ __forceinline__ void hidden_back(int at, int stop, const Fragments& b) const {
     const Mine mine = mine_of(at, stop);
-    const float* const x = a.x + int64_t{sources[mine.place]} * p.in_size;
+    const float* const x = row_of(a.x, sources[mine.place], p.in_size);
     Stacked fields[4];
     float product = 0;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float f[4];
-      this->field(x, 2 * pair + i, f);
+      this->field(x + this->scalars[2 * pair + i], 2 * pair + i, f);
       const auto d = neighbours<4>(of_constant + 8 * pair + 4 * i);
 #pragma unroll
       for (int k = 0; k < 4; ++k) fields[k].place(i, f[k]), product += d.at[k] * f[k];

@@ -87,7 +87,7 @@ struct GridWarp : ExactWarp<S> {
       for (int k = 0; k < 3; ++k) q[k].of[e] = first.at[1 + k], q[3 + k].of[e] = second.at[k], d[k].of[e] = third.at[k];
       const float factor = factors()[place];
       float field[4];
-      this->field(a.x + int64_t{sources[place]} * this->p.in_size, group, field);
+      this->field(row_of(a.x + this->scalars[group], sources[place], this->p.in_size), group, field);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         f[k].of[e] = there ? field[k] : 0;

@@ -59,21 +59,23 @@ struct LayerGradients {
   __device__ __forceinline__ void add_warps(int warps, int stride) const {
     const int size = size_of(p);
     __syncthreads();
-    for (int k = threadIdx.x; k < size; k += blockDim.x) {
-      N sum = memory[k];
-      for (int w = 1; w < warps; ++w) sum += memory[w * stride + k];
-      memory[k] = sum;
+    for (int k = 4 * threadIdx.x; k < size; k += 4 * blockDim.x) {
+      auto sum = neighbours<4>(memory + k);
+#pragma unroll 1
+      for (int w = 1; w < warps; ++w) sum = sum_of(sum, neighbours<4>(memory + w * stride + k));
+      neighbours<4>(memory + k) = sum;
     }
   }
 
-  // Single sums: of b [row] of layer n, or of row `input` of the first layer's weights; of W [coefficient k, row,
-  // column].
+  // Single sums: of b [row] of layer n, or of row `input` of the first layer's weights; of W [the plan's coefficient,
+  // row, column].
   __device__ __forceinline__ N lanes_sum(int begin, int row) const {
     const N* const shares = memory + begin + 4 * row;
     return shares[0] + shares[1] + shares[2] + shares[3];
   }
   __device__ __forceinline__ N weight_sum(int layer, int coefficient, int row, int column) const {
-    const int k = slot_of(coefficient, trivial), of_blocks = of_weights(layer, k / 2, row / 8, column / 8);
+    const int k = slot_of(place_of_coefficient<S>(p, coefficient), trivial),
+              of_blocks = of_weights(layer, k / 2, row / 8, column / 8);
     return memory[of_blocks + 4 * (4 * (row % 8) + column % 8 / 2) + k % 2 * 2 + column % 2];
   }
 
@@ -102,7 +104,7 @@ struct LayerGradients {
   __device__ __forceinline__ void write_mlp(const FieldView& view, const N* packed, float* row) const {
     for (int k = threadIdx.x; k < (1 + p.n_inputs) * S::width; k += blockDim.x) {
       const int w = k % S::width;
-      const int at = k < S::width ? p.layers[0].bias + w * S::c + trivial : view.first[k - S::width];
+      const int at = k < S::width ? p.layers[0].bias + w * p.c + trivial : view.first[k - S::width];
       if (at >= 0) row[at] = result(lanes_sum(first + k / S::width * of_rows, w));
     }
     for (int n = 1; n < p.n_layers; ++n) write_layer(packed, n, row);
@@ -113,14 +115,14 @@ struct LayerGradients {
   __device__ __forceinline__ void write_layer(const N* packed, int n, float* row) const {
     const LayerView<float>& layer = p.layers[n];
     const int32_t* const groups = global_memory(layer.groups);
-    for (int k = threadIdx.x; k < S::c * square; k += blockDim.x) {
+    for (int k = threadIdx.x; k < p.c * square; k += blockDim.x) {
       const int coefficient = coefficient_of<S>(groups, k / square), r = k / S::width % S::width, i = k % S::width;
       N sum = weight_sum(n, coefficient, r, i) * norm_scale(p, packed, n - 1, i);
       if (coefficient == trivial) sum += lanes_sum(of_bias(n), r) * norm_shift<S>(p, packed, n - 1, i);
       row[layer.weight + k] = result(sum);
     }
     for (int r = threadIdx.x; r < S::width; r += blockDim.x)
-      row[layer.bias + r * S::c + trivial] = result(lanes_sum(of_bias(n), r));
+      row[layer.bias + r * p.c + trivial] = result(lanes_sum(of_bias(n), r));
   }
 
   // The gradients of scales and shifts: what multiplies them in the folded weights, times these weights' gradients.
@@ -136,7 +138,7 @@ struct LayerGradients {
   __device__ __forceinline__ N of_norm(const N* packed, int n, int i, bool is_shift) const {
     const int32_t* const groups = global_memory(p.layers[n].groups);
     N sum{};
-    for (int k = 0; k < S::c * S::width; ++k) {
+    for (int k = 0; k < p.c * S::width; ++k) {
       const int coefficient = coefficient_of<S>(groups, k / S::width), r = k % S::width;
       const N weight = packed[p.layers[n].weight + k * S::width + i];
       if (!is_shift)

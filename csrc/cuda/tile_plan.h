@@ -87,7 +87,7 @@ class TilePlan {
     *this = TilePlan();
     width = channels;
     if (!p.n_knots) {
-      if ((p.c != 4 && p.c != 6) || p.n_even != p.c / 2 || !ExactPlan::has_scalar_inputs(p)) return;
+      if (!ExactPlan::has_coefficients(p, 6) || !ExactPlan::has_scalar_inputs(p)) return;
       if (!ExactPlan::read_first_layer(p, width, first_)) return;
     }
     const WideSlot* slot = wide.slots.data();
@@ -239,7 +239,7 @@ class TilePlan {
     for (int g : g_)
       for (int n = g < 0 ? 0 : p.g_first[g]; g >= 0 && n < p.g_first[g + 1]; ++n)
         n_harmonics_ = std::max(n_harmonics_, p.nz_harmonic[n] + 1);
-    coefficients = p.n_knots ? (most_degree_ < 3 ? 4 : 6) : p.c;
+    coefficients = (p.n_knots ? most_degree_ < 3 : ExactPlan::has_coefficients(p, 4)) ? 4 : 6;
     for (size_t k = 0; k < paths_.size(); ++k)
       for (int v = 0; v < paths_[k].channels; v += 16)
         for (int w = 0; w < (paths_[k].row < 0 ? 8 : width); w += 8)

@@ -292,6 +292,10 @@ def gpu_cases():
     so3_fields = replace(cloud_so3, into="12 scalar+vector, 1 vector", out="9 scalar+vector", n_layers=3)
     so3_channels = replace(cloud_so3, n_layers=3, n_channels=16)
 
+    # Hidden features of fewer degrees than the kernels have.
+    from_scalars, to_scalars = replace(cloud, into="8 scalar"), replace(cloud, out="5 scalar", attributes="2 scalar")
+    scalars = replace(cloud, into="6 scalar", out="4 scalar")
+
     rows = torch.tensor([[0.3], [-1.2]], dtype=torch.float64)
 
     def grid(change, case=cloud, configuration="no norm", activation="elu", **options):
@@ -323,6 +327,7 @@ def gpu_cases():
         "tile-so3-train": made(near_skewed, tile_so3, "train", "elu"),
         "tile-scalars": made(skewed, tile_scalars, "eval", width=1.0),
         "tile-l2-channels-train": made(near_skewed, tile_l2_channels, "train"),
+        "tile-to-l2-train": made(near_skewed, replace(TILE, into="3 scalar, 9 l1"), "train", "elu"),
         "tile-channels-train": made(short_edges_of_skewed, tile_channels, "train"),
         "tile-table": table(replace(TILE, into="9 scalar+l1+l2", attributes=None), near_skewed, cutoff=2.0),
         "tile-table-types": table(tile_channels, nodes(65, 300), rows),
@@ -352,6 +357,9 @@ def gpu_cases():
         "cloud-isolated-nodes": made(nodes(300, 90), cloud, "no norm", "elu"),
         "cloud-hub": made(hub, cloud, "no norm", "elu"),
         "cloud-short-edges-train": made(short_edges_of_skewed, cloud, "train"),
+        "cloud-from-scalars-train": made(short_edges_of_skewed, from_scalars, "train", "elu"),
+        "cloud-to-scalars": made(near_origin, to_scalars),
+        "cloud-scalars-train": made(near_skewed, scalars, "train"),
         "cloud-channels": made(nodes(16, 512), cloud_channels, "no norm", "elu"),
         "cloud-channels-short-edges-train": made(short_edges_of_skewed, cloud_channels, "train"),
         "cloud-fields": made(nodes(16, 512), cloud_fields, "no norm", "elu"),
