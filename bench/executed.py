@@ -3,11 +3,10 @@
 The emulator of tests/simt (``conv_test DIR count CASE``) counts how often warps execute every memory instruction. Its
 debug information and that of the machine code name the same source lines, each with the calls around it. Where n
 memory instructions of a kernel come from one line and the same calls, each gets 1/n of the line's count; pieces of one
-load or store of the source, some of which the compiler leaves out, count as one. A basic block
-is executed as often as the median of its memory instructions, but for those with a guard that never ran; a block that
-has none as often as the block that dominates it, or at the head of a loop as the most executed block of the loop; and
-never, if the blocks that it dominates were counted and never ran. So the copies of a loop's body that the compiler
-makes share its count evenly.
+load or store of the source, some of which the compiler leaves out, count as one. A basic block is executed as often as
+the median of its memory instructions, but for those with a guard that never ran; a block that has none as often as the
+block that dominates it, or at the head of a loop as the most executed block of the loop; and never, if the blocks that
+it dominates were counted and never ran. So the copies of a loop's body that the compiler makes share its count evenly.
 """
 
 from __future__ import annotations
@@ -82,18 +81,17 @@ def lines_of(library: Path, places: Iterable[int]) -> dict[int, Lines]:
 
 
 def _present(block: Iterable[Instruction], widths: dict[Lines, set[int]]) -> Counter[Lines]:
-    """How many loads and stores of the source the block's memory instructions are, by line; ``widths``: of those."""
+    """How many loads and stores of the source the block's memory instructions are, by line; ``widths``: of those, in
+    bytes. Where a line has several widths, none of its instructions is taken for a piece."""
     found, pieces = Counter[Lines](), defaultdict[tuple[Lines, str, str, int], set[int]](set)
     for instruction in block:
         lines, access = instruction.lines, instruction.access
-        width = next(iter(widths[lines])) if len(widths[lines]) == 1 and access else 0
-        if access and access.width < width:
-            others = pieces[lines, instruction.opcode, access.registers, access.offset // width]
-            if others and access.offset not in others:
-                others.add(access.offset)
+        if access and len(widths[lines]) == 1 and access.width < (width := min(widths[lines])):
+            key = lines, instruction.opcode, access.registers, access.offset // width
+            if pieces[key] and access.offset not in pieces[key]:
+                pieces[key].add(access.offset)
                 continue
-            others.clear()
-            others.add(access.offset)
+            pieces[key] = {access.offset}
         found[lines] += 1
     return found
 

@@ -165,7 +165,7 @@ struct ExactForward : Base {
 };
 
 // Threads of a block and blocks of a multiprocessor: of large ones all in one, with 168 registers for each thread, of
-// many channels with 255.
+// many channels with 255; of tables 128 are enough.
 template <typename S>
 constexpr int kExactForwardThreads = S::width > 8 ? 256
                                      : S::large   ? 384

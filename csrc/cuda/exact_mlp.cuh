@@ -3,9 +3,9 @@
 //
 // Of a channel's coefficients z[k] the first ones have even degrees (0, 2, ..), the others odd ones (1, 3, ..). A plan
 // that has fewer of them leaves those of the highest degrees 0. The last layer's coefficient of the highest degree,
-// which is odd, is not read. Activations are y = A⁻ φ(A z) over pairs
-// of samples, E + O and E − O (LayerView of plan.h). A holds log2 e times its numbers, so that e^x is one instruction,
-// 2^(A z), and A⁻ holds ln 2 times its own; see Scaled.
+// which is odd, is not read. Activations are y = A⁻ φ(A z) over pairs of samples, E + O and E − O (LayerView of
+// plan.h). A holds log2 e times its numbers, so that e^x is one instruction, 2^(A z), and A⁻ holds ln 2 times its own;
+// see Scaled.
 //
 // Weights lie in the block's shared memory, where all lanes read the same four of them at a time. Batch norms cost
 // nothing per edge: the scale and the shift of one are in the weights of what follows.
