@@ -76,7 +76,7 @@ struct TileReverse : ExactReverse<S, ExactChunks<S>, TileGradients<S>> {
     const N factor = record[Memory::record - 1];
     const auto moved = neighbours<4>(grad + Memory::record - 4);
     N parts[2] = {}, of_factor = moved.at[3];  // of l = 0 and of others
-#pragma unroll
+#pragma unroll(4)
     for (int w = 0; w < S::width; ++w) {
       N of_scale{};
 #pragma unroll
