@@ -28,129 +28,129 @@ class Budget:
 WHOLE = "whole kernel"
 BUDGETS: dict[str, dict[str, Budget]] = {
     "exact_forward<Exact<Elu, 8, 8, false>>": {
-        WHOLE: Budget(124, "edge"),
+        WHOLE: Budget(122, "edge"),
         "chunks": Budget(70, "edge"),  # frame and MLP
         "T": Budget(29, "edge"),  # steps at the ends of nodes and chunks have fewer edges
-        "nodes": Budget(600, "node"),  # mixing, 450 each time: a node that two warps share is mixed by both
+        "nodes": Budget(591, "node"),  # mixing, 450 each time: a node that two warps share is mixed by both
     },
     "exact_backward<Exact<Elu, 8, 8, false>>": {
-        WHOLE: Budget(320, "edge"),
-        "chunks": Budget(182, "edge"),  # frame and MLP, forward again and back, with its weights' gradients
-        "T": Budget(29, "edge"),  # as on the way forward
-        "edges": Budget(62, "edge"),  # gradients of features and of coefficients
-        "nodes": Budget(1150, "node"),  # gradients of T and of theta
+        WHOLE: Budget(280, "edge"),
+        "chunks": Budget(174, "edge"),  # frame and MLP, forward again and back, with its weights' gradients
+        "kept sums": Budget(10, "edge"),  # gradients of theta
+        "edges": Budget(60, "edge"),  # gradients of features and of coefficients
+        "nodes": Budget(661, "node"),  # gradients of T
     },
     # 16 fields
     "exact_forward<Exact<Elu, 8, 16, false>>": {
-        WHOLE: Budget(220, "edge"),
-        "chunks": Budget(70, "edge"),
-        "T": Budget(52, "edge"),
-        "nodes": Budget(2550, "node"),  # four times as many weights as with 8 fields; shared nodes are finished here
+        WHOLE: Budget(202, "edge"),
+        "chunks": Budget(71, "edge"),
+        "T": Budget(45, "edge"),
+        "nodes": Budget(2430, "node"),  # four times as many weights as with 8 fields; shared nodes are finished here
     },
     "exact_backward<Exact<Elu, 8, 16, false>>": {
-        WHOLE: Budget(640, "edge"),
-        "chunks": Budget(182, "edge"),
-        "T": Budget(55, "edge"),
-        "edges": Budget(140, "edge"),
-        "nodes": Budget(4550, "node"),
+        WHOLE: Budget(504, "edge"),
+        "chunks": Budget(174, "edge"),
+        "kept sums": Budget(53, "edge"),  # gradients of theta
+        "edges": Budget(129, "edge"),
+        "nodes": Budget(2290, "node"),
     },
     # 16 channels
     "exact_forward<Exact<Elu, 16, 8, false>>": {
-        WHOLE: Budget(236, "edge"),
+        WHOLE: Budget(240, "edge"),
         "chunks": Budget(156, "edge"),  # four times as many weights between layers as with 8 channels
-        "T": Budget(40, "edge"),
+        "T": Budget(33, "edge"),
         "nodes": Budget(1300, "node"),
     },
     "exact_backward<Exact<Elu, 16, 8, false>>": {
-        WHOLE: Budget(715, "edge"),
-        "chunks": Budget(400, "edge"),
-        "T": Budget(40, "edge"),
-        "edges": Budget(132, "edge"),
-        "nodes": Budget(2450, "node"),
+        WHOLE: Budget(636, "edge"),
+        "chunks": Budget(398, "edge"),
+        "kept sums": Budget(26, "edge"),  # gradients of theta
+        "edges": Budget(126, "edge"),
+        "nodes": Budget(1440, "node"),
     },
     # a table
     "exact_forward<Tabulated<8, 8, false>>": {
-        WHOLE: Budget(80, "edge"),
-        "chunks": Budget(23, "edge"),  # frame and interpolation
-        "T": Budget(32, "edge"),
-        "nodes": Budget(600, "node"),
+        WHOLE: Budget(67, "edge"),
+        "chunks": Budget(17, "edge"),  # frame and interpolation
+        "T": Budget(29, "edge"),
+        "nodes": Budget(589, "node"),
     },
     "exact_backward<Tabulated<8, 8, false>>": {
-        WHOLE: Budget(295, "edge"),  # of which 50 are a block's beginning and end, for 512 edges here
-        "chunks": Budget(110, "edge"),  # frame and interpolation, forward again and back; the splines' gradients
-        "T": Budget(32, "edge"),
-        "edges": Budget(65, "edge"),
-        "nodes": Budget(1150, "node"),
+        WHOLE: Budget(237, "edge"),  # of which 50 are a block's beginning and end, for 512 edges here
+        "chunks": Budget(121, "edge"),  # frame and interpolation, forward again and back; the splines' gradients
+        "kept sums": Budget(10, "edge"),  # gradients of theta
+        "edges": Budget(58, "edge"),
+        "nodes": Budget(671, "node"),
     },
     # fields of l <= 2, in 57 slots
     "tile_layers<Tiled<Elu, 6, 8>>": {
-        WHOLE: Budget(172, "edge"),  # 12 φ of a lane, where l <= 1 takes 4
+        WHOLE: Budget(120, "edge"),  # 12 φ of a lane, where l <= 1 takes 4
     },
     "tile_layers<Tiled<Elu, 4, 8>>": {
-        WHOLE: Budget(73, "edge"),
+        WHOLE: Budget(74, "edge"),
     },
     "tile_sums<float>": {
-        WHOLE: Budget(548, "edge"),
-        "direction": Budget(65, "edge"),  # harmonics and G
-        "T": Budget(300, "edge"),  # 13 of them HMMA
-        "constant T": Budget(42, "edge"),
-        "nodes": Budget(66, "edge"),
+        WHOLE: Budget(534, "edge"),
+        "direction": Budget(62, "edge"),  # harmonics and G
+        "T": Budget(296, "edge"),  # 13 of them HMMA
+        "constant T": Budget(40, "edge"),
+        "nodes": Budget(60, "edge"),
     },
     "tile_backward<float>": {
-        WHOLE: Budget(1260, "edge"),
-        "direction": Budget(142, "edge"),  # once more, and the way back
-        "nodes": Budget(640, "edge"),  # gradients of features, of G and of h, from dT
+        WHOLE: Budget(1240, "edge"),
+        "direction": Budget(140, "edge"),  # once more, and the way back
+        "nodes": Budget(612, "edge"),  # gradients of features, of G and of h, from dT
     },
     "tile_layers_backward<Tiled<Elu, 6, 8>>": {
-        WHOLE: Budget(425, "edge"),
+        WHOLE: Budget(292, "edge"),
     },
     "tile_layers_backward<Tiled<Elu, 4, 8>>": {
-        WHOLE: Budget(192, "edge"),
+        WHOLE: Budget(186, "edge"),
     },
     # second derivatives of exact and tiled layers: with tangents a product is three
     "tile_layers<WithTangents<Tiled<Elu, 4, 8>>>": {
         WHOLE: Budget(143, "edge"),
     },
     "tile_layers<WithTangents<Tiled<Elu, 6, 8>>>": {
-        WHOLE: Budget(371, "edge"),
+        WHOLE: Budget(263, "edge"),
     },
     "tile_sums<Dual<float>>": {  # of 8 fields of l <= 1, as the next one
-        WHOLE: Budget(232, "edge"),
+        WHOLE: Budget(227, "edge"),
         "T": Budget(126, "edge"),
     },
     "tile_backward<Dual<float>>": {
-        WHOLE: Budget(590, "edge"),
-        "nodes": Budget(290, "edge"),
+        WHOLE: Budget(577, "edge"),
+        "nodes": Budget(282, "edge"),
     },
     "tile_layers_backward<WithTangents<Tiled<Elu, 4, 8>>>": {
-        WHOLE: Budget(373, "edge"),
+        WHOLE: Budget(374, "edge"),
     },
     "tile_layers_backward<WithTangents<Tiled<Elu, 6, 8>>>": {
-        WHOLE: Budget(920, "edge"),
+        WHOLE: Budget(657, "edge"),
     },
     # many fields: 64, in 15 slots
     "wide_sums<float>": {
-        WHOLE: Budget(806, "edge"),
+        WHOLE: Budget(804, "edge"),
         "edges": Budget(651, "edge"),  # 88 of them T's multiply-adds
     },
     "wide_backward<float>": {
-        WHOLE: Budget(2350, "edge"),
+        WHOLE: Budget(2320, "edge"),
         "terms": Budget(1630, "edge"),  # gradients of features, of G and of h, from dT
-        "features": Budget(230, "edge"),  # the gradients of features by input
+        "features": Budget(221, "edge"),  # the gradients of features by input
     },
     "grid_forward<Grid<Elu, 8, 8>>": {
-        WHOLE: Budget(313, "edge"),
-        "chunks": Budget(250, "edge"),  # the MLP of 16 edges; of 29 HMMA 26 are the activations'
-        "T": Budget(34, "edge"),
-        "nodes": Budget(965, "node"),  # mixing and shared nodes, as in the exact kernel
+        WHOLE: Budget(300, "edge"),
+        "chunks": Budget(240, "edge"),  # the MLP of 16 edges; of 29 HMMA 26 are the activations'
+        "T": Budget(32, "edge"),
+        "nodes": Budget(875, "node"),  # mixing and shared nodes, as in the exact kernel
     },
     "grid_backward<Grid<Elu, 8, 8>>": {
-        WHOLE: Budget(840, "edge"),  # of which 65 are a block's beginning and end, for 512 edges here
-        "chunks": Budget(620, "edge"),  # the MLP of 16 edges forward again and back; of 74 HMMA 64 are activations'
-        "T": Budget(36, "edge"),
-        "fields": Budget(27, "edge"),  # gradients of features
-        "hidden": Budget(36, "edge"),  # gradients of what couplings read of the MLP
-        "nodes": Budget(1900, "node"),  # gradients of T and of theta
+        WHOLE: Budget(734, "edge"),  # of which 65 are a block's beginning and end, for 512 edges here
+        "chunks": Budget(604, "edge"),  # the MLP of 16 edges forward again and back; of 74 HMMA 64 are activations'
+        "kept sums": Budget(10, "edge"),  # gradients of theta
+        "fields": Budget(26, "edge"),  # gradients of features
+        "hidden": Budget(34, "edge"),  # gradients of what couplings read of the MLP
+        "nodes": Budget(939, "node"),  # gradients of T
     },
 }
 

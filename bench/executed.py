@@ -3,10 +3,12 @@
 The emulator of tests/simt (``conv_test DIR count CASE``) counts how often warps execute every memory instruction. Its
 debug information and that of the machine code name the same source lines, each with the calls around it. Where n
 memory instructions of a kernel come from one line and the same calls, each gets 1/n of the line's count; pieces of one
-load or store of the source, some of which the compiler leaves out, count as one. A basic block is executed as often as
-the median of its memory instructions, but for those with a guard that never ran; a block that has none as often as the
-block that dominates it, or at the head of a loop as the most executed block of the loop; and never, if the blocks that
-it dominates were counted and never ran. So the copies of a loop's body that the compiler makes share its count evenly.
+load or store of the source, some of which the compiler leaves out, count as one, and one that is several of those that
+the emulator counts as so many. A basic block is executed as often as the median of its memory instructions, but for
+those with a guard that never ran; a block that has none as often as the block that dominates it, or at the head of a
+loop as the most executed block of the loop; never, if the blocks that it dominates were counted and never ran; and no
+more often than the blocks that may follow it, all together. So the copies of a loop's body that the compiler makes
+share its count evenly.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from .sass import Code, Instruction, Lines, output_of
 # Arrays that grow with the graph, as the emulator's tests name them; scratch are the partial results of warps, which on
 # a GPU have about as many edges each as there.
 _OF_THE_GRAPH = {"delta", "attr", "x", "src", "order", "rowptr", "colptr", "order_by_source", "out", "grad_out",
-                 "grad_edge", "grad_x", "grad_delta", "grad_attr", "scratch"}  # fmt: skip
+                 "grad_edge", "grad_x", "grad_delta", "grad_attr", "node_sums", "scratch"}  # fmt: skip
 
 
 @dataclass
@@ -82,17 +84,18 @@ def lines_of(library: Path, places: Iterable[int]) -> dict[int, Lines]:
 
 def _present(block: Iterable[Instruction], widths: dict[Lines, set[int]]) -> Counter[Lines]:
     """How many loads and stores of the source the block's memory instructions are, by line; ``widths``: of those, in
-    bytes. Where a line has several widths, none of its instructions is taken for a piece."""
+    bytes. Where a line has several widths, none of its instructions is taken for a piece, or for more than one."""
     found, pieces = Counter[Lines](), defaultdict[tuple[Lines, str, str, int], set[int]](set)
     for instruction in block:
         lines, access = instruction.lines, instruction.access
-        if access and len(widths[lines]) == 1 and access.width < (width := min(widths[lines])):
+        width = min(widths[lines]) if access and len(widths[lines]) == 1 else 0
+        if access and access.width < width:
             key = lines, instruction.opcode, access.registers, access.offset // width
             if pieces[key] and access.offset not in pieces[key]:
                 pieces[key].add(access.offset)
                 continue
             pieces[key] = {access.offset}
-        found[lines] += 1
+        found[lines] += max(access.width // width, 1) if access and width else 1
     return found
 
 
@@ -133,6 +136,9 @@ def executions(code: Code, launch: Launch, lines: dict[int, Lines]) -> dict[int,
             while above in loop_of and block not in loop_of[above].blocks:  # behind a loop, as before it
                 above = code.dominators[loop_of[above].header]
             found[block] = found[above]
+    for block in reversed(code.dominators):
+        if block not in known and (behind := code.successors[block]):
+            found[block] = min(found[block], sum(found[n] for n in behind))
     return found
 
 

@@ -27,19 +27,27 @@ struct LayerNeeds {
   bool x, delta, attr, parameters;
 };
 
-// The output, and what its backward pass wants: packed weights, and the batch norms' statistics (n_layers, size).
-using LayerOutput = std::tuple<Tensor, Tensor, Tensor>;
+// A forward pass: `measured` at the statistics of its edges, else at those that the norms keep; `recorded`: a backward
+// pass follows, or the statistics are wanted; `kept`: of the parameters, too, whose gradients sums over nodes may help.
+struct LayerMode {
+  bool measured, recorded, kept;
+};
+// The output, and what its backward pass wants: packed weights, the batch norms' statistics (n_layers, size), and
+// ConvArgs.node_sums or nothing. The last three may be empty unless recorded.
+using LayerOutput = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+// The last three, as a backward pass gets them.
+struct LayerRecord {
+  const Tensor &packed, &statistics, &node_sums;
+};
 // The gradients of x, delta, attr, bias and the parameters; without rows, or none, where not needed.
 using LayerGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>>;
 
 class Layer {
  public:
   virtual ~Layer() = default;
-  // `measured`: at the statistics of these edges, else at those that the norms keep. `recorded`: a backward pass
-  // follows, or the statistics are wanted; else the second and third tensor may be empty.
-  virtual LayerOutput forward(const BoundGraph&, const LayerInputs&, bool measured, bool recorded) = 0;
-  virtual LayerGradients gradients(const BoundGraph&, const LayerInputs&, const Tensor& packed,
-                                   const Tensor& statistics, const Tensor& grad_out, LayerNeeds) = 0;
+  virtual LayerOutput forward(const BoundGraph&, const LayerInputs&, LayerMode) = 0;
+  virtual LayerGradients gradients(const BoundGraph&, const LayerInputs&, const LayerRecord&, const Tensor& grad_out,
+                                   LayerNeeds) = 0;
 };
 
 // What a layer is bound to. Parameters, running statistics and bias are known by their places: whoever binds a layer

@@ -52,21 +52,22 @@ void release_graph(int64_t graph) { graphs().remove(graph); }
 
 // -> (N_dst, C_out), from packed weights at the running statistics
 Tensor layer_forward(int64_t layer, int64_t graph, const Tensor& x, const Tensor& delta, const Tensor& attr) {
-  return std::get<0>(layers().get(layer)->forward(*graphs().get(graph), {x, delta, attr}, false, false));
+  return std::get<0>(layers().get(layer)->forward(*graphs().get(graph), {x, delta, attr}, {false, false, false}));
 }
 
-// -> the same, packed weights and statistics
+// -> the same, packed weights, statistics, and what the gradients of the parameters want, if they are `kept`
 LayerOutput layer_forward_recorded(int64_t layer, int64_t graph, const Tensor& x, const Tensor& delta,
-                                   const Tensor& attr, bool measured) {
-  return layers().get(layer)->forward(*graphs().get(graph), {x, delta, attr}, measured, true);
+                                   const Tensor& attr, bool measured, bool kept) {
+  return layers().get(layer)->forward(*graphs().get(graph), {x, delta, attr}, {measured, true, kept});
 }
 
 // -> gradients of x, delta, attr, bias and parameters
 LayerGradients layer_backward(int64_t layer, int64_t graph, const Tensor& x, const Tensor& delta, const Tensor& attr,
-                              const Tensor& packed, const Tensor& statistics, const Tensor& grad_out, bool need_x,
-                              bool need_delta, bool need_attr, bool need_parameters) {
-  return layers().get(layer)->gradients(*graphs().get(graph), {x, delta, attr}, packed, statistics, grad_out,
-                                        {need_x, need_delta, need_attr, need_parameters});
+                              const Tensor& packed, const Tensor& statistics, const Tensor& node_sums,
+                              const Tensor& grad_out, bool need_x, bool need_delta, bool need_attr,
+                              bool need_parameters) {
+  return layers().get(layer)->gradients(*graphs().get(graph), {x, delta, attr}, {packed, statistics, node_sums},
+                                        grad_out, {need_x, need_delta, need_attr, need_parameters});
 }
 
 }  // namespace
@@ -80,11 +81,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(implicit_steer, m) {
   m.def("release_graph(int graph) -> ()");
   m.def("layer_forward(int layer, int graph, Tensor x, Tensor delta, Tensor attr) -> Tensor");
   m.def(
-      "layer_forward_recorded(int layer, int graph, Tensor x, Tensor delta, Tensor attr, bool measured) -> "
-      "(Tensor, Tensor, Tensor)");
+      "layer_forward_recorded(int layer, int graph, Tensor x, Tensor delta, Tensor attr, bool measured, bool kept) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "layer_backward(int layer, int graph, Tensor x, Tensor delta, Tensor attr, Tensor packed, Tensor statistics, "
-      "Tensor grad_out, " IST_NEEDS ", bool need_parameters) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])");
+      "Tensor node_sums, Tensor grad_out, " IST_NEEDS
+      ", bool need_parameters) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(implicit_steer, CompositeExplicitAutograd, m) {

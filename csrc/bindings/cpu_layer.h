@@ -67,6 +67,7 @@ class CpuLayer final : public Layer {
         running_(pieces_of<R>(t.running, "running statistics")),
         expansion_(t.expansion, "expansion"),
         bias_(t.bias, "bias"),
+        nothing_(new_empty(t.reals, {0})),
         mean_(t.mean),
         isa_(t.isa) {
     read_plan(plan_, t.ints, t.reals);
@@ -80,20 +81,21 @@ class CpuLayer final : public Layer {
     copy_.resize(n);
   }
 
-  LayerOutput forward(const BoundGraph& graph, const LayerInputs& in, bool measured, bool recorded) override {
+  LayerOutput forward(const BoundGraph& graph, const LayerInputs& in, LayerMode mode) override {
     Call<Cpu<R>> call(in.delta, in.attr, plan_, isa_);
-    const Weights used = measured ? measure(call, in.delta) : weights(call, recorded);
+    const Weights used = mode.measured ? measure(call, in.delta) : weights(call, mode.recorded);
     call.args.weights = data<R>(used.packed);
     call.graph(in.x, graph.src, graph.order, graph.rowptr);
     Tensor out = call.output(in.x, call.args.n_dst, plan_.out_size);
     call.device.forward(call.args, expansion_.at, bias_.at, bias_.size, mean_);
-    return {out, used.packed, used.statistics};
+    return {out, used.packed, used.statistics, nothing_};
   }
 
-  LayerGradients gradients(const BoundGraph& graph, const LayerInputs& in, const Tensor& packed,
-                           const Tensor& statistics, const Tensor& grad_out, LayerNeeds needs) override {
+  LayerGradients gradients(const BoundGraph& graph, const LayerInputs& in, const LayerRecord& record,
+                           const Tensor& grad_out, LayerNeeds needs) override {
     Call<Cpu<R>> call(in.delta, in.attr, plan_, isa_);
-    call.weights(packed), call.graph(in.x, graph.src, graph.order, graph.rowptr), call.grad_of_nodes(grad_out);
+    const Tensor& statistics = record.statistics;
+    call.weights(record.packed), call.graph(in.x, graph.src, graph.order, graph.rowptr), call.grad_of_nodes(grad_out);
     if (needs.x) call.by_source(graph.order_by_source, graph.colptr);
     check(statistics, "statistics", real_type<R>, plan_.n_layers * statistics_size(plan_));
     return layer_gradients(call, in.x, matrix_, learned_, data<R>(statistics), expansion_.at, bias_.size, mean_, needs);
@@ -108,6 +110,7 @@ class CpuLayer final : public Layer {
   SparseMatrix<R> matrix_{};
   const std::vector<Piece<R>> learned_, running_;
   const Piece<R> expansion_, bias_;
+  const Tensor nothing_;  // in the place of node sums
   const bool mean_;
   const int64_t isa_;
   std::mutex mutex_;     // of what follows

@@ -304,6 +304,8 @@ class Cuda {
                                                       grad_bias, context_.stream));
   }
 
+  int64_t node_sums_size(const ConvArgs<R>& a) const { return kernels<R>().node_sums_size(plan_, a); }
+
   // ---- statistics of batch norms
 
   // `out` is overwritten norm by norm; until then finite numbers stand where the packing reads them.

@@ -33,7 +33,8 @@ class CudaLayer final : public Layer {
     norms_.trivial = device_columns(context, t.trivial);
   }
 
-  LayerOutput forward(const BoundGraph& graph, const LayerInputs& in, bool measured, bool recorded) override {
+  LayerOutput forward(const BoundGraph& graph, const LayerInputs& in, LayerMode mode) override {
+    const auto [measured, recorded, kept] = mode;
     Call<Cuda<R>> call(in.delta, in.attr, *plan_, in.delta);
     Tensor packed = new_empty(in.delta, {view_->n_weights}), statistics = packed;
     if (measured) {
@@ -44,22 +45,31 @@ class CudaLayer final : public Layer {
       statistics = new_empty(in.delta, {view_->has_norms ? view_->n_layers : 0, statistics_size(*view_)});
     }
     call.weights(packed), call.graph(in.x, graph.src, graph.order, graph.rowptr);
-    Tensor out = call.output(in.x, call.args.n_dst, view_->out_size);
+    Tensor out = call.output(in.x, call.args.n_dst, view_->out_size), sums = out;
+    if (recorded) {
+      sums = new_empty(in.delta, {kept ? node_sums_size(call) : 0});
+      call.args.node_sums = mutable_data<R>(sums);
+    }
     if (measured)
       call.device.forward(call.args, data<R>(expansion_), bias_.at, bias_.size, mean_);
     else
       call.device.layer_forward(call.args, mean_and_bias(), *matrix_, parameters_, norms_, mutable_data<R>(packed),
                                 recorded ? mutable_data<R>(statistics) : nullptr);
-    return {out, packed, statistics};
+    return {out, packed, statistics, sums};
   }
 
-  LayerGradients gradients(const BoundGraph& graph, const LayerInputs& in, const Tensor& packed,
-                           const Tensor& statistics, const Tensor& grad_out, LayerNeeds needs) override {
+  LayerGradients gradients(const BoundGraph& graph, const LayerInputs& in, const LayerRecord& record,
+                           const Tensor& grad_out, LayerNeeds needs) override {
     Call<Cuda<R>> call(in.delta, in.attr, *plan_, in.delta);
-    call.weights(packed), call.graph(in.x, graph.src, graph.order, graph.rowptr), call.grad_of_nodes(grad_out);
+    const Tensor &statistics = record.statistics, &sums = record.node_sums;
+    call.weights(record.packed), call.graph(in.x, graph.src, graph.order, graph.rowptr), call.grad_of_nodes(grad_out);
     if (needs.x) call.by_source(graph.order_by_source, graph.colptr);
     call.device.check(statistics, "statistics", real_type<R>,
                       view_->has_norms ? view_->n_layers * statistics_size(*view_) : 0);
+    if (sums.numel() > 0 && needs.parameters) {
+      call.device.check(sums, "node_sums", real_type<R>, call.device.node_sums_size(call.args));
+      call.args.node_sums = static_cast<R*>(sums.mutable_data_ptr());  // which is only read
+    }
     const Gradients grads = call.gradients(in.x, {needs.x, needs.delta, needs.attr, needs.parameters});
     Tensor of_bias = new_empty(in.x, {bias_.size});
     std::vector<Tensor> of_parameters;
@@ -75,6 +85,12 @@ class CudaLayer final : public Layer {
   }
 
  private:
+  // A node's sums take the memory of some hundred numbers, which edges share: where each node has a few of them alone,
+  // the backward pass forms the sums again.
+  static constexpr int64_t kEdgesOfNode = 16;
+  static int64_t node_sums_size(const Call<Cuda<R>>& call) {
+    return call.args.n_edges < kEdgesOfNode * call.args.n_dst ? 0 : call.device.node_sums_size(call.args);
+  }
   MeanAndBias<R> mean_and_bias() const { return {data<R>(expansion_), bias_.at, bias_.size, mean_}; }
 
   const std::vector<Piece<R>> learned_;

@@ -30,6 +30,9 @@ struct ConvArgs {
   void (*multiply)(const MatrixProducts<R>&) = nullptr;  // of GPUs: a library's, in the stream of the call
   const void* features = nullptr;  // [N_src, n_gathered] x by field type, with tangents in pairs; set by the loops
   R* out;                          // [N_dst, C_out]
+  // Of GPUs: what a forward pass keeps of its sums over nodes, so that a backward pass need not form them again; or
+  // null. CudaTable::node_sums_size says how many numbers.
+  R* node_sums = nullptr;
   // backward
   const R* grad_out;          // [N_dst, C_out]
   R* grad_edge;               // [E, n_gathered] memory for the features' gradient edge by edge, or null; where

@@ -47,10 +47,15 @@ __device__ __forceinline__ T* opaque(T* pointer) {
   asm volatile("" : "+r"(zero));
   return pointer + zero;
 }
-// blockDim.x, read anew: the compiler cannot keep what it makes of it in a register.
+// blockDim.x and threadIdx.x, read anew: the compiler cannot keep what it makes of them in registers.
 __device__ __forceinline__ unsigned block_threads() {
   unsigned n;
   asm volatile("mov.u32 %0, %%ntid.x;" : "=r"(n));
+  return n;
+}
+__device__ __forceinline__ unsigned thread_of_block() {
+  unsigned n;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(n));
   return n;
 }
 // D += A B by a warp, all of whose lanes are here; mma.cuh says which lane holds what. The last 13 bits of the elements

@@ -51,6 +51,19 @@ Failure prepare_fused_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args
   return {};
 }
 
+// As CudaTable says.
+int64_t node_sums_size(const DevicePlan<R>& plan, const ConvArgs<R>& args) {
+  if constexpr (std::is_same_v<R, float>) {
+    FieldLaunch fused{};
+    bool found = false;
+    if (args.n_edges == 0 || kernels_of<R>(plan, true) != kernels_of<R>(plan, false)) return 0;
+    // What cannot be prepared fails once more where it is to run.
+    if (prepare_fused_forward<R>(plan, args, fused, found).reason || !found) return 0;
+    return kInFrontOfNodeSums + (args.n_dst + fused.call.shape.warps) * fused.node_sum;
+  }
+  return 0;
+}
+
 template <typename N>
 Failure run_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, void* stream, Call<R>& call) {
   EdgeKernel<N> edges{"conv_forward", conv_forward<N>, {}, 0};
@@ -68,7 +81,10 @@ Failure forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, const MeanAn
   FieldLaunch fused{};
   bool found = false;
   IST_TRY(prepare_fused_forward<N>(plan, args, fused, found));
-  if constexpr (std::is_same_v<N, float>) call = fused.call;
+  if constexpr (std::is_same_v<N, float>) {
+    if (found) fused.give_memory();
+    call = fused.call;
+  }
   IST_TRY(found ? fused.run(stream) : run_forward<N>(plan, args, stream, call));
   return launch_threads("mean_and_bias", mean_and_bias<R>, args.n_dst * plan.view.out_size, stream, call, after);
 }
@@ -245,6 +261,7 @@ Failure layer_forward(const DevicePlan<R>& plan, const ConvArgs<R>& args, const 
     bool found = false;
     if (args.n_edges > 0) IST_TRY(prepare_fused_forward<N>(plan, args, edges, found));
     if (found) {
+      edges.give_memory();
       const int64_t warps = edges.call.shape.warps, width = plan.view.out_size;
       float* const bias = edges.call.partial + 2 * warps * width;
       edges.call.bias = bias, edges.call.arrivals = reinterpret_cast<int32_t*>(bias + width);
@@ -311,6 +328,7 @@ const CudaTable<R> IST_TABLE{plan_bytes<R>,
                              backward<R>,
                              layer_forward<R>,
                              layer_backward,
+                             node_sums_size,
                              forward_tangent,
                              backward<Dual<R>>,
                              hidden_forward<R>,

@@ -6,7 +6,8 @@
 //   edges     8 at a time, by the tensor cores: d_c_l[w] = Σ_{slot, v} slot[v] dT[slot, v, w], which replaces c in the
 //             edge's record, and d_slot[v] = Σ_w c_l[w] dT[slot, v, w], from which the gradients of features and
 //             direction follow
-//   T         as on the way forward; dθ[path, u, v, w] += Σ_slot g[u] T[slot, v, w] at the end of the node
+//   T         as on the way forward; dθ[path, u, v, w] += Σ_slot g[u] T[slot, v, w] at the end of the node; where the
+//             forward pass has kept T, from that, behind all chunks (exact_node_sums.cuh)
 //   reverse   the MLP back from d_c, its weights' gradients, the gradients of positions and attributes
 //
 // Lane 4 g + t has edge g of a step, its fields and channels 2 t and 2 t + 1; of more than 8 fields or channels there
@@ -14,7 +15,7 @@
 // edge by edge; those of the weights are sums of the warp's own (exact_gradients.cuh).
 #pragma once
 
-#include "exact_gradients.cuh"
+#include "exact_node_sums.cuh"
 #include "exact_reverse.cuh"
 
 namespace implicit_steer::IST_ISA {
@@ -281,12 +282,15 @@ struct ExactBackward : ExactReverse<S, Warp, ExactGradients<S>> {
     for (int from = first; from < last; from += Base::of_chunk) {  // loop: chunks
       const int n = last - from < Base::of_chunk ? last - from : Base::of_chunk;
       edges[lane] = this->index(a.order, from + (lane < n ? lane : n - 1));
-      this->chunk(from, n, kept);
+      if constexpr (S::large)  // for want of registers for a lane's places
+        this->chunk(from, n, KeptLayers<S>{opaque(kept.memory)});
+      else
+        this->chunk(from, n, kept);
       for (int at = 0; at < n;) {  // loop: nodes
         const bool ends = end - from <= n;
         const int stop = ends ? end - from : n;
         if (!goes_on) start(node);
-        if (need_weights) sum_edges(at, stop, goes_on, ends || from + n == last);
+        if (need_weights && !a.node_sums) sum_edges(at, stop, goes_on, ends || from + n == last);
         __syncwarp();
         self.edges_back(at, stop);
         at = stop, goes_on = !ends;
@@ -309,12 +313,21 @@ struct ExactBackward : ExactReverse<S, Warp, ExactGradients<S>> {
   }
 };
 
+// What a warp does with the sums that the forward pass kept. Of the kernel's numbers none is kept for it.
+template <typename S>
+__device__ __forceinline__ void add_node_sums(const FieldCall& call) {
+  SHARED_MEMORY(float, memory);
+  const int warp = thread_of_block() / 32, size = exact_backward_size<S>(call.plan);
+  NodeSumGradients<S>(call, memory + ExactMemory<S>::warps_at + warp * size).add();
+}
+
 // A whole kernel; `warp`: an ExactBackward, or derived from one.
 template <typename S, typename Warp>
 __device__ __forceinline__ void run_warps(Warp& warp, const FieldCall& call) {
   if (warp.number < call.shape.warps) warp.walk(warp);
   if (!warp.need_weights) return;
-  const int warps = blockDim.x / 32, begin = blockIdx.x * warps, left = call.shape.warps - begin;
+  if (call.args.node_sums) add_node_sums<S>(call);
+  const int warps = block_threads() / 32, begin = blockIdx.x * warps, left = call.shape.warps - begin;
   const ExactGradients<S> of_block(call.sums, begin, warp.p, warp.view);
   of_block.add_warps(left < warps ? left : warps);
   of_block.write(warp.view, warp.a.weights, warp.mlp, call.partial + int64_t{blockIdx.x} * warp.p.n_grad);

@@ -131,6 +131,8 @@ struct ExactForward : Base {
   }
 
   __device__ __forceinline__ void walk() {
+    if (a.node_sums && number == 0 && lane == 0)
+      edges_of_node_sums(a) = static_cast<int32_t>(call.shape.edges_per_warp);
     int node = this->target(first), end = this->index(a.rowptr, node + 1);
     bool leading = true;   // the node is the warp's first one: some of its edges may be in an earlier warp
     bool goes_on = false;  // the node has edges in an earlier chunk
@@ -153,6 +155,7 @@ struct ExactForward : Base {
           break;
         }
         const bool shared = !ends || (leading && begin_of(node) < first);
+        if (a.node_sums) this->put_aside(global_memory(node_sums_of<S>(a, node, number)) + 4 * lane);
         finish(node, end, shared, leading);
         if (shared && call.bias) add_rows(node, end);
         this->clear(), leading = false;

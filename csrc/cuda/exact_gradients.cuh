@@ -21,12 +21,16 @@ struct ExactGradients : LayerGradients<S, kFieldSums<S>> {
   using Slots = typename S::Slots;
   using Tiles = ExactTiles<S>;
   static constexpr int constant = kThetaSums<S>;
-  static constexpr int aside = 128 * (Tiles::count + Tiles::blocks);  // behind the sums: T of a node that goes on
+  static constexpr int aside = kNodeSum<S>;  // behind the sums: T of a node that goes on
 
   __device__ __forceinline__ ExactGradients(float* of_warps, int number, const PlanView<float>& p,
                                             const FieldView& view)
       : Base(of_warps, number, Base::size_of(p) + aside, p, view) {}
 
+  // As of all layers. It is wanted seldom: where registers are few none is kept for it.
+  __device__ __forceinline__ float& one(int begin) const {
+    return memory[begin + (S::large ? thread_of_block() % 32 : lane())];
+  }
   __device__ __forceinline__ float* aside_of_lane() const { return memory + Base::size_of(p) + 4 * lane(); }
   // Of a block of fields v and one of channels, and fields u of outputs.
   static IST_HOST_DEVICE constexpr int of_theta(int path, int block, int channel, int two_fields) {

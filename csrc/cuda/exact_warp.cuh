@@ -72,6 +72,18 @@ struct ExactMemory {
   static_assert(record % 8 == 4);
 };
 
+// Numbers of a node's T as ExactWarp::put_aside() writes it, of all lanes.
+template <typename S>
+constexpr int kNodeSum = 128 * (ExactTiles<S>::count + ExactTiles<S>::blocks);
+// See FieldCall.
+__device__ __forceinline__ int32_t& edges_of_node_sums(const ConvArgs<float>& a) {
+  return *reinterpret_cast<int32_t*>(a.node_sums);
+}
+template <typename S>
+__device__ __forceinline__ float* node_sums_of(const ConvArgs<float>& a, int node, int warp) {
+  return a.node_sums + kInFrontOfNodeSums + (int64_t{node} + warp) * kNodeSum<S>;
+}
+
 template <typename S>
 struct ExactWarp : ExactChunks<S> {
   using Base = ExactChunks<S>;

@@ -6,6 +6,11 @@
 
 namespace implicit_steer::IST_ISA {
 
+// ConvArgs.node_sums: four numbers of which the first, an integer, says how many edges a warp of the forward pass has;
+// then the T of every node, as a warp's lanes put it aside (exact_warp.cuh), summed over the edges of one warp: node i
+// and warp w have row i + w. So those of the warps that share a node follow each other.
+constexpr int kInFrontOfNodeSums = 4;
+
 struct FieldCall : Call<float> {
   FieldView view;
   float* sums;  // backward: of warps, [warps, size]: see exact_gradients.cuh

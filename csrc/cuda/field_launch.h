@@ -17,6 +17,7 @@ struct FieldLaunch {
   int64_t front, of_warp;  // numbers of a block's shared memory: in front of its warps', and of a warp
   int warps_per_block;
   int most_warps = kThreads / 32;  // of a block
+  int64_t node_sum = 0;            // forward: numbers of a row of ConvArgs.node_sums
 
   // Warps beyond `most_of_grid` get no edges.
   Failure prepare(const DevicePlan<float>& plan, const ConvArgs<float>& args, int64_t most_of_grid) {
@@ -30,6 +31,14 @@ struct FieldLaunch {
     shape.warps = static_cast<int>((args.n_edges + shape.edges_per_warp - 1) / shape.edges_per_warp);
     warps_per_block = found.warps_per_block;
     return {};
+  }
+
+  // Of a forward pass that is prepared: for its partial rows, and for what it finishes nodes with, bias [C_out] and
+  // arrivals [warps].
+  void give_memory() {
+    const int64_t warps = call.shape.warps, width = call.plan.out_size, n = 2 * warps * width + width + warps;
+    call.partial =
+        static_cast<float*>(call.args.scratch(std::max<int64_t>(n, 1) * static_cast<int64_t>(sizeof(float))));
   }
 
   Failure ask(LaunchFacts& found) const {

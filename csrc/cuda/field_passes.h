@@ -15,15 +15,13 @@ int64_t front_of_warps(const PlanView<float>& p) {
   return ExactMemory<S>::in_front_of_mlp(0, 0) + S::Mlp::template size<S>(p);
 }
 
-// The kernel of a forward pass, prepared, with memory for its partial rows and for what it finishes nodes with.
+// The kernel of a forward pass, prepared.
 template <typename S>
 Failure prepare_forward_of(const char* name, void (*kernel)(FieldCall), const DevicePlan<float>& plan,
                            const ConvArgs<float>& args, FieldLaunch& edges) {
-  edges = {name, kernel, {}, front_of_warps<S>(plan.host), kExactForwardSize<S>, 0, kExactForwardThreads<S> / 32};
-  IST_TRY(edges.prepare(plan, args, kAnyWarps));
-  const int64_t warps = edges.call.shape.warps, width = plan.view.out_size;
-  edges.call.partial = static_cast<float*>(args.scratch((2 * warps * width + width + warps + 1) * sizeof(float)));
-  return {};
+  const int64_t front = front_of_warps<S>(plan.host);
+  edges = {name, kernel, {}, front, kExactForwardSize<S>, 0, kExactForwardThreads<S> / 32, kNodeSum<S>};
+  return edges.prepare(plan, args, kAnyWarps);
 }
 
 // The kernel of a backward pass; `edges`: the launch before prepare(), `kept`: numbers that a warp keeps in global

@@ -68,6 +68,8 @@ struct CudaTable {
   Failure (*layer_backward)(const DevicePlan<R>&, const ConvArgs<R>&, const MeanAndBias<R>&,
                             const SparseMatrix<R>& transposed, const R* statistics, const Pieces<R>& grad_parameters,
                             R* grad_bias, void* stream);
+  // Numbers of ConvArgs.node_sums for the edges and nodes of args; 0 where the plan's kernels take none of them.
+  int64_t (*node_sums_size)(const DevicePlan<R>&, const ConvArgs<R>&);
   Failure (*forward_tangent)(const DevicePlan<R>&, const ConvArgs<R>&, void* stream);
   Failure (*backward_tangent)(const DevicePlan<R>&, const ConvArgs<R>&, void* stream);
   Failure (*hidden_forward)(const DevicePlan<R>&, const ConvArgs<R>&, void* stream);

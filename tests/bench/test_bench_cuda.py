@@ -1,6 +1,7 @@
 """Loops, executed instructions, budgets and predicted times of CUDA kernels, of made-up machine code and counts."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -120,6 +121,23 @@ def test_pieces_of_one_load_count_as_one(code, source):
     launch = Launch("kernel", 60, 20, 2, 32, 0, {6: (40, 8), 7: (20, 4)})
     executed = executions(code, launch, {n: ((source, n),) for n in (6, 7)})
     assert by_loop(code, executed)["edges"] == Counter(LDG=60, FADD=60, BRA=40)
+
+
+def test_a_store_of_several_counts_as_so_many(code, source):
+    # The emulator stores by 4 bytes what one instruction stores by 8: half of the executions at line 7 are of either.
+    wide = code.blocks[7][0]
+    code.blocks[7][0] = replace(wide, access=replace(wide.access, width=8))
+    launch = Launch("kernel", 60, 20, 2, 32, 0, {6: (60, 4), 7: (20, 4), 8: (20, 4)})
+    executed = executions(code, launch, {6: ((source, 6),), 7: ((source, 7),), 8: ((source, 7),)})
+    assert by_loop(code, executed)["nodes"]["STG"] == 20
+
+
+def test_a_block_runs_no_more_often_than_what_follows(code, source):
+    # The store in front of the loop over edges runs 20 times, but either copy of the loop's body 5 times alone.
+    launch = Launch("kernel", 60, 20, 2, 32, 0, {4: (20, 4), 6: (15, 4), 7: (5, 4)})
+    executed = executions(code, launch, {n: ((source, n),) for n in (4, 6, 7)})
+    assert executed[1] == executed[2] == 20
+    assert executed[3] == 10
 
 
 def test_counts_are_read_by_kernel(tmp_path):

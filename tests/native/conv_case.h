@@ -31,6 +31,7 @@ struct Problem {
   Plan<R> plan{};
   SparseMatrix<R> matrix{};
   std::vector<R> statistics, packed;
+  std::vector<R> node_sums;  // of engines that keep some, or empty
 
   explicit Problem(const Case& c)
       : file(c),
@@ -64,6 +65,7 @@ struct Problem {
     a.index64 = file["src"].dtype == "int64";
     a.n_src = file["x"].shape[0], a.n_dst = file["rowptr"].size() - 1, a.n_edges = file["src"].size();
     a.grad_out = grad_out.data();
+    if (!node_sums.empty()) a.node_sums = node_sums.data();
     return a;
   }
 };

@@ -239,6 +239,48 @@ def test_layers_on_irreps(irreps_in, depthwise, dtype, bound, aggr):
     assert_close(found, known, bound)
 
 
+@pytest.mark.parametrize("aggr", ["sum", "mean"])
+@pytest.mark.parametrize(
+    ("irreps", "options"),
+    [
+        ("8x0e + 8x1o", {}),
+        ("8x0e + 4x1o + 4x1e", {}),
+        ("16x0e + 10x1o", {"activation": "silu"}),
+        ("5x0e + 8x1o", {"n_channels": 16}),
+        ("8x0e + 8x1o", {"table": 32, "edge_attr": 0}),
+    ],
+    ids=["8 fields", "products u x x", "16 fields", "16 channels", "a table"],
+)
+def test_gradients_from_sums_that_the_forward_pass_kept(irreps, options, aggr):
+    """Nodes with many edges, some with none: 28 nodes of 450 edges, of which one has 150."""
+    options = {"edge_attr": 1, "n_channels": 8} | options
+    conv = ImplicitPointConv(irreps, irreps, n_layers=3, width=1.0, aggr=aggr, **options)
+    edges = random_edges(450, 28, 28)
+    edges[1] = edges[1] % 25
+    edges[1, 300:] = 7
+    sizes = (28, conv.irreps_in.size), (450, 3), (450, options["edge_attr"])
+    x, delta, attributes = (torch.randn(size) for size in sizes)
+    problem = Problem(x, x, Graph(edges, 28), delta, attributes if options["edge_attr"] else None)
+
+    def run(problem, conv):
+        return conv(problem.x, problem.graph, problem.delta, problem.attributes)
+
+    exact = "eager" if "table" in options else "reference"  # of splines, and of what they interpolate
+    found, known = (outcome(conv, problem, backend, run) for backend in (BACKEND, exact))
+    assert_close(found, known, 1e-5)
+
+
+def test_sums_are_kept_for_nodes_with_many_edges():
+    number = number_of(ImplicitPointConv("8x0e + 8x1o", "8x0e + 8x1o"))
+    for degree, expected in ((15, False), (16, BACKEND == "cuda")):
+        graph = Graph(torch.arange(4 * degree).expand(2, -1) % 4, 4)
+        inputs = torch.randn(4, 32), torch.randn(4 * degree, 3), torch.empty(4 * degree, 0)
+        for kept in (True, False):
+            operator = torch.ops.implicit_steer.layer_forward_recorded
+            *_, sums = operator(number.number, graph.number, *inputs, False, kept)
+            assert (sums.numel() > 0) == (expected and kept)
+
+
 # ---- between a call and its backward pass
 
 
@@ -298,12 +340,17 @@ def test_calls_of_several_threads():
 # ---- the operators
 
 
+def number_of(conv):
+    """The layer's, under which the native extension has it."""
+    parameters = conv.implicit_kernel.parameters_for_op()
+    kernel: BoundKernel = BACKENDS[BACKEND].bound(conv.implicit_kernel.plan, parameters.cache.native, parameters)
+    return kernel.number()
+
+
 def bound_call():
     """A layer, and the arguments of a call of its operators."""
     conv = layer(SMALL["o3"])
-    problem, parameters = SMALL["o3"].inputs(conv), conv.implicit_kernel.parameters_for_op()
-    kernel: BoundKernel = BACKENDS[BACKEND].bound(conv.implicit_kernel.plan, parameters.cache.native, parameters)
-    number = kernel.number()
+    problem, number = SMALL["o3"].inputs(conv), number_of(conv)
     return number, problem, (number.number, problem.graph.number, problem.x, problem.delta, problem.attributes)
 
 
@@ -311,16 +358,17 @@ def test_opcheck():
     """Fake tensors never reach these operators: they have no fake kernels."""
     number, problem, arguments = bound_call()
     operators, utils = torch.ops.implicit_steer, ("test_schema", "test_autograd_registration")
-    out, packed, statistics = operators.layer_forward_recorded(*arguments, False)
+    out, packed, statistics, sums = operators.layer_forward_recorded(*arguments, False, True)
     calls = {
         operators.layer_forward: arguments,
-        operators.layer_forward_recorded: (*arguments, True),
+        operators.layer_forward_recorded: (*arguments, True, True),
         operators.layer_backward: (
             arguments[0],
             problem.graph.number_by_source,
             *arguments[2:],
             packed,
             statistics,
+            sums,
             torch.ones_like(out),
             *[True] * 4,
         ),
@@ -385,7 +433,7 @@ def test_explain_names_the_kernels(irreps, options, expected):
 @of_cpu
 def test_packed_weights_are_kept():
     number, _, arguments = bound_call()
-    packed = [torch.ops.implicit_steer.layer_forward_recorded(*arguments, False)[1] for _ in range(2)]
+    packed = [torch.ops.implicit_steer.layer_forward_recorded(*arguments, False, True)[1] for _ in range(2)]
     assert packed[0].data_ptr() == packed[1].data_ptr()
     del number
 

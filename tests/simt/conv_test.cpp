@@ -112,6 +112,11 @@ double moments_deviation(const Case& file, Emulated<R>& engine) {
   return largest;
 }
 
+template <typename R>
+bool same(const std::vector<R>& x, const std::vector<R>& y) {
+  return x.size() == y.size() && (x.empty() || !std::memcmp(x.data(), y.data(), x.size() * sizeof(R)));
+}
+
 // The number of edges into a node, at least 1.
 template <typename R>
 R edges_of(Problem<R>& p, int64_t node) {
@@ -120,7 +125,8 @@ R edges_of(Problem<R>& p, int64_t node) {
 }
 
 // What follows the sums over edges, forward and backward: mean and bias in the kernels that do a whole layer, against
-// the same by hand. Messages; none: all is right.
+// the same by hand; and backward passes with what forward ones keep of the sums, where they do, against those without.
+// Messages; none: all is right.
 template <typename R>
 std::vector<std::string> run_layer(const Case& file, Emulated<R>& engine) {
   Problem<R> p(file);
@@ -137,10 +143,13 @@ std::vector<std::string> run_layer(const Case& file, Emulated<R>& engine) {
   for (bool mean : {false, true}) {
     std::vector<R> actual = unwritten<R>(nodes * width), whole = actual, of_bias(n), sizes(n), scaled = grad_out;
     const MeanAndBias<R> after{expansion.data(), bias.data(), n, mean};
-    a = p.arguments(), a.out = actual.data();
+    auto node_sums = engine.node_sums(p), sums_of_whole = node_sums;
+    const auto place = [](std::vector<R>& v) { return v.empty() ? nullptr : v.data(); };
+    a = p.arguments(), a.out = actual.data(), a.node_sums = place(node_sums);
     engine.forward(p, a, after);
-    a.out = whole.data();
+    a.out = whole.data(), a.node_sums = place(sums_of_whole);
     engine.layer_forward(p, a, after);
+    if (!same(node_sums, sums_of_whole)) return {"kept sums: other bits"};
     for (int64_t k = 0; k < nodes * width; ++k) {
       const R edges = mean ? edges_of(p, k / width) : R{1}, *row = expansion.data() + k % width * n;
       const R expected = sums[k] / edges + (row[0] - 2 * row[1] + 3 * row[2]);
@@ -155,7 +164,7 @@ std::vector<std::string> run_layer(const Case& file, Emulated<R>& engine) {
     engine.backward(p, a);
     std::vector<R> expected = engine.unpack(p, grad_weights);
     const auto expected_delta = widened(grad_delta);
-    p.grad_out = grad_out, a.grad_out = p.grad_out.data();
+    p.grad_out = grad_out, a.grad_out = p.grad_out.data(), a.node_sums = place(node_sums);
     std::vector<R> found = engine.layer_backward(p, a, after);
     const auto deviates = [&](const std::vector<R>& x, const std::vector<R>& y) {
       return !(native_test::deviation(widened(x), widened(y)) <= kBound<R>);
@@ -189,9 +198,6 @@ std::vector<std::string> run_pack_running(const Case& file, Emulated<R>& engine)
     next += channels;
   }
   const auto [packed, statistics] = engine.pack_running(p, running, columns);
-  const auto same = [](const std::vector<R>& x, const std::vector<R>& y) {
-    return x.size() == y.size() && (x.empty() || !std::memcmp(x.data(), y.data(), x.size() * sizeof(R)));
-  };
   if (p.file.has("running") && !same(packed, p.packed)) return {"packed at running statistics: other bits"};
   if (!same(statistics, p.statistics)) return {"statistics from running ones: other bits"};
   return {};
@@ -364,12 +370,14 @@ void count_passes(const Case& file) {
   Emulated<float> engine(file, 0, true);
   Results results;
   engine.pack(p, results);
+  p.node_sums = engine.node_sums(p);
   simt::take_counts();
   simt::count_accesses(true);
   native_test::run_forward(p, engine, results);
   print_counts(p);
   native_test::run_backward(p, engine, {true, true, true, true, ""}, results);
   print_counts(p);
+  p.node_sums.clear();
   native_test::Second<float, Emulated<float>> second(p, engine);
   simt::take_counts();
   second.forward(results), print_counts(p);

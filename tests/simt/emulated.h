@@ -194,6 +194,9 @@ class Emulated {
       return table<R>().forward(plan, args, after, stream);
     });
   }
+  // Memory for what forward passes keep of p's sums over nodes.
+  std::vector<R> node_sums(Problem<R>& p) { return unwritten<R>(table<R>().node_sums_size(*plan_, p.arguments())); }
+
   // The whole forward pass of a layer; packs its weights anew, to the same bits as `pack`.
   void layer_forward(Problem<R>& p, ConvArgs<R> a, const MeanAndBias<R>& after) {
     const Parts<R> parameters(p.parameters);
@@ -264,6 +267,8 @@ class Emulated {
     if (results < 0) results = a.n_dst * p.plan.out_size;
     numbers_at(a.weights, p.plan.n_weights * (a.delta_tangent ? 2 : 1), "weights");
     numbers_at(a.out, results, "out", true), numbers_at(a.grad_out, results, "grad_out");
+    const int64_t sums = a.node_sums ? table<R>().node_sums_size(*plan_, a) : 0;
+    numbers_at(a.node_sums, sums, "node_sums", true);
     numbers_at(a.grad_edge, a.n_edges * p.plan.in_size, "grad_edge", true);
     numbers_at(a.grad_x, a.n_src * p.plan.in_size, "grad_x", true);
     numbers_at(a.grad_delta, a.n_edges * p.plan.dim, "grad_delta", true);

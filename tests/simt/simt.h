@@ -175,6 +175,7 @@ inline int atomicAdd(int* address, int value) { return simt::atomic_add(address,
 inline float __uint_as_float(uint32_t bits) { return simt::float_of(bits); }
 inline uint32_t __float_as_uint(float x) { return simt::bits_of(x); }
 inline unsigned block_threads() { return blockDim.x; }
+inline unsigned thread_of_block() { return threadIdx.x; }
 inline float exp2_approximate(float x) { return exp2f(x); }
 inline float reciprocal_approximate(float x) { return 1 / x; }
 inline float inverse_root_approximate(float x) { return 1 / sqrtf(x); }

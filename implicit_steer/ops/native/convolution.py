@@ -221,16 +221,16 @@ class _RecordedLayer(torch.autograd.Function):
         ctx: Any, bound: BoundKernel, layer: Number, graph: Graph, measured: bool, found: list[Tensor], *tensors: Tensor
     ) -> Tensor:
         numbers, (x, delta, attributes, *_) = (layer.number, graph.number), tensors
-        operator = torch.ops.implicit_steer.layer_forward_recorded
-        out, packed, statistics = operator(*numbers, x, delta, attributes, measured)
-        ctx.save_for_backward(packed, statistics, *tensors)
+        operator, needs = torch.ops.implicit_steer.layer_forward_recorded, ctx.needs_input_grad[-len(tensors) :]
+        out, packed, statistics, sums = operator(*numbers, x, delta, attributes, measured, any(needs[4:]))
+        ctx.save_for_backward(packed, statistics, sums, *tensors)
         ctx.bound, ctx.layer, ctx.graph = bound, layer, graph
         found.append(statistics)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        bound, graph, (packed, statistics, *tensors) = ctx.bound, ctx.graph, ctx.saved_tensors
+        bound, graph, (packed, statistics, sums, *tensors) = ctx.bound, ctx.graph, ctx.saved_tensors
         needs, (x, delta, attributes, bias, *learned) = ctx.needs_input_grad[-len(tensors) :], tensors
         refuse_derivatives(grad, *tensors)
         need_x, need_delta, need_attributes, need_bias, *need_each = needs
@@ -242,7 +242,7 @@ class _RecordedLayer(torch.autograd.Function):
             found = composed_gradients(call, needed, grad, packed, statistics, inputs, learned)
         else:
             numbers = ctx.layer.number, graph.number_by_source if need_x else graph.number
-            given = x, delta, attributes, packed, statistics, grad.contiguous()
+            given = x, delta, attributes, packed, statistics, sums, grad.contiguous()
             arguments = *numbers, *given, need_x, need_delta, need_attributes, need_learned
             *found, of_learned = torch.ops.implicit_steer.layer_backward(*arguments)
             found += of_learned
@@ -263,7 +263,7 @@ def run_bound(
         out = _recorded_layer(bound, layer, graph, measured, found, *inputs, bound.bias, *bound.learned)
     elif measured:
         operator = torch.ops.implicit_steer.layer_forward_recorded
-        out, _, statistics = operator(layer.number, graph.number, *inputs, True)
+        out, _, statistics, _ = operator(layer.number, graph.number, *inputs, True, False)
         found.append(statistics)
     else:
         return torch.ops.implicit_steer.layer_forward(layer.number, graph.number, *inputs), []
