@@ -67,7 +67,6 @@ class CpuLayer final : public Layer {
         running_(pieces_of<R>(t.running, "running statistics")),
         expansion_(t.expansion, "expansion"),
         bias_(t.bias, "bias"),
-        nothing_(new_empty(t.reals, {0})),
         mean_(t.mean),
         isa_(t.isa) {
     read_plan(plan_, t.ints, t.reals);
@@ -88,7 +87,7 @@ class CpuLayer final : public Layer {
     call.graph(in.x, graph.src, graph.order, graph.rowptr);
     Tensor out = call.output(in.x, call.args.n_dst, plan_.out_size);
     call.device.forward(call.args, expansion_.at, bias_.at, bias_.size, mean_);
-    return {out, used.packed, used.statistics, nothing_};
+    return {out, used.packed, used.statistics, mode.recorded ? new_empty(in.delta, {0}) : out};
   }
 
   LayerGradients gradients(const BoundGraph& graph, const LayerInputs& in, const LayerRecord& record,
@@ -110,7 +109,6 @@ class CpuLayer final : public Layer {
   SparseMatrix<R> matrix_{};
   const std::vector<Piece<R>> learned_, running_;
   const Piece<R> expansion_, bias_;
-  const Tensor nothing_;  // in the place of node sums
   const bool mean_;
   const int64_t isa_;
   std::mutex mutex_;     // of what follows
