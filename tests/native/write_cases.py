@@ -277,102 +277,127 @@ def radius(r):
     return change
 
 
-def gpu_cases():
-    """More kinds of graph, for the emulated CUDA kernels."""
+CLOUD = Case("cloud", "O(3)", "8 scalar+vector", "8 scalar+vector", "1 scalar", n_layers=3, n_channels=8)
+TYPES = torch.tensor([[0.3], [-1.2]], dtype=torch.float64)  # rows of attributes
 
-    def made(change, case="o3", configuration="eval", activation="silu", **options):
-        case = SMALL.get(case, case)
-        conv = layer(case, configuration, activation=activation, **options)
-        return conv, change(case.inputs(conv))
 
-    cloud = Case("cloud", "O(3)", "8 scalar+vector", "8 scalar+vector", "1 scalar", n_layers=3, n_channels=8)
-    cloud_fields = replace(cloud, into="16 scalar+vector", out="16 scalar+vector")
-    cloud_channels = replace(cloud, n_channels=16)
-    cloud_so3 = replace(cloud, space="SO(3)", into="7 scalar+vector, 1 vector", out="5 scalar+vector", n_layers=4)
-    so3_fields = replace(cloud_so3, into="12 scalar+vector, 1 vector", out="9 scalar+vector", n_layers=3)
-    so3_channels = replace(cloud_so3, n_layers=3, n_channels=16)
+def with_layer(change, case="o3", configuration="eval", activation="silu", **options):
+    """A layer and a changed problem."""
+    case = SMALL.get(case, case)
+    conv = layer(case, configuration, activation=activation, **options)
+    return conv, change(case.inputs(conv))
 
-    # Hidden features of fewer degrees than the kernels have.
-    from_scalars, to_scalars = replace(cloud, into="8 scalar"), replace(cloud, out="5 scalar", attributes="2 scalar")
-    scalars = replace(cloud, into="6 scalar", out="4 scalar")
 
-    rows = torch.tensor([[0.3], [-1.2]], dtype=torch.float64)
+def no_edges(problem):
+    return with_edges(problem, slice(0))
 
-    def grid(change, case=cloud, configuration="no norm", activation="elu", **options):
-        return made(change, case, configuration, activation, sampling="escnn", **options)
 
-    odd = replace(cloud, into="5 scalar+vector, 2 vector", out="7 scalar, 3 vector", attributes="2 scalar", n_layers=4)
-    one_layer = replace(cloud, into="3 scalar, 1 vector", out="4 scalar, 1 vector", attributes=None, n_layers=2)
-
-    # Whose T has more than WidePlan::kMostSums numbers.
-    cloud_wide = replace(cloud, into="64 scalar+vector")
+def tile_cases():
+    """Fields of l <= 2, or many; wide ones are those whose T has more than WidePlan::kMostSums numbers."""
+    cloud_wide = replace(CLOUD, into="64 scalar+vector")
     tile_l2 = replace(TILE_FIELDS, into="20 scalar+l1+l2", out="2 scalar+l2")
     tile_odd = replace(TILE, into="5 scalar+l1+l2, 2 l1", out="7 scalar, 3 l2, 1 l1", attributes="2 scalar", n_layers=4)
     tile_so3 = replace(tile_odd, space="SO(3)", into="3 scalar+l1+l2", n_layers=3)
-    tile_channels = replace(cloud, into="12 scalar+vector", out="17 scalar, 3 vector", n_channels=16)
+    tile_channels = replace(CLOUD, into="12 scalar+vector", out="17 scalar, 3 vector", n_channels=16)
     tile_l2_channels = replace(TILE, into="3 scalar+l1+l2", out="2 scalar, 3 l2", n_channels=16)
     tile_scalars = replace(TILE, into="11 scalar", out="4 scalar+l1+l2", attributes=None, n_layers=2)
     wide_planar = replace(WIDE_FIELDS, space="SO(2) on R2", into="70 scalar+vector", out="2 scalar+vector")
     wide_dense = replace(WIDE_FIELDS, space="C4 on R2", into="40 regular", out="2 regular", attributes="1 vector")
-
     return {
-        "tile": made(nodes(16, 512), TILE, "no norm", "elu"),
-        "tile-fields": made(nodes(16, 512), cloud_wide, "no norm", "elu"),
-        "tile-one-edge": made(nodes(5, 1), TILE_FIELDS, width=1.0),
-        "tile-no-edges": made(lambda problem: with_edges(problem, slice(0)), TILE_FIELDS),
-        "tile-hub": made(few_targets, TILE_FIELDS),
-        "tile-isolated-nodes": made(nodes(300, 90), tile_odd),
-        "tile-near": made(lambda problem: near_origin(nodes(7, 60)(problem)), tile_l2, "eval", cutoff=2.0),
-        "tile-short-edges-train": made(short_edges_of_skewed, tile_odd, "train"),
-        "tile-so3-train": made(near_skewed, tile_so3, "train", "elu"),
-        "tile-scalars": made(skewed, tile_scalars, "eval", width=1.0),
-        "tile-l2-channels-train": made(near_skewed, tile_l2_channels, "train"),
-        "tile-to-l2-train": made(near_skewed, replace(TILE, into="3 scalar, 9 l1"), "train", "elu"),
-        "tile-channels-train": made(short_edges_of_skewed, tile_channels, "train"),
+        "tile": with_layer(nodes(16, 512), TILE, "no norm", "elu"),
+        "tile-fields": with_layer(nodes(16, 512), cloud_wide, "no norm", "elu"),
+        "tile-one-edge": with_layer(nodes(5, 1), TILE_FIELDS, width=1.0),
+        "tile-no-edges": with_layer(no_edges, TILE_FIELDS),
+        "tile-hub": with_layer(few_targets, TILE_FIELDS),
+        "tile-isolated-nodes": with_layer(nodes(300, 90), tile_odd),
+        "tile-near": with_layer(lambda problem: near_origin(nodes(7, 60)(problem)), tile_l2, "eval", cutoff=2.0),
+        "tile-short-edges-train": with_layer(short_edges_of_skewed, tile_odd, "train"),
+        "tile-so3-train": with_layer(near_skewed, tile_so3, "train", "elu"),
+        "tile-scalars": with_layer(skewed, tile_scalars, "eval", width=1.0),
+        "tile-l2-channels-train": with_layer(near_skewed, tile_l2_channels, "train"),
+        "tile-to-l2-train": with_layer(near_skewed, replace(TILE, into="3 scalar, 9 l1"), "train", "elu"),
+        "tile-channels-train": with_layer(short_edges_of_skewed, tile_channels, "train"),
         "tile-table": table(replace(TILE, into="9 scalar+l1+l2", attributes=None), near_skewed, cutoff=2.0),
-        "tile-table-types": table(tile_channels, nodes(65, 300), rows),
-        "wide": made(nodes(16, 512), cloud_wide, "no norm", "tanh"),
-        "wide-one-edge": made(nodes(5, 1), WIDE_FIELDS),
-        "wide-no-edges": made(lambda problem: with_edges(problem, slice(0)), WIDE_FIELDS),
-        "wide-hub": made(few_targets, WIDE_FIELDS),
-        "wide-planar": made(nodes(7, 60), wide_planar, "train", "tanh"),
-        "wide-dense": made(nodes(7, 60), wide_dense),
-        "wide-table": table(WIDE_FIELDS, nodes(7, 60), rows),
+        "tile-table-types": table(tile_channels, nodes(65, 300), TYPES),
+        "wide": with_layer(nodes(16, 512), cloud_wide, "no norm", "tanh"),
+        "wide-one-edge": with_layer(nodes(5, 1), WIDE_FIELDS),
+        "wide-no-edges": with_layer(no_edges, WIDE_FIELDS),
+        "wide-hub": with_layer(few_targets, WIDE_FIELDS),
+        "wide-planar": with_layer(nodes(7, 60), wide_planar, "train", "tanh"),
+        "wide-dense": with_layer(nodes(7, 60), wide_dense),
+        "wide-table": table(WIDE_FIELDS, nodes(7, 60), TYPES),
+    }
+
+
+def grid_cases():
+    """Hidden channels on the authors' grid."""
+
+    def grid(change, case=CLOUD, configuration="no norm", activation="elu", **options):
+        return with_layer(change, case, configuration, activation, sampling="escnn", **options)
+
+    odd = replace(CLOUD, into="5 scalar+vector, 2 vector", out="7 scalar, 3 vector", attributes="2 scalar", n_layers=4)
+    one_layer = replace(CLOUD, into="3 scalar, 1 vector", out="4 scalar, 1 vector", attributes=None, n_layers=2)
+    return {
         "grid": grid(nodes(16, 512)),
         "grid-one-edge": grid(nodes(5, 1)),
-        "grid-no-edges": grid(lambda problem: with_edges(problem, slice(0))),
+        "grid-no-edges": grid(no_edges),
         "grid-isolated-nodes": grid(nodes(300, 90)),
         "grid-skewed": grid(skewed),
         "grid-odd-sizes-train": grid(near_skewed, odd, "train", "silu", cutoff=2.0),
-        "grid-short-edges-train": grid(short_edges_of_skewed, cloud, "train", "silu"),
+        "grid-short-edges-train": grid(short_edges_of_skewed, CLOUD, "train", "silu"),
         "grid-one-layer": grid(skewed, one_layer, "eval", width=1.0),
-        "one-edge": made(nodes(5, 1), width=1.0),
-        "1-node": made(nodes(1, 40)),
-        "65-nodes": made(nodes(65, 300)),
-        "130-nodes": made(nodes(130, 500), "so2"),
-        "hub": made(hub),
-        "cloud": made(nodes(16, 512), cloud, "no norm", "elu"),
-        "cloud-one-edge": made(nodes(5, 1), cloud, "no norm", "elu"),
-        "cloud-no-edges": made(lambda problem: with_edges(problem, slice(0)), cloud, "no norm", "elu"),
-        "cloud-isolated-nodes": made(nodes(300, 90), cloud, "no norm", "elu"),
-        "cloud-hub": made(hub, cloud, "no norm", "elu"),
-        "cloud-short-edges-train": made(short_edges_of_skewed, cloud, "train"),
-        "cloud-from-scalars-train": made(short_edges_of_skewed, from_scalars, "train", "elu"),
-        "cloud-to-scalars": made(near_origin, to_scalars),
-        "cloud-scalars-train": made(near_skewed, scalars, "train"),
-        "cloud-channels": made(nodes(16, 512), cloud_channels, "no norm", "elu"),
-        "cloud-channels-short-edges-train": made(short_edges_of_skewed, cloud_channels, "train"),
-        "cloud-fields": made(nodes(16, 512), cloud_fields, "no norm", "elu"),
-        "cloud-fields-short-edges-train": made(short_edges_of_skewed, cloud_fields, "train"),
-        "cloud-so3": made(near_origin, cloud_so3, "train", "elu"),
-        "cloud-so3-fields": made(short_edges_of_skewed, so3_fields, "train"),
-        "cloud-table": table(replace(cloud, attributes=None), nodes(16, 512), None, 256, activation="silu"),
-        "cloud-table-hub": table(cloud, hub, rows),
+    }
+
+
+def cloud_cases():
+    """Scalars and vectors with exact sampling, or a table."""
+    cloud_fields = replace(CLOUD, into="16 scalar+vector", out="16 scalar+vector")
+    cloud_channels = replace(CLOUD, n_channels=16)
+    cloud_so3 = replace(CLOUD, space="SO(3)", into="7 scalar+vector, 1 vector", out="5 scalar+vector", n_layers=4)
+    so3_fields = replace(cloud_so3, into="12 scalar+vector, 1 vector", out="9 scalar+vector", n_layers=3)
+    so3_channels = replace(cloud_so3, n_layers=3, n_channels=16)
+    # Hidden features of fewer degrees than the kernels have.
+    from_scalars, to_scalars = replace(CLOUD, into="8 scalar"), replace(CLOUD, out="5 scalar", attributes="2 scalar")
+    scalars = replace(CLOUD, into="6 scalar", out="4 scalar")
+    return {
+        "cloud": with_layer(nodes(16, 512), CLOUD, "no norm", "elu"),
+        "cloud-one-edge": with_layer(nodes(5, 1), CLOUD, "no norm", "elu"),
+        "cloud-no-edges": with_layer(no_edges, CLOUD, "no norm", "elu"),
+        "cloud-isolated-nodes": with_layer(nodes(300, 90), CLOUD, "no norm", "elu"),
+        "cloud-hub": with_layer(hub, CLOUD, "no norm", "elu"),
+        "cloud-short-edges-train": with_layer(short_edges_of_skewed, CLOUD, "train"),
+        "cloud-from-scalars-train": with_layer(short_edges_of_skewed, from_scalars, "train", "elu"),
+        "cloud-to-scalars": with_layer(near_origin, to_scalars),
+        "cloud-scalars-train": with_layer(near_skewed, scalars, "train"),
+        "cloud-channels": with_layer(nodes(16, 512), cloud_channels, "no norm", "elu"),
+        "cloud-channels-short-edges-train": with_layer(short_edges_of_skewed, cloud_channels, "train"),
+        "cloud-fields": with_layer(nodes(16, 512), cloud_fields, "no norm", "elu"),
+        "cloud-fields-short-edges-train": with_layer(short_edges_of_skewed, cloud_fields, "train"),
+        "cloud-so3": with_layer(near_origin, cloud_so3, "train", "elu"),
+        "cloud-so3-fields": with_layer(short_edges_of_skewed, so3_fields, "train"),
+        "cloud-table": table(replace(CLOUD, attributes=None), nodes(16, 512), None, 256, activation="silu"),
+        "cloud-table-hub": table(CLOUD, hub, TYPES),
         "cloud-table-so3": table(replace(so3_channels, attributes=None), near_skewed),
-        "cloud-table-so3-fields": table(so3_fields, short_edges_of_skewed, rows, cutoff=2.0),
-        "cloud-one-layer": made(skewed, replace(cloud, into="4 scalar+vector", out="3 scalar, 2 vector", n_layers=2)),
-        "radius-0": made(radius(0), "o3-l2"),
-        "radius-1e-6": made(radius(1e-6), "o3-l2"),
+        "cloud-table-so3-fields": table(so3_fields, short_edges_of_skewed, TYPES, cutoff=2.0),
+        "cloud-one-layer": with_layer(
+            skewed, replace(CLOUD, into="4 scalar+vector", out="3 scalar, 2 vector", n_layers=2)
+        ),
+    }
+
+
+def gpu_cases():
+    """More kinds of layers and graphs, for the emulated CUDA kernels."""
+    return {
+        **tile_cases(),
+        **grid_cases(),
+        **cloud_cases(),
+        "one-edge": with_layer(nodes(5, 1), width=1.0),
+        "1-node": with_layer(nodes(1, 40)),
+        "65-nodes": with_layer(nodes(65, 300)),
+        "130-nodes": with_layer(nodes(130, 500), "so2"),
+        "hub": with_layer(hub),
+        "radius-0": with_layer(radius(0), "o3-l2"),
+        "radius-1e-6": with_layer(radius(1e-6), "o3-l2"),
     }
 
 
