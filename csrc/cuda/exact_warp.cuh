@@ -62,9 +62,9 @@ struct ExactMemory {
   static constexpr int records = 32 * record;
   static constexpr int warp = records + 32 + S::width * S::c;  // records, sources, one edge near the origin; so far
   // What is put aside in shared memory of T of a node that goes on: the tiles from this one on. In kernels of many
-  // channels all stay in registers.
+  // channels all but one of the hidden features stay in registers.
   static constexpr int tiles = ExactTiles<S>::count + ExactTiles<S>::blocks;
-  static constexpr int first_aside = S::width > 8 ? tiles : 0;
+  static constexpr int first_aside = S::width > 8 ? ExactTiles<S>::count - 1 : 0;
   static constexpr int aside = 32 * 4 * (tiles - first_aside);
   static IST_HOST_DEVICE constexpr int in_front_of_mlp(int warps, int of_warp) {
     return theta + constant + numbers + warps * of_warp;
