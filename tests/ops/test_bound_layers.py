@@ -216,6 +216,10 @@ def test_frozen_and_tabulated(table):
         optimizer_step(conv)
 
 
+def run_on_irreps(problem, conv):
+    return conv(problem.x, problem.graph, problem.delta, problem.attributes)
+
+
 @pytest.mark.parametrize("aggr", ["sum", "mean"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
 @pytest.mark.parametrize("depthwise", [False, True])
@@ -232,10 +236,7 @@ def test_layers_on_irreps(irreps_in, depthwise, dtype, bound, aggr):
     x, delta, attributes = (torch.randn(size, dtype=dtype) for size in sizes)
     problem = Problem(x, x, Graph(edges, 40), delta, attributes)
 
-    def run(problem, conv):
-        return conv(problem.x, problem.graph, problem.delta, problem.attributes)
-
-    found, known = (outcome(conv, problem, backend, run) for backend in (BACKEND, "reference"))
+    found, known = (outcome(conv, problem, backend, run_on_irreps) for backend in (BACKEND, "reference"))
     assert_close(found, known, bound)
 
 
@@ -262,11 +263,8 @@ def test_gradients_from_sums_that_the_forward_pass_kept(irreps, options, aggr):
     x, delta, attributes = (torch.randn(size) for size in sizes)
     problem = Problem(x, x, Graph(edges, 28), delta, attributes if options["edge_attr"] else None)
 
-    def run(problem, conv):
-        return conv(problem.x, problem.graph, problem.delta, problem.attributes)
-
     exact = "eager" if "table" in options else "reference"  # of splines, and of what they interpolate
-    found, known = (outcome(conv, problem, backend, run) for backend in (BACKEND, exact))
+    found, known = (outcome(conv, problem, backend, run_on_irreps) for backend in (BACKEND, exact))
     assert_close(found, known, 1e-5)
 
 
